@@ -1,0 +1,43 @@
+"""Which device an experiment computes on, found without importing torch (the parent process must stay light)."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+from qexp.errors import ConfigError, UnsupportedError
+
+
+@cache
+def cuda_device_count() -> int:
+    """CUDA devices that the installed torch could use: 0 for a CPU build or without a driver."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return 0
+    if not any(Path(spec.submodule_search_locations[0], "lib").glob("*torch_cuda*")):
+        return 0
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def resolve_device(device: str) -> str:
+    """'auto' -> 'cuda:0' or 'cpu'; 'cuda' -> 'cuda:0'. Raises ConfigError, or UnsupportedError without a GPU."""
+    count = cuda_device_count()
+    if device == "auto":
+        return "cuda:0" if count else "cpu"
+    if device == "cpu":
+        return device
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not (index.isdigit() or device == "cuda"):
+        raise ConfigError(f"device={device!r} is unknown; use auto, cpu, cuda or cuda:<index>")
+    if int(index or 0) >= count:
+        raise UnsupportedError(f"device={device!r} needs a CUDA device; here: {count}. Use device=cpu or device=auto")
+    return f"cuda:{int(index or 0)}"
