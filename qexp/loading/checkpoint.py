@@ -1,0 +1,213 @@
+"""What a checkpoint on disk holds: its config and where each tensor's bytes are. Reads headers only; imports no torch.
+
+A checkpoint is a folder with `config.json` and either one `*.safetensors` file or shards with a
+`*.safetensors.index.json`; or a single `.safetensors` file. A safetensors file is an 8-byte little-endian header
+length, a JSON header {name: {dtype, shape, data_offsets}, "__metadata__": {...}}, then the tensors' bytes.
+Everything a damaged file could lie about is checked here, before memory is reserved for it.
+
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qexp.errors import LoadError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # win over other files beside them
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: `nbytes` bytes from `offset` of `file`. dtype is safetensors' name for it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """config: parsed config.json ({} for a bare file); entries: tensor name -> where it lies."""
+
+    path: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, TensorEntry]
+    files: tuple[Path, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def content_hash(self) -> str:
+        """A hash of config, and of header, size and modification time of each file: it moves with the folder."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in self.files:
+            status = file.stat()
+            digest.update(f"{file.name}:{status.st_size}:{status.st_mtime_ns}:".encode())
+            digest.update(_header_bytes(file))
+        return digest.hexdigest()
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read config and headers of a folder or of one safetensors file. Raises LoadError."""
+    path = Path(path)
+    if not path.exists():
+        raise LoadError(
+            f"checkpoint '{path}' does not exist; set model.path to a folder with config.json and safetensors"
+        )
+    if path.is_file():
+        files, config = (path,), {}
+    else:
+        files, config = _shards(path), _read_json(path / "config.json")
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        for entry in read_header(file):
+            if entry.name in entries:
+                raise LoadError(f"tensor '{entry.name}' is in both '{entries[entry.name].file}' and '{file}'")
+            entries[entry.name] = entry
+    _check_index(path, entries)
+    return Checkpoint(path, config, entries, files)
+
+
+def read_header(file: Path) -> list[TensorEntry]:
+    """The tensors of one safetensors file, in the order of their bytes. Raises LoadError if it is damaged."""
+    raw = _header_bytes(file)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise LoadError(
+            f"'{file}' is not a safetensors file: its header is not JSON ({error}); download it again"
+        ) from None
+    if not isinstance(header, dict):
+        raise LoadError(f"'{file}' is not a safetensors file: its header is not a JSON object; download it again")
+    header.pop("__metadata__", None)
+    start, size = 8 + len(raw), file.stat().st_size
+    entries = sorted(
+        (_entry(file, name, info, start) for name, info in header.items()), key=lambda e: (e.offset, e.nbytes)
+    )
+    end = start
+    for entry in entries:
+        if entry.offset != end:
+            raise LoadError(f"'{file}' is damaged: tensor '{entry.name}' starts at byte {entry.offset}, not at {end}")
+        end = entry.offset + entry.nbytes
+    if end != size:
+        kind = "truncated" if size < end else "damaged"
+        raise LoadError(f"'{file}' is {kind}: its header describes {end} bytes, the file has {size}; download it again")
+    return entries
+
+
+def _entry(file: Path, name: str, info: object, start: int) -> TensorEntry:
+    problem = f"'{file}' is damaged: tensor '{name}'"
+    if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
+        raise LoadError(f"{problem} must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise LoadError(f"{problem} has dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}")
+    if not _are_naturals(shape) or not _are_naturals(offsets) or len(offsets) != 2:
+        raise LoadError(
+            f"{problem} has shape {shape!r} and data_offsets {offsets!r}; both must be lists of integers >= 0"
+        )
+    nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+    if offsets[1] - offsets[0] != nbytes:
+        raise LoadError(
+            f"{problem} of shape {shape} and dtype {dtype} needs {nbytes} bytes, not {offsets[1] - offsets[0]}"
+        )
+    return TensorEntry(name, dtype, tuple(shape), file, start + offsets[0], nbytes)
+
+
+def _are_naturals(value: object) -> bool:
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**62 for number in value)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name is there twice")
+    return result
+
+
+def _header_bytes(file: Path) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            length_bytes = stream.read(8)
+            length = int.from_bytes(length_bytes, "little")
+            if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, file.stat().st_size - 8):
+                raise LoadError(
+                    f"'{file}' is not a safetensors file, or truncated: header length {length}, "
+                    f"file size {file.stat().st_size}; download it again"
+                )
+            return stream.read(length)
+    except OSError as error:
+        raise LoadError(f"'{file}' cannot be read: {error.strerror}") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except OSError as error:
+        raise LoadError(f"'{file}' cannot be read: {error.strerror}; a checkpoint folder needs it") from None
+    except ValueError as error:
+        raise LoadError(f"'{file}' is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise LoadError(f"'{file}' must hold a JSON object")
+    return value
+
+
+def _shards(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a folder: those its index names, or its only one."""
+    index = _index_file(folder)
+    if index is None:
+        found = sorted(folder.glob("*.safetensors"))
+        found = [file for file in found if file.name in STANDARD_NAMES] or found
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found) or "none"
+            raise LoadError(f"'{folder}' needs one .safetensors file, or shards with an index; found: {names}")
+        return (found[0],)
+    names = sorted({*_weight_map(index).values()})
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise LoadError(f"'{index}' names {name!r}; shards must be .safetensors files in the same folder")
+        if not (folder / name).is_file():
+            raise LoadError(f"'{index}' names the shard '{name}', which is missing in '{folder}'; download it again")
+    return tuple(folder / name for name in names)
+
+
+def _index_file(folder: Path) -> Path | None:
+    found = sorted(folder.glob("*.safetensors.index.json"))
+    if len(found) > 1:
+        raise LoadError(f"'{folder}' has several indices ({', '.join(file.name for file in found)}); keep one")
+    return found[0] if found else None
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LoadError(f"'{index}' has no weight_map; download it again")
+    return weight_map
+
+
+def _check_index(path: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """An index and the headers of its shards must agree on which tensor is where."""
+    index = _index_file(path) if path.is_dir() else None
+    if index is None:
+        return
+    weight_map = _weight_map(index)
+    wrong = [n for n, shard in weight_map.items() if n not in entries or entries[n].file.name != shard]
+    if wrong:
+        raise LoadError(f"'{index}' says that '{wrong[0]}' is in '{weight_map[wrong[0]]}', but it is not")
