@@ -1,164 +1,211 @@
 """From Hydra's composed config to frozen dataclasses: the only place that knows `DictConfig`.
 
-Every setting is declared once, as a frozen dataclass beside the code that uses it. Hydra gets an unfrozen twin of
-each as its schema (a frozen structured config cannot be overridden at all); `to_run_config` converts the composed
-config back into the frozen classes, whose `__post_init__` checks single fields, and does the cross-field checks.
+Every setting is declared once, as a frozen dataclass beside the code that uses it (`settings.py` holds those of no
+plugin). `to_run_config` builds them from the composed config, whatever yaml it came from, and checks what depends on
+several fields; what it returns is resolved: devices, dtypes, skip lists, one backend for every component.
 Importing this module imports neither torch nor a quantization library.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import pkgutil
-import typing
-from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from qexp.devices import resolve_device
-from qexp.errors import ConfigError, choices
+from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.fields import check_known, convert, from_plain
 from qexp.offload.config import OffloadConfig
+from qexp.plugins import PLUGINS, plugin_config, plugin_module, plugin_names
+from qexp.settings import (
+    ComponentConfig,
+    IsolationConfig,
+    LoaderConfig,
+    MetricsConfig,
+    PathsConfig,
+    ReferenceConfig,
+    RunConfig,
+    SweepConfig,
+    TopLevelConfig,
+    TrackingConfig,
+)
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-RESUME_MODES = ("missing", "failed", "stale", "none")
-# group -> (package whose files are the options, the field that names the file)
-PLUGINS = {
-    "model": ("qexp.models", "source"),
-    "backend": ("qexp.quantizers", "quant_method"),
-    "task": ("qexp.tasks", "name"),
-}
+__all__ = [
+    "PLUGINS",
+    "ComponentConfig",
+    "IsolationConfig",
+    "LoaderConfig",
+    "MetricsConfig",
+    "OffloadConfig",
+    "PathsConfig",
+    "ReferenceConfig",
+    "RunConfig",
+    "SweepConfig",
+    "TopLevelConfig",
+    "TrackingConfig",
+    "plugin_module",
+    "plugin_names",
+    "run_config_from_container",
+    "to_run_config",
+]
 
-
-@dataclass(frozen=True)
-class MetricsConfig:
-    """names: the quality metrics to compute from the saved outputs."""
-
-    names: tuple[str, ...] = ("psnr_db", "ssim", "relative_l2", "cosine", "class_accuracy", "frechet_distance")
-
-
-@dataclass(frozen=True)
-class TrackingConfig:
-    """mode: offline (a .wandb file in the run folder), online, or none."""
-
-    mode: str = "offline"
-    project: str = "qexp"
-    entity: str | None = None
-    tags: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        _check_choice("tracking.mode", self.mode, ("offline", "online", "none"))
-
-
-@dataclass(frozen=True)
-class IsolationConfig:
-    """mode: process (each experiment in a process of its own) or inline (in this one, for debuggers)."""
-
-    mode: str = "process"
-    timeout_minutes: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_choice("isolation.mode", self.mode, ("process", "inline"))
-        if self.timeout_minutes is not None and self.timeout_minutes <= 0:
-            raise ConfigError(f"isolation.timeout_minutes={self.timeout_minutes} must be above 0, or null for no limit")
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # short name -> torch's
+PLANNED_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-@dataclass(frozen=True)
-class SweepConfig:
-    """name: folder below outputs/sweeps; notes: free text kept in the manifest."""
+def to_run_config(cfg: Any) -> RunConfig:
+    """Resolve a composed config (a DictConfig, or a plain mapping of the same shape) into a `RunConfig`.
 
-    name: str = "default"
-    notes: str | None = None
-
-
-@dataclass(frozen=True)
-class LoaderConfig:
-    """in_flight_mib: dense bytes read but not yet quantized (never less than the largest tensor);
-    workers: quantizing threads, null for one a core."""
-
-    in_flight_mib: int = 64
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.in_flight_mib < 1:
-            raise ConfigError(f"loader.in_flight_mib={self.in_flight_mib} must be 1 or more")
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"loader.workers={self.workers} must be 1 or more, or null for one a core")
-
-
-@dataclass(frozen=True)
-class ReferenceConfig:
-    """dtype: of the unquantized model that outputs are compared with; null is the checkpoint's own.
-    offload: strategy the reference is run with (it changes its memory, not its answer)."""
-
-    dtype: str | None = None
-    offload: str = "none"
-
-
-@dataclass(frozen=True)
-class PathsConfig:
-    outputs: str = "outputs"
+    Raises: ConfigError; UnsupportedError if the machine lacks the requested device.
+    """
+    top = from_plain(TopLevelConfig, _plain_settings(cfg))
+    model = plugin_config("model", top.model, "model")
+    device = _device(top.device, top.device_map)
+    skip_modules = _union(_patterns(top.skip_modules, "skip_modules"), model.skip_modules)
+    base = ComponentConfig(
+        backend=_backend(top.backend, "backend"),
+        skip_modules=skip_modules,
+        keep_in_fp32_modules=_union(top.keep_in_fp32_modules),
+        compute_dtype=_dtype(top.compute_dtype, "compute_dtype"),
+    )
+    names = plugin_module("model", model.source).COMPONENTS
+    _check_component_names(top.components, names)
+    components = {name: _component(base, top.components.get(name, {}), f"components.{name}") for name in names}
+    _check_streaming(top.low_cpu_mem_usage, components)
+    return RunConfig(
+        model=replace(model, skip_modules=()),  # its patterns are in the components now: one place, one run key
+        components=components,
+        offload=top.offload.resolved(device.partition(":")[0]),
+        task=plugin_config("task", top.task, "task"),
+        reference=replace(top.reference, dtype=_dtype(top.reference.dtype, "reference.dtype")),
+        device=device,
+        **{name: getattr(top, name) for name in ("metrics", "tracking", "isolation", "sweep", "loader", "paths")},
+        **{name: getattr(top, name) for name in ("seed", "resume")},
+    )
 
 
-@dataclass(frozen=True)
-class ComponentConfig:
-    """How one component of a model (a transformer, a text encoder) is quantized."""
+def run_config_from_container(container: Mapping[str, Any]) -> RunConfig:
+    """Read back what `RunConfig.to_container` wrote; nothing is resolved again.
 
-    backend: Any
-    skip_modules: tuple[str, ...] = ()
-    keep_in_fp32_modules: tuple[str, ...] = ()
-    compute_dtype: str | None = None
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """One experiment, completely resolved. `components` has every component that is loaded by our loader."""
-
-    model: Any
-    components: Mapping[str, ComponentConfig]
-    offload: OffloadConfig
-    task: Any
-    metrics: MetricsConfig
-    tracking: TrackingConfig
-    isolation: IsolationConfig
-    sweep: SweepConfig
-    loader: LoaderConfig
-    reference: ReferenceConfig
-    paths: PathsConfig
-    device: str
-    seed: int
-    resume: str
+    Raises: ConfigError if the container has other fields than this version writes.
+    """
+    values = dict(container)
+    for group in ("model", "task"):
+        values[group] = plugin_config(group, values.get(group), group)
+    components = {
+        name: from_plain(ComponentConfig, component, f"components.{name}")
+        for name, component in values.get("components", {}).items()
+    }
+    values["components"] = {
+        name: replace(component, backend=plugin_config("backend", component.backend, f"components.{name}.backend"))
+        for name, component in components.items()
+    }
+    config: RunConfig = from_plain(RunConfig, values)
+    return config
 
 
-@dataclass(frozen=True)
-class TopLevelConfig:
-    """The scalars at the top of config.yaml, and a place for every group."""
+def _plain_settings(cfg: Any) -> dict[str, Any]:
+    """Interpolations resolved, Hydra's own node left out."""
+    if isinstance(cfg, dict):
+        return {str(key): value for key, value in cfg.items() if key != "hydra"}
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-    model: Any = None
-    backend: Any = None
-    offload: OffloadConfig = field(default_factory=OffloadConfig)
-    task: Any = None
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    isolation: IsolationConfig = field(default_factory=IsolationConfig)
-    sweep: SweepConfig = field(default_factory=SweepConfig)
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-    paths: PathsConfig = field(default_factory=PathsConfig)
-    components: dict[str, Any] = field(default_factory=dict)
-    compute_dtype: str | None = None
-    device: str = "auto"
-    device_map: Any = None
-    skip_modules: Any = ()
-    keep_in_fp32_modules: tuple[str, ...] = ()
-    low_cpu_mem_usage: bool = True
-    seed: int = 0
-    resume: str = "missing"
+    settings: dict[str, Any] = {}
+    for name in (key for key in cfg if key != "hydra"):
+        try:
+            node = cfg[name]
+            is_group = OmegaConf.is_config(node)
+            settings[name] = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if is_group else node
+        except MissingMandatoryValue as error:
+            raise ConfigError(f"{error.full_key or name} is missing (???); give it a value") from error
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{error.full_key or name} does not resolve: {error.msg or error}") from error
+    return settings
 
 
-def plugin_names(group: str) -> list[str]:
-    """The options of a plugin group: the modules of its package that declare a `Config`."""
-    package = importlib.import_module(PLUGINS[group][0])
-    names = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
-    return [name for name in names if hasattr(importlib.import_module(f"{package.__name__}.{name}"), "Config")]
+def _device(device: str, device_map: Any) -> str:
+    """The one device of `device` and `device_map`, which mean the same as long as a model has one device."""
+    if device_map is None:
+        return resolve_device(device)
+    named = device_map.get("") if isinstance(device_map, Mapping) and len(device_map) == 1 else device_map
+    if isinstance(named, int) and not isinstance(named, bool):
+        named = f"cuda:{named}"
+    if isinstance(named, Mapping) or named is None or named in PLANNED_DEVICE_MAPS:
+        raise ConfigError(
+            f"device_map={device_map} spreads a model over several devices, and models are kept on one; "
+            "use device_map=null with device=auto, cpu or cuda:<index>, or offload=block if it does not fit"
+        )
+    resolved = resolve_device(str(named), place="device_map")
+    if device != "auto" and resolve_device(device) != resolved:
+        raise ConfigError(f"device_map={device_map} and device={device} disagree; set one and leave the other alone")
+    return resolved
+
+
+def _dtype(name: str | None, place: str) -> str | None:
+    dtype = DTYPES.get(name, name) if name else name
+    if dtype is not None and dtype not in DTYPES.values():
+        names = [*DTYPES, *DTYPES.values()]
+        raise ConfigError(f"{place}={name} is no dtype to compute in{did_you_mean(name, names)}; use {choices(names)}")
+    return dtype
+
+
+def _backend(values: Any, place: str) -> Any:
+    """A backend's frozen config, its dtypes to compute in spelled as torch does."""
+    backend = plugin_config("backend", values, place)
+    names = [item.name for item in fields(backend) if item.name.endswith("compute_dtype")]
+    return replace(backend, **{name: _dtype(getattr(backend, name), f"{place}.{name}") for name in names})
+
+
+def _patterns(value: Any, place: str) -> tuple[str, ...]:
+    """Skip patterns: a list, or "@file" with one pattern a line and # comments."""
+    if not isinstance(value, str):
+        patterns: tuple[str, ...] = convert(tuple[str, ...], value, place)
+        return patterns
+    if not value.startswith("@"):
+        raise ConfigError(f"{place}={value} must be a list, such as [{value}], or @file with one pattern a line")
+    try:
+        lines = Path(value[1:]).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        remedy = f"give a path from {Path.cwd()}, or a list of patterns"
+        raise ConfigError(f"{place}={value} cannot be read: {reason}; {remedy}") from error
+    return tuple(pattern for line in lines if (pattern := line.partition("#")[0].strip()))
+
+
+def _union(*lists: tuple[str, ...]) -> tuple[str, ...]:
+    """Sorted, since order means nothing: the same patterns are the same experiment."""
+    return tuple(sorted({pattern for patterns in lists for pattern in patterns}))
+
+
+def _check_component_names(names: Iterable[str], known: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise ConfigError(f"components.{name} is no component of this model{hint}; it has {choices(known)}")
+
+
+def _component(base: ComponentConfig, values: Any, place: str) -> ComponentConfig:
+    """The base settings with what `components.<name>` says instead."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{place}={values} must be a group of fields, such as {place}.compute_dtype=bf16")
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        check_known(f"{place}.{name}", str(name), [item.name for item in fields(ComponentConfig)])
+        if name == "backend":
+            changes[name] = _backend(value, f"{place}.backend")
+        elif name == "compute_dtype":
+            changes[name] = _dtype(convert(str | None, value, f"{place}.{name}"), f"{place}.{name}")
+        else:
+            changes[str(name)] = _union(_patterns(value, f"{place}.{name}"))
+    return replace(base, **changes)
+
+
+def _check_streaming(low_cpu_mem_usage: bool, components: Mapping[str, ComponentConfig]) -> None:
+    quantized = [name for name, component in components.items() if component.backend.quant_method != "none"]
+    if quantized and not low_cpu_mem_usage:
+        raise ConfigError(
+            f"low_cpu_mem_usage=false cannot be combined with quantization (of {choices(quantized)}): there is only "
+            "the streaming path, which never holds the dense model; use low_cpu_mem_usage=true, or backend=none"
+        )

@@ -28,7 +28,7 @@ def cuda_device_count() -> int:
     return count.value
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, place: str = "device") -> str:
     """'auto' -> 'cuda:0' or 'cpu'; 'cuda' -> 'cuda:0'. Raises ConfigError, or UnsupportedError without a GPU."""
     count = cuda_device_count()
     if device == "auto":
@@ -37,7 +37,8 @@ def resolve_device(device: str) -> str:
         return device
     kind, _, index = device.partition(":")
     if kind != "cuda" or not (index.isdigit() or device == "cuda"):
-        raise ConfigError(f"device={device!r} is unknown; use auto, cpu, cuda or cuda:<index>")
+        raise ConfigError(f"{place}={device} is unknown; use auto, cpu, cuda or cuda:<index>")
     if int(index or 0) >= count:
-        raise UnsupportedError(f"device={device!r} needs a CUDA device; here: {count}. Use device=cpu or device=auto")
+        here = f"this machine has {count}" if count else "this machine, or its torch build, has none"
+        raise UnsupportedError(f"{place}={device} needs CUDA device {int(index or 0)}, and {here}; use cpu or auto")
     return f"cuda:{int(index or 0)}"

@@ -1,5 +1,10 @@
 """The errors a user can meet. Each message names value, rule, place and remedy; `reason` goes into status.json."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class QexpError(Exception):
     """An error whose message is meant for the user: it is shown without a traceback."""
@@ -33,7 +38,15 @@ class DiskError(QexpError, OSError):
     reason = "disk"
 
 
-def choices(names: object) -> str:
+def choices(names: Iterable[object]) -> str:
     """'a, b or c', for the remedy part of a message."""
-    words = sorted(str(name) for name in names)  # type: ignore[attr-defined]
+    words = sorted(str(name) for name in names)
+    if not words:
+        return "nothing"
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def did_you_mean(name: object, names: Iterable[object]) -> str:
+    """' (did you mean seed?)' if one of `names` is close to what was written, else ''; goes right behind the value."""
+    near = difflib.get_close_matches(str(name), [str(word) for word in names], n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -1,0 +1,92 @@
+"""Typed dataclasses from plain containers and back, checked field by field.
+
+Hydra's schemas check most of this while composing, but a yaml that inherits no schema, and a stored config.yaml,
+reach the program only through here.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from typing import Any
+
+from qexp.errors import ConfigError, choices, did_you_mean
+
+WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The resolved type of every field of a dataclass, in order."""
+    hints = typing.get_type_hints(cls)
+    return {item.name: hints[item.name] for item in fields(cls)}
+
+
+def from_plain(cls: type, values: Any, place: str = "") -> Any:
+    """Build a dataclass from a mapping; `place` is its dotted path in the config, for messages.
+
+    Raises: ConfigError for an unknown or missing field, or a value of another type.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{place or 'the configuration'}={values} must be a group of {choices(field_types(cls))}")
+    expected = field_types(cls)
+    prefix = f"{place}." if place else ""
+    for name in values:
+        check_known(prefix + str(name), str(name), list(expected))
+    for item in fields(cls):
+        if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
+            raise ConfigError(f"{prefix}{item.name} is missing; give it a value")
+    return cls(**{name: convert(expected[name], value, prefix + name) for name, value in values.items()})
+
+
+def check_known(place: str, name: str, names: list[str]) -> None:
+    if name not in names:
+        raise ConfigError(f"{place} is not a known field{did_you_mean(name, names)}; valid here: {choices(names)}")
+
+
+def convert(hint: Any, value: Any, place: str) -> Any:
+    """`value` as the type `hint` (scalars, unions with None, tuples, dicts, dataclasses), or ConfigError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else convert(_only_type(arguments), value, place)
+    if is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else from_plain(hint, value, place)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(convert(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value))
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        return {str(key): convert(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise ConfigError(f"{place}={value!r} must be {describe(hint)}")
+
+
+def describe(hint: Any) -> str:
+    """A type in a user's words: 'an integer, or null'."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return f"{describe(_only_type(typing.get_args(hint)))}, or null"
+    if origin is tuple:
+        return "a list, such as [a,b]"
+    return "a group of fields" if origin in (dict, Mapping) or is_dataclass(hint) else WORDS.get(hint, str(hint))
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses to dicts and tuples to lists, all the way down."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _only_type(arguments: tuple[Any, ...]) -> Any:
+    """The X of `X | None`; a field with two other types would need a rule of its own here."""
+    (kind,) = [argument for argument in arguments if argument is not type(None)]
+    return kind

@@ -1,0 +1,177 @@
+"""The settings that belong to no plugin, as frozen dataclasses; `RunConfig` is one experiment, completely resolved.
+
+Backends, model sources and tasks declare theirs beside the code that uses them. A field's `__post_init__` checks it
+alone; what depends on several fields is checked in `config.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.fields import to_plain
+from qexp.offload.config import STRATEGIES, OffloadConfig
+
+RESUME_MODES = ("missing", "failed", "stale", "none")
+QUALITY_METRICS = ("psnr_db", "ssim", "relative_l2", "cosine", "class_accuracy", "frechet_distance")
+
+
+def check_choice(place: str, value: object, names: tuple[str, ...]) -> None:
+    if value not in names:
+        raise ConfigError(f"{place}={value} is unknown{did_you_mean(value, names)}; use {choices(names)}")
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """names: the quality metrics to compute from the saved outputs."""
+
+    names: tuple[str, ...] = QUALITY_METRICS
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            check_choice("metrics.names", name, QUALITY_METRICS)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """mode: offline (a .wandb file in the run folder), online, or none."""
+
+    mode: str = "offline"
+    project: str = "qexp"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("tracking.mode", self.mode, ("offline", "online", "none"))
+
+
+@dataclass(frozen=True)
+class IsolationConfig:
+    """mode: process (each experiment in a process of its own) or inline (in this one, for debuggers)."""
+
+    mode: str = "process"
+    timeout_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("isolation.mode", self.mode, ("process", "inline"))
+        if self.timeout_minutes is None:
+            return
+        if self.timeout_minutes <= 0:
+            raise ConfigError(f"isolation.timeout_minutes={self.timeout_minutes} must be above 0, or null for no limit")
+        if self.mode == "inline":
+            raise ConfigError(
+                f"isolation.timeout_minutes={self.timeout_minutes} needs a process to end, but isolation.mode=inline "
+                "has none; use isolation=process, or isolation.timeout_minutes=null"
+            )
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """name: folder below outputs/sweeps; notes: free text kept in the manifest."""
+
+    name: str = "default"
+    notes: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name.startswith(".") or "/" in self.name:
+            raise ConfigError(f"sweep.name={self.name!r} must be a folder's name: not empty, without /, no . in front")
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """in_flight_mib: dense bytes read but not yet quantized (never less than the largest tensor);
+    workers: quantizing threads, null for one a core."""
+
+    in_flight_mib: int = 64
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.in_flight_mib < 1:
+            raise ConfigError(f"loader.in_flight_mib={self.in_flight_mib} must be 1 or more")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"loader.workers={self.workers} must be 1 or more, or null for one a core")
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """dtype: of the unquantized model that outputs are compared with; null is the checkpoint's own.
+    offload: strategy the reference is run with (it changes its memory, not its answer)."""
+
+    dtype: str | None = None
+    offload: str = "none"
+
+    def __post_init__(self) -> None:
+        check_choice("reference.offload", self.offload, STRATEGIES)
+
+
+@dataclass(frozen=True)
+class PathsConfig:
+    """outputs: where runs, references and sweeps are kept."""
+
+    outputs: str = "outputs"
+
+
+@dataclass(frozen=True)
+class ComponentConfig:
+    """How one component of a model (a transformer, a text encoder) is quantized."""
+
+    backend: Any
+    skip_modules: tuple[str, ...] = ()
+    keep_in_fp32_modules: tuple[str, ...] = ()
+    compute_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One experiment, completely resolved. `components` has every component that is loaded by our loader."""
+
+    model: Any
+    components: Mapping[str, ComponentConfig]
+    offload: OffloadConfig
+    task: Any
+    metrics: MetricsConfig
+    tracking: TrackingConfig
+    isolation: IsolationConfig
+    sweep: SweepConfig
+    loader: LoaderConfig
+    reference: ReferenceConfig
+    paths: PathsConfig
+    device: str
+    seed: int
+    resume: str
+
+    def to_container(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars that YAML and JSON can hold; `run_config_from_container` reads them."""
+        container: dict[str, Any] = to_plain(self)
+        return container
+
+
+@dataclass(frozen=True)
+class TopLevelConfig:
+    """The scalars at the top of config.yaml, and a place for every group."""
+
+    model: Any = None
+    backend: Any = None
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    task: Any = None
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    isolation: IsolationConfig = field(default_factory=IsolationConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    components: dict[str, Any] = field(default_factory=dict)
+    compute_dtype: str | None = None
+    device: str = "auto"
+    device_map: Any = None
+    skip_modules: Any = ()
+    keep_in_fp32_modules: tuple[str, ...] = ()
+    low_cpu_mem_usage: bool = True
+    seed: int = 0
+    resume: str = "missing"
+
+    def __post_init__(self) -> None:
+        check_choice("resume", self.resume, RESUME_MODES)
