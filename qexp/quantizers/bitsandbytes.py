@@ -1,16 +1,38 @@
 """bitsandbytes: NF4 and FP4 blockwise 4-bit weights, and LLM.int8 with its outlier threshold.
 
+4-bit: blocks of 64 consecutive weights share an absmax (fp32); each weight becomes the nearest of 16 code values,
+two to a byte. Double quantization stores the absmaxes themselves in 8 bits, in blocks of 256 around their mean.
+8-bit: each row is scaled by its absmax to -127..127; at run time, input columns with a value above
+`llm_int8_threshold` are computed in 16 bits.
+
+On CPUs with AVX512-BF16 the library would repack a 4-bit weight in place on its first forward, for a kernel that it
+fetches from a hub. Both are turned off: a weight's bytes do not depend on the machine or on whether it has run.
+
 Fields carry the names and defaults of upstream's `BitsAndBytesConfig`. Sources: arXiv:2305.14314 (NF4, double
 quantization), arXiv:2208.07339 (LLM.int8).
 """
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError, choices
+from qexp.quantizers import base
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 TYPES_4BIT = ("fp4", "nf4")
+BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
+NESTED_CODE_BYTES = 256 * 4
+CODE_BYTES = 16 * 4
 
 
 @dataclass(frozen=True)
@@ -35,5 +57,173 @@ class BitsAndBytesConfig:
         if self.llm_int8_threshold < 0:
             raise ConfigError(f"backend.llm_int8_threshold={self.llm_int8_threshold} must be 0 or more")
 
+    def ignored_fields(self) -> set[str]:
+        """Fields without effect on this configuration; they are left out of the run key."""
+        if self.load_in_4bit:
+            return {"llm_int8_threshold"}
+        return {"bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}
+
+
+class BitsAndBytesQuantizer(base.Quantizer):
+    config: BitsAndBytesConfig
+    required_packages: ClassVar[Mapping[str, str]] = {"bitsandbytes": "0.50"}
+
+    @property
+    def skip_modules(self) -> tuple[str, ...]:
+        return self.config.llm_int8_skip_modules
+
+    def validate_environment(self, device: torch.device) -> None:
+        super().validate_environment(device)
+        if not (self.config.load_in_4bit or self.config.load_in_8bit):
+            raise ConfigError(
+                "backend.load_in_4bit and backend.load_in_8bit are both false, so nothing would be quantized; "
+                "set one, or use backend=none"
+            )
+        _library()
+
+    def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
+        return "bitsandbytes needs an even in_features" if spec.shape[1] % 2 else None
+
+    def preprocess_model(self, model: nn.Module, names: Sequence[str], compute_dtype: torch.dtype) -> None:
+        import torch
+
+        own = self.config.bnb_4bit_compute_dtype
+        dtype_4bit = compute_dtype if own is None else getattr(torch, own)
+        for name in names:
+            linear = model.get_submodule(name)
+            new = self._linear_4bit(linear, dtype_4bit) if self.config.load_in_4bit else self._linear_8bit(linear)
+            new.requires_grad_(False)
+            base.replace_module(model, name, new.train(linear.training))
+
+    def _linear_4bit(self, linear: Any, compute_dtype: torch.dtype) -> nn.Module:
+        new = _library().nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=compute_dtype,
+            compress_statistics=self.config.bnb_4bit_use_double_quant,
+            quant_type=self.config.bnb_4bit_quant_type,
+            device="meta",
+        )
+        new.support_avx512bf16_for_cpu = False  # see the module's docstring
+        return new
+
+    def _linear_8bit(self, linear: Any) -> nn.Module:
+        return _library().nn.Linear8bitLt(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            has_fp16_weights=False,
+            threshold=self.config.llm_int8_threshold,
+            device="meta",
+        )
+
+    def quantized_nbytes(self, spec: base.WeightSpec) -> int:
+        if self.config.load_in_8bit:
+            return spec.numel + 4 * spec.shape[0]
+        blocks = math.ceil(spec.numel / BLOCK_SIZE)
+        packed = math.ceil(spec.numel / 2) + CODE_BYTES
+        if not self.config.bnb_4bit_use_double_quant:
+            return packed + 4 * blocks
+        return packed + blocks + 4 * math.ceil(blocks / NESTED_BLOCK_SIZE) + NESTED_CODE_BYTES + 4  # 4: the offset
+
+    def create_quantized_param(
+        self, spec: base.WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
+    ) -> nn.Parameter:
+        create = self._create_4bit if self.config.load_in_4bit else self._create_8bit
+        return create(spec, sources[0], device)
+
+    def _create_4bit(self, spec: base.WeightSpec, weight: Tensor, device: torch.device) -> nn.Parameter:
+        import torch
+
+        functional, quant_type = _library().functional, self.config.bnb_4bit_quant_type
+        packed = torch.empty(math.ceil(spec.numel / 2), 1, dtype=torch.uint8, device=device)
+        absmax = torch.empty(math.ceil(spec.numel / BLOCK_SIZE), dtype=torch.float32, device=device)
+        rows_a_block = BLOCK_SIZE // math.gcd(spec.shape[1], BLOCK_SIZE)
+        for rows, part in base.row_slices(spec, weight, device, rows_a_block):
+            bytes_, state = functional.quantize_4bit(part, blocksize=BLOCK_SIZE, quant_type=quant_type)
+            first = rows.start * spec.shape[1]
+            packed[first // 2 : first // 2 + len(bytes_)] = bytes_
+            absmax[first // BLOCK_SIZE : first // BLOCK_SIZE + len(state.absmax)] = state.absmax
+        offset, state2 = None, None
+        if self.config.bnb_4bit_use_double_quant:
+            offset = absmax.mean()
+            absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+        state = functional.QuantState(
+            absmax=absmax,
+            shape=torch.Size(spec.shape),
+            dtype=spec.dtype,
+            blocksize=BLOCK_SIZE,
+            code=functional.get_4bit_type(quant_type, device=device),
+            quant_type=quant_type,
+            offset=offset,
+            state2=state2,
+        )
+        return _library().nn.Params4bit(
+            packed,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=BLOCK_SIZE,
+            compress_statistics=self.config.bnb_4bit_use_double_quant,
+            quant_type=quant_type,
+            bnb_quantized=True,
+        )
+
+    def _create_8bit(self, spec: base.WeightSpec, weight: Tensor, device: torch.device) -> nn.Parameter:
+        import torch
+
+        half = base.WeightSpec(spec.module, spec.shape, torch.float16)  # the library quantizes from fp16 alone
+        rows_of = base.RowAssembler(spec.shape[0])
+        for rows, part in base.row_slices(half, weight, device):
+            values, scale, _ = _library().functional.int8_vectorwise_quant(part)
+            rows_of.add(rows, {"CB": values, "SCB": scale})
+        values, scale = rows_of.inner["CB"], rows_of.inner["SCB"]
+        param = _library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
+        param.quantized_from = spec.dtype
+        return param
+
+    def is_quantized(self, module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        if isinstance(module, _library().nn.Linear4bit):
+            return getattr(weight, "quant_state", None) is not None
+        return isinstance(module, _library().nn.Linear8bitLt) and _int8_state(module)[0] is not None
+
+    def dequantize_param(self, param: Any) -> Tensor:
+        functional = _library().functional
+        if isinstance(param, _library().nn.Params4bit):
+            return functional.dequantize_4bit(param.data, param.quant_state)
+        return functional.int8_vectorwise_dequant(param.CB, param.SCB).to(param.quantized_from)
+
+    def dequantize(self, model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, _library().nn.Linear8bitLt) and module.weight.CB is None:
+                module.weight.CB, module.weight.SCB = _int8_state(module)  # a forward has moved them
+        return super().dequantize(model)
+
+
+def _int8_state(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    """(values, scales) of an 8-bit layer: on its weight before the first forward, on its state after it."""
+    if module.weight.CB is not None:
+        return module.weight.CB, module.weight.SCB
+    return module.state.CB, module.state.SCB
+
+
+@cache
+def _library() -> Any:
+    """The library, imported without its look-up of kernels on a hub."""
+    absent = object()
+    kernels = sys.modules.get("kernels", absent)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # an import of it now raises ImportError
+    try:
+        with base.quiet("bitsandbytes"):
+            import bitsandbytes
+    finally:
+        if kernels is absent:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = kernels  # type: ignore[assignment]
+    return bitsandbytes
+
 
 Config = BitsAndBytesConfig
+Quantizer = BitsAndBytesQuantizer

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qexp.quantizers import base
+
 
 @dataclass(frozen=True)
 class NoneConfig:
@@ -11,4 +13,9 @@ class NoneConfig:
     label: str | None = None
 
 
+class NoneQuantizer(base.Quantizer):
+    """Quantizes nothing; every hook keeps its default."""
+
+
 Config = NoneConfig
+Quantizer = NoneQuantizer

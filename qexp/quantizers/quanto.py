@@ -1,12 +1,31 @@
-"""optimum-quanto: int8, int4, int2 and float8 weights."""
+"""optimum-quanto: int8, int4, int2 and float8 weights in `QLinear` modules.
+
+int8 and float8: symmetric, one scale a row. int4 and int2: affine, a scale and a shift for each group of 128 weights
+(96, 64 or 32 where 128 does not divide a row; one group a row where none does), packed below a byte. Scales have the
+dtype that the weight is quantized from.
+
+Unpacking int4 and int2 on a CPU would make the library compile a C++ extension into site-packages; a few lines of
+PyTorch that give the same result are put in the extension's place.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError, choices
+from qexp.quantizers import base
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 WEIGHTS_DTYPES = ("int8", "int4", "int2", "float8")
+ACTIVATION_SCALES = ("input_scale", "output_scale")
 
 
 @dataclass(frozen=True)
@@ -21,4 +40,120 @@ class QuantoConfig:
             raise ConfigError(f"backend.weights_dtype={self.weights_dtype!r} is unknown; use {choices(WEIGHTS_DTYPES)}")
 
 
+class QuantoQuantizer(base.Quantizer):
+    config: QuantoConfig
+    required_packages: ClassVar[Mapping[str, str]] = {"optimum-quanto": "0.2.7"}
+
+    def preprocess_model(self, model: nn.Module, names: Sequence[str], compute_dtype: torch.dtype) -> None:
+        quanto = _library()
+        for name in names:
+            linear = model.get_submodule(name)
+            new = quanto.QLinear(
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                dtype=compute_dtype,
+                device="meta",
+                weights=self._qtype,
+            )
+            new.requires_grad_(False)
+            base.replace_module(model, name, new.train(linear.training))
+
+    @property
+    def _qtype(self) -> Any:
+        return getattr(_library(), f"q{self.config.weights_dtype}")
+
+    def quantized_nbytes(self, spec: base.WeightSpec) -> int:
+        scales = spec.shape[0] if self._bits == 8 else 2 * spec.numel // group_size(spec.shape[1])
+        rows = spec.shape[0] if self._bits == 8 else spec.numel // group_size(spec.shape[1])
+        packed_rows = math.ceil(rows * self._bits / 8)
+        return packed_rows * (spec.numel // rows) + scales * spec.dtype.itemsize
+
+    @property
+    def _bits(self) -> int:
+        return {"int4": 4, "int2": 2}.get(self.config.weights_dtype, 8)
+
+    def create_quantized_param(
+        self, spec: base.WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
+    ) -> nn.Parameter:
+        import torch
+
+        create = self._create_8bit if self._bits == 8 else self._create_packed
+        return torch.nn.Parameter(create(spec, sources[0], device), requires_grad=False)
+
+    def _create_8bit(self, spec: base.WeightSpec, weight: Tensor, device: torch.device) -> Tensor:
+        import torch
+
+        qtype, rows_of = self._qtype, base.RowAssembler(spec.shape[0])
+        axis = None if spec.shape[0] == 1 else 0  # the library's rule
+        for rows, part in base.row_slices(spec, weight, device):
+            scale = _library().AbsmaxOptimizer()(part, qtype=qtype, axis=axis)
+            data = torch.ops.quanto.quantize_symmetric(part, dtype=qtype.dtype, axis=axis, scale=scale)
+            rows_of.add(rows, {"data": data, "scale": scale.reshape(-1, 1)})
+        inner, scale = rows_of.inner, rows_of.inner["scale"]
+        return _library().WeightQBytesTensor.create(
+            qtype, axis, spec.shape, (spec.shape[1], 1), inner["data"], scale if axis == 0 else scale.squeeze()
+        )
+
+    def _create_packed(self, spec: base.WeightSpec, weight: Tensor, device: torch.device) -> Tensor:
+        import torch
+
+        qtype, rows_of, size = self._qtype, base.RowAssembler(spec.shape[0]), group_size(spec.shape[1])
+        for rows, part in base.row_slices(spec, weight, device):
+            scale, shift = _library().MaxOptimizer()(part, qtype=qtype, axis=0, group_size=size)
+            data = torch.ops.quanto.quantize_affine(
+                part, bits=qtype.bits, axis=0, group_size=size, scale=scale, shift=shift
+            )
+            rows_of.add(rows, {"data": data, "scale": scale, "shift": shift})
+        inner = rows_of.inner
+        return _library().WeightQBitsTensor.create(
+            qtype, 0, size, torch.Size(spec.shape), (spec.shape[1], 1), inner["data"], inner["scale"], inner["shift"]
+        )
+
+    def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
+        return [key for key in missing if key.rpartition(".")[2] not in ACTIVATION_SCALES]
+
+    def is_quantized(self, module: nn.Module) -> bool:
+        return isinstance(module, _library().QLinear) and isinstance(module.weight, _library().QTensor)
+
+    def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
+        import torch
+
+        for module in model.modules():
+            if isinstance(module, _library().QLinear):
+                for name in ACTIVATION_SCALES:  # 1: activations are not quantized
+                    setattr(module, name, torch.ones_like(getattr(module, name), device=device))
+
+    def dequantize_param(self, param: Any) -> Tensor:
+        return param.dequantize()
+
+
+def group_size(in_features: int) -> int:
+    """Weights that share a scale in int4 and int2: the library's rule for a row of `in_features` weights."""
+    return next((size for size in (128, 96, 64, 32) if size < in_features and in_features % size == 0), in_features)
+
+
+@cache
+def _library() -> Any:
+    """The library, with its compiled extension replaced by `unpack`."""
+    with base.quiet("diffusers", "torch.utils._pytree"):  # the library imports diffusers where it is installed
+        from optimum import quanto
+        from optimum.quanto.library.extensions.cpp import ext
+
+    ext._lib = SimpleNamespace(unpack=unpack)
+    return quanto
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Values of `bits` bits out of bytes: uint8 [rows, ...] -> uint8 [rows * 8 / bits, ...].
+
+    The values of a byte lie `rows` apart: the lowest bits hold the first part of the rows.
+    """
+    import torch
+
+    mask = 2**bits - 1
+    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
+
+
 Config = QuantoConfig
+Quantizer = QuantoQuantizer

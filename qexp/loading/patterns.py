@@ -1,0 +1,59 @@
+"""The one skip rule: dotted patterns over module names, anchored at segment borders.
+
+`*` stands for one segment and `**` for any number of them, none included. A pattern covers the module it names and
+everything below it: `blocks.0.attn` covers `blocks.0.attn.to_q`, and never `extra_blocks.0.attn`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from functools import cache
+
+from qexp.errors import ConfigError
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    regex, separator = "", ""
+    for segment in pattern.split("."):
+        if segment == "**":
+            regex += rf"(?:{separator}[^.]+)*" if separator else r"(?:[^.]+(?:\.|$))*"
+            continue
+        regex += separator + re.escape(segment).replace(r"\*", "[^.]*")
+        separator = r"\."
+    return re.compile(regex + r"(?:\..*)?")
+
+
+def covers(pattern: str, name: str) -> bool:
+    """Whether `pattern` covers the module `name`, or a module above it."""
+    return _compiled(pattern).fullmatch(name) is not None
+
+
+def covering(patterns: Iterable[str], name: str) -> str | None:
+    """The first of `patterns` that covers `name`."""
+    return next((pattern for pattern in patterns if covers(pattern, name)), None)
+
+
+def anywhere(name: str) -> str:
+    """The pattern of a `_keep_in_fp32_modules` entry: a module of that name at any depth."""
+    return f"**.{name}"
+
+
+def check_patterns(patterns: Iterable[str], names: Iterable[str], place: str) -> None:
+    """Raises ConfigError for a pattern that covers none of the module names, with the nearest names."""
+    known = [name for name in names if name]
+    for pattern in patterns:
+        if any(covers(pattern, name) for name in known):
+            continue
+        near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5)
+        near += [name for name in known if name.split(".")[-1] == pattern.split(".")[-1]][: 3 - len(near)]
+        hint = f"did you mean {', '.join(dict.fromkeys(near))}?" if near else f"top-level modules are {_top(known)}"
+        raise ConfigError(
+            f"{place}: the pattern {pattern!r} matches no module; {hint} ('**.name' matches at any depth)"
+        )
+
+
+def _top(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(name.split(".")[0] for name in names))

@@ -1,0 +1,218 @@
+"""What a quantization backend provides: the hooks of the quantize-on-load lifecycle.
+
+A backend is one file in this folder. It declares `Config`, a frozen dataclass whose `quant_method` is the file's name,
+and `Quantizer`, a subclass of the class below. Neither may import torch or its library at module level: the process
+that composes experiments reads the configs and must stay light.
+
+Weights reach a quantizer one by one, on worker threads. `create_quantized_param` gets the dense tensors and returns a
+parameter; it never sees the model. Library kernels need several times their input in temporary memory, so it feeds
+them `row_slices` of a few hundred thousand weights, which also stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from packaging.version import Version
+
+from qexp.errors import LoadError, MissingLibraryError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+SLICE_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights a library kernel is given at a time
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A linear weight to quantize: its module's dotted name, its shape [out, in], the dtype it is quantized from."""
+
+    module: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+class Quantizer:
+    """The hooks, in the order in which a load calls them. The defaults quantize nothing."""
+
+    required_packages: ClassVar[Mapping[str, str]] = {}  # package -> lowest version that works
+    requires_calibration: ClassVar[bool] = False
+    is_serializable: ClassVar[bool] = True
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    def quantization_method(self) -> str:
+        return str(self.config.quant_method)
+
+    @property
+    def skip_modules(self) -> tuple[str, ...]:
+        """Patterns from the backend's own field for layers to leave alone."""
+        return tuple(getattr(self.config, "modules_to_not_convert", ()))
+
+    def validate_environment(self, device: torch.device) -> None:
+        """Raises MissingLibraryError or UnsupportedError before a byte is read."""
+        for package, lowest in self.required_packages.items():
+            try:
+                found = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                found = None
+            if found is None or Version(found) < Version(lowest):
+                raise MissingLibraryError(
+                    f"backend.quant_method={self.quantization_method} needs {package} >= {lowest}; "
+                    f"found {found or 'none'}. Install it: pip install '{package}>={lowest}'"
+                )
+
+    def update_torch_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The compute dtype this backend works with, given the one asked for."""
+        return dtype
+
+    def reason_to_skip(self, spec: WeightSpec) -> str | None:
+        """Why this format cannot hold a weight of this shape, or None. Raises ConfigError where a setting is wrong."""
+        return None
+
+    def preprocess_model(self, model: nn.Module, names: Sequence[str], compute_dtype: torch.dtype) -> None:
+        """Swap the modules of these names, all on meta, for ones that hold quantized weights."""
+
+    def quantized_nbytes(self, spec: WeightSpec) -> int:
+        """Exact bytes of the quantized weight, scales and other inner tensors included."""
+        raise NotImplementedError
+
+    def create_quantized_param(
+        self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
+    ) -> nn.Parameter:
+        """Quantize one dense weight, sources[0], on `device`. Called from worker threads, without grad.
+
+        companions: tensors stored beside a quantized weight, by suffix; empty when quantizing.
+        """
+        raise NotImplementedError
+
+    def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
+        """Drop the keys that a checkpoint need not have because `postprocess_model` sets them."""
+        return list(missing)
+
+    def is_quantized(self, module: nn.Module) -> bool:
+        """Whether this module holds a quantized weight (asked by the audit)."""
+        return False
+
+    def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
+        """Whatever is left to set once every weight is in place."""
+
+    def dequantize_param(self, param: Tensor) -> Tensor:
+        """The dense weight [out, in] that a quantized parameter stands for."""
+        raise NotImplementedError
+
+    def dequantize(self, model: nn.Module) -> nn.Module:
+        """Put ordinary linear layers back, in the dtype the weights were quantized from, in place."""
+        import torch
+
+        for name, module in list(model.named_modules()):
+            if not self.is_quantized(module):
+                continue
+            with torch.no_grad():
+                weight = self.dequantize_param(module.weight)
+            replace_module(model, name, dense_linear(module, weight))
+        return model
+
+
+def load_quantizer(config: Any) -> Quantizer:
+    """The quantizer that belongs to a backend config."""
+    quantizer: Quantizer = importlib.import_module(f"qexp.quantizers.{config.quant_method}").Quantizer(config)
+    return quantizer
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Hold back the warnings of these loggers, while a library is imported that warns of what does not matter here."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def dense_linear(module: nn.Module, weight: Tensor) -> nn.Linear:
+    """An ordinary linear layer around a dense weight and the bias of `module`."""
+    import torch
+    from torch import nn
+
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    bias = module.bias
+    linear.bias = (
+        None if not isinstance(bias, torch.Tensor) else nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+    )
+    return linear.train(module.training)
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the module called `name` (dotted; not the model itself)."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def row_slices(
+    spec: WeightSpec, weight: Tensor, device: torch.device, rows_multiple: int = 1
+) -> Iterator[tuple[slice, Tensor]]:
+    """A dense weight in slices of whole rows, on `device`, in the dtype it is quantized from.
+
+    Every slice but the last has a multiple of `rows_multiple` rows; a slice has one row only if the weight has.
+    Raises LoadError for a weight that is not finite, also when it leaves the range of `spec.dtype`.
+    """
+    import torch
+
+    rows, columns = spec.shape
+    step = max(SLICE_WEIGHTS.get(device.type, 1 << 18) // max(columns, 1), 2)
+    step = math.ceil(step / rows_multiple) * rows_multiple
+    start = 0
+    while start < rows:
+        stop = rows if rows - start <= step + 1 else start + step
+        part = weight[start:stop].to(device).to(spec.dtype)
+        low, high = torch.aminmax(part)
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise LoadError(
+                f"the weight of '{spec.module}' is not finite in {str(spec.dtype).removeprefix('torch.')} "
+                f"(rows {start} to {stop - 1}); a quantized layer cannot hold it. Repair the checkpoint, use another "
+                f"compute_dtype, or add '{spec.module}' to skip_modules"
+            )
+        yield slice(start, stop), part
+        start = stop
+
+
+class RowAssembler:
+    """Puts the inner tensors of quantized row slices together, each written into its place at once.
+
+    Every inner tensor must grow along its first dimension in proportion to the rows of the weight.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.inner: dict[str, Tensor] = {}
+
+    def add(self, part: slice, inner: Mapping[str, Tensor]) -> None:
+        import torch
+
+        count = part.stop - part.start
+        for name, tensor in inner.items():
+            per_row, remainder = divmod(tensor.shape[0], count)
+            assert remainder == 0, (name, tensor.shape, count)
+            if name not in self.inner:
+                shape = (per_row * self.rows, *tensor.shape[1:])
+                self.inner[name] = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+            self.inner[name][part.start * per_row : part.stop * per_row] = tensor
