@@ -1,0 +1,40 @@
+"""What must hold after a load. A load that fails any of this would answer wrongly, or not be the experiment asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from qexp.errors import LoadError
+from qexp.offload.payload import true_nbytes
+from qexp.quantizers.base import Quantizer, WeightSpec
+
+
+def audit(model: nn.Module, quantizer: Quantizer, chosen: Mapping[str, WeightSpec]) -> None:
+    """Raises LoadError unless every tensor is real, and the layers planned to be quantized are exactly those that are.
+
+    Also checked: a backend that quantized nothing, and weights whose bytes are not those the plan predicted.
+    """
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    on_meta = [name for name, tensor in tensors if tensor.is_meta]
+    if on_meta:
+        raise LoadError(f"after loading, {len(on_meta)} tensors have no data: {_some(on_meta)}")
+    quantized = {name for name, module in model.named_modules() if quantizer.is_quantized(module)}
+    if forgotten := sorted(set(chosen) - quantized):
+        raise LoadError(f"after loading, {len(forgotten)} layers are not quantized though planned: {_some(forgotten)}")
+    if surplus := sorted(quantized - set(chosen)):
+        raise LoadError(f"after loading, {len(surplus)} layers are quantized though not planned: {_some(surplus)}")
+    if not quantized and quantizer.quantization_method != "none":
+        raise LoadError(
+            f"backend {quantizer.quantization_method!r} quantized no layer: every linear layer is skipped; "
+            "loosen skip_modules, or use backend=none"
+        )
+    for name, spec in chosen.items():
+        expected, found = quantizer.quantized_nbytes(spec), true_nbytes(model.get_submodule(name).weight)
+        if expected != found:
+            raise LoadError(f"the quantized weight of '{name}' takes {found} bytes, but {expected} were planned")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:5]) + (" …" if len(names) > 5 else "")

@@ -1,0 +1,208 @@
+"""The quantize-on-load lifecycle: from a checkpoint on disk to a quantized model, one weight at a time.
+
+The nine stages stand in order in `load_component`. The full-precision model is never in memory: the skeleton has no
+data, and each dense weight exists only until it is quantized.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from qexp.errors import ConfigError, LoadError
+from qexp.loading.audit import audit
+from qexp.loading.checkpoint import Checkpoint, open_checkpoint
+from qexp.loading.patterns import anywhere, check_patterns
+from qexp.loading.pipeline import stream
+from qexp.loading.plan import TORCH_DTYPES, LoadPlan, WorkItem, choose_modules, make_plan
+from qexp.loading.progress import Progress
+from qexp.memory import GIB, PeakMemory, memory_footprint
+from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
+
+if TYPE_CHECKING:
+    from qexp.models.base import ModelSource
+    from qexp.settings import ComponentConfig, LoaderConfig
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Stages 1 to 6: everything decided, nothing read."""
+
+    model: nn.Module
+    quantizer: Quantizer
+    chosen: Mapping[str, WeightSpec]
+    plan: LoadPlan
+    compute_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class LoadedComponent:
+    """A model ready to run, the plan it was loaded by, and the `load/` and `memory/` numbers of loading it."""
+
+    model: nn.Module
+    plan: LoadPlan
+    statistics: Mapping[str, float]
+
+
+def load_component(
+    source: ModelSource, component: str, settings: ComponentConfig, *, device: torch.device, loader: LoaderConfig
+) -> LoadedComponent:
+    """Load one component of a model, quantized as `settings` say, onto `device`.
+
+    Raises: ConfigError, MissingLibraryError, UnsupportedError or LoadError, most of them before a weight is read.
+    """
+    checkpoint = open_checkpoint(source.checkpoints()[component])  # 1 config, embedded quantization
+    _refuse_quantized(checkpoint)
+    quantizer = load_quantizer(settings.backend)  # 2 resolve
+    prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)  # 3 to 6
+    _warm_up(quantizer, prepared.compute_dtype, device)
+    started = time.perf_counter()
+    with PeakMemory(device) as memory:
+        _load_weights(prepared, component, device=device, loader=loader)  # 7 stream, quantize, assign
+        quantizer.postprocess_model(prepared.model, device)  # 8 finish, audit
+        _register(prepared, settings)  # 9
+    audit(prepared.model, quantizer, prepared.chosen)
+    statistics = {
+        "load/seconds": time.perf_counter() - started,
+        "load/quantized_modules": len(prepared.plan.quantized),
+        "load/skipped_modules": len(prepared.plan.skipped),
+        "load/baseline_host_gib": memory.baseline.total_bytes / GIB,
+        "load/peak_host_gib": memory.peak_bytes / GIB,
+        "load/peak_anon_gib": memory.peak_anon_bytes / GIB,
+        "load/peak_file_gib": memory.peak_file_bytes / GIB,
+        "load/peak_device_gib": memory.peak_device_bytes / GIB,
+        **weight_statistics(prepared.plan, memory_footprint(prepared.model)),
+    }
+    return LoadedComponent(prepared.model, prepared.plan, statistics)
+
+
+def prepare(
+    source: ModelSource,
+    component: str,
+    settings: ComponentConfig,
+    checkpoint: Checkpoint,
+    quantizer: Quantizer,
+    *,
+    device: torch.device,
+) -> Prepared:
+    """Stages 3 to 6: check the machine, settle the dtype, build the skeleton on meta, swap modules, make the plan."""
+    quantizer.validate_environment(device)  # 3
+    compute_dtype = quantizer.update_torch_dtype(_compute_dtype(settings, checkpoint))  # 4
+    with init_empty_weights(include_buffers=False):  # 5
+        model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
+    names = [name for name, _ in model.named_modules()]
+    place = f"skip_modules of '{component}'"
+    check_patterns((*settings.skip_modules, *quantizer.skip_modules), names, place)
+    check_patterns(settings.keep_in_fp32_modules, names, f"keep_in_fp32_modules of '{component}'")
+    fp32 = (*settings.keep_in_fp32_modules, *map(anywhere, getattr(model, "_keep_in_fp32_modules", None) or ()))
+    skip = (*settings.skip_modules, *quantizer.skip_modules)
+    chosen, skipped = choose_modules(model, quantizer, skip, fp32, compute_dtype)  # 6
+    quantizer.preprocess_model(model, list(chosen), compute_dtype)
+    plan = make_plan(model, checkpoint, quantizer, chosen, skipped, fp32, compute_dtype)
+    for name in plan.unused:
+        print(f"{component}: the checkpoint's '{name}' has no place in the model and is not read", file=sys.stderr)
+    return Prepared(model, quantizer, chosen, plan, compute_dtype)
+
+
+def stream_plan(items: list[WorkItem], create: Any, loader: LoaderConfig, title: str) -> Iterator[tuple[WorkItem, Any]]:
+    """Run work items through the pipeline with the loader's settings, showing progress."""
+    workers = loader.workers or os.cpu_count() or 1
+    progress = Progress(title, len(items), sum(item.source.nbytes for item in items))
+    for item, result in stream(items, create, workers=workers, in_flight_bytes=loader.in_flight_mib << 20):
+        progress.advance(item.source.nbytes)
+        yield item, result
+    progress.close()
+
+
+def _load_weights(prepared: Prepared, component: str, *, device: torch.device, loader: LoaderConfig) -> None:
+    def create(item: WorkItem, dense: Tensor) -> Tensor:
+        if item.spec is not None:
+            return prepared.quantizer.create_quantized_param(item.spec, [dense], {}, device)
+        return dense.to(device=device, dtype=item.dtype)
+
+    items = list(prepared.plan.items)
+    for item, tensor in stream_plan(items, create, loader, f"{component}: loading"):
+        _assign(prepared.model, item.target, tensor)
+    for module in prepared.model.modules():  # buffers that no checkpoint holds were made on the CPU
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.device != device and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
+def _assign(model: nn.Module, target: str, tensor: Tensor) -> None:
+    """The one place that puts a loaded tensor into the model."""
+    path, _, name = target.rpartition(".")
+    module = model.get_submodule(path)
+    if name in module._buffers:
+        module._buffers[name] = tensor
+        return
+    if not isinstance(tensor, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    module.register_parameter(name, tensor)
+
+
+def weight_statistics(plan: LoadPlan, weights_bytes: int) -> dict[str, float]:
+    """The `memory/` numbers of the weights. weights_bytes: true bytes of the whole model."""
+    quantized_bits = 8 * sum(item.result_nbytes for item in plan.quantized)
+    quantized_numel = sum(item.spec.numel for item in plan.quantized if item.spec is not None)
+    numel = sum(item.source.nbytes // TORCH_DTYPES[item.source.dtype].itemsize for item in plan.items)
+    statistics = {
+        "memory/weights_gib": weights_bytes / GIB,
+        "memory/dense_weights_gib": sum(item.source.nbytes for item in plan.items) / GIB,
+        "memory/model_bits_per_weight": 8 * weights_bytes / max(numel, 1),
+    }
+    if quantized_numel:
+        statistics["memory/bits_per_weight"] = quantized_bits / quantized_numel
+    return statistics
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    embedded = checkpoint.config.get("quantization_config")
+    if embedded is not None:
+        method = embedded.get("quant_method", "unknown") if isinstance(embedded, Mapping) else "unknown"
+        raise LoadError(
+            f"checkpoint '{checkpoint.path}' is already quantized (quantization_config.quant_method={method!r}), "
+            "and loading such checkpoints is not supported yet; set model.path to the original one"
+        )
+
+
+def _compute_dtype(settings: ComponentConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype asked for, or the one in which most of the checkpoint's floating-point bytes are stored."""
+    if settings.compute_dtype is not None:
+        dtype: torch.dtype = getattr(torch, settings.compute_dtype)
+        return dtype
+    sizes: dict[torch.dtype, int] = {}
+    for entry in checkpoint.entries.values():
+        stored = TORCH_DTYPES[entry.dtype]
+        if stored in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            sizes[stored] = sizes.get(stored, 0) + entry.nbytes
+    if not sizes:
+        raise ConfigError(f"'{checkpoint.path}' has no floating-point tensors; set compute_dtype")
+    return max(sizes, key=lambda stored: sizes[stored])
+
+
+def _warm_up(quantizer: Quantizer, dtype: torch.dtype, device: torch.device) -> None:
+    """Quantize a small weight, so that libraries and thread pools are there before memory and time are measured."""
+    if quantizer.quantization_method == "none":
+        return
+    spec = WeightSpec("warm-up", (256, 256), dtype)
+    with torch.no_grad():
+        quantizer.create_quantized_param(spec, [torch.ones(spec.shape)], {}, device)
+
+
+def _register(prepared: Prepared, settings: ComponentConfig) -> None:
+    """Leave on the model what other libraries look for on a quantized one."""
+    model: Any = prepared.model
+    if prepared.quantizer.quantization_method == "none":
+        return
+    model.hf_quantizer = prepared.quantizer
+    model.quantization_method = prepared.quantizer.quantization_method
+    model._pre_quantization_dtype = prepared.compute_dtype

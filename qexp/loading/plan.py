@@ -1,0 +1,153 @@
+"""What a load will do, decided from headers and a meta skeleton alone: complete before the first byte is read.
+
+Each parameter and buffer of the model becomes one work item: its source in the checkpoint, and whether it is copied
+(and cast) or quantized. The plan knows the exact bytes of the result, and says of every linear layer whether it will
+be quantized, and if not, why.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qexp.errors import LoadError
+from qexp.loading.checkpoint import Checkpoint, TensorEntry
+from qexp.loading.patterns import covering
+from qexp.quantizers.base import Quantizer, WeightSpec
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """One tensor of the model: `target` from `source`; quantized if it has a spec, else cast to `dtype`."""
+
+    target: str
+    source: TensorEntry
+    dtype: torch.dtype
+    result_nbytes: int
+    spec: WeightSpec | None = None
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """items in file order; skipped: linear layer -> why it is not quantized; unused: tensors without a place."""
+
+    items: tuple[WorkItem, ...]
+    skipped: Mapping[str, str]
+    unused: tuple[str, ...]
+
+    @property
+    def quantized(self) -> list[WorkItem]:
+        return [item for item in self.items if item.spec is not None]
+
+    def to_container(self) -> dict[str, Any]:
+        """The plan as JSON-able data, for plan.json."""
+        return {
+            "result_bytes": sum(item.result_nbytes for item in self.items),
+            "dense_bytes": sum(item.source.nbytes for item in self.items),
+            "quantized": {item.spec.module: item.result_nbytes for item in self.items if item.spec is not None},
+            "skipped": dict(self.skipped),
+            "unused": list(self.unused),
+        }
+
+
+def choose_modules(
+    model: nn.Module, quantizer: Quantizer, patterns: Sequence[str], fp32_patterns: Sequence[str], dtype: torch.dtype
+) -> tuple[dict[str, WeightSpec], dict[str, str]]:
+    """(linear layers to quantize, linear layers left alone -> why), from the skip rule and the format's limits."""
+    chosen: dict[str, WeightSpec] = {}
+    skipped: dict[str, str] = {}
+    if quantizer.quantization_method == "none":
+        return chosen, skipped
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        spec = WeightSpec(name, (module.out_features, module.in_features), dtype)
+        reason = _reason_to_skip(module, name, patterns, fp32_patterns) or quantizer.reason_to_skip(spec)
+        if reason is None:
+            chosen[name] = spec
+        else:
+            skipped[name] = reason
+    return chosen, skipped
+
+
+def _reason_to_skip(module: nn.Linear, name: str, patterns: Sequence[str], fp32: Sequence[str]) -> str | None:
+    if (pattern := covering(patterns, name)) is not None:
+        return f"skip_modules has {pattern!r}"
+    if (pattern := covering(fp32, name)) is not None:
+        return f"kept in fp32 by {pattern!r}"
+    if name == "":
+        return "the model itself is a linear layer"
+    own_forward = type(module).forward is not nn.Linear.forward
+    if own_forward or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return f"{type(module).__name__} does not compute as nn.Linear does"
+    return None
+
+
+def make_plan(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    quantizer: Quantizer,
+    chosen: Mapping[str, WeightSpec],
+    skipped: Mapping[str, str],
+    fp32_patterns: Sequence[str],
+    dtype: torch.dtype,
+) -> LoadPlan:
+    """Match the preprocessed skeleton with the checkpoint. Raises LoadError for missing keys and wrong shapes."""
+    targets = _targets(model)
+    missing = quantizer.update_missing_keys([name for name in targets if name not in checkpoint.entries])
+    if missing:
+        raise LoadError(_missing_message(missing, checkpoint, targets))
+    items = []
+    for name, tensor in targets.items():
+        entry = checkpoint.entries.get(name)
+        if entry is None:
+            continue  # the quantizer sets it
+        module, _, parameter = name.rpartition(".")
+        spec = chosen.get(module) if parameter == "weight" else None
+        shape = spec.shape if spec is not None else tuple(tensor.shape)
+        if entry.shape != shape:
+            raise LoadError(
+                f"'{name}' has shape {list(entry.shape)} in '{entry.file}', but the model expects {list(shape)}; "
+                f"the checkpoint belongs to another configuration: check '{checkpoint.path}/config.json'"
+            )
+        items.append(_item(name, entry, spec, quantizer, covering(fp32_patterns, module) is not None, dtype))
+    items.sort(key=lambda item: (str(item.source.file), item.source.offset))
+    unused = tuple(name for name in checkpoint.entries if name not in targets)
+    return LoadPlan(tuple(items), skipped, unused)
+
+
+def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor that a checkpoint must hold: parameters and persistent buffers."""
+    return dict(model.state_dict(keep_vars=True))
+
+
+def _item(
+    name: str, entry: TensorEntry, spec: WeightSpec | None, quantizer: Quantizer, keep_fp32: bool, dtype: torch.dtype
+) -> WorkItem:
+    stored = TORCH_DTYPES[entry.dtype]
+    if spec is not None:
+        if not stored.is_floating_point:
+            raise LoadError(f"'{name}' is {entry.dtype} in '{entry.file}', not floating point; it cannot be quantized")
+        return WorkItem(name, entry, dtype, quantizer.quantized_nbytes(spec), spec)
+    target = stored if not stored.is_floating_point else torch.float32 if keep_fp32 else dtype
+    return WorkItem(name, entry, target, entry.nbytes // stored.itemsize * target.itemsize)
+
+
+def _missing_message(missing: Sequence[str], checkpoint: Checkpoint, targets: Iterable[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    unused = sorted(set(checkpoint.entries) - set(targets))
+    near = difflib.get_close_matches(missing[0], unused, n=1)
+    hint = f"; it has '{near[0]}', which the model has not" if near else ""
+    return f"checkpoint '{checkpoint.path}' lacks {shown}{hint}; it is incomplete, or belongs to another model"

@@ -1,0 +1,128 @@
+"""How much memory this process and its device hold: what it really is, and the highest it was.
+
+Host memory is the resident set: anonymous pages (what was allocated) plus file pages (what was mapped). The kernel
+keeps the highest resident set (VmHWM), which is exact and can be reset; it does not split it, so anonymous and file
+pages are also sampled every 2 ms from /proc/self/statm. Pages the kernel caches for files that are read, not mapped,
+belong to no process and are not counted.
+
+Source: man 5 proc_pid_statm, proc_pid_status, proc_pid_clear_refs.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from qexp.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+GIB = 1 << 30
+SAMPLE_SECONDS = 0.002
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Resident bytes of this process."""
+
+    anon_bytes: int
+    file_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.anon_bytes + self.file_bytes
+
+
+def host_memory() -> HostMemory:
+    """What is resident now. Raises UnsupportedError where there is no /proc."""
+    try:
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_bytes().split())
+    except OSError:
+        raise UnsupportedError("measuring memory needs Linux's /proc/self/statm; run on Linux") from None
+    return HostMemory((resident - shared) * _PAGE_BYTES, shared * _PAGE_BYTES)
+
+
+class PeakMemory:
+    """Watches host and device memory inside a `with` block, over a baseline taken when it is entered.
+
+    After the block: baseline, peak_bytes (all resident pages), peak_anon_bytes and peak_file_bytes (each over the
+    baseline, each at its own moment) and peak_device_bytes (allocated by torch; 0 on a CPU).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stop = threading.Event()
+        self._anon = self._file = 0
+        self.peak_bytes = self.peak_anon_bytes = self.peak_file_bytes = self.peak_device_bytes = 0
+
+    def __enter__(self) -> PeakMemory:
+        import torch
+
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).reset_peak_memory_stats(self._device)
+        self._exact = _reset_high_water_mark()
+        self.baseline = host_memory()
+        self._sampler = threading.Thread(target=self._sample, name="memory-sampler", daemon=True)
+        self._sampler.start()
+        return self
+
+    def _sample(self) -> None:
+        while True:
+            now = host_memory()
+            self._anon, self._file = max(self._anon, now.anon_bytes), max(self._file, now.file_bytes)
+            if self._stop.wait(SAMPLE_SECONDS):
+                return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        import torch
+
+        highest = _high_water_mark() if self._exact else 0
+        self._stop.set()
+        self._sampler.join()
+        self.peak_anon_bytes = max(self._anon - self.baseline.anon_bytes, 0)
+        self.peak_file_bytes = max(self._file - self.baseline.file_bytes, 0)
+        sampled = max(self._anon, self.baseline.anon_bytes) + max(self._file, self.baseline.file_bytes)
+        self.peak_bytes = max((highest if self._exact else sampled) - self.baseline.total_bytes, 0)
+        if self._device.type != "cpu":
+            self.peak_device_bytes = torch.get_device_module(self._device).max_memory_allocated(self._device)
+
+
+def _reset_high_water_mark() -> bool:
+    """Start VmHWM anew; False where the kernel does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _high_water_mark() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that torch has allocated on an accelerator now; 0 on a CPU."""
+    import torch
+
+    return 0 if device.type == "cpu" else int(torch.get_device_module(device).memory_allocated(device))
+
+
+def memory_footprint(model: nn.Module) -> int:
+    """True bytes of a model's parameters and buffers: inner tensors of quantized weights counted, shared ones once."""
+    from qexp.offload.payload import leaves
+
+    seen: dict[tuple[str, int], int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        for leaf in leaves(tensor):
+            seen[(str(leaf.device), leaf.data_ptr())] = leaf.numel() * leaf.element_size()
+    return sum(seen.values())
