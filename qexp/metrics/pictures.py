@@ -51,9 +51,9 @@ def sheet(values: Tensor, title: str, names: list[str]) -> Image.Image:
 def _rgb(values: Tensor) -> Tensor:
     """[n, 1 or 3, height, width] in [0, 1] -> uint8 [n, height, width, 3], magenta where a channel is not finite."""
     values = values.float().expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-    levels = (values.nan_to_num(0, 0, 0).clamp(0, 1) * 255).round().to(torch.uint8)
     broken = ~values.isfinite().all(-1, keepdim=True)
-    return torch.where(broken, torch.tensor(NOT_FINITE, dtype=torch.uint8), levels).contiguous()
+    levels = torch.where(broken, torch.tensor(NOT_FINITE), (values.clamp(0, 1) * 255).round())
+    return levels.to(torch.uint8).contiguous()
 
 
 def image_sheet(images: Tensor, title: str, labels: Tensor) -> Image.Image:

@@ -38,6 +38,19 @@ def test_distance_of_a_set_to_itself_is_zero() -> None:
     assert distance(features, features) == pytest.approx(0, abs=1e-6) and distance(features, features) >= 0
 
 
+def test_singular_covariances_agree_with_the_nuclear_norm() -> None:
+    # With S1 = A Aᵀ and S2 = B Bᵀ, tr((S1 S2)^½) is the sum of the singular values of Aᵀ B.
+    torch.manual_seed(0)
+    for _ in range(10):
+        a, b = torch.randn(5, 16).double().numpy(), torch.randn(7, 16).double().numpy()
+        factor_a, factor_b = (
+            (features - features.mean(0)).T / np.sqrt(len(features) - 1) for features in (a, b)
+        )  # [16, samples]
+        cross = np.linalg.norm(factor_a.T @ factor_b, "nuc")
+        expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + (factor_a**2).sum() + (factor_b**2).sum() - 2 * cross
+        assert distance(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(expected, abs=1e-5)
+
+
 def test_fewer_samples_than_features() -> None:
     # Rank-deficient covariances on orthogonal axes share nothing, so the cross term is 0:
     # |m1 - m2|² + tr S1 + tr S2, with variances 2 (of -1, 1) and 8 (of -2, 2) and equal means.

@@ -105,10 +105,12 @@ def test_values_that_are_not_finite(value: float, sides: str, position: int, mon
 
 
 def test_cosine_stays_within_its_bounds() -> None:
-    tensor = torch.rand(1000, generator=torch.Generator().manual_seed(1))
-    for factor in (3.0, -1 / 3):
-        cosine = tensors.cosine(tensor, tensor * factor)
-        assert cosine is not None and abs(cosine) <= 1 and cosine == pytest.approx(math.copysign(1, factor))
+    torch.manual_seed(0)
+    for _ in range(100):  # rounding takes some of them past 1
+        tensor = torch.rand(10)
+        for factor in (4.0, -0.5):
+            cosine = tensors.cosine(tensor, tensor * factor)
+            assert cosine is not None and abs(cosine) <= 1 and cosine == pytest.approx(math.copysign(1, factor))
 
 
 def test_different_shapes_are_refused() -> None:

@@ -1,0 +1,61 @@
+"""What a model source is: where its checkpoints are, how its networks are built, and how it answers a task.
+
+A source is one module of this package that declares `Config` (a frozen dataclass, without torch) and `Source`
+(the protocol below); the module's name is the value of `model.source`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from qexp.errors import ConfigError, choices
+from qexp.plugins import plugin_module, plugin_names
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from qexp.tasks.generate import GenerateConfig
+
+
+class ModelSource(Protocol):
+    """One model, which may have several components (a transformer, a text encoder) with a checkpoint each."""
+
+    def __init__(self, config: Any) -> None: ...
+
+    def checkpoints(self) -> dict[str, Path]:
+        """Component name -> checkpoint folder or file. Needs no torch. Raises LoadError if one is missing."""
+
+    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
+        """The network that a parsed config.json describes; called where new tensors land on the meta device."""
+
+    def block_lists(self, component: str) -> list[str]:
+        """Dotted names of the module lists whose items are offloaded block by block."""
+
+    def generate(
+        self,
+        models: dict[str, nn.Module],
+        task: GenerateConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        on_step: Callable[[int, Tensor], None],
+    ) -> dict[str, Tensor]:
+        """Samples as cpu tensors: "images" [n, channels, height, width] fp32 in [-1, 1] and "labels" [n].
+
+        `on_step(step, state)` is called after each integration step, step = 1 .. num_inference_steps.
+        A value that was not finite is NaN in the images.
+        """
+
+    def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
+        """The source's own quality numbers of saved outputs; None where one is undefined."""
+
+
+def load_source(config: Any) -> ModelSource:
+    """The model source that `config.source` names. Raises ConfigError, with the choices, if there is none."""
+    names = plugin_names("model")
+    if config.source not in names:
+        raise ConfigError(f"model.source={config.source!r} is unknown; use {choices(names)}")
+    return cast(ModelSource, plugin_module("model", config.source).Source(config))

@@ -1,0 +1,175 @@
+"""The embedded model: a class-conditional diffusion transformer on handwritten digits (see `digits_network.py`).
+
+Sampling integrates dx/dt = v(x, t, label) from noise at t = 1 to an image at t = 0 in equal Euler steps. The state
+stays in fp32 whatever the network computes in, and the noise comes from the CPU generator, so that a reference and
+a candidate start from the same bits on any device. Guidance extrapolates from the unconditional velocity,
+v = v_null + scale * (v_label - v_null), with both in one forward of twice the batch.
+
+Sources: arXiv:2210.02747 (flow matching), arXiv:2207.12598 (classifier-free guidance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.errors import LoadError, choices
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from qexp.models.digits_network import DigitsClassifier
+    from qexp.tasks.generate import GenerateConfig
+
+ASSETS = Path(__file__).parents[1] / "assets" / "digits"
+COMPONENTS = ("transformer",)
+SAVED_FIELDS = ("quantization_config", "torch_dtype", "dtype")  # of the loader, not of the architecture
+
+
+@dataclass(frozen=True)
+class DigitsModelConfig:
+    """path: a folder with config.json and safetensors; null is the checkpoint that comes with the package."""
+
+    source: str = "digits"
+    path: str | None = None
+    skip_modules: tuple[str, ...] = ()
+
+
+Config = DigitsModelConfig
+
+
+class Source:
+    """The digits model as a `ModelSource` with one component, "transformer"."""
+
+    def __init__(self, config: DigitsModelConfig) -> None:
+        self.config = config
+
+    def checkpoints(self) -> dict[str, Path]:
+        """The folder of the transformer. Raises LoadError if it has no config.json or no safetensors file."""
+        folder = ASSETS if self.config.path is None else Path(self.config.path).expanduser()
+        place = f"model.path={self.config.path!r}" if self.config.path else f"the embedded checkpoint in {folder}"
+        remedy = "set model.path to a folder with both, or to null for the embedded model"
+        if not (folder / "config.json").is_file():
+            raise LoadError(f"{place}: no file config.json there; {remedy}")
+        if not any(folder.glob("*.safetensors")):
+            raise LoadError(f"{place}: no *.safetensors file there; {remedy}")
+        return {"transformer": folder}
+
+    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
+        """A `DigitsTransformer` of the stored architecture. Raises LoadError for a config that does not fit."""
+        from qexp.models.digits_network import DigitsTransformer
+
+        return DigitsTransformer(_architecture(config))
+
+    def block_lists(self, component: str) -> list[str]:
+        return ["blocks"]
+
+    def generate(
+        self,
+        models: dict[str, nn.Module],
+        task: GenerateConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        on_step: Callable[[int, Tensor], None],
+    ) -> dict[str, Tensor]:
+        """Digits 0..9 in turn from the noise of `seed`; see the module's text for the integration."""
+        import torch
+
+        labels = torch.arange(task.num_images, device="cpu") % 10
+        generator = torch.Generator("cpu").manual_seed(seed)
+        noise = torch.randn(task.num_images, 1, 8, 8, generator=generator, device="cpu")
+        state, classes = noise.to(device), labels.to(device)
+        with torch.no_grad():
+            for step in range(1, task.num_inference_steps + 1):
+                t = torch.full((task.num_images,), 1 - (step - 1) / task.num_inference_steps, device=device)
+                velocity = _velocity(models["transformer"], state, t, classes, task.guidance_scale)
+                state = state - velocity / task.num_inference_steps
+                on_step(step, state)
+        images = state.cpu()
+        images = images.clamp(-1, 1).masked_fill(~images.isfinite(), torch.nan)  # clamp would turn inf into 1
+        return {"images": images, "labels": labels}
+
+    def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
+        """Accuracy of the embedded classifier on the images, and Fréchet distance of its features to real digits.
+
+        An image with a value that is not finite counts as wrong and leaves the Fréchet distance undefined, as does
+        a single image.
+        """
+        import torch
+
+        from qexp.metrics.frechet import frechet_distance, mean_and_covariance
+
+        classifier, real_mean, real_covariance = _classifier()
+        images, labels = outputs["images"].float(), outputs["labels"]
+        with torch.no_grad():
+            features = classifier.features(images)
+            correct = (classifier.head(features).argmax(-1) == labels) & images.flatten(1).isfinite().all(-1)
+        distance = None
+        if len(images) > 1 and bool(images.isfinite().all()):
+            distance = frechet_distance(*mean_and_covariance(features), real_mean, real_covariance)
+        return {"class_accuracy": correct.double().mean().item(), "frechet_distance": distance}
+
+
+def _velocity(model: nn.Module, state: Tensor, t: Tensor, labels: Tensor, guidance_scale: float) -> Tensor:
+    """The guided velocity in fp32: state [n, 1, 8, 8], t [n], labels [n] -> [n, 1, 8, 8]."""
+    import torch
+
+    from qexp.models.digits_network import NULL_LABEL
+
+    velocity: Tensor
+    null: Tensor
+    if guidance_scale == 1:
+        velocity = model(state, t, labels).float()
+        return velocity
+    both = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
+    velocity, null = model(torch.cat([state, state]), torch.cat([t, t]), both).float().chunk(2)
+    return null + guidance_scale * (velocity - null)
+
+
+def _architecture(config: dict[str, Any]) -> Any:
+    """The `DigitsConfig` in a parsed config.json, checked as far as the constructor relies on it."""
+    from qexp.models.digits_network import DigitsConfig
+
+    class_name = config.get("_class_name", "DigitsTransformer")
+    if class_name != "DigitsTransformer":
+        raise LoadError(
+            f"config.json: _class_name={class_name!r}, but model.source=digits loads DigitsTransformer; "
+            "choose the model source that fits the checkpoint"
+        )
+    values = {key: value for key, value in config.items() if not key.startswith("_") and key not in SAVED_FIELDS}
+    known = [field.name for field in fields(DigitsConfig)]
+    for key, value in values.items():
+        if key not in known:
+            raise LoadError(f"config.json: {key!r} is no field of DigitsTransformer; its fields are {choices(known)}")
+        if type(value) is not int or value < 1:
+            raise LoadError(f"config.json: {key}={value!r} must be a whole number, 1 or more")
+    architecture = DigitsConfig(**values)
+    if architecture.image_size != 8:
+        raise LoadError(f"config.json: image_size={architecture.image_size}, but digits have 8x8 pixels; set it to 8")
+    for whole, part in (("image_size", "patch_size"), ("width", "heads")):
+        if getattr(architecture, whole) % getattr(architecture, part):
+            raise LoadError(
+                f"config.json: {part}={getattr(architecture, part)} does not divide "
+                f"{whole}={getattr(architecture, whole)}; the file does not describe a DigitsTransformer"
+            )
+    return architecture
+
+
+def _classifier() -> tuple[DigitsClassifier, Tensor, Tensor]:
+    """(the embedded classifier in fp32, mean and covariance of its features over the real digits)."""
+    from safetensors.torch import load_file
+
+    from qexp.models.digits_network import DigitsClassifier
+
+    path = ASSETS / "classifier.safetensors"
+    if not path.is_file():
+        raise LoadError(f"{path}: the classifier is missing; reinstall qexp, or run scripts/train_digits.py")
+    tensors = load_file(path)
+    mean, covariance = tensors.pop("real_features.mean"), tensors.pop("real_features.covariance")
+    classifier = DigitsClassifier()
+    classifier.load_state_dict(tensors)
+    return classifier.eval(), mean, covariance
