@@ -1,0 +1,162 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qexp.errors import ConfigError, DiskError
+from qexp.report.rows import find_sweep
+from qexp.report.table import format_table, rows_of_sweep
+from tests.report.factory import GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
+
+
+def table_of(outputs: Path) -> list[list[str]]:
+    """Second line of the header and the rows as words: columns are at least two spaces apart."""
+    lines = format_table(rows_of_sweep(outputs, "first")).split("\n\n")[0].splitlines()
+    return [[word.strip() for word in line.split("  ") if word.strip()] for line in [lines[1], *lines[3:]]]
+
+
+def test_rows_hold_what_the_run_folders_say(tmp_path: Path) -> None:
+    rows = rows_of_sweep(tmp_path, sweep_of_six(tmp_path))
+    assert [row["label"] for row in rows[:4]] == [
+        "digits · none · none · generate",
+        "digits · none · leaf→disk · generate",
+        "digits · bitsandbytes nf4 · none · generate",
+        "digits · bitsandbytes nf4 · leaf→disk · generate",
+    ]
+    assert rows[2]["metrics"] == GENERATE
+    assert rows[2]["env"]["host"] == "bench-1"
+    assert rows[2]["config"] == config("bitsandbytes", "nf4", "none")
+    assert (rows[4]["status"], rows[4]["reason"]) == ("failed", "oom")
+    assert "9 GiB" in rows[4]["message"]  # the run folder is newer than the manifest
+    assert (rows[5]["status"], rows[5]["folder"], rows[5]["label"]) == ("unsupported", None, "backend=torchao_float8dq")
+
+
+def test_a_deleted_run_is_shown_as_missing(tmp_path: Path) -> None:
+    sweep_of_six(tmp_path)
+    (tmp_path / "runs/key2/result.json").unlink()
+    (tmp_path / "runs/key3").rename(tmp_path / "elsewhere")
+    rows = rows_of_sweep(tmp_path, "first")
+    assert [row["status"] for row in rows] == ["done", "done", "missing", "missing", "failed", "unsupported"]
+    assert "its run folder is gone" in format_table(rows)
+
+
+def test_a_damaged_result_names_its_file(tmp_path: Path) -> None:
+    sweep_of_six(tmp_path)
+    (tmp_path / "runs/key2/result.json").write_text('{"schema": 1, ')
+    with pytest.raises(DiskError, match=r"runs/key2/result\.json: is damaged"):
+        rows_of_sweep(tmp_path, "first")
+
+
+def test_table_is_sorted_by_memory_with_failures_last(tmp_path: Path) -> None:
+    sweep_of_six(tmp_path)
+    header, *lines = table_of(tmp_path)
+    assert header == ["#", "backend", "offload", "status", "MiB", "weight", "MiB", "ms", "dB", "SSIM", "acc."]
+    assert lines == [
+        [
+            "2",
+            "bitsandbytes nf4",
+            "none",
+            "done",
+            "4.10",
+            "4.50",
+            "20.5",
+            "12.0",
+            "24.50",
+            "0.9100",
+            "0.930",
+        ],  # 0.004 GiB
+        ["3", "bitsandbytes nf4", "leaf→disk", "done", "4.10", "4.50", "20.5", "30.0", "24.50", "0.9100", "0.930"],
+        ["0", "none", "none", "reused", "16.38", "32.00", "20.5", "12.0", "exact", "0.9100", "0.930"],
+        ["1", "none", "leaf→disk", "done", "16.38", "32.00", "20.5", "12.0", "exact", "0.9100", "0.930"],
+        ["4", "quanto int2", "none", "failed: oom"],
+        ["5", "backend=torchao_float8dq", "unsupported"],
+    ]
+
+
+def test_failures_are_listed_with_their_reasons(tmp_path: Path) -> None:
+    sweep_of_six(tmp_path)
+    below = format_table(rows_of_sweep(tmp_path, "first")).split("\n\n")[1]
+    assert below.splitlines() == [
+        "#4 digits · quanto int2 · none · generate: failed: oom: out of memory: needed 9 GiB",
+        "#5 backend=torchao_float8dq: unsupported: needs a GPU",
+    ]
+
+
+def test_roundtrip_shows_sqnr_and_no_empty_column(tmp_path: Path) -> None:
+    run_folder(tmp_path, "a", config(task="roundtrip"), ROUNDTRIP)
+    manifest(tmp_path, "first", [job(0, "a", ["task=roundtrip"])])
+    header, line = table_of(tmp_path)
+    assert header == ["#", "backend", "offload", "status", "MiB", "weight", "dB", "min", "error"]
+    assert line[-3:] == ["20.70", "19.90", "1.20e-02"]
+
+
+def test_what_else_was_varied_gets_a_column(tmp_path: Path) -> None:
+    jobs = []
+    for number, threshold in enumerate((0, 6)):
+        run_folder(tmp_path, f"k{number}", config("bitsandbytes", "llm.int8", llm_int8_threshold=threshold), GENERATE)
+        jobs.append(
+            job(
+                number, f"k{number}", ["backend=bitsandbytes_int8", f"backend.llm_int8_threshold={threshold}", "seed=1"]
+            )
+        )
+    manifest(tmp_path, "first", jobs)
+    header, *lines = table_of(tmp_path)
+    assert header[3] == "setting"
+    assert [line[3] for line in lines] == ["llm_int8_threshold=0", "llm_int8_threshold=6"]
+
+
+def test_table_fits_120_columns_and_keeps_numbers_whole(tmp_path: Path) -> None:
+    jobs = []
+    for number in range(2):
+        container = config("bitsandbytes", "a very long label for a backend that somebody wrote into a yaml", "block")
+        run_folder(tmp_path, f"k{number}", container, GENERATE | {"memory/run_peak_device_gib": 1.5})
+        override = f"backend.some_long_field_name_{'x' * 60}={number}"
+        jobs.append(job(number, f"k{number}", [override], message="word " * 100, status="done"))
+    run_folder(tmp_path, "k2", config(), None, "failed", "error", "word " * 100)
+    manifest(tmp_path, "first", [*jobs, job(2, "k2", [], "failed")])
+    text = format_table(rows_of_sweep(tmp_path, "first"))
+    assert max(len(line) for line in text.splitlines()) <= 120
+    assert text.count("…") >= 3
+    assert text.count("1536.0") == 2  # MiB on the device
+
+
+def test_job_rows_without_a_run_folder_make_the_same_table(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class JobRow:
+        number: int
+        key: str | None
+        overrides: list[str]
+        label: str
+        status: str
+        reason: str | None
+        message: str
+        reused: bool
+        seconds: float
+        metrics: dict[str, Any] = field(default_factory=dict)
+
+    sweep_of_six(tmp_path)
+    rows = rows_of_sweep(tmp_path, "first")
+    names = ("number", "key", "overrides", "label", "status", "reason", "message", "reused", "seconds", "metrics")
+    assert format_table([JobRow(*(row[name] for name in names)) for row in rows]) == format_table(rows)
+
+
+def test_a_run_whose_process_died_is_shown_as_failed(tmp_path: Path) -> None:
+    sweep_of_six(tmp_path)
+    status = tmp_path / "runs/key2/status.json"
+    status.write_text(
+        status.read_text().replace('"done"', '"running"').replace('"pid": 1', '"pid": 4194305')
+    )  # > pid_max
+    assert "failed: signal" in format_table(rows_of_sweep(tmp_path, "first"))
+
+
+def test_sweeps_are_found_by_name_or_the_latest(tmp_path: Path) -> None:
+    manifest(tmp_path, "zebra", [], started="2026-01-01T00:00:00")
+    manifest(tmp_path, "alpha", [], started="2026-01-03T00:00:00")
+    assert find_sweep(tmp_path, None) == "alpha"
+    assert find_sweep(tmp_path, "zebra") == "zebra"
+    with pytest.raises(ConfigError, match=r"'zebar' is not in .*sweeps \(did you mean zebra\?\); use alpha or zebra"):
+        find_sweep(tmp_path, "zebar")
+    with pytest.raises(ConfigError, match="holds no sweep"):
+        find_sweep(tmp_path / "empty", None)
+    assert format_table(rows_of_sweep(tmp_path, "alpha")) == "no experiments"
