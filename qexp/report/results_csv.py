@@ -1,0 +1,75 @@
+"""results.csv of a sweep: a line per experiment, with every metric and every setting that differs between them.
+
+Metrics keep their names and units (`memory/weights_gib`); settings are dotted paths
+(`components.transformer.backend.label`), lists and mappings as JSON. A value that is null or was never reached is an
+empty cell.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qexp.report.labels import backend_label, offload_label
+from qexp.report.rows import Row
+
+FIRST = ("number", "key", "status", "reason", "message", "reused", "seconds", "backend", "offload")
+NOT_SETTINGS = ("tracking", "isolation", "sweep", "paths", "resume", "loader")  # change no result
+GROUPS = ("memory", "quality", "roundtrip", "time", "load", "offload")  # of metrics, in the order people compare them
+
+
+def results_csv(rows: list[Row]) -> str:
+    """The text of results.csv."""
+    settings = varying_settings(rows)
+    metrics = sorted({name for row in rows for name in row["metrics"]}, key=_metric_order)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*FIRST, *settings, *metrics])
+    for row, values in zip(rows, _flat_configs(rows), strict=True):
+        first = row | _labels(row)
+        writer.writerow(
+            [_cell(first[name]) for name in FIRST]
+            + [_cell(values.get(name)) for name in settings]
+            + [_cell(row["metrics"].get(name)) for name in metrics]
+        )
+    return text.getvalue()
+
+
+def varying_settings(rows: list[Row]) -> list[str]:
+    """Dotted paths of the settings that have more than one value over the sweep, in the order of the configuration."""
+    configs = [flat for row, flat in zip(rows, _flat_configs(rows), strict=True) if row["config"] is not None]
+    names = dict.fromkeys(name for flat in configs for name in flat)
+    return [name for name in names if len({_cell(flat.get(name)) for flat in configs}) > 1]
+
+
+def _flat_configs(rows: list[Row]) -> list[dict[str, Any]]:
+    settings = [{k: v for k, v in (row["config"] or {}).items() if k not in NOT_SETTINGS} for row in rows]
+    return [dict(_flatten(config, "")) for config in settings]
+
+
+def _flatten(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, item in value.items():
+        if isinstance(item, Mapping) and item:
+            yield from _flatten(item, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", item
+
+
+def _labels(row: Row) -> dict[str, str]:
+    if row["config"] is None:
+        return {"backend": "", "offload": ""}
+    return {"backend": backend_label(row["config"]), "offload": offload_label(row["config"])}
+
+
+def _metric_order(name: str) -> tuple[int, str]:
+    group = name.partition("/")[0]
+    return (GROUPS.index(group) if group in GROUPS else len(GROUPS), name)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict | bool) else str(value)
