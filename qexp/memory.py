@@ -21,7 +21,6 @@ from qexp.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 GIB = 1 << 30
 SAMPLE_SECONDS = 0.002
@@ -80,7 +79,9 @@ class PeakMemory:
             if self._stop.wait(SAMPLE_SECONDS):
                 return
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         import torch
 
         highest = _high_water_mark() if self._exact else 0
@@ -115,14 +116,3 @@ def device_memory(device: torch.device) -> int:
     import torch
 
     return 0 if device.type == "cpu" else int(torch.get_device_module(device).memory_allocated(device))
-
-
-def memory_footprint(model: nn.Module) -> int:
-    """True bytes of a model's parameters and buffers: inner tensors of quantized weights counted, shared ones once."""
-    from qexp.offload.payload import leaves
-
-    seen: dict[tuple[str, int], int] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        for leaf in leaves(tensor):
-            seen[(str(leaf.device), leaf.data_ptr())] = leaf.numel() * leaf.element_size()
-    return sum(seen.values())

@@ -1,4 +1,4 @@
-"""A fixed piece of memory that tensors pass through on their way in: it bounds what is in flight, and is never returned.
+"""A fixed piece of memory that tensors pass through on their way in; it bounds what is in flight, and is reused.
 
 Fresh memory costs a page fault for every 4 KiB, more than reading the bytes does; memory that is reused costs it once.
 """

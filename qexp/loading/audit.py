@@ -1,4 +1,4 @@
-"""What must hold after a load. A load that fails any of this would answer wrongly, or not be the experiment asked for."""
+"""What must hold after a load. A load that fails this would answer wrongly, or not what was asked."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from qexp.loading.patterns import anywhere, check_patterns
 from qexp.loading.pipeline import stream
 from qexp.loading.plan import TORCH_DTYPES, LoadPlan, WorkItem, choose_modules, make_plan
 from qexp.loading.progress import Progress
-from qexp.memory import GIB, PeakMemory, memory_footprint
+from qexp.memory import GIB, PeakMemory
 from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
 
 if TYPE_CHECKING:
@@ -45,11 +45,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class LoadedComponent:
-    """A model ready to run, the plan it was loaded by, and the `load/` and `memory/` numbers of loading it."""
+    """A model ready to run, the plan it was loaded by, and what loading it took."""
 
     model: nn.Module
     plan: LoadPlan
-    statistics: Mapping[str, float]
+    seconds: float
+    memory: PeakMemory
 
 
 def load_component(
@@ -63,25 +64,15 @@ def load_component(
     _refuse_quantized(checkpoint)
     quantizer = load_quantizer(settings.backend)  # 2 resolve
     prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)  # 3 to 6
-    _warm_up(quantizer, prepared.compute_dtype, device)
+    warm_up(quantizer, prepared.compute_dtype, device)
     started = time.perf_counter()
     with PeakMemory(device) as memory:
         _load_weights(prepared, component, device=device, loader=loader)  # 7 stream, quantize, assign
         quantizer.postprocess_model(prepared.model, device)  # 8 finish, audit
-        _register(prepared, settings)  # 9
+        _register(prepared)  # 9
+    seconds = time.perf_counter() - started
     audit(prepared.model, quantizer, prepared.chosen)
-    statistics = {
-        "load/seconds": time.perf_counter() - started,
-        "load/quantized_modules": len(prepared.plan.quantized),
-        "load/skipped_modules": len(prepared.plan.skipped),
-        "load/baseline_host_gib": memory.baseline.total_bytes / GIB,
-        "load/peak_host_gib": memory.peak_bytes / GIB,
-        "load/peak_anon_gib": memory.peak_anon_bytes / GIB,
-        "load/peak_file_gib": memory.peak_file_bytes / GIB,
-        "load/peak_device_gib": memory.peak_device_bytes / GIB,
-        **weight_statistics(prepared.plan, memory_footprint(prepared.model)),
-    }
-    return LoadedComponent(prepared.model, prepared.plan, statistics)
+    return LoadedComponent(prepared.model, prepared.plan, seconds, memory)
 
 
 def prepare(
@@ -149,18 +140,23 @@ def _assign(model: nn.Module, target: str, tensor: Tensor) -> None:
     module.register_parameter(name, tensor)
 
 
-def weight_statistics(plan: LoadPlan, weights_bytes: int) -> dict[str, float]:
-    """The `memory/` numbers of the weights. weights_bytes: true bytes of the whole model."""
-    quantized_bits = 8 * sum(item.result_nbytes for item in plan.quantized)
-    quantized_numel = sum(item.spec.numel for item in plan.quantized if item.spec is not None)
-    numel = sum(item.source.nbytes // TORCH_DTYPES[item.source.dtype].itemsize for item in plan.items)
-    statistics = {
+def plan_statistics(plans: Sequence[LoadPlan], weights_bytes: int) -> dict[str, float]:
+    """Counts of modules, and the `memory/` numbers of the weights. weights_bytes: true bytes of all components."""
+    items = [item for plan in plans for item in plan.items]
+    quantized = [item for plan in plans for item in plan.quantized]
+    numel = sum(item.source.nbytes // TORCH_DTYPES[item.source.dtype].itemsize for item in items)
+    statistics: dict[str, float] = {
+        "load/quantized_modules": len(quantized),
+        "load/skipped_modules": sum(len(plan.skipped) for plan in plans),
         "memory/weights_gib": weights_bytes / GIB,
-        "memory/dense_weights_gib": sum(item.source.nbytes for item in plan.items) / GIB,
+        "memory/dense_weights_gib": sum(item.source.nbytes for item in items) / GIB,
         "memory/model_bits_per_weight": 8 * weights_bytes / max(numel, 1),
     }
-    if quantized_numel:
-        statistics["memory/bits_per_weight"] = quantized_bits / quantized_numel
+    if quantized:
+        bits = 8 * sum(item.result_nbytes for item in quantized)
+        statistics["memory/bits_per_weight"] = bits / sum(
+            item.spec.numel for item in quantized if item.spec is not None
+        )
     return statistics
 
 
@@ -189,7 +185,7 @@ def _compute_dtype(settings: ComponentConfig, checkpoint: Checkpoint) -> torch.d
     return max(sizes, key=lambda stored: sizes[stored])
 
 
-def _warm_up(quantizer: Quantizer, dtype: torch.dtype, device: torch.device) -> None:
+def warm_up(quantizer: Quantizer, dtype: torch.dtype, device: torch.device) -> None:
     """Quantize a small weight, so that libraries and thread pools are there before memory and time are measured."""
     if quantizer.quantization_method == "none":
         return
@@ -198,7 +194,7 @@ def _warm_up(quantizer: Quantizer, dtype: torch.dtype, device: torch.device) -> 
         quantizer.create_quantized_param(spec, [torch.ones(spec.shape)], {}, device)
 
 
-def _register(prepared: Prepared, settings: ComponentConfig) -> None:
+def _register(prepared: Prepared) -> None:
     """Leave on the model what other libraries look for on a quantized one."""
     model: Any = prepared.model
     if prepared.quantizer.quantization_method == "none":

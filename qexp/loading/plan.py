@@ -146,7 +146,9 @@ def _item(
 
 
 def _missing_message(missing: Sequence[str], checkpoint: Checkpoint, targets: Iterable[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    shown = ", ".join(f"'{name}'" for name in missing[:5]) + (
+        f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    )
     unused = sorted(set(checkpoint.entries) - set(targets))
     near = difflib.get_close_matches(missing[0], unused, n=1)
     hint = f"; it has '{near[0]}', which the model has not" if near else ""

@@ -3,7 +3,7 @@
 4-bit: blocks of 64 consecutive weights share an absmax (fp32); each weight becomes the nearest of 16 code values,
 two to a byte. Double quantization stores the absmaxes themselves in 8 bits, in blocks of 256 around their mean.
 8-bit: each row is scaled by its absmax to -127..127; at run time, input columns with a value above
-`llm_int8_threshold` are computed in 16 bits.
+`llm_int8_threshold` are computed in 16 bits. The library computes 8-bit layers in fp16, whatever their inputs are in.
 
 On CPUs with AVX512-BF16 the library would repack a 4-bit weight in place on its first forward, for a kernel that it
 fetches from a hub. Both are turned off: a weight's bytes do not depend on the machine or on whether it has run.
@@ -14,6 +14,7 @@ quantization), arXiv:2208.07339 (LLM.int8).
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -217,6 +218,8 @@ def _library() -> Any:
     try:
         with base.quiet("bitsandbytes"):
             import bitsandbytes
+        # it would say at every call of every layer that inputs are cast to fp16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     finally:
         if kernels is absent:
             del sys.modules["kernels"]

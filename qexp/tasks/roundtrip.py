@@ -1,13 +1,122 @@
-"""Quantize and dequantize every layer on its own and compare it with the weight in the checkpoint."""
+"""Quantize and dequantize every layer on its own and compare it with the weight in the checkpoint.
+
+Layers stream through the loading pipeline one by one: neither the dense nor the quantized model is ever in memory.
+`backend=none` casts each linear weight to the compute dtype and back, like any other format.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+import io
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qexp.loading.lifecycle import Prepared
+    from qexp.loading.plan import WorkItem
+    from qexp.settings import LoaderConfig
 
 
 @dataclass(frozen=True)
 class RoundtripConfig:
     name: str = "roundtrip"
 
+    saves_outputs: ClassVar[bool] = False  # nothing to compare with a reference, or to score
+
 
 Config = RoundtripConfig
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One line of layers.csv. Errors compare with the checkpoint's weight; an exact layer has no sqnr_db."""
+
+    component: str
+    layer: str
+    out_features: int
+    in_features: int
+    stored_dtype: str
+    quantized_bytes: int
+    bits_per_weight: float
+    sqnr_db: float | None
+    relative_l2: float | None
+    cosine: float | None
+    max_abs_error: float | None
+
+
+def measure_layers(prepared: Prepared, component: str, *, device: torch.device, loader: LoaderConfig) -> list[LayerRow]:
+    """A row for every layer that the plan quantizes (with backend=none: for every linear layer)."""
+    from qexp.loading.lifecycle import stream_plan
+
+    def create(item: WorkItem, dense: Tensor) -> LayerRow:
+        return _measure(prepared, component, item, dense, device)
+
+    items = prepared.plan.quantized or _linear_weights(prepared)
+    return [row for _, row in stream_plan(items, create, loader, f"{component}: round trip")]
+
+
+def _linear_weights(prepared: Prepared) -> list[WorkItem]:
+    from torch import nn
+
+    names = {f"{name}.weight" for name, module in prepared.model.named_modules() if isinstance(module, nn.Linear)}
+    return [item for item in prepared.plan.items if item.target in names]
+
+
+def _measure(prepared: Prepared, component: str, item: WorkItem, dense: Tensor, device: torch.device) -> LayerRow:
+    from qexp.metrics.tensors import compare
+    from qexp.offload.payload import true_nbytes
+
+    if item.spec is not None:
+        param: Tensor = prepared.quantizer.create_quantized_param(item.spec, [dense], {}, device)
+        restored = prepared.quantizer.dequantize_param(param)
+    else:
+        param = restored = dense.to(device=device, dtype=item.dtype)
+    compared, nbytes = compare(dense, restored), true_nbytes(param)
+    return LayerRow(
+        component=component,
+        layer=item.target.removesuffix(".weight"),
+        out_features=dense.shape[0],
+        in_features=dense.shape[1],
+        stored_dtype=str(dense.dtype).removeprefix("torch."),
+        quantized_bytes=nbytes,
+        bits_per_weight=8 * nbytes / dense.numel(),
+        sqnr_db=compared.sqnr_db,
+        relative_l2=compared.relative_l2,
+        cosine=compared.cosine,
+        max_abs_error=compared.max_abs_error,
+    )
+
+
+def summarize(rows: list[LayerRow]) -> dict[str, float | None]:
+    """The `roundtrip/` metrics: means and worst cases over layers; None where every layer is exact."""
+    sqnr = [row.sqnr_db for row in rows if row.sqnr_db is not None]
+    errors = [row.relative_l2 for row in rows if row.relative_l2 is not None]
+    return {
+        "roundtrip/layers": len(rows),
+        "roundtrip/exact_layers": sum(row.max_abs_error == 0 for row in rows),
+        "roundtrip/sqnr_db_mean": statistics.fmean(sqnr) if sqnr else None,
+        "roundtrip/sqnr_db_min": min(sqnr, default=None),
+        "roundtrip/relative_l2_mean": statistics.fmean(errors) if errors else None,
+        "roundtrip/cosine_min": min((row.cosine for row in rows if row.cosine is not None), default=None),
+        "roundtrip/max_abs_error": max(
+            (row.max_abs_error for row in rows if row.max_abs_error is not None), default=None
+        ),
+    }
+
+
+def rows_to_csv(rows: list[LayerRow]) -> str:
+    return to_csv([field.name for field in fields(LayerRow)], [asdict(row) for row in rows])
+
+
+def to_csv(columns: list[str], rows: list[Mapping[str, object]]) -> str:
+    """CSV text with a header; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

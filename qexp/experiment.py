@@ -1,0 +1,130 @@
+"""One experiment from its configuration to files and numbers: load, place, run, measure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from qexp.errors import ConfigError
+from qexp.loading.checkpoint import open_checkpoint
+from qexp.loading.lifecycle import LoadedComponent, load_component, plan_statistics, prepare, warm_up
+from qexp.loading.saving import save_tensors
+from qexp.memory import GIB, PeakMemory, device_memory, host_memory
+from qexp.models.base import load_source
+from qexp.offload.payload import module_nbytes
+from qexp.offload.strategies import Offload, apply_offload
+from qexp.quantizers.base import load_quantizer
+from qexp.sweep.store import write_json, write_text
+from qexp.tasks import generate, roundtrip
+
+if TYPE_CHECKING:
+    from qexp.models.base import ModelSource
+    from qexp.settings import RunConfig
+
+Metrics = dict[str, float | None]
+
+
+def run_experiment(config: RunConfig, folder: Path) -> Metrics:
+    """Run one experiment; its files go into `folder`, its metrics are returned by name (`group/name_unit`).
+
+    generate writes plan.json, outputs.safetensors and memory.csv; roundtrip writes plan.json and layers.csv.
+    """
+    device = torch.device(config.device)
+    source = load_source(config.model)
+    if config.task.name == "generate":
+        return _generate(config, source, device, folder)
+    if config.task.name == "roundtrip":
+        return _roundtrip(config, source, device, folder)
+    raise ConfigError(f"task.name={config.task.name!r} cannot be run; use generate or roundtrip")
+
+
+def _generate(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
+    loaded = {
+        name: load_component(source, name, settings, device=device, loader=config.loader)
+        for name, settings in config.components.items()
+    }
+    write_json(folder / "plan.json", {name: component.plan.to_container() for name, component in loaded.items()})
+    weights_bytes = sum(module_nbytes(component.model) for component in loaded.values())
+    metrics: Metrics = {
+        **_load_statistics(list(loaded.values())),
+        **plan_statistics([component.plan for component in loaded.values()], weights_bytes),
+    }
+    offloads = {
+        name: apply_offload(
+            component.model,
+            config.offload,
+            device=device,
+            block_lists=source.block_lists(name),
+            store=folder / "offload" / name,
+        )
+        for name, component in loaded.items()
+    }
+    models = {name: component.model for name, component in loaded.items()}
+    with PeakMemory(device) as peak:
+        result = generate.run(source, models, config.task, seed=config.seed, device=device, memory=lambda: _now(device))
+    metrics |= _offload_statistics(list(offloads.values()))
+    save_tensors(folder / "outputs.safetensors", result.outputs)
+    write_text(folder / "memory.csv", roundtrip.to_csv(list(result.rows[0]), result.rows))
+    baseline = next(iter(loaded.values())).memory.baseline
+    return {**metrics, **result.metrics, **_run_peaks(peak, baseline.total_bytes)}
+
+
+def _roundtrip(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
+    started = time.perf_counter()
+    prepared, rows = {}, []
+    for name, settings in config.components.items():
+        checkpoint, quantizer = open_checkpoint(source.checkpoints()[name]), load_quantizer(settings.backend)
+        prepared[name] = prepare(source, name, settings, checkpoint, quantizer, device=device)
+        warm_up(quantizer, prepared[name].compute_dtype, device)
+    with PeakMemory(device) as peak:
+        for name, component in prepared.items():
+            rows += roundtrip.measure_layers(component, name, device=device, loader=config.loader)
+    plans = {name: component.plan.to_container() for name, component in prepared.items()}
+    write_json(folder / "plan.json", plans)
+    write_text(folder / "layers.csv", roundtrip.rows_to_csv(rows))
+    weights_bytes = sum(plan["result_bytes"] for plan in plans.values())
+    return {
+        **plan_statistics([component.plan for component in prepared.values()], weights_bytes),
+        **roundtrip.summarize(rows),
+        "time/total_seconds": time.perf_counter() - started,
+        **_run_peaks(peak, peak.baseline.total_bytes),
+    }
+
+
+def _load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:
+    """The `load/` numbers of components loaded one after the other: times add up, peaks do not."""
+    memories = [component.memory for component in loaded]
+    return {
+        "load/seconds": sum(component.seconds for component in loaded),
+        "load/baseline_host_gib": memories[0].baseline.total_bytes / GIB,
+        "load/peak_host_gib": max(memory.peak_bytes for memory in memories) / GIB,
+        "load/peak_anon_gib": max(memory.peak_anon_bytes for memory in memories) / GIB,
+        "load/peak_file_gib": max(memory.peak_file_bytes for memory in memories) / GIB,
+        "load/peak_device_gib": max(memory.peak_device_bytes for memory in memories) / GIB,
+    }
+
+
+def _offload_statistics(offloads: Sequence[Offload]) -> Metrics:
+    """The `offload/` numbers, added up over components."""
+    total: Metrics = {}
+    for offload in offloads:
+        for name, value in offload.statistics().items():
+            total[name] = (total.get(name) or 0) + value
+    return total
+
+
+def _run_peaks(peak: PeakMemory, baseline_bytes: int) -> Metrics:
+    """Peaks while the task ran: of the host over the baseline from before loading, of the device in all."""
+    return {
+        "memory/run_peak_host_gib": max(peak.baseline.total_bytes + peak.peak_bytes - baseline_bytes, 0) / GIB,
+        "memory/run_peak_device_gib": peak.peak_device_bytes / GIB,
+    }
+
+
+def _now(device: torch.device) -> tuple[float, float]:
+    """(resident host memory, allocated device memory) in GiB."""
+    return host_memory().total_bytes / GIB, device_memory(device) / GIB
