@@ -1,0 +1,82 @@
+"""What holds in every test: one thread, no network, nobody's account, cache or environment variables.
+
+All of it is environment, set before any test module is imported and inherited by the processes that tests start, so
+that nothing here needs torch and tests that do without stay fast.
+"""
+
+import ipaddress
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # sums in the same order on every machine, and processes do not fight over cores
+    "MKL_NUM_THREADS": "1",
+    "CI": "1",  # plain output
+    "MPLBACKEND": "Agg",
+    "HF_HUB_OFFLINE": "1",  # also keeps bitsandbytes' import, on CPUs with AVX512-BF16, from asking a hub for kernels
+    "WANDB_MODE": "disabled",  # an explicit `mode=` wins over it
+    "WANDB_SILENT": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    "NETRC": os.devnull,
+    "HTTP_PROXY": NOWHERE,  # stops child processes, which the audit hook below cannot see
+    "HTTPS_PROXY": NOWHERE,
+    "http_proxy": NOWHERE,
+    "https_proxy": NOWHERE,
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+}
+
+
+class NetworkError(RuntimeError):
+    """Deliberately no OSError, which libraries catch and retry."""
+
+
+def refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audit hook: only loopback and Unix sockets may be reached."""
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+        address = arguments[1]
+    elif event == "socket.getaddrinfo":
+        address = arguments
+    else:
+        return
+    if isinstance(address, tuple) and not is_loopback(address[0]):
+        raise NetworkError(f"{event} to {address[0]!r}: tests are offline; use a fake, or a server on 127.0.0.1")
+
+
+def is_loopback(host: str | bytes | None) -> bool:
+    name = host.decode() if isinstance(host, bytes) else host
+    if name in (None, "", "localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(str(name)).is_loopback
+    except ValueError:  # a name that would have to be looked up
+        return False
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    home = tempfile.TemporaryDirectory(prefix="qexp-tests-")
+    config.add_cleanup(home.cleanup)
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "HF_", "HYDRA_", "QEXP_"))]:
+        del os.environ[name]
+    os.environ.update(ENVIRONMENT)
+    for name in ("HF_HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_DIR"):
+        os.environ[name] = home.name
+    # Child processes import the checkout under test, wherever they run.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # not even from a cache: a hub's kernels are not what we test
+    sys.addaudithook(refuse_network)
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    """An empty folder for `paths.outputs`."""
+    folder = tmp_path / "outputs"
+    folder.mkdir()
+    return folder
