@@ -1,0 +1,91 @@
+"""The name of an experiment: a hash of everything that can change its result, and of nothing else.
+
+Run key: 16 hex digits of sha256 over canonical JSON (sorted keys, no spaces, 6.0 written as 6) of the resolved
+configuration without NOT_IN_KEY, names and locations; each component's checkpoint by its content; and the device.
+Fields that other settings make meaningless are dropped: a plugin's config may name its own in an optional method
+`ignored_fields() -> set[str]`.
+
+Reference key: the same of the unquantized model that runs are compared with, by device type only, plus the versions
+of the libraries that compute it; without how it is offloaded, which does not change its answer.
+
+A field added to `RunConfig` is part of the key until it is listed here: a needless second run is cheaper than a wrong
+reuse. Library versions are not in the run key: `resume=stale` looks at them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from qexp.loading.checkpoint import open_checkpoint
+from qexp.models.base import load_source
+from qexp.offload.config import OffloadConfig
+from qexp.quantizers.none import NoneConfig
+from qexp.settings import ComponentConfig, RunConfig
+from qexp.sweep.environment import model_packages, versions_of
+
+KEY_DIGITS = 16
+SCHEMA = 1  # raised when the same settings come to mean something else
+NOT_IN_KEY = {"metrics", "tracking", "resume", "isolation", "sweep", "paths", "loader", "save"}
+NAMES_AND_PLACES = {"label", "path", "checkpoint"}  # of a plugin's config; checkpoints count by their content
+
+
+def run_key(config: RunConfig) -> str:
+    """Raises LoadError if a checkpoint is missing or damaged."""
+    return _digest(_identity(config))
+
+
+def reference_key(config: RunConfig) -> str:
+    """Key of the reference of `config`, the same for all candidates that share one."""
+    identity = _identity(reference_config(config))
+    del identity["offload"]
+    identity["device"] = config.device.partition(":")[0]
+    identity["versions"] = versions_of(("qexp", "torch", *model_packages(config)))
+    return _digest(identity)
+
+
+def reference_config(config: RunConfig) -> RunConfig:
+    """The same experiment with nothing quantized, in the reference's dtype, offloaded as `reference.offload` says."""
+    component = ComponentConfig(backend=NoneConfig(), compute_dtype=config.reference.dtype)
+    return replace(
+        config,
+        components={name: component for name in config.components},
+        offload=OffloadConfig(strategy=config.reference.offload).resolved(config.device.partition(":")[0]),
+    )
+
+
+def saves_outputs(config: RunConfig) -> bool:
+    """Whether the task leaves outputs that are compared with a reference and scored; a task config may say no."""
+    return bool(getattr(config.task, "saves_outputs", True))
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    identity = {item.name: _plain(getattr(config, item.name)) for item in fields(config) if item.name not in NOT_IN_KEY}
+    # how a reference is computed is part of its own settings; here only which one the result is compared with counts
+    identity["reference"] = config.reference.dtype if saves_outputs(config) else None
+    identity["checkpoints"] = {
+        name: open_checkpoint(path).content_hash() for name, path in load_source(config.model).checkpoints().items()
+    }
+    identity["schema"] = SCHEMA
+    return identity
+
+
+def _plain(value: Any) -> Any:
+    """Plain values of a config, without what does not count."""
+    if is_dataclass(value) and not isinstance(value, type):
+        ignored = NAMES_AND_PLACES | (value.ignored_fields() if hasattr(value, "ignored_fields") else set())
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value) if item.name not in ignored}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:KEY_DIGITS]
