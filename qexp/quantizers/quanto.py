@@ -2,7 +2,8 @@
 
 int8 and float8: symmetric, one scale a row. int4 and int2: affine, a scale and a shift for each group of 128 weights
 (96, 64 or 32 where 128 does not divide a row; one group a row where none does), packed below a byte. Scales have the
-dtype that the weight is quantized from.
+dtype that the weight is quantized from. On a CPU, int4 in bf16 takes the library's layout for its int4 kernel; where
+that kernel cannot run (out_features not divisible by 16) the weight is kept in the general layout instead of failing.
 
 Unpacking int4 and int2 on a CPU would make the library compile a C++ extension into site-packages; a few lines of
 PyTorch that give the same result are put in the extension's place.
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_DTYPES = ("int8", "int4", "int2", "float8")
 ACTIVATION_SCALES = ("input_scale", "output_scale")
+TINYGEMM_ROWS = 64  # rows that its packing interleaves
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class QuantoConfig:
 class QuantoQuantizer(base.Quantizer):
     config: QuantoConfig
     required_packages: ClassVar[Mapping[str, str]] = {"optimum-quanto": "0.2.7"}
+
+    def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
+        if self._bits < 8 and spec.numel == group_size(spec.shape[1]):
+            return f"quanto {self.config.weights_dtype} cannot hold a single group of weights"
+        return None
 
     def preprocess_model(self, model: nn.Module, names: Sequence[str], compute_dtype: torch.dtype) -> None:
         quanto = _library()
@@ -99,16 +106,27 @@ class QuantoQuantizer(base.Quantizer):
         import torch
 
         qtype, rows_of, size = self._qtype, base.RowAssembler(spec.shape[0]), group_size(spec.shape[1])
-        for rows, part in base.row_slices(spec, weight, device):
+        kind, shape = _library().WeightQBitsTensor, torch.Size(spec.shape)
+        tinygemm = (qtype.bits, spec.dtype, size, device.type) == (4, torch.bfloat16, 128, "cpu")  # the library's rule
+        odd = tinygemm and spec.shape[0] % 16 > 0  # for which the library would raise
+        tinygemm, create = tinygemm and not odd, kind if odd else kind.create
+        for rows, part in base.row_slices(spec, weight, device, TINYGEMM_ROWS):
             scale, shift = _library().MaxOptimizer()(part, qtype=qtype, axis=0, group_size=size)
             data = torch.ops.quanto.quantize_affine(
                 part, bits=qtype.bits, axis=0, group_size=size, scale=scale, shift=shift
             )
-            rows_of.add(rows, {"data": data, "scale": scale, "shift": shift})
-        inner = rows_of.inner
-        return _library().WeightQBitsTensor.create(
-            qtype, 0, size, torch.Size(spec.shape), (spec.shape[1], 1), inner["data"], inner["scale"], inner["shift"]
-        )
+            if tinygemm:  # its packing takes eight times the packed bytes: pack slice by slice
+                packed = create(qtype, 0, size, part.shape, part.stride(), data, scale, shift)
+                rows_of.add(rows, {"data": packed._data._data, "scale_shift": packed._scale_shift.transpose(0, 1)})
+            else:
+                rows_of.add(rows, {"data": data, "scale": scale, "shift": shift})
+        inner, stride = rows_of.inner, (spec.shape[1], 1)
+        if tinygemm:
+            tensors = {"_data": type(packed._data)(inner["data"], shape, stride)}
+            tensors["_scale_shift"] = inner["scale_shift"].transpose(0, 1).contiguous()
+            meta = {**packed.__tensor_flatten__()[1], "size": str(list(shape)), "stride": str(list(stride))}
+            return type(packed).__tensor_unflatten__(tensors, meta, shape, stride)
+        return create(qtype, 0, size, shape, stride, inner["data"], inner["scale"], inner["shift"])
 
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
         return [key for key in missing if key.rpartition(".")[2] not in ACTIVATION_SCALES]
