@@ -1,0 +1,22 @@
+"""The command line: `python -m qexp`, and the console script `qexp`. `--help` answers without importing Hydra."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run one experiment or a sweep, and exit with 0 only if all of it is done."""
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        from qexp.help import help_text
+
+        print(help_text())
+        return
+    from qexp.cli import run
+
+    sys.exit(run(arguments))
+
+
+if __name__ == "__main__":
+    main()
