@@ -121,7 +121,7 @@ def _plain_settings(cfg: Any) -> dict[str, Any]:
         except MissingMandatoryValue as error:
             raise ConfigError(f"{error.full_key or name} is missing (???); give it a value") from error
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{error.full_key or name} does not resolve: {error.msg or error}") from error
+            raise ConfigError(f"{error.full_key or name} does not resolve: {str(error).splitlines()[0]}") from error
     return settings
 
 

@@ -47,13 +47,13 @@ def check_known(place: str, name: str, names: list[str]) -> None:
         raise ConfigError(f"{place} is not a known field{did_you_mean(name, names)}; valid here: {choices(names)}")
 
 
-def convert(hint: Any, value: Any, place: str) -> Any:
-    """`value` as the type `hint` (scalars, unions with None, tuples, dicts, dataclasses), or ConfigError."""
+def convert(hint: Any, value: Any, place: str, rule: str = "") -> Any:
+    """`value` as the type `hint` (scalars, unions with None, tuples, dicts, dataclasses), or ConfigError by `rule`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else convert(_only_type(arguments), value, place)
+        return None if value is None else convert(_only_type(arguments), value, place, rule=describe(hint))
     if is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else from_plain(hint, value, place)
     if origin is tuple and isinstance(value, list | tuple):
@@ -64,7 +64,7 @@ def convert(hint: Any, value: Any, place: str) -> Any:
         return float(value)
     if type(value) is hint:
         return value
-    raise ConfigError(f"{place}={value!r} must be {describe(hint)}")
+    raise ConfigError(f"{place}={value!r} must be {rule or describe(hint)}")
 
 
 def describe(hint: Any) -> str:

@@ -41,9 +41,14 @@ def plugin_config(group: str, values: Any, place: str) -> Any:
     """Build the frozen config of the plugin that `values` names; `place` is its path in the config, for messages."""
     names = plugin_names(group)
     field_name = PLUGINS[group][1]
+    if values is None:
+        raise ConfigError(f"{place}=null chooses nothing; use {choices(names)}")
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{place}={'null' if values is None else values} chooses nothing; use {choices(names)}")
-    name = values.get(field_name)
+        remedy = f"write {place}={values} on the command line, or 'override /{group}: {values}' in a yaml's defaults"
+        raise ConfigError(f"{place}={values} is a name where a group of fields belongs; {remedy}")
+    if field_name not in values:
+        raise ConfigError(f"{place}.{field_name} is missing; use {choices(names)}")
+    name = values[field_name]
     if name not in names:
         raise ConfigError(f"{place}.{field_name}={name} is unknown{did_you_mean(name, names)}; use {choices(names)}")
     return from_plain(plugin_module(group, str(name)).Config, values, place)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,8 +15,9 @@ from omegaconf import OmegaConf
 
 from qexp import devices
 from qexp.config import RunConfig, plugin_names, run_config_from_container, to_run_config
-from qexp.errors import QexpError
-from qexp.schema import register_schemas
+from qexp.errors import ConfigError, QexpError, UnsupportedError
+from qexp.fields import from_plain
+from qexp.schema import register_schemas, schema_of
 from qexp.settings import TopLevelConfig
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -35,7 +37,12 @@ def machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_config(*overrides: str) -> RunConfig:
-    return to_run_config(compose("config", overrides=list(overrides)))
+    return to_run_config(compose("config", overrides=["++sweep.name=test", *overrides]))  # not the time of day
+
+
+def settings() -> dict[str, Any]:
+    """The composed defaults as a plain mapping."""
+    return {str(name): value for name, value in OmegaConf.to_container(compose("config"), resolve=True).items()}  # type: ignore[union-attr]
 
 
 def message_of(*overrides: str) -> str:
@@ -93,3 +100,245 @@ def test_config_yaml_repeats_the_defaults_of_the_dataclass() -> None:
             plain = composed[name]
             plain = OmegaConf.to_container(plain) if OmegaConf.is_config(plain) else plain
             assert plain == json.loads(json.dumps(value)), name
+
+
+def sample(hint: Any, default: Any) -> Any:
+    """A value of the type that is not the default."""
+    text = str(hint)
+    if hint is bool:
+        return not default
+    if "int" in text:
+        return 7
+    if "float" in text:
+        return 0.25
+    return ["a", "b"] if "tuple" in text else "other"
+
+
+FIELD_PLACES = [
+    *[(f"backend={option}", "backend") for option in ("none", "bitsandbytes", "torchao", "quanto")],
+    *[(f"task={option}", "task") for option in plugin_names("task")],
+    *[(f"{group}=none", group) for group in ("offload", "tracking")],
+    ("model=digits", "model"),
+    ("metrics=default", "metrics"),
+    ("isolation=process", "isolation"),
+    ("sweep=default", "sweep"),
+    ("seed=1", "loader"),
+    ("seed=1", "reference"),
+    ("seed=1", "paths"),
+]
+
+
+@pytest.mark.parametrize(("option", "place"), FIELD_PLACES, ids=str)
+def test_every_field_of_every_group_can_be_overridden(option: str, place: str) -> None:
+    before = compose("config", overrides=[option])[place]
+    cls: Any = OmegaConf.get_type(before)
+    samples = {item.name: sample(item.type, before[item.name]) for item in dataclasses.fields(cls)}
+    overrides = [f"{place}.{name}={str(value).replace(' ', '')}" for name, value in samples.items()]
+    after = OmegaConf.to_container(compose("config", overrides=[option, *overrides])[place])
+    assert after == samples
+
+
+TOP_LEVEL = {
+    "seed=3": lambda config: config.seed == 3,
+    "resume=stale": lambda config: config.resume == "stale",
+    "device=cpu": lambda config: config.device == "cpu",
+    "device_map=cpu": lambda config: config.device == "cpu",
+    "compute_dtype=bf16": lambda config: config.components["transformer"].compute_dtype == "bfloat16",
+    "compute_dtype=float16": lambda config: config.components["transformer"].compute_dtype == "float16",
+    "reference.dtype=fp32": lambda config: config.reference.dtype == "float32",
+    "backend.bnb_4bit_compute_dtype=fp16": lambda c: (
+        c.components["transformer"].backend.bnb_4bit_compute_dtype == "float16"
+    ),
+    "keep_in_fp32_modules=[norm_out]": lambda c: c.components["transformer"].keep_in_fp32_modules == ("norm_out",),
+    "skip_modules=[blocks.0.attn]": lambda c: (
+        c.components["transformer"].skip_modules == ("blocks.0.attn", "proj_out", "x_embed")
+    ),
+    "model.skip_modules=[]": lambda config: config.components["transformer"].skip_modules == (),
+    "paths.outputs=elsewhere": lambda config: config.paths.outputs == "elsewhere",
+    "loader.workers=2": lambda config: config.loader.workers == 2,
+    "offload=leaf": lambda config: (config.offload.strategy, config.offload.to) == ("leaf", "disk"),
+    "isolation.timeout_minutes=5": lambda config: config.isolation.timeout_minutes == 5.0,
+    "metrics.names=[ssim]": lambda config: config.metrics.names == ("ssim",),
+}
+
+
+@pytest.mark.parametrize("override", TOP_LEVEL)
+def test_a_setting_arrives_where_it_is_used(override: str) -> None:
+    assert not TOP_LEVEL[override](run_config()) or override == "device=cpu" or override == "device_map=cpu"
+    assert TOP_LEVEL[override](run_config(override))
+
+
+MESSAGES = {
+    "resume=mising": "resume=mising is unknown (did you mean missing?); use failed, missing, none or stale",
+    "tracking.mode=of": "tracking.mode=of is unknown",
+    "isolation.mode=thread": "use inline or process",
+    "isolation.timeout_minutes=0": "must be above 0, or null",
+    "metrics.names=[psnr]": "did you mean psnr_db?",
+    "offload.strategy=leafs": "offload.strategy='leafs' is unknown",
+    "offload.to=gpu": "use auto, cpu or disk",
+    "reference.offload=lef": "reference.offload=lef is unknown (did you mean leaf?)",
+    "loader.in_flight_mib=0": "loader.in_flight_mib=0 must be 1 or more",
+    "loader.workers=0": "or null for one a core",
+    "sweep.name=a/b": "must be a folder's name",
+    "compute_dtype=fp31": "use bf16, bfloat16, float16, float32, fp16 or fp32",
+    "reference.dtype=int8": "reference.dtype=int8 is no dtype to compute in",
+    "backend.bnb_4bit_compute_dtype=fp8": "backend.bnb_4bit_compute_dtype=fp8 is no dtype",
+    "backend.bnb_4bit_quant_type=nf5": "nf5",
+    "device=gpu": "device=gpu is unknown; use auto, cpu, cuda or cuda:<index>",
+    "device_map=auto": "device_map=auto spreads a model over several devices",
+    "device_map={a:cpu,b:disk}": "use device_map=null with device=auto",
+    "device_map=tpu": "device_map=tpu is unknown",
+    "low_cpu_mem_usage=false": "there is only the streaming path",
+    "skip_modules=proj_out": "must be a list, such as [proj_out], or @file",
+    "skip_modules=@missing.txt": "skip_modules=@missing.txt cannot be read: No such file or directory",
+    "skip_modules=[1]": "skip_modules[0]=1 must be a string",
+    "+components.vae.compute_dtype=fp16": "components.vae is no component of this model; it has transformer",
+    "+components.transformr.compute_dtype=fp16": "did you mean transformer?",
+    "+components.transformer.dtype=fp16": "components.transformer.dtype is not a known field",
+    "+components.transformer.compute_dtype=3": "components.transformer.compute_dtype=3 must be a string, or null",
+    "+components.transformer=3": "components.transformer=3 must be a group of fields",
+    "+sede=3": "sede is not a known field (did you mean seed or sweep?); valid here: backend, ",
+    "++offload.too=disk": "offload.too is not a known field (did you mean to?)",
+    "~backend": "backend=null chooses nothing; use bitsandbytes",
+    "model.path=${nowhere}": "model.path does not resolve: Interpolation key 'nowhere' not found",
+    "task.num_images=???": "task.num_images is missing",
+    "task.num_images=0": "must be 1 or more",
+}
+
+
+@pytest.mark.parametrize("override", MESSAGES)
+def test_a_wrong_setting_is_named_with_its_rule_and_remedy(override: str) -> None:
+    message = message_of(override)
+    assert MESSAGES[override] in message
+    assert "\n" not in message
+
+
+def test_inline_experiments_have_no_timeout() -> None:
+    assert "needs a process to end" in message_of("isolation=inline", "isolation.timeout_minutes=1")
+
+
+def test_devices_that_are_not_there_are_unsupported_and_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnsupportedError, match="device=cuda:1 needs CUDA device 1, and this machine"):
+        run_config("device=cuda:1")
+    monkeypatch.setattr(devices, "cuda_device_count", lambda: 2)
+    assert run_config("device=cuda:1").device == "cuda:1"
+    assert run_config().device == run_config("device=cuda").device == "cuda:0"
+    with pytest.raises(UnsupportedError):
+        run_config("device=cuda:2")
+
+
+def test_device_map_of_one_device_means_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "cuda_device_count", lambda: 2)
+    assert to_run_config({**settings(), "device_map": {"": "cuda:1"}}).device == "cuda:1"
+    assert to_run_config({**settings(), "device_map": {"": 1}}).device == "cuda:1"
+    assert to_run_config({**settings(), "device_map": 0, "device": "cuda"}).device == "cuda:0"
+    assert "device_map=cpu and device=cuda:1 disagree" in message_of("device_map=cpu", "device=cuda:1")
+
+
+def test_offload_to_auto_is_memory_beside_a_gpu_and_disk_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_config("offload=block", "offload.num_blocks_per_group=2").offload.to == "disk"
+    monkeypatch.setattr(devices, "cuda_device_count", lambda: 1)
+    assert run_config("offload=block").offload.to == "cpu"
+
+
+def test_skip_patterns_come_from_a_file_with_comments(tmp_path: Path) -> None:
+    path = tmp_path / "skip.txt"
+    path.write_text("# sensitive layers\nblocks.0.attn\n\n**.modulation  # adaLN\nx_embed\n")
+    patterns = run_config(f"skip_modules=@{path}").components["transformer"].skip_modules
+    assert patterns == ("**.modulation", "blocks.0.attn", "proj_out", "x_embed")
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "not a text file" in message_of(f"skip_modules=@{path}")
+
+
+def test_the_same_patterns_in_another_place_are_the_same_experiment() -> None:
+    assert run_config("skip_modules=[b,a]") == run_config("model.skip_modules=[x_embed,a,b,proj_out]")
+
+
+def test_a_component_overrides_the_settings_of_all(tmp_path: Path) -> None:
+    config = run_config(
+        "backend=torchao",
+        "compute_dtype=bf16",
+        "+backend@components.transformer.backend=quanto_int4",
+        "+components.transformer.skip_modules=[blocks.1]",
+        "+components.transformer.keep_in_fp32_modules=[norm_out]",
+    )
+    transformer = config.components["transformer"]
+    assert (transformer.backend.quant_method, transformer.backend.weights_dtype) == ("quanto", "int4")
+    assert transformer.skip_modules == ("blocks.1",)
+    assert transformer.keep_in_fp32_modules == ("norm_out",)
+    assert transformer.compute_dtype == "bfloat16"
+    assert run_config("compute_dtype=bf16", "+components.transformer.compute_dtype=null") == run_config()
+
+
+def test_the_dense_baseline_may_say_low_cpu_mem_usage_false() -> None:
+    assert run_config("backend=none", "low_cpu_mem_usage=false") == run_config("backend=none")
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        (
+            {"quant_method": "quanto", "weight_dtype": "int4"},
+            "backend.weight_dtype is not a known field (did you mean weights",
+        ),
+        ({"quant_method": "quanto", "weights_dtype": 4}, "backend.weights_dtype=4 must be a string"),
+        ({"quant_method": "qanto"}, "backend.quant_method=qanto is unknown (did you mean quanto?); use bitsandbytes"),
+        ({"weights_dtype": "int4"}, "backend.quant_method is missing; use bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "llm_int8_threshold": True}, "llm_int8_threshold=True must be a number"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": 1}, "load_in_4bit=1 must be true or false"),
+        ({"quant_method": "quanto", "modules_to_not_convert": "a"}, "must be a list, such as [a,b]"),
+        ("quanto", "backend=quanto is a name where a group of fields belongs"),
+    ],
+)
+def test_a_yaml_without_a_schema_is_checked_all_the_same(backend: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        to_run_config({**settings(), "backend": backend})
+    assert message in str(caught.value)
+
+
+def test_whole_numbers_are_numbers() -> None:
+    assert run_config("backend=bitsandbytes_int8", "backend.llm_int8_threshold=4") == run_config(
+        "backend=bitsandbytes_int8", "backend.llm_int8_threshold=4.0"
+    )
+
+
+def test_a_stored_config_of_another_version_is_refused() -> None:
+    container = run_config().to_container()
+    with pytest.raises(ConfigError, match="loader is missing"):
+        run_config_from_container({name: value for name, value in container.items() if name != "loader"})
+    with pytest.raises(ConfigError, match="sede is not a known field"):
+        run_config_from_container({**container, "sede": 3})
+    container["components"]["transformer"]["backend"]["quant_method"] = "gguff"
+    with pytest.raises(ConfigError, match=r"components.transformer.backend.quant_method=gguff"):
+        run_config_from_container(container)
+
+
+def test_labels_follow_the_type_that_is_quantized_to() -> None:
+    assert (
+        run_config("backend=torchao", "backend.quant_type=int8dq").components["transformer"].backend.label == "int8dq"
+    )
+    assert run_config("backend=bitsandbytes_nf4_dq").components["transformer"].backend.label == "nf4+dq"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    names: tuple[str, ...] = ("a",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    needed: int
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    table: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        raise AssertionError("a schema must not run the checks of its dataclass")
+
+
+def test_a_schema_is_an_unfrozen_twin_without_checks() -> None:
+    schema = OmegaConf.structured(schema_of(Outer))
+    assert OmegaConf.is_missing(schema, "needed")
+    schema.needed, schema.inner.names, schema.table = 3, ["b", "c"], {"x": 1}
+    assert OmegaConf.to_container(schema) == {"needed": 3, "inner": {"names": ["b", "c"]}, "table": {"x": 1.0}}
+    with pytest.raises(AssertionError, match="must not run"):
+        from_plain(Outer, {"needed": 3})
