@@ -182,5 +182,5 @@ def test_an_unwritable_folder_is_a_disk_error(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="file"), RunFolder(tmp_path / "file" / "run").locked(print):
         pass
-    with pytest.raises(DiskError, match="paths.outputs"):
+    with pytest.raises(DiskError, match=r"paths\.outputs"):
         store.write_text(tmp_path / "file" / "x.json", "")

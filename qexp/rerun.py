@@ -1,0 +1,114 @@
+"""Run a stored experiment again and say whether its numbers come out the same.
+
+    python -m qexp.rerun outputs/runs/<key>
+
+The new result takes the place of the old one, unless `--outputs` names another folder. Times and memory peaks differ
+from run to run and are only shown; every other metric must be equal to the last digit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qexp.config import run_config_from_container
+from qexp.errors import LoadError, QexpError
+from qexp.settings import PathsConfig, RunConfig
+from qexp.sweep.environment import differences
+from qexp.sweep.job import run_job
+from qexp.sweep.key import run_key
+from qexp.sweep.store import RunFolder
+
+VARYING = ("seconds", "_ms", "peak", "baseline")  # parts of names of metrics that no two runs share
+
+
+def main() -> int:
+    """0 if every metric was reproduced, 1 if one was not or the run failed."""
+    parser = argparse.ArgumentParser(prog="python -m qexp.rerun", description="Run a stored experiment again.")
+    parser.add_argument("run", type=Path, help="a run folder: outputs/runs/<key>")
+    parser.add_argument("--outputs", type=Path, help="put the new run below this folder, and keep the old one")
+    arguments = parser.parse_args()
+    try:
+        return rerun(arguments.run, arguments.outputs)
+    except QexpError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def rerun(path: Path, outputs: Path | None) -> int:
+    """Run the experiment stored in `path` again and print what differs; the exit code."""
+    folder = RunFolder(path)
+    old = folder.read_result()
+    config = stored_config(folder, outputs)
+    if run_key(config) != folder.key:
+        print(
+            f"note: it is now {run_key(config)}, not {folder.key}: its checkpoint has changed, or what a key is made of"
+        )
+    for change in differences(old["env"], config) if old else ():
+        print(f"note: the environment has changed: {change}")
+    row = run_job(config, (folder.path / "overrides.txt").read_text().splitlines())
+    if row.status != "done":
+        return 1
+    if old is None:
+        print(f"nothing to compare with: {path} had no result")
+        return 0
+    return report(old["metrics"], row.metrics)
+
+
+def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
+    """The configuration in a run folder, set to run whatever is there. Raises LoadError if there is none."""
+    try:
+        container = yaml.safe_load((folder.path / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise LoadError(f"{folder.path} is no run folder, its config.yaml cannot be read: {error}") from error
+    config = run_config_from_container(container)
+    root = outputs or folder.path.resolve().parents[1]
+    return replace(config, resume="none", paths=PathsConfig(outputs=str(root)))
+
+
+def report(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
+    """Print the comparison of two runs' metrics; 0 if all that can be equal are."""
+    changed = list(changes(before, after))
+    fixed = [line for name, line in changed if not is_varying(name)]
+    varying = [line for name, line in changed if is_varying(name)]
+    compared = sum(not is_varying(name) for name in {**before, **after})
+    if varying:
+        print("differs from run to run:", *varying, sep="\n  ")
+    if fixed:
+        print(f"NOT reproduced: {len(fixed)} of {compared} metrics differ:", *fixed, sep="\n  ")
+        return 1
+    print(f"reproduced: all {compared} metrics are equal to the last digit")
+    return 0
+
+
+def is_varying(name: str) -> bool:
+    return any(part in name for part in VARYING)
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, 'name: old -> new (relative difference)') of each metric that is not the same in both."""
+    for name in sorted({**before, **after}):
+        old, new = before.get(name, "absent"), after.get(name, "absent")
+        if old != new:
+            yield name, f"{name}: {_text(old)} -> {_text(new)}{_relative(old, new)}"
+
+
+def _text(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+def _relative(old: object, new: object) -> str:
+    if not isinstance(old, int | float) or not isinstance(new, int | float) or math.isclose(old, 0):
+        return ""
+    return f" ({(new - old) / abs(old):+.2g} relative)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

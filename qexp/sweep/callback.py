@@ -1,0 +1,77 @@
+"""The two ends of a Hydra sweep: its manifest before the first experiment, the table and the exit code after the last.
+
+Hydra turns an exception in a callback into a warning and exits with 0, so everything here that must stop or fail a
+sweep leaves through `sys.exit`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import traceback
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from qexp.errors import QexpError
+from qexp.sweep.manifest import Manifest, count_line
+
+
+class SweepCallback(Callback):
+    """Named in conf/config.yaml: `hydra.callbacks.qexp._target_`."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Create the sweep's folder and manifest, before a model is loaded for nothing."""
+        try:
+            arguments = sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1 :]  # as typed: sys.argv may be edited
+            command = ["python", "-m", "qexp", *arguments]
+            _manifest(config).start(command, planned_jobs(config), config.sweep.get("notes"))
+        except QexpError as error:
+            print(error, file=sys.stderr)
+            sys.exit(1)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print the table and the count; exit with 1 if an experiment failed or left no record."""
+        failed = True
+        try:
+            failed = _close(_manifest(config))
+        except QexpError as error:
+            print(error, file=sys.stderr)
+        except Exception:  # Hydra would make it a warning, and the exit code 0
+            traceback.print_exc()
+        if failed:
+            sys.exit(1)
+
+
+def planned_jobs(config: DictConfig) -> int | None:
+    """How many experiments the sweep will have; None if its sweeper decides as it goes, or for a glob."""
+    sweeper = config.hydra.sweeper
+    if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
+        return None
+    lines = [f"{name}={values}" for name, values in (sweeper.get("params") or {}).items()]
+    try:
+        parsed = OverridesParser.create().parse_overrides([*lines, *config.hydra.overrides.task])
+        sweeps = {override.get_key_element(): override for override in parsed}  # the last one of a name wins
+        return math.prod(len(list(o.sweep_string_iterator())) for o in sweeps.values() if o.is_sweep_override())
+    except HydraException:
+        return None
+
+
+def _close(manifest: Manifest) -> bool:
+    """Print how the sweep ended; whether anything in it failed."""
+    from qexp.report.table import format_table, rows_of_sweep
+
+    values = manifest.finish()
+    jobs, total = values["jobs"], values["total"]
+    try:
+        print(f"\n{format_table(rows_of_sweep(manifest.folder.parents[1], manifest.name))}\n")
+    finally:
+        print(count_line(jobs, total), flush=True)
+    return any(job["status"] == "failed" for job in jobs) or len(jobs) < (total or 0)
+
+
+def _manifest(config: DictConfig) -> Manifest:
+    return Manifest(config.paths.outputs, config.sweep.name)

@@ -1,0 +1,217 @@
+"""The parent's side of one experiment: find out whether it has to run, have it run, record how it ended.
+
+Hydra calls `run_job` once per experiment. A job that raised would hide the errors of all later ones and skip the
+sweep's end, so everything becomes a row; only Ctrl-C goes through, after the run is marked.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qexp.errors import DiskError, QexpError
+from qexp.report.labels import run_label
+from qexp.settings import RunConfig
+from qexp.sweep.key import run_key, saves_outputs
+from qexp.sweep.manifest import JobRow, Manifest
+from qexp.sweep.outcome import Outcome, outcome_of
+from qexp.sweep.process import run_worker
+from qexp.sweep.progress import end_line, job_name
+from qexp.sweep.reference import ensure_reference, known_reference, prepare_folder
+from qexp.sweep.resume import Decision, decide
+from qexp.sweep.store import RunFolder, Status, now_iso
+from qexp.sweep.worker import Work, do_work
+
+__all__ = ["JobRow", "refuse_job", "run_job"]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of `run_job`: what to run, and where it stands in a sweep (number is None outside of one)."""
+
+    config: RunConfig
+    overrides: tuple[str, ...]
+    number: int | None
+    total: int | None
+    since: str | None
+    work: Work
+
+    @property
+    def manifest(self) -> Manifest | None:
+        return Manifest(self.config.paths.outputs, self.config.sweep.name) if self.number is not None else None
+
+    @property
+    def row(self) -> JobRow:
+        """Its row as far as it is known before it runs."""
+        return JobRow(self.number or 1, "", self.overrides, run_label(self.config.to_container()), "failed")
+
+    def say(self, message: str) -> None:
+        print(f"{job_name(self.number, self.total, self.row.label)}: {message}", flush=True)
+
+
+def run_job(
+    config: RunConfig,
+    overrides: Sequence[str],
+    *,
+    number: int | None = None,
+    experiment: str = Work.experiment,
+    score: str = Work.score,
+) -> JobRow:
+    """Run one experiment, or reuse its result. Raises nothing but KeyboardInterrupt; failures are in the row.
+
+    number: place in the sweep from 1, None to ask Hydra. experiment, score: see `worker.py`.
+    """
+    number = number if number is not None else _hydra_number()
+    started = Manifest(config.paths.outputs, config.sweep.name).read() if number is not None else None
+    job = _Job(
+        config,
+        tuple(overrides),
+        number,
+        total=(started or {}).get("total"),
+        since=(started or {}).get("started"),
+        work=Work(Path(), experiment=experiment, score=score),
+    )
+    row = job.row
+    try:
+        row = _perform(job)
+    except KeyboardInterrupt as error:
+        row = replace(row, **asdict(outcome_of(error)))
+        raise
+    except Exception as error:  # whatever it is, the other experiments go on
+        row = replace(row, **asdict(_explained(error)))
+    finally:
+        _record(job.manifest, row, job_name(number, job.total, row.label))
+    return row
+
+
+def refuse_job(
+    error: QexpError, overrides: Sequence[str], *, outputs: str, sweep_name: str, number: int | None = None
+) -> JobRow:
+    """The row of an experiment whose configuration does not resolve, recorded and shown like any other."""
+    number = number if number is not None else _hydra_number()
+    label = " ".join(overrides) or "this experiment"
+    row = replace(JobRow(number or 1, "", tuple(overrides), label, "failed"), **asdict(outcome_of(error)))
+    manifest = Manifest(outputs, sweep_name) if number is not None else None
+    _record(manifest, row, job_name(number, None, label))
+    return row
+
+
+def _perform(job: _Job) -> JobRow:
+    """Decide, run, track: one experiment with its folder locked."""
+    folder = RunFolder(Path(job.config.paths.outputs, "runs", run_key(job.config)))
+    if not folder.path.exists() and decide(job.config, folder).action == "keep":
+        message = f"not run: resume={job.config.resume} runs only what has failed"
+        return replace(job.row, key=folder.key, status="skipped", message=message)
+    with folder.locked(job.say):
+        decision = decide(job.config, folder)
+        if decision.action == "keep":
+            status = folder.read_status()
+        else:
+            job.say(_start_words(decision))
+            status = _execute(job, folder, decision)
+            _track(job, folder, status)
+        return _row_of(job, folder, status, reused=decision.action == "keep")
+
+
+def _execute(job: _Job, folder: RunFolder, decision: Decision) -> Status:
+    """Run or score in a worker, the reference first; the returned status is on disk if the disk takes it."""
+    run = _runner(job.config)
+    started = now_iso()
+    try:
+        previous = folder.read_result() if decision.action == "score" else None
+        prepare_folder(folder, job.config, job.overrides, clear=previous is None)
+        work = replace(job.work, folder=folder.path, steps="run")
+        if saves_outputs(job.config):
+            reference = known_reference(job.config, (previous or {}).get("reference"))
+            if reference is None:
+                reference, status = ensure_reference(job.config, work, run, job.say, job.since)
+                if status.status != "done":
+                    outcome = Outcome(status.status, status.reason, f"its reference: {status.message}")
+                    return _mark(folder, outcome, started)
+            work = replace(work, reference=reference, steps="all" if previous is None else "score")
+        return run(work)
+    except BaseException as error:
+        status = _mark(folder, _explained(error), started)
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return status
+
+
+def _runner(config: RunConfig) -> Callable[[Work], Status]:
+    if config.isolation.mode == "inline":
+        return do_work
+    return partial(run_worker, timeout_minutes=config.isolation.timeout_minutes)
+
+
+def _mark(folder: RunFolder, outcome: Outcome, started: str) -> Status:
+    """Write how it ended where no worker could; a disk that takes nothing more has its own message already."""
+    status = Status(**asdict(outcome), pid=os.getpid(), started=started, finished=now_iso())
+    with suppress(DiskError):
+        folder.write_status(status)
+    return status
+
+
+def _explained(error: BaseException) -> Outcome:
+    """The outcome of an error on the parent's side; what is not meant for users is a defect, and shows where."""
+    if not isinstance(error, QexpError | KeyboardInterrupt):
+        traceback.print_exception(error)
+    return outcome_of(error)
+
+
+def _row_of(job: _Job, folder: RunFolder, status: Status | None, reused: bool) -> JobRow:
+    row = replace(job.row, key=folder.key, reused=reused)
+    if status is None:
+        return replace(row, status="skipped", reused=False, message="not run: it has no status to resume from")
+    result = folder.read_result() if status.status == "done" else None
+    return replace(
+        row,
+        status=status.status,
+        reason=status.reason,
+        message=status.message,
+        seconds=status.seconds,
+        metrics=result["metrics"] if result else {},
+    )
+
+
+def _track(job: _Job, folder: RunFolder, status: Status) -> None:
+    """Log a finished run to W&B from its folder; a failure there costs the log, never the result."""
+    if job.config.tracking.mode == "none" or status.status not in ("done", "failed"):
+        return
+    try:
+        from qexp.tracking.wandb_run import log_run
+
+        log_run(folder.path, job.config, job.config.sweep.name if job.number is not None else None)
+    except Exception as error:
+        print(f"warning: {folder.path} is not tracked: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _record(manifest: Manifest | None, row: JobRow, name: str) -> None:
+    """Add a row to the manifest, if there is one, and print how the experiment ended."""
+    values: dict[str, Any] | None = None
+    try:
+        values = manifest.add(row) if manifest is not None else None
+    except DiskError as error:
+        print(f"warning: this experiment is missing in the sweep's manifest: {error}", file=sys.stderr)
+    print(end_line(name, row, values), flush=True)
+
+
+def _start_words(decision: Decision) -> str:
+    verb = "scoring again" if decision.action == "score" else "started"
+    return f"{verb} ({decision.why})" if decision.why else verb
+
+
+def _hydra_number() -> int | None:
+    """This job's place in a Hydra sweep, from 1; None in a single run, or without Hydra."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return int(HydraConfig.get().job.num) + 1

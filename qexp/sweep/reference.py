@@ -1,0 +1,50 @@
+"""The reference of an experiment: run once, kept in `outputs/references/<key>`, shared by its candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from qexp.settings import RunConfig
+from qexp.sweep.key import reference_config, reference_key
+from qexp.sweep.store import RunFolder, Status
+from qexp.sweep.worker import Work
+
+
+def ensure_reference(
+    config: RunConfig, work: Work, run: Callable[[Work], Status], say: Callable[[str], None], since: str | None
+) -> tuple[Path, Status]:
+    """(folder, status) of the reference that `config` is compared with, computed now if it is not there yet.
+
+    A reference that failed at or after `since` (when the sweep began) is not tried again for every experiment.
+    """
+    folder = RunFolder(Path(config.paths.outputs, "references", reference_key(config)))
+    with folder.locked(say):
+        status = folder.read_status()
+        if status is not None and status.status == "done":
+            return folder.path, status
+        if status is not None and since is not None and (status.finished or "") >= since:
+            return folder.path, status
+        say(f"the reference (unquantized) is run first, once: {folder.path}")
+        prepare_folder(folder, reference_config(config), ())
+        return folder.path, run(replace(work, folder=folder.path, steps="run", reference=None))
+
+
+def known_reference(config: RunConfig, result_reference: str | None) -> Path | None:
+    """The reference a result was scored against before, if its folder still holds it."""
+    if result_reference is None:
+        return None
+    folder = RunFolder(Path(config.paths.outputs, "references", result_reference))
+    status = folder.read_status()
+    return folder.path if status is not None and status.status == "done" else None
+
+
+def prepare_folder(folder: RunFolder, config: RunConfig, overrides: Sequence[str], clear: bool = True) -> None:
+    """Put a worker's orders into a folder, emptied first unless its outputs are still needed. Raises DiskError."""
+    if clear:
+        folder.clear()
+    folder.write_text("config.yaml", yaml.safe_dump(config.to_container(), sort_keys=False, allow_unicode=True))
+    folder.write_text("overrides.txt", "".join(f"{override}\n" for override in overrides))

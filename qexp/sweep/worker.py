@@ -1,0 +1,192 @@
+"""The process in which one experiment runs: `python -m qexp.sweep.worker <folder>`.
+
+Reads config.yaml, runs the experiment, scores its outputs, and writes result.json, then status.json. Whatever happens,
+short of the process being killed, status.json says how it ended; the traceback of a failure goes to worker.log.
+
+    --score-only    score the outputs of a run that is already there, and replace its quality/* metrics
+    --no-score      run only (references are compared with nothing)
+    --experiment    module:function to run instead of the program's own, `(config, folder) -> metrics`; tests use it
+    --score         module:function to score with, `(config, folder, reference) -> metrics`
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import importlib
+import math
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from qexp.config import run_config_from_container
+from qexp.errors import DiskError, LoadError
+from qexp.fields import to_plain
+from qexp.settings import RunConfig
+from qexp.sweep.environment import describe_environment
+from qexp.sweep.outcome import DONE, Outcome, outcome_of
+from qexp.sweep.store import RunFolder, Status, now_iso
+
+Metrics = dict[str, float | None]
+SCHEMA = 1
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Work:
+    """One worker's orders; `arguments` puts them on its command line."""
+
+    folder: Path
+    steps: Literal["all", "run", "score"] = "all"
+    reference: Path | None = None
+    experiment: str = "qexp.sweep.worker:seeded_experiment"
+    score: str = "qexp.metrics.score:score"
+
+    def arguments(self) -> list[str]:
+        steps = {"all": [], "run": ["--no-score"], "score": ["--score-only"]}[self.steps]
+        reference = ["--reference", str(self.reference)] if self.reference else []
+        return [str(self.folder), *steps, *reference, "--experiment", self.experiment, "--score", self.score]
+
+
+def seeded_experiment(config: RunConfig, folder: Path) -> Metrics:
+    """The program's own experiment, with every global random generator seeded."""
+    import numpy as np
+    import torch
+
+    from qexp.experiment import run_experiment
+
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    return dict(run_experiment(config, folder))
+
+
+def do_work(work: Work) -> Status:
+    """Do one worker's work in this process; what it raises ends up in the returned status, which is also on disk."""
+    folder = RunFolder(work.folder)
+    before = folder.read_status() if work.steps == "score" else None
+    running = Status("running", os.getpid(), now_iso())
+    started = time.monotonic()
+    outcome = DONE
+    try:
+        folder.write_status(running)
+        folder.write_json("result.json", _result(work, folder))
+    except BaseException as error:
+        outcome = outcome_of(error)
+        _log_traceback(folder)
+        if isinstance(error, KeyboardInterrupt):
+            raise
+    finally:
+        seconds = before.seconds if before else time.monotonic() - started
+        status = _finished(running, outcome, seconds)
+        folder.remove_scratch()
+        folder.write_status(status)
+    return status
+
+
+def _result(work: Work, folder: RunFolder) -> dict[str, Any]:
+    """Run and score as ordered; the contents of result.json."""
+    config = run_config_from_container(yaml.safe_load((folder.path / "config.yaml").read_text()))
+    if work.steps == "score":
+        metrics, environment = _earlier(folder)
+    else:
+        environment = describe_environment(config)
+        folder.write_json("env.json", environment)
+        metrics = dict(_function(work.experiment)(config, folder.path))
+    if work.steps != "run":
+        metrics |= _function(work.score)(config, folder.path, work.reference)
+    return {
+        "schema": SCHEMA,
+        "key": folder.key,
+        "status": "done",
+        "config": config.to_container(),
+        "metrics": _finite(metrics),
+        "scored": to_plain(config.metrics) if work.steps != "run" else None,
+        "reference": work.reference.name if work.reference else None,
+        "env": environment,
+    }
+
+
+def _earlier(folder: RunFolder) -> tuple[Metrics, dict[str, Any]]:
+    """(metrics that scoring does not touch, environment) of a result that is there already."""
+    result = folder.read_result()
+    if result is None:
+        raise LoadError(f"{folder.path} has no result.json whose outputs could be scored; run it without --score-only")
+    metrics = {name: value for name, value in result["metrics"].items() if not name.startswith("quality/")}
+    return metrics, result["env"]
+
+
+def _finite(metrics: Mapping[str, float | None]) -> Metrics:
+    """JSON has no infinity and no NaN: they become null, and the log says so."""
+    for name, value in metrics.items():
+        if value is not None and not math.isfinite(value):
+            print(f"warning: {name} is {value}; result.json holds null", file=sys.stderr)
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _finished(running: Status, outcome: Outcome, seconds: float) -> Status:
+    return Status(
+        outcome.status, running.pid, running.started, outcome.reason, outcome.message, now_iso(), round(seconds, 3)
+    )
+
+
+def _log_traceback(folder: RunFolder) -> None:
+    """Append the exception being handled to worker.log; to stderr too with HYDRA_FULL_ERROR=1."""
+    text = traceback.format_exc()
+    if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
+        print(text, file=sys.stderr)
+    try:
+        with (folder.path / "worker.log").open("a") as log:
+            log.write(text)
+    except OSError as error:
+        print(f"warning: no traceback in worker.log: {error}", file=sys.stderr)
+
+
+def _function(name: str) -> Callable[..., Mapping[str, float | None]]:
+    module, _, attribute = name.partition(":")
+    function: Callable[..., Mapping[str, float | None]] = getattr(importlib.import_module(module), attribute)
+    return function
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, so that no experiment outlives its sweep."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m qexp.sweep.worker", description="Run one experiment's folder.")
+    parser.add_argument("folder", type=Path, help="outputs/runs/<key>, with config.yaml in it")
+    parser.add_argument("--score-only", dest="steps", action="store_const", const="score", default="all")
+    parser.add_argument("--no-score", dest="steps", action="store_const", const="run")
+    parser.add_argument("--reference", type=Path, help="folder of the reference to compare with")
+    parser.add_argument("--experiment", default=Work.experiment, metavar="MODULE:FUNCTION")
+    parser.add_argument("--score", default=Work.score, metavar="MODULE:FUNCTION")
+    parser.add_argument("--parent", type=int, help="end when this process does")
+    arguments = vars(parser.parse_args())
+    parent = arguments.pop("parent")
+    if parent is not None:
+        die_with_parent(parent)
+    faulthandler.enable()
+    try:
+        status = do_work(Work(**arguments))
+    except DiskError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0 if status.status == "done" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Experiments that end in every way a real one can, for workers that tests start: no torch, no model.
+
+What an experiment does is chosen by `task.num_images`, so that it is part of the configuration that a worker reads;
+references behave, unless the seed is BAD_REFERENCE.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from qexp.errors import ConfigError, LoadError, UnsupportedError
+from qexp.settings import RunConfig
+
+BAD_REFERENCE = 7
+METRICS = {"memory/weights_gib": 0.25, "time/step_ms": 1.5, "load/seconds": 0.1}
+
+
+def run(config: RunConfig, folder: Path) -> dict[str, float | None]:
+    """Notes that it ran, writes an output, and does what the task says."""
+    with Path(config.paths.outputs, "ran.txt").open("a") as stream:
+        stream.write(f"{folder.parent.name}/{folder.name}\n")
+    backend = config.components["transformer"].backend.quant_method
+    if backend != "none" or config.seed == BAD_REFERENCE:
+        BEHAVIOURS[config.task.num_images](folder)
+    (folder / "outputs.safetensors").write_text(backend)
+    return dict(METRICS)
+
+
+def run_roundtrip(config: RunConfig, folder: Path) -> dict[str, float | None]:
+    return {"roundtrip/sqnr_db_mean": 20.0}
+
+
+def score(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, float | None]:
+    """The number of metrics asked for; needs the outputs of the run and of its reference."""
+    assert reference is not None and (reference / "outputs.safetensors").read_text() == "none"
+    assert (folder / "outputs.safetensors").exists()
+    return {f"quality/{name}": float(len(config.metrics.names)) for name in config.metrics.names}
+
+
+def score_unscorable(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, float | None]:
+    raise LoadError("no statistics to compare with")
+
+
+def _raise(error: BaseException):
+    def behaviour(folder: Path) -> None:
+        raise error
+
+    return behaviour
+
+
+def _sleep(folder: Path) -> None:
+    (folder / "started").touch()
+    time.sleep(60)
+
+
+def _sleep_with_child(folder: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (folder / "child.pid").write_text(str(child.pid))
+    (folder / ".outputs.safetensors.1.tmp").write_text("half")
+    (folder / "offload").mkdir()
+    (folder / "offload" / "weights").write_text("scratch")
+    _sleep(folder)
+
+
+def _leave_child(folder: Path) -> None:
+    """The child keeps this process's output open."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (folder / "child.pid").write_text(str(child.pid))
+
+
+def _print(folder: Path) -> None:
+    sys.stdout.buffer.write(b"50 %\r100 %\r\xff\n")
+    sys.stdout.flush()
+    print("to stderr", file=sys.stderr)
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named like torch's."""
+
+
+BEHAVIOURS = {
+    1: lambda folder: None,
+    2: _raise(RuntimeError("a tensor is wrong\nin two lines")),
+    3: _raise(ConfigError("backend.x=1 must be 2")),
+    4: _raise(UnsupportedError("needs a GPU")),
+    5: _raise(LoadError("checkpoint is truncated")),
+    6: _raise(MemoryError()),
+    7: _raise(OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")),
+    8: _raise(
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried")
+    ),
+    9: _raise(OSError(errno.ENOSPC, "No space left on device", "weights.bin")),
+    10: _raise(PermissionError(errno.EACCES, "Permission denied", "weights.bin")),
+    11: lambda folder: sys.exit(3),
+    12: lambda folder: os._exit(4),
+    13: lambda folder: os.kill(os.getpid(), signal.SIGKILL),
+    14: lambda folder: os.kill(os.getpid(), signal.SIGSEGV),
+    15: _sleep_with_child,
+    16: _sleep,
+    17: _leave_child,
+    18: _print,
+    20: lambda folder: time.sleep(0.5),
+    19: _raise(RuntimeError("I/O error: No space left on device (os error 28)")),
+}

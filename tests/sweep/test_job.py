@@ -1,0 +1,435 @@
+"""The parent's side, with real worker processes around the experiments of `fake_experiment.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from qexp.config import run_config_from_container
+from qexp.errors import ConfigError
+from qexp.settings import IsolationConfig, MetricsConfig, RunConfig, TrackingConfig
+from qexp.sweep import job, reference, store
+from qexp.sweep.job import JobRow, refuse_job, run_job
+from qexp.sweep.key import reference_key, run_key
+from qexp.sweep.manifest import Manifest
+from qexp.sweep.store import RunFolder, Status, now_iso
+from qexp.tasks.roundtrip import RoundtripConfig
+from tests.sweep import fake_experiment
+from tests.sweep.settings import run_config
+
+FAKES = {"experiment": "tests.sweep.fake_experiment:run", "score": "tests.sweep.fake_experiment:score"}
+ROOT = Path(__file__).parents[2]
+
+
+def run(config: RunConfig, **options) -> JobRow:
+    return run_job(config, ["task.num_images=1"], **(FAKES | options))
+
+
+def folder_of(config: RunConfig) -> RunFolder:
+    return RunFolder(Path(config.paths.outputs, "runs", run_key(config)))
+
+
+def ran(config: RunConfig) -> list[str]:
+    """What ran so far: 'runs/<key>' and 'references/<key>', in order."""
+    path = Path(config.paths.outputs, "ran.txt")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def have_reference(config: RunConfig) -> RunConfig:
+    """Put a finished reference there, so that a test need not run one."""
+    folder = RunFolder(Path(config.paths.outputs, "references", reference_key(config)))
+    folder.write_text("outputs.safetensors", "none")
+    folder.write_status(Status("done", 1, now_iso(), finished=now_iso()))
+    return config
+
+
+def test_a_first_run_runs_its_reference_and_leaves_everything(tmp_path, capfd) -> None:
+    config = run_config(tmp_path)
+    row = run(config)
+    folder, key = folder_of(config), run_key(config)
+    assert (row.status, row.reason, row.reused, row.key) == ("done", None, False, key)
+    assert row.label == "digits checkpoint · bitsandbytes · none · generate"
+    assert row.metrics == {**fake_experiment.METRICS, "quality/psnr_db": 1.0}
+    assert ran(config) == [f"references/{reference_key(config)}", f"runs/{key}"]
+
+    result = folder.read_result()
+    assert {name: result[name] for name in ("schema", "key", "status")} == {"schema": 1, "key": key, "status": "done"}
+    assert result["metrics"] == row.metrics
+    assert result["scored"] == {"names": ["psnr_db"]}
+    assert result["reference"] == reference_key(config)
+    assert run_config_from_container(result["config"]) == config
+    assert run_config_from_container(yaml.safe_load((folder.path / "config.yaml").read_text())) == config
+    assert (folder.path / "overrides.txt").read_text() == "task.num_images=1\n"
+    assert json.loads((folder.path / "env.json").read_text()) == result["env"]
+    status = folder.read_status()
+    assert status.status == "done" and status.pid != os.getpid() and status.finished >= status.started
+
+    reference_result = RunFolder(tmp_path / "outputs/references" / reference_key(config)).read_result()
+    assert reference_result["metrics"] == fake_experiment.METRICS  # nothing to compare with: no quality
+    assert "done in" in capfd.readouterr().out
+
+
+ENDINGS = {
+    2: ("failed", "error", "RuntimeError: a tensor is wrong in two lines"),
+    3: ("failed", "config", "backend.x=1 must be 2"),
+    4: ("unsupported", "unsupported", "needs a GPU"),
+    5: ("failed", "load", "checkpoint is truncated"),
+    6: ("failed", "oom", "out of memory"),
+    7: ("failed", "oom", "Tried to allocate 20 GiB"),
+    8: ("failed", "oom", "can't allocate memory"),
+    9: ("failed", "disk", "No space left on device"),
+    10: ("failed", "disk", "Permission denied"),
+    11: ("failed", "exit", "sys.exit(3)"),
+    12: ("failed", "exit", "code 4"),
+    13: ("failed", "signal", "out-of-memory killer"),
+    14: ("failed", "signal", "SIGSEGV"),
+    19: ("failed", "disk", "os error 28"),
+}
+
+
+@pytest.mark.parametrize("behaviour", ENDINGS)
+def test_every_ending_becomes_a_row_and_a_status(behaviour, tmp_path, capfd) -> None:
+    config = have_reference(run_config(tmp_path, behaviour))
+    row = run(config, number=1)
+    status, reason, message = ENDINGS[behaviour]
+    assert (row.status, row.reason) == (status, reason)
+    assert message in row.message and "\n" not in row.message
+    assert row.metrics == {} and not row.reused
+    stored = folder_of(config).read_status()
+    assert (stored.status, stored.reason, stored.message) == (status, reason, row.message)
+    assert stored.finished is not None
+    assert folder_of(config).read_result() is None
+    (recorded,) = Manifest(config.paths.outputs, "test").read()["jobs"]
+    assert (recorded["status"], recorded["reason"], recorded["key"]) == (status, reason, row.key)
+    assert "Traceback" not in capfd.readouterr().out
+
+
+def test_the_traceback_is_in_the_log_and_on_the_console_only_if_asked_for(tmp_path, capfd, monkeypatch) -> None:
+    config = have_reference(run_config(tmp_path, 2))
+    run(config)
+    log = (folder_of(config).path / "worker.log").read_text()
+    assert "Traceback" in log and "RuntimeError: a tensor is wrong" in log
+    assert "Traceback" not in "".join(capfd.readouterr())
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    run(config)
+    assert "Traceback" in "".join(capfd.readouterr())
+
+
+def test_a_timeout_kills_the_worker_with_its_children_and_what_was_half_written(tmp_path) -> None:
+    config = have_reference(run_config(tmp_path, 15, isolation=IsolationConfig(timeout_minutes=1.0 / 60)))
+    started = time.monotonic()
+    row = run(config)
+    assert (row.status, row.reason) == ("failed", "timeout")
+    assert "isolation.timeout_minutes" in row.message
+    assert 0.9 < time.monotonic() - started < 10
+    folder = folder_of(config)
+    assert not psutil.pid_exists(folder.read_status().pid)
+    assert not is_running(int((folder.path / "child.pid").read_text()))
+    left = {entry.name for entry in folder.path.iterdir()}
+    assert not left & {"offload", ".outputs.safetensors.1.tmp", "result.json"}
+
+
+def test_a_child_that_keeps_the_output_open_does_not_hold_up_the_sweep(tmp_path) -> None:
+    config = have_reference(run_config(tmp_path, 17))
+    started = time.monotonic()
+    assert run(config).status == "done"
+    assert time.monotonic() - started < 10
+    os.kill(int((folder_of(config).path / "child.pid").read_text()), signal.SIGKILL)
+
+
+def test_output_goes_to_the_log_and_to_the_console_as_it_is(tmp_path, capfdbinary) -> None:
+    config = have_reference(run_config(tmp_path, 18))
+    run(config)
+    for text in (capfdbinary.readouterr().out, (folder_of(config).path / "worker.log").read_bytes()):
+        assert b"50 %\r100 %\r\xff\n" in text
+        assert b"to stderr\n" in text
+
+
+def test_a_done_run_is_reused_and_says_so(tmp_path, capfd) -> None:
+    config = have_reference(run_config(tmp_path))
+    first = run(config)
+    capfd.readouterr()
+    second = run(config)
+    assert (first.reused, second.reused) == (False, True)
+    assert replace(second, reused=False) == first
+    assert ran(config) == [f"runs/{first.key}"]
+    assert "reused" in capfd.readouterr().out
+
+
+def test_candidates_share_the_reference(tmp_path) -> None:
+    one, other = run_config(tmp_path), run_config(tmp_path)
+    other = replace(other, components={"transformer": replace(other.components["transformer"], skip_modules=("a",))})
+    assert run(one).status == run(other).status == "done"
+    assert [name.partition("/")[0] for name in ran(one)] == ["references", "runs", "runs"]
+
+
+def test_a_task_without_outputs_needs_no_reference_and_no_scoring(tmp_path) -> None:
+    config = run_config(tmp_path, task=RoundtripConfig())
+    row = run(config, experiment="tests.sweep.fake_experiment:run_roundtrip")
+    assert row.status == "done" and row.metrics == {"roundtrip/sqnr_db_mean": 20.0}
+    assert not (tmp_path / "outputs/references").exists()
+    assert run(replace(config, metrics=MetricsConfig(names=("ssim",)))).reused
+
+
+STORED = {"done": 1, "failed": 2, "unsupported": 4}
+RERUN = {
+    ("missing", "done"): False,
+    ("missing", "failed"): True,
+    ("missing", "unsupported"): True,
+    ("failed", "done"): False,
+    ("failed", "failed"): True,
+    ("failed", "unsupported"): False,
+    ("stale", "done"): False,
+    ("stale", "failed"): True,
+    ("stale", "unsupported"): True,
+    ("none", "done"): True,
+    ("none", "failed"): True,
+    ("none", "unsupported"): True,
+}
+
+
+@pytest.mark.parametrize("mode, stored", RERUN)
+def test_resume_modes(mode, stored, tmp_path) -> None:
+    config = have_reference(run_config(tmp_path, STORED[stored], isolation=IsolationConfig(mode="inline")))
+    first = run(config)
+    assert first.status == stored
+    second = run(replace(config, resume=mode))
+    assert second.status == stored
+    assert second.reused is not RERUN[mode, stored]
+    assert len(ran(config)) == 1 + RERUN[mode, stored]
+
+
+def test_resume_failed_leaves_alone_what_never_ran(tmp_path, capfd) -> None:
+    config = run_config(tmp_path, resume="failed")
+    row = run(config, number=1)
+    assert (row.status, row.reused, row.key) == ("skipped", False, run_key(config))
+    assert "resume=failed" in row.message
+    assert not folder_of(config).path.exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"torch": "1.0"}, {"bitsandbytes": None}, {"qexp": "0.0"}, {"device_name": "other"}]
+)
+def test_resume_stale_runs_again_what_was_made_with_something_else(change, tmp_path, capfd) -> None:
+    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    run(config)
+    folder = folder_of(config)
+    result = folder.read_result()
+    ((name, value),) = change.items()
+    (result["env"] if name == "device_name" else result["env"]["versions"])[name] = value
+    folder.write_json("result.json", result)
+    assert run(config).reused  # resume=missing does not look at versions
+    row = run(replace(config, resume="stale"))
+    assert not row.reused and row.status == "done"
+    assert f"{value} -> " in capfd.readouterr().out
+
+
+def test_a_running_status_whose_process_is_gone_is_a_failure(tmp_path) -> None:
+    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folder_of(config).write_status(Status("running", gone.pid, now_iso()))
+    row = run(replace(config, resume="failed"))
+    assert (row.status, row.reused) == ("done", False)
+
+
+def test_new_metrics_are_computed_without_running_again(tmp_path, capfd) -> None:
+    config = have_reference(run_config(tmp_path))
+    first = run(config)
+    row = run(replace(config, metrics=MetricsConfig(names=("ssim", "cosine"))))
+    assert ran(config) == [f"runs/{first.key}"]
+    assert row.metrics == {**fake_experiment.METRICS, "quality/ssim": 2.0, "quality/cosine": 2.0}  # no psnr_db
+    assert (row.key, row.seconds) == (first.key, first.seconds)
+    assert folder_of(config).read_result()["scored"] == {"names": ["ssim", "cosine"]}
+    assert "scoring again" in capfd.readouterr().out
+
+
+def test_scoring_that_fails_costs_neither_the_run_nor_the_old_result(tmp_path) -> None:
+    config = have_reference(run_config(tmp_path))
+    first = run(config)
+    other = replace(config, metrics=MetricsConfig(names=("ssim",)))
+    row = run(other, score="tests.sweep.fake_experiment:score_unscorable")
+    assert (row.status, row.reason, row.message) == ("failed", "load", "no statistics to compare with")
+    assert folder_of(config).read_result()["metrics"] == first.metrics
+    row = run(other)
+    assert row.status == "done" and "quality/ssim" in row.metrics
+    assert ran(config) == [f"runs/{first.key}"]
+
+
+def test_scoring_again_uses_the_reference_that_was_used_before(tmp_path, monkeypatch) -> None:
+    config = run_config(tmp_path)
+    first = run(config)
+    monkeypatch.setattr(reference, "reference_key", lambda config: "f" * 16)  # as after an upgrade of torch
+    run(replace(config, metrics=MetricsConfig(names=("ssim",))))
+    assert len(ran(config)) == 2
+    assert folder_of(config).read_result()["reference"] == reference_key(config)
+    assert first.status == "done"
+
+
+def test_a_failed_reference_is_the_experiment_s_failure_and_tried_once_a_sweep(tmp_path) -> None:
+    config = run_config(tmp_path, 3, seed=fake_experiment.BAD_REFERENCE)
+    Manifest(config.paths.outputs, "test").start(["x"], 2)
+    other = replace(config, components={"transformer": replace(config.components["transformer"], skip_modules=("a",))})
+    for number, one in enumerate((config, other), 1):
+        row = run(one, number=number)
+        assert (row.status, row.reason) == ("failed", "config")
+        assert "reference" in row.message and "backend.x=1 must be 2" in row.message
+        assert folder_of(one).read_status().reason == "config"
+    assert ran(config) == [f"references/{reference_key(config)}"]
+    run(config)  # alone, it is tried again
+    assert len(ran(config)) == 2
+
+
+def test_inline_runs_in_this_process(tmp_path) -> None:
+    config = run_config(tmp_path, isolation=IsolationConfig(mode="inline"))
+    assert run(config).status == "done"
+    assert folder_of(config).read_status().pid == os.getpid()
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "status.json", "manifest.json", ".lock"])
+def test_a_full_disk_is_a_failed_row_and_leaves_nothing_half_written(file, tmp_path, monkeypatch, capfd) -> None:
+    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    real_replace, real_open = os.replace, os.open
+
+    def full(real, path):
+        def call(*arguments, **options):
+            if Path(arguments[-1] if real is real_replace else arguments[0]).name == path:
+                raise OSError(28, os.strerror(28))
+            return real(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(store.os, "replace", full(real_replace, file))
+    monkeypatch.setattr(store.os, "open", full(real_open, file))
+    row = run(config, number=1)
+    monkeypatch.undo()
+    output = "".join(capfd.readouterr())
+    assert "No space left on device" in output and file in output and "Traceback" not in output
+    if file == "manifest.json":
+        assert row.status == "done"
+    else:
+        assert (row.status, row.reason) == ("failed", "disk")
+        assert "paths.outputs" in row.message
+    assert not [path for path in (tmp_path / "outputs").rglob("*.tmp")]
+
+
+def test_defects_of_the_program_itself_do_not_stop_a_sweep(tmp_path, monkeypatch, capfd) -> None:
+    config = run_config(tmp_path)
+    monkeypatch.setattr(job, "run_key", lambda config: 1 / 0)
+    row = run(config, number=1)
+    assert (row.status, row.reason) == ("failed", "error") and "ZeroDivisionError" in row.message
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_a_missing_checkpoint_fails_before_a_folder_is_made(tmp_path) -> None:
+    config = run_config(tmp_path)
+    (tmp_path / "checkpoint" / "model.safetensors").unlink()
+    row = run(config)
+    assert (row.status, row.reason, row.key) == ("failed", "load", "")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_configuration_that_does_not_resolve_is_recorded(tmp_path, capfd) -> None:
+    row = refuse_job(ConfigError("x=1 is wrong"), ["x=1"], outputs=str(tmp_path), sweep_name="s", number=2)
+    assert (row.status, row.reason, row.number) == ("failed", "config", 2)
+    assert Manifest(tmp_path, "s").read()["jobs"][0]["message"] == "x=1 is wrong"
+    assert "[2] x=1: failed (config): x=1 is wrong" in capfd.readouterr().out
+
+
+def test_tracking_comes_after_the_result_and_cannot_lose_it(tmp_path, monkeypatch, capfd) -> None:
+    calls = []
+
+    def log_run(folder: Path, config: RunConfig, sweep_name: str | None) -> None:
+        calls.append((RunFolder(folder).read_status().status, sweep_name))
+        raise RuntimeError("no network")
+
+    monkeypatch.setitem(sys.modules, "qexp.tracking.wandb_run", type(sys)("fake"))
+    sys.modules["qexp.tracking.wandb_run"].log_run = log_run
+    config = run_config(tmp_path, tracking=TrackingConfig(mode="offline"), isolation=IsolationConfig(mode="inline"))
+    have_reference(config)
+    row = run(config, number=1)
+    assert row.status == "done" and calls == [("done", "test")]
+    assert "warning" in (error := capfd.readouterr().err) and "no network" in error
+    run(have_reference(run_config(tmp_path, 2, tracking=TrackingConfig(mode="offline"))))
+    assert calls[1:] == [("failed", None)]
+    run(replace(config, tracking=TrackingConfig(mode="none"), resume="none"))
+    assert len(calls) == 2
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from qexp.settings import SweepConfig
+from qexp.sweep.job import run_job
+from tests.sweep.settings import run_config
+from tests.sweep.test_job import FAKES
+config = run_config(Path(sys.argv[1]), int(sys.argv[2]), sweep=SweepConfig(name=sys.argv[3]))
+row = run_job(config, [], number=1, **FAKES)
+print("row", row.status, row.reused)
+"""
+
+
+def parent(tmp_path: Path, behaviour: int, sweep: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PARENT, str(tmp_path), str(behaviour), sweep]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def is_running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_two_parents_run_the_same_experiment_once(tmp_path) -> None:
+    config = have_reference(run_config(tmp_path, 20))
+    outputs = [one.communicate(timeout=60)[0] for one in [parent(tmp_path, 20, "a"), parent(tmp_path, 20, "b")]]
+    assert ran(config) == [f"runs/{run_key(config)}"]
+    assert sorted(line for text in outputs for line in text.splitlines() if line.startswith("row")) == [
+        "row done False",
+        "row done True",
+    ]
+    assert sum("another process" in text for text in outputs) == 1
+
+
+def test_a_worker_dies_with_its_killed_parent_and_counts_as_failed(tmp_path) -> None:
+    config = have_reference(run_config(tmp_path, 16))
+    folder = folder_of(config)
+    one = parent(tmp_path, 16, "a")
+    wait_for((folder.path / "started").exists)
+    worker = folder.read_status().pid
+    assert worker != one.pid and is_running(worker)
+    one.kill()
+    one.communicate()
+    wait_for(lambda: not is_running(worker))
+    assert folder.read_status().status == "failed"
+
+
+def test_ctrl_c_kills_the_worker_marks_the_run_and_goes_through(tmp_path) -> None:
+    config = have_reference(run_config(tmp_path, 16))
+    folder = folder_of(config)
+    one = parent(tmp_path, 16, "a")
+    wait_for((folder.path / "started").exists)
+    worker = folder.read_status().pid
+    one.send_signal(signal.SIGINT)
+    output = one.communicate(timeout=20)[0]
+    assert "KeyboardInterrupt" in output and "\nrow " not in output  # to be turned into exit code 130 by the caller
+    assert not is_running(worker)
+    status = folder.read_status()
+    assert (status.status, status.reason) == ("failed", "signal") and "Ctrl-C" in status.message
+    (recorded,) = Manifest(config.paths.outputs, "a").read()["jobs"]
+    assert (recorded["status"], recorded["reason"]) == ("failed", "signal")
