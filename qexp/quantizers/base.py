@@ -111,7 +111,7 @@ class Quantizer:
     def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
         """Whatever is left to set once every weight is in place."""
 
-    def dequantize_param(self, param: Tensor) -> Tensor:
+    def dequantize_param(self, param: Tensor, dtype: torch.dtype) -> Tensor:
         """The dense weight [out, in] that a quantized parameter stands for."""
         raise NotImplementedError
 
@@ -119,11 +119,12 @@ class Quantizer:
         """Put ordinary linear layers back, in the dtype the weights were quantized from, in place."""
         import torch
 
+        dtype: Any = model._pre_quantization_dtype
         for name, module in list(model.named_modules()):
             if not self.is_quantized(module):
                 continue
             with torch.no_grad():
-                weight = self.dequantize_param(module.weight)
+                weight = self.dequantize_param(module.weight, dtype)
             replace_module(model, name, dense_linear(module, weight))
         return model
 
@@ -193,6 +194,14 @@ def row_slices(
             )
         yield slice(start, stop), part
         start = stop
+
+
+def clear_nan(values: Tensor) -> None:
+    """Make NaN zero in float8 values, in place: the libraries divide a row of zeros by its scale, which is zero."""
+    import torch
+
+    if values.is_floating_point():
+        values.view(torch.uint8)[values.isnan()] = 0
 
 
 class RowAssembler:

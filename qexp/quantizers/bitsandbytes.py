@@ -179,9 +179,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
             values, scale, _ = _library().functional.int8_vectorwise_quant(part)
             rows_of.add(rows, {"CB": values, "SCB": scale})
         values, scale = rows_of.inner["CB"], rows_of.inner["SCB"]
-        param = _library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
-        param.quantized_from = spec.dtype
-        return param
+        return _library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
 
     def is_quantized(self, module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
@@ -189,11 +187,11 @@ class BitsAndBytesQuantizer(base.Quantizer):
             return getattr(weight, "quant_state", None) is not None
         return isinstance(module, _library().nn.Linear8bitLt) and _int8_state(module)[0] is not None
 
-    def dequantize_param(self, param: Any) -> Tensor:
+    def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
         functional = _library().functional
         if isinstance(param, _library().nn.Params4bit):
-            return functional.dequantize_4bit(param.data, param.quant_state)
-        return functional.int8_vectorwise_dequant(param.CB, param.SCB).to(param.quantized_from)
+            return functional.dequantize_4bit(param.data, param.quant_state).to(dtype)
+        return functional.int8_vectorwise_dequant(param.CB, param.SCB).to(dtype)
 
     def dequantize(self, model: nn.Module) -> nn.Module:
         for module in model.modules():

@@ -1,7 +1,7 @@
 """optimum-quanto: int8, int4, int2 and float8 weights in `QLinear` modules.
 
 int8 and float8: symmetric, one scale a row. int4 and int2: affine, a scale and a shift for each group of 128 weights
-(96, 64 or 32 where 128 does not divide a row; one group a row where none does), packed below a byte. Scales have the
+(96, 64 or 32 where 128 does not divide a longer row; else one group a row), packed below a byte. Scales have the
 dtype that the weight is quantized from. On a CPU, int4 in bf16 takes the library's layout for its int4 kernel; where
 that kernel cannot run (out_features not divisible by 16) the weight is kept in the general layout instead of failing.
 
@@ -96,6 +96,7 @@ class QuantoQuantizer(base.Quantizer):
         for rows, part in base.row_slices(spec, weight, device):
             scale = _library().AbsmaxOptimizer()(part, qtype=qtype, axis=axis)
             data = torch.ops.quanto.quantize_symmetric(part, dtype=qtype.dtype, axis=axis, scale=scale)
+            base.clear_nan(data)
             rows_of.add(rows, {"data": data, "scale": scale.reshape(-1, 1)})
         inner, scale = rows_of.inner, rows_of.inner["scale"]
         return _library().WeightQBytesTensor.create(
@@ -142,13 +143,14 @@ class QuantoQuantizer(base.Quantizer):
                 for name in ACTIVATION_SCALES:  # 1: activations are not quantized
                     setattr(module, name, torch.ones_like(getattr(module, name), device=device))
 
-    def dequantize_param(self, param: Any) -> Tensor:
-        return param.dequantize()
+    def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
+        return param.dequantize().to(dtype)
 
 
 def group_size(in_features: int) -> int:
     """Weights that share a scale in int4 and int2: the library's rule for a row of `in_features` weights."""
-    return next((size for size in (128, 96, 64, 32) if size < in_features and in_features % size == 0), in_features)
+    sizes = (128, 96, 64, 32) if in_features > 128 else ()
+    return next((size for size in sizes if in_features % size == 0), in_features)
 
 
 @cache

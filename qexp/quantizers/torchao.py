@@ -78,7 +78,9 @@ class TorchAoQuantizer(base.Quantizer):
             holder.weight = torch.nn.Parameter(part, requires_grad=False)
             quantize_(holder, config, filter_fn=lambda module, name: True)
             names, context = holder.weight.__tensor_flatten__()
-            rows_of.add(rows, {name: getattr(holder.weight, name) for name in names})
+            inner = {name: getattr(holder.weight, name) for name in names}
+            base.clear_nan(inner["qdata"])
+            rows_of.add(rows, inner)
         tensor = type(holder.weight.data).__tensor_unflatten__(rows_of.inner, context, spec.shape, (spec.shape[1], 1))
         return torch.nn.Parameter(tensor, requires_grad=False)
 
@@ -101,8 +103,8 @@ class TorchAoQuantizer(base.Quantizer):
 
         return isinstance(getattr(module, "weight", None), TorchAOBaseTensor)
 
-    def dequantize_param(self, param: Any) -> Tensor:
-        return param.dequantize()
+    def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
+        return param.dequantize().to(dtype)
 
 
 @cache

@@ -73,7 +73,7 @@ def _measure(prepared: Prepared, component: str, item: WorkItem, dense: Tensor, 
 
     if item.spec is not None:
         param: Tensor = prepared.quantizer.create_quantized_param(item.spec, [dense], {}, device)
-        restored = prepared.quantizer.dequantize_param(param)
+        restored = prepared.quantizer.dequantize_param(param, item.spec.dtype)
     else:
         param = restored = dense.to(device=device, dtype=item.dtype)
     compared, nbytes = compare(dense, restored), true_nbytes(param)

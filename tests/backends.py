@@ -1,0 +1,67 @@
+"""What the tests of several rooms share: every backend that `conf/backend` has, and a checkpoint of linear layers."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import save_file
+from torch import nn
+
+from qexp.config import to_run_config
+from qexp.options import conf_folder, option_names
+from qexp.schema import register_schemas
+
+BACKENDS = option_names("backend")
+QUANTIZING = [name for name in BACKENDS if name != "none"]
+CPU = torch.device("cpu")
+
+
+@cache
+def backend_config(name: str, *overrides: str) -> Any:
+    """The config of `backend=<name> backend.<override> …`, composed as the command line would."""
+    register_schemas()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose("config", ["device=cpu", f"backend={name}", *(f"backend.{field}" for field in overrides)])
+    return to_run_config(config).components["transformer"].backend
+
+
+class Stack(nn.Module):
+    """Linear layers one after the other, `layers.0`, `layers.1`, …"""
+
+    def __init__(self, shapes: list[tuple[int, int]], bias: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(columns, rows, bias=bias) for rows, columns in shapes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class StackSource:
+    """The model source of a saved `Stack`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def checkpoints(self) -> dict[str, Path]:
+        return {"stack": self.folder}
+
+    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
+        return Stack([tuple(shape) for shape in config["shapes"]], config["bias"])
+
+
+def save_stack(folder: Path, shapes: list[tuple[int, int]], *, dtype: torch.dtype, bias: bool = True) -> Stack:
+    """A stack with N(0, 1) weights, saved as a checkpoint."""
+    torch.manual_seed(0)
+    model = Stack(shapes, bias)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    model = model.to(dtype).requires_grad_(False)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(model.state_dict()), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"shapes": shapes, "bias": bias}))
+    return model

@@ -1,0 +1,89 @@
+"""The quantization formats in numpy, from their published formulas: an implementation to compare the libraries with.
+
+Each function takes a weight [out, in] in fp32 and returns what it becomes after quantizing and dequantizing.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+Weight = NDArray[np.float32]
+
+
+def nf4_code() -> NDArray[np.float64]:
+    """Quantiles of the normal distribution, with an exact zero, scaled to [-1, 1]. Source: arXiv:2305.14314, 3."""
+    offset = (1 - 1 / 32 + 1 - 1 / 30) / 2  # the mean of the outermost quantiles of its two halves
+    positive = norm.ppf(np.linspace(offset, 0.5, 9)[:-1])
+    negative = -norm.ppf(np.linspace(offset, 0.5, 8)[:-1])
+    code = np.sort(np.concatenate([positive, [0.0], negative]))
+    return code / code.max()
+
+
+def fp4_code() -> NDArray[np.float64]:
+    """Sign, two bits of exponent, one of mantissa, the largest scaled to 1."""
+    positive = np.array([0, 0.0625, 2, 3, 4, 6, 8, 12]) / 12
+    return np.sort(np.concatenate([positive, -positive[1:]]))
+
+
+def blockwise_code(weight: Weight, code: NDArray[np.float64], block: int = 64) -> Weight:
+    """The nearest code value, in blocks scaled by their absmax."""
+    blocks = weight.reshape(-1, block)
+    absmax = np.abs(blocks).max(axis=1, keepdims=True)
+    middles = ((code[1:] + code[:-1]) / 2).astype(np.float32)
+    nearest = np.searchsorted(middles, (blocks / absmax).ravel()).reshape(blocks.shape)
+    return (code.astype(np.float32)[nearest] * absmax).reshape(weight.shape)
+
+
+def symmetric_int8(weight: Weight, largest: float, group: int | None = None) -> Weight:
+    """round(w / s) in -128..127 with s = absmax / largest, a scale for each row or group."""
+    groups = weight.reshape(-1, group or weight.shape[1])
+    scale = np.abs(groups).max(axis=1, keepdims=True) / np.float32(largest)
+    return (np.clip(np.rint(groups / scale), -128, 127) * scale).reshape(weight.shape)
+
+
+def affine(weight: Weight, bits: int, group: int = 128) -> Weight:
+    """round((w - min) / s) in 0..2^bits - 1 with s = (max - min) / (2^bits - 1), for each group."""
+    groups, levels = weight.reshape(-1, group), 2**bits - 1
+    low, high = groups.min(axis=1, keepdims=True), groups.max(axis=1, keepdims=True)
+    scale = (high - low) / levels
+    return (np.clip(np.rint((groups - low) / scale), 0, levels) * scale + low).reshape(weight.shape)
+
+
+def round_to_float(x: Weight, mantissa_bits: int, lowest_exponent: int) -> Weight:
+    """The nearest float with so many bits after the leading one, subnormals below 2^lowest_exponent."""
+    _, exponent = np.frexp(x)  # |x| = m 2^exponent, 1/2 <= m < 1
+    step = np.exp2(np.maximum(exponent - 1, lowest_exponent).astype(np.float32) - mantissa_bits)
+    return np.rint(x / step) * step
+
+
+def float8(weight: Weight, mantissa_bits: int, lowest_exponent: int, largest: float) -> Weight:
+    """Float8 with a scale a row that puts the row's absmax on the largest value. Source: arXiv:2209.05433."""
+    scale = np.abs(weight).max(axis=1, keepdims=True) / np.float32(largest)
+    return round_to_float(weight / scale, mantissa_bits, lowest_exponent) * scale
+
+
+def e4m3(weight: Weight) -> Weight:
+    return float8(weight, 3, -6, 448.0)
+
+
+def e5m2(weight: Weight) -> Weight:
+    return float8(weight, 2, -14, 57344.0)
+
+
+# conf/backend file -> (formula, bits per weight of a 4096 x 4096 layer by hand: values, then scales)
+FORMULAS: dict[str, tuple[Callable[[Weight], Weight], float]] = {
+    "bitsandbytes": (lambda w: blockwise_code(w, nf4_code()), 4 + 32 / 64),
+    "bitsandbytes_nf4_dq": (lambda w: blockwise_code(w, nf4_code()), 4 + 8 / 64 + 32 / (64 * 256)),
+    "bitsandbytes_fp4": (lambda w: blockwise_code(w, fp4_code()), 4 + 32 / 64),
+    "bitsandbytes_int8": (lambda w: symmetric_int8(w, 127), 8 + 32 / 4096),
+    "torchao": (lambda w: symmetric_int8(w, 127.5), 8 + (32 + 8) / 4096),  # a zero point beside each scale
+    "torchao_int8dq": (lambda w: symmetric_int8(w, 127.5), 8 + (32 + 8) / 4096),
+    "torchao_float8wo": (e4m3, 8 + 32 / 4096),
+    "torchao_float8wo_e5m2": (e5m2, 8 + 32 / 4096),
+    "quanto": (lambda w: symmetric_int8(w, 127), 8 + 32 / 4096),
+    "quanto_int4": (lambda w: affine(w, 4), 4 + 2 * 32 / 128),  # scale and shift
+    "quanto_int2": (lambda w: affine(w, 2), 2 + 2 * 32 / 128),
+    "quanto_float8": (e4m3, 8 + 32 / 4096),
+}

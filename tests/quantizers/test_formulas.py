@@ -1,0 +1,64 @@
+"""`task=roundtrip` on a layer of N(0, 1) weights gives the error that each format's published formula gives."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qexp.loading.checkpoint import open_checkpoint
+from qexp.loading.lifecycle import prepare
+from qexp.quantizers.base import load_quantizer
+from qexp.settings import ComponentConfig, LoaderConfig
+from qexp.tasks.roundtrip import LayerRow, measure_layers
+from tests.backends import CPU, QUANTIZING, StackSource, backend_config, save_stack
+from tests.quantizers.formulas import FORMULAS
+
+SIZE = 4096
+PUBLISHED_DB = {  # measured with each library on N(0, 1) weights, 4096 x 4096, fp32
+    "bitsandbytes": 20.73, "bitsandbytes_nf4_dq": 20.72, "bitsandbytes_fp4": 18.28, "bitsandbytes_int8": 41.23,
+    "torchao": 41.26, "torchao_int8dq": 41.26, "torchao_float8wo": 31.55, "torchao_float8wo_e5m2": 25.57,
+    "quanto": 41.23, "quanto_int4": 20.02, "quanto_int2": 6.01, "quanto_float8": 31.55,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gaussian")
+    save_stack(path, [(SIZE, SIZE)], dtype=torch.float32, bias=False)
+    return path
+
+
+def round_trip(folder: Path, backend: str) -> LayerRow:
+    settings, source = ComponentConfig(backend_config(backend)), StackSource(folder)
+    quantizer = load_quantizer(settings.backend)
+    prepared = prepare(source, "stack", settings, open_checkpoint(folder), quantizer, device=CPU)
+    (row,) = measure_layers(prepared, "stack", device=CPU, loader=LoaderConfig())
+    return row
+
+
+def sqnr_db(weight: np.ndarray, restored: np.ndarray) -> float:
+    error = np.square(weight - restored, dtype=np.float64).sum()
+    return float(10 * np.log10(np.square(weight, dtype=np.float64).sum() / error))
+
+
+def test_every_backend_has_a_formula() -> None:
+    assert set(FORMULAS) == set(QUANTIZING) == set(PUBLISHED_DB)
+
+
+@pytest.mark.parametrize("backend", QUANTIZING)
+def test_round_trip_has_the_error_and_the_bits_of_the_formula(backend: str, folder: Path) -> None:
+    formula, bits = FORMULAS[backend]
+    torch.manual_seed(0)
+    weight = torch.nn.init.normal_(torch.empty(SIZE, SIZE)).numpy()
+    row = round_trip(folder, backend)
+    expected = sqnr_db(weight, formula(weight))
+    assert row.sqnr_db == pytest.approx(expected, abs=0.1)
+    assert expected == pytest.approx(PUBLISHED_DB[backend], abs=0.1)
+    assert row.relative_l2 == pytest.approx(10 ** (-expected / 20), rel=0.02)
+    assert row.bits_per_weight == pytest.approx(bits, abs=0.002)
+
+
+def test_none_is_exact(folder: Path) -> None:
+    row = round_trip(folder, "none")
+    assert (row.sqnr_db, row.max_abs_error, row.bits_per_weight) == (None, 0.0, 32.0)
