@@ -106,7 +106,8 @@ class SweepFolder(Callback):
         try:
             SweepConfig(config.sweep.name)
         except ConfigError as error:  # Hydra would make it a warning
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
         folder = Path(config.hydra.sweep.dir)
         SweepFolder.unused = None if folder.exists() else folder
 

@@ -124,8 +124,10 @@ def _wrong_kind(problem: Problem) -> str:
     known = _classes()
     if problem["given"] in known:
         return f"{problem['given']} and {problem['wanted']} cannot be combined: choose one option of their group"
-    fields = f": {choices(field_types(known[problem['wanted']]))}" if problem["wanted"] in known else ""
-    return f"a {problem['given']}{problem.place} stands where a group of fields belongs{fields}"
+    wanted = known.get(problem["wanted"], TopLevelConfig)
+    group, value = _owner(wanted).partition(" ")[0], problem.find(r"\. value: (.*)$")
+    remedy = f"; to choose an option write 'override /{group}: {value}' in the yaml's defaults" if group else ""
+    return f"{value}{problem.place} stands where a group of fields belongs: {choices(field_types(wanted))}{remedy}"
 
 
 def _needs_sweep(problem: Problem) -> str:
