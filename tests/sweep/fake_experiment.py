@@ -36,6 +36,15 @@ def run_roundtrip(config: RunConfig, folder: Path) -> dict[str, float | None]:
     return {"roundtrip/sqnr_db_mean": 20.0}
 
 
+def run_infinite(config: RunConfig, folder: Path) -> dict[str, float | None]:
+    return {"a/inf": float("inf"), "a/nan": float("nan"), "a/none": None, "a/one": 1.0}
+
+
+def run_environment(config: RunConfig, folder: Path) -> dict[str, float | None]:
+    (folder / "environment.txt").write_text("".join(f"{name}={value}\n" for name, value in os.environ.items()))
+    return {}
+
+
 def score(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, float | None]:
     """The number of metrics asked for; needs the outputs of the run and of its reference."""
     assert reference is not None and (reference / "outputs.safetensors").read_text() == "none"

@@ -1,0 +1,98 @@
+"""The callback inside real Hydra sweeps (of `hydra_app.py`), and how it counts them beforehand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from qexp.sweep.callback import SweepCallback, planned_jobs
+from qexp.sweep.manifest import JobRow, Manifest
+
+ROOT = Path(__file__).parents[2]
+
+
+def sweep(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.sweep.hydra_app", str(tmp_path / "conf"), *arguments]
+    command += [f"paths.outputs={tmp_path / 'outputs'}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_sweep_goes_on_after_failures_and_exits_with_one(tmp_path) -> None:
+    done = sweep(tmp_path, "-m", "behaviour=1,2,11,4", "seed=0,1", "sweep.notes=why")
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "8 experiments: 2 done, 2 unsupported, 4 failed"
+    assert any(line.startswith("[3/8]") and "failed (error)" in line for line in lines)
+    assert sum("(exit)" in line and line.startswith("[") for line in lines) == 2
+    assert any(line.startswith("[8/8]") and line.endswith("(2 done, 4 failed, 0 left)") for line in lines)
+    assert any(line.startswith("#3") and "a tensor is wrong" in line for line in lines)  # below the table
+    values = Manifest(tmp_path / "outputs", "test").read()
+    assert values["total"] == 8 and values["notes"] == "why" and values["finished"]
+    assert values["command"][:6] == ["python", "-m", "qexp", "-m", "behaviour=1,2,11,4", "seed=0,1"]
+    assert values["jobs"][2]["overrides"][:2] == ["behaviour=2", "seed=0"]
+
+
+def test_a_sweep_without_failures_exits_with_zero_and_the_next_one_reuses_it(tmp_path) -> None:
+    first = sweep(tmp_path, "-m", "behaviour=1,4")
+    assert first.returncode == 0, first.stderr
+    second = sweep(tmp_path, "-m", "behaviour=1,4,3")
+    assert second.returncode == 1
+    assert second.stdout.splitlines()[-1] == "3 experiments: 1 done (1 reused), 1 unsupported, 1 failed"
+
+
+def test_outputs_that_cannot_be_written_stop_a_sweep_before_it_starts(tmp_path) -> None:
+    (tmp_path / "outputs").write_text("a file")
+    done = sweep(tmp_path, "-m", "behaviour=1,2")
+    assert done.returncode == 1
+    assert "cannot be written" in done.stderr and "paths.outputs" in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def config(*task: str, target: str = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", **params: str):
+    hydra = {"sweeper": {"_target_": target, "params": params or None}, "overrides": {"task": list(task)}}
+    return OmegaConf.create({"hydra": hydra})
+
+
+@pytest.mark.parametrize(
+    "composed, jobs",
+    [
+        (config("backend=none,torchao", "offload=none,leaf,block", "offload.to=disk"), 6),
+        (config("seed=range(5)", "+x=choice(1,2)", "y=[1,2]"), 10),
+        (config("seed=1"), 1),
+        (config("seed=3", backend="a,b", seed="1,2"), 2),  # the command line wins over a preset
+        (config("backend=glob(*)"), None),
+        (config("seed=1,2", target="hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"), None),
+    ],
+)
+def test_the_number_of_planned_experiments(composed, jobs) -> None:
+    assert planned_jobs(composed) == jobs
+
+
+def finished(tmp_path: Path, total: int, *statuses: str):
+    manifest = Manifest(tmp_path, "s")
+    manifest.start([], total)
+    for number, status in enumerate(statuses, 1):
+        manifest.add(JobRow(number, "", (), "label", status))
+    return OmegaConf.create({"paths": {"outputs": str(tmp_path)}, "sweep": {"name": "s"}})
+
+
+def test_an_experiment_without_a_record_fails_the_sweep(tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        SweepCallback().on_multirun_end(finished(tmp_path, 2, "done"))
+    assert "1 without a record" in capsys.readouterr().out
+
+
+def test_a_table_that_cannot_be_made_does_not_hide_the_count_or_the_failure(tmp_path, capsys) -> None:
+    composed = finished(tmp_path, 1, "failed")
+    (tmp_path / "runs").mkdir()
+    path = tmp_path / "sweeps" / "s" / "manifest.json"
+    path.write_text(path.read_text().replace('"overrides": []', '"overrides": null'))
+    with pytest.raises(SystemExit, match="1"):
+        SweepCallback().on_multirun_end(composed)
+    captured = capsys.readouterr()
+    assert "1 experiment: 0 done, 1 failed" in captured.out
+    assert "Traceback" in captured.err
