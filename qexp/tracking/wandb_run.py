@@ -1,0 +1,229 @@
+"""A Weights & Biases run from a finished run folder: the one place that imports wandb.
+
+    config    the nested configuration, and the environment under `env`
+    summary   every metric, and status, reason, message and seconds
+    history   steps/<column> per generation step: time, memory, error against the reference
+    media     images/grid, images/reference, images/difference; layers: the table of a roundtrip
+    run       name: readable label; group: sweep; job type: task; tags: model, backend, offload, and the user's
+
+The run's id is the run key, so logging a folder again overwrites the same run. It is not resumed: a log is always the
+whole folder, and a resumed run appends it to what is there, every step twice. Offline the older .wandb file is
+replaced. wandb is kept quiet, and away from the working directory and the home directory: all it writes is below
+<folder>/wandb.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qexp.errors import ConfigError, MissingLibraryError, QexpError, UnsupportedError
+from qexp.report.labels import backend_label, run_label
+from qexp.report.rows import read_yaml
+from qexp.settings import RunConfig, TrackingConfig
+from qexp.sweep.store import RunFolder, read_json
+
+INIT_TIMEOUT_SECONDS = 20.0  # without an answer, wandb gives up starting an online run
+FINISH_TIMEOUT_SECONDS = 120.0  # and uploading one
+MAX_TAG = 64  # characters, W&B's limit
+IMAGES = ("grid", "reference", "difference")
+OFFLINE_REMEDY = "use tracking=offline, and `wandb sync` the run folder later"
+
+
+def log_run(folder: Path, config: RunConfig, sweep_name: str | None) -> str | None:
+    """Log the run in `folder` as `config.tracking` says; prints and returns its path (offline) or address (online).
+
+    None for tracking=none. A run that is not done is logged as failed, with its reason.
+    Raises: ConfigError without an API key, UnsupportedError if the server does not answer in time.
+    """
+    tracking = config.tracking
+    if tracking.mode == "none":
+        return None
+    folder = folder.absolute()
+    status = RunFolder(folder).read_status()
+    failed = status is None or status.status != "done"
+    with _clear_errors(tracking, folder), _session(folder, tracking.mode) as wandb:
+        container = read_yaml(folder / "config.yaml") or config.to_container()
+        run = _start(wandb, folder, container, tracking, sweep_name)
+        try:
+            _log_history(run, folder)
+            _log_media(wandb, run, folder)
+            run.summary.update(_summary(folder))
+        except BaseException:
+            run.finish(exit_code=1)
+            raise
+        run.finish(exit_code=1 if failed else 0)
+        place = str(run.url) if tracking.mode == "online" else str(run.settings.sync_dir)
+    _tidy(folder, keep=Path(run.settings.sync_dir))
+    print(f"W&B run: {place.removeprefix(f'{Path.cwd()}/')}", flush=True)
+    return place
+
+
+def _start(
+    wandb: Any, folder: Path, container: dict[str, Any], tracking: TrackingConfig, sweep_name: str | None
+) -> Any:
+    """An initialized run, not the global one: a run that the calling program has open stays as it is."""
+    if tracking.mode == "online":
+        _require_login(wandb, tracking)
+    config = container | {"env": read_json(folder / "env.json") or {}}
+    try:
+        return wandb.init(settings=_settings(wandb, folder, container, tracking, sweep_name), config=config)
+    except (ValueError, wandb.errors.UsageError) as error:
+        text = error.errors()[0]["msg"] if hasattr(error, "errors") else error  # pydantic lists what it refuses
+        names = (
+            f"tracking.project={tracking.project}, tracking.entity={tracking.entity}, tracking.tags={[*tracking.tags]}"
+        )
+        raise ConfigError(f"{names}: W&B refuses one of them ({text}); change it") from error
+
+
+def _settings(
+    wandb: Any, folder: Path, container: dict[str, Any], tracking: TrackingConfig, sweep_name: str | None
+) -> Any:
+    """No output, and nothing about the process that logs: it is not the one that ran the experiment."""
+    off = ("x_disable_stats", "x_disable_meta", "x_disable_machine_info", "disable_git", "disable_code")
+    return wandb.Settings(
+        mode=tracking.mode,
+        root_dir=str(folder),
+        project=tracking.project,
+        entity=tracking.entity,
+        run_id=folder.name,
+        run_name=run_label(container),
+        run_group=sweep_name,
+        run_job_type=container["task"]["name"],
+        run_tags=tuple(run_tags(container, tracking)),
+        reinit="create_new",
+        init_timeout=INIT_TIMEOUT_SECONDS,
+        finish_timeout=FINISH_TIMEOUT_SECONDS,
+        finish_timeout_raises=True,
+        silent=True,
+        console="off",
+        label_disable=True,
+        **dict.fromkeys(off, True),
+        **dict.fromkeys(("save_code", "x_save_requirements", "symlink"), False),
+    )
+
+
+def run_tags(container: Mapping[str, Any], tracking: TrackingConfig) -> list[str]:
+    """Model, backend and offload strategy, then the user's own, each once."""
+    named = (container["model"]["source"], backend_label(container), container["offload"]["strategy"])
+    return list(dict.fromkeys([*(name[:MAX_TAG] for name in named), *tracking.tags]))
+
+
+def _require_login(wandb: Any, tracking: TrackingConfig) -> None:
+    """Without a key wandb would ask for one, and wait."""
+    wandb.setup(wandb.Settings(mode=tracking.mode, silent=True))
+    if wandb.run is None and not wandb.login(prompt=False, verify=False):
+        raise ConfigError(
+            "tracking.mode=online needs a W&B account, and there is no API key on this machine; run `wandb login`, "
+            f"or set WANDB_API_KEY, or {OFFLINE_REMEDY}"
+        )
+
+
+def _log_history(run: Any, folder: Path) -> None:
+    """A row per generation step; memory.csv stands in for the history of a run that was never scored."""
+    run.define_metric("steps/*", summary="none")
+    path = next((path for name in ("history.csv", "memory.csv") if (path := folder / name).exists()), None)
+    for row in _read_csv(path) if path else []:
+        step = int(row.pop("step"))
+        run.log({f"steps/{name}": value for name, value in row.items() if value is not None}, step=step)
+
+
+def _log_media(wandb: Any, run: Any, folder: Path) -> None:
+    paths = {f"images/{name}": folder / "images" / f"{name}.png" for name in IMAGES}
+    media: dict[str, Any] = {
+        name: wandb.Image(str(path), caption=name.rpartition("/")[2]) for name, path in paths.items() if path.exists()
+    }
+    rows = list(_read_csv(folder / "layers.csv")) if (folder / "layers.csv").exists() else []
+    if rows:
+        media["layers"] = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+    if media:
+        run.log(media)
+
+
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows with numbers where a whole column is numbers, and None for an empty cell."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    numeric = {name for name in (rows[0] if rows else ()) if all(_is_number(row[name]) for row in rows)}
+    for row in rows:
+        yield {name: (float(text) if name in numeric else text) if text else None for name, text in row.items()}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text or 0)
+    except ValueError:
+        return False
+    return True
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """Metrics of a run that is done; of any other only how it ended."""
+    status = read_json(folder / "status.json") or {}
+    ended = {name: status.get(name) for name in ("status", "reason", "message", "seconds")}
+    result = read_json(folder / "result.json") if ended["status"] == "done" else None
+    return ended | (result["metrics"] if result else {})
+
+
+def _tidy(folder: Path, keep: Path) -> None:
+    """Remove earlier offline logs of this folder, since the new one has all they had, and wandb's debug logs."""
+    for path in [*(folder / "wandb").glob("offline-run-*"), folder / "wandb" / "cache"]:
+        if path != keep and path.exists():
+            shutil.rmtree(path)
+
+
+@contextmanager
+def _session(folder: Path, mode: str) -> Iterator[Any]:
+    """wandb with its data and cache in the run folder, and offline not a word to anyone.
+
+    At the end its service process is shut down, which also makes the .wandb file complete (`finish` alone returns
+    before it is written), and the environment is as before. A run that the calling program has open is left alone.
+    """
+    changes = {"WANDB_DATA_DIR": str(folder / "wandb" / "data"), "WANDB_CACHE_DIR": str(folder / "wandb" / "cache")}
+    if mode == "offline":
+        changes["WANDB_ERROR_REPORTING"] = "false"
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        wandb = _import_wandb()
+        try:
+            yield wandb
+        finally:
+            if wandb.run is None:
+                wandb.teardown()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _clear_errors(tracking: TrackingConfig, folder: Path) -> Iterator[None]:
+    """wandb's failures (its own, of the connection to its service, timeouts) with place and remedy."""
+    try:
+        yield
+    except QexpError:
+        raise
+    except Exception as error:
+        if tracking.mode == "offline":
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UnsupportedError(
+            f"tracking.mode=online: the run in {folder} is not logged to project {tracking.project} ({text}); "
+            f"check the network and the account, or {OFFLINE_REMEDY}"
+        ) from error
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise MissingLibraryError(f"tracking needs wandb ({error}); pip install wandb, or use tracking=none") from error
+    return wandb

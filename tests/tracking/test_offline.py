@@ -1,0 +1,155 @@
+"""A run logged without a server is read back from its .wandb file."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qexp.config import RunConfig, run_config_from_container
+from qexp.tracking.wandb_run import log_run
+from tests.report.factory import ENV, GENERATE, ROUNDTRIP, config, run_folder
+from tests.tracking.wandb_file import Logged, read_wandb
+
+
+def logged(
+    tmp_path: Path, container: dict[str, Any], metrics: dict[str, float | None] | None, **status: Any
+) -> tuple[Path, Logged]:
+    folder = run_folder(tmp_path, "abc0", container, metrics, **status)
+    place = log_run(folder, run_config_from_container(container), "first")
+    assert place is not None
+    return folder, read_wandb(Path(place, "run-abc0.wandb"))
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Logged]:
+    container = config("bitsandbytes", "nf4", "leaf", load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return logged(tmp_path_factory.mktemp("outputs"), container, GENERATE | {"quality/frechet_distance": None})
+
+
+def test_config_is_nested_and_complete(generated: tuple[Path, Logged]) -> None:
+    folder, run = generated
+    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    assert {name: run.config[name] for name in stored} == stored
+    assert run.config["components"]["transformer"]["backend"]["bnb_4bit_quant_type"] == "nf4"
+    assert run.config["env"] == ENV
+
+
+def test_run_is_named_grouped_and_tagged(generated: tuple[Path, Logged]) -> None:
+    run = generated[1].run
+    assert (run.run_id, run.project, run.display_name) == (
+        "abc0",
+        "qexp",
+        "digits · bitsandbytes nf4 · leaf→disk · generate",
+    )
+    assert (run.run_group, run.job_type) == ("first", "generate")
+    assert list(run.tags) == ["digits", "bitsandbytes nf4", "leaf", "mine"]
+    assert generated[1].exit_code == 0
+
+
+def test_summary_has_the_metrics_and_how_it_ended(generated: tuple[Path, Logged]) -> None:
+    summary = generated[1].summary
+    assert {name: summary[name] for name in GENERATE} == GENERATE
+    assert summary["quality/frechet_distance"] is None
+    assert (summary["status"], summary["reason"], summary["seconds"]) == ("done", None, 10.0)
+    assert not [name for name in summary if name.startswith("steps/")]
+
+
+def test_history_follows_the_generation_steps(generated: tuple[Path, Logged]) -> None:
+    rows = [{k: v for k, v in row.items() if k.startswith("steps/")} for row in generated[1].history]
+    assert [row["_step"] for row in generated[1].history] == [0, 1, 2]
+    assert rows[0] == {"steps/step_ms": 12.5, "steps/host_gib": 0.5, "steps/device_gib": 0.0, "steps/relative_l2": 0.01}
+    assert "steps/relative_l2" not in rows[1]  # an empty cell
+    assert rows[2]["steps/relative_l2"] == 0.03
+
+
+def test_images_are_logged_with_the_last_step(generated: tuple[Path, Logged]) -> None:
+    folder, run = generated
+    for name in ("grid", "reference", "difference"):
+        image = run.history[-1][f"images/{name}"]
+        assert (image["_type"], image["caption"], image["width"]) == ("image-file", name, 40)
+        (copy,) = (folder / "wandb").glob(f"*/files/{image['path']}")
+        assert copy.read_bytes() == (folder / "images" / f"{name}.png").read_bytes()
+        assert image["path"] in run.files
+
+
+def test_roundtrip_has_a_table_of_its_layers(tmp_path: Path) -> None:
+    folder, run = logged(tmp_path, config(task="roundtrip"), ROUNDTRIP)
+    table = run.history[-1]["layers"]
+    assert (table["_type"], table["nrows"], table["ncols"]) == ("table-file", 2, 4)
+    (path,) = (folder / "wandb").glob(f"*/files/{table['path']}")
+    content = json.loads(path.read_text())
+    assert content["columns"] == ["layer", "shape", "quantized", "sqnr_db"]
+    assert content["data"] == [["blocks.0.attn.to_q", "256x256", "true", 20.7], ["proj_out", "4x256", "false", None]]
+    assert run.summary["roundtrip/sqnr_db_mean"] == 20.7
+    assert run.run.job_type == "roundtrip"
+
+
+def test_a_failed_run_has_its_reason_and_exit_code_1(tmp_path: Path) -> None:
+    _, run = logged(tmp_path, config(), None, status="failed", reason="oom", message="out of memory")
+    assert run.exit_code == 1
+    assert (run.summary["status"], run.summary["reason"], run.summary["message"]) == ("failed", "oom", "out of memory")
+    assert run.config["task"]["name"] == "generate"
+
+
+def test_logging_again_replaces_the_file(tmp_path: Path) -> None:
+    container = config()
+    folder, _ = logged(tmp_path, container, GENERATE)
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"metrics": GENERATE | {"quality/ssim": 0.5}}))
+    second = log_run(folder, run_config_from_container(container), "second")
+    (path,) = (folder / "wandb").glob("*/*.wandb")
+    assert path.parent == Path(str(second))
+    run = read_wandb(path)
+    assert (run.summary["quality/ssim"], run.run.run_group, len(run.history)) == (0.5, "second", 3)
+
+
+def test_nothing_is_written_elsewhere_and_one_line_is_printed(tmp_path: Path) -> None:
+    """In a process of its own, with a home of its own."""
+    run_folder(tmp_path, "abc0", config(), GENERATE)
+    code = (
+        "import os, sys; from pathlib import Path; from qexp.config import run_config_from_container; import yaml\n"
+        "from qexp.tracking.wandb_run import log_run\n"
+        "assert 'wandb' not in sys.modules\n"
+        "folder = Path(sys.argv[1]); before = dict(os.environ)\n"
+        "log_run(folder, run_config_from_container(yaml.safe_load((folder / 'config.yaml').read_text())), None)\n"
+        "assert dict(os.environ) == before and 'torch' not in sys.modules\n"
+    )
+    for name in ("home", "tmp"):
+        (tmp_path / name).mkdir()
+    private = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(Path.cwd())}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "XDG"))} | private
+    command = [sys.executable, "-c", code, str(tmp_path / "runs/abc0")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("W&B run: runs/abc0/wandb/offline-run-")
+    assert done.stdout.count("\n") == 1
+    assert not [*(tmp_path / "home").rglob("*"), *(tmp_path / "tmp").rglob("*")]
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "tmp", "runs"}
+    assert {path.name for path in (tmp_path / "runs/abc0").iterdir()} == {
+        "config.yaml", "env.json", "status.json", "result.json", "history.csv", "images", "wandb",
+    }  # fmt: skip
+
+
+def test_none_logs_nothing(tmp_path: Path) -> None:
+    container = config()
+    folder = run_folder(tmp_path, "abc0", container, GENERATE)
+    settings: RunConfig = run_config_from_container(container)
+    settings = replace(settings, tracking=replace(settings.tracking, mode="none"))
+    assert log_run(folder, settings, "first") is None
+    assert not (folder / "wandb").exists()
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_and_a_failed_run(tmp_path: Path) -> None:
+    container = config()
+    folder = run_folder(tmp_path, "abc0", container, GENERATE)
+    (folder / "history.csv").write_text("step,step_ms\nnot a number,1\n")
+    with pytest.raises(ValueError, match="not a number"):
+        log_run(folder, run_config_from_container(container), "first")
+    (path,) = (folder / "wandb").glob("*/*.wandb")
+    assert read_wandb(path).exit_code == 1
