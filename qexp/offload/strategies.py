@@ -1,0 +1,186 @@
+"""The public face of offloading: `apply_offload`, and the `Offload` that it returns.
+
+Values are taken group by group: when a group's bytes are at rest, the tensors that held them are let go before the
+next group is touched. What is left behind is measured, not assumed: weak references to the original memory say whether
+somebody still holds it, and `offload/at_rest_device_gib` counts that.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from qexp.errors import ConfigError
+from qexp.offload.config import OffloadConfig
+from qexp.offload.disk import DiskStore, release_freed_memory
+from qexp.offload.engine import HOOK_MARK, Arena, Engine, Streams
+from qexp.offload.group import Group, Pieces, Rest
+from qexp.offload.grouping import plan_groups
+from qexp.offload.payload import Site, flatten, leaves, module_nbytes, sites, span_bytes, true_nbytes
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+FOREIGN_HOOKS = {"_hf_hook": "accelerate", "_diffusers_hook": "diffusers"}
+
+
+def apply_offload(
+    model: nn.Module, config: OffloadConfig, *, device: torch.device, block_lists: Sequence[str], store: Path | None
+) -> Offload:
+    """Move a loaded model's weights to where they rest, and hook it so that it runs on `device`.
+
+    config: resolved, as `config.resolved(device.type)` gives it; store: the folder for `to=disk`.
+    Raises: ConfigError for a conflict, DiskError if the weights cannot be written; the model is then as it was.
+    """
+    _refuse_conflicts(model, config, store)
+    groups = [] if config.strategy == "none" else plan_groups(model, config, block_lists)
+    offload = Offload(model, config, device, groups)
+    try:
+        offload._start(store)
+    except BaseException:
+        offload.remove()
+        raise
+    return offload
+
+
+def _refuse_conflicts(model: nn.Module, config: OffloadConfig, store: Path | None) -> None:
+    if config.strategy == "none":
+        return
+    if config.to == "auto":
+        raise ConfigError("offload.to='auto' is not settled; pass config.resolved(device.type), which says cpu or disk")
+    if config.to == "disk" and store is None:
+        raise ConfigError("offload.to='disk' needs a folder for the weights: pass store, or use offload.to=cpu")
+    for name, module in model.named_modules():
+        where = f"offload.strategy={config.strategy!r}: '{name or type(model).__name__}'"
+        for attribute, library in FOREIGN_HOOKS.items():
+            if hasattr(module, attribute):
+                raise ConfigError(f"{where} has a hook of {library} ({attribute}); remove it, or use offload=none")
+        if hasattr(module, HOOK_MARK):
+            raise ConfigError(f"{where} is offloaded already; call remove() of that Offload first")
+
+
+class Offload:
+    """An offloaded model: what has been moved, and the way back."""
+
+    def __init__(self, model: nn.Module, config: OffloadConfig, device: torch.device, groups: list[Group]) -> None:
+        self.model, self.config, self.groups = model, config, groups
+        self.device = torch.empty(0, device=device).device  # with its index
+        self._streams = Streams(device, use_stream=True)
+        self._engine = Engine(groups, self._streams, self._make_rest, depth=2 if self._streams.asynchronous else 1)
+        self._disk: DiskStore | None = None
+        self._originals: list[tuple[Any, int]] = []  # weak references to the payload's memory on the device, and bytes
+        self._resident: list[tuple[Site, Any, Any]] = []  # (site, value before, value on the device)
+        self._twins = _twins(groups)
+
+    def statistics(self) -> dict[str, float]:
+        """The offload/ metrics. Payload and transfers include the padding that aligns each leaf."""
+        payload = sum(group.nbytes for group in self.groups)
+        return {
+            "offload/groups": float(len(self.groups)),
+            "offload/payload_gib": payload / GIB,
+            "offload/resident_gib": self._outside_groups() / GIB,
+            "offload/at_rest_device_gib": self._at_rest_device_bytes() / GIB,
+            "offload/ring_gib": sum(slot.flat.numel() for slot in self._engine.slots) / GIB,
+            "offload/transferred_gib": self._engine.transferred_bytes / GIB,
+            "offload/copies": float(self._engine.copies),
+        }
+
+    def remove(self) -> None:
+        """Give every module its values back, in memory of their own where they were before, and clean up."""
+        self._engine.detach()
+        restored: dict[int, Any] = {}
+        position = 0
+        for group in self.groups:
+            if group.packed:
+                if any(binding.changed() for binding in group.at_rest):
+                    group.pack(self._make_rest)
+                for number, ((store, name), value) in enumerate(group.restore(), position):
+                    store[name] = restored.setdefault(self._twins[number], value)
+                group.release()
+            position += len(group.all_sites)
+        for (store, name), before, moved in self._resident:
+            if store.get(name) is moved:
+                store[name] = before
+        self._resident, self.groups = [], []
+        if self._disk is not None:
+            self._disk.remove()
+            self._disk = None
+
+    def _start(self, store: Path | None) -> None:
+        if self.config.to == "disk" and self.groups and store is not None:
+            needed = true_nbytes(*(place[name] for group in self.groups for place, name in group.all_sites))
+            self._disk = DiskStore(store, needed)
+        for group in self.groups:
+            self._originals += self._memory_on_device(group)
+            group.pack(self._make_rest)
+        self._move_resident()
+        self._engine.attach(self.model)
+        self._let_go()
+
+    def _make_rest(self, name: str, nbytes: int, pieces: Pieces) -> Rest:
+        if self._disk is not None:
+            return self._disk.write(name, nbytes, pieces)
+        return Arena(nbytes, pieces, pinned=self.device.type != "cpu")
+
+    def _memory_on_device(self, group: Group) -> list[tuple[Any, int]]:
+        found = [leaf for store, name in group.all_sites for leaf in leaves(store[name]) if leaf.device == self.device]
+        distinct = {(leaf.data_ptr(), span_bytes(leaf)): leaf for leaf in found}
+        weak: Any = StorageWeakRef
+        return [(weak(leaf.untyped_storage()), span) for (_, span), leaf in distinct.items()]
+
+    def _move_resident(self) -> None:
+        """Bring what belongs to no group to the device, through its leaves: `.to()` of some tensors loses parts."""
+        for store, name in self._resident_sites():
+            value = store[name]
+            parts, rebuild = flatten([value])
+            if any(part.device != self.device for part in parts):
+                (moved,) = rebuild([part.to(self.device) for part in parts])
+                store[name] = moved
+                self._resident.append(((store, name), value, moved))
+
+    def _resident_sites(self) -> list[Site]:
+        grouped = {(id(store), name) for group in self.groups for store, name in group.all_sites}
+        every_site = [site for module in self.model.modules() for site in sites(module)]
+        return [(store, name) for store, name in every_site if (id(store), name) not in grouped]
+
+    def _outside_groups(self) -> int:
+        return true_nbytes(*(store[name] for store, name in self._resident_sites()))
+
+    def _let_go(self) -> None:
+        """Free what the originals used, and say so if somebody else still holds some of it."""
+        if self._left_behind():
+            gc.collect()
+        if self.device.type == "cpu":
+            release_freed_memory()
+        elif hasattr(self._streams.module, "empty_cache"):
+            self._streams.module.empty_cache()
+        if left := self._left_behind():
+            log.warning(
+                "offload: %.1f MiB of the weights of %s are still held by something else, and stay in memory",
+                left / 2**20,
+                type(self.model).__name__,
+            )
+
+    def _left_behind(self) -> int:
+        return sum(nbytes for storage, nbytes in self._originals if not storage.expired())
+
+    def _at_rest_device_bytes(self) -> int:
+        """Payload bytes in memory of the compute device while the model is idle, the ring apart."""
+        if not self.groups:
+            return module_nbytes(self.model)
+        resting = [group.rest.flat for group in self.groups if group.rest.in_memory]
+        return self._left_behind() + sum(flat.numel() for flat in resting if flat.device == self.device)
+
+
+def _twins(groups: list[Group]) -> list[int]:
+    """For each site in order, the number of the first site that holds the same object."""
+    first: dict[int, int] = {}
+    values = [store[name] for group in groups for store, name in group.all_sites]
+    return [first.setdefault(id(value), number) for number, value in enumerate(values)]
