@@ -31,6 +31,8 @@ from qexp.sweep.worker import Work, do_work
 
 __all__ = ["JobRow", "refuse_job", "run_job"]
 
+TRACKED = {"offline": "wandb/offline-run-*", "online": "wandb/run-*"}  # what W&B leaves in a run folder, by mode
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -116,6 +118,7 @@ def _perform(job: _Job) -> JobRow:
         else:
             job.say(_start_words(decision))
             status = _execute(job, folder, decision)
+        if status is not None and (decision.action != "keep" or not _is_tracked(job, folder)):
             _track(job, folder, status)
         return _row_of(job, folder, status, reused=decision.action == "keep")
 
@@ -180,6 +183,11 @@ def _row_of(job: _Job, folder: RunFolder, status: Status | None, reused: bool) -
     )
 
 
+def _is_tracked(job: _Job, folder: RunFolder) -> bool:
+    """Whether a run that is reused was tracked in this way before."""
+    return any(folder.path.glob(TRACKED.get(job.config.tracking.mode, "*")))
+
+
 def _track(job: _Job, folder: RunFolder, status: Status) -> None:
     """Log a finished run to W&B from its folder; a failure there costs the log, never the result."""
     if job.config.tracking.mode == "none" or status.status not in ("done", "failed"):
@@ -189,7 +197,7 @@ def _track(job: _Job, folder: RunFolder, status: Status) -> None:
 
         log_run(folder.path, job.config, job.config.sweep.name if job.number is not None else None)
     except Exception as error:
-        print(f"warning: {folder.path} is not tracked: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"warning: {folder.path} is not tracked: {outcome_of(error).message}", file=sys.stderr)
 
 
 def _record(manifest: Manifest | None, row: JobRow, name: str) -> None:

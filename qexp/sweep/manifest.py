@@ -16,7 +16,7 @@ from typing import Any
 from qexp.errors import ConfigError
 from qexp.sweep.store import file_lock, is_alive, now_iso, read_json, write_json
 
-JOB_FIELDS = ("number", "key", "overrides", "status", "reason", "message", "reused", "seconds")
+JOB_FIELDS = ("number", "key", "label", "overrides", "status", "reason", "message", "reused", "seconds")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO
 
@@ -41,6 +41,7 @@ def run_worker(work: Work, timeout_minutes: float | None) -> Status:
         _settle(work, process, INTERRUPTED, started, clock)
         raise
     outcome = outcome_of_exit(process.returncode) if in_time else timed_out(timeout_minutes or 0.0)
+    outcome = replace(outcome, message=f"{outcome.message}; its output is in {work.folder / 'worker.log'}")
     return _settle(work, process, outcome, started, clock)
 
 

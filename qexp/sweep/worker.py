@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +84,8 @@ def do_work(work: Work) -> Status:
     except BaseException as error:
         outcome = outcome_of(error)
         _log_traceback(folder)
+        if outcome.reason == "error":
+            outcome = replace(outcome, message=f"{outcome.message}; traceback in {folder.path / 'worker.log'}")
         if isinstance(error, KeyboardInterrupt):
             raise
     finally:

@@ -80,7 +80,7 @@ def test_a_first_run_runs_its_reference_and_leaves_everything(tmp_path, capfd) -
 
 
 ENDINGS = {
-    2: ("failed", "error", "RuntimeError: a tensor is wrong in two lines"),
+    2: ("failed", "error", "RuntimeError: a tensor is wrong in two lines; traceback in "),
     3: ("failed", "config", "backend.x=1 must be 2"),
     4: ("unsupported", "unsupported", "needs a GPU"),
     5: ("failed", "load", "checkpoint is truncated"),
@@ -92,7 +92,7 @@ ENDINGS = {
     11: ("failed", "exit", "sys.exit(3)"),
     12: ("failed", "exit", "code 4"),
     13: ("failed", "signal", "out-of-memory killer"),
-    14: ("failed", "signal", "SIGSEGV"),
+    14: ("failed", "signal", "SIGSEGV in native code; its output is in "),
     19: ("failed", "disk", "os error 28"),
 }
 
@@ -364,6 +364,22 @@ def test_tracking_comes_after_the_result_and_cannot_lose_it(tmp_path, monkeypatc
     assert calls[1:] == [("failed", None)]
     run(replace(config, tracking=TrackingConfig(mode="none"), resume="none"))
     assert len(calls) == 2
+
+
+def test_a_reused_run_is_tracked_if_it_was_not_before(tmp_path, monkeypatch) -> None:
+    calls = []
+
+    def log_run(folder: Path, config: RunConfig, sweep_name: str | None) -> None:
+        calls.append(config.tracking.mode)
+        (folder / "wandb" / {"offline": "offline-run-1", "online": "run-1"}[config.tracking.mode]).mkdir(parents=True)
+
+    monkeypatch.setitem(sys.modules, "qexp.tracking.wandb_run", type(sys)("fake"))
+    sys.modules["qexp.tracking.wandb_run"].log_run = log_run
+    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    for mode in ("none", "offline", "offline", "online", "online", "none"):
+        run(replace(config, tracking=TrackingConfig(mode=mode)))
+    assert calls == ["offline", "online"]
+    assert len(ran(config)) == 1
 
 
 PARENT = """

@@ -49,6 +49,7 @@ def test_its_contents(tmp_path) -> None:
             {
                 "number": 1,
                 "key": "k",
+                "label": "label",
                 "overrides": ["a=1", "b=2"],
                 "status": "failed",
                 "reason": "oom",
