@@ -71,10 +71,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise LoadError(
             f"checkpoint '{path}' does not exist; set model.path to a folder with config.json and safetensors"
         )
-    if path.is_file():
-        files, config = (path,), {}
-    else:
-        files, config = _shards(path), _read_json(path / "config.json")
+    files = (path,) if path.is_file() else _shards(path)
+    config = {} if path.is_file() else _read_json(path / "config.json")
     entries: dict[str, TensorEntry] = {}
     for file in files:
         for entry in read_header(file):
@@ -173,19 +171,23 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a folder: those its index names, or its only one."""
     index = _index_file(folder)
     if index is None:
-        found = sorted(folder.glob("*.safetensors"))
-        found = [file for file in found if file.name in STANDARD_NAMES] or found
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found) or "none"
-            raise LoadError(f"'{folder}' needs one .safetensors file, or shards with an index; found: {names}")
-        return (found[0],)
-    names = sorted({*_weight_map(index).values()})
+        return (_only_file(folder),)
+    names = sorted({*_weight_map(index).values()}, key=str)
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise LoadError(f"'{index}' names {name!r}; shards must be .safetensors files in the same folder")
         if not (folder / name).is_file():
             raise LoadError(f"'{index}' names the shard '{name}', which is missing in '{folder}'; download it again")
     return tuple(folder / name for name in names)
+
+
+def _only_file(folder: Path) -> Path:
+    found = sorted(folder.glob("*.safetensors"))
+    found = [file for file in found if file.name in STANDARD_NAMES] or found
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise LoadError(f"'{folder}' needs one .safetensors file, or shards with an index; found: {names}")
+    return found[0]
 
 
 def _index_file(folder: Path) -> Path | None:

@@ -125,7 +125,8 @@ def _read(item: WorkItem, buffer: Tensor, opened: dict[Path, int], files: ExitSt
     if source.file not in opened:
         opened[source.file] = os.open(source.file, os.O_RDONLY)
         files.callback(os.close, opened[source.file])
-    view, position = memoryview(buffer.numpy()), 0
+    array: Any = buffer.numpy()
+    view, position = memoryview(array), 0
     while position < source.nbytes:
         part = view[position : min(position + READ_BYTES, source.nbytes)]
         count = os.preadv(opened[source.file], [part], source.offset + position)

@@ -155,10 +155,8 @@ def dense_linear(module: nn.Module, weight: Tensor) -> nn.Linear:
 
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    bias = module.bias
-    linear.bias = (
-        None if not isinstance(bias, torch.Tensor) else nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-    )
+    if isinstance(module.bias, torch.Tensor):
+        linear.bias = nn.Parameter(module.bias.to(weight.dtype), requires_grad=False)
     return linear.train(module.training)
 
 

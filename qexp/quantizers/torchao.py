@@ -77,11 +77,12 @@ class TorchAoQuantizer(base.Quantizer):
         for rows, part in base.row_slices(spec, sources[0], device):
             holder.weight = torch.nn.Parameter(part, requires_grad=False)
             quantize_(holder, config, filter_fn=lambda module, name: True)
-            names, context = holder.weight.__tensor_flatten__()
-            inner = {name: getattr(holder.weight, name) for name in names}
+            quantized: Any = holder.weight.data
+            names, context = quantized.__tensor_flatten__()
+            inner = {name: getattr(quantized, name) for name in names}
             base.clear_nan(inner["qdata"])
             rows_of.add(rows, inner)
-        tensor = type(holder.weight.data).__tensor_unflatten__(rows_of.inner, context, spec.shape, (spec.shape[1], 1))
+        tensor = type(quantized).__tensor_unflatten__(rows_of.inner, context, spec.shape, (spec.shape[1], 1))
         return torch.nn.Parameter(tensor, requires_grad=False)
 
     def _library_config(self) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
@@ -113,7 +113,7 @@ def rows_to_csv(rows: list[LayerRow]) -> str:
     return to_csv([field.name for field in fields(LayerRow)], [asdict(row) for row in rows])
 
 
-def to_csv(columns: list[str], rows: list[Mapping[str, object]]) -> str:
+def to_csv(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
     """CSV text with a header; None is an empty cell."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
