@@ -271,7 +271,7 @@ def test_a_sweep_that_does_not_compose_leaves_an_older_one_of_its_name_alone(
     older = Path(tmp_path, "outputs", "sweeps", "kept", "report.md")
     older.parent.mkdir(parents=True)
     older.write_text("report")
-    assert command("-m", "backend=nope", "sweep.name=kept") == 1
+    assert command("-m", "backend=none,nope", "sweep.name=kept") == 1
     assert older.read_text() == "report"
 
 

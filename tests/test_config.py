@@ -251,7 +251,9 @@ def test_skip_patterns_come_from_a_file_with_comments(tmp_path: Path) -> None:
 
 
 def test_the_same_patterns_in_another_place_are_the_same_experiment() -> None:
-    assert run_config("skip_modules=[b,a]") == run_config("model.skip_modules=[x_embed,a,b,proj_out]")
+    elsewhere = run_config("skip_modules=[h,g,f,e,d,c,b,a]")
+    assert elsewhere == run_config("model.skip_modules=[x_embed,a,b,c,d,e,f,g,h,proj_out]")
+    assert elsewhere.components["transformer"].skip_modules == (*"abcdefgh", "proj_out", "x_embed")
 
 
 def test_a_component_overrides_the_settings_of_all(tmp_path: Path) -> None:
