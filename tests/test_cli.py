@@ -310,6 +310,18 @@ def test_help_names_every_option_with_its_description(command: Command, capsys: 
     assert max(map(len, text.splitlines())) <= 130
 
 
+def test_an_installed_package_reads_its_own_conf_and_not_a_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert options.conf_folder() == REPOSITORY / "conf"
+    own, neighbour = tmp_path / "qexp" / "conf", tmp_path / "conf"
+    for folder in (own, neighbour):
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").touch()
+    monkeypatch.setattr(options, "__file__", str(tmp_path / "qexp" / "options.py"))
+    assert options.conf_folder() == own
+
+
 def imported_by(code: str, cwd: Path) -> set[str]:
     """The top-level modules that a fresh interpreter has imported after running some code elsewhere."""
     ending = "\nimport sys; print('\\nMODULES', *sorted({name.partition('.')[0] for name in sys.modules}))"
