@@ -1,4 +1,4 @@
-"""A Weights & Biases run from a finished run folder: the one place that imports wandb.
+"""A Weights & Biases run from a finished run folder.
 
     config    the nested configuration, and the environment under `env`
     summary   every metric, and status, reason, message and seconds
@@ -15,24 +15,22 @@ replaced. wandb is kept quiet, and away from the working directory and the home 
 from __future__ import annotations
 
 import csv
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qexp.errors import ConfigError, MissingLibraryError, QexpError, UnsupportedError
+from qexp.errors import ConfigError
 from qexp.report.labels import backend_label, run_label
 from qexp.report.rows import read_yaml
 from qexp.settings import RunConfig, TrackingConfig
 from qexp.sweep.store import RunFolder, read_json
+from qexp.tracking.session import clear_errors, require_login, wandb_session
 
 INIT_TIMEOUT_SECONDS = 20.0  # without an answer, wandb gives up starting an online run
 FINISH_TIMEOUT_SECONDS = 120.0  # and uploading one
 MAX_TAG = 64  # characters, W&B's limit
 IMAGES = ("grid", "reference", "difference")
-OFFLINE_REMEDY = "use tracking=offline, and `wandb sync` the run folder later"
 
 
 def log_run(folder: Path, config: RunConfig, sweep_name: str | None) -> str | None:
@@ -47,7 +45,9 @@ def log_run(folder: Path, config: RunConfig, sweep_name: str | None) -> str | No
     folder = folder.absolute()
     status = RunFolder(folder).read_status()
     failed = status is None or status.status != "done"
-    with _clear_errors(tracking, folder), _session(folder, tracking.mode) as wandb:
+    subject = f"tracking.mode={tracking.mode}: the run in {folder} is not logged to project {tracking.project}"
+    remedy = "use tracking=offline, and `wandb sync` the run folder later"
+    with clear_errors(subject, remedy), wandb_session(folder, tracking.mode) as wandb:
         container = read_yaml(folder / "config.yaml") or config.to_container()
         run = _start(wandb, folder, container, tracking, sweep_name)
         try:
@@ -59,7 +59,7 @@ def log_run(folder: Path, config: RunConfig, sweep_name: str | None) -> str | No
             raise
         run.finish(exit_code=1 if failed else 0)
         place = str(run.url) if tracking.mode == "online" else str(run.settings.sync_dir)
-    _tidy(folder, keep=Path(run.settings.sync_dir))
+    _remove_older(folder, keep=Path(run.settings.sync_dir))
     print(f"W&B run: {place.removeprefix(f'{Path.cwd()}/')}", flush=True)
     return place
 
@@ -69,7 +69,7 @@ def _start(
 ) -> Any:
     """An initialized run, not the global one: a run that the calling program has open stays as it is."""
     if tracking.mode == "online":
-        _require_login(wandb, tracking)
+        require_login(wandb)
     config = container | {"env": read_json(folder / "env.json") or {}}
     try:
         return wandb.init(settings=_settings(wandb, folder, container, tracking, sweep_name), config=config)
@@ -90,7 +90,7 @@ def _settings(
         mode=tracking.mode,
         root_dir=str(folder),
         project=tracking.project,
-        entity=tracking.entity,
+        **({"entity": tracking.entity} if tracking.entity else {}),  # else WANDB_ENTITY, or the account's own
         run_id=folder.name,
         run_name=run_label(container),
         run_group=sweep_name,
@@ -112,16 +112,6 @@ def run_tags(container: Mapping[str, Any], tracking: TrackingConfig) -> list[str
     """Model, backend and offload strategy, then the user's own, each once."""
     named = (container["model"]["source"], backend_label(container), container["offload"]["strategy"])
     return list(dict.fromkeys([*(name[:MAX_TAG] for name in named), *tracking.tags]))
-
-
-def _require_login(wandb: Any, tracking: TrackingConfig) -> None:
-    """Without a key wandb would ask for one, and wait."""
-    wandb.setup(wandb.Settings(mode=tracking.mode, silent=True))
-    if wandb.run is None and not wandb.login(prompt=False, verify=False):
-        raise ConfigError(
-            "tracking.mode=online needs a W&B account, and there is no API key on this machine; run `wandb login`, "
-            f"or set WANDB_API_KEY, or {OFFLINE_REMEDY}"
-        )
 
 
 def _log_history(run: Any, folder: Path) -> None:
@@ -170,60 +160,8 @@ def _summary(folder: Path) -> dict[str, Any]:
     return ended | (result["metrics"] if result else {})
 
 
-def _tidy(folder: Path, keep: Path) -> None:
-    """Remove earlier offline logs of this folder, since the new one has all they had, and wandb's debug logs."""
-    for path in [*(folder / "wandb").glob("offline-run-*"), folder / "wandb" / "cache"]:
-        if path != keep and path.exists():
+def _remove_older(folder: Path, keep: Path) -> None:
+    """Earlier offline logs of this folder: the new one has all they had."""
+    for path in (folder / "wandb").glob("offline-run-*"):
+        if path != keep:
             shutil.rmtree(path)
-
-
-@contextmanager
-def _session(folder: Path, mode: str) -> Iterator[Any]:
-    """wandb with its data and cache in the run folder, and offline not a word to anyone.
-
-    At the end its service process is shut down, which also makes the .wandb file complete (`finish` alone returns
-    before it is written), and the environment is as before. A run that the calling program has open is left alone.
-    """
-    changes = {"WANDB_DATA_DIR": str(folder / "wandb" / "data"), "WANDB_CACHE_DIR": str(folder / "wandb" / "cache")}
-    if mode == "offline":
-        changes["WANDB_ERROR_REPORTING"] = "false"
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        wandb = _import_wandb()
-        try:
-            yield wandb
-        finally:
-            if wandb.run is None:
-                wandb.teardown()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _clear_errors(tracking: TrackingConfig, folder: Path) -> Iterator[None]:
-    """wandb's failures (its own, of the connection to its service, timeouts) with place and remedy."""
-    try:
-        yield
-    except QexpError:
-        raise
-    except Exception as error:
-        if tracking.mode == "offline":
-            raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UnsupportedError(
-            f"tracking.mode=online: the run in {folder} is not logged to project {tracking.project} ({text}); "
-            f"check the network and the account, or {OFFLINE_REMEDY}"
-        ) from error
-
-
-def _import_wandb() -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise MissingLibraryError(f"tracking needs wandb ({error}); pip install wandb, or use tracking=none") from error
-    return wandb

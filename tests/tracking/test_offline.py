@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 import yaml
 
 from qexp.config import RunConfig, run_config_from_container
@@ -134,6 +135,19 @@ def test_nothing_is_written_elsewhere_and_one_line_is_printed(tmp_path: Path) ->
     assert {path.name for path in (tmp_path / "runs/abc0").iterdir()} == {
         "config.yaml", "env.json", "status.json", "result.json", "history.csv", "images", "wandb",
     }  # fmt: skip
+
+
+def test_a_run_of_the_caller_stays_open(tmp_path: Path) -> None:
+    mine = wandb.init(settings=wandb.Settings(mode="offline", root_dir=str(tmp_path), silent=True, console="off"))
+    try:
+        logged(tmp_path, config(), GENERATE)
+        assert wandb.run is mine
+        mine.log({"mine": 1})
+    finally:
+        mine.finish()
+        wandb.teardown()
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert [row["mine"] for row in read_wandb(path).history] == [1]
 
 
 def test_none_logs_nothing(tmp_path: Path) -> None:

@@ -1,12 +1,10 @@
 """A run is uploaded to a server stand-in on the loopback; every way to fail ends quickly, with one clear message."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,27 +16,7 @@ from qexp.errors import ConfigError, UnsupportedError
 from qexp.tracking import wandb_run
 from qexp.tracking.wandb_run import log_run
 from tests.report.factory import GENERATE, ROUNDTRIP, config, run_folder
-from tests.tracking.wandb_server import WandbServer
-
-KEY = "0123456789" * 4  # 40 characters are a valid form
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbServer]:
-    with WandbServer() as running:
-        use(monkeypatch, tmp_path, running.url)
-        yield running
-
-
-def use(monkeypatch: pytest.MonkeyPatch, home: Path, url: str, key: str | None = KEY) -> None:
-    """Point wandb at a server, away from the account of whoever runs the tests."""
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("WANDB_BASE_URL", url)
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    if key is not None:
-        monkeypatch.setenv("WANDB_API_KEY", key)
+from tests.tracking.wandb_server import WandbServer, use_server
 
 
 def log(folder: Path, container: dict[str, Any], mode: str = "online", sweep: str | None = "first") -> str | None:
@@ -123,7 +101,7 @@ def test_offline_folder_is_synced_later(server: WandbServer, tmp_path: Path, tas
 
 
 def test_without_a_key_it_fails_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    use(monkeypatch, tmp_path, "http://127.0.0.1:9", key=None)
+    use_server(monkeypatch, tmp_path, "http://127.0.0.1:9", key=None)
     folder = run_folder(tmp_path, "abc0", config(), GENERATE)
     started = time.monotonic()
     with pytest.raises(ConfigError, match=r"no API key.*wandb login.*tracking=offline"):
@@ -134,7 +112,7 @@ def test_without_a_key_it_fails_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_an_unreachable_server_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
-        use(monkeypatch, tmp_path, f"http://127.0.0.1:{unused.getsockname()[1]}")
+        use_server(monkeypatch, tmp_path, f"http://127.0.0.1:{unused.getsockname()[1]}")
         fails_in_time(monkeypatch, tmp_path, "connection refused")
 
 
@@ -142,13 +120,13 @@ def test_a_server_that_never_answers_is_given_up_in_time(monkeypatch: pytest.Mon
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        use(monkeypatch, tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        use_server(monkeypatch, tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
         fails_in_time(monkeypatch, tmp_path, "deadline exceeded")
 
 
 def test_a_network_that_goes_away_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with WandbServer(silent_after=("UpsertBucket",)) as server:
-        use(monkeypatch, tmp_path, server.url)
+        use_server(monkeypatch, tmp_path, server.url)
         fails_in_time(monkeypatch, tmp_path, "Timed out finishing run")
 
 

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 ENTITY = {"id": "e", "name": "tester"}
 PROJECT = {"id": "p", "name": "qexp", "internalId": "p", "entityName": "tester", "entity": ENTITY}
+PROJECT |= {"createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
+KEY = "0123456789" * 4  # 40 characters are a valid form
 VIEWER = ENTITY | {"username": "tester", "entity": "tester", "flags": "{}", "teams": {"edges": []}}
 
 
 class WandbServer:
     """`with WandbServer() as server:` listens on `server.url`.
 
-    calls: (operation, variables) of every GraphQL call; runs: by id, with their history; uploads: bytes by name.
+    calls: (operation, variables) of every GraphQL call; runs and reports: by id; uploads: bytes by name.
     silent_after: operations after which it no longer answers anything, as a network that went away.
     """
 
     def __init__(self, silent_after: tuple[str, ...] = ()) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.runs: dict[str, dict[str, Any]] = {}
+        self.reports: dict[str, dict[str, Any]] = {}
         self.uploads: dict[str, bytes] = {}
         self.silent_after, self.silent = silent_after, threading.Event()
         self.closing = threading.Event()
@@ -49,6 +56,7 @@ class WandbServer:
         artifact = {"id": "a", "digest": "d", "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
         answers: dict[str, Callable[[], dict[str, Any]]] = {
             "Viewer": lambda: {"viewer": VIEWER},
+            "GetDefaultEntity": lambda: {"viewer": VIEWER},
             "ServerFeaturesQuery": lambda: {"serverInfo": {"features": []}},
             "UpsertBucket": lambda: {"upsertBucket": self.upsert(v)},
             "CreateRunFiles": lambda: {
@@ -66,6 +74,11 @@ class WandbServer:
                     }
                 }
             },
+            "ProjectInternalId": lambda: {"project": PROJECT if v["projectName"] == PROJECT["name"] else None},
+            "GetProjects": lambda: {
+                "models": {"pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": [{"node": PROJECT}]}
+            },
+            "upsertView": lambda: {"upsertView": {"view": self.save_report(v), "inserted": v["id"] is None}},
             "CommitArtifact": lambda: {"commitArtifact": {"artifact": artifact}},
         }
         return answers[operation]()
@@ -98,6 +111,12 @@ class WandbServer:
         }
         return {"bucket": bucket | {"sweepName": None, "historyLineCount": 0, "project": PROJECT}, "inserted": new}
 
+    def save_report(self, v: dict[str, Any]) -> dict[str, Any]:
+        number = v["id"] or f"report{len(self.reports)}"
+        self.reports[number] = v
+        kept = {name: v[name] for name in ("type", "name", "displayName", "description", "spec")}
+        return kept | {"id": number, "project": PROJECT, "updatedAt": "2026-01-01T00:00:00"}
+
     def stream(self, name: str, body: dict[str, Any]) -> None:
         files, run = body.get("files") or {}, self.runs[name]
         if "wandb-history.jsonl" in files:
@@ -107,6 +126,17 @@ class WandbServer:
             run["summary"] = json.loads(line)
         if body.get("complete"):
             run["exitcode"] = body["exitcode"]
+
+
+def use_server(monkeypatch: pytest.MonkeyPatch, home: Path, url: str, key: str | None = KEY) -> None:
+    """Point wandb at a server, away from the account of whoever runs the tests."""
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    if key is not None:
+        monkeypatch.setenv("WANDB_API_KEY", key)
 
 
 class _Handler(BaseHTTPRequestHandler):
