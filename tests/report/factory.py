@@ -90,7 +90,7 @@ def run_folder(
     return folder
 
 
-def job(number: int, key: str | None, overrides: list[str], status: str = "done", **other: Any) -> dict[str, Any]:
+def job(number: int, key: str, overrides: list[str], status: str = "done", **other: Any) -> dict[str, Any]:
     defaults = {"reason": None, "message": "", "reused": False, "seconds": 10.0}
     return {"number": number, "key": key, "overrides": overrides, "status": status, **defaults, **other}
 
@@ -98,8 +98,9 @@ def job(number: int, key: str | None, overrides: list[str], status: str = "done"
 def manifest(outputs: Path, name: str, jobs: list[dict[str, Any]], started: str = "2026-01-02T03:04:05") -> Path:
     folder = outputs / "sweeps" / name
     folder.mkdir(parents=True)
-    command = "python -m qexp -m backend=none,bitsandbytes offload=none,leaf"
-    content = {"name": name, "command": command, "started": started, "finished": "2026-01-02T03:14:05", "jobs": jobs}
+    command = ["python", "-m", "qexp", "-m", "backend=none,bitsandbytes", "sweep.notes=why I ran it"]
+    times = {"started": started, "finished": "2026-01-02T03:14:05"}
+    content = {"name": name, "command": command, "notes": "why I ran it", "total": len(jobs), **times, "jobs": jobs}
     (folder / "manifest.json").write_text(json.dumps(content))
     return folder
 
@@ -121,6 +122,6 @@ def sweep_of_six(outputs: Path) -> str:
         jobs.append(job(number, f"key{number}", [f"backend={backend}", f"offload={offload}"], reused=number == 0))
     run_folder(outputs, "key4", config("quanto", "int2"), None, "failed", "oom", "out of memory:\n needed 9 GiB")
     jobs.append(job(4, "key4", ["backend=quanto_int2", "offload=none"], "failed", reason="oom", message="old text"))
-    jobs.append(job(5, None, ["backend=torchao_float8dq"], "unsupported", reason="unsupported", message="needs a GPU"))
+    jobs.append(job(5, "", ["backend=torchao_float8dq"], "unsupported", reason="unsupported", message="needs a GPU"))
     manifest(outputs, "first", jobs)
     return "first"

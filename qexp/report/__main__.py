@@ -1,0 +1,77 @@
+"""`python -m qexp.report [sweep]`: the table of a sweep, and its results.csv, report.md and plots, from files alone.
+
+    python -m qexp.report                      the latest sweep
+    python -m qexp.report first_look --wandb   also a W&B report; for runs tracked offline its specification
+
+Everything is written into outputs/sweeps/<sweep>/. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qexp.errors import QexpError
+from qexp.report.rows import Row, find_sweep, read_manifest, rows_of_sweep
+from qexp.report.table import format_table
+from qexp.sweep.store import write_bytes, write_text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 1 with one line that says what is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        name = find_sweep(options.outputs, options.sweep)
+        rows = rows_of_sweep(options.outputs, name)
+        print(format_table(rows))
+        for path in write_report(Path(options.outputs), name, rows):
+            print(f"wrote {path}")
+        if options.wandb:
+            from qexp.report.wandb_report import publish_report
+
+            print(publish_report(Path(options.outputs), name, rows, online=options.online or None))
+    except QexpError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def write_report(outputs: Path, name: str, rows: list[Row]) -> list[Path]:
+    """Write results.csv, report.md and the plots of a sweep; returns their paths."""
+    from qexp.report.markdown import report_markdown
+    from qexp.report.pareto import QUALITIES, pareto_png
+    from qexp.report.results_csv import results_csv
+
+    folder = outputs / "sweeps" / name
+    plots = []
+    for metric, (_, file_name) in QUALITIES.items():
+        picture = pareto_png(rows, metric, f"{name}: memory against quality")
+        if picture is not None:
+            write_bytes(folder / file_name, picture)
+            plots.append(file_name)
+    write_text(folder / "results.csv", results_csv(rows))
+    write_text(folder / "report.md", report_markdown(read_manifest(outputs, name), rows, folder, plots))
+    return [folder / file for file in ("results.csv", "report.md", *plots)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m qexp.report", description="Compare the experiments of a sweep.")
+    parser.add_argument("sweep", nargs="?", help="its name, a folder in <outputs>/sweeps (default: the latest)")
+    parser.add_argument("--outputs", default="outputs", help="where results are kept (default: outputs)")
+    parser.add_argument(
+        "--wandb",
+        action="store_true",
+        help="also a W&B report: online if the runs were tracked online, else its specification as wandb_report.json",
+    )
+    parser.add_argument(
+        "--online",
+        action="store_true",
+        help="with --wandb: save it online although the runs were tracked offline (after `wandb sync`)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""report.md of a sweep: what was compared, the table, the plots, what failed and why, where it ran, how to repeat it.
+
+Links are relative to the sweep's folder, so that an outputs folder can be moved or published as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from qexp.report.rows import Row
+from qexp.report.table import TEXTS, cells, prepare, shown_columns, status_text
+
+MACHINE = ("host", "cpu", "cores", "memory_gib", "device", "device_name", "threads", "platform", "python")
+
+
+def report_markdown(manifest: Mapping[str, Any], rows: list[Row], folder: Path, plots: list[str]) -> str:
+    """The text of report.md in `folder`; `plots` are file names beside it."""
+    prepared = prepare(rows)
+    done = [row for row in prepared if row["status"] == "done"]
+    failures = [row for row in rows if row["status"] != "done"]
+    parts = [f"# Sweep {manifest['name']}", report_intro(manifest, rows)]
+    parts += ["## Results", _results(done, folder)] if done else []
+    parts += [f"![memory against quality]({plot})" for plot in plots]
+    parts += ["## Without a result", _failures(failures, folder)] if failures else []
+    parts += ["## Machine and versions", *_environments(done)] if done else []
+    return "\n\n".join([*parts, "All numbers, and every setting that varies: [results.csv](results.csv)."]) + "\n"
+
+
+def report_intro(manifest: Mapping[str, Any], rows: list[Row]) -> str:
+    """What was run, why, how it ended, and the command that runs it again."""
+    notes = [_cell(manifest["notes"])] if manifest.get("notes") else []
+    command = [f"Again:\n\n```\n{shlex.join(manifest['command'])}\n```"] if manifest["command"] else []
+    return "\n\n".join([_summary(manifest, rows), *notes, *command])
+
+
+def _summary(manifest: Mapping[str, Any], rows: list[Row]) -> str:
+    """'12 experiments, started 2026-01-02 03:04: 10 done (2 reused from earlier runs), 2 failed.'"""
+    statuses = [row["status"] for row in rows]
+    counts = [f"{statuses.count(name)} {name}" for name in dict.fromkeys(["done", *statuses]) if name in statuses]
+    reused = sum(bool(row["reused"]) for row in rows if row["status"] == "done")
+    if reused:
+        counts[0] += f" ({reused} reused from earlier runs)"
+    models = ", ".join(dict.fromkeys(str(row["config"]["model"]["source"]) for row in rows if row["config"]))
+    subject = f" with the model {models}" if models else ""
+    started = datetime.fromisoformat(manifest["started"]).strftime("%Y-%m-%d %H:%M")
+    number = "1 experiment" if len(rows) == 1 else f"{len(rows)} experiments"
+    unfinished = "" if manifest.get("finished") else " The sweep has not finished."
+    return f"{number}{subject}, started {started}: {', '.join(counts)}.{unfinished}"
+
+
+def _results(done: list[Row], folder: Path) -> str:
+    """The smallest weights first, quality and time beside them."""
+    header = [name for name in shown_columns(done) if name not in ("#", "status")]
+    lines = [[*(cells(row)[name] for name in header), _link(row, folder)] for row in done]
+    aligned = [":--" if name in TEXTS else "--:" for name in header]
+    return _table([*(name.replace("/ ", "/") for name in header), "run"], [*aligned, ":--"], lines)
+
+
+def _failures(failures: list[Row], folder: Path) -> str:
+    lines = [[row["label"], status_text(row), row["message"], _link(row, folder)] for row in failures]
+    return _table(["experiment", "status", "reason", "run"], [":--"] * 4, lines)
+
+
+def _table(header: list[str], aligned: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in [header, aligned, *lines])
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _link(row: Row, folder: Path) -> str:
+    if row["folder"] is None:
+        return ""
+    target = os.path.relpath(row["folder"], folder).replace(os.sep, "/").replace(" ", "%20")
+    return f"[{row['key']}]({target})"
+
+
+def _environments(done: list[Row]) -> list[str]:
+    """One list per machine. Versions and commits are united: each experiment names only the libraries it uses."""
+    machines: dict[tuple[str, ...], list[Row]] = {}
+    for row in done:
+        machines.setdefault(tuple(str(row["env"].get(name)) for name in MACHINE), []).append(row)
+    texts = [_environment([row["env"] for row in rows]) for rows in machines.values()]
+    if len(texts) == 1:
+        return texts
+    warning = f"Measured on {len(texts)} different machines: times and peaks of memory cannot be compared between them."
+    named = [f"Experiments {_numbers(rows)}:\n\n{text}" for rows, text in zip(machines.values(), texts, strict=True)]
+    return [warning, *named]
+
+
+def _environment(environments: list[Mapping[str, Any]]) -> str:
+    first = environments[0]
+    versions: dict[str, dict[str, None]] = {}
+    for environment in environments:
+        for package, version in environment["versions"].items():
+            if version is not None:
+                versions.setdefault(package, {})[version] = None
+    lines = {
+        "device": f"{first['device']} ({first['device_name']})",
+        "host": f"{first['host']}: {first['cpu']}, {first['cores']} cores, {first['memory_gib']} GiB",
+        "threads": first["threads"],
+        "system": f"{first['platform']}, Python {first['python']}",
+        "versions": ", ".join(f"{package} {' and '.join(found)}" for package, found in sorted(versions.items())),
+        "commit": ", ".join(_distinct(environment["commit"] for environment in environments)) or "an installed package",
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in lines.items())
+
+
+def _distinct(values: Iterable[Any]) -> list[str]:
+    return list(dict.fromkeys(str(value) for value in values if value))
+
+
+def _numbers(rows: list[Row]) -> str:
+    return ", ".join(str(number) for number in sorted(row["number"] for row in rows))

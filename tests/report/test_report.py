@@ -1,0 +1,104 @@
+"""The command: what it prints, writes and answers to mistakes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qexp.report.__main__ import main
+from tests.report.factory import ENV, GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
+
+
+def report_of(outputs: Path, name: str = "first") -> str:
+    assert main([name, "--outputs", str(outputs)]) == 0
+    return (outputs / "sweeps" / name / "report.md").read_text()
+
+
+def test_command_prints_the_table_and_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep_of_six(tmp_path)
+    manifest(tmp_path, "older", [], started="2025-01-01T00:00:00")
+    assert main(["--outputs", str(tmp_path)]) == 0  # the latest
+    printed = capsys.readouterr().out
+    assert "bitsandbytes nf4" in printed
+    folder = tmp_path / "sweeps/first"
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "results.csv", "report.md", "pareto_psnr.png"}
+    assert re.findall(r"wrote (.*)", printed) == [
+        str(folder / name) for name in ("results.csv", "report.md", "pareto_psnr.png")
+    ]
+
+
+def test_unknown_sweep_is_one_line_with_those_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep_of_six(tmp_path)
+    assert main(["frist", "--outputs", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: sweep 'frist' is not in ")
+    assert "did you mean first?" in error
+    assert error.count("\n") == 1
+
+
+def test_report_compares_explains_and_links(tmp_path: Path) -> None:
+    sweep_of_six(tmp_path)
+    text = report_of(tmp_path)
+    counts = "4 done (1 reused from earlier runs), 1 failed, 1 unsupported."
+    assert f"6 experiments with the model digits, started 2026-01-02 03:04: {counts}\n" in text
+    results = [line.split(" | ") for line in text.splitlines() if re.search(r"\[key[0-3]\]", line)]
+    assert [line[2] for line in results] == ["4.10", "4.10", "16.38", "16.38"]  # sorted by memory
+    assert "| quanto int2" not in text.partition("## Without a result")[0]
+    assert "failed: oom | out of memory: needed 9 GiB |" in text
+    assert "unsupported | needs a GPU |" in text
+    assert "torch 2.13.0" in text
+    assert "gguf" not in text  # not installed
+    assert "\nwhy I ran it\n" in text
+    assert "```\npython -m qexp -m backend=none,bitsandbytes 'sweep.notes=why I ran it'\n```" in text
+    for target in re.findall(r"\]\(([^)]*)\)", text):
+        assert (tmp_path / "sweeps/first" / target).exists()
+    assert len(re.findall(r"\]\(([^)]*)\)", text)) == 7  # five folders, a plot, results.csv
+
+
+def test_report_tells_machines_apart_and_unites_versions(tmp_path: Path) -> None:
+    for key, changes in (
+        ("a", {}),
+        ("b", {"versions": {"torch": "2.14.0", "torchao": "0.18.0"}}),
+        ("c", {"host": "bench-2"}),
+    ):
+        folder = run_folder(tmp_path, key, config(), GENERATE)
+        result = json.loads((folder / "result.json").read_text())
+        (folder / "result.json").write_text(json.dumps(result | {"env": ENV | changes}))
+    manifest(tmp_path, "first", [job(n, key, []) for n, key in enumerate("abc")])
+    text = report_of(tmp_path)
+    assert "2 different machines" in text
+    assert "Experiments 0, 1:" in text
+    assert "torch 2.13.0 and 2.14.0, torchao 0.18.0" in text
+    assert "Experiments 2:\n\n- device: cpu (Example CPU)\n- host: bench-2" in text
+
+
+def test_report_of_both_tasks_has_both_plots_and_escapes_cells(tmp_path: Path) -> None:
+    run_folder(tmp_path, "a", config(label="a|b"), GENERATE)
+    run_folder(tmp_path, "b", config(task="roundtrip"), ROUNDTRIP)
+    manifest(tmp_path, "first", [job(0, "a", []), job(1, "b", [])])
+    text = report_of(tmp_path)
+    assert "](pareto_psnr.png)" in text
+    assert "](pareto_sqnr.png)" in text
+    assert "| bitsandbytes a\\|b |" in text
+
+
+def test_report_of_nothing_but_failures(tmp_path: Path) -> None:
+    run_folder(tmp_path, "a", config(), None, "failed", "load", "no such file")
+    folder = manifest(tmp_path, "first", [job(0, "a", [], "failed", reason="load")])
+    text = report_of(tmp_path)
+    assert "1 experiment with the model digits, started 2026-01-02 03:04: 1 failed." in text
+    assert "## Results" not in text
+    assert not list(folder.glob("*.png"))
+
+
+def test_command_stays_light(tmp_path: Path) -> None:
+    """Neither torch nor wandb is imported; the W&B report is the only thing that would."""
+    sweep_of_six(tmp_path)
+    code = (
+        "import sys; from qexp.report.__main__ import main; assert main(['--outputs', sys.argv[1]]) == 0; "
+        "assert not {'torch', 'wandb', 'wandb_workspaces', 'pandas'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60, capture_output=True)

@@ -1,0 +1,152 @@
+"""The W&B report of a sweep: its specification offline, and saved on a server stand-in."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qexp.errors import ConfigError
+from qexp.report.__main__ import main
+from qexp.report.rows import rows_of_sweep
+from qexp.report.wandb_report import publish_report
+from tests.report.factory import ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
+from tests.tracking.wandb_server import WandbServer, use_server
+
+KEY0 = "key0"  # the run that the sweep reused
+
+
+def spec_of(outputs: Path) -> dict[str, Any]:
+    stored: dict[str, Any] = json.loads((outputs / "sweeps/first/wandb_report.json").read_text())
+    return stored["spec"]
+
+
+def panels(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    grids = [block["metadata"] for block in spec["blocks"] if block["type"] == "panel-grid"]
+    return [panel for grid in grids for panel in grid["panelBankSectionConfig"]["panels"]]
+
+
+def run_sets(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    grids = [block["metadata"] for block in spec["blocks"] if block["type"] == "panel-grid"]
+    return [run_set for grid in grids for run_set in grid["runSets"]]
+
+
+def conditions(run_set: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    return [(item["key"]["name"], item["op"], item["value"]) for item in run_set["filters"]["filters"]]
+
+
+def test_offline_writes_its_specification(tmp_path: Path) -> None:
+    """In a process of its own that must not find a network, a home or a key."""
+    sweep_of_six(tmp_path)
+    (tmp_path / "home").mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "XDG", "HTTP"))}
+    environment |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(Path.cwd())}
+    environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "MPLCONFIGDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "qexp.report", "first", "--outputs", str(tmp_path), "--wandb"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "sweeps/first"
+    assert done.stdout.splitlines()[-1] == f"wrote {folder / 'wandb_report.json'}"
+    assert {path.name for path in folder.iterdir()} == {
+        "manifest.json", "results.csv", "report.md", "pareto_psnr.png", "wandb_report.json",
+    }  # fmt: skip
+    assert not list((tmp_path / "home").rglob("*"))
+
+
+def test_run_set_is_the_group_and_what_was_reused(tmp_path: Path) -> None:
+    sweep_of_six(tmp_path)
+    rows = rows_of_sweep(tmp_path, "first")
+    publish_report(tmp_path, "first", rows)
+    sets = run_sets(spec_of(tmp_path))
+    assert [conditions(run_set) for run_set in sets] == [[("group", "=", "first"), ("name", "IN", [KEY0])]] * 2
+    assert sets[0]["filters"]["filters"][1]["connector"] == "OR"
+    publish_report(tmp_path, "first", [row | {"reused": False} for row in rows])
+    assert conditions(run_sets(spec_of(tmp_path))[0]) == [("group", "=", "first")]
+
+
+def test_panels_compare_memory_quality_time_and_images(tmp_path: Path) -> None:
+    sweep_of_six(tmp_path)
+    publish_report(tmp_path, "first", rows_of_sweep(tmp_path, "first"))
+    spec = spec_of(tmp_path)
+    (scatter,) = [panel["config"] for panel in panels(spec) if panel["viewType"] == "Scatter Plot"]
+    assert (scatter["xAxis"], scatter["yAxis"]) == ("summary:memory/weights_gib", "summary:quality/psnr_db")
+    bars = [panel["config"]["metrics"] for panel in panels(spec) if panel["viewType"] == "Bar Chart"]
+    measured = ("memory/weights_gib", "quality/psnr_db", "quality/class_accuracy", "time/step_ms", "load/peak_host_gib")
+    assert bars == [[f"summary_metrics.{name}"] for name in measured]
+    (media,) = [panel["config"] for panel in panels(spec) if panel["viewType"] == "Media Browser"]
+    assert media["mediaKeys"] == ["images/grid", "images/reference", "images/difference"]
+    (intro,) = [block["content"] for block in spec["blocks"] if block["type"] == "markdown-block"]
+    assert "6 experiments" in intro
+    assert "python -m qexp -m backend=none,bitsandbytes" in intro
+
+
+def test_roundtrip_shows_its_layers_instead_of_images(tmp_path: Path) -> None:
+    run_folder(tmp_path, "a", config(task="roundtrip"), ROUNDTRIP)
+    manifest(tmp_path, "first", [job(0, "a", [])])
+    publish_report(tmp_path, "first", rows_of_sweep(tmp_path, "first"))
+    spec = spec_of(tmp_path)
+    kinds = [panel["viewType"] for panel in panels(spec)]
+    assert "Media Browser" not in kinds
+    assert kinds[-1] == "Weave"
+    assert '"layers"' in json.dumps(panels(spec)[-1])
+    (scatter,) = [panel["config"] for panel in panels(spec) if panel["viewType"] == "Scatter Plot"]
+    assert scatter["yAxis"] == "summary:roundtrip/sqnr_db_mean"
+
+
+def test_online_saves_the_report_and_updates_it(
+    server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep_of_six(tmp_path)
+    arguments = ["first", "--outputs", str(tmp_path), "--wandb", "--online"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    (saved,) = server.reports.values()
+    assert printed.out.splitlines()[-1].startswith(f"W&B report: {server.url}/tester/qexp/reports/")
+    assert printed.out.splitlines()[-1].endswith("--report0")
+    assert printed.err == ""
+    assert (saved["entityName"], saved["projectName"], saved["displayName"]) == ("tester", "qexp", "qexp: first")
+    assert json.loads(saved["spec"])["blocks"][1] == spec_of(tmp_path)["blocks"][1]
+    assert conditions(run_sets(json.loads(saved["spec"]))[0])[0] == ("group", "=", "first")
+    assert main(arguments) == 0
+    assert list(server.reports) == ["report0"]
+    assert len(server.variables("upsertView")) == 2
+
+
+def test_runs_tracked_online_make_an_online_report(server: WandbServer, tmp_path: Path) -> None:
+    sweep_of_six(tmp_path)
+    for path in tmp_path.glob("runs/*/config.yaml"):
+        stored = yaml.safe_load(path.read_text())
+        stored["tracking"] |= {"mode": "online", "entity": "tester"}
+        path.write_text(yaml.safe_dump(stored))
+    assert publish_report(tmp_path, "first", rows_of_sweep(tmp_path, "first")).startswith("W&B report: http")
+    assert len(server.reports) == 1
+
+
+def test_what_cannot_be_reported_is_a_clear_error(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    server: WandbServer,
+) -> None:
+    sweep_of_six(tmp_path)
+    rows = rows_of_sweep(tmp_path, "first")
+
+    def with_tracking(**changes: Any) -> list[dict[str, Any]]:
+        return [
+            row | {"config": row["config"] and row["config"] | {"tracking": row["config"]["tracking"] | changes}}
+            for row in rows
+        ]
+
+    with pytest.raises(ConfigError, match="no run that was tracked"):
+        publish_report(tmp_path, "first", with_tracking(mode="none"))
+    with pytest.raises(ConfigError, match=r"project tester/other cannot be used.*wandb sync"):
+        publish_report(tmp_path, "first", with_tracking(project="other"), online=True)
+    use_server(monkeypatch, tmp_path, server.url, key=None)
+    with pytest.raises(ConfigError, match="no API key"):
+        publish_report(tmp_path, "first", rows, online=True)
+    manifest(tmp_path, "a=b", [])
+    with pytest.raises(ConfigError, match="'a=b' cannot be filtered for"):
+        publish_report(tmp_path, "a=b", rows)
