@@ -68,6 +68,12 @@ def _sleep(folder: Path) -> None:
     time.sleep(60)
 
 
+def _wait_for_go(folder: Path) -> None:
+    (folder / "started").touch()
+    while not (folder.parents[1] / "go").exists():
+        time.sleep(0.01)
+
+
 def _sleep_with_child(folder: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (folder / "child.pid").write_text(str(child.pid))
@@ -114,6 +120,7 @@ BEHAVIOURS = {
     16: _sleep,
     17: _leave_child,
     18: _print,
-    20: lambda folder: time.sleep(0.5),
     19: _raise(RuntimeError("I/O error: No space left on device (os error 28)")),
+    20: _wait_for_go,
+    21: _raise(KeyboardInterrupt()),
 }

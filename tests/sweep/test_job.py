@@ -18,7 +18,7 @@ import yaml
 from qexp.config import run_config_from_container
 from qexp.errors import ConfigError
 from qexp.settings import IsolationConfig, MetricsConfig, RunConfig, TrackingConfig
-from qexp.sweep import job, reference, store
+from qexp.sweep import job, process, reference, store
 from qexp.sweep.job import JobRow, refuse_job, run_job
 from qexp.sweep.key import reference_key, run_key
 from qexp.sweep.manifest import Manifest
@@ -131,7 +131,7 @@ def test_a_timeout_kills_the_worker_with_its_children_and_what_was_half_written(
     row = run(config)
     assert (row.status, row.reason) == ("failed", "timeout")
     assert "isolation.timeout_minutes" in row.message
-    assert 0.9 < time.monotonic() - started < 10
+    assert 0.9 < time.monotonic() - started < 40
     folder = folder_of(config)
     assert not psutil.pid_exists(folder.read_status().pid)
     assert not is_running(int((folder.path / "child.pid").read_text()))
@@ -143,7 +143,7 @@ def test_a_child_that_keeps_the_output_open_does_not_hold_up_the_sweep(tmp_path)
     config = have_reference(run_config(tmp_path, 17))
     started = time.monotonic()
     assert run(config).status == "done"
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40  # the child sleeps for 60
     os.kill(int((folder_of(config).path / "child.pid").read_text()), signal.SIGKILL)
 
 
@@ -296,6 +296,22 @@ def test_inline_runs_in_this_process(tmp_path) -> None:
     assert folder_of(config).read_status().pid == os.getpid()
 
 
+def test_ctrl_c_goes_through_inline_too(tmp_path) -> None:
+    config = have_reference(run_config(tmp_path, 21, isolation=IsolationConfig(mode="inline")))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, number=1)
+    assert folder_of(config).read_status().reason == "signal"
+    assert Manifest(config.paths.outputs, "test").read()["jobs"][0]["reason"] == "signal"
+
+
+def test_a_status_of_an_earlier_worker_is_not_taken_for_that_of_one_that_could_not_start(tmp_path, monkeypatch) -> None:
+    config = have_reference(run_config(tmp_path))
+    run(config)
+    monkeypatch.setattr(process.sys, "executable", "/bin/false")
+    row = run(replace(config, metrics=MetricsConfig(names=("ssim",))))
+    assert (row.status, row.reason) == ("failed", "exit") and "code 1" in row.message
+
+
 @pytest.mark.parametrize("file", ["config.yaml", "status.json", "manifest.json", ".lock"])
 def test_a_full_disk_is_a_failed_row_and_leaves_nothing_half_written(file, tmp_path, monkeypatch, capfd) -> None:
     config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
@@ -384,19 +400,20 @@ def test_a_reused_run_is_tracked_if_it_was_not_before(tmp_path, monkeypatch) -> 
 
 PARENT = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from qexp.settings import SweepConfig
 from qexp.sweep.job import run_job
 from tests.sweep.settings import run_config
 from tests.sweep.test_job import FAKES
 config = run_config(Path(sys.argv[1]), int(sys.argv[2]), sweep=SweepConfig(name=sys.argv[3]))
-row = run_job(config, [], number=1, **FAKES)
+row = run_job(replace(config, seed=int(sys.argv[4])), [], number=1, **FAKES)
 print("row", row.status, row.reused)
 """
 
 
-def parent(tmp_path: Path, behaviour: int, sweep: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PARENT, str(tmp_path), str(behaviour), sweep]
+def parent(tmp_path: Path, behaviour: int, sweep: str, seed: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PARENT, str(tmp_path), str(behaviour), sweep, str(seed)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -413,13 +430,14 @@ def wait_for(condition, seconds: float = 20.0) -> None:
 
 def test_two_parents_run_the_same_experiment_once(tmp_path) -> None:
     config = have_reference(run_config(tmp_path, 20))
-    outputs = [one.communicate(timeout=60)[0] for one in [parent(tmp_path, 20, "a"), parent(tmp_path, 20, "b")]]
+    first = parent(tmp_path, 20, "a")
+    wait_for((folder_of(config).path / "started").exists)
+    second = parent(tmp_path, 20, "b")
+    assert second.stdout is not None and "being run by another process" in second.stdout.readline()
+    Path(config.paths.outputs, "go").touch()
+    assert "row done False" in first.communicate(timeout=60)[0]
+    assert "row done True" in second.communicate(timeout=60)[0]
     assert ran(config) == [f"runs/{run_key(config)}"]
-    assert sorted(line for text in outputs for line in text.splitlines() if line.startswith("row")) == [
-        "row done False",
-        "row done True",
-    ]
-    assert sum("another process" in text for text in outputs) == 1
 
 
 def test_a_worker_dies_with_its_killed_parent_and_counts_as_failed(tmp_path) -> None:
@@ -449,3 +467,15 @@ def test_ctrl_c_kills_the_worker_marks_the_run_and_goes_through(tmp_path) -> Non
     assert (status.status, status.reason) == ("failed", "signal") and "Ctrl-C" in status.message
     (recorded,) = Manifest(config.paths.outputs, "a").read()["jobs"]
     assert (recorded["status"], recorded["reason"]) == ("failed", "signal")
+
+
+def test_ctrl_c_while_the_reference_runs_marks_both(tmp_path) -> None:
+    config = run_config(tmp_path, 16, seed=fake_experiment.BAD_REFERENCE)
+    reference_folder = RunFolder(Path(config.paths.outputs, "references", reference_key(config)))
+    one = parent(tmp_path, 16, "a", config.seed)
+    wait_for((reference_folder.path / "started").exists)
+    one.send_signal(signal.SIGINT)
+    one.communicate(timeout=20)
+    for folder in (reference_folder, folder_of(config)):
+        status = folder.read_status()
+        assert (status.status, status.reason) == ("failed", "signal") and "Ctrl-C" in status.message
