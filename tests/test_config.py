@@ -1,34 +1,17 @@
-"""The composed configuration: every yaml and field, every message of `to_run_config`, the way to YAML and back."""
+"""What `to_run_config` resolves and refuses, and stored configurations."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from qexp import devices
-from qexp.config import RunConfig, plugin_names, run_config_from_container, to_run_config
+from qexp.config import run_config_from_container, to_run_config
 from qexp.errors import ConfigError, QexpError, UnsupportedError
-from qexp.fields import from_plain
-from qexp.schema import register_schemas, schema_of
-from qexp.settings import TopLevelConfig
-
-CONF = Path(__file__).parents[1] / "conf"
-OPTIONS = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hydra_at_conf() -> Iterator[None]:
-    register_schemas()
-    with initialize_config_dir(str(CONF), version_base="1.3", job_name="qexp"):
-        yield
+from tests.composing import composed, run_config
 
 
 @pytest.fixture(autouse=True)
@@ -36,13 +19,11 @@ def machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "cuda_device_count", lambda: 0)
 
 
-def run_config(*overrides: str) -> RunConfig:
-    return to_run_config(compose("config", overrides=["++sweep.name=test", *overrides]))  # not the time of day
-
-
 def settings() -> dict[str, Any]:
     """The composed defaults as a plain mapping."""
-    return {str(name): value for name, value in OmegaConf.to_container(compose("config"), resolve=True).items()}  # type: ignore[union-attr]
+    container = OmegaConf.to_container(composed(), resolve=True)
+    assert isinstance(container, dict)
+    return {str(name): value for name, value in container.items()}
 
 
 def message_of(*overrides: str) -> str:
@@ -51,91 +32,12 @@ def message_of(*overrides: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_yaml_composes_and_survives_the_way_through_yaml_and_json(option: str) -> None:
-    config = run_config(option)
-    container = config.to_container()
-    assert run_config_from_container(yaml.safe_load(yaml.safe_dump(container))) == config
-    assert run_config_from_container(json.loads(json.dumps(container))) == config
-    group, name = option.split("=")
-    if group == "backend":
-        backend = config.components["transformer"].backend
-        assert name.startswith(backend.quant_method)
-        assert backend.label and dataclasses.is_dataclass(backend)
-
-
-@pytest.mark.parametrize("path", sorted(CONF.glob("**/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_yaml_opens_with_what_it_is_a_command_and_what_to_expect(path: Path) -> None:
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @")]
-    comment = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
-    assert comment[0].endswith((".", "?"))
-    assert any("python -m " in line for line in comment)
-    assert any(line.startswith("# Expect ") for line in comment)
-
-
-def test_every_backend_model_and_task_has_a_yaml_and_a_schema_of_its_own() -> None:
-    for group in ("backend", "model", "task"):
-        inherited = {
-            line.split("@")[0].split("/")[-1]
-            for path in (CONF / group).glob("*.yaml")
-            for line in path.read_text().splitlines()
-            if line.startswith(f"defaults: [/schema/{group}/")
-        }
-        assert inherited == set(plugin_names(group))
-
-
 def test_defaults_are_nf4_generate_resident_on_the_cpu() -> None:
     config = run_config()
     transformer = config.components["transformer"]
     assert (transformer.backend.quant_method, transformer.backend.bnb_4bit_quant_type) == ("bitsandbytes", "nf4")
     assert transformer.skip_modules == ("proj_out", "x_embed")
     assert (config.task.name, config.offload.strategy, config.device) == ("generate", "none", "cpu")
-
-
-def test_config_yaml_repeats_the_defaults_of_the_dataclass() -> None:
-    composed = compose("config")
-    groups = {"model", "backend", "task", "sweep"}  # None in the dataclass, or given by now
-    for name, value in dataclasses.asdict(TopLevelConfig()).items():
-        if name not in groups:
-            plain = composed[name]
-            plain = OmegaConf.to_container(plain) if OmegaConf.is_config(plain) else plain
-            assert plain == json.loads(json.dumps(value)), name
-
-
-def sample(hint: Any, default: Any) -> Any:
-    """A value of the type that is not the default."""
-    text = str(hint)
-    if hint is bool:
-        return not default
-    if "int" in text:
-        return 7
-    if "float" in text:
-        return 0.25
-    return ["a", "b"] if "tuple" in text else "other"
-
-
-FIELD_PLACES = [
-    *[(f"backend={option}", "backend") for option in ("none", "bitsandbytes", "torchao", "quanto")],
-    *[(f"task={option}", "task") for option in plugin_names("task")],
-    *[(f"{group}=none", group) for group in ("offload", "tracking")],
-    ("model=digits", "model"),
-    ("metrics=default", "metrics"),
-    ("isolation=process", "isolation"),
-    ("sweep=default", "sweep"),
-    ("seed=1", "loader"),
-    ("seed=1", "reference"),
-    ("seed=1", "paths"),
-]
-
-
-@pytest.mark.parametrize(("option", "place"), FIELD_PLACES, ids=str)
-def test_every_field_of_every_group_can_be_overridden(option: str, place: str) -> None:
-    before = compose("config", overrides=[option])[place]
-    cls: Any = OmegaConf.get_type(before)
-    samples = {item.name: sample(item.type, before[item.name]) for item in dataclasses.fields(cls)}
-    overrides = [f"{place}.{name}={str(value).replace(' ', '')}" for name, value in samples.items()]
-    after = OmegaConf.to_container(compose("config", overrides=[option, *overrides])[place])
-    assert after == samples
 
 
 TOP_LEVEL = {
@@ -313,34 +215,3 @@ def test_a_stored_config_of_another_version_is_refused() -> None:
     container["components"]["transformer"]["backend"]["quant_method"] = "gguff"
     with pytest.raises(ConfigError, match=r"components.transformer.backend.quant_method=gguff"):
         run_config_from_container(container)
-
-
-def test_labels_follow_the_type_that_is_quantized_to() -> None:
-    assert (
-        run_config("backend=torchao", "backend.quant_type=int8dq").components["transformer"].backend.label == "int8dq"
-    )
-    assert run_config("backend=bitsandbytes_nf4_dq").components["transformer"].backend.label == "nf4+dq"
-
-
-@dataclasses.dataclass(frozen=True)
-class Inner:
-    names: tuple[str, ...] = ("a",)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outer:
-    needed: int
-    inner: Inner = dataclasses.field(default_factory=Inner)
-    table: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        raise AssertionError("a schema must not run the checks of its dataclass")
-
-
-def test_a_schema_is_an_unfrozen_twin_without_checks() -> None:
-    schema = OmegaConf.structured(schema_of(Outer))
-    assert OmegaConf.is_missing(schema, "needed")
-    schema.needed, schema.inner.names, schema.table = 3, ["b", "c"], {"x": 1}
-    assert OmegaConf.to_container(schema) == {"needed": 3, "inner": {"names": ["b", "c"]}, "table": {"x": 1.0}}
-    with pytest.raises(AssertionError, match="must not run"):
-        from_plain(Outer, {"needed": 3})

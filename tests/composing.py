@@ -1,0 +1,76 @@
+"""The real configuration, composed as Hydra does it, and a command line that stops where an experiment would run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+import qexp.__main__
+import qexp.sweep.job
+from qexp import devices
+from qexp.config import RunConfig, to_run_config
+from qexp.schema import register_schemas
+from qexp.sweep.manifest import JobRow
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def composed(*overrides: str) -> DictConfig:
+    """What the command line would hand over, but for the sweep's name, which is the time of day otherwise."""
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="qexp"):
+        return compose("config", overrides=["++sweep.name=test", *overrides])
+
+
+def run_config(*overrides: str) -> RunConfig:
+    return to_run_config(composed(*overrides))
+
+
+@dataclass
+class CommandLine:
+    """Call it with arguments for the exit code; `configs` are those that came as far as `run_job`."""
+
+    monkeypatch: pytest.MonkeyPatch
+    configs: list[RunConfig] = field(default_factory=list)
+    failed_seed: int = 13
+    unsupported_seed: int = 14
+
+    def __call__(self, *arguments: str) -> int:
+        self.monkeypatch.setattr(sys, "argv", ["qexp", *arguments])
+        try:
+            qexp.__main__.main()
+        except SystemExit as error:
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+        return 0
+
+    def run_job(self, config: RunConfig, overrides: Sequence[str]) -> JobRow:
+        self.configs.append(config)
+        status = {self.failed_seed: "failed", self.unsupported_seed: "unsupported"}.get(config.seed, "done")
+        number = len(self.configs)
+        return JobRow(number, f"key{number}", tuple(overrides), "label", status)
+
+
+@contextmanager
+def command_line(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[CommandLine]:
+    """A command line in `folder` on a machine without a GPU; what Hydra leaves behind globally is put back."""
+    command = CommandLine(monkeypatch)
+    monkeypatch.setattr(qexp.sweep.job, "run_job", command.run_job)
+    monkeypatch.setattr(devices, "cuda_device_count", lambda: 0)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield command
+    finally:
+        root.handlers[:], root.level = handlers, level
+        HydraConfig.instance().cfg = None

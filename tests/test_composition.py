@@ -1,0 +1,144 @@
+"""Every mistake that composing can find is one message: value, rule, place, remedy, and what would be valid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.composing import CommandLine, command_line
+
+USER_YAMLS = {
+    "backend/unknown": "defaults: [/schema/backend/torchao@_here_, _self_]\nquant_typ: int8wo\n",
+    "backend/badtype": "defaults: [/schema/backend/quanto@_here_, _self_]\nweights_dtype: [a]\n",
+    "backend/noschema": "quant_method: quanto\nweight_dtype: int4\n",
+    "backend/noplugin": "defaults: [/schema/backend/torchaoo@_here_, _self_]\n",
+    "backend/noparent": "defaults: [torchaoo, _self_]\n",
+    "backend/syntax": "quant_method: quanto\n weights_dtype: : 4\n",
+    "backend/mine": "defaults: [torchao, _self_]\nquant_type: int8dq\n",
+    "experiment/unknown": "# @package _global_\nsede: 3\n",
+    "experiment/badgroup": "# @package _global_\ndefaults:\n  - override /backnd: none\n",
+    "experiment/badoption": "# @package _global_\ndefaults:\n  - override /backend: nonee\n",
+    "experiment/assigned": "# @package _global_\nbackend: quanto\n",
+    "offload/typo": "strategi: leaf\n",
+    "offload/list": "- leaf\n",
+}
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[CommandLine]:
+    with command_line(monkeypatch, tmp_path) as line:
+        yield line
+
+
+MISTAKES = {
+    "backend=torchoa": "backend=torchoa is unknown (did you mean torchao",
+    "backend=null": "backend=null chooses nothing; use bitsandbytes, ",
+    "experiment=null": "leave it out, or use backend_pareto or roundtrip_all",
+    "+backend@components.transformer.backend=nope": "backend=nope is unknown (did you mean none?); use bitsandbytes, ",
+    "bakend=none": "bakend=none is not a known field (did you mean backend?); valid here: backend, ",
+    "a.b.c=3": "a.b.c=3 is not a known field; valid here: backend, ",
+    "backend.quant_typ=3": "not a known field of backend bitsandbytes (did you mean quant_method",
+    "backend.weights_dtype=int4": "only of backend=quanto, quanto_float8, quanto_int2 or quanto_int4",
+    "offload.too=disk": "offload.too=disk is not a known field (did you mean to?); valid here: num_blocks_per_group, ",
+    "hydra.foo=3": "hydra.foo=3 is not a known field",
+    "seed=abc": "seed=abc must be an integer",
+    "seed=null": "seed=null must be an integer",
+    "backend.load_in_4bit=maybe": "backend.load_in_4bit=maybe must be true or false",
+    "backend.llm_int8_threshold=high": "backend.llm_int8_threshold=high must be a number",
+    "device=[1,2]": "device=[1,2] must be a string",
+    "metrics.names=ssim": "metrics.names=ssim must be a list, such as [a,b]",
+    "tracking.mode=onlin": "tracking.mode=onlin is unknown (did you mean online or offline?)",
+    "backend=none,torchao": "gives several values to one experiment; add -m to run one for each",
+    "skip_modules=a,b": "or write skip_modules=[a,b] for a list",
+    "seed=choice(1,2)": "seed=choice(1,2) gives several values to one experiment; add -m",
+    "components.transformer.compute_dtype=bf16": "write +components.transformer.compute_dtype=bf16",
+    "backend=[none,torchao]": "TorchAoConfig and NoneConfig cannot be combined: choose one option of their group",
+    "~backnd": "~backnd deletes nothing (did you mean backend?)",
+    "+seed=3": "+seed adds what is there already; leave out the +",
+    "seed": "cannot read seed (missing EQUAL at '<EOF>'): an override is key=value",
+    "sweep.notes=a=b": "quoted twice",
+    "seed=[1,2": "cannot read [1,2: an override is key=value",
+    "device=cuda": "device=cuda needs CUDA device 0, and this machine, or its torch build, has none; use cpu or auto",
+    "--config-name=nope": "Cannot find primary config 'nope'",
+    "--config-dir=nope": "not found",
+}
+SWEEP_MISTAKES = {
+    "backend=none,nope": "backend=nope is unknown (did you mean none?)",
+    "seed=1,x": "seed=x must be an integer",
+    "seed=interval(0,1)": "has no list of values to run; write values, such as 0,1,2",
+    "sweep.name=a/b": "sweep.name='a/b' must be a folder's name",
+}
+YAML_MISTAKES = {
+    "backend=unknown": "backend.quant_typ (in backend/unknown.yaml) is not a known field of backend torchao",
+    "backend=badtype": "backend.weights_dtype (in backend/badtype.yaml) must be a string",
+    "backend=noschema": "backend.weight_dtype is not a known field (did you mean weights_dtype?)",
+    "backend=noplugin": "/schema/backend/torchaoo (in backend/noplugin.yaml) is no schema (did you mean torchao?)",
+    "backend=noparent": "backend=torchaoo (in backend/noparent.yaml) is unknown (did you mean torchao",
+    "backend=syntax": "backend/syntax.yaml, line 2: mapping values are not allowed here",
+    "experiment=unknown": "sede (in experiment/unknown.yaml) is not a known field (did you mean seed",
+    "experiment=badgroup": "backnd (in experiment/badgroup.yaml) is no group of options (did you mean backend?)",
+    "experiment=badoption": "backend=nonee is unknown (did you mean none?)",
+    "experiment=assigned": "to choose an option write 'override /backend: quanto' in the yaml's defaults",
+    "offload=typo": "offload.strategi (in offload/typo.yaml) is not a known field (did you mean strategy?)",
+    "offload=list": "['leaf'] (in offload/list.yaml) stands where a group of fields belongs: num_blocks_per_group, ",
+}
+
+
+def only_message(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that was printed, behind 'error: '."""
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+@pytest.mark.parametrize("argument", MISTAKES)
+def test_a_mistake_on_the_command_line_is_one_message(
+    command: CommandLine, capsys: pytest.CaptureFixture[str], argument: str, tmp_path: Path
+) -> None:
+    assert command(argument) == 1
+    assert MISTAKES[argument] in only_message(capsys)
+    assert command.configs == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argument", SWEEP_MISTAKES)
+def test_a_sweep_with_a_mistake_is_one_message_and_leaves_no_folder(
+    command: CommandLine, capsys: pytest.CaptureFixture[str], argument: str, tmp_path: Path
+) -> None:
+    assert command("-m", argument) == 1
+    assert SWEEP_MISTAKES[argument] in only_message(capsys)
+    assert command.configs == [] and list(tmp_path.glob("outputs/sweeps/*")) == []
+
+
+def test_a_field_that_not_all_swept_backends_have_names_those_that_do(
+    command: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("-m", "backend=torchao,none", "backend.quant_type=int8dq,int8wo") == 1
+    message = only_message(capsys)
+    assert message.startswith(
+        "backend.quant_type=int8dq is not a known field of backend none, only of backend=torchao, "
+    )
+    assert command.configs == []
+
+
+@pytest.mark.parametrize("argument", YAML_MISTAKES)
+def test_a_mistake_in_a_yaml_is_one_message_that_names_the_file(
+    command: CommandLine, capsys: pytest.CaptureFixture[str], argument: str, tmp_path: Path
+) -> None:
+    for name, text in USER_YAMLS.items():
+        path = Path(tmp_path, f"{name}.yaml")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert command("--config-dir", str(tmp_path), argument) == 1
+    assert YAML_MISTAKES[argument] in only_message(capsys)
+    assert command.configs == []
+
+
+def test_a_yaml_of_ones_own_is_an_option(command: CommandLine, tmp_path: Path) -> None:
+    Path(tmp_path, "backend").mkdir()
+    Path(tmp_path, "backend", "mine.yaml").write_text(USER_YAMLS["backend/mine"])
+    assert command("--config-dir", str(tmp_path), "backend=mine") == 0
+    assert command.configs[0].components["transformer"].backend.quant_type == "int8dq"
