@@ -13,15 +13,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 from qexp.errors import LoadError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_DIMENSIONS = 64  # torch's limit
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # win over other files beside them
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -58,8 +62,8 @@ class Checkpoint:
         """A hash of config, and of header, size and modification time of each file: it moves with the folder."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in self.files:
-            status = file.stat()
-            digest.update(f"{file.name}:{status.st_size}:{status.st_mtime_ns}:".encode())
+            status = _status(file)
+            digest.update(os.fsencode(file.name) + f":{status.st_size}:{status.st_mtime_ns}:".encode())
             digest.update(_header_bytes(file))
         return digest.hexdigest()
 
@@ -67,17 +71,19 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read config and headers of a folder or of one safetensors file. Raises LoadError."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise LoadError(
             f"checkpoint '{path}' does not exist; set model.path to a folder with config.json and safetensors"
         )
-    files = (path,) if path.is_file() else _shards(path)
-    config = {} if path.is_file() else _read_json(path / "config.json")
+    files = _shards(path) if path.is_dir() else (path,)
+    config = _read_json(path / "config.json") if path.is_dir() else {}
     entries: dict[str, TensorEntry] = {}
     for file in files:
         for entry in read_header(file):
             if entry.name in entries:
-                raise LoadError(f"tensor '{entry.name}' is in both '{entries[entry.name].file}' and '{file}'")
+                raise LoadError(
+                    f"tensor '{entry.name}' is in both '{entries[entry.name].file}' and '{file}'; download both again"
+                )
             entries[entry.name] = entry
     _check_index(path, entries)
     return Checkpoint(path, config, entries, files)
@@ -87,7 +93,7 @@ def read_header(file: Path) -> list[TensorEntry]:
     """The tensors of one safetensors file, in the order of their bytes. Raises LoadError if it is damaged."""
     raw = _header_bytes(file)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
+        header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise LoadError(
             f"'{file}' is not a safetensors file: its header is not JSON ({error}); download it again"
@@ -95,14 +101,14 @@ def read_header(file: Path) -> list[TensorEntry]:
     if not isinstance(header, dict):
         raise LoadError(f"'{file}' is not a safetensors file: its header is not a JSON object; download it again")
     header.pop("__metadata__", None)
-    start, size = 8 + len(raw), file.stat().st_size
+    start, size = 8 + len(raw), _status(file).st_size
     entries = sorted(
         (_entry(file, name, info, start) for name, info in header.items()), key=lambda e: (e.offset, e.nbytes)
     )
     end = start
     for entry in entries:
         if entry.offset != end:
-            raise LoadError(f"'{file}' is damaged: tensor '{entry.name}' starts at byte {entry.offset}, not at {end}")
+            raise _damaged(file, f"tensor '{entry.name}' starts at byte {entry.offset}, not at {end}")
         end = entry.offset + entry.nbytes
     if end != size:
         kind = "truncated" if size < end else "damaged"
@@ -111,22 +117,28 @@ def read_header(file: Path) -> list[TensorEntry]:
 
 
 def _entry(file: Path, name: str, info: object, start: int) -> TensorEntry:
-    problem = f"'{file}' is damaged: tensor '{name}'"
     if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
-        raise LoadError(f"{problem} must have exactly dtype, shape and data_offsets")
+        raise _damaged(file, f"tensor '{name}' must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise LoadError(f"{problem} has dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}")
-    if not _are_naturals(shape) or not _are_naturals(offsets) or len(offsets) != 2:
+        known = ", ".join(DTYPE_BYTES)
         raise LoadError(
-            f"{problem} has shape {shape!r} and data_offsets {offsets!r}; both must be lists of integers >= 0"
+            f"tensor '{name}' of '{file}' has dtype {brief(dtype)}; known are {known}: convert it, or download it again"
         )
-    nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
-    if offsets[1] - offsets[0] != nbytes:
-        raise LoadError(
-            f"{problem} of shape {shape} and dtype {dtype} needs {nbytes} bytes, not {offsets[1] - offsets[0]}"
+    if not _are_naturals(shape) or not _are_naturals(offsets) or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
+        raise _damaged(
+            file,
+            f"tensor '{name}' has shape {brief(shape)} and data_offsets {brief(offsets)}, which must be a list of at "
+            f"most {MAX_DIMENSIONS} integers >= 0 and one of two",
         )
-    return TensorEntry(name, dtype, tuple(shape), file, start + offsets[0], nbytes)
+    needed, found = math.prod(shape) * DTYPE_BYTES[dtype], offsets[1] - offsets[0]
+    if needed != found:
+        raise _damaged(file, f"tensor '{name}' of shape {shape} and dtype {dtype} needs {needed} bytes, not {found}")
+    return TensorEntry(name, dtype, tuple(shape), file, start + offsets[0], needed)
+
+
+def _damaged(file: Path, what: str) -> LoadError:
+    return LoadError(f"'{file}' is damaged: {what}; download it again")
 
 
 def _are_naturals(value: object) -> bool:
@@ -137,33 +149,53 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name is there twice")
+    "".join(result).encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
     return result
 
 
 def _header_bytes(file: Path) -> bytes:
+    size = _status(file).st_size
     try:
         with file.open("rb") as stream:
             length_bytes = stream.read(8)
             length = int.from_bytes(length_bytes, "little")
-            if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, file.stat().st_size - 8):
+            if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise LoadError(
                     f"'{file}' is not a safetensors file, or truncated: header length {length}, "
-                    f"file size {file.stat().st_size}; download it again"
+                    f"file size {size}; download it again"
                 )
             return stream.read(length)
     except OSError as error:
-        raise LoadError(f"'{file}' cannot be read: {error.strerror}") from None
+        raise _unreadable(file, error) from None
+
+
+def _status(file: Path) -> os.stat_result:
+    """Size and time of a regular file; anything else could keep a reader waiting for ever."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise LoadError(f"'{file}' is not a regular file; put the checkpoint's file there")
+    return status
+
+
+def _unreadable(file: Path, error: OSError) -> LoadError:
+    return LoadError(
+        f"'{file}' cannot be read: {error.strerror}; the checkpoint needs it: put it there, or make it readable"
+    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    _status(file)
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise LoadError(f"'{file}' cannot be read: {error.strerror}; a checkpoint folder needs it") from None
-    except ValueError as error:
-        raise LoadError(f"'{file}' is not valid JSON: {error}") from None
+        raise _unreadable(file, error) from None
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"'{file}' is not valid JSON: {error}; download it again") from None
     if not isinstance(value, dict):
-        raise LoadError(f"'{file}' must hold a JSON object")
+        raise LoadError(f"'{file}' must hold a JSON object; download it again")
     return value
 
 
@@ -172,12 +204,14 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     index = _index_file(folder)
     if index is None:
         return (_only_file(folder),)
-    names = sorted({*_weight_map(index).values()}, key=str)
+    names = sorted({*_weight_map(index).values()})
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise LoadError(f"'{index}' names {name!r}; shards must be .safetensors files in the same folder")
-        if not (folder / name).is_file():
-            raise LoadError(f"'{index}' names the shard '{name}', which is missing in '{folder}'; download it again")
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise LoadError(
+                f"'{index}' names {name!r}; shards must be .safetensors files in the same folder: download it again"
+            )
+        if not os.path.isfile(folder / name):
+            raise LoadError(f"'{index}' names the shard {name!r}, which is missing in '{folder}'; download it again")
     return tuple(folder / name for name in names)
 
 
@@ -197,10 +231,13 @@ def _index_file(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _weight_map(index: Path) -> dict[str, Any]:
+def _weight_map(index: Path) -> dict[str, str]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise LoadError(f"'{index}' has no weight_map; download it again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise LoadError(f"'{index}' names {brief(shard)} for '{name}', not a file; download it again")
     return weight_map
 
 
@@ -212,4 +249,6 @@ def _check_index(path: Path, entries: Mapping[str, TensorEntry]) -> None:
     weight_map = _weight_map(index)
     wrong = [n for n, shard in weight_map.items() if n not in entries or entries[n].file.name != shard]
     if wrong:
-        raise LoadError(f"'{index}' says that '{wrong[0]}' is in '{weight_map[wrong[0]]}', but it is not")
+        raise LoadError(
+            f"'{index}' says that '{wrong[0]}' is in '{weight_map[wrong[0]]}', but it is not; download both again"
+        )
