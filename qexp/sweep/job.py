@@ -71,18 +71,13 @@ def run_job(
     number: place in the sweep from 1, None to ask Hydra. experiment, score: see `worker.py`.
     """
     number = number if number is not None else _hydra_number()
-    started = Manifest(config.paths.outputs, config.sweep.name).read() if number is not None else None
-    job = _Job(
-        config,
-        tuple(overrides),
-        number,
-        total=(started or {}).get("total"),
-        since=(started or {}).get("started"),
-        work=Work(Path(), experiment=experiment, score=score),
-    )
+    sweep = _read_sweep(Manifest(config.paths.outputs, config.sweep.name)) if number is not None else {}
+    work = Work(Path(), experiment=experiment, score=score)
+    job = _Job(config, tuple(overrides), number, sweep.get("total"), sweep.get("started"), work)
     row = job.row
     try:
-        row = _perform(job)
+        row = replace(row, key=run_key(config))
+        row = _perform(job, row)
     except KeyboardInterrupt as error:
         row = replace(row, **asdict(outcome_of(error)))
         raise
@@ -105,12 +100,18 @@ def refuse_job(
     return row
 
 
-def _perform(job: _Job) -> JobRow:
+def _read_sweep(manifest: Manifest) -> dict[str, Any]:
+    """What the sweep's manifest says so far; a damaged one is reported where the job is recorded."""
+    with suppress(DiskError):
+        return manifest.read() or {}
+    return {}
+
+
+def _perform(job: _Job, row: JobRow) -> JobRow:
     """Decide, run, track: one experiment with its folder locked."""
-    folder = RunFolder(Path(job.config.paths.outputs, "runs", run_key(job.config)))
+    folder = RunFolder(Path(job.config.paths.outputs, "runs", row.key))
     if not folder.path.exists() and decide(job.config, folder).action == "keep":
-        message = f"not run: resume={job.config.resume} runs only what has failed"
-        return replace(job.row, key=folder.key, status="skipped", message=message)
+        return _filled(row, folder, None, reused=False)
     with folder.locked(job.say):
         decision = decide(job.config, folder)
         if decision.action == "keep":
@@ -120,7 +121,7 @@ def _perform(job: _Job) -> JobRow:
             status = _execute(job, folder, decision)
         if status is not None and (decision.action != "keep" or not _is_tracked(job, folder)):
             _track(job, folder, status)
-        return _row_of(job, folder, status, reused=decision.action == "keep")
+        return _filled(row, folder, status, reused=decision.action == "keep")
 
 
 def _execute(job: _Job, folder: RunFolder, decision: Decision) -> Status:
@@ -168,13 +169,14 @@ def _explained(error: BaseException) -> Outcome:
     return outcome_of(error)
 
 
-def _row_of(job: _Job, folder: RunFolder, status: Status | None, reused: bool) -> JobRow:
-    row = replace(job.row, key=folder.key, reused=reused)
+def _filled(row: JobRow, folder: RunFolder, status: Status | None, reused: bool) -> JobRow:
+    """The row with how it ended; without a status it was left alone."""
     if status is None:
-        return replace(row, status="skipped", reused=False, message="not run: it has no status to resume from")
+        return replace(row, status="skipped", message="not run: resume=failed runs only what has failed")
     result = folder.read_result() if status.status == "done" else None
     return replace(
         row,
+        reused=reused,
         status=status.status,
         reason=status.reason,
         message=status.message,

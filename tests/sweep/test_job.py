@@ -339,6 +339,13 @@ def test_a_full_disk_is_a_failed_row_and_leaves_nothing_half_written(file, tmp_p
     assert not [path for path in (tmp_path / "outputs").rglob("*.tmp")]
 
 
+def test_a_damaged_manifest_costs_the_record_and_not_the_run(tmp_path, capfd) -> None:
+    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    store.write_text(Manifest(config.paths.outputs, "test").path, "{")
+    assert run(config, number=1).status == "done"
+    assert "missing in the sweep's manifest" in capfd.readouterr().err
+
+
 def test_defects_of_the_program_itself_do_not_stop_a_sweep(tmp_path, monkeypatch, capfd) -> None:
     config = run_config(tmp_path)
     monkeypatch.setattr(job, "run_key", lambda config: 1 / 0)
@@ -466,7 +473,7 @@ def test_ctrl_c_kills_the_worker_marks_the_run_and_goes_through(tmp_path) -> Non
     status = folder.read_status()
     assert (status.status, status.reason) == ("failed", "signal") and "Ctrl-C" in status.message
     (recorded,) = Manifest(config.paths.outputs, "a").read()["jobs"]
-    assert (recorded["status"], recorded["reason"]) == ("failed", "signal")
+    assert (recorded["status"], recorded["reason"], recorded["key"]) == ("failed", "signal", run_key(config))
 
 
 def test_ctrl_c_while_the_reference_runs_marks_both(tmp_path) -> None:
