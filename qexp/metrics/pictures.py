@@ -5,16 +5,14 @@ Pixels are enlarged without smoothing. A pixel that is not finite is magenta, so
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from qexp.errors import DiskError
+from qexp.sweep.store import write_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,19 +74,4 @@ def save_png(picture: Image.Image, path: Path) -> None:
     """Write a picture so that `path` never holds half of one. Raises DiskError."""
     data = io.BytesIO()
     picture.save(data, "PNG")
-    write_atomic(path, data.getvalue())
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside `path` and rename; creates the folder. Raises DiskError."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(data)
-        os.replace(beside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise DiskError(
-            f"{path}: cannot write {len(data)} bytes ({error.strerror}); free space, or choose another paths.outputs"
-        ) from error
+    write_bytes(path, data.getvalue())

@@ -1,0 +1,148 @@
+"""The second, pure step of `generate`: quality numbers and pictures from saved outputs, without running a model.
+
+Reads outputs.safetensors (and memory.csv) of the run and of its reference; writes images/*.png and history.csv into
+the run's folder; the numbers depend on nothing but those files and `config`. Beside the metrics that were asked for:
+
+    quality/finite   1 if every value of the images is finite. If not, comparisons with the reference are None
+                     (null in JSON), and the pixels are magenta in the pictures
+    quality/exact    with a reference: 1 if all images are identical to it (then psnr_db, which is infinite, is None)
+
+Importing this module imports no torch, so that `check_names` can run while the configuration is composed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qexp.errors import ConfigError, LoadError, choices
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qexp.config import RunConfig
+
+REFERENCE_METRICS = ("psnr_db", "ssim", "relative_l2", "cosine")  # image against image
+SOURCE_METRICS = ("class_accuracy", "frechet_distance")  # of the images alone, as the model source defines them
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises ConfigError for a metric that does not exist."""
+    known = (*REFERENCE_METRICS, *SOURCE_METRICS)
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"metrics.names: {name!r} is unknown; use {choices(known)}")
+
+
+def score(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, float | None]:
+    """quality/* of the run in `folder`, against the reference's folder if there is one.
+
+    Only the metrics in config.metrics.names; {} for a task other than generate. A source metric that the model does
+    not define, or that has no finite value, is None.
+    Raises: LoadError if saved outputs are missing or do not fit each other, DiskError if nothing can be written.
+    """
+    check_names(config.metrics.names)
+    if config.task.name != "generate":
+        return {}
+    outputs = _read_outputs(folder)
+    expected = _read_outputs(reference) if reference is not None else None
+    if expected is not None:
+        _check_fit(outputs, expected, folder, reference)
+    _write_pictures(config, outputs, expected, folder)
+    _write_history(outputs, expected, folder)
+    return _numbers(config, outputs, expected)
+
+
+def _numbers(
+    config: RunConfig, outputs: dict[str, Tensor], expected: dict[str, Tensor] | None
+) -> dict[str, float | None]:
+    from qexp.metrics.images import compare_images
+    from qexp.metrics.tensors import is_finite
+    from qexp.models.base import load_source
+
+    names = config.metrics.names
+    numbers: dict[str, float | None] = {"finite": float(is_finite(outputs["images"]))}
+    if expected is not None:
+        if not is_finite(expected["images"]):
+            print("warning: the reference has values that are not finite; nothing to compare with", file=sys.stderr)
+        compared = compare_images(outputs["images"], expected["images"])
+        numbers |= {name: compared[name] for name in (*REFERENCE_METRICS, "exact") if name in (*names, "exact")}
+    if any(name in SOURCE_METRICS for name in names):
+        scores = load_source(config.model).scores(outputs)
+        numbers |= {name: scores.get(name) for name in SOURCE_METRICS if name in names}
+    return {
+        f"quality/{name}": value if value is not None and math.isfinite(value) else None
+        for name, value in numbers.items()
+    }
+
+
+def _read_outputs(folder: Path) -> dict[str, Tensor]:
+    """outputs.safetensors as tensors of their own: aligned alike in every process, which keeps the last bits."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "outputs.safetensors"
+    try:
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except FileNotFoundError:
+        raise LoadError(f"{path} is missing, so there is nothing to score; run it again with resume=none") from None
+    except SafetensorError as error:
+        raise LoadError(f"{path} is damaged ({error}); run it again with resume=none") from error
+
+
+def _check_fit(outputs: dict[str, Tensor], expected: dict[str, Tensor], folder: Path, reference: Path | None) -> None:
+    for name in ("images", "trajectory"):
+        ours, theirs = tuple(outputs[name].shape), tuple(expected[name].shape)
+        if ours != theirs:
+            raise LoadError(
+                f"{name} of shape {ours} in {folder} cannot be compared with {theirs} in the reference {reference}; "
+                "both must be of the same task: delete the one that is stale and run again"
+            )
+
+
+def _write_pictures(
+    config: RunConfig, outputs: dict[str, Tensor], expected: dict[str, Tensor] | None, folder: Path
+) -> None:
+    from qexp.metrics.pictures import difference_sheet, image_sheet, save_png
+
+    images, labels = outputs["images"], outputs["labels"]
+    save_png(image_sheet(images, f"{config.model.source}: generated", labels), folder / "images" / "grid.png")
+    if expected is None:
+        return
+    save_png(image_sheet(expected["images"], "reference", labels), folder / "images" / "reference.png")
+    difference = difference_sheet(images, expected["images"], "|generated - reference|, white = 1 or more", labels)
+    save_png(difference, folder / "images" / "difference.png")
+
+
+def _write_history(outputs: dict[str, Tensor], expected: dict[str, Tensor] | None, folder: Path) -> None:
+    """history.csv: memory.csv, and with a reference a column relative_l2 of the state after each step.
+
+    The column is empty where the value is undefined (a state that is not finite).
+    """
+    from qexp.metrics.tensors import relative_l2
+    from qexp.sweep.store import write_text
+
+    path = folder / "memory.csv"
+    try:
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+    except FileNotFoundError:
+        raise LoadError(f"{path} is missing, so there is no history; run it again with resume=none") from None
+    if len(rows) != len(outputs["trajectory"]):
+        raise LoadError(
+            f"{path} has {len(rows)} rows, but the saved trajectory {len(outputs['trajectory'])} steps; "
+            "run it again with resume=none"
+        )
+    if expected is not None:
+        for row, ours, theirs in zip(rows, outputs["trajectory"], expected["trajectory"], strict=True):
+            error = relative_l2(theirs, ours)
+            row["relative_l2"] = "" if error is None else repr(error)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / "history.csv", text.getvalue())
