@@ -14,21 +14,22 @@ from functools import cache
 from qexp.errors import ConfigError
 
 
+ANY_SEGMENTS = r"(?:[^.]+\.)*"
+
+
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    regex, separator = "", ""
-    for segment in pattern.split("."):
-        if segment == "**":
-            regex += rf"(?:{separator}[^.]+)*" if separator else r"(?:[^.]+(?:\.|$))*"
-            continue
-        regex += separator + re.escape(segment).replace(r"\*", "[^.]*")
-        separator = r"\."
-    return re.compile(regex + r"(?:\..*)?")
+    """A regex over names whose segments all end with a dot, so that no segments are the empty string."""
+    segments = (
+        ANY_SEGMENTS if segment == "**" else re.escape(segment).replace(r"\*", "[^.]*") + r"\."
+        for segment in pattern.split(".")
+    )
+    return re.compile("".join(segments) + ANY_SEGMENTS)
 
 
 def covers(pattern: str, name: str) -> bool:
-    """Whether `pattern` covers the module `name`, or a module above it."""
-    return _compiled(pattern).fullmatch(name) is not None
+    """Whether `pattern` covers the module `name` ('' is the model itself), or a module above it."""
+    return _compiled(pattern).fullmatch(f"{name}." if name else "") is not None
 
 
 def covering(patterns: Iterable[str], name: str) -> str | None:
