@@ -34,7 +34,7 @@ def report_markdown(manifest: Mapping[str, Any], rows: list[Row], folder: Path, 
 def report_intro(manifest: Mapping[str, Any], rows: list[Row]) -> str:
     """What was run, why, how it ended, and the command that runs it again."""
     notes = [_cell(manifest["notes"])] if manifest.get("notes") else []
-    command = [f"Again:\n\n```\n{shlex.join(manifest['command'])}\n```"] if manifest["command"] else []
+    command = [f"To run it again:\n\n```\n{shlex.join(manifest['command'])}\n```"] if manifest["command"] else []
     return "\n\n".join([_summary(manifest, rows), *notes, *command])
 
 
@@ -107,13 +107,17 @@ def _environment(environments: list[Mapping[str, Any]]) -> str:
         "threads": first["threads"],
         "system": f"{first['platform']}, Python {first['python']}",
         "versions": ", ".join(f"{package} {' and '.join(found)}" for package, found in sorted(versions.items())),
-        "commit": ", ".join(_distinct(environment["commit"] for environment in environments)) or "an installed package",
+        "commit": _commits(environment["commit"] for environment in environments),
     }
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
 
 
-def _distinct(values: Iterable[Any]) -> list[str]:
-    return list(dict.fromkeys(str(value) for value in values if value))
+def _commits(values: Iterable[str | None]) -> str:
+    """Each once, shortened; a + at the end says that files differed from it."""
+    found = dict.fromkeys(
+        f"{value[:12]}{'+' * value.endswith('+')}" if value else "none (installed)" for value in values
+    )
+    return ", ".join(found) + (" (+: with changes)" if any(commit.endswith("+") for commit in found) else "")
 
 
 def _numbers(rows: list[Row]) -> str:

@@ -39,10 +39,13 @@ def results_csv(rows: list[Row]) -> str:
 
 
 def varying_settings(rows: list[Row]) -> list[str]:
-    """Dotted paths of the settings that have more than one value over the sweep, in the order of the configuration."""
+    """Dotted paths of the settings with more than one value over the sweep, in the order of the configuration.
+
+    A setting that only some have (a field of one backend) counts by the values of those that have it.
+    """
     configs = [flat for row, flat in zip(rows, _flat_configs(rows), strict=True) if row["config"] is not None]
     names = dict.fromkeys(name for flat in configs for name in flat)
-    return [name for name in names if len({_cell(flat.get(name)) for flat in configs}) > 1]
+    return [name for name in names if len({_cell(flat[name]) for flat in configs if name in flat}) > 1]
 
 
 def _flat_configs(rows: list[Row]) -> list[dict[str, Any]]:

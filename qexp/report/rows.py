@@ -52,7 +52,13 @@ def rows_of_sweep(outputs: Path | str, name: str) -> list[Row]:
 
 def _row(job: dict[str, Any], folder: RunFolder) -> Row:
     row: Row = {"reason": None, "message": "", "reused": False, "seconds": None, **job}
-    row |= {"label": " ".join(job["overrides"]), "metrics": {}, "config": None, "env": None, "folder": None}
+    row |= {
+        "label": job.get("label") or " ".join(job["overrides"]),
+        "metrics": {},
+        "config": None,
+        "env": None,
+        "folder": None,
+    }
     if not job["key"] or not folder.path.is_dir():
         return row | _missing("its run folder") if job["status"] == "done" else row
     row |= {"folder": folder.path, "config": read_yaml(folder.path / "config.yaml")}

@@ -25,6 +25,7 @@ NUMBERS: dict[str, tuple[str, float, str]] = {
     "weights MiB": ("memory/weights_gib", MIB, ".2f"),
     "bits/ weight": ("memory/bits_per_weight", 1, ".2f"),
     "load MiB": ("load/peak_host_gib", MIB, ".1f"),
+    "run MiB": ("memory/run_peak_host_gib", MIB, ".1f"),
     "device MiB": ("memory/run_peak_device_gib", MIB, ".1f"),
     "step ms": ("time/step_ms", 1, ".1f"),
     "PSNR dB": ("quality/psnr_db", 1, ".2f"),

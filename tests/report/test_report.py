@@ -51,6 +51,7 @@ def test_report_compares_explains_and_links(tmp_path: Path) -> None:
     assert "unsupported | needs a GPU |" in text
     assert "torch 2.13.0" in text
     assert "gguf" not in text  # not installed
+    assert "- commit: 0123456789ab+ (+: with changes)\n" in text
     assert "\nwhy I ran it\n" in text
     assert "```\npython -m qexp -m backend=none,bitsandbytes 'sweep.notes=why I ran it'\n```" in text
     for target in re.findall(r"\]\(([^)]*)\)", text):
