@@ -155,7 +155,7 @@ def test_rows_of_zeros_stay_zero(backend: str) -> None:
 @pytest.mark.parametrize("backend", QUANTIZING)
 def test_a_missing_or_old_library_is_named_with_its_remedy(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer = load_quantizer(backend_config(backend))
-    (package,) = quantizer.required_packages
+    package = next(iter(quantizer.required_packages), "numpy")  # a backend may need none
     monkeypatch.setattr(type(quantizer), "required_packages", {package: "99.0"})
     with pytest.raises(MissingLibraryError, match=f"pip install '{package}>=99.0'"):
         quantizer.validate_environment(CPU)
