@@ -49,6 +49,8 @@ def test_metrics_of_a_run_against_its_reference(tmp_path: Path) -> None:
     result = score(config(), run, reference)
     assert set(result) == {f"quality/{name}" for name in (*QUALITY_METRICS, "exact", "finite")}
     assert result["quality/psnr_db"] == pytest.approx(20, abs=1e-4)  # 10 log10(2² / 0.2²)
+    images = outputs()["images"].double()
+    assert result["quality/relative_l2"] == pytest.approx((0.04 / images.square().mean().item()) ** 0.5, rel=1e-5)
     assert (result["quality/exact"], result["quality/finite"]) == (0, 1)
     assert [file.name for file in sorted((run / "images").iterdir())] == [
         "difference.png",
@@ -93,6 +95,13 @@ def test_without_a_reference_only_the_sources_scores(tmp_path: Path) -> None:
     assert set(result) == {"quality/finite", "quality/class_accuracy", "quality/frechet_distance"}
     assert [file.name for file in (run / "images").iterdir()] == ["grid.png"]
     assert list(history(run)[0]) == ["step", "step_ms", "host_gib", "device_gib"]
+
+
+def test_scores_that_are_no_numbers_or_not_defined_are_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SimpleNamespace(scores=lambda outputs: {"class_accuracy": float("inf")})
+    monkeypatch.setattr("qexp.models.base.load_source", lambda config: source)
+    result = score(config(), write_run(tmp_path / "run", outputs()), None)
+    assert result == {"quality/finite": 1, "quality/class_accuracy": None, "quality/frechet_distance": None}
 
 
 def test_scoring_twice_gives_the_same_bytes(tmp_path: Path) -> None:
