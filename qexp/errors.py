@@ -39,8 +39,8 @@ class DiskError(QexpError, OSError):
 
 
 def choices(names: Iterable[object]) -> str:
-    """'a, b or c', for the remedy part of a message."""
-    words = sorted(str(name) for name in names)
+    """'a, b or c', for the remedy part of a message; numbers in their order."""
+    words = [str(name) for name in sorted(names, key=lambda name: (name if isinstance(name, int) else 0, str(name)))]
     if not words:
         return "nothing"
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]

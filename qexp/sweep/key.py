@@ -65,6 +65,8 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     identity = {item.name: _plain(getattr(config, item.name)) for item in fields(config) if item.name not in NOT_IN_KEY}
     # how a reference is computed is part of its own settings; here only which one the result is compared with counts
     identity["reference"] = config.reference.dtype if saves_outputs(config) else None
+    if not saves_outputs(config):  # weights alone are measured: nothing is generated, and nothing travels
+        del identity["offload"], identity["seed"]
     identity["checkpoints"] = {
         name: open_checkpoint(path).content_hash() for name, path in load_source(config.model).checkpoints().items()
     }

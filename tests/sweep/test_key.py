@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -162,3 +163,8 @@ def test_new_library_versions_need_another_reference_but_not_another_run_key(tmp
 def test_the_reference_setting_does_not_matter_where_nothing_is_compared(tmp_path) -> None:
     config = replace(run_config(tmp_path), task=RoundtripConfig())
     assert run_key(config) == run_key(replace(config, reference=ReferenceConfig(dtype="float32")))
+
+
+def test_roundtrip_has_one_key_whatever_the_offload_and_the_seed(tmp_path: Path) -> None:
+    one = run_config(tmp_path, task=RoundtripConfig())
+    assert run_key(one) == run_key(replace(one, seed=3, offload=OffloadConfig("leaf", "disk")))
