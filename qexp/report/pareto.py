@@ -2,7 +2,7 @@
 
 A point is on the front if no other one has less memory and at least its quality, or the same memory and more quality.
 Experiments that share a point (the strategies of offloading move weights and change no answer) are one point with one
-label. Images identical to the reference have an infinite PSNR: their points lie on a line of their own at the top.
+label. What is identical to its reference has an infinite ratio: its point lies on a line of its own at the top.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qexp.report.annotate import Box, Label, boxes_of_line, place_labels
 from qexp.report.rows import Row
-from qexp.report.table import MIB, prepare
+from qexp.report.table import MIB, is_exact, prepare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ LOG_FROM = 3.0  # a memory axis that spans more than this factor is logarithmic
 
 @dataclass(frozen=True)
 class Point:
-    """quality is infinite for identical images; names and offloads of the experiments that share it, in their order."""
+    """quality is infinite for what is identical; names and offloads are of the experiments that share the point."""
 
     memory_mib: float
     quality: float
@@ -58,9 +58,7 @@ def points_of(rows: list[Row], metric: str) -> list[Point]:
 
 def _quality(row: Row, metric: str) -> float | None:
     value: float | None = row["metrics"].get(metric)
-    if value is None and metric == "quality/psnr_db" and row["metrics"].get("quality/exact") == 1:
-        return math.inf
-    return value
+    return math.inf if is_exact(row["metrics"], metric) else value
 
 
 def _point(memory: float, quality: float, group: list[Row]) -> Point:
@@ -163,7 +161,7 @@ def _colors(points: list[Point]) -> dict[str, str]:
 
 
 def _draw_points(axes: Axes, points: list[Point], top: float) -> None:
-    """Full on the front, hollow behind it."""
+    """Full on the front, hollow and further back behind it."""
     front, colors = set(pareto_front(points)), _colors(points)
     for family, color in colors.items():
         axes.plot([], [], "o", color=color, markersize=8, label=family)
@@ -172,6 +170,7 @@ def _draw_points(axes: Axes, points: list[Point], top: float) -> None:
                 "color": color if point in front else "white",
                 "markeredgecolor": color,
                 "markeredgewidth": 1.8,
+                "zorder": 3 if point in front else 2,
             }
             axes.plot([point.memory_mib], [_height(point, top)], "o", markersize=8, **style)
 

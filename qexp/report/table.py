@@ -35,6 +35,12 @@ NUMBERS: dict[str, tuple[str, float, str]] = {
     "SQNR min": ("roundtrip/sqnr_db_min", 1, ".2f"),
     "max error": ("roundtrip/max_abs_error", 1, ".2e"),
 }
+# a ratio that is null -> the metric, and its value, that say it is infinite
+INFINITE_IF = {
+    "quality/psnr_db": ("quality/exact", 1),
+    "roundtrip/sqnr_db_mean": ("roundtrip/max_abs_error", 0),
+    "roundtrip/sqnr_db_min": ("roundtrip/max_abs_error", 0),
+}
 TEXTS = ("#", "model", "task", "backend", "offload", "setting", "status")
 COLUMNS = (*TEXTS, *NUMBERS)
 
@@ -94,12 +100,20 @@ def status_text(row: Row) -> str:
 
 
 def format_value(metrics: Mapping[str, float | None], column: str) -> str:
-    """A metric in the unit of its column; identical images have no PSNR and are 'exact'."""
+    """A metric in the unit of its column; 'exact' for a ratio that is infinite since there is no error."""
     metric, factor, style = NUMBERS[column]
     value = metrics.get(metric)
     if value is None:
-        return "exact" if metric == "quality/psnr_db" and metrics.get("quality/exact") == 1 else ""
+        return "exact" if is_exact(metrics, metric) else ""
     return format(value * factor, style)
+
+
+def is_exact(metrics: Mapping[str, float | None], metric: str) -> bool:
+    """Whether a signal-to-noise ratio is null because it is infinite: nothing differs from the original."""
+    if metric not in INFINITE_IF:
+        return False
+    sign, value = INFINITE_IF[metric]
+    return metric in metrics and metrics[metric] is None and metrics.get(sign) == value
 
 
 def shown_columns(prepared: list[Row]) -> list[str]:

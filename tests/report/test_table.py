@@ -79,6 +79,16 @@ def test_roundtrip_shows_sqnr_and_no_empty_column(tmp_path: Path) -> None:
     assert line[-3:] == ["20.70", "19.90", "1.20e-02"]
 
 
+def test_a_lossless_roundtrip_is_exact_and_an_undefined_one_is_empty(tmp_path: Path) -> None:
+    nothing = {"roundtrip/sqnr_db_mean": None, "roundtrip/sqnr_db_min": None}
+    run_folder(tmp_path, "a", config("none", task="roundtrip"), ROUNDTRIP | nothing | {"roundtrip/max_abs_error": 0.0})
+    run_folder(tmp_path, "b", config(task="roundtrip"), ROUNDTRIP | nothing | {"roundtrip/max_abs_error": None})
+    manifest(tmp_path, "first", [job(0, "a", []), job(1, "b", [])])
+    _, exact, undefined = table_of(tmp_path)
+    assert exact[-3:] == ["exact", "exact", "0.00e+00"]
+    assert undefined[-1] == "4.50"  # bits per weight
+
+
 def test_what_else_was_varied_gets_a_column(tmp_path: Path) -> None:
     jobs = []
     for number, threshold in enumerate((0, 6)):
