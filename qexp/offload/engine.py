@@ -16,6 +16,7 @@ On the CPU there is one slot and no prefetch: memory stays at one group.
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +27,21 @@ from torch.utils.hooks import RemovableHandle
 
 from qexp.offload.group import ALIGNMENT, Binding, Group, MakeRest, Pieces
 
+log = logging.getLogger(__name__)
+
 HOOK_MARK = "_qexp_offload"  # attribute of every module that is run by an engine
 
 
 def aligned_buffer(nbytes: int, device: torch.device, *, pinned: bool = False) -> Tensor:
     """Uninitialized uint8 [nbytes] that starts at a 256-byte boundary."""
-    buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device, pin_memory=pinned)
+    buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
+    if pinned:
+        try:
+            buffer = buffer.pin_memory()
+        except RuntimeError as error:
+            log.warning(
+                "offload: %d bytes of host memory stay pageable, copies of them do not overlap: %s", nbytes, error
+            )
     start = -buffer.data_ptr() % ALIGNMENT
     return buffer[start : start + nbytes]
 

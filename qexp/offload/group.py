@@ -90,10 +90,13 @@ class Binding:
         for (store, name), value in self.entries:
             store[name] = value
 
+    def is_bound(self) -> bool:
+        return all(store.get(name) is value for (store, name), value in self.entries)
+
     def changed(self) -> bool:
         """Whether, while bound, a value was replaced, pointed elsewhere or written to."""
         with torch._C.DisableTorchFunctionSubclass():
-            return any(store.get(name) is not value for (store, name), value in self.entries) or any(
+            return not self.is_bound() or any(
                 tensor.data_ptr() != address or tensor._version != version for tensor, address, version in self.watched
             )
 

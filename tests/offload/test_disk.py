@@ -134,11 +134,15 @@ def test_a_failed_read_leaves_a_usable_engine(tmp_path: Path) -> None:
     (expected,) = zoo.outputs(model, [batch])
     handle = apply_offload(model, LEAF, device=CPU, block_lists=[], store=tmp_path)
     path = next(group.rest.path for group in handle.groups if group.name == "blocks.1.fc2")
-    path.rename(tmp_path / "away")
+    content = path.read_bytes()
+    path.write_bytes(bytes(len(content)))
+    before = model.blocks[1].fc1(batch)
     for _ in range(2):
         with pytest.raises(DiskError, match=r"'blocks\.1\.fc2'"):
             zoo.outputs(model, [batch])
-    (tmp_path / "away").rename(path)
+        # fc1 was in the slot that the failed read has overwritten
+        assert torch.equal(model.blocks[1].fc1(batch), before)
+    path.write_bytes(content)
     assert torch.equal(zoo.outputs(model, [batch])[0], expected)
 
 

@@ -92,6 +92,8 @@ def test_an_exception_in_the_middle_leaves_a_usable_model(
     for _ in range(2):
         with pytest.raises(type(error)):
             model(batch)
+        if isinstance(error, Exception):
+            assert all(binding.is_bound() for group in handle.groups for binding in group.at_rest)
     model.error = None
     assert torch.equal(model(batch), resident(batch))
     assert len(handle._engine.slots) == 1  # the slot of the interrupted group was given back
@@ -126,6 +128,8 @@ def test_shared_modules_and_tied_parameters(make: Any, config: OffloadConfig, tm
     for batch in (torch.randn(2, zoo.WIDTH), torch.randn(2, zoo.WIDTH)):
         assert torch.equal(model(batch), resident(batch))
     assert handle.statistics()["offload/at_rest_device_gib"] == 0
+    if make is SharedModule:
+        assert "blocks.0.fc1" in [group.name for group in handle.groups]
     handle.remove()
     assert [name for name, _ in model.named_parameters()] == names
 
@@ -149,31 +153,41 @@ def test_layers_of_torch_that_never_call_their_children(tmp_path: Path) -> None:
     assert handle.statistics()["offload/resident_gib"] == 0
 
 
-class Counting(nn.Module):
-    """Updates a buffer in place, and replaces another one."""
+class Remembering(nn.Module):
+    """Its output depends on the forwards before."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(8))
-        self.register_buffer("count", torch.zeros(8))
-        self.register_buffer("last", torch.zeros(8))
+        self.register_buffer("memory", torch.zeros(8))
 
+
+class InPlace(Remembering):
     def forward(self, x: Tensor) -> Tensor:
-        self.count += 1
-        x = x * self.weight + self.count + self.last
-        self.last = x.clone()
-        return x
+        return x + self.memory.add_(1)
 
 
+class Replacing(Remembering):
+    def forward(self, x: Tensor) -> Tensor:
+        self.memory = self.memory + 1
+        return x + self.memory
+
+
+class Pointing(Remembering):
+    def forward(self, x: Tensor) -> Tensor:
+        self.memory.data = self.memory + 1
+        return x + self.memory
+
+
+@pytest.mark.parametrize("kind", [InPlace, Replacing, Pointing])
 @pytest.mark.parametrize("to", ["cpu", "disk"])
-def test_buffers_that_a_forward_changes_keep_their_new_values(to: str, tmp_path: Path) -> None:
-    resident, model = pair(lambda: nn.Sequential(Counting(), nn.Linear(8, 8), Counting()))
+def test_buffers_that_a_forward_changes_keep_their_new_values(to: str, kind: Any, tmp_path: Path) -> None:
+    resident, model = pair(lambda: nn.Sequential(kind(), nn.Linear(8, 8), kind()))
     handle = offload(model, tmp_path, OffloadConfig("leaf", to))
     x = torch.randn(8)
     for _ in range(3):
         assert torch.equal(model(x), resident(x))
     handle.remove()
-    assert torch.equal(model[2].count, torch.full((8,), 3.0))
+    assert torch.equal(model[2].memory, torch.full((8,), 3.0))
     assert torch.equal(model(x), resident(x))
 
 
@@ -207,11 +221,16 @@ def test_weights_can_be_read_and_written_at_rest(to: str, tmp_path: Path) -> Non
     assert all(torch.equal(saved[name], value) for name, value in resident.state_dict().items())
     model.load_state_dict(other.state_dict())
     assert torch.equal(model(batch), other(batch))
-    model.to(torch.bfloat16)
-    other.to(torch.bfloat16)
-    assert torch.equal(model(batch.bfloat16()), other(batch.bfloat16()))
+    model.load_state_dict(resident.state_dict())
     handle.remove()
-    assert torch.equal(model(batch.bfloat16()), other(batch.bfloat16()))
+    assert torch.equal(model(batch), resident(batch))
+    handle = offload(model, tmp_path / "store", OffloadConfig("block", to))
+    model.to(torch.bfloat16)
+    resident.to(torch.bfloat16)
+    assert torch.equal(model(batch.bfloat16()), resident(batch.bfloat16()))
+    model.to(torch.float32)
+    handle.remove()
+    assert torch.equal(model(batch), resident.to(torch.float32)(batch))
 
 
 def test_quantized_state_dict_is_right_at_rest(tmp_path: Path) -> None:

@@ -54,18 +54,19 @@ def test_resident_memory_falls_to_the_ring(tmp_path: Path) -> None:
     baseline = resident_bytes()
     model = make()
     expected = model(x)
+    above = torch.ones(WIDTH * WIDTH)  # keeps the heap from shrinking by itself when the model below is freed
     payload = sum(parameter.nbytes for parameter in model.parameters())
     assert payload > 300 * MIB
     assert resident_bytes() - baseline > 0.95 * payload
     handle = apply_offload(
         model, OffloadConfig("leaf", "disk"), device=torch.device("cpu"), block_lists=[], store=tmp_path
     )
-    assert resident_bytes() - baseline < 24 * MIB  # of 300
+    assert resident_bytes() - baseline - above.nbytes < 16 * MIB  # of 300
     with peak_of() as samples:
         for _ in range(2):
             assert torch.equal(model(x), expected)
     assert len(samples) > 20
-    assert max(samples) - baseline < 24 * MIB
+    assert max(samples) - baseline - above.nbytes < 16 * MIB
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.bin")) >= payload
     assert len(list(tmp_path.rglob("*.bin"))) == 75
     handle.remove()
