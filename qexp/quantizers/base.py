@@ -136,16 +136,14 @@ def load_quantizer(config: Any) -> Quantizer:
 
 
 @contextmanager
-def quiet(*loggers: str) -> Iterator[None]:
-    """Hold back the warnings of these loggers, while a library is imported that warns of what does not matter here."""
-    levels = {name: logging.getLogger(name).level for name in loggers}
-    for name in loggers:
-        logging.getLogger(name).setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """Hold back warnings while a library is imported: they are about kernels and machines that do not matter here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        logging.disable(before)
 
 
 def dense_linear(module: nn.Module, weight: Tensor) -> nn.Linear:

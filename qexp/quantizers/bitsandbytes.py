@@ -214,7 +214,7 @@ def _library() -> Any:
     kernels = sys.modules.get("kernels", absent)
     sys.modules["kernels"] = None  # type: ignore[assignment]  # an import of it now raises ImportError
     try:
-        with base.quiet("bitsandbytes"):
+        with base.quiet():
             import bitsandbytes
         # it would say at every call of every layer that inputs are cast to fp16
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -156,7 +156,7 @@ def group_size(in_features: int) -> int:
 @cache
 def _library() -> Any:
     """The library, with its compiled extension replaced by `unpack`."""
-    with base.quiet("diffusers", "torch.utils._pytree"):  # the library imports diffusers where it is installed
+    with base.quiet():  # the library imports diffusers where it is installed
         from optimum import quanto
         from optimum.quanto.library.extensions.cpp import ext
 

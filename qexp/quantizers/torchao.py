@@ -110,7 +110,7 @@ class TorchAoQuantizer(base.Quantizer):
 
 @cache
 def _library() -> Any:
-    with base.quiet("torchao", "torch.utils._pytree"):  # warns of kernels for other machines
+    with base.quiet():  # warns of kernels for other machines
         from torchao import quantization
     return quantization
 
