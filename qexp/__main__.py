@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 
@@ -11,6 +12,7 @@ def main() -> None:
     if "--help" in arguments or "-h" in arguments:
         from qexp.help import help_text
 
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
         print(help_text())
         return
     from qexp.cli import run

@@ -63,9 +63,9 @@ def train_classifier(images: Tensor, labels: Tensor, steps: int) -> DigitsClassi
 
 def train_transformer(images: Tensor, labels: Tensor, steps: int, batch_size: int) -> DigitsTransformer:
     model = DigitsTransformer(DigitsConfig())
-    for block in model.blocks:  # adaLN-Zero: every block starts as the identity
-        torch.nn.init.zeros_(block.modulation.weight)
-        torch.nn.init.zeros_(block.modulation.bias)
+    for name, parameter in model.named_parameters():
+        if ".modulation." in name:  # adaLN-Zero: every block starts as the identity
+            torch.nn.init.zeros_(parameter)
     torch.nn.init.zeros_(model.proj_out.weight)
     average = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.99))
