@@ -68,7 +68,8 @@ def write_checkpoint(folder: Path, shapes: list[tuple[int, int]]) -> None:
 
 def shapes_of(total_mib: int) -> list[tuple[int, int]]:
     """Layers of 32, 64 and 128 MiB in turn, `total_mib` in all."""
-    sizes, left = [], total_mib
+    sizes: list[int] = []
+    left = total_mib
     while left >= 32:
         size = next(s for s in (128, 64, 32) if s <= left and (s <= 32 or sizes[-1:] != [s]))
         sizes.append(size)
