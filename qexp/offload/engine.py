@@ -1,7 +1,7 @@
 """The engine: brings each group to the compute device when it runs, in one transfer, into a ring of reused slots.
 
 While a group runs, its modules hold values built around a slot; otherwise they hold views of where the bytes rest.
-Weights do not change, so nothing is ever copied back.
+Nothing is copied back, but for the rare module that changes its own weights (see `Binding` in group.py).
 
 On a device with streams, transfers run on a side stream, ahead of time, guarded by two events a slot:
 

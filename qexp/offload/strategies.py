@@ -39,7 +39,7 @@ def apply_offload(
     config: resolved, as `config.resolved(device.type)` gives it; store: the folder for `to=disk`.
     Raises: ConfigError for a conflict, DiskError if the weights cannot be written; the model is then as it was.
     """
-    _refuse_conflicts(model, config, store)
+    _refuse_conflicts(model, config, device, store)
     groups = [] if config.strategy == "none" else plan_groups(model, config, block_lists)
     offload = Offload(model, config, device, groups)
     try:
@@ -50,7 +50,7 @@ def apply_offload(
     return offload
 
 
-def _refuse_conflicts(model: nn.Module, config: OffloadConfig, store: Path | None) -> None:
+def _refuse_conflicts(model: nn.Module, config: OffloadConfig, device: torch.device, store: Path | None) -> None:
     if config.strategy == "none":
         return
     if config.to == "auto":
@@ -64,6 +64,15 @@ def _refuse_conflicts(model: nn.Module, config: OffloadConfig, store: Path | Non
                 raise ConfigError(f"{where} has a hook of {library} ({attribute}); remove it, or use offload=none")
         if hasattr(module, HOOK_MARK):
             raise ConfigError(f"{where} is offloaded already; call remove() of that Offload first")
+        if device.type != "cpu" and any(_is_cpu_only(store_[key]) for store_, key in sites(module)):
+            raise ConfigError(
+                f"{where} has 4-bit weights that bitsandbytes repacked for the CPU, '{device}' would misread them; "
+                "load the model again and run it on one kind of device only"
+            )
+
+
+def _is_cpu_only(value: object) -> bool:
+    return getattr(getattr(value, "quant_state", None), "packing_format_for_cpu", False) is True
 
 
 class Offload:
@@ -80,7 +89,7 @@ class Offload:
         self._twins = _twins(groups)
 
     def statistics(self) -> dict[str, float]:
-        """The offload/ metrics. Payload and transfers include the padding that aligns each leaf."""
+        """The offload/ metrics, until `remove()`. Payload and transfers include the padding that aligns each leaf."""
         payload = sum(group.nbytes for group in self.groups)
         return {
             "offload/groups": float(len(self.groups)),

@@ -151,6 +151,13 @@ def test_conflicts_are_refused_and_leave_the_model_alone(tmp_path: Path) -> None
     assert_same(snapshot(model), before)
 
 
+def test_weights_repacked_for_the_cpu_are_refused_elsewhere() -> None:
+    model = zoo.make("bitsandbytes_nf4_repacked")
+    zoo.outputs(model, zoo.inputs(model, 1))
+    with pytest.raises(ConfigError, match="'embed' has 4-bit weights that bitsandbytes repacked for the CPU"):
+        apply_offload(model, OffloadConfig("leaf", "cpu"), device=torch.device("cuda:0"), block_lists=[], store=None)
+
+
 def test_block_lists_that_do_not_fit_are_refused() -> None:
     block = OffloadConfig("block", "cpu")
     with pytest.raises(ConfigError, match="names none; use blocks, or offload=leaf"):
