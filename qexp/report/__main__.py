@@ -21,7 +21,10 @@ from qexp.sweep.store import write_bytes, write_text
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 1 with one line that says what is wrong."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.online and not options.wandb:
+        parser.error("--online says where the W&B report goes: add --wandb")
     try:
         name = find_sweep(options.outputs, options.sweep)
         rows = rows_of_sweep(options.outputs, name)

@@ -26,13 +26,15 @@ def sweep_names(outputs: Path | str) -> list[str]:
 
 def find_sweep(outputs: Path | str, name: str | None) -> str:
     """`name` if there is such a sweep, the latest for None. Raises ConfigError that lists those there."""
-    names = sweep_names(outputs)
     place = Path(outputs, "sweeps")
+    if name is not None and (place / name / "manifest.json").exists():
+        return name
+    names = sweep_names(outputs)
     if not names:
         raise ConfigError(f"{place} holds no sweep; run one with python -m qexp -m, or give the right --outputs")
-    if name is not None and name not in names:
+    if name is not None:
         raise ConfigError(f"sweep {name!r} is not in {place}{did_you_mean(name, names)}; use {choices(names)}")
-    return name if name is not None else names[-1]
+    return names[-1]
 
 
 def read_manifest(outputs: Path | str, name: str) -> dict[str, Any]:

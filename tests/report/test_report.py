@@ -39,6 +39,13 @@ def test_unknown_sweep_is_one_line_with_those_there(tmp_path: Path, capsys: pyte
     assert error.count("\n") == 1
 
 
+def test_online_without_wandb_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["first", "--outputs", str(tmp_path), "--online"])
+    assert stopped.value.code == 2
+    assert "add --wandb" in capsys.readouterr().err
+
+
 def test_report_compares_explains_and_links(tmp_path: Path) -> None:
     sweep_of_six(tmp_path)
     text = report_of(tmp_path)
