@@ -5,14 +5,20 @@ int8 and float8: symmetric, one scale a row. int4 and int2: affine, a scale and 
 dtype that the weight is quantized from. On a CPU, int4 in bf16 takes the library's layout for its int4 kernel; where
 that kernel cannot run (out_features not divisible by 16) the weight is kept in the general layout instead of failing.
 
-Unpacking int4 and int2 on a CPU would make the library compile a C++ extension into site-packages; a few lines of
-PyTorch that give the same result are put in the extension's place.
+On a CPU, PyTorch's kernel for int8 in bf16 reads rows 16 weights at a time, past their end if it must: rows of another
+length are computed the general way. Unpacking int4 and int2 there would make the library compile a C++ extension into
+site-packages; a few lines of PyTorch that give the same result are put in the extension's place. The library writes
+shapes as text and parses them with `ast`, which Python 3.11 cannot do on several threads at once: there is a lock.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib
 import math
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
 WEIGHTS_DTYPES = ("int8", "int4", "int2", "float8")
 ACTIVATION_SCALES = ("input_scale", "output_scale")
 TINYGEMM_ROWS = 64  # rows that its packing interleaves
+INT8_KERNEL_COLUMNS = 16  # what torch._weight_int8pack_mm reads at a time; rows of 4 or 12 weights end in a crash
 
 
 @dataclass(frozen=True)
@@ -155,13 +162,37 @@ def group_size(in_features: int) -> int:
 
 @cache
 def _library() -> Any:
-    """The library, with its compiled extension replaced by `unpack`."""
+    """The library, with the replacements that the module's docstring explains."""
     with base.quiet():  # the library imports diffusers where it is installed
         from optimum import quanto
         from optimum.quanto.library.extensions.cpp import ext
 
     ext._lib = SimpleNamespace(unpack=unpack)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("optimum.quanto.") and getattr(module, "ast", None) is ast:
+            module.ast = SimpleNamespace(literal_eval=literal_eval)  # type: ignore[attr-defined]
+    products: Any = importlib.import_module("optimum.quanto.library.qbytes_mm")
+    products.qbytes_int8pack_mm = int8_product(products.qbytes_int8pack_mm, products.qbytes_mm)
     return quanto
+
+
+def int8_product(kernel: Callable[..., Tensor], general: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """activations [..., in] x int8 weights [out, in] * scales [out, 1] -> [..., out], by `kernel` where it is safe."""
+
+    def product(activations: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
+        safe = weights.shape[1] % INT8_KERNEL_COLUMNS == 0
+        return (kernel if safe else general)(activations, weights, scales)
+
+    return product
+
+
+_parsing = threading.RLock()
+
+
+def literal_eval(text: str) -> Any:
+    """`ast.literal_eval` on one thread at a time; on several it fails now and then with a SystemError."""
+    with _parsing:
+        return ast.literal_eval(text)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
