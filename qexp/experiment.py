@@ -79,7 +79,7 @@ def _roundtrip(config: RunConfig, source: ModelSource, device: torch.device, fol
     for name, settings in config.components.items():
         checkpoint, quantizer = open_checkpoint(source.checkpoints()[name]), load_quantizer(settings.backend)
         prepared[name] = prepare(source, name, settings, checkpoint, quantizer, device=device)
-        warm_up(quantizer, prepared[name].compute_dtype, device)
+        warm_up(prepared[name], device)
     with PeakMemory(device) as peak:
         for name, component in prepared.items():
             rows += roundtrip.measure_layers(component, name, device=device, loader=config.loader)

@@ -1,9 +1,9 @@
 """How much memory this process and its device hold: what it really is, and the highest it was.
 
 Host memory is the resident set: anonymous pages (what was allocated) plus file pages (what was mapped). The kernel
-keeps the highest resident set (VmHWM), which is exact and can be reset; it does not split it, so anonymous and file
-pages are also sampled every 2 ms from /proc/self/statm. Pages the kernel caches for files that are read, not mapped,
-belong to no process and are not counted.
+keeps the highest resident set (VmHWM), which is exact and can be reset. It does not split it, and not every system
+allows the reset, so anonymous pages, file pages and their sum are also sampled every 2 ms from /proc/self/statm. Pages
+the kernel caches for files that are read, not mapped, belong to no process and are not counted.
 
 Source: man 5 proc_pid_statm, proc_pid_status, proc_pid_clear_refs.
 """
@@ -58,7 +58,7 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stop = threading.Event()
-        self._anon = self._file = 0
+        self._anon = self._file = self._total = 0
         self.peak_bytes = self.peak_anon_bytes = self.peak_file_bytes = self.peak_device_bytes = 0
 
     def __enter__(self) -> PeakMemory:
@@ -76,6 +76,7 @@ class PeakMemory:
         while True:
             now = host_memory()
             self._anon, self._file = max(self._anon, now.anon_bytes), max(self._file, now.file_bytes)
+            self._total = max(self._total, now.total_bytes)
             if self._stop.wait(SAMPLE_SECONDS):
                 return
 
@@ -89,8 +90,8 @@ class PeakMemory:
         self._sampler.join()
         self.peak_anon_bytes = max(self._anon - self.baseline.anon_bytes, 0)
         self.peak_file_bytes = max(self._file - self.baseline.file_bytes, 0)
-        sampled = max(self._anon, self.baseline.anon_bytes) + max(self._file, self.baseline.file_bytes)
-        self.peak_bytes = max((highest if self._exact else sampled) - self.baseline.total_bytes, 0)
+        highest = max(highest, self._total)  # which another watcher within this block may have started anew
+        self.peak_bytes = max(highest - self.baseline.total_bytes, 0)
         if self._device.type != "cpu":
             self.peak_device_bytes = torch.get_device_module(self._device).max_memory_allocated(self._device)
 

@@ -24,14 +24,15 @@ class Arena:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self._buffer = torch.empty(_aligned(nbytes), dtype=torch.uint8)
+        self._buffer = torch.empty(aligned(nbytes), dtype=torch.uint8)
         self._used: dict[int, int] = {}  # start -> bytes, in the order of their starts
         self._changed = threading.Condition()
         self._stopped = False
 
     def acquire(self, nbytes: int) -> tuple[int, Tensor]:
         """(ticket for `release`, uint8 tensor [nbytes]). Raises Stopped after `stop`."""
-        size = _aligned(nbytes)
+        size = aligned(nbytes)
+        assert size <= self._buffer.numel(), (nbytes, self._buffer.numel())  # or it would wait for ever
         with self._changed:
             start = self._find(size)
             while start is None and not self._stopped:
@@ -61,5 +62,6 @@ class Arena:
             self._changed.notify_all()
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """What a request of `nbytes` takes of an arena."""
     return max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from qexp.errors import LoadError
-from qexp.offload.payload import true_nbytes
+from qexp.offload.payload import leaves, true_nbytes
 from qexp.quantizers.base import Quantizer, WeightSpec
 
 
@@ -17,10 +17,10 @@ def audit(model: nn.Module, quantizer: Quantizer, chosen: Mapping[str, WeightSpe
     Also checked: a backend that quantized nothing, and weights whose bytes are not those the plan predicted.
     """
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    on_meta = [name for name, tensor in tensors if tensor.is_meta]
+    on_meta = [name for name, tensor in tensors if any(leaf.is_meta for leaf in leaves(tensor))]
     if on_meta:
         raise LoadError(f"after loading, {len(on_meta)} tensors have no data: {_some(on_meta)}")
-    quantized = {name for name, module in model.named_modules() if quantizer.is_quantized(module)}
+    quantized = {name for name, module in model.named_modules(remove_duplicate=False) if quantizer.is_quantized(module)}
     if forgotten := sorted(set(chosen) - quantized):
         raise LoadError(f"after loading, {len(forgotten)} layers are not quantized though planned: {_some(forgotten)}")
     if surplus := sorted(quantized - set(chosen)):

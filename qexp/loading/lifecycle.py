@@ -22,7 +22,7 @@ from qexp.loading.audit import audit
 from qexp.loading.checkpoint import Checkpoint, open_checkpoint
 from qexp.loading.patterns import anywhere, check_patterns
 from qexp.loading.pipeline import stream
-from qexp.loading.plan import TORCH_DTYPES, LoadPlan, WorkItem, choose_modules, make_plan
+from qexp.loading.plan import TORCH_DTYPES, LoadPlan, WorkItem, choose_modules, make_plan, with_tied_entries
 from qexp.loading.progress import Progress
 from qexp.memory import GIB, PeakMemory
 from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
@@ -60,11 +60,10 @@ def load_component(
 
     Raises: ConfigError, MissingLibraryError, UnsupportedError or LoadError, most of them before a weight is read.
     """
-    checkpoint = open_checkpoint(source.checkpoints()[component])  # 1 config, embedded quantization
-    _refuse_quantized(checkpoint)
+    checkpoint = open_checkpoint(source.checkpoints()[component])  # 1 config
     quantizer = load_quantizer(settings.backend)  # 2 resolve
     prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)  # 3 to 6
-    warm_up(quantizer, prepared.compute_dtype, device)
+    warm_up(prepared, device)
     started = time.perf_counter()
     with PeakMemory(device) as memory:
         _load_weights(prepared, component, device=device, loader=loader)  # 7 stream, quantize, assign
@@ -85,17 +84,20 @@ def prepare(
     device: torch.device,
 ) -> Prepared:
     """Stages 3 to 6: check the machine, settle the dtype, build the skeleton on meta, swap modules, make the plan."""
+    _refuse_quantized(checkpoint)
     quantizer.validate_environment(device)  # 3
     compute_dtype = quantizer.update_torch_dtype(_compute_dtype(settings, checkpoint))  # 4
     with init_empty_weights(include_buffers=False):  # 5
         model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
-    names = [name for name, _ in model.named_modules()]
-    place = f"skip_modules of '{component}'"
-    check_patterns((*settings.skip_modules, *quantizer.skip_modules), names, place)
+    checkpoint = with_tied_entries(checkpoint, model)
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    skip = (*settings.skip_modules, *quantizer.skip_modules)
+    check_patterns(skip, names, f"skip_modules of '{component}'")
     check_patterns(settings.keep_in_fp32_modules, names, f"keep_in_fp32_modules of '{component}'")
     fp32 = (*settings.keep_in_fp32_modules, *map(anywhere, getattr(model, "_keep_in_fp32_modules", None) or ()))
-    skip = (*settings.skip_modules, *quantizer.skip_modules)
     chosen, skipped = choose_modules(model, quantizer, skip, fp32, compute_dtype)  # 6
+    if not chosen and quantizer.quantization_method != "none":
+        raise LoadError(_nothing_message(component, quantizer, skipped))
     quantizer.preprocess_model(model, list(chosen), compute_dtype)
     plan = make_plan(model, checkpoint, quantizer, chosen, skipped, fp32, compute_dtype)
     for name in plan.unused:
@@ -103,14 +105,18 @@ def prepare(
     return Prepared(model, quantizer, chosen, plan, compute_dtype)
 
 
-def stream_plan(items: list[WorkItem], create: Any, loader: LoaderConfig, title: str) -> Iterator[tuple[WorkItem, Any]]:
-    """Run work items through the pipeline with the loader's settings, showing progress."""
-    workers = loader.workers or os.cpu_count() or 1
+def stream_plan(
+    items: list[WorkItem], create: Any, loader: LoaderConfig, title: str, *, in_place: bool = False
+) -> Iterator[tuple[WorkItem, Any]]:
+    """Run work items through the pipeline with the loader's settings, showing progress. in_place: see `stream`."""
+    workers, in_flight_bytes = loader.workers or len(os.sched_getaffinity(0)), loader.in_flight_mib << 20
     progress = Progress(title, len(items), sum(item.source.nbytes for item in items))
-    for item, result in stream(items, create, workers=workers, in_flight_bytes=loader.in_flight_mib << 20):
-        progress.advance(item.source.nbytes)
-        yield item, result
-    progress.close()
+    try:
+        for item, result in stream(items, create, workers=workers, in_flight_bytes=in_flight_bytes, in_place=in_place):
+            progress.advance(item.source.nbytes)
+            yield item, result
+    finally:
+        progress.close()
 
 
 def _load_weights(prepared: Prepared, component: str, *, device: torch.device, loader: LoaderConfig) -> None:
@@ -119,8 +125,8 @@ def _load_weights(prepared: Prepared, component: str, *, device: torch.device, l
             return prepared.quantizer.create_quantized_param(item.spec, [dense], {}, device)
         return dense.to(device=device, dtype=item.dtype)
 
-    items = list(prepared.plan.items)
-    for item, tensor in stream_plan(items, create, loader, f"{component}: loading"):
+    items, on_cpu = list(prepared.plan.items), device.type == "cpu"
+    for item, tensor in stream_plan(items, create, loader, f"{component}: loading", in_place=on_cpu):
         _assign(prepared.model, item.target, tensor)
     for module in prepared.model.modules():  # buffers that no checkpoint holds were made on the CPU
         for name, buffer in module.named_buffers(recurse=False):
@@ -160,6 +166,15 @@ def plan_statistics(plans: Sequence[LoadPlan], weights_bytes: int) -> dict[str, 
     return statistics
 
 
+def _nothing_message(component: str, quantizer: Quantizer, skipped: Mapping[str, str]) -> str:
+    reasons = ", ".join(f"'{name}' ({reason})" for name, reason in list(skipped.items())[:3])
+    why = f"every linear layer is skipped: {reasons}" + (" …" if len(skipped) > 3 else "")
+    return (
+        f"backend {quantizer.quantization_method!r} would have quantized no layer of '{component}': "
+        f"{why if skipped else 'it has no linear layers'}; loosen skip_modules, or use backend=none"
+    )
+
+
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     embedded = checkpoint.config.get("quantization_config")
     if embedded is not None:
@@ -185,13 +200,14 @@ def _compute_dtype(settings: ComponentConfig, checkpoint: Checkpoint) -> torch.d
     return max(sizes, key=lambda stored: sizes[stored])
 
 
-def warm_up(quantizer: Quantizer, dtype: torch.dtype, device: torch.device) -> None:
+def warm_up(prepared: Prepared, device: torch.device) -> None:
     """Quantize a small weight, so that libraries and thread pools are there before memory and time are measured."""
-    if quantizer.quantization_method == "none":
+    columns = next((spec.shape[1] for spec in prepared.chosen.values()), 0)  # a width that the format can hold
+    if columns == 0:
         return
-    spec = WeightSpec("warm-up", (256, 256), dtype)
+    spec = WeightSpec("warm-up", (64, columns), prepared.compute_dtype)
     with torch.no_grad():
-        quantizer.create_quantized_param(spec, [torch.ones(spec.shape)], {}, device)
+        prepared.quantizer.create_quantized_param(spec, [torch.ones(spec.shape)], {}, device)
 
 
 def _register(prepared: Prepared) -> None:

@@ -13,7 +13,6 @@ from functools import cache
 
 from qexp.errors import ConfigError
 
-
 ANY_SEGMENTS = r"(?:[^.]+\.)*"
 
 

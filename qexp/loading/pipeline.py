@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qexp.errors import LoadError
-from qexp.loading.arena import Arena, Stopped
+from qexp.loading.arena import Arena, Stopped, aligned
 from qexp.loading.plan import TORCH_DTYPES, WorkItem
 
 Create = Callable[[WorkItem, Tensor], Any]
@@ -31,15 +31,20 @@ READ_BYTES = 32 << 20  # a single read: large enough to be fast, small enough to
 
 
 def stream(
-    items: Sequence[WorkItem], create: Create, *, workers: int, in_flight_bytes: int
+    items: Sequence[WorkItem], create: Create, *, workers: int, in_flight_bytes: int, in_place: bool = False
 ) -> Iterator[tuple[WorkItem, Any]]:
     """Read each item's tensor, apply `create` to it on a worker, and yield (item, result) in the order of `items`.
 
-    create: (item, dense tensor on the CPU in the checkpoint's dtype) -> result, called without grad. The result may
-    share memory with the tensor only if the item is copied unchanged.
+    create: (item, dense tensor on the CPU in the checkpoint's dtype) -> result, called without grad. The tensor's
+    memory is used again when it returns, so the result must not share it.
+    in_place: an item that is copied unchanged gets memory of its own, for results that share it (a load on the CPU).
     Raises whatever a stage raised; all threads have ended when it does.
     """
-    arena = Arena(_arena_bytes(items, in_flight_bytes))
+
+    def is_staged(item: WorkItem) -> bool:
+        return not (in_place and _is_unchanged(item))
+
+    arena = Arena(_arena_bytes([item.source.nbytes for item in items if is_staged(item)], in_flight_bytes))
     todo, done, stop = queue.SimpleQueue[Any](), queue.SimpleQueue[Any](), threading.Event()
 
     def reader() -> None:
@@ -47,8 +52,8 @@ def stream(
             with ExitStack() as files:
                 opened: dict[Path, int] = {}
                 for index, item in enumerate(items):
-                    ticket, buffer = arena.acquire(item.source.nbytes) if _is_staged(item) else (None, _fresh(item))
-                    _read(item, buffer, opened, files)
+                    ticket, buffer = arena.acquire(item.source.nbytes) if is_staged(item) else (None, _fresh(item))
+                    _read(item, buffer, opened, files, stop)
                     todo.put((index, item, ticket, buffer))
         except Stopped:
             pass
@@ -73,21 +78,31 @@ def stream(
                 if ticket is not None:
                     arena.release(ticket)
 
-    threads_before = torch.get_num_threads()
-    threads = [threading.Thread(target=reader, name="reader", daemon=True)]
-    threads += [threading.Thread(target=worker, name=f"worker-{n}", daemon=True) for n in range(workers)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield from _in_order(items, done)
-    finally:
+    def halt() -> None:
         stop.set()
         arena.stop()
         for _ in range(workers):
             todo.put(None)
+
+    with _running([reader, *[worker] * workers], halt):
+        yield from _in_order(items, done)
+
+
+@contextmanager
+def _running(targets: Iterable[Callable[[], None]], halt: Callable[[], None]) -> Iterator[None]:
+    """Threads that run during the block and have ended behind it; `halt` tells them to."""
+    torch_threads, threads = torch.get_num_threads(), []
+    try:
+        for target in targets:
+            thread = threading.Thread(target=target, name=f"loading-{target.__name__}", daemon=True)
+            thread.start()
+            threads.append(thread)
+        yield
+    finally:
+        halt()
         for thread in threads:
             thread.join()
-        torch.set_num_threads(threads_before)
+        torch.set_num_threads(torch_threads)  # what workers set is also the default of threads to come
 
 
 def _in_order(items: Sequence[WorkItem], done: queue.SimpleQueue[Any]) -> Iterator[tuple[WorkItem, Any]]:
@@ -96,19 +111,22 @@ def _in_order(items: Sequence[WorkItem], done: queue.SimpleQueue[Any]) -> Iterat
         while expected not in early:
             index, result = done.get()
             if index < 0:
-                raise result
+                try:
+                    raise result
+                finally:
+                    del result  # its traceback holds this frame, and dense tensors: no cycle may keep them alive
             early[index] = result
+            del result
         yield item, early.pop(expected)
 
 
-def _is_staged(item: WorkItem) -> bool:
-    """Whether the tensor's bytes only pass through: it is quantized, or cast."""
-    return item.spec is not None or item.dtype != TORCH_DTYPES[item.source.dtype]
+def _is_unchanged(item: WorkItem) -> bool:
+    """Whether the tensor's bytes are those of the result: neither quantized nor cast."""
+    return item.spec is None and item.dtype == TORCH_DTYPES[item.source.dtype]
 
 
-def _arena_bytes(items: Sequence[WorkItem], in_flight_bytes: int) -> int:
-    sizes = [item.source.nbytes for item in items if _is_staged(item)]
-    return max(min(in_flight_bytes, sum(sizes)), max(sizes, default=1))
+def _arena_bytes(sizes: Sequence[int], in_flight_bytes: int) -> int:
+    return max(min(in_flight_bytes, sum(map(aligned, sizes))), max(sizes, default=1))
 
 
 def _fresh(item: WorkItem) -> Tensor:
@@ -119,17 +137,26 @@ def _typed(item: WorkItem, buffer: Tensor) -> Tensor:
     return buffer.view(TORCH_DTYPES[item.source.dtype]).view(item.source.shape)
 
 
-def _read(item: WorkItem, buffer: Tensor, opened: dict[Path, int], files: ExitStack) -> None:
+def _read(item: WorkItem, buffer: Tensor, opened: dict[Path, int], files: ExitStack, stop: threading.Event) -> None:
     """Read the bytes of one tensor. Raises LoadError if the file has changed since its header was read."""
     source = item.source
-    if source.file not in opened:
-        opened[source.file] = os.open(source.file, os.O_RDONLY)
-        files.callback(os.close, opened[source.file])
     array: Any = buffer.numpy()
     view, position = memoryview(array), 0
-    while position < source.nbytes:
-        part = view[position : min(position + READ_BYTES, source.nbytes)]
-        count = os.preadv(opened[source.file], [part], source.offset + position)
-        if count == 0:
-            raise LoadError(f"'{source.file}' ended within '{source.name}'; it was changed while it was read")
-        position += count
+    try:
+        if source.file not in opened:
+            opened[source.file] = os.open(source.file, os.O_RDONLY)
+            files.callback(os.close, opened[source.file])
+        while position < source.nbytes:
+            if stop.is_set():
+                raise Stopped
+            part = view[position : min(position + READ_BYTES, source.nbytes)]
+            count = os.preadv(opened[source.file], [part], source.offset + position)
+            if count == 0:
+                raise LoadError(
+                    f"'{source.file}' ended within '{source.name}': it was changed while it was read; load it again"
+                )
+            position += count
+    except OSError as error:
+        raise LoadError(
+            f"'{source.file}' cannot be read at '{source.name}': {error.strerror}; check the disk, or download it again"
+        ) from error

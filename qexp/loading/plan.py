@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def choose_modules(
     skipped: dict[str, str] = {}
     if quantizer.quantization_method == "none":
         return chosen, skipped
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):  # a layer used twice has a tensor by either name
         if not isinstance(module, nn.Linear):
             continue
         spec = WeightSpec(name, (module.out_features, module.in_features), dtype)
@@ -92,7 +92,27 @@ def _reason_to_skip(module: nn.Linear, name: str, patterns: Sequence[str], fp32:
     own_forward = type(module).forward is not nn.Linear.forward
     if own_forward or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return f"{type(module).__name__} does not compute as nn.Linear does"
+    if module._parameters.get("weight") is None:
+        return "its weight is computed from other parameters"
     return None
+
+
+def with_tied_entries(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """The checkpoint with an entry for every name of a tied parameter, which files keep only once.
+
+    Each name is then loaded on its own: one may be quantized where another (an embedding) is not.
+    model: the skeleton, before any module of it is swapped.
+    """
+    names_of: dict[Any, list[str]] = {}
+    for name, tensor in _targets(model).items():
+        place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        names_of.setdefault(place, []).append(name)
+    entries = dict(checkpoint.entries)
+    for names in names_of.values():
+        stored = next((entries[name] for name in names if name in entries), None)
+        if stored is not None:
+            entries.update({name: stored for name in names if name not in entries})
+    return replace(checkpoint, entries=entries)
 
 
 def make_plan(
@@ -116,13 +136,12 @@ def make_plan(
             continue  # the quantizer sets it
         module, _, parameter = name.rpartition(".")
         spec = chosen.get(module) if parameter == "weight" else None
-        shape = spec.shape if spec is not None else tuple(tensor.shape)
-        if entry.shape != shape:
-            raise LoadError(
-                f"'{name}' has shape {list(entry.shape)} in '{entry.file}', but the model expects {list(shape)}; "
-                f"the checkpoint belongs to another configuration: check '{checkpoint.path}/config.json'"
-            )
-        items.append(_item(name, entry, spec, quantizer, covering(fp32_patterns, module) is not None, dtype))
+        if spec is not None:
+            _check_fits(name, entry, spec.shape, True, checkpoint)
+            items.append(WorkItem(name, entry, dtype, quantizer.quantized_nbytes(spec), spec))
+        else:
+            _check_fits(name, entry, tuple(tensor.shape), tensor.is_floating_point(), checkpoint)
+            items.append(_copied(name, entry, torch.float32 if covering(fp32_patterns, name) else dtype))
     items.sort(key=lambda item: (str(item.source.file), item.source.offset))
     unused = tuple(name for name in checkpoint.entries if name not in targets)
     return LoadPlan(tuple(items), skipped, unused)
@@ -133,15 +152,26 @@ def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.state_dict(keep_vars=True))
 
 
-def _item(
-    name: str, entry: TensorEntry, spec: WeightSpec | None, quantizer: Quantizer, keep_fp32: bool, dtype: torch.dtype
-) -> WorkItem:
+def _check_fits(
+    name: str, entry: TensorEntry, shape: tuple[int, ...], floating_point: bool, checkpoint: Checkpoint
+) -> None:
+    if entry.shape != shape:
+        raise LoadError(
+            f"'{name}' has shape {list(entry.shape)} in '{entry.file}', but the model expects {list(shape)}; "
+            f"the checkpoint belongs to another configuration: check '{checkpoint.path}/config.json'"
+        )
+    if TORCH_DTYPES[entry.dtype].is_floating_point != floating_point:
+        expected = "floating-point numbers" if floating_point else "whole numbers or truth values"
+        raise LoadError(
+            f"'{name}' is {entry.dtype} in '{entry.file}', but the model expects {expected}; the checkpoint is already "
+            "quantized, or belongs to another model: set model.path to the original one"
+        )
+
+
+def _copied(name: str, entry: TensorEntry, dtype: torch.dtype) -> WorkItem:
+    """Floating-point numbers are cast to `dtype`, all others kept."""
     stored = TORCH_DTYPES[entry.dtype]
-    if spec is not None:
-        if not stored.is_floating_point:
-            raise LoadError(f"'{name}' is {entry.dtype} in '{entry.file}', not floating point; it cannot be quantized")
-        return WorkItem(name, entry, dtype, quantizer.quantized_nbytes(spec), spec)
-    target = stored if not stored.is_floating_point else torch.float32 if keep_fp32 else dtype
+    target = dtype if stored.is_floating_point else stored
     return WorkItem(name, entry, target, entry.nbytes // stored.itemsize * target.itemsize)
 
 

@@ -120,7 +120,7 @@ class Quantizer:
         import torch
 
         dtype: Any = model._pre_quantization_dtype
-        for name, module in list(model.named_modules()):
+        for name, module in list(model.named_modules(remove_duplicate=False)):
             if not self.is_quantized(module):
                 continue
             with torch.no_grad():

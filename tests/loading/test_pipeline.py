@@ -1,0 +1,461 @@
+"""The pipeline: bounds, order, bytes and, whatever goes wrong, one error and no thread left."""
+
+import gc
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qexp.errors import LoadError
+from qexp.loading import arena as arena_module
+from qexp.loading import pipeline
+from qexp.loading.checkpoint import DTYPE_BYTES, open_checkpoint
+from qexp.loading.pipeline import stream
+from qexp.loading.plan import TORCH_DTYPES, WorkItem
+from qexp.quantizers.base import WeightSpec
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) == before
+
+
+def save(folder: Path, tensors: dict[str, Tensor]) -> list[WorkItem]:
+    """Items that quantize (so they are staged) every tensor of a file, in file order."""
+    save_file(tensors, folder / "model.safetensors")
+    return items_of(folder / "model.safetensors", quantize=True)
+
+
+def items_of(file: Path, quantize: bool = False, dtype: torch.dtype | None = None) -> list[WorkItem]:
+    items = []
+    for entry in open_checkpoint(file).entries.values():
+        target = dtype or TORCH_DTYPES[entry.dtype]
+        spec = WeightSpec(entry.name.removesuffix(".weight"), (1, 1), target) if quantize else None
+        items.append(WorkItem(entry.name, entry, target, entry.nbytes, spec))
+    return items
+
+
+def bytes_tensors(*sizes: int, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"t{number:03}": torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+        for number, size in enumerate(sizes)
+    }
+
+
+def clone(item: WorkItem, dense: Tensor) -> Tensor:
+    return dense.clone()
+
+
+def run(items: list[WorkItem], create: Any = clone, workers: int = 2, **options: Any) -> list[tuple[WorkItem, Any]]:
+    return list(stream(items, create, workers=workers, **{"in_flight_bytes": MIB, **options}))
+
+
+# Bytes
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+def test_bytes_equal_those_of_safetensors(dtype: str, in_place: bool, tmp_path: Path) -> None:
+    """Staged and read in place, scalars and empty tensors included."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape: int) -> Tensor:
+        high = 2 if dtype == "BOOL" else 256
+        raw = torch.randint(0, high, (*shape, TORCH_DTYPES[dtype].itemsize), dtype=torch.uint8, generator=generator)
+        return raw.view(TORCH_DTYPES[dtype]).reshape(shape)
+
+    file = tmp_path / "model.safetensors"
+    save_file({"a": tensor(3, 5), "s": tensor(), "e": tensor(0, 4), "b": tensor(7), "c": tensor(1, 2, 3)}, file)
+    expected = load_file(file)
+    create = (lambda item, dense: dense) if in_place else clone
+    results = {item.target: result for item, result in run(items_of(file), create, in_place=in_place)}
+    assert set(results) == set(expected)
+    for name, result in results.items():
+        assert (result.dtype, result.shape) == (expected[name].dtype, expected[name].shape)
+        assert bytes(result.flatten().view(torch.uint8).numpy()) == bytes(
+            expected[name].flatten().view(torch.uint8).numpy()
+        )
+
+
+def test_a_tensor_longer_than_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "READ_BYTES", 1000)
+    tensors = bytes_tensors(2999, 1000, 1, 3001)
+    results = run(save(tmp_path, tensors))
+    assert all(torch.equal(result, tensors[item.target]) for item, result in results)
+
+
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read may return less than asked for."""
+    monkeypatch.setattr(os, "preadv", lambda file, parts, offset, read=os.preadv: read(file, [parts[0][:77]], offset))
+    tensors = bytes_tensors(1000, 77, 78)
+    assert all(torch.equal(result, tensors[item.target]) for item, result in run(save(tmp_path, tensors)))
+
+
+def test_several_files_are_read_each_at_its_offsets(tmp_path: Path) -> None:
+    one, two = bytes_tensors(500, 600, seed=1), bytes_tensors(700, 800, seed=2)
+    save_file(one, tmp_path / "one.safetensors")
+    save_file({f"other.{name}": tensor for name, tensor in two.items()}, tmp_path / "two.safetensors")
+    items = items_of(tmp_path / "one.safetensors", True) + items_of(tmp_path / "two.safetensors", True)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for item, result in run(items):
+        name = item.target.removeprefix("other.")
+        assert torch.equal(result, (two if "other" in item.target else one)[name])
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_what_is_read_in_place_is_not_in_the_arena(tmp_path: Path) -> None:
+    """Unchanged copies keep their bytes while others pass through the arena behind them."""
+    tensors = bytes_tensors(*[4096] * 20)
+    staged = save(tmp_path, tensors)
+    kept = items_of(tmp_path / "model.safetensors")
+    items = [kept[n] if n % 2 else staged[n] for n in range(20)]
+
+    def create(item: WorkItem, dense: Tensor) -> Tensor:
+        return dense if item.spec is None else dense.zero_()
+
+    results = run(items, create, workers=1, in_flight_bytes=4096, in_place=True)
+    kept_results = [(item, result) for item, result in results if item.spec is None]
+    assert all(torch.equal(result, tensors[item.target]) for item, result in kept_results)
+    assert len({result.untyped_storage().data_ptr() for _, result in kept_results}) == 10
+
+
+def test_nothing_to_load() -> None:
+    assert run([]) == []
+
+
+# Bounds
+
+
+class Gate:
+    """A `create` that says how many bytes are inside, and lets nothing out until told."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.inside: list[int] = []
+        self.lock = threading.Lock()
+
+    def __call__(self, item: WorkItem, dense: Tensor) -> int:
+        with self.lock:
+            self.inside.append(dense.nbytes)
+        assert self.open.wait(10)
+        return dense.nbytes
+
+
+def settle(value: Callable[[], object], seconds: float = 0.1) -> object:
+    """What `value` says once it has not changed for a while."""
+    last, since = value(), time.monotonic()
+    while time.monotonic() - since < seconds:
+        time.sleep(0.005)
+        if (now := value()) != last:
+            last, since = now, time.monotonic()
+    return last
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["quantized", "unchanged"])
+def test_what_is_read_and_not_quantized_stays_within_the_bound(
+    cast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 tensors of 16 KiB wait at a gate, 128 KiB may be in flight: 8 are read, no more."""
+    read: list[int] = []
+
+    def counted(file: int, parts: list[memoryview], offset: int, preadv: Any = os.preadv) -> int:
+        read.append(len(parts[0]))
+        return preadv(file, parts, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    save(tmp_path, bytes_tensors(*[16 * KIB] * 64))
+    items, gate = items_of(tmp_path / "model.safetensors", quantize=not cast), Gate()
+    outcome: list[Any] = []
+    thread = threading.Thread(target=lambda: outcome.extend(run(items, gate, 3, in_flight_bytes=128 * KIB)))
+    thread.start()
+    assert settle(lambda: sum(read)) == 128 * KIB
+    assert len(gate.inside) == 3
+    gate.open.set()
+    thread.join(10)
+    assert [nbytes for _, nbytes in outcome] == [16 * KIB] * 64
+    assert sum(read) == 64 * 16 * KIB
+
+
+def test_bytes_in_flight_under_random_delays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sizes from nothing to the whole bound: what is acquired and not released never exceeds it."""
+    chosen, most, now = random.Random(0), [0], [0]
+
+    class Watched(arena_module.Arena):
+        def acquire(self, nbytes: int) -> tuple[int, Tensor]:
+            ticket, tensor = super().acquire(nbytes)
+            with self._changed:
+                most[0] = max(most[0], sum(self._used.values()))
+                now[0] = self._buffer.numel()
+            return ticket, tensor
+
+    monkeypatch.setattr(pipeline, "Arena", Watched)
+    sizes = [chosen.choice((0, 1, 5000, 40_000, 64 * KIB)) for _ in range(120)]
+    tensors = bytes_tensors(*sizes)
+
+    def slow(item: WorkItem, dense: Tensor) -> Tensor:
+        time.sleep(chosen.random() / 500)
+        return dense.clone()
+
+    results = run(save(tmp_path, tensors), slow, 4, in_flight_bytes=64 * KIB)
+    assert all(torch.equal(result, tensors[item.target]) for item, result in results)
+    assert now[0] == 64 * KIB and 32 * KIB < most[0] <= 64 * KIB
+
+
+def test_the_largest_tensor_may_be_larger_than_the_bound(tmp_path: Path) -> None:
+    tensors = bytes_tensors(100, 300 * KIB + 1, 100, 300 * KIB)
+    results = run(save(tmp_path, tensors), in_flight_bytes=4 * KIB)
+    assert all(torch.equal(result, tensors[item.target]) for item, result in results)
+
+
+def test_many_small_tensors_are_in_flight_together(tmp_path: Path) -> None:
+    """The arena has room for the page that each of them takes, not just for their bytes."""
+    inside = threading.Barrier(4, timeout=10)
+
+    def together(item: WorkItem, dense: Tensor) -> None:
+        inside.wait()
+
+    assert len(run(save(tmp_path, bytes_tensors(*[8] * 8)), together, workers=4)) == 8
+
+
+# Order and threads
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_results_come_in_the_order_of_the_items(workers: int, tmp_path: Path) -> None:
+    """The first item is the slowest, and the others take turns at being late."""
+    items = save(tmp_path, bytes_tensors(*[10] * 30))
+
+    def slow(item: WorkItem, dense: Tensor) -> str:
+        number = int(item.target[1:])
+        time.sleep(0.15 if number == 0 else 0.004 * (number % 3))
+        return item.target
+
+    results = run(items, slow, workers)
+    assert [item for item, _ in results] == items
+    assert [result for _, result in results] == [item.target for item in items]
+
+
+def test_more_workers_than_items(tmp_path: Path) -> None:
+    tensors = bytes_tensors(10, 20)
+    assert len(run(save(tmp_path, tensors), workers=16)) == 2
+
+
+def test_workers_run_side_by_side_with_one_thread_each_and_without_grad(tmp_path: Path) -> None:
+    together, seen = threading.Barrier(3, timeout=10), []
+
+    def create(item: WorkItem, dense: Tensor) -> None:
+        together.wait()
+        seen.append((threading.current_thread().name, torch.is_grad_enabled(), torch.get_num_threads()))
+
+    torch.set_num_threads(2)
+    try:
+        with torch.enable_grad():
+            run(save(tmp_path, bytes_tensors(1, 1, 1)), create, workers=3)
+            assert torch.is_grad_enabled()
+        assert torch.get_num_threads() == 2
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert later == [2]  # threads started after a load are not limited either
+    finally:
+        torch.set_num_threads(1)
+    assert len(seen) == 3
+    assert {values[1:] for values in seen} == {(False, 1)}
+
+
+def test_the_number_of_threads_is_restored_after_an_error(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            run(save(tmp_path, bytes_tensors(1)), lambda item, dense: 1 // 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+# Errors
+
+
+def test_a_file_cut_after_planning(tmp_path: Path) -> None:
+    items = save(tmp_path, bytes_tensors(1000, 1000, 1000))
+    file = items[1].source.file
+    os.truncate(file, items[1].source.offset + 10)
+    with pytest.raises(LoadError, match=rf"'{file}' ended within 't001'.*load it again"):
+        run(items)
+
+
+def test_a_file_gone_after_planning(tmp_path: Path) -> None:
+    items = save(tmp_path, bytes_tensors(10))
+    items[0].source.file.unlink()
+    with pytest.raises(LoadError, match=r"model\.safetensors' cannot be read at 't000': No such file"):
+        run(items)
+
+
+def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    items = save(tmp_path, bytes_tensors(10))
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(LoadError, match="Input/output error; check the disk"):
+        run(items)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_error_of_a_worker_while_the_reader_waits_for_room(workers: int, tmp_path: Path) -> None:
+    items = save(tmp_path, bytes_tensors(*[8 * KIB] * 50))
+
+    def create(item: WorkItem, dense: Tensor) -> Tensor:
+        if item.target == "t005":
+            time.sleep(0.05)  # the arena is full by now
+            raise RuntimeError(item.target)
+        return dense.clone()
+
+    with pytest.raises(RuntimeError, match="t005"):
+        run(items, create, workers, in_flight_bytes=8 * KIB * workers)
+
+
+def test_of_several_errors_one_is_raised(tmp_path: Path) -> None:
+    together = threading.Barrier(3, timeout=10)
+
+    def create(item: WorkItem, dense: Tensor) -> None:
+        together.wait()
+        raise RuntimeError(item.target)
+
+    with pytest.raises(RuntimeError, match="t00") as caught:
+        run(save(tmp_path, bytes_tensors(*[10] * 9)), create, workers=3)
+    assert caught.value.__cause__ is None and caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_errors_of_any_kind_reach_the_caller(error: type[BaseException], tmp_path: Path) -> None:
+    def create(item: WorkItem, dense: Tensor) -> None:
+        raise error("here")
+
+    with pytest.raises(error, match="here"):
+        run(save(tmp_path, bytes_tensors(10, 10)), create)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_error_of_the_caller_stops_the_reading(
+    in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing waits for room: what is kept unchanged would otherwise be read to the end."""
+    monkeypatch.setattr(pipeline, "READ_BYTES", 4 * KIB)
+    read = []
+
+    def slow(file: int, parts: list[memoryview], offset: int, preadv: Any = os.preadv) -> int:
+        read.append(len(parts[0]))
+        time.sleep(0.002)
+        return preadv(file, parts, offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    save(tmp_path, bytes_tensors(4 * KIB, 40 * MIB))
+    items = items_of(tmp_path / "model.safetensors", quantize=not in_place)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="caller"):
+        for _ in stream(items, clone, workers=2, in_flight_bytes=64 * KIB, in_place=in_place):
+            raise ValueError("caller")
+    assert time.monotonic() - started < 5
+    assert sum(read) < 20 * MIB
+
+
+def test_an_abandoned_stream_ends_its_threads(tmp_path: Path) -> None:
+    def slow(item: WorkItem, dense: Tensor) -> None:
+        time.sleep(0.02)
+
+    results = stream(save(tmp_path, bytes_tensors(*[8 * KIB] * 50)), slow, workers=2, in_flight_bytes=16 * KIB)
+    next(results)
+    assert any(thread.name.startswith("loading-") for thread in threading.enumerate())
+    del results
+
+
+def test_a_stream_that_is_never_started_starts_nothing(tmp_path: Path) -> None:
+    results = stream(save(tmp_path, bytes_tensors(10)), clone, workers=2, in_flight_bytes=KIB)
+    assert not any(thread.name.startswith("loading-") for thread in threading.enumerate())
+    del results
+
+
+def test_threads_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, start = [], threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    items = save(tmp_path, bytes_tensors(*[8 * KIB] * 50))
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        run(items, workers=4, in_flight_bytes=8 * KIB)
+
+
+# What is kept alive
+
+
+def test_dense_tensors_and_results_are_let_go(tmp_path: Path) -> None:
+    """While the stream is suspended it holds no result it has handed out, and no dense tensor of one."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    def create(item: WorkItem, dense: Tensor) -> Tensor:
+        temporary = dense.clone()
+        alive.append(weakref.ref(temporary))
+        return temporary.clone()
+
+    results = stream(save(tmp_path, bytes_tensors(*[100] * 5)), create, workers=1, in_flight_bytes=KIB)
+    handed_out = []
+    for _, result in results:
+        handed_out.append(weakref.ref(result))
+        del result
+        assert handed_out[-1]() is None
+    assert all(reference() is None for reference in alive)
+
+
+def test_an_error_keeps_tensors_alive_no_longer_than_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a collection of cycles: the arena, and what `create` had allocated, go with the exception."""
+    alive: list[weakref.ref[Any]] = []
+
+    class Watched(arena_module.Arena):
+        def __init__(self, nbytes: int) -> None:
+            super().__init__(nbytes)
+            alive.append(weakref.ref(self._buffer))
+
+    monkeypatch.setattr(pipeline, "Arena", Watched)
+
+    def create(item: WorkItem, dense: Tensor) -> None:
+        temporary = dense.clone()
+        alive.append(weakref.ref(temporary))
+        raise RuntimeError("here")
+
+    items = save(tmp_path, bytes_tensors(*[100] * 5))
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            for _ in stream(items, create, workers=2, in_flight_bytes=KIB):
+                pass
+        except RuntimeError as error:
+            assert any(reference() is not None for reference in alive)  # a debugger can look at them
+            assert str(error) == "here"
+        assert len(alive) >= 2
+        assert all(reference() is None for reference in alive)
+    finally:
+        gc.enable()

@@ -1,0 +1,82 @@
+"""Tensors to disk, whole or not at all."""
+
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from qexp.errors import DiskError
+from qexp.loading import saving
+from qexp.loading.saving import save_tensors
+
+
+@contextmanager
+def files_of_at_most(nbytes: int) -> Iterator[None]:
+    """The kernel refuses to let a file grow beyond this, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_tensors_come_back(tmp_path: Path) -> None:
+    tensors = {
+        "images": torch.randn(2, 3, generator=torch.Generator().manual_seed(0)),
+        "transposed": torch.arange(6).view(2, 3).t(),
+        "part": torch.arange(10)[::2],
+        "scalar": torch.tensor(1.5, dtype=torch.bfloat16),
+    }
+    path = tmp_path / "new folder" / "outputs.safetensors"
+    save_tensors(path, tensors)
+    loaded = load_file(path)
+    assert set(loaded) == set(tensors)
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype, name
+    with safe_open(path, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    assert [entry.name for entry in path.parent.iterdir()] == ["outputs.safetensors"]
+
+
+def test_a_disk_that_is_full_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "outputs.safetensors"
+    save_tensors(path, {"a": torch.ones(3)})
+    with files_of_at_most(50_000), pytest.raises(DiskError) as caught:
+        save_tensors(path, {"a": torch.zeros(100_000)})
+    assert str(path) in str(caught.value) and os.strerror(errno.EFBIG) in str(caught.value)
+    assert "paths.outputs" in str(caught.value)
+    assert torch.equal(load_file(path)["a"], torch.ones(3))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["outputs.safetensors"]
+
+
+def test_a_full_disk_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(saving, "save_file", fail)
+    with pytest.raises(DiskError, match=r"No space left on device.*free space there"):
+        save_tensors(tmp_path / "outputs.safetensors", {"a": torch.ones(3)})
+
+
+def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match=r"file/outputs\.safetensors"):
+        save_tensors(tmp_path / "file" / "outputs.safetensors", {"a": torch.ones(3)})
+
+
+def test_an_error_that_is_no_disks_keeps_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise SafetensorError("Error while serializing: something else")
+
+    monkeypatch.setattr(saving, "save_file", fail)
+    with pytest.raises(SafetensorError, match="something else"):
+        save_tensors(tmp_path / "outputs.safetensors", {"a": torch.ones(3)})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,70 @@
+"""Backends on the pipeline's threads: what several of them quantize at once is what one would have quantized."""
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qexp.errors import ConfigError
+from qexp.offload.payload import leaves
+from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
+from tests.backends import CPU, QUANTIZING, backend_config
+
+SHAPES = [(16, 64), (48, 128), (7, 96), (64, 130), (1, 256), (9, 256), (33, 34)]
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads take turns as often as the interpreter lets them."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def fits(quantizer: Quantizer, spec: WeightSpec) -> bool:
+    try:
+        return quantizer.reason_to_skip(spec) is None
+    except ConfigError:
+        return False
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("backend", QUANTIZING)
+def test_quantizing_on_several_threads_at_once(backend: str) -> None:
+    quantizer = load_quantizer(backend_config(backend))
+    quantizer.validate_environment(CPU)
+    generator = torch.Generator().manual_seed(0)
+    specs = [WeightSpec(str(shape), shape, torch.bfloat16) for shape in SHAPES]
+    specs = [spec for spec in specs if fits(quantizer, spec)]
+    weights = [torch.randn(spec.shape, generator=generator) for spec in specs]
+    assert len(specs) > 1
+
+    def quantize(number: int) -> list[Tensor]:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            chosen = number % len(specs)
+            return leaves(quantizer.create_quantized_param(specs[chosen], [weights[chosen]], {}, CPU))
+
+    expected = [quantize(number) for number in range(len(specs))]
+    with ThreadPoolExecutor(4) as pool:
+        for number, found in enumerate(pool.map(quantize, range(120))):
+            alike = zip(found, expected[number % len(specs)], strict=True)
+            assert all(torch.equal(a, b) for a, b in alike), specs[number % len(specs)]
+
+
+@pytest.mark.usefixtures("restless")
+def test_quanto_parses_shapes_on_one_thread_at_a_time() -> None:
+    """Of 12,000 calls of `ast.literal_eval` on four threads, Python 3.11 fails about ten."""
+    load_quantizer(backend_config("quanto")).is_quantized(torch.nn.Linear(1, 1))  # imports the library
+    module: Any = sys.modules["optimum.quanto.tensor.weights.qbytes"]
+
+    def parse(_: int) -> bool:
+        return all(module.ast.literal_eval("[64, 12]") == [64, 12] for _ in range(3000))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(parse, range(4)))
