@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from tests.fake_device import counters
+from tests.fake_device import counters, memory
 from tests.fake_device.counters import measure
 
 DEVICE = torch.device("fake", 1)
@@ -36,8 +36,10 @@ def test_pinned_memory_is_emulated() -> None:
     assert counters.total.pinned_bytes - before == 64
     with pytest.raises(RuntimeError, match="only dense CPU tensors can be pinned"):
         pinned.to(DEVICE).pin_memory()
+    address = pinned.data_ptr()
     del pinned
     assert counters.total.pinned_bytes == before
+    assert address not in memory._pinned  # something pageable may come there
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,15 @@ def test_a_wait_delivers_what_was_submitted_before_the_event_and_no_more() -> No
     MODULE.current_stream(DEVICE).wait_event(event)
     assert torch.equal(one.cpu(), host)
     assert not side.query()
+
+
+def test_work_on_one_stream_keeps_its_order() -> None:
+    host, target = torch.ones(4).pin_memory(), torch.zeros(4, device=DEVICE)
+    side, _ = start_copy(host, target)
+    with MODULE.stream(side):
+        assert (target + 1).cpu().tolist() == [2, 2, 2, 2]
+        target.copy_(host, non_blocking=True)
+        assert target.clone().cpu().tolist() == [1, 1, 1, 1]
 
 
 def test_the_source_of_a_late_copy_is_read_late() -> None:

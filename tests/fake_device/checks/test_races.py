@@ -85,6 +85,24 @@ def test_the_host_may_wait_for_all(side, host, how: str) -> None:
     assert seen.races == []
 
 
+def test_what_kernels_write_is_known_too(side, host) -> None:
+    back = torch.empty(64).pin_memory()
+    updated, read = host.to(DEVICE), host.to(DEVICE)
+    MODULE.synchronize()
+    for make, races in (
+        (lambda: updated.add_(1), 1),
+        (lambda: read + 1, 1),
+        (lambda: read.roll(1), 1),
+        (lambda: read, 0),
+    ):
+        with measure() as seen:
+            result = make()
+            with MODULE.stream(side):
+                back.copy_(result, non_blocking=True)
+        assert len(seen.races) == races
+        side.synchronize()
+
+
 def test_an_event_that_was_recorded_too_early_does_not_help(side, host) -> None:
     slot = host.to(DEVICE)
     with measure() as seen:
