@@ -75,7 +75,7 @@ def sample(hint: Any, default: Any) -> Any:
 
 
 FIELD_PLACES = [
-    *[(f"backend={option}", "backend") for option in ("none", "bitsandbytes", "torchao", "quanto")],
+    *[(f"backend={option}", "backend") for option in ("none", "bitsandbytes", "torchao", "quanto", "gguf")],
     *[(f"task={option}", "task") for option in plugin_names("task")],
     *[(f"{group}=none", group) for group in ("offload", "tracking")],
     ("model=digits", "model"),

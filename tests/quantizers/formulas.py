@@ -72,6 +72,33 @@ def e5m2(weight: Weight) -> Weight:
     return float8(weight, 2, -14, 57344.0)
 
 
+def fp16(x: Weight) -> Weight:
+    return x.astype(np.float16).astype(np.float32)
+
+
+def ggml_8bit(weight: Weight) -> Weight:
+    """Q8_0: blocks of 32, round(w / d) in -127..127 with d = absmax / 127, stored in fp16."""
+    blocks = weight.reshape(-1, 32)
+    d = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    return (np.rint(blocks / d) * fp16(d)).reshape(weight.shape)
+
+
+def ggml_symmetric(weight: Weight, bits: int) -> Weight:
+    """Q4_0, Q5_0: blocks of 32; the weight of largest magnitude, whatever its sign, goes to -2^(bits - 1)."""
+    blocks, half = weight.reshape(-1, 32), np.float32(2 ** (bits - 1))
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
+    d = -largest / half
+    return (np.clip(np.rint(blocks / d), -half, half - 1) * fp16(d)).reshape(weight.shape)
+
+
+def ggml_affine(weight: Weight, bits: int) -> Weight:
+    """Q4_1, Q5_1: blocks of 32, from their minimum to their maximum; both scale and minimum stored in fp16."""
+    blocks, levels = weight.reshape(-1, 32), np.float32(2**bits - 1)
+    low, high = blocks.min(axis=1, keepdims=True), blocks.max(axis=1, keepdims=True)
+    d = (high - low) / levels
+    return (np.clip(np.rint((blocks - low) / d), 0, levels) * fp16(d) + fp16(low)).reshape(weight.shape)
+
+
 # conf/backend file -> (formula, bits per weight of a 4096 x 4096 layer by hand: values, then scales)
 FORMULAS: dict[str, tuple[Callable[[Weight], Weight], float]] = {
     "bitsandbytes": (lambda w: blockwise_code(w, nf4_code()), 4 + 32 / 64),
@@ -86,4 +113,9 @@ FORMULAS: dict[str, tuple[Callable[[Weight], Weight], float]] = {
     "quanto_int4": (lambda w: affine(w, 4), 4 + 2 * 32 / 128),  # scale and shift
     "quanto_int2": (lambda w: affine(w, 2), 2 + 2 * 32 / 128),
     "quanto_float8": (e4m3, 8 + 32 / 4096),
+    "gguf": (ggml_8bit, 8 + 16 / 32),
+    "gguf_q5_1": (lambda w: ggml_affine(w, 5), 5 + 2 * 16 / 32),  # scale and minimum
+    "gguf_q5_0": (lambda w: ggml_symmetric(w, 5), 5 + 16 / 32),
+    "gguf_q4_1": (lambda w: ggml_affine(w, 4), 4 + 2 * 16 / 32),
+    "gguf_q4_0": (lambda w: ggml_symmetric(w, 4), 4 + 16 / 32),
 }

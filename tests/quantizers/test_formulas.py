@@ -19,6 +19,7 @@ PUBLISHED_DB = {  # measured with each library on N(0, 1) weights, 4096 x 4096, 
     "bitsandbytes": 20.73, "bitsandbytes_nf4_dq": 20.72, "bitsandbytes_fp4": 18.28, "bitsandbytes_int8": 41.23,
     "torchao": 41.26, "torchao_int8dq": 41.26, "torchao_float8wo": 31.55, "torchao_float8wo_e5m2": 25.57,
     "quanto": 41.23, "quanto_int4": 20.02, "quanto_int2": 6.01, "quanto_float8": 31.55,
+    "gguf": 45.43, "gguf_q5_1": 28.44, "gguf_q5_0": 27.39, "gguf_q4_1": 22.13, "gguf_q4_0": 21.32,
 }  # fmt: skip
 
 

@@ -1,0 +1,110 @@
+"""GGUF: the block formats of llama.cpp, 4 to 8 bits (and ternary, and MXFP4) on ordinary linear layers.
+
+Q8_0, Q5_0 and Q4_0 have an fp16 scale for 32 weights; Q5_1 and Q4_1 a minimum beside it; MXFP4 a power of two.
+TQ1_0 and TQ2_0 (blocks of 256) are for models trained with weights -1, 0, 1, and ruin others. K and IQ types are made
+by llama.cpp's own search and can be read, not made, here. A layer whose in_features is no multiple of the block is
+left alone, as llama.cpp does.
+
+Weights are quantized from the run's compute dtype, with the bytes of gguf-py, and decoded in fp32 to the dtype that
+the layer multiplies in: `compute_dtype`, or the run's. Formats: `gguf_types.py`, `gguf_encode.py`, `gguf_decode.py`.
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qexp.errors import ConfigError, LoadError, choices, did_you_mean
+from qexp.quantizers import base
+from qexp.quantizers.gguf_types import DECODABLE, ENCODABLE, TYPES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class GGUFConfig:
+    """quant_type: what dense weights become; compute_dtype: to multiply in, null is that of the run."""
+
+    quant_method: str = "gguf"
+    label: str | None = None
+    quant_type: str = "Q8_0"
+    compute_dtype: str | None = None
+    modules_to_not_convert: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        name = self.quant_type
+        if name in ENCODABLE:
+            return
+        why, remedy = f"is unknown{did_you_mean(name, ENCODABLE)}", f"use {choices(ENCODABLE)}"
+        if name in DECODABLE:
+            why = "can be read from files, but not made from weights"
+        elif name in TYPES and TYPES[name].block == 1:
+            why, remedy = "does not quantize", f"{remedy}, or backend=none with compute_dtype"
+        raise ConfigError(f"backend.quant_type={name!r} {why}; {remedy}")
+
+
+class GGUFQuantizer(base.Quantizer):
+    config: GGUFConfig
+    required_packages: ClassVar[Mapping[str, str]] = {"gguf": "0.19"}  # has the tables of the IQ types
+
+    def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
+        block = TYPES[self.config.quant_type].block
+        if spec.shape[1] % block:
+            return f"{self.config.quant_type} has blocks of {block} weights, which do not divide {spec.shape[1]}"
+        return None
+
+    def quantized_nbytes(self, spec: base.WeightSpec) -> int:
+        return TYPES[self.config.quant_type].nbytes(spec.shape)
+
+    def create_quantized_param(
+        self, spec: base.WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
+    ) -> nn.Parameter:
+        from qexp.quantizers.gguf_encode import encode
+
+        name, rows_of = self.config.quant_type, base.RowAssembler(spec.shape[0])
+        for rows, part in base.row_slices(spec, sources[0], device):
+            try:
+                rows_of.add(rows, {"raw": encode(name, part)})
+            except OverflowError as error:
+                raise LoadError(
+                    f"the weight of '{spec.module}' is too large for {name}, which stores scales in fp16: {error}; "
+                    f"use backend.quant_type=MXFP4, or add '{spec.module}' to skip_modules"
+                ) from None
+        return self.wrap(rows_of.inner["raw"], name, spec.shape, spec.dtype)
+
+    def wrap(self, raw: Tensor, quant_type: str, shape: Sequence[int], dtype: torch.dtype) -> nn.Parameter:
+        """The parameter around encoded bytes, as a file holds them. It shares their memory.
+
+        raw: uint8, of any shape; shape: [out, in]; dtype: that of the model, which the weight will appear to have.
+        Raises: LoadError for a type that cannot be decoded, or the wrong number of bytes.
+        """
+        import torch
+
+        from qexp.quantizers.gguf_tensor import GGUFTensor
+
+        if quant_type not in DECODABLE:
+            raise LoadError(f"GGUF type {quant_type} cannot be decoded, but {choices(DECODABLE)}; convert the file")
+        expected = TYPES[quant_type].nbytes(shape)
+        if raw.numel() != expected or shape[-1] % TYPES[quant_type].block:
+            raise LoadError(f"a {quant_type} weight of shape {list(shape)} has {expected} bytes, not {raw.numel()}")
+        own = self.config.compute_dtype
+        compute_dtype = None if own is None else getattr(torch, own)
+        weight = GGUFTensor(raw.view(shape[0], -1), quant_type, dtype, compute_dtype)
+        return torch.nn.Parameter(weight, requires_grad=False)
+
+    def is_quantized(self, module: nn.Module) -> bool:
+        from qexp.quantizers.gguf_tensor import GGUFTensor
+
+        return isinstance(getattr(module, "weight", None), GGUFTensor)
+
+    def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
+        return param.dequantize(dtype)
+
+
+Config = GGUFConfig
+Quantizer = GGUFQuantizer
