@@ -65,7 +65,7 @@ def test_config_yaml_repeats_the_defaults_of_the_dataclass() -> None:
 def sample(hint: Any, default: Any) -> Any:
     """A value of the type that is not the default."""
     text = str(hint)
-    if hint is bool:
+    if "bool" in text:
         return not default
     if "int" in text:
         return 7
