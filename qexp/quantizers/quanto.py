@@ -168,6 +168,8 @@ def _library() -> Any:
         from optimum.quanto.library.extensions.cpp import ext
 
     ext._lib = SimpleNamespace(unpack=unpack)
+    for layout in ("tinygemm", "awq", "marlin"):  # which the library would import with the first weight of that layout
+        importlib.import_module(f"optimum.quanto.tensor.weights.{layout}")
     for name, module in list(sys.modules.items()):
         if name.startswith("optimum.quanto.") and getattr(module, "ast", None) is ast:
             module.ast = SimpleNamespace(literal_eval=literal_eval)  # type: ignore[attr-defined]
