@@ -28,7 +28,7 @@ def test_every_yaml_composes_and_survives_the_way_through_yaml_and_json(option: 
     group, name = option.split("=")
     if group == "backend":
         backend = config.components["transformer"].backend
-        assert name.startswith(backend.quant_method)
+        assert name.startswith(backend.quant_method.removeprefix("qexp_"))
         assert backend.label and dataclasses.is_dataclass(backend)
 
 
@@ -65,7 +65,7 @@ def test_config_yaml_repeats_the_defaults_of_the_dataclass() -> None:
 def sample(hint: Any, default: Any) -> Any:
     """A value of the type that is not the default."""
     text = str(hint)
-    if hint is bool:
+    if "bool" in text:
         return not default
     if "int" in text:
         return 7

@@ -1,39 +1,109 @@
-"""Settings of offloading: where weights rest and in which groups they travel to the compute device."""
+"""Settings of offloading: where weights rest, in which groups they travel to the compute device, and how."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qexp.errors import ConfigError, choices
 
-STRATEGIES = ("none", "leaf", "block")
+STRATEGIES = ("none", "model", "sequential", "leaf", "block")
+STREAMED = ("leaf", "block")  # the strategies that can fetch groups ahead on a stream of their own
 DESTINATIONS = ("auto", "cpu", "disk")
+WITHOUT_STREAMS = ("cpu", "mps")  # device types
 
 
 @dataclass(frozen=True)
 class OffloadConfig:
     """One schema for all strategies, so that `offload=none,leaf,block offload.to=disk` composes.
 
-    strategy: none (resident), leaf (module by module) or block (`num_blocks_per_group` blocks at a time).
+    strategy: none (resident), model (whole components, one at a time), sequential (module by module, when it runs),
+        leaf (module by module, fetched ahead) or block (`num_blocks_per_group` blocks at a time, fetched ahead).
     to: where weights rest; auto is cpu where there is an accelerator and disk elsewhere.
+    use_stream: copy on a stream of its own, while the groups before run; null means where the device has streams.
+    prefetch_depth: groups on the device at a time with a stream: the one that runs, and those that are fetched ahead.
+    record_stream: tell the allocator which stream uses the memory. The ring of slots is never freed while it is in
+        use, so this changes nothing.
+    non_blocking: without a stream, do not let the host wait for each copy.
+    resident_gib: keep as many bytes of groups on the device as fit, and offload the rest.
+    low_cpu_mem: pin a staging buffer for each slot instead of all weights; the host then waits for the copies.
     """
 
     strategy: str = "none"
     to: str = "auto"
     num_blocks_per_group: int = 1
+    use_stream: bool | None = None
+    prefetch_depth: int = 2
+    record_stream: bool = False
+    non_blocking: bool = True
+    resident_gib: float = 0.0
+    low_cpu_mem: bool = False
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"offload.strategy={self.strategy!r} is unknown; use {choices(STRATEGIES)}")
         if self.to not in DESTINATIONS:
             raise ConfigError(f"offload.to={self.to!r} is unknown; use {choices(DESTINATIONS)}")
-        if self.num_blocks_per_group < 1:
-            raise ConfigError(f"offload.num_blocks_per_group={self.num_blocks_per_group} must be 1 or more")
+        if self.num_blocks_per_group is None or self.num_blocks_per_group < 1:
+            shown = "null" if self.num_blocks_per_group is None else self.num_blocks_per_group
+            raise ConfigError(
+                f"offload.num_blocks_per_group={shown} must be 1 or more blocks; use 1, or offload=leaf for less"
+            )
+        if self.prefetch_depth < 2:
+            raise ConfigError(
+                f"offload.prefetch_depth={self.prefetch_depth} must be 2 or more: the group that runs and the next "
+                "one; use offload.use_stream=false to fetch nothing ahead"
+            )
+        if not 0 <= self.resident_gib < math.inf:
+            raise ConfigError(
+                f"offload.resident_gib={self.resident_gib} must be a size in GiB, 0 or more; "
+                "use offload=none to keep everything on the device"
+            )
 
     def resolved(self, device_type: str) -> OffloadConfig:
-        """Settle `to=auto` for a compute device type and reset the fields that the strategy ignores."""
+        """Settle what depends on the compute device, and reset the fields that strategy and device ignore.
+
+        Raises: ConfigError if what is asked for cannot be done together, or on this device.
+        """
         if self.strategy == "none":
             return OffloadConfig()
         to = self.to if self.to != "auto" else ("disk" if device_type == "cpu" else "cpu")
-        blocks = self.num_blocks_per_group if self.strategy == "block" else 1
-        return replace(self, to=to, num_blocks_per_group=blocks)
+        use_stream = self.strategy in STREAMED and self._streams_on(device_type)
+        matters = {
+            "use_stream": self.strategy in STREAMED and device_type not in WITHOUT_STREAMS,
+            "num_blocks_per_group": self.strategy == "block",
+            "prefetch_depth": use_stream,
+            "record_stream": False,
+            "non_blocking": device_type != "cpu" and not use_stream,
+            "resident_gib": self.strategy != "model",
+            "low_cpu_mem": device_type != "cpu" and to == "cpu",
+        }
+        settled: dict[str, Any] = {"to": to, "use_stream": use_stream}
+        settled |= {name: getattr(DEFAULTS, name) for name, does in matters.items() if not does}
+        return replace(self, **settled)
+
+    def _streams_on(self, device_type: str) -> bool:
+        """Whether copies run on a stream of their own. Raises: ConfigError for a conflict."""
+        has_streams = device_type not in WITHOUT_STREAMS
+        if self.use_stream and not has_streams:
+            raise ConfigError(
+                f"offload.use_stream=true needs a device with streams, and device={device_type} has none; "
+                "use offload.use_stream=null for streams where there are any, or run on an accelerator"
+            )
+        if self.use_stream and not self.non_blocking:
+            raise ConfigError(
+                "offload.use_stream=true with offload.non_blocking=false lets the host wait for each copy, so that "
+                "none overlaps; leave out one of them"
+            )
+        use_stream = has_streams and self.non_blocking if self.use_stream is None else self.use_stream
+        if self.record_stream and not use_stream:
+            why = f"device={device_type} has none" if not has_streams else "offload uses none here"
+            raise ConfigError(
+                f"offload.record_stream=true needs a stream, and {why}; leave it out (the memory of the ring "
+                "is safe without), or use offload.use_stream=true on an accelerator"
+            )
+        return use_stream
+
+
+DEFAULTS = OffloadConfig()

@@ -97,14 +97,23 @@ class WeightFile:
         if nbytes:
             self.flat = torch.from_file(str(path), shared=True, size=nbytes, dtype=torch.uint8)
 
-    def load_into(self, target: Tensor, staging: Callable[[int], Tensor]) -> None:
+    def load_into(self, target: Tensor, staging: Callable[[int], Tensor], *, non_blocking: bool) -> None:
         """Read the group into `target` [nbytes]; on its way to a device it rests in `staging(nbytes)`."""
         if target.device.type == "cpu":
             self.read(target)
             return
         buffer = staging(self.nbytes)
         self.read(buffer)
-        target.copy_(buffer, non_blocking=True)
+        target.copy_(buffer, non_blocking=non_blocking)
+
+    def expect(self) -> None:
+        """Let the system read ahead. What is wrong with the file, `read` will say."""
+        with suppress(OSError):
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
 
     def read(self, buffer: Tensor) -> None:
         """Fill a uint8 host buffer [nbytes]. Raises: DiskError if the file is gone, shorter or has other content."""

@@ -11,12 +11,13 @@ On a device with streams, transfers run on a side stream, ahead of time, guarded
 What comes next is learned from what came next before, given the last two groups: no step boundaries are needed, and the
 first groups of the next step are fetched at the end of this one. So up to `depth - 1` groups have been transferred
 for a step that may never come, and fewer than all are transferred again in a step that finds them in their slots.
-On the CPU there is one slot and no prefetch: memory stays at one group.
+On the CPU there is one slot and no prefetch: memory stays at one group. What comes after the groups that are fetched
+is announced to where it rests: the system then reads ahead from disk, into its page cache.
 """
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,32 +26,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qexp.offload.group import ALIGNMENT, Binding, Group, MakeRest, Pieces
-
-log = logging.getLogger(__name__)
+from qexp.offload.group import Binding, Group, MakeRest
+from qexp.offload.host import aligned_buffer
 
 HOOK_MARK = "_qexp_offload"  # attribute of every module that is run by an engine
-
-
-def aligned_buffer(nbytes: int, device: torch.device, *, pinned: bool = False) -> Tensor:
-    """Uninitialized uint8 [nbytes] that starts at a 256-byte boundary."""
-    buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
-    if pinned:
-        try:
-            buffer = buffer.pin_memory()
-        except RuntimeError as error:
-            log.warning(
-                "offload: %d bytes of host memory stay pageable, copies of them do not overlap: %s", nbytes, error
-            )
-    start = -buffer.data_ptr() % ALIGNMENT
-    return buffer[start : start + nbytes]
 
 
 class Streams:
     """Copies on a side stream, where the device has streams and the caller wants them; else in program order."""
 
-    def __init__(self, device: torch.device, *, use_stream: bool) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, use_stream: bool, non_blocking: bool = True) -> None:
+        self.device, self.non_blocking = device, non_blocking
         self.module: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self.side: Any = self.module.Stream(device=device) if self.module and use_stream else None
 
@@ -76,23 +62,6 @@ class Streams:
     def synchronize(self) -> None:
         if self.module:
             self.module.synchronize(self.device)
-
-
-class Arena:
-    """A group at rest in host memory, pinned where the compute device can copy from pinned memory faster."""
-
-    in_memory = True
-
-    def __init__(self, nbytes: int, pieces: Pieces, *, pinned: bool) -> None:
-        self.flat = aligned_buffer(nbytes, torch.device("cpu"), pinned=pinned)
-        for offset, piece in pieces:
-            self.flat[offset : offset + piece.numel()].copy_(piece)
-
-    def load_into(self, target: Tensor, staging: Any) -> None:
-        target.copy_(self.flat, non_blocking=True)
-
-    def close(self) -> None:
-        self.flat = torch.empty(0, dtype=torch.uint8)
 
 
 class Slot:
@@ -163,9 +132,21 @@ class Visit:
 class Engine:
     """Runs the groups of one model on one device."""
 
-    def __init__(self, groups: list[Group], streams: Streams, make_rest: MakeRest, *, depth: int) -> None:
-        """depth: slots in the ring; with asynchronous streams, `depth - 1` groups are fetched ahead."""
+    def __init__(
+        self,
+        groups: list[Group],
+        streams: Streams,
+        make_rest: MakeRest,
+        *,
+        depth: int,
+        take_turn: Callable[[Engine], None] | None = None,
+    ) -> None:
+        """depth: slots in the ring; with asynchronous streams, `depth - 1` groups are fetched ahead.
+
+        take_turn: makes room on the device; slots are then made when they are needed, and given up when asked for.
+        """
         self.groups, self.streams, self.make_rest, self.depth = groups, streams, make_rest, depth
+        self.take_turn = take_turn
         self.slots: list[Slot] = []  # the least recently used first
         self.order = Order()
         self.transferred_bytes = 0
@@ -179,8 +160,9 @@ class Engine:
             for index, module in enumerate(group.modules):
                 self._hook(module, group, index)
         self._handles.append(model.register_forward_pre_hook(lambda *_: self.reset(), prepend=True))
-        largest = max((group.nbytes for group in self.groups), default=0)
-        self.slots = [self._new_slot(largest) for _ in range(min(self.depth, len(self.groups)))]
+        if self.take_turn is None:
+            largest = max((group.nbytes for group in self.groups), default=0)
+            self.slots = [self._new_slot(largest) for _ in range(min(self.depth, len(self.groups)))]
 
     def _hook(self, module: nn.Module, group: Group, index: int) -> None:
         def enter(*_: object) -> None:
@@ -220,6 +202,9 @@ class Engine:
         self._running[group, index].binding.bind()
         self._mark_used(slot)
         self._prefetch(coming)
+        for following in self.order.ahead(len(coming) + 1)[len(coming) :]:
+            if self._slot_of(following) is None:
+                following.rest.expect()
 
     def leave(self, group: Group, index: int) -> None:
         """Put the values at rest back, after the forward or the exception that ended it."""
@@ -245,6 +230,10 @@ class Engine:
             group.at_rest[index].bind()
         self._running.clear()
 
+    def give_up(self) -> None:
+        """Free the slots that no running module uses; their memory stays with the compute stream, which used them."""
+        self.slots = [slot for slot in self.slots if slot.users]
+
     def store_changes(self, group: Group) -> None:
         """Store what a module made of its weights: they are the group's weights from now on."""
         self.streams.synchronize()
@@ -268,6 +257,8 @@ class Engine:
 
     def _slot_for(self, group: Group, coming: list[Group]) -> Slot:
         """An idle slot, rather one that holds nothing that is needed soon; a new one if a group runs inside another."""
+        if self.take_turn is not None:
+            self.take_turn(self)
         idle = self._idle_slots(coming) or self._idle_slots([])
         if idle:
             return idle[0]
@@ -293,7 +284,7 @@ class Engine:
         slot.owner = None  # until the bytes are there: a failed read must leave no name on the slot
         self.streams.copy_waits_for(slot.free)
         with self.streams.copying():
-            group.rest.load_into(slot.flat[: group.nbytes], slot.staging)
+            group.rest.load_into(slot.flat[: group.nbytes], slot.staging, non_blocking=self.streams.non_blocking)
             slot.ready = self.streams.record()
         slot.owner = group
         self.transferred_bytes += group.nbytes

@@ -31,7 +31,8 @@ class Rest(Protocol):
     flat: Tensor
     in_memory: bool  # whether `flat` occupies memory, or only stands for bytes on disk
 
-    def load_into(self, target: Tensor, staging: Callable[[int], Tensor]) -> None: ...
+    def load_into(self, target: Tensor, staging: Callable[[int], Tensor], *, non_blocking: bool) -> None: ...
+    def expect(self) -> None: ...  # it will be loaded soon
     def close(self) -> None: ...
 
 
@@ -122,6 +123,10 @@ class Group:
     @property
     def all_sites(self) -> list[Site]:
         return [site for row in self.sites for site in row]
+
+    def measure(self) -> int:
+        """Bytes of the group's flat memory, before it is packed."""
+        return lay_out(self.name, flatten(store[name] for store, name in self.all_sites)[0])[2]
 
     def pack(self, make_rest: MakeRest) -> None:
         """Store the values that the modules hold now, and leave views of the stored bytes in their places."""

@@ -1,6 +1,7 @@
 """Which modules travel together.
 
-* leaf: each module without children is a group;
+* model: everything is one group;
+* leaf, sequential: each module without children is a group;
 * block: `num_blocks_per_group` consecutive blocks of a block list are a group; modules outside the block lists are
   groups of their own, as for leaf.
 
@@ -28,6 +29,10 @@ def plan_groups(model: nn.Module, config: OffloadConfig, block_lists: Sequence[s
     """The groups of a strategy. Raises: ConfigError if a block list is not there, or nothing is left to offload."""
     planned: list[tuple[str, list[Unit]]] = []
     taken: set[int] = set()
+    if config.strategy == "model":
+        every = list(model.modules())
+        planned.append((type(model).__name__, [(model, every)]))
+        taken.update(id(module) for module in every)
     if config.strategy == "block":
         lists = _block_lists(model, block_lists)
         users = Counter(id(part) for blocks in lists.values() for block in blocks for part in block.modules())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from qexp.errors import ConfigError
 from qexp.offload.config import OffloadConfig
 from qexp.offload.disk import DiskStore, release_freed_memory
-from qexp.offload.engine import HOOK_MARK, Arena, Engine, Streams
+from qexp.offload.engine import HOOK_MARK, Engine, Streams
 from qexp.offload.group import Group, Pieces, Rest
 from qexp.offload.grouping import plan_groups
+from qexp.offload.host import Arena, Slabs
 from qexp.offload.payload import Site, flatten, leaves, module_nbytes, sites, span_bytes, true_nbytes
+from qexp.offload.residency import choose_resident
+from qexp.offload.turns import take_turn
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +40,13 @@ def apply_offload(
 ) -> Offload:
     """Move a loaded model's weights to where they rest, and hook it so that it runs on `device`.
 
-    config: resolved, as `config.resolved(device.type)` gives it; store: the folder for `to=disk`.
+    config: with `to` settled, as `config.resolved(device.type)` gives it; store: the folder for `to=disk`.
     Raises: ConfigError for a conflict, DiskError if the weights cannot be written; the model is then as it was.
     """
     _refuse_conflicts(model, config, device, store)
+    config = config.resolved(device.type)  # for what else conflicts
     groups = [] if config.strategy == "none" else plan_groups(model, config, block_lists)
+    groups = _without_resident(model, groups, round(config.resident_gib * GIB))
     offload = Offload(model, config, device, groups)
     try:
         offload._start(store)
@@ -71,6 +77,22 @@ def _refuse_conflicts(model: nn.Module, config: OffloadConfig, device: torch.dev
             )
 
 
+def _without_resident(model: nn.Module, groups: list[Group], budget: int) -> list[Group]:
+    """The groups that travel: without those that stay on the device, within a budget of bytes for all that stays."""
+    if not budget:
+        return groups
+    mandatory = true_nbytes(*(store[name] for store, name in _sites_outside(model, groups)))
+    staying = choose_resident([group.measure() for group in groups], budget - mandatory)
+    log.info("offload: %d of %d groups stay on the device", len(staying), len(groups))
+    return [group for number, group in enumerate(groups) if number not in staying]
+
+
+def _sites_outside(model: nn.Module, groups: list[Group]) -> list[Site]:
+    grouped = {(id(store), name) for group in groups for store, name in group.all_sites}
+    every_site = [site for module in model.modules() for site in sites(module)]
+    return [(store, name) for store, name in every_site if (id(store), name) not in grouped]
+
+
 def _is_cpu_only(value: object) -> bool:
     return getattr(getattr(value, "quant_state", None), "packing_format_for_cpu", False) is True
 
@@ -81,12 +103,24 @@ class Offload:
     def __init__(self, model: nn.Module, config: OffloadConfig, device: torch.device, groups: list[Group]) -> None:
         self.model, self.config, self.groups = model, config, groups
         self.device = torch.empty(0, device=device).device  # with its index
-        self._streams = Streams(device, use_stream=True)
-        self._engine = Engine(groups, self._streams, self._make_rest, depth=2 if self._streams.asynchronous else 1)
+        self._streams = Streams(device, use_stream=bool(config.use_stream), non_blocking=config.non_blocking)
+        self._engine = Engine(
+            groups,
+            self._streams,
+            self._make_rest,
+            depth=config.prefetch_depth if config.use_stream else 1,
+            take_turn=partial(take_turn, self.device) if config.strategy == "model" else None,
+        )
+        self._slabs = Slabs(0, pinned=self._pins)
         self._disk: DiskStore | None = None
         self._originals: list[tuple[Any, int]] = []  # weak references to the payload's memory on the device, and bytes
         self._resident: list[tuple[Site, Any, Any]] = []  # (site, value before, value on the device)
         self._twins = _twins(groups)
+        self._tied = _tied(groups, _sites_outside(model, groups))
+
+    @property
+    def _pins(self) -> bool:
+        return self.device.type != "cpu" and not self.config.low_cpu_mem
 
     def statistics(self) -> dict[str, float]:
         """The offload/ metrics, until `remove()`. Payload and transfers include the padding that aligns each leaf."""
@@ -117,6 +151,9 @@ class Offload:
         for (store, name), before, moved in self._resident:
             if store.get(name) is moved:
                 store[name] = before
+        for (store, name), (outside, key) in self._tied:
+            store[name] = outside[key]
+        self._tied = []
         self._resident, self.groups = [], []
         if self._disk is not None:
             self._disk.remove()
@@ -126,6 +163,8 @@ class Offload:
         if self.config.to == "disk" and self.groups and store is not None:
             needed = true_nbytes(*(place[name] for group in self.groups for place, name in group.all_sites))
             self._disk = DiskStore(store, needed)
+        elif self.groups:
+            self._slabs = Slabs(sum(group.measure() for group in self.groups), pinned=self._pins)
         for group in self.groups:
             self._originals += self._memory_on_device(group)
             group.pack(self._make_rest)
@@ -136,7 +175,7 @@ class Offload:
     def _make_rest(self, name: str, nbytes: int, pieces: Pieces) -> Rest:
         if self._disk is not None:
             return self._disk.write(name, nbytes, pieces)
-        return Arena(nbytes, pieces, pinned=self.device.type != "cpu")
+        return Arena(self._slabs.take(nbytes), pieces, staged=self.config.low_cpu_mem)
 
     def _memory_on_device(self, group: Group) -> list[tuple[Any, int]]:
         found = [leaf for store, name in group.all_sites for leaf in leaves(store[name]) if leaf.device == self.device]
@@ -146,7 +185,7 @@ class Offload:
 
     def _move_resident(self) -> None:
         """Bring what belongs to no group to the device, through its leaves: `.to()` of some tensors loses parts."""
-        for store, name in self._resident_sites():
+        for store, name in _sites_outside(self.model, self.groups):
             value = store[name]
             parts, rebuild = flatten([value])
             if any(part.device != self.device for part in parts):
@@ -154,13 +193,8 @@ class Offload:
                 store[name] = moved
                 self._resident.append(((store, name), value, moved))
 
-    def _resident_sites(self) -> list[Site]:
-        grouped = {(id(store), name) for group in self.groups for store, name in group.all_sites}
-        every_site = [site for module in self.model.modules() for site in sites(module)]
-        return [(store, name) for store, name in every_site if (id(store), name) not in grouped]
-
     def _outside_groups(self) -> int:
-        return true_nbytes(*(store[name] for store, name in self._resident_sites()))
+        return true_nbytes(*(store[name] for store, name in _sites_outside(self.model, self.groups)))
 
     def _let_go(self) -> None:
         """Free what the originals used, and say so if somebody else still holds some of it."""
@@ -193,3 +227,10 @@ def _twins(groups: list[Group]) -> list[int]:
     first: dict[int, int] = {}
     values = [store[name] for group in groups for store, name in group.all_sites]
     return [first.setdefault(id(value), number) for number, value in enumerate(values)]
+
+
+def _tied(groups: list[Group], outside: list[Site]) -> list[tuple[Site, Site]]:
+    """(site in a group, site outside) wherever both hold the same object."""
+    holders = {id(store[name]): (store, name) for store, name in outside}
+    inside = [(store, name) for group in groups for store, name in group.all_sites]
+    return [((store, name), holders[id(store[name])]) for store, name in inside if id(store[name]) in holders]

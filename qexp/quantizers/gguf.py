@@ -89,9 +89,11 @@ class GGUFQuantizer(base.Quantizer):
 
         if quant_type not in DECODABLE:
             raise LoadError(f"GGUF type {quant_type} cannot be decoded, but {choices(DECODABLE)}; convert the file")
-        expected = TYPES[quant_type].nbytes(shape)
-        if raw.numel() != expected or shape[-1] % TYPES[quant_type].block:
-            raise LoadError(f"a {quant_type} weight of shape {list(shape)} has {expected} bytes, not {raw.numel()}")
+        kind, place = TYPES[quant_type], f"a {quant_type} weight of shape {list(shape)}"
+        if shape[-1] % kind.block:
+            raise LoadError(f"{place} is not made of whole blocks of {kind.block}; download the file again")
+        if raw.numel() != kind.nbytes(shape):
+            raise LoadError(f"{place} has {kind.nbytes(shape)} bytes, not {raw.numel()}; download the file again")
         own = self.config.compute_dtype
         compute_dtype = None if own is None else getattr(torch, own)
         weight = GGUFTensor(raw.view(shape[0], -1), quant_type, dtype, compute_dtype)

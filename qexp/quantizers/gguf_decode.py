@@ -96,11 +96,11 @@ def bits(field: Tensor) -> Tensor:
 
 
 def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Remember what a function makes for its arguments: an ordinary tensor, whatever mode the first call is in."""
+    """Remember what a function makes for its arguments: a real tensor, also while something is traced."""
 
     @cache
     def made(*arguments: Any) -> Tensor:
-        with torch.inference_mode(False), _disable_current_modes():
+        with _disable_current_modes():
             return make(*arguments)
 
     return made

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from qexp.offload.engine import Arena
 from qexp.offload.group import ALIGNMENT, Group
+from qexp.offload.host import Arena, aligned_buffer
 from qexp.offload.payload import as_bytes, flatten, leaves, module_nbytes, sites, span_bytes, true_nbytes
 from tests.offload import model_zoo as zoo
 
@@ -94,7 +94,7 @@ def test_any_strided_tensor_survives_a_group(leaf: torch.Tensor) -> None:
     module.register_buffer("odd", torch.ones(3))  # 12 bytes: what follows must start at 256 all the same
     module.register_buffer("leaf", leaf)
     group = Group("test", [(module, [module])])
-    group.pack(lambda name, nbytes, pieces: Arena(nbytes, pieces, pinned=False))
+    group.pack(lambda name, nbytes, pieces: Arena(aligned_buffer(nbytes, torch.device("cpu")), pieces))
     restored = {name: value for (_, name), value in group.restore()}
     for found in (module.leaf, restored["leaf"]):
         assert found.shape == leaf.shape and found.stride() == leaf.stride() and found.dtype == leaf.dtype

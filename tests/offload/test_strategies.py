@@ -22,6 +22,7 @@ STRATEGIES = {
     "leaf_disk": OffloadConfig("leaf", "disk"),
     "block_disk": OffloadConfig("block", "disk"),
     "block_of_two_disk": OffloadConfig("block", "disk", num_blocks_per_group=2),
+    "sequential_disk": OffloadConfig("sequential", "disk"),
 }
 
 

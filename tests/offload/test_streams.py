@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from qexp.offload.config import OffloadConfig
-from qexp.offload.engine import Arena, Engine, Slot, Streams
+from qexp.offload.engine import Engine, Slot, Streams
 from qexp.offload.group import Group, Pieces
 from qexp.offload.grouping import plan_groups
+from qexp.offload.host import Arena, aligned_buffer
 from tests.offload import model_zoo as zoo
 
 
@@ -82,10 +83,10 @@ class LateStreams(Streams):
 
 class LateArena(Arena):
     def __init__(self, streams: LateStreams, nbytes: int, pieces: Pieces) -> None:
-        super().__init__(nbytes, pieces, pinned=False)
+        super().__init__(aligned_buffer(nbytes, torch.device("cpu")), pieces)
         self.streams = streams
 
-    def load_into(self, target: Tensor, staging: Any) -> None:
+    def load_into(self, target: Tensor, staging: Any, *, non_blocking: bool) -> None:
         self.streams.copy(self.flat, target)
 
 

@@ -3,7 +3,7 @@
 Each function takes a weight [out, in] in fp32 and returns what it becomes after quantizing and dequantizing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,54 @@ def e5m2(weight: Weight) -> Weight:
     return float8(weight, 2, -14, 57344.0)
 
 
+def bf16(x: Weight, rounding: Callable[[Weight], Weight] = np.rint) -> Weight:
+    """x in eight bits of significand."""
+    step = np.exp2(np.frexp(x)[1].astype(np.float32) - 8)
+    return rounding(x / step) * step
+
+
+def least_squares(groups: Weight, candidates: Iterator[Weight]) -> Weight:
+    """For each group (a row of `groups`) the candidate nearest to it, the earlier one of two that are equally near."""
+    best = next(candidates)
+    for candidate in candidates:
+        nearer = np.square(candidate - groups).sum(axis=1) < np.square(best - groups).sum(axis=1)
+        best = np.where(nearer[:, None], candidate, best)
+    return best
+
+
+def packed_integers(weight: Weight, bits: int, shrink: Sequence[float], group: int = 64) -> Weight:
+    """Affine in groups whose min to max, or the part of it that is best, lies within offset .. offset + levels * scale.
+
+    Offset and scale are bf16, one rounded down and one up.
+    """
+    groups, levels = weight.reshape(-1, group), 2**bits - 1
+    low, high = groups.min(axis=1, keepdims=True), groups.max(axis=1, keepdims=True)
+
+    def candidate(part: float) -> Weight:
+        cut = (high - low) * np.float32((1 - part) / 2)
+        offset = bf16(low + cut, np.floor)
+        scale = bf16((high - cut - offset) / levels, np.ceil)
+        return np.clip(np.rint((groups - offset) / scale), 0, levels) * scale + offset
+
+    return least_squares(groups, map(candidate, (1.0, *shrink))).reshape(weight.shape)
+
+
+def packed_floats(
+    weight: Weight, exponent_bits: int, mantissa_bits: int, shrink: Sequence[float] = (), group: int | None = 64
+) -> Weight:
+    """Floats without infinity or NaN, a bf16 scale for each group that puts its absmax, or a part, on the largest."""
+    groups = weight.reshape(-1, group or weight.shape[1])
+    absmax, bias = np.abs(groups).max(axis=1, keepdims=True), 2**exponent_bits // 2 - 1
+    highest = 2**exponent_bits - 1 - bias
+    largest = np.float32(2.0**highest * (2 - 2.0**-mantissa_bits))
+
+    def candidate(part: float) -> Weight:
+        scale = bf16(absmax * np.float32(part) / largest)
+        return round_to_float(np.clip(groups / scale, -largest, largest), mantissa_bits, 1 - bias) * scale
+
+    return least_squares(groups, map(candidate, (1.0, *shrink))).reshape(weight.shape)
+
+
 def fp16(x: Weight) -> Weight:
     return x.astype(np.float16).astype(np.float32)
 
@@ -118,4 +166,11 @@ FORMULAS: dict[str, tuple[Callable[[Weight], Weight], float]] = {
     "gguf_q5_0": (lambda w: ggml_symmetric(w, 5), 5 + 16 / 32),
     "gguf_q4_1": (lambda w: ggml_affine(w, 4), 4 + 2 * 16 / 32),
     "gguf_q4_0": (lambda w: ggml_symmetric(w, 4), 4 + 16 / 32),
+    "packed_uint4": (lambda w: packed_integers(w, 4, (0.95, 0.9, 0.85)), 4 + 2 * 16 / 64),  # scale and offset
+    "packed_uint3": (lambda w: packed_integers(w, 3, (0.9, 0.8, 0.7)), 3 + 2 * 16 / 64),
+    "packed_uint2": (lambda w: packed_integers(w, 2, (0.85, 0.75, 0.65, 0.5)), 2 + 2 * 16 / 64),
+    "packed_fp6_e3w2": (lambda w: packed_floats(w, 3, 2), 6 + 16 / 64),
+    "packed_fp6_e2w3": (lambda w: packed_floats(w, 2, 3), 6 + 16 / 64),
+    "packed_fp5_e2w2": (lambda w: packed_floats(w, 2, 2), 5 + 16 / 64),
+    "packed_fp4_e2w1": (lambda w: packed_floats(w, 2, 1, (0.95, 0.9, 0.85)), 4 + 16 / 64),
 }

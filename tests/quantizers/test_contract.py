@@ -1,6 +1,7 @@
 """What every backend that quantizes must do, whichever library does it."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from tests.backends import CPU, QUANTIZING, backend_config
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # relative error of one layer's output on N(0, 1) weights and inputs: twice what the formats' SQNR leads one to expect
-FORWARD_ERROR = {"4": 0.25, "2": 1.1, "8": 0.12}
+FORWARD_ERROR = {"2": 1.1, "3": 0.4, "4": 0.25, "8": 0.12}
 
 
 def gaussian(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -47,16 +48,26 @@ def quantized_layer(backend: str, weight: Tensor, bias: Tensor | None) -> tuple[
 
 
 def bits(backend: str) -> str:
-    config = backend_config(backend)
-    return "2" if "int2" in backend else "4" if "int4" in backend or getattr(config, "load_in_4bit", False) else "8"
+    low = re.search(r"(?:int|packed_fp)([234])", backend)
+    return low[1] if low else "4" if getattr(backend_config(backend), "load_in_4bit", False) else "8"
+
+
+def holds(quantizer: base.Quantizer, spec: WeightSpec) -> bool:
+    """Whether the format can hold a weight of this shape: not, say, one that its groups do not divide."""
+    try:
+        return quantizer.reason_to_skip(spec) is None
+    except ConfigError:
+        return False
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", QUANTIZING)
 def test_bytes_are_as_predicted(backend: str, dtype: torch.dtype) -> None:
     for rows, columns in [(256, 512), (48, 96), (100, 320), (17, 64), (2, 4096)]:
-        quantizer, parameter = quantize(backend, gaussian(rows, columns, dtype=dtype))
         spec = WeightSpec("layer", (rows, columns), dtype)
+        if columns % 64 and not holds(load_quantizer(backend_config(backend)), spec):
+            continue
+        quantizer, parameter = quantize(backend, gaussian(rows, columns, dtype=dtype))
         assert true_nbytes(parameter) == quantizer.quantized_nbytes(spec), (rows, columns)
         assert not parameter.requires_grad
         assert not parameter.is_meta

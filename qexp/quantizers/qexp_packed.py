@@ -1,0 +1,124 @@
+"""Weights of 1 to 8 bits, integers or floats, really packed: N bits a weight and 16 or 32 bits a group.
+
+`uint1wo` … `uint8wo`: unsigned integers with scale and offset (32 bits a group). `int4wo` is `uint4wo`, under the name
+by which four bits and groups are known. `fpX_eAwB`, 3 to 8 bits: floats of a sign, A bits of exponent and B of
+mantissa, with a scale (16 bits a group). Formulas: `packed_codes`; the order of the bits: `packed_bits`; the weight in
+a layer: `packed_tensor`. All of it is PyTorch and runs on any device.
+
+Layers stay `nn.Linear`. A forward pass turns the weight back slice by slice, so these formats save memory and give up
+speed. Integers with fewer than 3 bits are for measuring: on Gaussian weights their error is a third of the weight.
+The names are those of torchao 0.7, which had both kinds; neither its packing nor ours is known to other programs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.quantizers import base
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+PARAMETER_BYTES = 2  # bf16
+
+
+@dataclass(frozen=True)
+class Element:
+    """What a code stands for: an unsigned integer, or a float of a sign, exponent_bits and what is left as mantissa."""
+
+    bits: int
+    exponent_bits: int = 0
+
+    @property
+    def is_float(self) -> bool:
+        return self.exponent_bits > 0
+
+    @property
+    def mantissa_bits(self) -> int:
+        return self.bits - 1 - self.exponent_bits
+
+
+ELEMENTS = {
+    **{f"uint{bits}wo": Element(bits) for bits in range(1, 9)},
+    "int4wo": Element(4),
+    **{f"fp{bits}_e{e}w{bits - 1 - e}": Element(bits, e) for bits in range(3, 9) for e in range(1, bits)},
+}
+
+
+@dataclass(frozen=True)
+class PackedConfig:
+    """group_size: weights of a row that share a scale; null is the whole row."""
+
+    quant_method: str = "qexp_packed"
+    label: str | None = None
+    quant_type: str = "uint4wo"
+    group_size: int | None = 64
+    modules_to_not_convert: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.quant_type not in ELEMENTS:
+            raise ConfigError(
+                f"backend.quant_type={self.quant_type!r} is unknown{did_you_mean(self.quant_type, ELEMENTS)}; "
+                f"use {choices(ELEMENTS)}"
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise ConfigError(f"backend.group_size={self.group_size} must be 1 or more, or null for one scale a row")
+
+
+class PackedQuantizer(base.Quantizer):
+    config: PackedConfig
+
+    def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
+        size, columns = self.config.group_size, spec.shape[1]
+        if size is None or columns % size == 0:
+            return None
+        fitting = [n for n in range(16, 257) if columns % n == 0]
+        sizes = f"{choices(fitting)}, or null" if fitting else "null"
+        raise ConfigError(
+            f"backend.group_size={size} does not divide in_features={columns} of '{spec.module}'; "
+            f"use {sizes} for one scale a row, or add the layer to skip_modules"
+        )
+
+    def inner_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
+        """The shapes of the inner tensors of a packed weight [out, in]: qdata in uint8, the others in bf16."""
+        (rows, columns), element = shape, ELEMENTS[self.config.quant_type]
+        parameters = ("scale",) if element.is_float else ("scale", "offset")
+        per_group = dict.fromkeys(parameters, (rows, columns // (self.config.group_size or columns)))
+        return {"qdata": (rows, element.bits * math.ceil(columns / 8)), **per_group}
+
+    def quantized_nbytes(self, spec: base.WeightSpec) -> int:
+        shapes = self.inner_shapes(spec.shape)
+        return sum(
+            rows * columns * (1 if name == "qdata" else PARAMETER_BYTES) for name, (rows, columns) in shapes.items()
+        )
+
+    def create_quantized_param(
+        self, spec: base.WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
+    ) -> nn.Parameter:
+        import torch
+
+        from qexp.quantizers.packed_codes import encode
+        from qexp.quantizers.packed_tensor import PackedTensor
+
+        groups, rows_of = spec.shape[1] // (self.config.group_size or spec.shape[1]), base.RowAssembler(spec.shape[0])
+        for rows, part in base.row_slices(spec, sources[0], device):
+            rows_of.add(rows, encode(part, self.config.quant_type, groups))
+        tensor = PackedTensor(rows_of.inner, self.config.quant_type, spec.shape, spec.dtype)
+        return torch.nn.Parameter(tensor, requires_grad=False)
+
+    def is_quantized(self, module: nn.Module) -> bool:
+        from qexp.quantizers.packed_tensor import PackedTensor
+
+        return isinstance(getattr(module, "weight", None), PackedTensor)
+
+    def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
+        return param.dequantize(dtype)
+
+
+Config = PackedConfig
+Quantizer = PackedQuantizer

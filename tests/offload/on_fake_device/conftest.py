@@ -1,0 +1,13 @@
+"""These tests run in a process of their own: see tests/fake_device/own_process.py."""
+
+import pytest
+
+from tests.fake_device import own_process
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    own_process.register(config, __file__)
+
+
+def pytest_ignore_collect() -> bool | None:
+    return None if own_process.is_registered() else True
