@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 WEIGHTS_DTYPES = ("int8", "int4", "int2", "float8")
 ACTIVATION_SCALES = ("input_scale", "output_scale")
 TINYGEMM_ROWS = 64  # rows that its packing interleaves
-INT8_KERNEL_COLUMNS = 16  # what torch._weight_int8pack_mm reads at a time; rows of 4 or 12 weights end in a crash
+# torch._weight_int8pack_mm reads 16 columns at a time, from aligned memory: other rows or addresses end in a crash
+INT8_KERNEL_COLUMNS = 16
+INT8_KERNEL_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class QuantoQuantizer(base.Quantizer):
     is_serializable = True
 
     def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
-        if self._bits < 8 and spec.numel == group_size(spec.shape[1]):
+        if self._bits < 8 and group_count(spec) == 1:
             return f"quanto {self.config.weights_dtype} cannot hold a single group of weights"
         return None
 
@@ -87,8 +89,8 @@ class QuantoQuantizer(base.Quantizer):
         return getattr(_library(), f"q{self.config.weights_dtype}")
 
     def quantized_nbytes(self, spec: base.WeightSpec) -> int:
-        scales = spec.shape[0] if self._bits == 8 else 2 * spec.numel // group_size(spec.shape[1])
-        rows = spec.shape[0] if self._bits == 8 else spec.numel // group_size(spec.shape[1])
+        scales = spec.shape[0] if self._bits == 8 else 2 * group_count(spec)
+        rows = spec.shape[0] if self._bits == 8 else group_count(spec)
         packed_rows = math.ceil(rows * self._bits / 8)
         return packed_rows * (spec.numel // rows) + scales * spec.dtype.itemsize
 
@@ -163,7 +165,7 @@ class QuantoQuantizer(base.Quantizer):
 
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         stored, scales = next(iter(parts.values())), parts["_scale"]
-        rows = spec.shape[0] if self._bits == 8 else spec.numel // group_size(spec.shape[1])
+        rows = spec.shape[0] if self._bits == 8 else group_count(spec)
         packed_rows = math.ceil(rows * self._bits / 8)
         if stored.nbytes != packed_rows * (spec.numel // rows) or math.prod(scales.shape) not in (rows, 1):
             raise LoadError(
@@ -213,10 +215,14 @@ class QuantoQuantizer(base.Quantizer):
         return param.dequantize().to(dtype)
 
 
-def group_size(in_features: int) -> int:
-    """Weights that share a scale in int4 and int2: the library's rule for a row of `in_features` weights."""
+def group_size(in_features: int) -> int | None:
+    """Weights that share a scale in int4 and int2: the library's rule for a row of `in_features`; None is the row."""
     sizes = (128, 96, 64, 32) if in_features > 128 else ()
-    return next((size for size in sizes if in_features % size == 0), in_features)
+    return next((size for size in sizes if in_features % size == 0), None)
+
+
+def group_count(spec: base.WeightSpec) -> int:
+    return spec.numel // (group_size(spec.shape[1]) or spec.shape[1])
 
 
 @cache
@@ -239,7 +245,8 @@ def int8_product(kernel: Callable[..., Tensor], general: Callable[..., Tensor]) 
     """activations [..., in] x int8 weights [out, in] * scales [out, 1] -> [..., out], by `kernel` where it is safe."""
 
     def product(activations: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
-        safe = weights.shape[1] % INT8_KERNEL_COLUMNS == 0
+        aligned = all(tensor.data_ptr() % INT8_KERNEL_ALIGNMENT == 0 for tensor in (activations, weights))
+        safe = aligned and weights.shape[1] % INT8_KERNEL_COLUMNS == 0
         return (kernel if safe else general)(activations, weights, scales)
 
     return product
