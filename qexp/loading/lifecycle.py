@@ -113,8 +113,8 @@ def prepare(
         raise LoadError(_nothing_message(component, quantizer, skipped))
     quantizer.preprocess_model(model, list(chosen), compute_dtype)
     plan = make_plan(model, checkpoint, quantizer, chosen, skipped, fp32, compute_dtype)
-    for name in plan.unused:
-        print(f"{component}: the checkpoint's '{name}' has no place in the model and is not read", file=sys.stderr)
+    if plan.unused:
+        print(_unused_message(component, plan.unused), file=sys.stderr)
     return Prepared(model, quantizer, chosen, plan, compute_dtype, dict(checkpoint.config))
 
 
@@ -178,6 +178,11 @@ def plan_statistics(plans: Sequence[LoadPlan], weights_bytes: int) -> dict[str, 
             item.spec.numel for item in quantized if item.spec is not None
         )
     return statistics
+
+
+def _unused_message(component: str, unused: Sequence[str]) -> str:
+    names = ", ".join(f"'{name}'" for name in unused[:5]) + (" …" if len(unused) > 5 else "")
+    return f"{component}: {len(unused)} tensors of the checkpoint have no place in the model and are not read: {names}"
 
 
 def _nothing_message(component: str, quantizer: Quantizer, skipped: Mapping[str, str]) -> str:

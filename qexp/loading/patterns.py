@@ -13,22 +13,20 @@ from functools import cache
 
 from qexp.errors import ConfigError
 
-ANY_SEGMENTS = r"(?:[^.]+\.)*"
-
 
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     """A regex over names whose segments all end with a dot, so that no segments are the empty string."""
     segments = (
-        ANY_SEGMENTS if segment == "**" else re.escape(segment).replace(r"\*", "[^.]*") + r"\."
+        r"(?:[^.]+\.)*" if segment == "**" else re.escape(segment).replace(r"\*", "[^.]*") + r"\."
         for segment in pattern.split(".")
     )
-    return re.compile("".join(segments) + ANY_SEGMENTS)
+    return re.compile("".join(segments))
 
 
 def covers(pattern: str, name: str) -> bool:
     """Whether `pattern` covers the module `name` ('' is the model itself), or a module above it."""
-    return _compiled(pattern).fullmatch(f"{name}." if name else "") is not None
+    return _compiled(pattern).match(f"{name}." if name else "") is not None
 
 
 def covering(patterns: Iterable[str], name: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-GIB = 1 << 30
+from qexp.memory import GIB
 
 
 class Progress:
