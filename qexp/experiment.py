@@ -11,13 +11,12 @@ import torch
 
 from qexp.errors import ConfigError
 from qexp.loading.checkpoint import open_checkpoint
-from qexp.loading.lifecycle import LoadedComponent, load_component, plan_statistics, prepare, warm_up
+from qexp.loading.lifecycle import LoadedComponent, load_component, plan_statistics, prepare, resolve_quantizer, warm_up
 from qexp.loading.saving import save_tensors
 from qexp.memory import GIB, PeakMemory, device_memory, host_memory
 from qexp.models.base import load_source
 from qexp.offload.payload import module_nbytes
 from qexp.offload.strategies import Offload, apply_offload
-from qexp.quantizers.base import load_quantizer
 from qexp.sweep.store import write_json, write_text
 from qexp.tasks import generate, roundtrip
 
@@ -77,7 +76,8 @@ def _roundtrip(config: RunConfig, source: ModelSource, device: torch.device, fol
     started = time.perf_counter()
     prepared, rows = {}, []
     for name, settings in config.components.items():
-        checkpoint, quantizer = open_checkpoint(source.checkpoints()[name]), load_quantizer(settings.backend)
+        checkpoint = open_checkpoint(source.checkpoints()[name])
+        quantizer = resolve_quantizer(settings.backend, checkpoint, name)
         prepared[name] = prepare(source, name, settings, checkpoint, quantizer, device=device)
         warm_up(prepared[name], device)
     with PeakMemory(device) as peak:

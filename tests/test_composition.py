@@ -41,7 +41,7 @@ MISTAKES = {
     "a.b.c=3": "a.b.c=3 is not a known field; valid here: backend, ",
     "backend.quant_typ=3": "not a known field of backend bitsandbytes (did you mean quant_method",
     "backend.weights_dtype=int4": "only of backend=quanto, quanto_float8, quanto_int2 or quanto_int4",
-    "offload.too=disk": "offload.too=disk is not a known field (did you mean to?); valid here: low_cpu_mem, non_blocking, ",
+    "offload.too=disk": "offload.too=disk is not a known field (did you mean to?); valid here: low_cpu_mem, ",
     "hydra.foo=3": "hydra.foo=3 is not a known field",
     "seed=abc": "seed=abc must be an integer",
     "seed=null": "seed=null must be an integer",

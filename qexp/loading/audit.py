@@ -8,30 +8,31 @@ from torch import nn
 
 from qexp.errors import LoadError
 from qexp.offload.payload import leaves, true_nbytes
-from qexp.quantizers.base import Quantizer, WeightSpec
+from qexp.quantizers.base import Quantizer
 
 
-def audit(model: nn.Module, quantizer: Quantizer, chosen: Mapping[str, WeightSpec]) -> None:
+def audit(model: nn.Module, quantizer: Quantizer, planned: Mapping[str, int]) -> None:
     """Raises LoadError unless every tensor is real, and the layers planned to be quantized are exactly those that are.
 
-    Also checked: a backend that quantized nothing, and weights whose bytes are not those the plan predicted.
+    planned: layer -> bytes of its quantized weight. Also checked: a backend that quantized nothing, and weights whose
+    bytes are not those the plan predicted.
     """
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     on_meta = [name for name, tensor in tensors if any(leaf.is_meta for leaf in leaves(tensor))]
     if on_meta:
         raise LoadError(f"after loading, {len(on_meta)} tensors have no data: {_some(on_meta)}")
     quantized = {name for name, module in model.named_modules(remove_duplicate=False) if quantizer.is_quantized(module)}
-    if forgotten := sorted(set(chosen) - quantized):
+    if forgotten := sorted(set(planned) - quantized):
         raise LoadError(f"after loading, {len(forgotten)} layers are not quantized though planned: {_some(forgotten)}")
-    if surplus := sorted(quantized - set(chosen)):
+    if surplus := sorted(quantized - set(planned)):
         raise LoadError(f"after loading, {len(surplus)} layers are quantized though not planned: {_some(surplus)}")
     if not quantized and quantizer.quantization_method != "none":
         raise LoadError(
             f"backend {quantizer.quantization_method!r} quantized no layer: every linear layer is skipped; "
             "loosen skip_modules, or use backend=none"
         )
-    for name, spec in chosen.items():
-        expected, found = quantizer.quantized_nbytes(spec), true_nbytes(model.get_submodule(name).weight)
+    for name, expected in planned.items():
+        found = true_nbytes(model.get_submodule(name).weight)
         if expected != found:
             raise LoadError(f"the quantized weight of '{name}' takes {found} bytes, but {expected} were planned")
 

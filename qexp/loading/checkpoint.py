@@ -16,7 +16,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from reprlib import repr as brief
@@ -47,12 +47,13 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """config: parsed config.json ({} for a bare file); entries: tensor name -> where it lies."""
+    """config: parsed config.json ({} for a bare file); entries: tensor name -> where it lies; metadata: the files'."""
 
     path: Path
     config: Mapping[str, Any]
     entries: Mapping[str, TensorEntry]
     files: tuple[Path, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def nbytes(self) -> int:
@@ -78,19 +79,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     files = _shards(path) if path.is_dir() else (path,)
     config = _read_json(path / "config.json") if path.is_dir() else {}
     entries: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] = {}
     for file in files:
-        for entry in read_header(file):
+        header_entries, header_metadata = read_header(file)
+        metadata.update(header_metadata)
+        for entry in header_entries:
             if entry.name in entries:
                 raise LoadError(
                     f"tensor '{entry.name}' is in both '{entries[entry.name].file}' and '{file}'; download both again"
                 )
             entries[entry.name] = entry
     _check_index(path, entries)
-    return Checkpoint(path, config, entries, files)
+    return Checkpoint(path, config, entries, files, metadata)
 
 
-def read_header(file: Path) -> list[TensorEntry]:
-    """The tensors of one safetensors file, in the order of their bytes. Raises LoadError if it is damaged."""
+def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
+    """(tensors in the order of their bytes, metadata) of one safetensors file. Raises LoadError if it is damaged."""
     raw = _header_bytes(file)
     try:
         header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
@@ -100,7 +104,9 @@ def read_header(file: Path) -> list[TensorEntry]:
         ) from None
     if not isinstance(header, dict):
         raise LoadError(f"'{file}' is not a safetensors file: its header is not a JSON object; download it again")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(file, "__metadata__ must map names to texts")
     start, size = 8 + len(raw), _status(file).st_size
     entries = sorted(
         (_entry(file, name, info, start) for name, info in header.items()), key=lambda e: (e.offset, e.nbytes)
@@ -113,7 +119,7 @@ def read_header(file: Path) -> list[TensorEntry]:
     if end != size:
         kind = "truncated" if size < end else "damaged"
         raise LoadError(f"'{file}' is {kind}: its header describes {end} bytes, the file has {size}; download it again")
-    return entries
+    return entries, metadata
 
 
 def _entry(file: Path, name: str, info: object, start: int) -> TensorEntry:

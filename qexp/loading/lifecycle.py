@@ -22,10 +22,20 @@ from qexp.loading.audit import audit
 from qexp.loading.checkpoint import Checkpoint, open_checkpoint
 from qexp.loading.patterns import anywhere, check_patterns
 from qexp.loading.pipeline import stream
-from qexp.loading.plan import TORCH_DTYPES, LoadPlan, WorkItem, choose_modules, make_plan, with_tied_entries
+from qexp.loading.plan import (
+    TORCH_DTYPES,
+    LoadPlan,
+    WorkItem,
+    choose_modules,
+    find_quantized,
+    make_plan,
+    stored_part_names,
+    with_tied_entries,
+)
 from qexp.loading.progress import Progress
 from qexp.memory import GIB, PeakMemory
 from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
+from qexp.quantizers.embedded import embedded_config, merge
 
 if TYPE_CHECKING:
     from qexp.models.base import ModelSource
@@ -41,6 +51,7 @@ class Prepared:
     chosen: Mapping[str, WeightSpec]
     plan: LoadPlan
     compute_dtype: torch.dtype
+    config: Mapping[str, Any]  # parsed config.json
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ def load_component(
     Raises: ConfigError, MissingLibraryError, UnsupportedError or LoadError, most of them before a weight is read.
     """
     checkpoint = open_checkpoint(source.checkpoints()[component])  # 1 config
-    quantizer = load_quantizer(settings.backend)  # 2 resolve
+    quantizer = resolve_quantizer(settings.backend, checkpoint, component)  # 2 resolve, merge
     prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)  # 3 to 6
     warm_up(prepared, device)
     started = time.perf_counter()
@@ -70,7 +81,7 @@ def load_component(
         quantizer.postprocess_model(prepared.model, device)  # 8 finish, audit
         _register(prepared)  # 9
     seconds = time.perf_counter() - started
-    audit(prepared.model, quantizer, prepared.chosen)
+    audit(prepared.model, quantizer, prepared.plan.quantized_nbytes)
     return LoadedComponent(prepared.model, prepared.plan, seconds, memory)
 
 
@@ -84,9 +95,8 @@ def prepare(
     device: torch.device,
 ) -> Prepared:
     """Stages 3 to 6: check the machine, settle the dtype, build the skeleton on meta, swap modules, make the plan."""
-    _refuse_quantized(checkpoint)
     quantizer.validate_environment(device)  # 3
-    compute_dtype = quantizer.update_torch_dtype(_compute_dtype(settings, checkpoint))  # 4
+    compute_dtype = quantizer.update_torch_dtype(_compute_dtype(settings, checkpoint, quantizer))  # 4
     with init_empty_weights(include_buffers=False):  # 5
         model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
     checkpoint = with_tied_entries(checkpoint, model)
@@ -95,14 +105,17 @@ def prepare(
     check_patterns(skip, names, f"skip_modules of '{component}'")
     check_patterns(settings.keep_in_fp32_modules, names, f"keep_in_fp32_modules of '{component}'")
     fp32 = (*settings.keep_in_fp32_modules, *map(anywhere, getattr(model, "_keep_in_fp32_modules", None) or ()))
-    chosen, skipped = choose_modules(model, quantizer, skip, fp32, compute_dtype)  # 6
+    if quantizer.stored:  # 6
+        chosen, skipped = find_quantized(model, quantizer, checkpoint.entries, compute_dtype)
+    else:
+        chosen, skipped = choose_modules(model, quantizer, skip, fp32, compute_dtype)
     if not chosen and quantizer.quantization_method != "none":
         raise LoadError(_nothing_message(component, quantizer, skipped))
     quantizer.preprocess_model(model, list(chosen), compute_dtype)
     plan = make_plan(model, checkpoint, quantizer, chosen, skipped, fp32, compute_dtype)
     if plan.unused:
         print(_unused_message(component, plan.unused), file=sys.stderr)
-    return Prepared(model, quantizer, chosen, plan, compute_dtype)
+    return Prepared(model, quantizer, chosen, plan, compute_dtype, dict(checkpoint.config))
 
 
 def stream_plan(
@@ -110,20 +123,21 @@ def stream_plan(
 ) -> Iterator[tuple[WorkItem, Any]]:
     """Run work items through the pipeline with the loader's settings, showing progress. in_place: see `stream`."""
     workers, in_flight_bytes = loader.workers or len(os.sched_getaffinity(0)), loader.in_flight_mib << 20
-    progress = Progress(title, len(items), sum(item.source.nbytes for item in items))
+    progress = Progress(title, len(items), sum(item.nbytes for item in items))
     try:
         for item, result in stream(items, create, workers=workers, in_flight_bytes=in_flight_bytes, in_place=in_place):
-            progress.advance(item.source.nbytes)
+            progress.advance(item.nbytes)
             yield item, result
     finally:
         progress.close()
 
 
 def _load_weights(prepared: Prepared, component: str, *, device: torch.device, loader: LoaderConfig) -> None:
-    def create(item: WorkItem, dense: Tensor) -> Tensor:
-        if item.spec is not None:
-            return prepared.quantizer.create_quantized_param(item.spec, [dense], {}, device)
-        return dense.to(device=device, dtype=item.dtype)
+    def create(item: WorkItem, first: Tensor, *others: Tensor) -> Tensor:
+        if item.spec is None:
+            return first.to(device=device, dtype=item.dtype)
+        companions = dict(zip(item.companions, others, strict=True))
+        return prepared.quantizer.create_quantized_param(item.spec, [first], companions, device)
 
     items, on_cpu = list(prepared.plan.items), device.type == "cpu"
     for item, tensor in stream_plan(items, create, loader, f"{component}: loading", in_place=on_cpu):
@@ -150,12 +164,12 @@ def plan_statistics(plans: Sequence[LoadPlan], weights_bytes: int) -> dict[str, 
     """Counts of modules, and the `memory/` numbers of the weights. weights_bytes: true bytes of all components."""
     items = [item for plan in plans for item in plan.items]
     quantized = [item for plan in plans for item in plan.quantized]
-    numel = sum(item.source.nbytes // TORCH_DTYPES[item.source.dtype].itemsize for item in items)
+    numel = sum(item.numel for item in items)
     statistics: dict[str, float] = {
         "load/quantized_modules": len(quantized),
         "load/skipped_modules": sum(len(plan.skipped) for plan in plans),
         "memory/weights_gib": weights_bytes / GIB,
-        "memory/dense_weights_gib": sum(item.source.nbytes for item in items) / GIB,
+        "memory/dense_weights_gib": sum(item.dense_nbytes for item in items) / GIB,
         "memory/model_bits_per_weight": 8 * weights_bytes / max(numel, 1),
     }
     if quantized:
@@ -173,6 +187,8 @@ def _unused_message(component: str, unused: Sequence[str]) -> str:
 
 def _nothing_message(component: str, quantizer: Quantizer, skipped: Mapping[str, str]) -> str:
     reasons = ", ".join(f"'{name}' ({reason})" for name, reason in list(skipped.items())[:3])
+    if quantizer.stored:
+        return f"'{component}' embeds a quantization_config of {quantizer.quantization_method}, but no quantized weight"
     why = f"every linear layer is skipped: {reasons}" + (" …" if len(skipped) > 3 else "")
     return (
         f"backend {quantizer.quantization_method!r} would have quantized no layer of '{component}': "
@@ -180,35 +196,38 @@ def _nothing_message(component: str, quantizer: Quantizer, skipped: Mapping[str,
     )
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    embedded = checkpoint.config.get("quantization_config")
-    if embedded is not None:
-        method = embedded.get("quant_method", "unknown") if isinstance(embedded, Mapping) else "unknown"
-        raise LoadError(
-            f"checkpoint '{checkpoint.path}' is already quantized (quantization_config.quant_method={method!r}), "
-            "and loading such checkpoints is not supported yet; set model.path to the original one"
-        )
+def resolve_quantizer(backend: Any, checkpoint: Checkpoint, component: str) -> Quantizer:
+    """The quantizer of `backend`, or of the config that the checkpoint embeds: that one wins, with a warning."""
+    embedded = embedded_config(checkpoint.config, checkpoint.path)
+    if embedded is None:
+        return load_quantizer(backend)
+    if lost := merge(backend, embedded):
+        print(f"warning: {component}: the checkpoint is quantized already; unused: {', '.join(lost)}", file=sys.stderr)
+    quantizer = load_quantizer(embedded)
+    quantizer.stored, quantizer.metadata = True, checkpoint.metadata
+    return quantizer
 
 
-def _compute_dtype(settings: ComponentConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype asked for, or the one in which most of the checkpoint's floating-point bytes are stored."""
+def _compute_dtype(settings: ComponentConfig, checkpoint: Checkpoint, quantizer: Quantizer) -> torch.dtype:
+    """The dtype asked for, or the one of most floating-point bytes in the checkpoint that are no quantized weight's."""
     if settings.compute_dtype is not None:
         dtype: torch.dtype = getattr(torch, settings.compute_dtype)
         return dtype
     sizes: dict[torch.dtype, int] = {}
-    for entry in checkpoint.entries.values():
+    parts = stored_part_names(quantizer, checkpoint)
+    for entry in (entry for name, entry in checkpoint.entries.items() if name not in parts):
         stored = TORCH_DTYPES[entry.dtype]
         if stored in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             sizes[stored] = sizes.get(stored, 0) + entry.nbytes
     if not sizes:
-        raise ConfigError(f"'{checkpoint.path}' has no floating-point tensors; set compute_dtype")
+        raise ConfigError(f"'{checkpoint.path}' has no unquantized floating-point tensors; set compute_dtype")
     return max(sizes, key=lambda stored: sizes[stored])
 
 
 def warm_up(prepared: Prepared, device: torch.device) -> None:
     """Quantize a small weight, so that libraries and thread pools are there before memory and time are measured."""
     columns = next((spec.shape[1] for spec in prepared.chosen.values()), 0)  # a width that the format can hold
-    if columns == 0:
+    if columns == 0 or prepared.quantizer.stored:
         return
     spec = WeightSpec("warm-up", (64, columns), prepared.compute_dtype)
     with torch.no_grad():
@@ -216,8 +235,9 @@ def warm_up(prepared: Prepared, device: torch.device) -> None:
 
 
 def _register(prepared: Prepared) -> None:
-    """Leave on the model what other libraries look for on a quantized one."""
+    """Leave on the model what other libraries look for on a quantized one, and what saving it needs."""
     model: Any = prepared.model
+    model.checkpoint_config = prepared.config
     if prepared.quantizer.quantization_method == "none":
         return
     model.hf_quantizer = prepared.quantizer

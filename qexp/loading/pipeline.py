@@ -24,9 +24,11 @@ from torch import Tensor
 
 from qexp.errors import LoadError
 from qexp.loading.arena import Arena, Stopped, aligned
+from qexp.loading.checkpoint import TensorEntry
 from qexp.loading.plan import TORCH_DTYPES, WorkItem
 
-Create = Callable[[WorkItem, Tensor], Any]
+Create = Callable[..., Any]  # (item, tensor of each entry) -> result
+TENSOR_ALIGNMENT = 64  # of tensors that share a place in the arena
 READ_BYTES = 32 << 20  # a single read: large enough to be fast, small enough to stop soon
 
 
@@ -35,16 +37,16 @@ def stream(
 ) -> Iterator[tuple[WorkItem, Any]]:
     """Read each item's tensor, apply `create` to it on a worker, and yield (item, result) in the order of `items`.
 
-    create: (item, dense tensor on the CPU in the checkpoint's dtype) -> result, called without grad. The tensor's
-    memory is used again when it returns, so the result must not share it.
-    in_place: an item that is copied unchanged gets memory of its own, for results that share it (a load on the CPU).
+    create: (item, a tensor for each of item.entries, on the CPU as in the checkpoint) -> result, called without grad.
+    The tensors' memory is used again when it returns, so the result must not share it.
+    in_place: an item that is kept as it is gets memory of its own, for results that share it (a load on the CPU).
     Raises whatever a stage raised; all threads have ended when it does.
     """
 
     def is_staged(item: WorkItem) -> bool:
         return not (in_place and _is_unchanged(item))
 
-    arena = Arena(_arena_bytes([item.source.nbytes for item in items if is_staged(item)], in_flight_bytes))
+    arena = Arena(_arena_bytes([_room(item) for item in items if is_staged(item)], in_flight_bytes))
     todo, done, stop = queue.SimpleQueue[Any](), queue.SimpleQueue[Any](), threading.Event()
 
     def reader() -> None:
@@ -52,9 +54,10 @@ def stream(
             with ExitStack() as files:
                 opened: dict[Path, int] = {}
                 for index, item in enumerate(items):
-                    ticket, buffer = arena.acquire(item.source.nbytes) if is_staged(item) else (None, _fresh(item))
-                    _read(item, buffer, opened, files, stop)
-                    todo.put((index, item, ticket, buffer))
+                    ticket, room = arena.acquire(_room(item)) if is_staged(item) else (None, None)
+                    tensors = [_read(entry, part, opened, files, stop) for entry, part in _parts(item, room)]
+                    todo.put((index, item, ticket, tensors))
+                    del tensors, room
         except Stopped:
             pass
         except BaseException as error:
@@ -66,13 +69,13 @@ def stream(
         torch.set_num_threads(1)  # of this thread: the workers are the parallelism
         with torch.no_grad():  # grad mode is not inherited by threads
             while (task := todo.get()) is not None and not stop.is_set():
-                index, item, ticket, buffer = task
+                index, item, ticket, tensors = task
                 try:
-                    result = create(item, _typed(item, buffer))
+                    result = create(item, *tensors)
                 except BaseException as error:
                     done.put((-1, error))
                     return
-                del task, buffer
+                del task, tensors
                 done.put((index, result))
                 del result
                 if ticket is not None:
@@ -121,25 +124,37 @@ def _in_order(items: Sequence[WorkItem], done: queue.SimpleQueue[Any]) -> Iterat
 
 
 def _is_unchanged(item: WorkItem) -> bool:
-    """Whether the tensor's bytes are those of the result: neither quantized nor cast."""
-    return item.spec is None and item.dtype == TORCH_DTYPES[item.source.dtype]
+    """Whether the bytes that are read are those of the result: neither quantized nor cast."""
+    return bool(item.companions) or (item.spec is None and item.dtype == TORCH_DTYPES[item.source.dtype])
 
 
 def _arena_bytes(sizes: Sequence[int], in_flight_bytes: int) -> int:
     return max(min(in_flight_bytes, sum(map(aligned, sizes))), max(sizes, default=1))
 
 
-def _fresh(item: WorkItem) -> Tensor:
-    return torch.empty(item.source.nbytes, dtype=torch.uint8)
+def _room(item: WorkItem) -> int:
+    return sum(_padded(entry.nbytes) for entry in item.entries)
 
 
-def _typed(item: WorkItem, buffer: Tensor) -> Tensor:
-    return buffer.view(TORCH_DTYPES[item.source.dtype]).view(item.source.shape)
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
 
 
-def _read(item: WorkItem, buffer: Tensor, opened: dict[Path, int], files: ExitStack, stop: threading.Event) -> None:
-    """Read the bytes of one tensor. Raises LoadError if the file has changed since its header was read."""
-    source = item.source
+def _parts(item: WorkItem, room: Tensor | None) -> Iterator[tuple[TensorEntry, Tensor]]:
+    """Each entry of an item with the uint8 tensor to read it into: a part of `room`, or memory of its own."""
+    start = 0
+    for entry in item.entries:
+        if room is None:
+            yield entry, torch.empty(entry.nbytes, dtype=torch.uint8)
+        else:
+            yield entry, room[start : start + entry.nbytes]
+            start += _padded(entry.nbytes)
+
+
+def _read(
+    source: TensorEntry, buffer: Tensor, opened: dict[Path, int], files: ExitStack, stop: threading.Event
+) -> Tensor:
+    """One tensor, its bytes read into `buffer`. Raises LoadError if the file has changed since its header was read."""
     array: Any = buffer.numpy()
     view, position = memoryview(array), 0
     try:
@@ -160,3 +175,4 @@ def _read(item: WorkItem, buffer: Tensor, opened: dict[Path, int], files: ExitSt
         raise LoadError(
             f"'{source.file}' cannot be read at '{source.name}': {error.strerror}; check the disk, or download it again"
         ) from error
+    return buffer.view(TORCH_DTYPES[source.dtype]).view(source.shape)

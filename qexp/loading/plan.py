@@ -1,15 +1,17 @@
 """What a load will do, decided from headers and a meta skeleton alone: complete before the first byte is read.
 
 Each parameter and buffer of the model becomes one work item: its source in the checkpoint, and whether it is copied
-(and cast) or quantized. The plan knows the exact bytes of the result, and says of every linear layer whether it will
-be quantized, and if not, why.
+(and cast), quantized, or put together from the inner tensors of a weight that the checkpoint holds ready quantized.
+The plan knows the exact bytes of the result, and says of every linear layer whether it will be quantized, and if not,
+why.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,13 +32,36 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One tensor of the model: `target` from `source`; quantized if it has a spec, else cast to `dtype`."""
+    """One tensor of the model: `target` from `source`; quantized if it has a spec, else cast to `dtype`.
+
+    companions: the other inner tensors of a ready-quantized weight, by what its format calls them; `source` is then the
+    first of its inner tensors.
+    """
 
     target: str
     source: TensorEntry
     dtype: torch.dtype
     result_nbytes: int
     spec: WeightSpec | None = None
+    companions: Mapping[str, TensorEntry] = field(default_factory=dict)
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """Everything that is read for this item."""
+        return (self.source, *self.companions.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.source.shape) if self.spec is None else self.spec.numel
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the tensor before quantization: as in the checkpoint, or for a ready-quantized one in its dtype."""
+        return self.numel * self.dtype.itemsize if self.companions else self.source.nbytes
 
 
 @dataclass(frozen=True)
@@ -51,12 +76,18 @@ class LoadPlan:
     def quantized(self) -> list[WorkItem]:
         return [item for item in self.items if item.spec is not None]
 
+    @property
+    def quantized_nbytes(self) -> dict[str, int]:
+        """Layer -> bytes of its quantized weight."""
+        return {item.spec.module: item.result_nbytes for item in self.items if item.spec is not None}
+
     def to_container(self) -> dict[str, Any]:
         """The plan as JSON-able data, for plan.json."""
         return {
             "result_bytes": sum(item.result_nbytes for item in self.items),
-            "dense_bytes": sum(item.source.nbytes for item in self.items),
-            "quantized": {item.spec.module: item.result_nbytes for item in self.items if item.spec is not None},
+            "read_bytes": sum(item.nbytes for item in self.items),
+            "dense_bytes": sum(item.dense_nbytes for item in self.items),
+            "quantized": self.quantized_nbytes,
             "skipped": dict(self.skipped),
             "unused": list(self.unused),
         }
@@ -80,6 +111,19 @@ def choose_modules(
         else:
             skipped[name] = reason
     return chosen, skipped
+
+
+def find_quantized(
+    model: nn.Module, quantizer: Quantizer, entries: Mapping[str, TensorEntry], dtype: torch.dtype
+) -> tuple[dict[str, WeightSpec], dict[str, str]]:
+    """As `choose_modules`, for a checkpoint that is quantized: the layers are those that it holds ready quantized."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = {
+        name: WeightSpec(name, (module.out_features, module.in_features), dtype)
+        for name, module in linear.items()
+        if quantizer.stored_parts(name, entries) is not None
+    }
+    return chosen, {name: "the checkpoint holds it unquantized" for name in linear if name not in chosen}
 
 
 def _reason_to_skip(module: nn.Linear, name: str, patterns: Sequence[str], fp32: Sequence[str]) -> str | None:
@@ -125,15 +169,16 @@ def make_plan(
     dtype: torch.dtype,
 ) -> LoadPlan:
     """Match the preprocessed skeleton with the checkpoint. Raises LoadError for missing keys and wrong shapes."""
-    targets = _targets(model)
-    missing = quantizer.update_missing_keys([name for name in targets if name not in checkpoint.entries])
+    targets, stored = _targets(model), _stored_items(quantizer, checkpoint, chosen, dtype)
+    absent = [name for name in targets if name not in checkpoint.entries and name not in stored]
+    missing = quantizer.update_missing_keys(absent)
     if missing:
         raise LoadError(_missing_message(missing, checkpoint, targets))
-    items = []
+    items = list(stored.values())
     for name, tensor in targets.items():
-        entry = checkpoint.entries.get(name)
+        entry = checkpoint.entries.get(name) if name not in stored else None
         if entry is None:
-            continue  # the quantizer sets it
+            continue  # the quantizer sets it, or it is put together from its parts
         module, _, parameter = name.rpartition(".")
         spec = chosen.get(module) if parameter == "weight" else None
         if spec is not None:
@@ -143,8 +188,31 @@ def make_plan(
             _check_fits(name, entry, tuple(tensor.shape), tensor.is_floating_point(), checkpoint)
             items.append(_copied(name, entry, torch.float32 if covering(fp32_patterns, name) else dtype))
     items.sort(key=lambda item: (str(item.source.file), item.source.offset))
-    unused = tuple(name for name in checkpoint.entries if name not in targets)
+    used = {entry.name for item in items for entry in item.entries} | targets.keys()
+    unused = tuple(name for name in checkpoint.entries if name not in used)
     return LoadPlan(tuple(items), skipped, unused)
+
+
+def stored_part_names(quantizer: Quantizer, checkpoint: Checkpoint) -> set[str]:
+    """The names of all tensors in a checkpoint that are parts of ready-quantized weights."""
+    above = {name.rsplit(".", levels)[0] for name in checkpoint.entries for levels in range(1, 1 + name.count("."))}
+    found = (quantizer.stored_parts(name, checkpoint.entries) for name in above)
+    return {entry.name for parts in found if parts is not None for entry in parts.values()}
+
+
+def _stored_items(
+    quantizer: Quantizer, checkpoint: Checkpoint, chosen: Mapping[str, WeightSpec], dtype: torch.dtype
+) -> dict[str, WorkItem]:
+    """The items of the weights that the checkpoint holds ready quantized, by their targets."""
+    items = {}
+    for name, spec in chosen.items():
+        parts = quantizer.stored_parts(name, checkpoint.entries)
+        if parts is not None:
+            quantizer.check_quantized_param_shape(spec, parts)
+            (_, first), *others = parts.items()
+            target, nbytes = f"{name}.weight", quantizer.stored_nbytes(parts)
+            items[target] = WorkItem(target, first, dtype, nbytes, spec, dict(others))
+    return items
 
 
 def _targets(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,26 +1,91 @@
-"""Tensors to disk, whole or not at all."""
+"""Tensors and models to disk, whole or not at all.
+
+A saved model is a folder that this program and diffusers load: `config.json` with `quantization_config`, and
+`diffusion_pytorch_model.safetensors`, in shards with an index where it is larger than one shard may be.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from qexp.sweep.store import replacing
+from qexp.errors import ConfigError
+from qexp.quantizers.base import Quantizer
+from qexp.sweep.store import replacing, write_json
+
+STEM = "diffusion_pytorch_model"
+MAX_SHARD_BYTES = 5 << 30
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file. Raises DiskError for a disk that is full or not writable."""
     with replacing(path) as beside:
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"format": "pt"})
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, beside, {"format": "pt", **(metadata or {})})
         except SafetensorError as error:  # what the library makes of an OSError, too
             code = re.search(r"\(os error (\d+)\)", str(error))
             if code is None:
                 raise
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Save a model that `load_component` loaded, quantized or dequantized, wherever its weights rest.
+
+    Raises: ConfigError for a format that cannot be stored, or a model that was loaded by something else; DiskError.
+    """
+    config = getattr(model, "checkpoint_config", None)
+    if config is None:
+        raise ConfigError(f"save: this {type(model).__name__} was not loaded by qexp, so its config.json is unknown")
+    config = {name: value for name, value in config.items() if name not in ("quantization_config", "quantization")}
+    quantizer: Quantizer | None = getattr(model, "hf_quantizer", None)
+    tensors, metadata = dict(model.state_dict()), dict[str, str]()
+    if quantizer is not None:
+        if not quantizer.is_serializable:
+            raise ConfigError(
+                f"save: {quantizer.quantization_method} has no format to be stored in; dequantize it first"
+            )
+        tensors, metadata = quantizer.state_of(model)
+        config["quantization_config"] = quantizer.to_dict(model)
+    shards = list(_shards(_without_twins(tensors), max_shard_bytes))
+    names = [f"{STEM}-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
+    names = names if len(shards) > 1 else [f"{STEM}.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        save_tensors(folder / name, shard, metadata)
+    if len(shards) > 1:
+        write_json(folder / f"{STEM}.safetensors.index.json", _index(dict(zip(names, shards, strict=True))))
+    write_json(folder / "config.json", config)  # last: a folder without it is not a checkpoint
+
+
+def _without_twins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tied tensors once, under the first of their names."""
+    kept: dict[Any, str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        kept.setdefault(place, name)
+    return {name: tensors[name] for name in kept.values()}
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors in their order, in parts of at most `limit` bytes (or one tensor)."""
+    shard, size = dict[str, Tensor](), 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name], size = tensor, size + tensor.nbytes
+    yield shard
+
+
+def _index(shards: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    total = sum(tensor.nbytes for shard in shards.values() for tensor in shard.values())
+    weight_map = {tensor: name for name, shard in shards.items() for tensor in shard}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

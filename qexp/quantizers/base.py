@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from qexp.loading.checkpoint import TensorEntry
+
 SLICE_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights a library kernel is given at a time
 
 
@@ -49,10 +51,12 @@ class Quantizer:
 
     required_packages: ClassVar[Mapping[str, str]] = {}  # package -> lowest version that works
     requires_calibration: ClassVar[bool] = False
-    is_serializable: ClassVar[bool] = True
+    is_serializable: ClassVar[bool] = False  # whether `state_of` and `stored_parts` are there
 
     def __init__(self, config: Any) -> None:
         self.config = config
+        self.stored = False  # whether the checkpoint holds quantized weights already
+        self.metadata: Mapping[str, str] = {}  # of its files, then
 
     @property
     def quantization_method(self) -> str:
@@ -96,8 +100,29 @@ class Quantizer:
     ) -> nn.Parameter:
         """Quantize one dense weight, sources[0], on `device`. Called from worker threads, without grad.
 
-        companions: tensors stored beside a quantized weight, by suffix; empty when quantizing.
+        With companions, nothing is quantized: sources[0] and they are what `stored_parts` found for this weight, and
+        the parameter is put together from them; they may become part of it if they are on `device`.
         """
+        raise NotImplementedError
+
+    def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
+        """The inner tensors by which a checkpoint holds the weight of layer `name` ready quantized, in the order of
+        their names in this format; None if it holds the weight dense."""
+        return None
+
+    def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
+        """Raises LoadError for stored parts that cannot be those of this weight."""
+
+    def stored_nbytes(self, parts: Mapping[str, TensorEntry]) -> int:
+        """Exact bytes of a weight that is put together from stored parts."""
+        return sum(entry.nbytes for entry in parts.values())
+
+    def state_of(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """(tensors, file metadata) by which this format stores a model; `stored_parts` finds them again."""
+        return dict(model.state_dict()), {}
+
+    def to_dict(self, model: nn.Module) -> dict[str, Any]:
+        """The `quantization_config` of a saved model, in upstream's format."""
         raise NotImplementedError
 
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
@@ -144,6 +169,14 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+def unquantized_layers(quantizer: Quantizer, model: nn.Module) -> list[str]:
+    """The names of the linear layers that hold no quantized weight, as saved configs list them."""
+    from torch import nn
+
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name, module in linear if not quantizer.is_quantized(module)]
 
 
 def dense_linear(module: nn.Module, weight: Tensor) -> nn.Linear:

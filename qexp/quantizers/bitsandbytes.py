@@ -18,22 +18,31 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qexp.errors import ConfigError, choices
+from qexp.errors import ConfigError, LoadError, choices
 from qexp.quantizers import base
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from qexp.loading.checkpoint import TensorEntry
+
 TYPES_4BIT = ("fp4", "nf4")
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 NESTED_CODE_BYTES = 256 * 4
 CODE_BYTES = 16 * 4
+QUANT_STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32")
+STATE_4BIT = (
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "nested_quant_map",
+)  # stored beside a weight, as `weight.absmax` …
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class BitsAndBytesConfig:
     bnb_4bit_compute_dtype: str | None = None
     bnb_4bit_quant_type: str = "fp4"
     bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_quant_storage: str = "uint8"
 
     def __post_init__(self) -> None:
         if self.load_in_8bit and self.load_in_4bit:
@@ -55,6 +65,9 @@ class BitsAndBytesConfig:
             raise ConfigError(
                 f"backend.bnb_4bit_quant_type={self.bnb_4bit_quant_type!r} is unknown; use {choices(TYPES_4BIT)}"
             )
+        if self.bnb_4bit_quant_storage not in QUANT_STORAGES:
+            storage = f"backend.bnb_4bit_quant_storage={self.bnb_4bit_quant_storage!r}"
+            raise ConfigError(f"{storage} is unknown; use {choices(QUANT_STORAGES)}")
         if self.llm_int8_threshold < 0:
             raise ConfigError(f"backend.llm_int8_threshold={self.llm_int8_threshold} must be 0 or more")
 
@@ -62,12 +75,26 @@ class BitsAndBytesConfig:
         """Fields without effect on this configuration; they are left out of the run key."""
         if self.load_in_4bit:
             return {"llm_int8_threshold"}
-        return {"bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}
+        return {"bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BitsAndBytesConfig:
+        """The config that upstream's `quantization_config` describes. Raises ConfigError for what is not supported."""
+        if values.get("llm_int8_has_fp16_weight"):
+            raise ConfigError("quantization_config.llm_int8_has_fp16_weight=true is for training; it is not supported")
+        known = {item.name for item in fields(cls)}
+        named = {name: value for name, value in values.items() if name in known and value is not None}
+        for name in ("load_in_8bit", "load_in_4bit"):
+            named[name] = bool(values.get(name, values.get(f"_{name}", False)))
+        named.pop("llm_int8_skip_modules", None)  # what is stored quantized says more
+        named["label"] = "llm.int8" if named["load_in_8bit"] else named.get("bnb_4bit_quant_type", "fp4")
+        return cls(**named)
 
 
 class BitsAndBytesQuantizer(base.Quantizer):
     config: BitsAndBytesConfig
     required_packages: ClassVar[Mapping[str, str]] = {"bitsandbytes": "0.50"}
+    is_serializable = True
 
     @property
     def skip_modules(self) -> tuple[str, ...]:
@@ -83,7 +110,14 @@ class BitsAndBytesQuantizer(base.Quantizer):
         _library()
 
     def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
-        return "bitsandbytes needs an even in_features" if spec.shape[1] % 2 else None
+        import torch
+
+        if spec.shape[1] % 2:
+            return "bitsandbytes needs an even in_features"
+        itemsize = getattr(torch, self.config.bnb_4bit_quant_storage).itemsize
+        if self.config.load_in_4bit and spec.numel // 2 % itemsize:
+            return f"{spec.numel} 4-bit weights do not fill whole numbers of {self.config.bnb_4bit_quant_storage}"
+        return None
 
     def preprocess_model(self, model: nn.Module, names: Sequence[str], compute_dtype: torch.dtype) -> None:
         import torch
@@ -104,10 +138,18 @@ class BitsAndBytesQuantizer(base.Quantizer):
             compute_dtype=compute_dtype,
             compress_statistics=self.config.bnb_4bit_use_double_quant,
             quant_type=self.config.bnb_4bit_quant_type,
+            quant_storage=self._quant_storage,
             device="meta",
         )
         new.support_avx512bf16_for_cpu = False  # see the module's docstring
         return new
+
+    @property
+    def _quant_storage(self) -> torch.dtype:
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.config.bnb_4bit_quant_storage)
+        return dtype
 
     def _linear_8bit(self, linear: Any) -> nn.Module:
         return _library().nn.Linear8bitLt(
@@ -131,8 +173,69 @@ class BitsAndBytesQuantizer(base.Quantizer):
     def create_quantized_param(
         self, spec: base.WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
+        if companions:
+            assemble = self._assemble_4bit if self.config.load_in_4bit else self._assemble_8bit
+            return assemble(sources[0], companions, device)
         create = self._create_4bit if self.config.load_in_4bit else self._create_8bit
         return create(spec, sources[0], device)
+
+    def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
+        weight = f"{name}.weight"
+        if self.config.load_in_8bit:
+            if f"{name}.SCB" not in entries:
+                return None
+            names = {"weight": weight, "SCB": f"{name}.SCB", "weight_format": f"{name}.weight_format"}
+        else:
+            described = [f"quant_state.bitsandbytes__{kind}" for kind in TYPES_4BIT]
+            if not any(f"{weight}.{state}" in entries for state in described):
+                return None
+            names = {"weight": weight, **{part: f"{weight}.{part}" for part in (*STATE_4BIT, *described)}}
+        return {part: entries[name] for part, name in names.items() if name in entries}
+
+    def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
+        stored, four_bit = parts.get("weight"), self.config.load_in_4bit
+        needed = {"weight", "absmax", "quant_map"} if four_bit else {"weight", "SCB"}
+        if "nested_absmax" in parts or "nested_quant_map" in parts:
+            needed |= {"nested_absmax", "nested_quant_map"}
+        if lacking := sorted(needed - parts.keys()):
+            raise LoadError(f"the checkpoint lacks {lacking[0]!r} of the quantized weight of '{spec.module}'")
+        assert stored is not None
+        fits = stored.nbytes == math.ceil(spec.numel / 2) if four_bit else stored.shape == spec.shape
+        if not fits:
+            raise LoadError(
+                f"the quantized weight of '{spec.module}' is stored as {list(stored.shape)} {stored.dtype}, which is "
+                f"not {'4' if four_bit else '8'} bits for each of {list(spec.shape)}; the checkpoint is another model's"
+            )
+
+    def stored_nbytes(self, parts: Mapping[str, TensorEntry]) -> int:
+        kept = [entry.nbytes for part, entry in parts.items() if part in ("weight", "SCB", *STATE_4BIT)]
+        return sum(kept) + (4 if "nested_absmax" in parts else 0)  # 4: the offset, which is stored as a number
+
+    def _assemble_4bit(self, packed: Tensor, companions: Mapping[str, Tensor], device: torch.device) -> nn.Parameter:
+        stats = dict(companions)
+        return _library().nn.Params4bit.from_prequantized(packed, stats, requires_grad=False, device=device)
+
+    def _assemble_8bit(self, values: Tensor, companions: Mapping[str, Tensor], device: torch.device) -> nn.Parameter:
+        values, scale = values.to(device), companions["SCB"].to(device)
+        return _library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
+
+    def to_dict(self, model: nn.Module) -> dict[str, Any]:
+        dtype = self.config.bnb_4bit_compute_dtype or str(model._pre_quantization_dtype).removeprefix("torch.")
+        return {
+            "_load_in_4bit": self.config.load_in_4bit,
+            "_load_in_8bit": self.config.load_in_8bit,
+            "bnb_4bit_compute_dtype": dtype,
+            "bnb_4bit_quant_storage": self.config.bnb_4bit_quant_storage,
+            "bnb_4bit_quant_type": self.config.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": self.config.bnb_4bit_use_double_quant,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": base.unquantized_layers(self, model),
+            "llm_int8_threshold": self.config.llm_int8_threshold,
+            "load_in_4bit": self.config.load_in_4bit,
+            "load_in_8bit": self.config.load_in_8bit,
+            "quant_method": self.quantization_method,
+        }
 
     def _create_4bit(self, spec: base.WeightSpec, weight: Tensor, device: torch.device) -> nn.Parameter:
         import torch
@@ -160,13 +263,15 @@ class BitsAndBytesQuantizer(base.Quantizer):
             offset=offset,
             state2=state2,
         )
+        storage = self._quant_storage
         return _library().nn.Params4bit(
-            packed,
+            packed.view(-1).view(storage).unsqueeze(1),
             requires_grad=False,
             quant_state=state,
             blocksize=BLOCK_SIZE,
             compress_statistics=self.config.bnb_4bit_use_double_quant,
             quant_type=quant_type,
+            quant_storage=storage,
             bnb_quantized=True,
         )
 

@@ -24,17 +24,21 @@ from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qexp.errors import ConfigError, choices
+from qexp.errors import ConfigError, LoadError, choices
 from qexp.quantizers import base
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from qexp.loading.checkpoint import TensorEntry
+
 WEIGHTS_DTYPES = ("int8", "int4", "int2", "float8")
 ACTIVATION_SCALES = ("input_scale", "output_scale")
 TINYGEMM_ROWS = 64  # rows that its packing interleaves
-INT8_KERNEL_COLUMNS = 16  # what torch._weight_int8pack_mm reads at a time; rows of 4 or 12 weights end in a crash
+# torch._weight_int8pack_mm reads 16 columns at a time, from aligned memory: other rows or addresses end in a crash
+INT8_KERNEL_COLUMNS = 16
+INT8_KERNEL_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,20 @@ class QuantoConfig:
         if self.weights_dtype not in WEIGHTS_DTYPES:
             raise ConfigError(f"backend.weights_dtype={self.weights_dtype!r} is unknown; use {choices(WEIGHTS_DTYPES)}")
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantoConfig:
+        """The config that upstream's `quantization_config` describes."""
+        kind = str(values.get("weights_dtype", "int8"))
+        return cls(weights_dtype=kind, label=kind)
+
 
 class QuantoQuantizer(base.Quantizer):
     config: QuantoConfig
     required_packages: ClassVar[Mapping[str, str]] = {"optimum-quanto": "0.2.7"}
+    is_serializable = True
 
     def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
-        if self._bits < 8 and spec.numel == group_size(spec.shape[1]):
+        if self._bits < 8 and group_count(spec) == 1:
             return f"quanto {self.config.weights_dtype} cannot hold a single group of weights"
         return None
 
@@ -78,8 +89,8 @@ class QuantoQuantizer(base.Quantizer):
         return getattr(_library(), f"q{self.config.weights_dtype}")
 
     def quantized_nbytes(self, spec: base.WeightSpec) -> int:
-        scales = spec.shape[0] if self._bits == 8 else 2 * spec.numel // group_size(spec.shape[1])
-        rows = spec.shape[0] if self._bits == 8 else spec.numel // group_size(spec.shape[1])
+        scales = spec.shape[0] if self._bits == 8 else 2 * group_count(spec)
+        rows = spec.shape[0] if self._bits == 8 else group_count(spec)
         packed_rows = math.ceil(rows * self._bits / 8)
         return packed_rows * (spec.numel // rows) + scales * spec.dtype.itemsize
 
@@ -92,6 +103,10 @@ class QuantoQuantizer(base.Quantizer):
     ) -> nn.Parameter:
         import torch
 
+        if companions:
+            first, *_ = self._part_names()
+            weight = self._assemble(spec, {first: sources[0], **companions}, device)
+            return torch.nn.Parameter(weight, requires_grad=False)
         create = self._create_8bit if self._bits == 8 else self._create_packed
         return torch.nn.Parameter(create(spec, sources[0], device), requires_grad=False)
 
@@ -136,6 +151,52 @@ class QuantoQuantizer(base.Quantizer):
             return type(packed).__tensor_unflatten__(tensors, meta, shape, stride)
         return create(qtype, 0, size, shape, stride, inner["data"], inner["scale"], inner["shift"])
 
+    def _part_names(self) -> tuple[str, ...]:
+        return ("_data", "_scale") if self._bits == 8 else ("_data._data", "_scale", "_shift")
+
+    def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
+        names = {part: f"{name}.weight.{part}" for part in self._part_names()}
+        lacking = [stored for stored in names.values() if stored not in entries]
+        if len(lacking) == len(names):
+            return None
+        if lacking:
+            raise LoadError(f"the checkpoint lacks '{lacking[0]}', a part of a quantized weight")
+        return {part: entries[stored] for part, stored in names.items()}
+
+    def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
+        stored, scales = next(iter(parts.values())), parts["_scale"]
+        rows = spec.shape[0] if self._bits == 8 else group_count(spec)
+        packed_rows = math.ceil(rows * self._bits / 8)
+        if stored.nbytes != packed_rows * (spec.numel // rows) or math.prod(scales.shape) not in (rows, 1):
+            raise LoadError(
+                f"the quantized weight of '{spec.module}' is stored as {list(stored.shape)} with {list(scales.shape)} "
+                f"scales, which is not {self.config.weights_dtype} for {list(spec.shape)}; check config.json"
+            )
+
+    def _assemble(self, spec: base.WeightSpec, parts: Mapping[str, Tensor], device: torch.device) -> Tensor:
+        state, stride = {part: tensor.to(device) for part, tensor in parts.items()}, (spec.shape[1], 1)
+        missing: list[str] = []
+        if self._bits == 8:
+            axis = 0 if state["_scale"].dim() else None
+            weight = _library().WeightQBytesTensor.load_from_state_dict(
+                state, "", self._qtype, axis, spec.shape, stride, activation_qtype=None, missing_keys=missing
+            )
+        else:
+            size = group_size(spec.shape[1])
+            weight = _library().WeightQBitsTensor.load_from_state_dict(
+                state, "", self._qtype, 0, size, spec.shape, stride, missing_keys=missing
+            )
+        fits = self._bits == 8 or spec.shape[0] % 16 == 0  # see the module's docstring
+        optimized: Tensor = weight.optimize() if fits else weight
+        return optimized
+
+    def to_dict(self, model: nn.Module) -> dict[str, Any]:
+        return {
+            "modules_to_not_convert": base.unquantized_layers(self, model),
+            "quant_method": self.quantization_method,
+            "weights_dtype": self.config.weights_dtype,
+        }
+
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
         return [key for key in missing if key.rpartition(".")[2] not in ACTIVATION_SCALES]
 
@@ -154,10 +215,14 @@ class QuantoQuantizer(base.Quantizer):
         return param.dequantize().to(dtype)
 
 
-def group_size(in_features: int) -> int:
-    """Weights that share a scale in int4 and int2: the library's rule for a row of `in_features` weights."""
+def group_size(in_features: int) -> int | None:
+    """Weights that share a scale in int4 and int2: the library's rule for a row of `in_features`; None is the row."""
     sizes = (128, 96, 64, 32) if in_features > 128 else ()
-    return next((size for size in sizes if in_features % size == 0), in_features)
+    return next((size for size in sizes if in_features % size == 0), None)
+
+
+def group_count(spec: base.WeightSpec) -> int:
+    return spec.numel // (group_size(spec.shape[1]) or spec.shape[1])
 
 
 @cache
@@ -182,7 +247,8 @@ def int8_product(kernel: Callable[..., Tensor], general: Callable[..., Tensor]) 
     """activations [..., in] x int8 weights [out, in] * scales [out, 1] -> [..., out], by `kernel` where it is safe."""
 
     def product(activations: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
-        safe = weights.shape[1] % INT8_KERNEL_COLUMNS == 0
+        aligned = all(tensor.data_ptr() % INT8_KERNEL_ALIGNMENT == 0 for tensor in (activations, weights))
+        safe = aligned and weights.shape[1] % INT8_KERNEL_COLUMNS == 0
         return (kernel if safe else general)(activations, weights, scales)
 
     return product

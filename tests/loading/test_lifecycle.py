@@ -260,12 +260,6 @@ def test_a_weight_that_overflows_fp16(tmp_path: Path) -> None:
     load_toy(tmp_path, settings("torchao", compute_dtype="bfloat16"))
 
 
-def test_an_already_quantized_checkpoint(tmp_path: Path) -> None:
-    save_state(tmp_path, random_state(Toy), {"quantization_config": {"quant_method": "torchao"}})
-    with pytest.raises(LoadError, match=r"already quantized.*'torchao'"):
-        load_toy(tmp_path, settings("none"))
-
-
 def test_errors_before_reading_read_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: Any) -> None:
         raise AssertionError("weights were read")

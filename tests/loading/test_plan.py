@@ -292,10 +292,16 @@ def test_weights_in_place_of_whole_numbers(tmp_path: Path) -> None:
         prepare_toy(save_state(tmp_path, state), settings())
 
 
-def test_an_already_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
-    for embedded, method in [({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"), ([], "unknown")]:
+def test_a_checkpoint_that_is_not_what_it_says_is_refused(tmp_path: Path) -> None:
+    embedded: Any
+    for embedded, rule in [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "but no quantized weight"),
+        ({"quant_method": "awq"}, "'awq', which cannot be read; readable are bitsandbytes.* quanto.* torchao"),
+        ({"quant_method": "torchao"}, "quant_type=None of torchao is not supported"),
+        ([], "must be a JSON object"),
+    ]:
         save_state(tmp_path, random_state(Toy), {"quantization_config": embedded})
-        with pytest.raises(LoadError, match=rf"already quantized.*'{method}'.*set model.path to the original one"):
+        with pytest.raises(LoadError, match=rule):
             prepare_toy(tmp_path, settings())
 
 

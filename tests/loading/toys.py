@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qexp.loading.checkpoint import open_checkpoint
-from qexp.loading.lifecycle import LoadedComponent, Prepared, load_component, prepare
+from qexp.loading.lifecycle import LoadedComponent, Prepared, load_component, prepare, resolve_quantizer
 from qexp.models.base import ModelSource
-from qexp.quantizers.base import load_quantizer
 from qexp.settings import ComponentConfig, LoaderConfig
 from tests.backends import CPU, backend_config
 
@@ -91,7 +90,8 @@ def settings(backend: str = "torchao", *overrides: str, **fields: Any) -> Compon
 
 def prepare_toy(folder: Path, settings: ComponentConfig, build: Callable[[], nn.Module] = Toy) -> Prepared:
     source = cast(ModelSource, ToySource(folder, build))
-    checkpoint, quantizer = open_checkpoint(folder), load_quantizer(settings.backend)
+    checkpoint = open_checkpoint(folder)
+    quantizer = resolve_quantizer(settings.backend, checkpoint, "toy")
     return prepare(source, "toy", settings, checkpoint, quantizer, device=CPU)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -61,13 +60,9 @@ def _torchao(config: Callable[[Any], Any]) -> Callable[[nn.Module], None]:
 
 def _quanto(weights: str) -> Callable[[nn.Module], None]:
     def quantize(model: nn.Module) -> None:
-        import optimum.quanto as quanto
-        from optimum.quanto.library.extensions.cpp import ext
+        from qexp.quantizers.quanto import _library
 
-        def unpack(packed: Tensor, bits: int) -> Tensor:  # what the library would compile a C++ extension for
-            return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
-
-        ext._lib = SimpleNamespace(unpack=unpack)
+        quanto = _library()  # without the C++ extension that the library would compile
         quanto.quantize(model, weights=getattr(quanto, weights))
         quanto.freeze(model)
 

@@ -1,0 +1,181 @@
+"""diffusers and this program open each other's quantized checkpoints, and write the same bytes.
+
+diffusers refuses bitsandbytes without a GPU though the library runs on CPUs; that gate is patched open here.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from diffusers import BitsAndBytesConfig, ConfigMixin, ModelMixin, QuantoConfig, TorchAoConfig
+from diffusers.configuration_utils import register_to_config
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qexp.loading.lifecycle import load_component
+from qexp.loading.saving import save_model
+from qexp.models.base import ModelSource
+from qexp.settings import ComponentConfig, LoaderConfig
+from tests.backends import CPU, backend_config
+
+BF16 = torch.bfloat16
+
+
+class Tiny(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, 2 * width)
+        self.norm = nn.LayerNorm(2 * width)
+        self.second = nn.Linear(2 * width, 64)
+        self.plain = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(self.second(self.norm(self.first(x))))
+
+
+class TinySource:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def checkpoints(self) -> dict[str, Path]:
+        return {"tiny": self.folder}
+
+    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
+        return Tiny.from_config({name: value for name, value in config.items() if name != "quantization_config"})
+
+
+def bitsandbytes(**fields: Any) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(bnb_4bit_compute_dtype=BF16, llm_int8_skip_modules=["plain"], **fields)
+
+
+def torchao(name: str, **fields: Any) -> TorchAoConfig:
+    import torchao.quantization
+
+    config = getattr(torchao.quantization, name)(set_inductor_config=False, **fields)
+    return TorchAoConfig(config, modules_to_not_convert=["plain"])
+
+
+def quanto(dtype: str) -> QuantoConfig:
+    return QuantoConfig(dtype, modules_to_not_convert=["plain"])
+
+
+STORAGE = "bnb_4bit_quant_storage=float32"
+CASES: dict[tuple[str, ...], Callable[[], Any]] = {
+    ("bitsandbytes",): lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    ("bitsandbytes_fp4",): lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+    ("bitsandbytes_nf4_dq",): lambda: bitsandbytes(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    ),
+    ("bitsandbytes_int8",): lambda: bitsandbytes(load_in_8bit=True),
+    ("torchao",): lambda: torchao("Int8WeightOnlyConfig"),
+    ("torchao_int8dq",): lambda: torchao("Int8DynamicActivationInt8WeightConfig"),
+    ("torchao_float8wo",): lambda: torchao("Float8WeightOnlyConfig"),
+    ("torchao_float8wo_e5m2",): lambda: torchao("Float8WeightOnlyConfig", weight_dtype=torch.float8_e5m2),
+    ("quanto",): lambda: quanto("int8"),
+    ("quanto_int4",): lambda: quanto("int4"),
+    ("quanto_int2",): lambda: quanto("int2"),
+    ("quanto_float8",): lambda: quanto("float8"),
+}
+
+
+@pytest.fixture(autouse=True)
+def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes.nn.modules as modules
+    import diffusers.quantizers.bitsandbytes.bnb_quantizer as gated
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)  # or their first forward repacks the weight
+    for quantizer in (gated.BnB4BitDiffusersQuantizer, gated.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(quantizer, "validate_environment", lambda self, *arguments, **fields: None)
+        monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: device_map or {"": "cpu"})
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = Tiny()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    model.to(BF16).save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def load_ours(folder: Path, *backend: str, skip: tuple[str, ...] = ()) -> Any:
+    source, settings = cast(ModelSource, TinySource(folder)), ComponentConfig(backend_config(*backend), skip)
+    return load_component(source, "tiny", settings, device=CPU, loader=LoaderConfig()).model
+
+
+def load_theirs(folder: Path, config: Any = None) -> Any:
+    return Tiny.from_pretrained(folder, quantization_config=config, torch_dtype=BF16)
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, as bytes with its shape and dtype."""
+    tensors: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    a, b = stored(one), stored(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
+        assert torch.equal(a[name].flatten().view(torch.uint8), b[name].flatten().view(torch.uint8)), name
+
+
+def assert_same_answer(one: Any, other: Any) -> None:
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).to(BF16)
+    with torch.no_grad():
+        assert torch.equal(one(x), other(x))
+
+
+def embedded(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return config
+
+
+@pytest.mark.parametrize("backend", CASES, ids=lambda backend: backend[0])
+def test_both_programs_write_and_read_the_same(backend: tuple[str, ...], dense: Path, tmp_path: Path) -> None:
+    ours, theirs = load_ours(dense, *backend, skip=("plain",)), load_theirs(dense, CASES[backend]())
+    save_model(ours, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_files(tmp_path / "ours", tmp_path / "theirs")
+    assert embedded(tmp_path / "ours") == embedded(tmp_path / "theirs")
+    assert_same_answer(ours, theirs)
+    assert_same_answer(load_ours(tmp_path / "theirs", "none"), theirs)
+    again = load_theirs(tmp_path / "ours")
+    again.save_pretrained(tmp_path / "again")
+    if backend != ("quanto_int4",):  # in bf16 its kernel's layout loses bits of the shift each time it is entered
+        assert_same_files(tmp_path / "ours", tmp_path / "again")
+    if "quanto" not in backend[0]:  # whose kernels depend on where diffusers' mapping of the file puts the weight
+        assert_same_answer(again, ours)
+
+
+@pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_nf4_dq"])
+def test_shards_that_part_a_weight_from_its_quant_state(backend: str, dense: Path, tmp_path: Path) -> None:
+    """diffusers fails on these."""
+    ours = load_ours(dense, backend, skip=("plain",))
+    save_model(ours, tmp_path / "shards", max_shard_bytes=4000)
+    index = json.loads((tmp_path / "shards" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["weight_map"]["first.weight"] != index["weight_map"]["first.weight.quant_map"]
+    reloaded = load_ours(tmp_path / "shards", "none")
+    assert_same_answer(reloaded, ours)
+    save_model(ours, tmp_path / "whole")
+    assert_same_files(tmp_path / "shards", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("storage", ["int8", "float16", "bfloat16", "float32"])
+def test_every_quant_storage_reloads(storage: str, dense: Path, tmp_path: Path) -> None:
+    """diffusers saves bfloat16 and does not reload it."""
+    ours = load_ours(dense, "bitsandbytes", f"bnb_4bit_quant_storage={storage}", skip=("plain",))
+    assert ours.first.weight.dtype == getattr(torch, storage)
+    save_model(ours, tmp_path / "ours")
+    reloaded = load_ours(tmp_path / "ours", "none")
+    assert reloaded.first.weight.dtype == getattr(torch, storage)
+    assert_same_answer(reloaded, ours)
+    assert_same_answer(load_ours(dense, "bitsandbytes", skip=("plain",)), ours)
