@@ -25,14 +25,13 @@ from typing import Any, BinaryIO
 
 from qexp.errors import LoadError
 from qexp.loading.checkpoint import MAX_DIMENSIONS, TensorEntry
-from qexp.quantizers.gguf_types import BY_NUMBER, GGMLType
+from qexp.quantizers.gguf_types import BLOCKED_PREFIX, BY_NUMBER, GGMLType
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # 1 had shorter counts; 3 only added files in the other byte order
 DEFAULT_ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
 MAX_HEADER_BYTES = 100_000_000  # a tokenizer with 256,000 words takes ten
-BLOCKED_PREFIX = "GGUF_"  # before the names of types that are not plain numbers
 
 # the types of metadata: number in the file -> format of `struct` and of `array`
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
