@@ -69,7 +69,9 @@ def _without_twins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tied tensors once, under the first of their names."""
     kept: dict[Any, str] = {}
     for name, tensor in tensors.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        place: Any = name  # empty tensors and wrapper subclasses have no address
+        if tensor.numel() and tensor.data_ptr():
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         kept.setdefault(place, name)
     return {name: tensors[name] for name in kept.values()}
 
