@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from qexp.arguments import flags_first
 from qexp.composition import explain
@@ -115,9 +116,11 @@ def run_one(cfg: DictConfig) -> JobRow:
 def raw_label(cfg: DictConfig) -> str:
     """The label of an experiment that does not resolve; '' if not even its parts have names."""
     try:
-        parts = {name: OmegaConf.to_container(cfg[name]) for name in ("model", "backend", "offload", "task")}
+        parts = {
+            name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "backend", "offload", "task")
+        }
         return run_label({**parts, "components": {"": {"backend": parts["backend"]}}})
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OmegaConfBaseException):
         return ""
 
 
