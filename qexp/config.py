@@ -8,16 +8,20 @@ Importing this module imports neither torch nor a quantization library.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from qexp.devices import resolve_device
-from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import check_known, convert, from_plain
+from qexp.loading.checkpoint import open_checkpoint
+from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
 from qexp.plugins import PLUGINS, plugin_config, plugin_module, plugin_names
+from qexp.quantizers.embedded import embedded_config, merge
 from qexp.settings import (
     ComponentConfig,
     IsolationConfig,
@@ -26,6 +30,7 @@ from qexp.settings import (
     PathsConfig,
     ReferenceConfig,
     RunConfig,
+    SaveConfig,
     SweepConfig,
     TopLevelConfig,
     TrackingConfig,
@@ -41,6 +46,7 @@ __all__ = [
     "PathsConfig",
     "ReferenceConfig",
     "RunConfig",
+    "SaveConfig",
     "SweepConfig",
     "TopLevelConfig",
     "TrackingConfig",
@@ -72,6 +78,7 @@ def to_run_config(cfg: Any) -> RunConfig:
     names = plugin_module("model", model.source).COMPONENTS
     _check_component_names(top.components, names)
     components = {name: _component(base, top.components.get(name, {}), f"components.{name}") for name in names}
+    components = _with_embedded(model, components)
     _check_streaming(top.low_cpu_mem_usage, components)
     return RunConfig(
         model=replace(model, skip_modules=()),  # its patterns are in the components now: one place, one run key
@@ -80,8 +87,8 @@ def to_run_config(cfg: Any) -> RunConfig:
         task=plugin_config("task", top.task, "task"),
         reference=replace(top.reference, dtype=_dtype(top.reference.dtype, "reference.dtype")),
         device=device,
-        **{name: getattr(top, name) for name in ("metrics", "tracking", "isolation", "sweep", "loader", "paths")},
-        **{name: getattr(top, name) for name in ("seed", "resume")},
+        **{name: getattr(top, name) for name in ("metrics", "tracking", "isolation", "sweep", "loader")},
+        **{name: getattr(top, name) for name in ("save", "paths", "seed", "resume")},
     )
 
 
@@ -200,6 +207,23 @@ def _component(base: ComponentConfig, values: Any, place: str) -> ComponentConfi
         else:
             changes[str(name)] = _union(_patterns(value, f"{place}.{name}"))
     return replace(base, **changes)
+
+
+def _with_embedded(model: Any, components: Mapping[str, ComponentConfig]) -> dict[str, ComponentConfig]:
+    """Each component with the backend that its checkpoint embeds, where it is quantized already: that one wins."""
+    try:
+        configs = {name: open_checkpoint(path) for name, path in load_source(model).checkpoints().items()}
+    except LoadError:
+        return dict(components)  # reported with the experiment's key, which needs the checkpoint as well
+    result = dict(components)
+    for name, checkpoint in configs.items():
+        embedded = embedded_config(checkpoint.config, checkpoint.path)
+        if embedded is not None and name in result:
+            if lost := merge(result[name].backend, embedded):
+                place = f"'{checkpoint.path}' is quantized already; unused"
+                print(f"warning: {name}: {place}: {', '.join(lost)}", file=sys.stderr)
+            result[name] = replace(result[name], backend=embedded)
+    return result
 
 
 def _check_streaming(low_cpu_mem_usage: bool, components: Mapping[str, ComponentConfig]) -> None:

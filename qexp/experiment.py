@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from qexp.errors import ConfigError
 from qexp.loading.checkpoint import open_checkpoint
 from qexp.loading.lifecycle import LoadedComponent, load_component, plan_statistics, prepare, resolve_quantizer, warm_up
-from qexp.loading.saving import save_tensors
+from qexp.loading.saving import save_model, save_tensors
 from qexp.memory import GIB, PeakMemory, device_memory, host_memory
 from qexp.models.base import load_source
 from qexp.offload.payload import module_nbytes
@@ -47,6 +49,8 @@ def _generate(config: RunConfig, source: ModelSource, device: torch.device, fold
         for name, settings in config.components.items()
     }
     write_json(folder / "plan.json", {name: component.plan.to_container() for name, component in loaded.items()})
+    if config.save.path is not None:
+        _save(config, {name: component.model for name, component in loaded.items()})
     weights_bytes = sum(module_nbytes(component.model) for component in loaded.values())
     metrics: Metrics = {
         **_load_statistics(list(loaded.values())),
@@ -72,12 +76,26 @@ def _generate(config: RunConfig, source: ModelSource, device: torch.device, fold
     return {**metrics, **result.metrics, **_run_peaks(peak, baseline.total_bytes)}
 
 
+def _save(config: RunConfig, models: Mapping[str, nn.Module]) -> None:
+    """Save every component: one straight into save.path, several into folders of their names."""
+    folder = Path(str(config.save.path))
+    for name, model in models.items():
+        place = folder if len(models) == 1 else folder / name
+        save_model(model, place, max_shard_bytes=int(config.save.max_shard_gib * GIB))
+        print(f"saved {name} to {place}", file=sys.stderr)
+
+
 def _roundtrip(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
     started = time.perf_counter()
     prepared, rows = {}, []
     for name, settings in config.components.items():
         checkpoint = open_checkpoint(source.checkpoints()[name])
         quantizer = resolve_quantizer(settings.backend, checkpoint, name)
+        if quantizer.stored:
+            raise ConfigError(
+                f"task=roundtrip compares with the original weights, but '{checkpoint.path}' is quantized already; "
+                "set model.path to the original checkpoint"
+            )
         prepared[name] = prepare(source, name, settings, checkpoint, quantizer, device=device)
         warm_up(prepared[name], device)
     with PeakMemory(device) as peak:
@@ -96,15 +114,19 @@ def _roundtrip(config: RunConfig, source: ModelSource, device: torch.device, fol
 
 
 def _load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:
-    """The `load/` numbers of components loaded one after the other: times add up, peaks do not."""
+    """The `load/` numbers of components loaded one after the other: times add up; peaks are over the first baseline."""
     memories = [component.memory for component in loaded]
+    first = memories[0].baseline
+    peaks = {
+        "load/peak_host_gib": max(m.baseline.total_bytes + m.peak_bytes for m in memories) - first.total_bytes,
+        "load/peak_anon_gib": max(m.baseline.anon_bytes + m.peak_anon_bytes for m in memories) - first.anon_bytes,
+        "load/peak_file_gib": max(m.baseline.file_bytes + m.peak_file_bytes for m in memories) - first.file_bytes,
+        "load/peak_device_gib": max(memory.peak_device_bytes for memory in memories),
+    }
     return {
         "load/seconds": sum(component.seconds for component in loaded),
-        "load/baseline_host_gib": memories[0].baseline.total_bytes / GIB,
-        "load/peak_host_gib": max(memory.peak_bytes for memory in memories) / GIB,
-        "load/peak_anon_gib": max(memory.peak_anon_bytes for memory in memories) / GIB,
-        "load/peak_file_gib": max(memory.peak_file_bytes for memory in memories) / GIB,
-        "load/peak_device_gib": max(memory.peak_device_bytes for memory in memories) / GIB,
+        "load/baseline_host_gib": first.total_bytes / GIB,
+        **{name: nbytes / GIB for name, nbytes in peaks.items()},
     }
 
 

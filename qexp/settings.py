@@ -107,6 +107,18 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True)
+class SaveConfig:
+    """path: folder to save the quantized model to; max_shard_gib: of a file of it."""
+
+    path: str | None = None
+    max_shard_gib: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.max_shard_gib <= 0:
+            raise ConfigError(f"save.max_shard_gib={self.max_shard_gib} must be above 0")
+
+
+@dataclass(frozen=True)
 class PathsConfig:
     """outputs: where runs, references and sweeps are kept."""
 
@@ -136,6 +148,7 @@ class RunConfig:
     isolation: IsolationConfig
     sweep: SweepConfig
     loader: LoaderConfig
+    save: SaveConfig
     reference: ReferenceConfig
     paths: PathsConfig
     device: str
@@ -161,6 +174,7 @@ class TopLevelConfig:
     isolation: IsolationConfig = field(default_factory=IsolationConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     components: dict[str, Any] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
 from qexp.config import to_run_config
+from qexp.errors import ConfigError, LoadError
 from qexp.experiment import run_experiment
 from qexp.models.digits_network import DigitsConfig, DigitsTransformer
 from qexp.options import conf_folder
 from qexp.schema import register_schemas
 from qexp.settings import RunConfig
+from qexp.sweep.key import reference_config, reference_key
 from tests.backends import BACKENDS
 
 
@@ -101,7 +104,80 @@ def test_roundtrip_writes_layers(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_a_setting_that_skips_everything_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
-    from qexp.errors import LoadError
-
     with pytest.raises(LoadError, match=r"quantized no layer.*loosen skip_modules"):
         run(checkpoint, tmp_path, "backend=quanto", "skip_modules=['**']")
+
+
+def damaged(checkpoint: Path, folder: Path, name: str, value: float) -> Path:
+    """A copy of the checkpoint with one value of one tensor replaced."""
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("task", ["generate", "roundtrip"])
+@pytest.mark.parametrize(
+    ("backend", "name"), [("none", "blocks.0.attn.to_q.weight"), ("torchao", "blocks.0.mlp.fc1.bias")]
+)
+def test_a_value_that_is_not_finite_is_an_error_in_any_tensor(
+    task: str, backend: str, name: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    if task == "roundtrip" and name.endswith("bias"):
+        pytest.skip("round trips read weights alone")
+    bad = damaged(checkpoint, tmp_path / "bad", name, float("inf"))
+    with pytest.raises(LoadError, match=f"'{name}' is not finite in bfloat16"):
+        run_experiment(run_config(bad, f"backend={backend}", task=task), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["**.attn", "proj_out", "x_embed", "y_embed", "t_embed", "blocks.0", "blocks.*.mlp.fc1"]
+)
+def test_modules_kept_in_fp32_compute_in_fp32(pattern: str, checkpoint: Path, tmp_path: Path) -> None:
+    _, kept = run(checkpoint, tmp_path / "b", "backend=none", f'keep_in_fp32_modules=["{pattern}"]')
+    _, exact = run(checkpoint, tmp_path / "c", "backend=none", "compute_dtype=fp32")
+    assert (kept["images"] - exact["images"]).abs().max() < 0.1
+    fields = ("backend=bitsandbytes", f'keep_in_fp32_modules=["{pattern}"]')
+    quantized, offloaded = (run(checkpoint, tmp_path / one, *fields, f"offload={one}") for one in ("none", "leaf"))
+    assert torch.equal(quantized[1]["images"], offloaded[1]["images"])
+
+
+def test_a_checkpoint_in_fp64_is_computed_in_fp32(checkpoint: Path, tmp_path: Path) -> None:
+    tensors = {name: tensor.double() for name, tensor in load_file(checkpoint / "model.safetensors").items()}
+    shutil.copytree(checkpoint, tmp_path / "fp64")
+    save_file(tensors, tmp_path / "fp64" / "model.safetensors")
+    metrics, _ = run(tmp_path / "fp64", tmp_path / "run", "backend=bitsandbytes")
+    assert metrics["load/quantized_modules"] > 0
+
+
+@pytest.mark.parametrize("offload", ["none", "leaf"])
+@pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto_int4"])
+def test_what_was_saved_answers_the_same_without_any_setting(
+    backend: str, offload: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    first, expected = run(
+        checkpoint, tmp_path / "a", f"backend={backend}", f"save.path={saved}", "save.max_shard_gib=0.001"
+    )
+    assert len(list(saved.glob("*.safetensors"))) > 1
+    config = run_config(saved, f"offload={offload}")  # backend is the default, nf4: the checkpoint wins
+    assert config.components["transformer"].backend.quant_method == backend.partition("_")[0]
+    second, outputs = run(saved, tmp_path / "b", f"offload={offload}")
+    assert torch.equal(outputs["images"], expected["images"])
+    assert second["memory/weights_gib"] == first["memory/weights_gib"]
+    assert second["memory/bits_per_weight"] == first["memory/bits_per_weight"]
+    assert second["load/unused_tensors"] == 0
+
+
+def test_the_reference_of_a_quantized_checkpoint_is_the_unquantized_one(checkpoint: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    run(checkpoint, tmp_path / "a", "backend=torchao", f"save.path={saved}")
+    reference = reference_config(run_config(saved, f"model.reference_path={checkpoint}"))
+    assert reference.model.path == str(checkpoint)
+    assert reference.components["transformer"].backend.quant_method == "none"
+    assert reference_key(run_config(saved, f"model.reference_path={checkpoint}")) == reference_key(
+        run_config(checkpoint)
+    )
+    with pytest.raises(ConfigError, match=r"is quantized already; set model\.path to the original"):
+        run_experiment(run_config(saved, task="roundtrip"), tmp_path)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qexp.errors import ConfigError, LoadError
 from qexp.loading.audit import audit
 from qexp.loading.checkpoint import Checkpoint, open_checkpoint
+from qexp.loading.fp32 import compute_in_fp32
 from qexp.loading.patterns import anywhere, check_patterns
 from qexp.loading.pipeline import stream
 from qexp.loading.plan import (
@@ -34,7 +35,7 @@ from qexp.loading.plan import (
 )
 from qexp.loading.progress import Progress
 from qexp.memory import GIB, PeakMemory
-from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
+from qexp.quantizers.base import Quantizer, WeightSpec, is_finite, load_quantizer
 from qexp.quantizers.embedded import embedded_config, merge
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def load_component(
     with PeakMemory(device) as memory:
         _load_weights(prepared, component, device=device, loader=loader)  # 7 stream, quantize, assign
         quantizer.postprocess_model(prepared.model, device)  # 8 finish, audit
+        compute_in_fp32(prepared.model, settings.keep_in_fp32_modules, prepared.compute_dtype)
         _register(prepared)  # 9
     seconds = time.perf_counter() - started
     audit(prepared.model, quantizer, prepared.plan.quantized_nbytes)
@@ -133,9 +135,14 @@ def stream_plan(
 
 
 def _load_weights(prepared: Prepared, component: str, *, device: torch.device, loader: LoaderConfig) -> None:
+    parameters = {name for name, _ in prepared.model.named_parameters(remove_duplicate=False)}
+
     def create(item: WorkItem, first: Tensor, *others: Tensor) -> Tensor:
         if item.spec is None:
-            return first.to(device=device, dtype=item.dtype)
+            copied = first.to(device=device, dtype=item.dtype)
+            if item.target in parameters:  # a buffer may hold a mask of infinities
+                check_finite(item.target, copied)
+            return copied
         companions = dict(zip(item.companions, others, strict=True))
         return prepared.quantizer.create_quantized_param(item.spec, [first], companions, device)
 
@@ -146,6 +153,13 @@ def _load_weights(prepared: Prepared, component: str, *, device: torch.device, l
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.device != device and not buffer.is_meta:
                 module._buffers[name] = buffer.to(device)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises LoadError for a parameter with a value that is not finite: every answer of the model would be wrong."""
+    if not is_finite(tensor):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise LoadError(f"'{name}' is not finite in {dtype}; repair the checkpoint, or use another compute_dtype")
 
 
 def _assign(model: nn.Module, target: str, tensor: Tensor) -> None:
@@ -168,6 +182,7 @@ def plan_statistics(plans: Sequence[LoadPlan], weights_bytes: int) -> dict[str, 
     statistics: dict[str, float] = {
         "load/quantized_modules": len(quantized),
         "load/skipped_modules": sum(len(plan.skipped) for plan in plans),
+        "load/unused_tensors": sum(len(plan.unused) for plan in plans),
         "memory/weights_gib": weights_bytes / GIB,
         "memory/dense_weights_gib": sum(item.dense_nbytes for item in items) / GIB,
         "memory/model_bits_per_weight": 8 * weights_bytes / max(numel, 1),
@@ -221,7 +236,8 @@ def _compute_dtype(settings: ComponentConfig, checkpoint: Checkpoint, quantizer:
             sizes[stored] = sizes.get(stored, 0) + entry.nbytes
     if not sizes:
         raise ConfigError(f"'{checkpoint.path}' has no unquantized floating-point tensors; set compute_dtype")
-    return max(sizes, key=lambda stored: sizes[stored])
+    most = max(sizes, key=lambda stored: sizes[stored])
+    return torch.float32 if most == torch.float64 else most  # no format is quantized from, or computes in, float64
 
 
 def warm_up(prepared: Prepared, device: torch.device) -> None:

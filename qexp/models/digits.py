@@ -31,10 +31,12 @@ SAVED_FIELDS = ("quantization_config", "torch_dtype", "dtype")  # of the loader,
 
 @dataclass(frozen=True)
 class DigitsModelConfig:
-    """path: a folder with config.json and safetensors; null is the checkpoint that comes with the package."""
+    """path: a folder with config.json and safetensors; null is the checkpoint that comes with the package.
+    reference_path: the unquantized checkpoint to compare with where `path` is quantized already; null as for `path`."""
 
     source: str = "digits"
     path: str | None = None
+    reference_path: str | None = None
     skip_modules: tuple[str, ...] = ()
 
 

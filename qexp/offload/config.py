@@ -23,8 +23,8 @@ class OffloadConfig:
     to: where weights rest; auto is cpu where there is an accelerator and disk elsewhere.
     use_stream: copy on a stream of its own, while the groups before run; null means where the device has streams.
     prefetch_depth: groups on the device at a time with a stream: the one that runs, and those that are fetched ahead.
-    record_stream: tell the allocator which stream uses the memory. The ring of slots is never freed while it is in
-        use, so this changes nothing.
+    record_stream: tell the allocator which stream uses the memory. The slots of the ring are announced when they are
+        made, and not freed while offloading lasts: so this changes nothing.
     non_blocking: without a stream, do not let the host wait for each copy.
     resident_gib: keep as many bytes of groups on the device as fit, and offload the rest.
     low_cpu_mem: pin a staging buffer for each slot instead of all weights; the host then waits for the copies.

@@ -59,6 +59,11 @@ class Streams:
         """An event on the stream that is current: the side stream inside `copying()`, else the compute stream."""
         return self.module.current_stream(self.device).record_event() if self.module else None
 
+    def announce(self, memory: Tensor) -> None:
+        """Tell the allocator that the side stream uses some memory: its owner may be dropped with copies in flight."""
+        if self.side:
+            memory.record_stream(self.side)
+
     def synchronize(self) -> None:
         if self.module:
             self.module.synchronize(self.device)
@@ -267,6 +272,7 @@ class Engine:
 
     def _new_slot(self, nbytes: int) -> Slot:
         slot = Slot(nbytes, self.streams.device)
+        self.streams.announce(slot.flat)
         slot.free = self.streams.record()  # its memory may have been freed by kernels that have yet to run
         return slot
 

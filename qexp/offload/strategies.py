@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qexp.errors import ConfigError
@@ -184,14 +184,21 @@ class Offload:
         return [(weak(leaf.untyped_storage()), span) for (_, span), leaf in distinct.items()]
 
     def _move_resident(self) -> None:
-        """Bring what belongs to no group to the device, through its leaves: `.to()` of some tensors loses parts."""
-        for store, name in _sites_outside(self.model, self.groups):
-            value = store[name]
-            parts, rebuild = flatten([value])
-            if any(part.device != self.device for part in parts):
-                (moved,) = rebuild([part.to(self.device) for part in parts])
-                store[name] = moved
-                self._resident.append(((store, name), value, moved))
+        """Bring what belongs to no group to the device, through its leaves: `.to()` of some tensors loses parts.
+
+        What is one object or one piece of memory stays so, as in a group.
+        """
+        places = _sites_outside(self.model, self.groups)
+        parts, rebuild = flatten([store[name] for store, name in places])
+        if all(part.device == self.device for part in parts):
+            return
+        there: dict[Any, Tensor] = {}
+        for part in parts:
+            key = _identity(part)
+            there[key] = there[key] if key in there else part.to(self.device)
+        for (store, name), moved in zip(places, rebuild([there[_identity(part)] for part in parts]), strict=True):
+            self._resident.append(((store, name), store[name], moved))
+            store[name] = moved
 
     def _outside_groups(self) -> int:
         return true_nbytes(*(store[name] for store, name in _sites_outside(self.model, self.groups)))
@@ -220,6 +227,10 @@ class Offload:
             return module_nbytes(self.model)
         resting = [group.rest.flat for group in self.groups if group.rest.in_memory]
         return self._left_behind() + sum(flat.numel() for flat in resting if flat.device == self.device)
+
+
+def _identity(leaf: Tensor) -> Any:
+    return leaf.device, leaf.data_ptr(), tuple(leaf.shape), leaf.stride(), leaf.dtype
 
 
 def _twins(groups: list[Group]) -> list[int]:

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.quantizers import base
-from qexp.quantizers.gguf_types import DECODABLE, ENCODABLE, TYPES
+from qexp.quantizers.gguf_types import BLOCKED_PREFIX, DECODABLE, ENCODABLE, TYPES
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from qexp.loading.checkpoint import TensorEntry
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class GGUFConfig:
 class GGUFQuantizer(base.Quantizer):
     config: GGUFConfig
     required_packages: ClassVar[Mapping[str, str]] = {"gguf": "0.19"}  # has the tables of the IQ types
+    is_serializable: ClassVar[bool] = False  # as safetensors; `loading/gguf_saving.py` writes GGUF files
+
+    def __init__(self, config: GGUFConfig) -> None:
+        super().__init__(config)
+        self._stored_types: dict[str, str] = {}  # layer -> the type in which the checkpoint holds its weight
 
     def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
         block = TYPES[self.config.quant_type].block
@@ -66,6 +73,9 @@ class GGUFQuantizer(base.Quantizer):
     ) -> nn.Parameter:
         from qexp.quantizers.gguf_encode import encode
 
+        if spec.module in self._stored_types:
+            raw = sources[0].to(device, copy=True)  # the memory of what was read is used again
+            return self.wrap(raw, self._stored_types[spec.module], spec.shape, spec.dtype)
         name, rows_of = self.config.quant_type, base.RowAssembler(spec.shape[0])
         for rows, part in base.row_slices(spec, sources[0], device):
             try:
@@ -76,6 +86,21 @@ class GGUFQuantizer(base.Quantizer):
                     f"use backend.quant_type=MXFP4, or add '{spec.module}' to skip_modules"
                 ) from None
         return self.wrap(rows_of.inner["raw"], name, spec.shape, spec.dtype)
+
+    def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
+        entry = entries.get(f"{name}.weight")
+        if entry is None or not entry.dtype.startswith(BLOCKED_PREFIX) or len(entry.shape) != 2:
+            return None
+        self._stored_types[name] = entry.dtype.removeprefix(BLOCKED_PREFIX)
+        return {"raw": entry}
+
+    def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
+        entry = parts["raw"]
+        if entry.shape != spec.shape:
+            raise LoadError(
+                f"'{entry.name}' has shape {list(entry.shape)} in '{entry.file}', but the model expects "
+                f"{list(spec.shape)}; the file belongs to another model"
+            )
 
     def wrap(self, raw: Tensor, quant_type: str, shape: Sequence[int], dtype: torch.dtype) -> nn.Parameter:
         """The parameter around encoded bytes, as a file holds them. It shares their memory.

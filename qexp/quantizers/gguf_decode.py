@@ -54,6 +54,13 @@ def decode(name: str, rows: Tensor, out: Tensor) -> None:
         target[start : start + step] = decoder(blocks[start : start + step])
 
 
+def decode_tensor(name: str, raw: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A whole tensor, of any number of dimensions, from the bytes that a file has for it, uint8 of any shape."""
+    out = torch.empty(*shape, dtype=dtype, device=raw.device)
+    decode(name, raw.reshape(-1, TYPES[name].block_bytes), out.view(-1, TYPES[name].block))
+    return out
+
+
 def _decoder(name: str) -> Decoder:
     if name.startswith("IQ"):
         from qexp.quantizers.gguf_grids import GRID_DECODERS

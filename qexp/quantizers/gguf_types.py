@@ -63,6 +63,7 @@ _PLAIN = {
 
 TYPES = {name: GGMLType(name, number, block, nbytes) for name, (number, block, nbytes) in _BLOCKED.items()}
 TYPES |= {name: GGMLType(name, number, 1, nbytes) for name, (number, nbytes) in _PLAIN.items()}
+BLOCKED_PREFIX = "GGUF_"  # before the names of blocked types where they are the dtype of a checkpoint's tensor
 BY_NUMBER = {kind.number: kind for kind in TYPES.values()}
 
 ENCODABLE = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "TQ2_0", "TQ1_0")  # what weights can be made into

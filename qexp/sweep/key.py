@@ -29,7 +29,12 @@ from qexp.sweep.environment import model_packages, versions_of
 KEY_DIGITS = 16
 SCHEMA = 1  # raised when the same settings come to mean something else
 NOT_IN_KEY = {"metrics", "tracking", "resume", "isolation", "sweep", "paths", "loader", "save"}
-NAMES_AND_PLACES = {"label", "path", "checkpoint"}  # of a plugin's config; checkpoints count by their content
+NAMES_AND_PLACES = {
+    "label",
+    "path",
+    "reference_path",
+    "checkpoint",
+}  # of a plugin's config; checkpoints count by their content
 
 
 def run_key(config: RunConfig) -> str:
@@ -47,10 +52,17 @@ def reference_key(config: RunConfig) -> str:
 
 
 def reference_config(config: RunConfig) -> RunConfig:
-    """The same experiment with nothing quantized, in the reference's dtype, offloaded as `reference.offload` says."""
+    """The same experiment with nothing quantized, in the reference's dtype, offloaded as `reference.offload` says.
+
+    Where the checkpoint is quantized already, the reference is that of `model.reference_path`.
+    """
     component = ComponentConfig(backend=NoneConfig(), compute_dtype=config.reference.dtype)
+    paths = load_source(config.model).checkpoints().values()
+    quantized = any("quantization_config" in open_checkpoint(path).config for path in paths)
+    path = config.model.reference_path if quantized else config.model.path
     return replace(
         config,
+        model=replace(config.model, path=path, reference_path=None),
         components={name: component for name in config.components},
         offload=OffloadConfig(strategy=config.reference.offload).resolved(config.device.partition(":")[0]),
     )

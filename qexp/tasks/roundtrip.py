@@ -68,6 +68,7 @@ def _linear_weights(prepared: Prepared) -> list[WorkItem]:
 
 
 def _measure(prepared: Prepared, component: str, item: WorkItem, dense: Tensor, device: torch.device) -> LayerRow:
+    from qexp.loading.lifecycle import check_finite
     from qexp.metrics.tensors import compare
     from qexp.offload.payload import true_nbytes
 
@@ -76,6 +77,7 @@ def _measure(prepared: Prepared, component: str, item: WorkItem, dense: Tensor, 
         restored = prepared.quantizer.dequantize_param(param, item.spec.dtype)
     else:
         param = restored = dense.to(device=device, dtype=item.dtype)
+        check_finite(item.target, restored)
     compared, nbytes = compare(dense, restored), true_nbytes(param)
     return LayerRow(
         component=component,

@@ -21,6 +21,7 @@ from tests.fake_device.streams import DeviceModule, Stream, current_stream
 
 KEY = "PrivateUse1"
 VIEWS = ("as_strided", "view", "_reshape_alias", "unfold")
+WITHOUT_NUMBERS = "aten::bitwise_"  # other operations take a number in the place of a tensor
 KEPT_WHOLE = ("native_layer_norm", "native_group_norm")  # torch would compose them of others, with other last bits
 SIZED_BY_CONTENT = ("nonzero", "masked_select", "_unique2", "unique_dim")  # the host has to wait for the size
 
@@ -148,6 +149,8 @@ def run_on_host(operation: Any, *args: Any, **kwargs: Any) -> Any:
     if len(devices) > 1 or any(tensor.dim() and not is_on_device(tensor) for tensor in used):
         places = ", ".join(str(tensor.device) for tensor in used)
         raise RuntimeError(f"Expected all tensors to be on the same device, but {operation} got {places}")
+    if operation._schema.name.startswith(WITHOUT_NUMBERS):
+        args = tuple(torch.tensor(value) if isinstance(value, int) else value for value in args)
     kernel = Kernel(operation, devices.pop() if devices else torch.device(kwargs.get("device") or memory.NAME))
     _check(operation, kernel.stream, args, kwargs)
     counters.total.kernels += 1

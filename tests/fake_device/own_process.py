@@ -14,6 +14,7 @@ they are part of a run of everything too. All files of a folder share one child 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from functools import cache
@@ -34,6 +35,7 @@ def register(config: pytest.Config, conftest: str) -> None:
     folder = Path(conftest).parent
     wanted = [Path(config.invocation_params.dir, argument.partition("::")[0]).resolve() for argument in config.args]
     if all(path.is_relative_to(folder) for path in wanted):
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # what libraries compile takes longer than all tests together
         from tests.fake_device import backend
 
         backend.install()

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from qexp.errors import ConfigError, LoadError
-from qexp.loading.checkpoint import open_checkpoint
+from qexp.loading.checkpoint import TensorEntry, open_checkpoint
 from qexp.loading.lifecycle import prepare
 from qexp.offload.payload import true_nbytes
 from qexp.quantizers import gguf_decode
 from qexp.quantizers.base import WeightSpec, load_quantizer
 from qexp.quantizers.gguf import GGUFConfig, GGUFQuantizer
-from qexp.quantizers.gguf_decode import decode
+from qexp.quantizers.gguf_decode import decode, decode_tensor
 from qexp.quantizers.gguf_encode import encode
 from qexp.quantizers.gguf_types import DECODABLE, ENCODABLE, TYPES
 from qexp.settings import ComponentConfig
@@ -248,6 +248,33 @@ def test_stored_blocks_are_wrapped_as_they_are() -> None:
         quantizer.wrap(stored, "Q6_K", (24, 128), torch.bfloat16)
     with pytest.raises(LoadError, match="GGUF type Q8_1 cannot be decoded"):
         quantizer.wrap(torch.zeros(40, dtype=torch.uint8), "Q8_1", (1, 32), torch.float32)
+
+
+def test_weights_that_a_file_holds_are_found_and_put_together() -> None:
+    """Each in its own type, and copied: what they were read into is used again."""
+    quantizer = GGUFQuantizer(GGUFConfig(compute_dtype="float32"))
+    raws = {name: torch.from_numpy(random_bytes(name, rows=6, blocks=2)) for name in ("Q4_K", "Q6_K")}
+    entries = {f"{name}.weight": TensorEntry(f"{name}.weight", f"GGUF_{name}", (6, 512), Path("x.gguf"), 0, raw.numel())
+               for name, raw in raws.items()}  # fmt: skip
+    entries["norm.weight"] = TensorEntry("norm.weight", "F32", (512,), Path("x.gguf"), 0, 2048)
+    entries["conv.weight"] = TensorEntry("conv.weight", "GGUF_Q4_0", (4, 1, 3, 32), Path("x.gguf"), 0, 216)
+    for name, raw in raws.items():
+        spec, parts = WeightSpec(name, (6, 512), torch.bfloat16), quantizer.stored_parts(name, entries)
+        assert parts is not None and quantizer.stored_nbytes(parts) == raw.numel()
+        quantizer.check_quantized_param_shape(spec, parts)
+        parameter: Any = quantizer.create_quantized_param(spec, [raw.flatten()], {}, CPU)
+        assert (parameter.quant_type, parameter.compute_dtype) == (name, torch.float32)
+        assert torch.equal(parameter.raw, raw) and parameter.raw.data_ptr() != raw.data_ptr()
+        with pytest.raises(LoadError, match=r"shape \[6, 512\] in 'x\.gguf', but the model expects \[512, 6\]"):
+            quantizer.check_quantized_param_shape(WeightSpec(name, (512, 6), torch.bfloat16), parts)
+    assert quantizer.stored_parts("norm", entries) is quantizer.stored_parts("absent", entries) is None
+    assert quantizer.stored_parts("conv", entries) is None
+
+
+def test_tensors_of_any_shape_are_decoded() -> None:
+    raw = random_bytes("Q4_0", rows=24, blocks=1)
+    expected = torch.from_numpy(library_decoded("Q4_0", raw)).view(2, 3, 4, 32)
+    assert same(decode_tensor("Q4_0", torch.from_numpy(raw).flatten(), (2, 3, 4, 32), torch.float32), expected)
 
 
 def test_compute_dtype_is_what_the_layer_multiplies_in() -> None:

@@ -19,6 +19,7 @@ from qexp.settings import (
     PathsConfig,
     ReferenceConfig,
     RunConfig,
+    SaveConfig,
     SweepConfig,
     TrackingConfig,
 )
@@ -52,6 +53,7 @@ def run_config(tmp_path: Path, behaviour: int = 1, **changes: Any) -> RunConfig:
         isolation=IsolationConfig(),
         sweep=SweepConfig(name="test"),
         loader=LoaderConfig(),
+        save=SaveConfig(),
         reference=ReferenceConfig(),
         paths=PathsConfig(outputs=str(tmp_path / "outputs")),
         device="cpu",

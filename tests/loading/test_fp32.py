@@ -1,0 +1,53 @@
+"""Modules that a user keeps in fp32 get fp32 and give the compute dtype, whatever their arguments look like."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qexp.loading.fp32 import compute_in_fp32
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.seen: list[torch.dtype] = []
+
+    def forward(self, x: Tensor, *, parts: dict[str, Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        self.seen += [x.dtype, parts["a"].dtype, index.dtype]
+        return self.linear(x), {"sum": x + parts["a"], "index": index}
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+        self.after = nn.Linear(4, 4, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Any:
+        y, parts = self.inner(x, parts={"a": x}, index=torch.arange(3))
+        return self.after(y), parts
+
+
+@pytest.mark.parametrize("clone", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_tensors_are_cast_on_the_way_in_and_out(clone: Any) -> None:
+    model = Outer()
+    compute_in_fp32(model, ["inner"], torch.bfloat16)
+    model = clone(model)
+    y, parts = model(torch.randn(2, 4).bfloat16())
+    assert model.inner.seen == [torch.float32, torch.float32, torch.int64]
+    assert (y.dtype, parts["sum"].dtype, parts["index"].dtype) == (torch.bfloat16, torch.bfloat16, torch.int64)
+
+
+def test_only_the_outermost_module_is_hooked_and_none_without_need() -> None:
+    model = Outer()
+    compute_in_fp32(model, ["inner", "**.linear"], torch.bfloat16)
+    assert [name for name, module in model.named_modules() if module._forward_hooks] == ["inner"]
+    other = Outer()
+    compute_in_fp32(other, ["inner"], torch.float32)
+    compute_in_fp32(other, [], torch.bfloat16)
+    assert not any(module._forward_hooks for module in other.modules())

@@ -1,0 +1,100 @@
+"""Models saved as GGUF files: gguf-py and diffusers open them, with the same bytes and the same outputs."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qexp.errors import ConfigError
+from qexp.loading.gguf_file import read_gguf_header
+from qexp.loading.gguf_saving import save_gguf
+from qexp.quantizers.base import WeightSpec
+from qexp.quantizers.gguf import GGUFConfig, GGUFQuantizer
+from qexp.quantizers.gguf_tensor import GGUFTensor
+from tests.backends import CPU
+from tests.quantizers.test_contract import gaussian
+
+
+def quantized(weight: Tensor, quant_type: str = "Q8_0") -> nn.Parameter:
+    spec = WeightSpec("x", (weight.shape[0], weight.shape[1]), weight.dtype)
+    return GGUFQuantizer(GGUFConfig(quant_type=quant_type)).create_quantized_param(spec, [weight], {}, CPU)
+
+
+def test_the_library_reads_what_was_saved(tmp_path: Path) -> None:
+    weight, bias = quantized(gaussian(64, 96, dtype=torch.bfloat16), "Q5_0"), gaussian(64, dtype=torch.bfloat16)
+    tensors: dict[str, Tensor] = {"a.weight": weight, "a.bias": nn.Parameter(bias), "half": gaussian(2, 3).half()}
+    tensors |= {"turned": gaussian(3, 4).t(), "mask": torch.tensor([True, False]), "count": torch.tensor(7)}
+    save_gguf(tmp_path / "x.gguf", tensors, architecture="x", metadata={"x.note": "n"})
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    read: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
+    dense = gguf.quants.dequantize(read["a.weight"].data, read["a.weight"].tensor_type)
+    assert np.array_equal(dense, weight.dequantize(torch.float32).numpy())
+    kinds = {name: tensor.tensor_type.name for name, tensor in read.items()}
+    assert kinds == {"a.weight": "Q5_0", "a.bias": "F32", "half": "F16", "turned": "F32", "mask": "I8", "count": "I64"}
+    for name in ("a.bias", "half", "turned", "mask", "count"):
+        assert np.array_equal(read[name].data, tensors[name].detach().float().numpy()), name
+
+
+def test_what_was_saved_is_wrapped_again_with_the_same_bytes(tmp_path: Path) -> None:
+    weight: Any = quantized(gaussian(64, 256), "TQ1_0")
+    save_gguf(tmp_path / "x.gguf", {"w": weight}, architecture="x")
+    (entry,) = read_gguf_header(tmp_path / "x.gguf").entries
+    content = bytearray((tmp_path / "x.gguf").read_bytes()[entry.offset : entry.offset + entry.nbytes])
+    raw = torch.frombuffer(content, dtype=torch.uint8)
+    again: Any = GGUFQuantizer(GGUFConfig()).wrap(raw, entry.dtype.removeprefix("GGUF_"), entry.shape, torch.float32)
+    assert again.quant_type == "TQ1_0"
+    assert torch.equal(again.raw, weight.raw)
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.complex64), torch.zeros(2).to(torch.float8_e4m3fn)])
+def test_what_gguf_cannot_hold_is_refused(tensor: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'x' is a Tensor of torch\.(complex64|float8_e4m3fn).*safetensors"):
+        save_gguf(tmp_path / "x.gguf", {"x": tensor}, architecture="x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_quantized_weights_are_not_saved_by_their_bytes_alone(tmp_path: Path) -> None:
+    class Other(nn.Parameter):
+        """Such as a bitsandbytes one, whose scales are attributes."""
+
+    with pytest.raises(ConfigError, match="'x' is a Other of"):
+        save_gguf(tmp_path / "x.gguf", {"x": Other(torch.zeros(2))}, architecture="x")
+
+
+@pytest.mark.parametrize("quant_type", ["Q8_0", "Q4_0"])
+def test_diffusers_opens_a_saved_model_and_gives_the_same_outputs(quant_type: str, tmp_path: Path) -> None:
+    from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
+
+    torch.manual_seed(0)
+    model: Any = FluxTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(8, 12, 12),
+    )  # fmt: skip
+    model.eval().requires_grad_(False).save_config(tmp_path)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = quantized(module.weight, quant_type)
+    save_gguf(tmp_path / "flux.gguf", model.state_dict(), architecture="flux")
+    theirs: Any = FluxTransformer2DModel.from_single_file(
+        str(tmp_path / "flux.gguf"),
+        config=str(tmp_path),
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        torch_dtype=torch.float32,
+    )
+    ours, same = model.state_dict(), theirs.state_dict()
+    assert set(ours) == set(same)
+    for name, tensor in ours.items():
+        raw = tensor.raw if isinstance(tensor, GGUFTensor) else tensor
+        assert torch.equal(raw, torch.Tensor._make_subclass(Tensor, same[name])), name
+    inputs = {
+        "hidden_states": gaussian(1, 4, 64), "encoder_hidden_states": gaussian(1, 3, 32, seed=1),
+        "pooled_projections": gaussian(1, 32, seed=2), "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(3, 3),
+    }  # fmt: skip
+    with torch.no_grad():
+        expected, output = model(**inputs).sample, theirs(**inputs).sample
+    assert (expected - output).norm() / expected.norm() < 1e-3  # they decode in fp16

@@ -1,0 +1,15 @@
+"""Runs the tests in `on_fake_device/`, of offloading to an accelerator, in a process of their own."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.fake_device import own_process
+
+FOLDER = Path(__file__).parent / "on_fake_device"
+
+
+@pytest.mark.parametrize("module", own_process.modules(FOLDER))
+def test_on_the_fake_device(module: str) -> None:
+    if failures := own_process.failures(FOLDER, module):
+        pytest.fail(failures, pytrace=False)
