@@ -6,7 +6,9 @@ raises them instead; that is set around it here, and taken back for the experime
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,19 +22,24 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
+from qexp.arguments import flags_first
 from qexp.composition import explain
 from qexp.config import to_run_config
-from qexp.errors import ConfigError, QexpError
+from qexp.errors import QexpError
 from qexp.options import conf_folder
+from qexp.report.labels import run_label
 from qexp.schema import register_schemas
 from qexp.settings import SweepConfig
+from qexp.tracking.session import check_login
 
 if TYPE_CHECKING:
     from qexp.sweep.job import JobRow
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+DEFAULT_NAME = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"  # of a sweep in conf/sweep/default.yaml: when it began
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
@@ -42,6 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     A sweep's own end (`sweep/callback.py`) knows better and exits by itself.
     """
     wanted = os.environ.get(FULL_ERROR)
+    typed: dict[str, str] = {}  # argument as Hydra gets it -> as it was typed
     not_done: list[JobRow] = []
     refusals: list[QexpError] = []  # of a single run; raised through Hydra they would be announced twice
 
@@ -59,7 +67,9 @@ def run(arguments: Sequence[str]) -> int:
 
     register_schemas()
     try:
-        sys.argv[1:] = defer_to_jobs(arguments)
+        sorted_arguments = flags_first(arguments)
+        sys.argv[1:] = defer_to_jobs(sorted_arguments)
+        typed.update(zip(sys.argv[1:], sorted_arguments, strict=True))
         with environment(FULL_ERROR, "1"):
             hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)()
         for refusal in refusals:
@@ -67,11 +77,17 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
+    except SystemExit:
+        SweepFolder.remove_unused()
+        raise
     except Exception as error:
         SweepFolder.remove_unused()
         if wanted == "1":
             raise
-        print(f"error: {explain(error, arguments)}", file=sys.stderr)
+        message = explain(error, arguments)
+        for sent, original in typed.items():
+            message = message.replace(sent, original)
+        print(f"error: {message}", file=sys.stderr)
         return 1
     return 1 if not_done else 0
 
@@ -86,11 +102,26 @@ def run_one(cfg: DictConfig) -> JobRow:
     except QexpError as error:
         if not in_sweep():
             raise
-        return refuse_job(error, overrides, outputs=cfg.paths.outputs, sweep_name=cfg.sweep.name)
+        label = raw_label(cfg)
+        return refuse_job(error, overrides, outputs=cfg.paths.outputs, sweep_name=cfg.sweep.name, label=label)
+    if config.tracking.mode == "online" and not in_sweep():
+        check_login()
     row = run_job(config, overrides)
-    if row.key and not in_sweep():
-        print(f"  {Path(config.paths.outputs, 'runs', row.key)}", flush=True)
+    folder = Path(config.paths.outputs, "runs", row.key)
+    if row.key and folder.exists() and not in_sweep():
+        print(f"  {folder}", flush=True)
     return row
+
+
+def raw_label(cfg: DictConfig) -> str:
+    """The label of an experiment that does not resolve; '' if not even its parts have names."""
+    try:
+        parts = {
+            name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "backend", "offload", "task")
+        }
+        return run_label({**parts, "components": {"": {"backend": parts["backend"]}}})
+    except (KeyError, TypeError, ValueError, OmegaConfBaseException):
+        return ""
 
 
 def in_sweep() -> bool:
@@ -98,23 +129,48 @@ def in_sweep() -> bool:
 
 
 class SweepFolder(Callback):
-    """A Hydra callback, ahead of the sweep's own: a sweep that does not compose leaves no folder behind."""
+    """A Hydra callback, ahead of the sweep's own: it has a folder to itself, and W&B an account, before anything runs.
+
+    A sweep that does not compose leaves no folder behind.
+    """
 
     unused: Path | None = None  # created for this sweep, in which nothing has run yet
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         try:
             SweepConfig(config.sweep.name)
-        except ConfigError as error:  # Hydra would make it a warning
+            if config.tracking.get("mode") == "online":
+                check_login()
+        except QexpError as error:  # Hydra would make it a warning
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
         folder = Path(config.hydra.sweep.dir)
         SweepFolder.unused = None if folder.exists() else folder
+        if re.fullmatch(DEFAULT_NAME, config.sweep.name):
+            _take_free_name(config, folder)
 
     @classmethod
     def remove_unused(cls) -> None:
         if cls.unused is not None:
             shutil.rmtree(cls.unused, ignore_errors=True)
+
+
+def _take_free_name(config: DictConfig, folder: Path) -> None:
+    """Another sweep that began in the same second has the name: add a number to it, for every experiment."""
+    for number in itertools.count(1):
+        own = folder.with_name(f"{folder.name}_{number}") if number > 1 else folder
+        try:
+            own.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:  # it cannot be written at all: the manifest says so
+            return
+        SweepFolder.unused = own
+        if number > 1:
+            with read_write(config), open_dict(config):
+                config.sweep.name = own.name
+                config.hydra.overrides.task.append(f"sweep.name={own.name}")
+        return
 
 
 def defer_to_jobs(arguments: Sequence[str]) -> list[str]:

@@ -92,6 +92,10 @@ def _no_group(name: str, place: str) -> str:
 def _unknown_field(problem: Problem) -> str:
     name, cls = problem["name"], _classes().get(problem["owner"])
     if cls is None and problem.key.startswith("components"):
+        known = {name for model in plugin_names("model") for name in plugin_module("model", model).COMPONENTS}
+        component = problem.key.split(".")[1]
+        if component not in known:
+            return f"{problem.written} is of no component{did_you_mean(component, known)}; use {choices(known)}"
         return f"{problem.written} adds to components: write +{problem.written}"
     if cls is None:
         return f"{problem.written}{problem.place} is not a known field"

@@ -2,16 +2,19 @@
 
     python -m qexp.rerun outputs/runs/<key>
 
-The new result takes the place of the old one, unless `--outputs` names another folder. Times and memory peaks differ
-from run to run and are only shown; every other metric must be equal to the last digit.
+The new result takes the place of the old one once it is complete, unless `--outputs` names another folder. Times and
+memory peaks differ from run to run and are only shown; every other metric must be equal to the last digit.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,13 @@ from typing import Any
 import yaml
 
 from qexp.config import run_config_from_container
-from qexp.errors import LoadError, QexpError
+from qexp.errors import ConfigError, LoadError, QexpError
 from qexp.settings import PathsConfig, RunConfig
 from qexp.sweep.environment import differences
 from qexp.sweep.job import run_job
 from qexp.sweep.key import run_key
-from qexp.sweep.store import RunFolder
+from qexp.sweep.store import LOCK, RunFolder, disk_error
+from qexp.tracking.session import check_login
 
 VARYING = ("seconds", "_ms", "peak", "baseline")  # parts of names of metrics that no two runs share
 
@@ -44,7 +48,13 @@ def main() -> int:
 
 def rerun(path: Path, outputs: Path | None) -> int:
     """Run the experiment stored in `path` again and print what differs; the exit code."""
-    folder = RunFolder(path)
+    folder = RunFolder(path.resolve())
+    if folder.path.parent.name == "references":
+        raise ConfigError(
+            f"{path} is a reference, which is computed for the runs that are compared with it; delete it, and the next "
+            "run that needs it computes it again"
+        )
+    put_back(folder)
     old = folder.read_result()
     config = stored_config(folder, outputs)
     if run_key(config) != folder.key:
@@ -53,13 +63,63 @@ def rerun(path: Path, outputs: Path | None) -> int:
         )
     for change in differences(old["env"], config) if old else ():
         print(f"note: the environment has changed: {change}")
-    row = run_job(config, (folder.path / "overrides.txt").read_text().splitlines())
-    if row.status != "done":
+    if config.tracking.mode == "online":
+        check_login()
+    with old_kept(folder):
+        row = run_job(config, (folder.path / "overrides.txt").read_text().splitlines())
+        done = row.status == "done"
+        if done:
+            shutil.rmtree(aside(folder), ignore_errors=True)
+    if not done:
         return 1
     if old is None:
         print(f"nothing to compare with: {path} had no result")
         return 0
     return report(old["metrics"], row.metrics)
+
+
+def aside(folder: RunFolder) -> Path:
+    """Where an old run waits for the new one."""
+    return folder.path.with_name(f".{folder.key}.before")
+
+
+@contextmanager
+def old_kept(folder: RunFolder) -> Iterator[None]:
+    """A second set of names for a run's files, which `clear` and renaming leave alone; put back unless removed."""
+    if folder.holds("result.json"):
+        try:
+            shutil.copytree(folder.path, aside(folder), copy_function=_link, ignore=shutil.ignore_patterns(LOCK))
+        except OSError as error:
+            shutil.rmtree(aside(folder), ignore_errors=True)
+            raise disk_error(aside(folder), error) from error
+    try:
+        yield
+    finally:
+        put_back(folder)
+
+
+def put_back(folder: RunFolder) -> None:
+    """Give a folder the old run that is kept beside it: the new one has failed, or was cut off."""
+    kept = aside(folder)
+    if not kept.is_dir():
+        return
+    with folder.locked(print):
+        try:
+            folder.clear()
+            shutil.rmtree(folder.path / "wandb", ignore_errors=True)
+            for entry in kept.iterdir():
+                entry.rename(folder.path / entry.name)
+            kept.rmdir()
+        except OSError as error:
+            raise disk_error(folder.path, error) from error
+    print(f"the old result is kept: {folder.path}")
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not every file system can
+        shutil.copy2(source, target)
 
 
 def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
@@ -69,7 +129,7 @@ def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
     except (OSError, yaml.YAMLError) as error:
         raise LoadError(f"{folder.path} is no run folder, its config.yaml cannot be read: {error}") from error
     config = run_config_from_container(container)
-    root = outputs or folder.path.resolve().parents[1]
+    root = outputs or folder.path.parents[1]
     return replace(config, resume="none", paths=PathsConfig(outputs=str(root)))
 
 

@@ -189,3 +189,5 @@ class TopLevelConfig:
 
     def __post_init__(self) -> None:
         check_choice("resume", self.resume, RESUME_MODES)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed} must be from 0 to {2**63 - 1}: torch's generators take no other")

@@ -15,10 +15,12 @@ import pytest
 import qexp.__main__
 import qexp.sweep.job
 from qexp import options
+from qexp.arguments import flags_first
 from qexp.errors import ConfigError
 from qexp.settings import RunConfig
 from qexp.sweep.manifest import JobRow
 from tests.composing import CommandLine, command_line
+from tests.tracking.wandb_server import use_server
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -32,10 +34,13 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Command
 def test_one_experiment_prints_its_folder_and_litters_nothing(
     command: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    Path(tmp_path, "outputs/runs/key1").mkdir(parents=True)
     assert command("backend=torchao", "seed=3") == 0
     assert [config.seed for config in command.configs] == [3]
     assert capsys.readouterr().out == "  outputs/runs/key1\n"
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["outputs", "runs", "key1"]
+    assert command("seed=3") == 0
+    assert capsys.readouterr().out == ""  # there is no outputs/runs/key2
 
 
 @pytest.mark.parametrize("seed", [13, 14], ids=["failed", "unsupported"])
@@ -81,6 +86,79 @@ def test_a_wrong_experiment_in_a_sweep_is_a_row_and_the_others_run(command: Comm
     jobs = json.loads(Path(tmp_path, "outputs/sweeps/mixed/manifest.json").read_text())["jobs"]
     assert [(job["status"], job["reason"]) for job in jobs] == [("failed", "config")] * 2
     assert "streaming path" in jobs[0]["message"]
+
+
+def test_a_wrong_experiment_is_shown_like_any_other(
+    command: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command("-m", "backend=none,torchao", "low_cpu_mem_usage=false", "offload=leaf")
+    assert "[2/2] digits · torchao int8wo · leaf→auto · generate: failed (config): low_cpu" in capsys.readouterr().out
+
+
+def test_overrides_stand_on_both_sides_of_a_flag(command: CommandLine) -> None:
+    command("backend=torchao", "offload=leaf", "-m", "seed=1,2", "--config-dir", ".", "task.num_images=20")
+    assert [(config.seed, config.offload.strategy) for config in command.configs] == [(1, "leaf"), (2, "leaf")]
+
+
+FLAGS = {
+    "--multi": "--multi is no flag (did you mean --multirun?); use --cfg, ",
+    "-x": "-x is no flag",
+    "--cfg": "--cfg without a value does not work; use all, hydra or job",
+    "--cfg=jbo": "--cfg jbo does not work; use all, hydra or job",
+    "--config-dir=": "--config-dir without a value does not work; write --config-dir <value>",
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_mistake_in_a_flag_is_one_message(
+    command: CommandLine, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    assert command("-m", "backend=torchao,none", "backend.group_size=64", flag) == 1
+    output = capsys.readouterr()
+    assert output.err.startswith(f"error: {FLAGS[flag]}") and output.err.count("\n") == 1
+
+
+def test_messages_show_what_was_typed(command: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("backend.quant_type=int8dq", "backend=torchao,none") == 1
+    error = capsys.readouterr().err
+    assert "add -m" in error and "choice(" not in error
+
+
+def test_flags_with_values_travel_together() -> None:
+    assert flags_first(["a=1", "-c", "job", "b=-1", "--info", "c=2", "-p=x", "--", "-d"]) == [
+        "--cfg=job", "--info=all", "--package=x", "a=1", "b=-1", "c=2", "-d",
+    ]  # fmt: skip
+    assert flags_first(["-i", "plugins", "a=1"]) == ["--info=plugins", "a=1"]
+
+
+def test_sweeps_that_begin_in_one_second_get_names_of_their_own(
+    command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name = "2026-01-02_03-04-05"
+    for _ in range(3):
+        command("-m", "seed=1", f"sweep.name={name}")
+    assert [config.sweep.name for config in command.configs] == [name, f"{name}_2", f"{name}_3"]
+    assert {path.name for path in Path(tmp_path, "outputs/sweeps").iterdir()} == {name, f"{name}_2", f"{name}_3"}
+    for folder in Path(tmp_path, "outputs/sweeps").iterdir():
+        assert json.loads((folder / "manifest.json").read_text())["name"] == folder.name
+        assert (folder / "multirun.yaml").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["-m", "seed=1,2"]], ids=["single", "sweep"])
+def test_online_without_an_account_is_found_before_anything_runs(
+    arguments: list[str], command: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    use_server(monkeypatch, tmp_path / "home", "http://127.0.0.1:9", key=None)
+    assert command(*arguments, "tracking=online") == 1
+    assert "needs a W&B account" in capsys.readouterr().err
+    assert command.configs == [] and not Path(tmp_path, "outputs").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_that_torch_does_not_take(command: CommandLine, capsys: pytest.CaptureFixture[str], seed: int) -> None:
+    assert command(f"seed={seed}") == 1
+    assert f"seed={seed} must be from 0 to 9223372036854775807" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_a_sweep_with_its_own_exit_code(

@@ -16,6 +16,7 @@ from pathlib import Path
 from qexp.errors import QexpError
 from qexp.report.rows import Row, find_sweep, read_manifest, rows_of_sweep
 from qexp.report.table import format_table
+from qexp.sweep.manifest import count_line
 from qexp.sweep.store import write_bytes, write_text
 
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         name = find_sweep(options.outputs, options.sweep)
         rows = rows_of_sweep(options.outputs, name)
-        print(format_table(rows))
+        print(f"{format_table(rows)}\n\n{count_line(rows, read_manifest(options.outputs, name).get('total'))}")
         for path in write_report(Path(options.outputs), name, rows):
             print(f"wrote {path}")
         if options.wandb:

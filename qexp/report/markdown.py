@@ -14,6 +14,7 @@ from typing import Any
 
 from qexp.report.rows import Row
 from qexp.report.table import TEXTS, cells, prepare, shown_columns, status_text
+from qexp.sweep.manifest import count_line
 
 MACHINE = ("host", "cpu", "cores", "memory_gib", "device", "device_name", "threads", "platform", "python")
 
@@ -39,18 +40,13 @@ def report_intro(manifest: Mapping[str, Any], rows: list[Row]) -> str:
 
 
 def _summary(manifest: Mapping[str, Any], rows: list[Row]) -> str:
-    """'12 experiments, started 2026-01-02 03:04: 10 done (2 reused from earlier runs), 2 failed.'"""
-    statuses = [row["status"] for row in rows]
-    counts = [f"{statuses.count(name)} {name}" for name in dict.fromkeys(["done", *statuses]) if name in statuses]
-    reused = sum(bool(row["reused"]) for row in rows if row["status"] == "done")
-    if reused:
-        counts[0] += f" ({reused} reused from earlier runs)"
+    """'12 experiments, started 2026-01-02 03:04: 9 done (2 reused), 2 failed, 1 not run, or cut off.'"""
+    number, _, counts = count_line(rows, manifest.get("total")).partition(": ")
     models = ", ".join(dict.fromkeys(str(row["config"]["model"]["source"]) for row in rows if row["config"]))
     subject = f" with the model {models}" if models else ""
     started = datetime.fromisoformat(manifest["started"]).strftime("%Y-%m-%d %H:%M")
-    number = "1 experiment" if len(rows) == 1 else f"{len(rows)} experiments"
     unfinished = "" if manifest.get("finished") else " The sweep has not finished."
-    return f"{number}{subject}, started {started}: {', '.join(counts)}.{unfinished}"
+    return f"{number}{subject}, started {started}: {counts}.{unfinished}"
 
 
 def _results(done: list[Row], folder: Path) -> str:

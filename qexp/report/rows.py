@@ -1,7 +1,8 @@
 """The experiments of a sweep as rows, read back from its manifest and its run folders.
 
 A run folder is the truth about its experiment, and may be newer than the manifest (the same experiment was run again,
-alone or in another sweep); the manifest speaks for experiments that never got a folder.
+alone or in another sweep); the manifest speaks for experiments that never got a folder, and for a failure that left an
+older result as it was. A file that is damaged costs its own row: status `damaged`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ Row = dict[str, Any]
 def sweep_names(outputs: Path | str) -> list[str]:
     """Names of the sweeps in an outputs folder, the one that started last at the end."""
     folders = [path.parent.name for path in Path(outputs, "sweeps").glob("*/manifest.json")]
-    return sorted(folders, key=lambda name: (str(read_manifest(outputs, name).get("started")), name))
+    return sorted(folders, key=lambda name: (_started(outputs, name), name))
+
+
+def _started(outputs: Path | str, name: str) -> str:
+    try:
+        return str(read_manifest(outputs, name).get("started"))
+    except DiskError:  # reported when it is the one that is asked for
+        return ""
 
 
 def find_sweep(outputs: Path | str, name: str | None) -> str:
@@ -46,7 +54,7 @@ def rows_of_sweep(outputs: Path | str, name: str) -> list[Row]:
 
     Keys: those of a job in the manifest (number, key, overrides, status, reason, message, reused, seconds), and
     label, metrics, config (the stored container), env and folder; the last three are None without a run folder.
-    Raises: ConfigError for an unknown sweep, DiskError for a file that is damaged.
+    Raises: ConfigError for an unknown sweep, DiskError for a manifest that is damaged.
     """
     jobs = read_manifest(outputs, find_sweep(outputs, name))["jobs"]
     return [_row(job, RunFolder(Path(outputs, "runs", str(job["key"])))) for job in jobs]
@@ -63,15 +71,38 @@ def _row(job: dict[str, Any], folder: RunFolder) -> Row:
     }
     if not job["key"] or not folder.path.is_dir():
         return row | _missing("its run folder") if job["status"] == "done" else row
-    row |= {"folder": folder.path, "config": read_yaml(folder.path / "config.yaml")}
-    if row["config"] is not None:
-        row["label"] = run_label(row["config"])
-    if (status := folder.read_status()) is not None:
-        row |= {"status": status.status, "reason": status.reason, "message": status.message, "seconds": status.seconds}
-    if row["status"] != "done":
-        return row
+    row["folder"] = folder.path
+    try:
+        return row | _labels(folder) | _ending(job, folder)
+    except DiskError as error:
+        return row | _damaged(str(error))
+    except (KeyError, TypeError, AttributeError) as error:
+        return row | _damaged(f"{folder.path}: lacks what a run leaves ({error!r}); delete it, and run it again")
+
+
+def _labels(folder: RunFolder) -> Row:
+    config = read_yaml(folder.path / "config.yaml")
+    return {"config": config, "label": run_label(config)} if config is not None else {}
+
+
+def _ending(job: Row, folder: RunFolder) -> Row:
+    """How the experiment ended, and its numbers if it did well."""
+    status = folder.read_status()
+    if status is None:
+        return _missing("its status.json") if job["status"] == "done" else {}
+    found = {"status": status.status, "reason": status.reason, "message": status.message, "seconds": status.seconds}
+    if status.status != "done":
+        return found
+    if job["status"] == "failed" and (status.finished or "") <= job.get("recorded", ""):
+        return {}  # it was to be scored again, and that failed; the result is from before
     result = folder.read_result()
-    return row | ({"metrics": result["metrics"], "env": result["env"]} if result else _missing("its result.json"))
+    return found | (
+        {"metrics": result["metrics"], "env": dict(result["env"])} if result else _missing("its result.json")
+    )
+
+
+def _damaged(message: str) -> Row:
+    return {"status": "damaged", "reason": None, "message": message}
 
 
 def _missing(what: str) -> Row:

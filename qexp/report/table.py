@@ -1,7 +1,7 @@
 """The table of a sweep for the terminal: sorted by memory, failures with their reasons below it.
 
-Columns without a value anywhere are left out; text columns are shortened in their middle until a line fits 120
-characters.
+Columns without a value anywhere are left out, and some that matter less where there is no room; text columns are
+shortened in their middle until a line fits 120 characters.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ NUMBERS: dict[str, tuple[str, float, str]] = {
     "PSNR dB": ("quality/psnr_db", 1, ".2f"),
     "SSIM": ("quality/ssim", 1, ".4f"),
     "class acc.": ("quality/class_accuracy", 1, ".3f"),
+    "Fréchet distance": ("quality/frechet_distance", 1, ".2f"),
     "SQNR dB": ("roundtrip/sqnr_db_mean", 1, ".2f"),
     "SQNR min": ("roundtrip/sqnr_db_min", 1, ".2f"),
     "max error": ("roundtrip/max_abs_error", 1, ".2e"),
 }
-# a ratio that is null -> the metric, and its value, that say it is infinite
-INFINITE_IF = {
+IF_THERE_IS_ROOM = ("Fréchet distance",)
+# a ratio that is null -> the metric that is equal to a second one, or to a number, if the ratio is infinite
+INFINITE_IF: dict[str, tuple[str, str | int]] = {
     "quality/psnr_db": ("quality/exact", 1),
-    "roundtrip/sqnr_db_mean": ("roundtrip/max_abs_error", 0),
-    "roundtrip/sqnr_db_min": ("roundtrip/max_abs_error", 0),
+    "roundtrip/sqnr_db_mean": ("roundtrip/exact_layers", "roundtrip/layers"),
+    "roundtrip/sqnr_db_min": ("roundtrip/exact_layers", "roundtrip/layers"),
 }
 TEXTS = ("#", "model", "task", "backend", "offload", "setting", "status")
 COLUMNS = (*TEXTS, *NUMBERS)
@@ -50,10 +52,10 @@ def format_table(rows: Iterable[Any]) -> str:
     prepared = prepare(rows)
     if not prepared:
         return "no experiments"
-    header = shown_columns(prepared)
+    header = _without_extras(prepared)
     heads = [[name.rpartition(" ")[part] for name in header] for part in (0, 2)]
     lines = [[cells(row)[name] for name in header] for row in prepared]
-    widths = _fit([max(map(len, column)) for column in zip(*heads, *lines, strict=True)], header)
+    widths = _fit(_widths(prepared, header), header)
     rule = ["─" * width for width in widths]
     text = [_line(line, widths, header) for line in (*heads, rule, *lines)]
     return "\n".join([*text, *_failures(prepared)])
@@ -100,20 +102,24 @@ def status_text(row: Row) -> str:
 
 
 def format_value(metrics: Mapping[str, float | None], column: str) -> str:
-    """A metric in the unit of its column; 'exact' for a ratio that is infinite since there is no error."""
+    """A metric in the unit of its column; in words for a ratio that is infinite since there is no error, and for a
+    comparison of outputs that are not finite."""
     metric, factor, style = NUMBERS[column]
     value = metrics.get(metric)
-    if value is None:
-        return "exact" if is_exact(metrics, metric) else ""
-    return format(value * factor, style)
+    if value is not None:
+        return format(value * factor, style)
+    if metric in metrics and metric.startswith("quality/") and metrics.get("quality/finite") == 0:
+        return "not finite"
+    return "exact" if is_exact(metrics, metric) else ""
 
 
 def is_exact(metrics: Mapping[str, float | None], metric: str) -> bool:
     """Whether a signal-to-noise ratio is null because it is infinite: nothing differs from the original."""
     if metric not in INFINITE_IF:
         return False
-    sign, value = INFINITE_IF[metric]
-    return metric in metrics and metrics[metric] is None and metrics.get(sign) == value
+    sign, expected = INFINITE_IF[metric]
+    value = metrics.get(expected) if isinstance(expected, str) else expected
+    return metric in metrics and metrics[metric] is None and value not in (None, 0) and metrics.get(sign) == value
 
 
 def shown_columns(prepared: list[Row]) -> list[str]:
@@ -123,10 +129,30 @@ def shown_columns(prepared: list[Row]) -> list[str]:
     return [name for name in COLUMNS if any(columns[name])]
 
 
+def _widths(prepared: list[Row], header: list[str]) -> list[int]:
+    """What each column needs; a header takes two lines."""
+    texts = [
+        [name.rpartition(" ")[0], name.rpartition(" ")[2], *(cells(row)[name] for row in prepared)] for name in header
+    ]
+    return [max(map(len, column)) for column in texts]
+
+
+def _without_extras(prepared: list[Row]) -> list[str]:
+    """The columns, the less important ones only if no other has to be shortened for them."""
+    header = shown_columns(prepared)
+    if _excess(_widths(prepared, header)) <= 0:
+        return header
+    return [name for name in header if name not in IF_THERE_IS_ROOM]
+
+
+def _excess(widths: list[int]) -> int:
+    return sum(widths) + 2 * (len(widths) - 1) - WIDTH
+
+
 def _fit(widths: list[int], header: list[str]) -> list[int]:
     """Take from the text columns until a line fits, from the settings first and from the backend last."""
     for name in ("setting", "model", "task", "status", "offload", "backend"):
-        excess = sum(widths) + 2 * (len(widths) - 1) - WIDTH
+        excess = _excess(widths)
         if name in header and excess > 0:
             place = header.index(name)
             widths[place] = max(min(widths[place], NARROWEST), widths[place] - excess)

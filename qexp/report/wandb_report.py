@@ -4,9 +4,9 @@
     images                   the samples of every run, their reference and the difference (generate)
     layers                   the table of every layer (roundtrip)
 
-The run set is the group with the sweep's name, and the runs that the sweep reused, which are in the group of the
-sweep that ran them. Online the report is saved, and updated when this is repeated. Offline its specification is
-written as wandb_report.json beside the sweep: what would be saved, without an account or a network.
+The run set is the sweep's runs by their ids: those it reused are in the group of the sweep that ran them. Online the
+report is saved, and updated when this is repeated. Offline its specification is written as wandb_report.json beside the
+sweep: what would be saved, without an account or a network.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ BARS = {  # metric -> title
     "load/peak_host_gib": "peak of host memory while loading (GiB)",
 }
 MEDIA = ("images/grid", "images/reference", "images/difference")
-UNSAFE = "=<>"  # the library reads a filter as a Python expression, and rewrites these inside strings too
 
 
 def publish_report(outputs: Path, name: str, rows: list[Row], *, online: bool | None = None) -> str:
@@ -77,7 +76,7 @@ def _tracking(rows: list[Row], name: str) -> Mapping[str, Any]:
 def _build(manifest: Mapping[str, Any], rows: list[Row], project: str, entity: str) -> Any:
     wr = _import_reports()
     name = manifest["name"]
-    runs = wr.Runset(name=name, project=project if entity else "", entity=entity, filters=_filters(name, rows))
+    runs = wr.Runset(name=name, project=project if entity else "", entity=entity, filters=_filter(rows))
     blocks = [wr.MarkdownBlock(report_intro(manifest, rows)), wr.H2("Memory against quality")]
     blocks.append(wr.PanelGrid(runsets=[runs], panels=_plots(wr, rows)))
     tasks = {row["config"]["task"]["name"] for row in rows if row["config"]}
@@ -90,12 +89,8 @@ def _build(manifest: Mapping[str, Any], rows: list[Row], project: str, entity: s
     return wr.Report(project=project, entity=entity, title=f"qexp: {name}"[:128], width="fluid", blocks=blocks)
 
 
-def _filters(name: str, rows: list[Row]) -> str:
-    if set(name) & set(UNSAFE):
-        raise ConfigError(f"sweep name {name!r} cannot be filtered for by W&B: it must not contain {' '.join(UNSAFE)}")
-    reused = [row["key"] for row in rows if row["reused"]]
-    group = f"Metric('Group') == {name!r}"
-    return f"{group} or Metric('ID') in {reused!r}" if reused else group
+def _filter(rows: list[Row]) -> str:
+    return f"Metric('ID') in {list(dict.fromkeys(row['key'] for row in rows if row['config']))!r}"
 
 
 def _plots(wr: Any, rows: list[Row]) -> list[Any]:

@@ -30,7 +30,7 @@ class SweepCallback(Callback):
             command = ["python", "-m", "qexp", *arguments]
             _manifest(config).start(command, planned_jobs(config), config.sweep.get("notes"))
         except QexpError as error:
-            print(error, file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

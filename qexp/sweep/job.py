@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,19 +18,21 @@ from typing import Any
 
 from qexp.errors import DiskError, QexpError
 from qexp.report.labels import run_label
-from qexp.settings import RunConfig
+from qexp.report.rows import read_yaml
+from qexp.settings import MetricsConfig, RunConfig, SweepConfig
 from qexp.sweep.key import run_key, saves_outputs
 from qexp.sweep.manifest import JobRow, Manifest
 from qexp.sweep.outcome import Outcome, outcome_of
 from qexp.sweep.process import run_worker
 from qexp.sweep.progress import end_line, job_name
 from qexp.sweep.reference import ensure_reference, known_reference, prepare_folder
-from qexp.sweep.resume import Decision, decide
-from qexp.sweep.store import RunFolder, Status, now_iso
+from qexp.sweep.resume import Decision, decide, scored_names
+from qexp.sweep.store import RunFolder, Status, now_iso, write_bytes
 from qexp.sweep.worker import Work, do_work
 
 __all__ = ["JobRow", "refuse_job", "run_job"]
 
+ORDERS = ("config.yaml", "overrides.txt", "status.json")  # what scoring again replaces, beside the result
 TRACKED = {"offline": "wandb/offline-run-*", "online": "wandb/run-*"}  # what W&B leaves in a run folder, by mode
 
 
@@ -89,14 +91,21 @@ def run_job(
 
 
 def refuse_job(
-    error: QexpError, overrides: Sequence[str], *, outputs: str, sweep_name: str, number: int | None = None
+    error: QexpError,
+    overrides: Sequence[str],
+    *,
+    outputs: str,
+    sweep_name: str,
+    label: str = "",
+    number: int | None = None,
 ) -> JobRow:
     """The row of an experiment whose configuration does not resolve, recorded and shown like any other."""
     number = number if number is not None else _hydra_number()
-    label = " ".join(overrides) or "this experiment"
+    label = label or " ".join(overrides) or "this experiment"
     row = replace(JobRow(number or 1, "", tuple(overrides), label, "failed"), **asdict(outcome_of(error)))
     manifest = Manifest(outputs, sweep_name) if number is not None else None
-    _record(manifest, row, job_name(number, None, label))
+    total = _read_sweep(manifest).get("total") if manifest is not None else None
+    _record(manifest, row, job_name(number, total, label))
     return row
 
 
@@ -118,18 +127,43 @@ def _perform(job: _Job, row: JobRow) -> JobRow:
             status = folder.read_status()
         else:
             job.say(_start_words(decision))
-            status = _execute(job, folder, decision)
-        if status is not None and (decision.action != "keep" or not _is_tracked(job, folder)):
-            _track(job, folder, status)
-        return _filled(row, folder, status, reused=decision.action == "keep")
+            status = _score(job, folder) if decision.action == "score" else _execute(job, folder, None)
+        rescored = decision.action == "score" and status is not None and status.status == "done"
+        if status is not None and (decision.action == "run" or rescored or not _is_tracked(job, folder)):
+            _track(job, folder)
+        return replace(_filled(row, folder, status, reused=decision.action == "keep"), rescored=rescored)
 
 
-def _execute(job: _Job, folder: RunFolder, decision: Decision) -> Status:
-    """Run or score in a worker, the reference first; the returned status is on disk if the disk takes it."""
+def _score(job: _Job, folder: RunFolder) -> Status:
+    """Add the metrics that a run lacks to its result. If that fails, the run stays as it was."""
+    previous = folder.read_result() or {}
+    before = {name: (folder.path / name).read_bytes() for name in ORDERS if folder.holds(name)}
+    was_done = (status := folder.read_status()) is not None and status.status == "done"
+    names = tuple(dict.fromkeys((*scored_names(previous), *job.config.metrics.names)))
+    config = replace(job.config, metrics=MetricsConfig(names=names), sweep=_first_sweep(job.config, previous))
+    result: Status | None = None
+    try:
+        result = _execute(replace(job, config=config), folder, previous)
+    finally:
+        if was_done and (result is None or result.status != "done"):
+            with suppress(DiskError):
+                for name, content in before.items():
+                    write_bytes(folder.path / name, content)
+    return result
+
+
+def _first_sweep(config: RunConfig, previous: Mapping[str, Any]) -> SweepConfig:
+    """The sweep that ran an experiment first: it stays in this one's group, whoever scores it again."""
+    stored = (previous.get("config") or {}).get("sweep")
+    return SweepConfig(**stored) if stored else config.sweep
+
+
+def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -> Status:
+    """Run in a worker, the reference first, or score the run of a `previous` result; the returned status is on disk if
+    the disk takes it."""
     run = _runner(job.config)
     started = now_iso()
     try:
-        previous = folder.read_result() if decision.action == "score" else None
         prepare_folder(folder, job.config, job.overrides, clear=previous is None)
         work = replace(job.work, folder=folder.path, steps="run")
         if saves_outputs(job.config):
@@ -190,16 +224,27 @@ def _is_tracked(job: _Job, folder: RunFolder) -> bool:
     return any(folder.path.glob(TRACKED.get(job.config.tracking.mode, "*")))
 
 
-def _track(job: _Job, folder: RunFolder, status: Status) -> None:
+def _track(job: _Job, folder: RunFolder) -> None:
     """Log a finished run to W&B from its folder; a failure there costs the log, never the result."""
-    if job.config.tracking.mode == "none" or status.status not in ("done", "failed"):
+    status = folder.read_status()
+    if job.config.tracking.mode == "none" or status is None or status.status not in ("done", "failed"):
         return
     try:
         from qexp.tracking.wandb_run import log_run
 
-        log_run(folder.path, job.config, job.config.sweep.name if job.number is not None else None)
+        log_run(folder.path, job.config, _group(job, folder))
     except Exception as error:
         print(f"warning: {folder.path} is not tracked: {outcome_of(error).message}", file=sys.stderr)
+
+
+def _group(job: _Job, folder: RunFolder) -> str | None:
+    """The W&B group of a run: the sweep that ran it first, None if that was a single run."""
+    container = read_yaml(folder.path / "config.yaml") or {}
+    name = str((container.get("sweep") or {}).get("name") or job.config.sweep.name)
+    if job.number is not None and name == job.config.sweep.name:
+        return name
+    jobs = _read_sweep(Manifest(job.config.paths.outputs, name)).get("jobs", [])
+    return name if any(other["key"] == folder.key for other in jobs) else None
 
 
 def _record(manifest: Manifest | None, row: JobRow, name: str) -> None:

@@ -33,6 +33,7 @@ class JobRow:
     reused: bool = False
     seconds: float = 0.0
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    rescored: bool = False  # only metrics were added to it; `seconds` is of the run
 
 
 class Manifest:
@@ -62,7 +63,7 @@ class Manifest:
         """Record a finished job, in the place of one with the same number; returns the new contents."""
         with file_lock(self.folder / ".lock"):
             values = self._read()
-            job = {name: value for name, value in asdict(row).items() if name in JOB_FIELDS}
+            job = {name: value for name, value in asdict(row).items() if name in JOB_FIELDS} | {"recorded": now_iso()}
             others = [other for other in values["jobs"] if other["number"] != row.number]
             values["jobs"] = sorted([*others, job], key=lambda other: int(other["number"]))
             write_json(self.path, values)
@@ -85,14 +86,15 @@ class Manifest:
 
 
 def count_line(jobs: Iterable[Mapping[str, Any]], total: int | None = None) -> str:
-    """'12 experiments: 10 done (3 reused), 1 unsupported, 1 failed'; with a total, those without a record as well."""
+    """'12 experiments: 10 done (3 reused), 1 unsupported, 1 failed'; with a total, those without a record too."""
     jobs = list(jobs)
     counts = Counter(job["status"] for job in jobs)
     reused = sum(job["reused"] for job in jobs if job["status"] == "done")
     parts = [f"{counts['done']} done" + (f" ({reused} reused)" if reused else "")]
-    parts += [f"{counts[status]} {status}" for status in ("unsupported", "skipped", "failed") if counts[status]]
+    others = dict.fromkeys(("unsupported", "skipped", "failed", *counts))
+    parts += [f"{counts[status]} {status}" for status in others if counts[status] and status != "done"]
     missing = max((total or 0) - len(jobs), 0)
-    parts += [f"{missing} without a record"] if missing else []
+    parts += [f"{missing} not run, or cut off"] if missing else []
     number = len(jobs) + missing
     return f"{number} experiment{'' if number == 1 else 's'}: {', '.join(parts)}"
 

@@ -39,7 +39,8 @@ def end_line(name: str, row: JobRow, manifest: Mapping[str, Any] | None) -> str:
 
 def _ending(row: JobRow) -> str:
     if row.status == "done":
-        return f"reused from {row.key}" if row.reused else f"done in {row.seconds:.1f} s"
+        done = "scored again" if row.rescored else f"done in {row.seconds:.1f} s"
+        return f"reused from {row.key}" if row.reused else done
     reason = f" ({row.reason})" if row.reason and row.reason != row.status else ""
     return f"{'still ' if row.reused and row.status != 'skipped' else ''}{row.status}{reason}"
 
@@ -47,6 +48,8 @@ def _ending(row: JobRow) -> str:
 def _quality(metrics: Mapping[str, float | None]) -> str | None:
     if metrics.get("quality/exact") == 1:
         return "identical to the reference"
+    if metrics.get("quality/finite") == 0:
+        return "not finite"
     shown = ((style, metrics.get(name)) for name, style in QUALITY.items())
     return next((style.format(value) for style, value in shown if value is not None), None)
 

@@ -10,6 +10,7 @@ import yaml
 
 from qexp.settings import RunConfig
 from qexp.sweep.key import reference_config, reference_key
+from qexp.sweep.resume import OUTPUTS
 from qexp.sweep.store import RunFolder, Status
 from qexp.sweep.worker import Work
 
@@ -19,18 +20,25 @@ def ensure_reference(
 ) -> tuple[Path, Status]:
     """(folder, status) of the reference that `config` is compared with, computed now if it is not there yet.
 
-    A reference that failed at or after `since` (when the sweep began) is not tried again for every experiment.
+    `resume=none` computes it anew. Neither that nor a failure is repeated for every experiment of a sweep: what is from
+    `since` (when it began) or later stands.
     """
     folder = RunFolder(Path(config.paths.outputs, "references", reference_key(config)))
     with folder.locked(say):
         status = folder.read_status()
-        if status is not None and status.status == "done":
-            return folder.path, status
-        if status is not None and since is not None and (status.finished or "") >= since:
+        if status is not None and _stands(folder, status, config.resume, since):
             return folder.path, status
         say(f"the reference (unquantized) is run first, once: {folder.path}")
         prepare_folder(folder, reference_config(config), ())
         return folder.path, run(replace(work, folder=folder.path, steps="run", reference=None))
+
+
+def _stands(folder: RunFolder, status: Status, resume: str, since: str | None) -> bool:
+    """Whether a reference is used, or given up, as it is."""
+    of_this_sweep = since is not None and (status.finished or "") >= since
+    if status.status != "done":
+        return of_this_sweep
+    return folder.holds(OUTPUTS) and (of_this_sweep or resume != "none")
 
 
 def known_reference(config: RunConfig, result_reference: str | None) -> Path | None:
@@ -39,7 +47,7 @@ def known_reference(config: RunConfig, result_reference: str | None) -> Path | N
         return None
     folder = RunFolder(Path(config.paths.outputs, "references", result_reference))
     status = folder.read_status()
-    return folder.path if status is not None and status.status == "done" else None
+    return folder.path if status is not None and status.status == "done" and folder.holds(OUTPUTS) else None
 
 
 def prepare_folder(folder: RunFolder, config: RunConfig, overrides: Sequence[str], clear: bool = True) -> None:

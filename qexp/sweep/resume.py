@@ -5,20 +5,24 @@
     stale     as missing, and run again what was made with other library versions or on another device
     none      run everything
 
-A finished run whose metrics settings changed is only scored again, from its saved outputs. So is one whose scoring
-failed or was cut off: result.json is written at the end of a run and removed at the start of the next.
+A finished run that lacks some of the metrics asked for is only scored for these, from its saved outputs; if they were
+deleted it runs again. So it is with one whose scoring was cut off: result.json is written at the end of a run and
+removed at the start of the next. `none` runs the reference again too, once in a sweep.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from qexp.fields import to_plain
 from qexp.settings import RunConfig
 from qexp.sweep.environment import differences
 from qexp.sweep.key import saves_outputs
 from qexp.sweep.store import RunFolder
+
+OUTPUTS = "outputs.safetensors"  # of a run or a reference
+SCORED_FILES = (OUTPUTS, "memory.csv")  # of a run, from which it can be scored
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,17 @@ def decide(config: RunConfig, folder: RunFolder) -> Decision:
     if not saves_outputs(config):
         return Decision("keep" if status.status == "done" else "run")
     if status.status != "done":
-        return Decision("score", "it ran before, but was not scored")
-    if result["scored"] != to_plain(config.metrics):
-        return Decision("score", "other metrics are asked for")
+        return _score_if_possible(folder, "it ran before, but was not scored")
+    if lacking := [name for name in config.metrics.names if name not in scored_names(result)]:
+        return _score_if_possible(folder, f"for {', '.join(lacking)}")
     return Decision("keep")
+
+
+def scored_names(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """The metrics that a result has been scored for."""
+    return tuple((result.get("scored") or {}).get("names", ()))
+
+
+def _score_if_possible(folder: RunFolder, why: str) -> Decision:
+    gone = [name for name in SCORED_FILES if not folder.holds(name)]
+    return Decision("run", f"{why}; {' and '.join(gone)} of its first run is gone") if gone else Decision("score", why)

@@ -65,6 +65,10 @@ class RunFolder:
     def read_result(self) -> dict[str, Any] | None:
         return read_json(self.path / "result.json")
 
+    def holds(self, *names: str) -> bool:
+        """Whether all these files are there."""
+        return all((self.path / name).is_file() for name in names)
+
     def write_status(self, status: Status, name: str = "status.json") -> None:
         self.write_json(name, asdict(status))
 
@@ -108,7 +112,10 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch()
+        mode = beside.stat().st_mode & 0o777  # as the umask has it; some writers make files that only they can read
         yield beside
+        beside.chmod(mode)
         with beside.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(beside, path)

@@ -3,7 +3,7 @@
 Reads config.yaml, runs the experiment, scores its outputs, and writes result.json, then status.json. Whatever happens,
 short of the process being killed, status.json says how it ended; the traceback of a failure goes to worker.log.
 
-    --score-only    score the outputs of a run that is already there, and replace its quality/* metrics
+    --score-only    score the outputs of a run that is already there, for the metrics that its result lacks
     --no-score      run only (references are compared with nothing)
     --experiment    module:function to run instead of the program's own, `(config, folder) -> metrics`; tests use it
     --score         module:function to score with, `(config, folder, reference) -> metrics`
@@ -35,6 +35,7 @@ from qexp.fields import to_plain
 from qexp.settings import RunConfig
 from qexp.sweep.environment import describe_environment
 from qexp.sweep.outcome import DONE, Outcome, outcome_of
+from qexp.sweep.resume import scored_names
 from qexp.sweep.store import RunFolder, Status, now_iso
 
 Metrics = dict[str, float | None]
@@ -99,14 +100,17 @@ def do_work(work: Work) -> Status:
 def _result(work: Work, folder: RunFolder) -> dict[str, Any]:
     """Run and score as ordered; the contents of result.json."""
     config = run_config_from_container(yaml.safe_load((folder.path / "config.yaml").read_text()))
+    wanted = config
     if work.steps == "score":
-        metrics, environment = _earlier(folder)
+        earlier = _earlier(folder)
+        metrics, environment = dict(earlier["metrics"]), earlier["env"]
+        wanted = replace(config, metrics=replace(config.metrics, names=_lacking(config, earlier, work.reference)))
     else:
         environment = describe_environment(config)
         folder.write_json("env.json", environment)
         metrics = dict(_function(work.experiment)(config, folder.path))
     if work.steps != "run":
-        metrics |= _function(work.score)(config, folder.path, work.reference)
+        metrics |= _function(work.score)(wanted, folder.path, work.reference)
     return {
         "schema": SCHEMA,
         "key": folder.key,
@@ -119,13 +123,18 @@ def _result(work: Work, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _earlier(folder: RunFolder) -> tuple[Metrics, dict[str, Any]]:
-    """(metrics that scoring does not touch, environment) of a result that is there already."""
+def _earlier(folder: RunFolder) -> dict[str, Any]:
+    """The result that is there already."""
     result = folder.read_result()
     if result is None:
         raise LoadError(f"{folder.path} has no result.json whose outputs could be scored; run it without --score-only")
-    metrics = {name: value for name, value in result["metrics"].items() if not name.startswith("quality/")}
-    return metrics, result["env"]
+    return result
+
+
+def _lacking(config: RunConfig, earlier: Mapping[str, Any], reference: Path | None) -> tuple[str, ...]:
+    """The metrics that an earlier result lacks; all of them if none is, or if the reference is another."""
+    known = scored_names(earlier) if earlier.get("reference") == (reference.name if reference else None) else ()
+    return tuple(name for name in config.metrics.names if name not in known) or config.metrics.names
 
 
 def _finite(metrics: Mapping[str, float | None]) -> Metrics:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qexp.errors import ConfigError, MissingLibraryError, UnsupportedError
@@ -56,6 +57,17 @@ def require_login(wandb: Any) -> None:
             "tracking.mode=online needs a W&B account, and there is no API key on this machine; run `wandb login`, "
             "or set WANDB_API_KEY, or use tracking=offline and `wandb sync` the run folder later"
         )
+
+
+def check_login() -> None:
+    """Raises ConfigError without an API key: for asking before experiments run whose log would be lost."""
+    remedy = "use tracking=offline"
+    with (
+        TemporaryDirectory(prefix="qexp-login-") as folder,
+        clear_errors("tracking.mode=online: W&B does not start", remedy),
+        wandb_session(Path(folder), "online") as wandb,
+    ):
+        require_login(wandb)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,38 @@ def test_an_exit_cleans_up_and_a_kill_is_cleaned_up_by_the_next_store(tmp_path: 
     store.remove()
     other.remove()
     assert not any(place.iterdir())
+
+
+def test_the_group_that_comes_next_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    expect = WeightFile.expect
+
+    def note(file: WeightFile) -> None:
+        asked.append(file.name)
+        expect(file)
+
+    monkeypatch.setattr(WeightFile, "expect", note)
+    model = zoo.make("fp32")
+    handle = apply_offload(model, OffloadConfig("block", "disk"), device=CPU, block_lists=["blocks"], store=tmp_path)
+    batches = zoo.inputs(model, 3)
+    zoo.outputs(model, batches[:2])
+    asked.clear()
+    zoo.outputs(model, batches[2:])
+    assert asked == ["blocks.0", "blocks.1", "blocks.2", "head", "embed"]  # the last one for the next step
+    handle.remove()
+
+
+def test_reading_ahead_brings_a_file_into_the_page_cache(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path, 1024)
+    file, _ = write(store)
+    assert not is_cached(file.path)
+    file.expect()
+    deadline = time.monotonic() + 10
+    while not is_cached(file.path) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert is_cached(file.path)
+    file.path.unlink()
+    file.expect()  # what is wrong is said when it is read
+    with pytest.raises(DiskError, match="read the weights of 'layer'"):
+        read(file)
+    store.remove()

@@ -112,6 +112,35 @@ def test_host_memory_is_no_rest_for_a_model_that_computes_there() -> None:
     assert statistics["offload/at_rest_device_gib"] == statistics["offload/payload_gib"] > 0
 
 
+def test_a_component_as_a_whole_is_read_once_and_makes_room_for_the_next(tmp_path: Path) -> None:
+    models = [zoo.make("bitsandbytes_nf4_nested"), zoo.make("bitsandbytes_nf4_nested")]
+    expected = zoo.outputs(zoo.make("bitsandbytes_nf4_nested"), zoo.inputs(models[0]))
+    handles = [offload(model, OffloadConfig("model", "disk"), tmp_path / str(i)) for i, model in enumerate(models)]
+    for _ in range(2):
+        for number, model in enumerate(models):
+            found = zoo.outputs(model, zoo.inputs(model))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            rings = [handle.statistics()["offload/ring_gib"] > 0 for handle in handles]
+            assert rings == [number == 0, number == 1]
+    assert [handle.statistics()["offload/copies"] for handle in handles] == [2, 2]  # one for each turn, of 3 forwards
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_budget_keeps_groups_in_memory(tmp_path: Path) -> None:
+    model, resident = zoo.make("quanto_int4"), zoo.make("quanto_int4")
+    blocks = offload(zoo.make("quanto_int4"), OffloadConfig("block", "disk"), tmp_path / "all").groups
+    budget = 2 * max(group.nbytes for group in blocks) + 4096
+    handle = offload(model, OffloadConfig("block", "disk", resident_gib=budget / GIB), tmp_path / "some")
+    travelling = [group.name for group in handle.groups]
+    assert 0 < len(travelling) <= len(blocks) - 2
+    batches = zoo.inputs(model)
+    assert all(
+        torch.equal(a, b) for a, b in zip(zoo.outputs(model, batches), zoo.outputs(resident, batches), strict=True)
+    )
+    assert handle.statistics()["offload/resident_gib"] * GIB <= budget
+
+
 def test_none_moves_nothing() -> None:
     model = zoo.make("fp32")
     handle = offload(model, OffloadConfig())

@@ -50,7 +50,7 @@ def config(
         "sweep": {"name": "first", "notes": None},
         "loader": {"in_flight_mib": 64, "workers": None},
         "reference": {"dtype": None, "offload": "none"},
-        "paths": {"outputs": "outputs"},
+        "paths": {"outputs": "outputs"}, "save": {"path": None, "max_shard_gib": 5.0},
         "device": "cpu", "seed": 0, "resume": "missing",
     }  # fmt: skip
 

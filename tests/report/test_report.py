@@ -49,7 +49,7 @@ def test_online_without_wandb_is_a_mistake(tmp_path: Path, capsys: pytest.Captur
 def test_report_compares_explains_and_links(tmp_path: Path) -> None:
     sweep_of_six(tmp_path)
     text = report_of(tmp_path)
-    counts = "4 done (1 reused from earlier runs), 1 failed, 1 unsupported."
+    counts = "4 done (1 reused), 1 unsupported, 1 failed."
     assert f"6 experiments with the model digits, started 2026-01-02 03:04: {counts}\n" in text
     results = [line.split(" | ") for line in text.splitlines() if re.search(r"\[key[0-3]\]", line)]
     assert [line[2] for line in results] == ["4.10", "4.10", "16.38", "16.38"]  # sorted by memory
@@ -93,11 +93,30 @@ def test_report_of_both_tasks_has_both_plots_and_escapes_cells(tmp_path: Path) -
     assert "| bitsandbytes a\\|b |" in text
 
 
+def test_what_has_not_run_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep_of_six(tmp_path)
+    path = tmp_path / "sweeps/first/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"total": 9, "finished": None}))
+    text = report_of(tmp_path)
+    assert (
+        "9 experiments with the model digits" in text and "1 failed, 3 not run, or cut off. The sweep has not" in text
+    )
+    assert (
+        "9 experiments: 4 done (1 reused), 1 unsupported, 1 failed, 3 not run, or cut off\n" in capsys.readouterr().out
+    )
+
+
+def test_report_has_the_frechet_distance(tmp_path: Path) -> None:
+    run_folder(tmp_path, "a", config(), GENERATE | {"quality/frechet_distance": 1.234})
+    manifest(tmp_path, "first", [job(0, "a", [])])
+    assert "| Fréchet distance |" in report_of(tmp_path) and "| 1.23 |" in report_of(tmp_path)
+
+
 def test_report_of_nothing_but_failures(tmp_path: Path) -> None:
     run_folder(tmp_path, "a", config(), None, "failed", "load", "no such file")
     folder = manifest(tmp_path, "first", [job(0, "a", [], "failed", reason="load")])
     text = report_of(tmp_path)
-    assert "1 experiment with the model digits, started 2026-01-02 03:04: 1 failed." in text
+    assert "1 experiment with the model digits, started 2026-01-02 03:04: 0 done, 1 failed." in text
     assert "## Results" not in text
     assert not list(folder.glob("*.png"))
 

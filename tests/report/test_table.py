@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from qexp.errors import ConfigError, DiskError
+from qexp.report.__main__ import main
 from qexp.report.rows import find_sweep
 from qexp.report.table import format_table, rows_of_sweep
 from tests.report.factory import GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
@@ -41,11 +42,41 @@ def test_a_deleted_run_is_shown_as_missing(tmp_path: Path) -> None:
     assert "its run folder is gone" in format_table(rows)
 
 
-def test_a_damaged_result_names_its_file(tmp_path: Path) -> None:
+DAMAGED = {"result.json": '{"schema": 1, ', "status.json": "[]", "config.yaml": "a: [", "env": '{"metrics": {}}'}
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+def test_a_damaged_file_costs_its_own_row(file: str, tmp_path: Path) -> None:
     sweep_of_six(tmp_path)
-    (tmp_path / "runs/key2/result.json").write_text('{"schema": 1, ')
-    with pytest.raises(DiskError, match=r"runs/key2/result\.json: is damaged"):
-        rows_of_sweep(tmp_path, "first")
+    (tmp_path / "runs/key2" / file.replace("env", "result.json")).write_text(DAMAGED[file])
+    rows = rows_of_sweep(tmp_path, "first")
+    assert [row["status"] for row in rows] == ["done", "done", "damaged", "done", "failed", "unsupported"]
+    text = format_table(rows)
+    assert "#2" in text and "runs/key2" in text
+    assert main(["first", "--outputs", str(tmp_path)]) == 0
+    assert "damaged" in (tmp_path / "sweeps/first/report.md").read_text()
+
+
+def test_a_damaged_manifest_of_another_sweep_does_not_matter(tmp_path: Path) -> None:
+    sweep_of_six(tmp_path)
+    (manifest(tmp_path, "older", []) / "manifest.json").write_text("{")
+    assert find_sweep(tmp_path, None) == "first"
+    with pytest.raises(DiskError, match="older"):
+        rows_of_sweep(tmp_path, "older")
+
+
+def test_what_is_not_finite_says_so(tmp_path: Path) -> None:
+    run_folder(tmp_path, "a", config(), GENERATE | {"quality/psnr_db": None, "quality/finite": 0.0})
+    manifest(tmp_path, "first", [job(0, "a", [])])
+    assert "not finite" in table_of(tmp_path)[1]
+
+
+def test_the_frechet_distance_is_shown_where_there_is_room(tmp_path: Path) -> None:
+    run_folder(tmp_path, "a", config(), GENERATE | {"quality/frechet_distance": 1.234})
+    manifest(tmp_path, "first", [job(0, "a", [])])
+    rows = rows_of_sweep(tmp_path, "first")
+    assert "Fréchet" in format_table(rows) and "1.23" in format_table(rows)
+    assert "Fréchet" not in format_table([row | {"label": "x" * 60} for row in rows])
 
 
 def test_table_is_sorted_by_memory_with_failures_last(tmp_path: Path) -> None:
@@ -81,12 +112,14 @@ def test_roundtrip_shows_sqnr_and_no_empty_column(tmp_path: Path) -> None:
 
 def test_a_lossless_roundtrip_is_exact_and_an_undefined_one_is_empty(tmp_path: Path) -> None:
     nothing = {"roundtrip/sqnr_db_mean": None, "roundtrip/sqnr_db_min": None}
-    run_folder(tmp_path, "a", config("none", task="roundtrip"), ROUNDTRIP | nothing | {"roundtrip/max_abs_error": 0.0})
-    run_folder(tmp_path, "b", config(task="roundtrip"), ROUNDTRIP | nothing | {"roundtrip/max_abs_error": None})
+    counts = {"roundtrip/layers": 3, "roundtrip/exact_layers": 3, "roundtrip/max_abs_error": 0.0}
+    run_folder(tmp_path, "a", config("none", task="roundtrip"), ROUNDTRIP | nothing | counts)
+    broken = counts | {"roundtrip/exact_layers": 2}  # the third layer is not finite, and has no error to take part
+    run_folder(tmp_path, "b", config(task="roundtrip"), ROUNDTRIP | nothing | broken)
     manifest(tmp_path, "first", [job(0, "a", []), job(1, "b", [])])
     _, exact, undefined = table_of(tmp_path)
     assert exact[-3:] == ["exact", "exact", "0.00e+00"]
-    assert undefined[-1] == "4.50"  # bits per weight
+    assert undefined[-2:] == ["4.50", "0.00e+00"]  # bits per weight, then nothing
 
 
 def test_what_else_was_varied_gets_a_column(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from qexp.report.wandb_report import publish_report
 from tests.report.factory import ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
 from tests.tracking.wandb_server import WandbServer, use_server
 
-KEY0 = "key0"  # the run that the sweep reused
+KEYS = [f"key{number}" for number in range(5)]  # of the runs that have a folder
 
 
 def spec_of(outputs: Path) -> dict[str, Any]:
@@ -57,15 +57,12 @@ def test_offline_writes_its_specification(tmp_path: Path) -> None:
     assert not list((tmp_path / "home").rglob("*"))
 
 
-def test_run_set_is_the_group_and_what_was_reused(tmp_path: Path) -> None:
+def test_run_set_is_the_runs_by_their_ids(tmp_path: Path) -> None:
     sweep_of_six(tmp_path)
     rows = rows_of_sweep(tmp_path, "first")
-    publish_report(tmp_path, "first", rows)
+    publish_report(tmp_path, "first", [*rows, rows[0] | {"number": 9}])  # the same experiment twice
     sets = run_sets(spec_of(tmp_path))
-    assert [conditions(run_set) for run_set in sets] == [[("group", "=", "first"), ("name", "IN", [KEY0])]] * 2
-    assert sets[0]["filters"]["filters"][1]["connector"] == "OR"
-    publish_report(tmp_path, "first", [row | {"reused": False} for row in rows])
-    assert conditions(run_sets(spec_of(tmp_path))[0]) == [("group", "=", "first")]
+    assert [conditions(run_set) for run_set in sets] == [[("name", "IN", KEYS)]] * 2
 
 
 def test_panels_compare_memory_quality_time_and_images(tmp_path: Path) -> None:
@@ -110,7 +107,7 @@ def test_online_saves_the_report_and_updates_it(
     assert printed.err == ""
     assert (saved["entityName"], saved["projectName"], saved["displayName"]) == ("tester", "qexp", "qexp: first")
     assert json.loads(saved["spec"])["blocks"][1] == spec_of(tmp_path)["blocks"][1]
-    assert conditions(run_sets(json.loads(saved["spec"]))[0])[0] == ("group", "=", "first")
+    assert conditions(run_sets(json.loads(saved["spec"]))[0]) == [("name", "IN", KEYS)]
     assert main(arguments) == 0
     assert list(server.reports) == ["report0"]
     assert len(server.variables("upsertView")) == 2
@@ -147,6 +144,3 @@ def test_what_cannot_be_reported_is_a_clear_error(
     use_server(monkeypatch, tmp_path, server.url, key=None)
     with pytest.raises(ConfigError, match="no API key"):
         publish_report(tmp_path, "first", rows, online=True)
-    manifest(tmp_path, "a=b", [])
-    with pytest.raises(ConfigError, match="'a=b' cannot be filtered for"):
-        publish_report(tmp_path, "a=b", rows)

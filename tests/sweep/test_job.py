@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import yaml
 
 from qexp.config import run_config_from_container
 from qexp.errors import ConfigError
-from qexp.settings import IsolationConfig, MetricsConfig, RunConfig, TrackingConfig
+from qexp.report.table import rows_of_sweep
+from qexp.settings import IsolationConfig, MetricsConfig, RunConfig, SweepConfig, TrackingConfig
 from qexp.sweep import job, process, reference, store
 from qexp.sweep.job import JobRow, refuse_job, run_job
 from qexp.sweep.key import reference_key, run_key
@@ -206,7 +208,9 @@ def test_resume_modes(mode, stored, tmp_path) -> None:
     second = run(replace(config, resume=mode))
     assert second.status == stored
     assert second.reused is not RERUN[mode, stored]
-    assert len(ran(config)) == 1 + RERUN[mode, stored]
+    runs = [name for name in ran(config) if name.startswith("runs/")]
+    assert len(runs) == 1 + RERUN[mode, stored]
+    assert len(ran(config)) - len(runs) == (mode == "none")
 
 
 def test_resume_failed_leaves_alone_what_never_ran(tmp_path, capfd) -> None:
@@ -248,10 +252,98 @@ def test_new_metrics_are_computed_without_running_again(tmp_path, capfd) -> None
     first = run(config)
     row = run(replace(config, metrics=MetricsConfig(names=("ssim", "cosine"))))
     assert ran(config) == [f"runs/{first.key}"]
-    assert row.metrics == {**fake_experiment.METRICS, "quality/ssim": 2.0, "quality/cosine": 2.0}  # no psnr_db
-    assert (row.key, row.seconds) == (first.key, first.seconds)
-    assert folder_of(config).read_result()["scored"] == {"names": ["ssim", "cosine"]}
-    assert "scoring again" in capfd.readouterr().out
+    new = {"quality/ssim": 2.0, "quality/cosine": 2.0}  # scored together
+    assert row.metrics == {**fake_experiment.METRICS, "quality/psnr_db": 1.0, **new}
+    assert (row.key, row.seconds, row.rescored) == (first.key, first.seconds, True)
+    assert folder_of(config).read_result()["scored"] == {"names": ["psnr_db", "ssim", "cosine"]}
+    output = capfd.readouterr().out
+    assert "scoring again (for ssim, cosine)" in output and output.count("done in") == 1
+    assert run(replace(config, metrics=MetricsConfig(names=("cosine", "psnr_db")))).reused
+    assert run_config_from_container(
+        yaml.safe_load((folder_of(config).path / "config.yaml").read_text())
+    ).metrics.names == (
+        "psnr_db",
+        "ssim",
+        "cosine",
+    )
+
+
+def test_all_is_scored_again_against_another_reference(tmp_path, monkeypatch) -> None:
+    config = run_config(tmp_path)
+    run(config)
+    shutil.rmtree(tmp_path / "outputs/references")
+    monkeypatch.setattr(reference, "reference_key", lambda config: "f" * 16)  # as after an upgrade of torch
+    row = run(replace(config, metrics=MetricsConfig(names=("ssim",))))
+    assert (row.metrics["quality/psnr_db"], row.metrics["quality/ssim"]) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("file", ["outputs.safetensors", "memory.csv"])
+def test_deleted_outputs_are_made_again_if_there_is_more_to_score(file, tmp_path) -> None:
+    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    run(config)
+    (folder_of(config).path / file).unlink()
+    assert run(config).reused
+    row = run(replace(config, metrics=MetricsConfig(names=("ssim",))))
+    assert (row.status, row.reused, row.rescored) == ("done", False, False)
+    assert ran(config) == [f"runs/{row.key}"] * 2
+
+
+@pytest.mark.parametrize("resume", ["missing", "none"])
+def test_a_reference_without_its_outputs_is_run_again(resume, tmp_path) -> None:
+    config = run_config(tmp_path, isolation=IsolationConfig(mode="inline"))
+    assert run(config).status == "done"
+    (tmp_path / "outputs/references" / reference_key(config) / "outputs.safetensors").unlink()
+    other = replace(config, components={"transformer": replace(config.components["transformer"], skip_modules=("a",))})
+    assert run(replace(other, resume=resume)).status == "done"
+    assert [name.partition("/")[0] for name in ran(config)] == ["references", "runs"] * 2
+
+
+def test_scoring_again_makes_a_reference_whose_outputs_are_gone(tmp_path) -> None:
+    config = run_config(tmp_path, isolation=IsolationConfig(mode="inline"))
+    run(config)
+    (tmp_path / "outputs/references" / reference_key(config) / "outputs.safetensors").unlink()
+    row = run(replace(config, metrics=MetricsConfig(names=("ssim",))))
+    assert (row.status, row.rescored) == ("done", True)
+    assert [name.partition("/")[0] for name in ran(config)] == ["references", "runs", "references"]
+
+
+def test_resume_none_runs_the_reference_again_once_a_sweep(tmp_path) -> None:
+    config = run_config(tmp_path, isolation=IsolationConfig(mode="inline"))
+    run(config)
+    time.sleep(0.01)
+    Manifest(config.paths.outputs, "test").start(["x"], 2)
+    for number in (1, 2):
+        run(replace(config, resume="none"), number=number)
+    assert [name.partition("/")[0] for name in ran(config)] == ["references", "runs", "references", "runs", "runs"]
+
+
+def test_a_failed_scoring_is_a_failed_row_of_a_done_run(tmp_path) -> None:
+    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    first = run(config, number=1)
+    stored = {
+        name: (folder_of(config).path / name).read_text() for name in ("status.json", "config.yaml", "result.json")
+    }
+    time.sleep(0.01)
+    other = replace(config, metrics=MetricsConfig(names=("ssim",)), sweep=SweepConfig(name="later"))
+    run(other, number=1, score="tests.sweep.fake_experiment:score_unscorable")
+    assert {name: (folder_of(config).path / name).read_text() for name in stored} == stored
+    (row,) = rows_of_sweep(config.paths.outputs, "later")
+    assert (row["status"], row["message"]) == ("failed", "no statistics to compare with")
+    (row,) = rows_of_sweep(config.paths.outputs, "test")
+    assert row["status"] == "done" and row["metrics"] == first.metrics
+
+
+def test_scoring_again_keeps_the_group_of_the_first_sweep(tmp_path, monkeypatch) -> None:
+    groups = []
+    monkeypatch.setitem(sys.modules, "qexp.tracking.wandb_run", type(sys)("fake"))
+    sys.modules["qexp.tracking.wandb_run"].log_run = lambda folder, config, name: groups.append(name)
+    config = run_config(tmp_path, tracking=TrackingConfig(mode="offline"), isolation=IsolationConfig(mode="inline"))
+    have_reference(config)
+    run(config, number=1)
+    for number, metric in ((1, "ssim"), (2, "cosine"), (None, "relative_l2")):
+        other = replace(config, metrics=MetricsConfig(names=(metric,)), sweep=SweepConfig(name="later"))
+        run(other, number=number)
+    assert groups == ["test"] * 4
 
 
 def test_scoring_that_fails_costs_neither_the_run_nor_the_old_result(tmp_path) -> None:
@@ -260,6 +352,7 @@ def test_scoring_that_fails_costs_neither_the_run_nor_the_old_result(tmp_path) -
     other = replace(config, metrics=MetricsConfig(names=("ssim",)))
     row = run(other, score="tests.sweep.fake_experiment:score_unscorable")
     assert (row.status, row.reason, row.message) == ("failed", "load", "no statistics to compare with")
+    assert folder_of(config).read_status().status == "done"
     assert folder_of(config).read_result()["metrics"] == first.metrics
     row = run(other)
     assert row.status == "done" and "quality/ssim" in row.metrics
@@ -367,6 +460,9 @@ def test_a_configuration_that_does_not_resolve_is_recorded(tmp_path, capfd) -> N
     assert (row.status, row.reason, row.number) == ("failed", "config", 2)
     assert Manifest(tmp_path, "s").read()["jobs"][0]["message"] == "x=1 is wrong"
     assert "[2] x=1: failed (config): x=1 is wrong" in capfd.readouterr().out
+    Manifest(tmp_path, "s").start([], 3)
+    refuse_job(ConfigError("wrong"), ["x=1"], outputs=str(tmp_path), sweep_name="s", number=2, label="digits · none")
+    assert "[2/3] digits · none: failed (config): wrong" in capfd.readouterr().out
 
 
 def test_tracking_comes_after_the_result_and_cannot_lose_it(tmp_path, monkeypatch, capfd) -> None:

@@ -38,6 +38,7 @@ def test_its_contents(tmp_path) -> None:
     manifest.add(JobRow(1, "k", ("a=1", "b=2"), "label", "failed", "oom", "too big", False, 1.5, {"x/y": 1.0}))
     manifest.finish()
     values = manifest.read()
+    assert values["started"] <= values["jobs"][0].pop("recorded")
     assert values["started"] <= values.pop("finished") and values.pop("started")
     assert values == {
         "name": "s",
@@ -96,4 +97,5 @@ def test_the_last_line_counts_everything() -> None:
     assert count_line(jobs) == "12 experiments: 10 done (3 reused), 1 unsupported, 1 failed"
     assert count_line([job("done")]) == "1 experiment: 1 done"
     assert count_line([job("skipped", True), job("failed")]) == "2 experiments: 0 done, 1 skipped, 1 failed"
-    assert count_line([job("done")], total=3) == "3 experiments: 1 done, 2 without a record"
+    assert count_line([job("done")], total=3) == "3 experiments: 1 done, 2 not run, or cut off"
+    assert count_line([job("damaged")]) == "1 experiment: 0 done, 1 damaged"

@@ -31,6 +31,9 @@ def test_what_is_not_known_is_left_out() -> None:
     assert line == "x: done in 8.1 s, sqnr 20.7 dB (1 done)"
     assert end_line("x", replace(ROW, metrics={"quality/psnr_db": None}), None) == "x: done in 8.1 s"
     exact = {"quality/psnr_db": None, "quality/exact": 1.0}
+    broken = {"quality/psnr_db": None, "quality/exact": 0.0, "quality/finite": 0.0}
+    assert end_line("x", replace(ROW, metrics=broken), None) == "x: done in 8.1 s, not finite"
+    assert end_line("x", replace(ROW, metrics={}, rescored=True), None) == "x: scored again"
     assert end_line("x", replace(ROW, metrics=exact), None) == "x: done in 8.1 s, identical to the reference"
 
 

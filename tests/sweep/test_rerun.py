@@ -12,6 +12,7 @@ from qexp.settings import IsolationConfig
 from qexp.sweep.job import run_job
 from qexp.sweep.key import run_key
 from qexp.sweep.store import RunFolder
+from tests.sweep import fake_experiment
 from tests.sweep.settings import run_config, write_checkpoint
 
 FAKES = {"experiment": "tests.sweep.fake_experiment:run", "score": "tests.sweep.fake_experiment:score"}
@@ -87,3 +88,38 @@ def test_what_has_changed_since_is_named(folder, tmp_path, monkeypatch, capsys) 
 def test_a_folder_without_a_run_is_one_clear_message(tmp_path, monkeypatch, capsys) -> None:
     assert main(monkeypatch, tmp_path) == 1
     assert "is no run folder" in capsys.readouterr().err
+
+
+def broken(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("ending", ["failed", "interrupted", "killed"])
+def test_the_old_result_is_kept_until_there_is_a_new_one(ending, folder, monkeypatch, capsys) -> None:
+    """A killed one leaves what is aside; the next call puts it back."""
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    old_behaviour = fake_experiment.BEHAVIOURS[1]
+    monkeypatch.setitem(fake_experiment.BEHAVIOURS, 1, fake_experiment.BEHAVIOURS[3] if ending == "failed" else broken)
+    if ending == "failed":
+        assert main(monkeypatch, folder.path) == 1
+    else:
+        if ending == "killed":
+            put_back = rerun.put_back
+            monkeypatch.setattr(rerun, "put_back", lambda folder: None)
+        with pytest.raises(KeyboardInterrupt):
+            main(monkeypatch, folder.path)
+        if ending == "killed":
+            assert folder.read_result() is None
+            put_back(folder)
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()} == before
+    assert "the old result is kept" in capsys.readouterr().out
+    monkeypatch.setitem(fake_experiment.BEHAVIOURS, 1, old_behaviour)
+    assert main(monkeypatch, folder.path) == 0
+    assert [path.name for path in folder.path.parent.iterdir()] == [folder.key]
+
+
+def test_a_reference_is_refused(folder, monkeypatch, capsys) -> None:
+    (reference,) = (folder.path.parents[1] / "references").iterdir()
+    assert main(monkeypatch, reference) == 1
+    assert "is a reference" in capsys.readouterr().err
+    assert RunFolder(reference).read_result()

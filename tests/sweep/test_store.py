@@ -184,3 +184,14 @@ def test_an_unwritable_folder_is_a_disk_error(tmp_path) -> None:
         pass
     with pytest.raises(DiskError, match=r"paths\.outputs"):
         store.write_text(tmp_path / "file" / "x.json", "")
+
+
+def test_a_file_that_a_library_makes_private_gets_the_permissions_of_the_umask(tmp_path) -> None:
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "x") as beside:
+            beside.unlink()
+            beside.touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640

@@ -1,0 +1,75 @@
+"""The flags of the command line, which belong to Hydra, put ahead of the overrides.
+
+Hydra reads its arguments with argparse, which gives up on `backend=none -m seed=1,2`: overrides on both sides of
+a flag. `flags_first` sorts them, and answers a flag that does not exist in one message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qexp.errors import ConfigError, choices, did_you_mean
+
+SWITCHES = {
+    "--multirun": "-m",
+    "--run": "-r",
+    "--resolve": "",
+    "--hydra-help": "",
+    "--version": "",
+    "--shell-completion": "-sc",
+}
+WITH_VALUE = {
+    "--cfg": "-c",
+    "--package": "-p",
+    "--config-path": "-cp",
+    "--config-name": "-cn",
+    "--config-dir": "-cd",
+    "--experimental-rerun": "",
+}
+WITH_CHOICES = {"--cfg": ("job", "hydra", "all")}
+INFO, INFO_TOPICS = ("--info", "-i"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """All arguments, flags and their values in front, otherwise in their order.
+
+    Raises: ConfigError for an unknown flag, or one without its value.
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--":
+            return [*flags, *overrides, *rest]
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        name, equals, value = argument.partition("=")
+        name = _long_name(name)
+        if name in WITH_VALUE:
+            value = value if equals else (rest.pop(0) if rest else "")
+            _check_value(name, value)
+            flags.append(f"{name}={value}")
+        elif name == INFO[0]:
+            topic = value if equals else (rest.pop(0) if rest and rest[0] in INFO_TOPICS else "all")
+            flags.append(f"{name}={topic}")
+        else:
+            flags.append(name)
+    return [*flags, *overrides]
+
+
+def _long_name(name: str) -> str:
+    """The long form of a flag."""
+    flags = {**SWITCHES, **WITH_VALUE, INFO[0]: INFO[1]}
+    found = next((long for long, short in flags.items() if name in (long, short)), None)
+    if found is None:
+        known = [word for pair in flags.items() for word in pair if word]
+        raise ConfigError(f"{name} is no flag{did_you_mean(name, known)}; use {choices(flags)}, or --help for the rest")
+    return found
+
+
+def _check_value(name: str, value: str) -> None:
+    if not value or (name in WITH_CHOICES and value not in WITH_CHOICES[name]):
+        wanted = f"use {choices(WITH_CHOICES[name])}" if name in WITH_CHOICES else f"write {name} <value>"
+        raise ConfigError(f"{name} {value or 'without a value'} does not work; {wanted}")
