@@ -97,7 +97,7 @@ def run_config_from_container(container: Mapping[str, Any]) -> RunConfig:
 
     Raises: ConfigError if the container has other fields than this version writes.
     """
-    values = dict(container)
+    values = {"save": {}, **container}  # what was stored before there was such a setting had none
     for group in ("model", "task"):
         values[group] = plugin_config(group, values.get(group), group)
     components = {

@@ -23,7 +23,7 @@ from qexp.loading.checkpoint import open_checkpoint
 from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
 from qexp.quantizers.none import NoneConfig
-from qexp.settings import ComponentConfig, RunConfig
+from qexp.settings import ComponentConfig, RunConfig, SaveConfig
 from qexp.sweep.environment import model_packages, versions_of
 
 KEY_DIGITS = 16
@@ -63,6 +63,7 @@ def reference_config(config: RunConfig) -> RunConfig:
     return replace(
         config,
         model=replace(config.model, path=path, reference_path=None),
+        save=SaveConfig(),
         components={name: component for name in config.components},
         offload=OffloadConfig(strategy=config.reference.offload).resolved(config.device.partition(":")[0]),
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from qexp.settings import RunConfig
@@ -43,6 +44,8 @@ def decide(config: RunConfig, folder: RunFolder) -> Decision:
         return Decision("keep")
     if status is None:
         return Decision("run")
+    if config.save.path is not None and saves_outputs(config) and not Path(config.save.path, "config.json").exists():
+        return Decision("run", f"its model is to be saved to {config.save.path}")
     if result is None:
         return Decision("run", f"it was {status.status} before ({status.reason})" if status.reason else "")
     if mode == "stale" and (changed := differences(result["env"], config)):

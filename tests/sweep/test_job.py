@@ -19,10 +19,10 @@ import yaml
 from qexp.config import run_config_from_container
 from qexp.errors import ConfigError
 from qexp.report.table import rows_of_sweep
-from qexp.settings import IsolationConfig, MetricsConfig, RunConfig, SweepConfig, TrackingConfig
+from qexp.settings import IsolationConfig, MetricsConfig, RunConfig, SaveConfig, SweepConfig, TrackingConfig
 from qexp.sweep import job, process, reference, store
 from qexp.sweep.job import JobRow, refuse_job, run_job
-from qexp.sweep.key import reference_key, run_key
+from qexp.sweep.key import reference_config, reference_key, run_key
 from qexp.sweep.manifest import Manifest
 from qexp.sweep.store import RunFolder, Status, now_iso
 from qexp.tasks.roundtrip import RoundtripConfig
@@ -582,3 +582,21 @@ def test_ctrl_c_while_the_reference_runs_marks_both(tmp_path) -> None:
     for folder in (reference_folder, folder_of(config)):
         status = folder.read_status()
         assert (status.status, status.reason) == ("failed", "signal") and "Ctrl-C" in status.message
+
+
+def test_a_finished_run_runs_again_to_save_its_model_and_its_reference_saves_none(tmp_path) -> None:
+    config = have_reference(run_config(tmp_path))
+    assert run(config).status == "done"
+    saving = replace(config, save=SaveConfig(path=str(tmp_path / "saved")))
+    assert run_key(saving) == run_key(config)
+    assert reference_config(saving).save.path is None
+    assert not run(saving).reused
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "config.json").write_text("{}")
+    assert run(saving).reused
+
+
+def test_a_configuration_from_before_there_was_saving_reads(tmp_path) -> None:
+    container = run_config(tmp_path).to_container()
+    del container["save"]
+    assert run_config_from_container(container) == run_config(tmp_path)
