@@ -10,6 +10,7 @@ Source: man 5 proc_pid_statm, proc_pid_status, proc_pid_clear_refs.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from dataclasses import dataclass
@@ -117,3 +118,14 @@ def device_memory(device: torch.device) -> int:
     import torch
 
     return 0 if device.type == "cpu" else int(torch.get_device_module(device).memory_allocated(device))
+
+
+def release_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc).
+
+    Its heaps keep the holes that short-lived tensors leave between lasting ones: 0.7 MiB, which no later tensor uses,
+    for each weight that is quantized to 2 MiB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -34,13 +34,15 @@ from qexp.loading.plan import (
     with_tied_entries,
 )
 from qexp.loading.progress import Progress
-from qexp.memory import GIB, PeakMemory
+from qexp.memory import GIB, PeakMemory, release_freed_memory
 from qexp.quantizers.base import Quantizer, WeightSpec, is_finite, load_quantizer
 from qexp.quantizers.embedded import embedded_config, merge
 
 if TYPE_CHECKING:
     from qexp.models.base import ModelSource
     from qexp.settings import ComponentConfig, LoaderConfig
+
+RELEASE_BYTES = 64 << 20  # how much is loaded before freed memory is given back; that costs page faults
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,18 @@ def stream_plan(
 ) -> Iterator[tuple[WorkItem, Any]]:
     """Run work items through the pipeline with the loader's settings, showing progress. in_place: see `stream`."""
     workers, in_flight_bytes = loader.workers or len(os.sched_getaffinity(0)), loader.in_flight_mib << 20
-    progress = Progress(title, len(items), sum(item.nbytes for item in items))
+    progress, unreleased_bytes = Progress(title, len(items), sum(item.source.nbytes for item in items)), 0
     try:
         for item, result in stream(items, create, workers=workers, in_flight_bytes=in_flight_bytes, in_place=in_place):
-            progress.advance(item.nbytes)
+            progress.advance(item.source.nbytes)
+            unreleased_bytes += item.source.nbytes
+            if unreleased_bytes >= RELEASE_BYTES:
+                release_freed_memory()
+                unreleased_bytes = 0
             yield item, result
     finally:
         progress.close()
+        release_freed_memory()
 
 
 def _load_weights(prepared: Prepared, component: str, *, device: torch.device, loader: LoaderConfig) -> None:
