@@ -127,11 +127,11 @@ def stream_plan(
 ) -> Iterator[tuple[WorkItem, Any]]:
     """Run work items through the pipeline with the loader's settings, showing progress. in_place: see `stream`."""
     workers, in_flight_bytes = loader.workers or len(os.sched_getaffinity(0)), loader.in_flight_mib << 20
-    progress, unreleased_bytes = Progress(title, len(items), sum(item.source.nbytes for item in items)), 0
+    progress, unreleased_bytes = Progress(title, len(items), sum(item.nbytes for item in items)), 0
     try:
         for item, result in stream(items, create, workers=workers, in_flight_bytes=in_flight_bytes, in_place=in_place):
-            progress.advance(item.source.nbytes)
-            unreleased_bytes += item.source.nbytes
+            progress.advance(item.nbytes)
+            unreleased_bytes += item.nbytes
             if unreleased_bytes >= RELEASE_BYTES:
                 release_freed_memory()
                 unreleased_bytes = 0
