@@ -80,11 +80,17 @@ def to_run_config(cfg: Any) -> RunConfig:
     components = {name: _component(base, top.components.get(name, {}), f"components.{name}") for name in names}
     components = _with_embedded(model, components)
     _check_streaming(top.low_cpu_mem_usage, components)
+    task = plugin_config("task", top.task, "task")
+    if top.save.path is not None and not getattr(task, "saves_outputs", True):
+        raise ConfigError(
+            f"save.path={top.save.path} with task={task.name}: it goes layer by layer and leaves no model to save; "
+            "use task=generate"
+        )
     return RunConfig(
         model=replace(model, skip_modules=()),  # its patterns are in the components now: one place, one run key
         components=components,
         offload=top.offload.resolved(device.partition(":")[0]),
-        task=plugin_config("task", top.task, "task"),
+        task=task,
         reference=replace(top.reference, dtype=_dtype(top.reference.dtype, "reference.dtype")),
         device=device,
         **{name: getattr(top, name) for name in ("metrics", "tracking", "isolation", "sweep", "loader")},

@@ -215,3 +215,8 @@ def test_a_stored_config_of_another_version_is_refused() -> None:
     container["components"]["transformer"]["backend"]["quant_method"] = "gguff"
     with pytest.raises(ConfigError, match=r"components.transformer.backend.quant_method=gguff"):
         run_config_from_container(container)
+
+
+def test_a_round_trip_leaves_no_model_to_save() -> None:
+    with pytest.raises(ConfigError, match=r"save\.path=x with task=roundtrip: .* leaves no model to save"):
+        run_config("task=roundtrip", "save.path=x")
