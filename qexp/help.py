@@ -17,7 +17,8 @@ Examples
   python -m qexp task=roundtrip backend=torchao backend.quant_type=float8wo_e4m3
   python -m qexp -m backend=bitsandbytes_int8 backend.llm_int8_threshold=0,4,6,8
   python -m qexp experiment=backend_pareto                    a prepared sweep
-  python -m qexp.report [sweep]                               table, plot and report of a sweep"""
+  python -m qexp.report [sweep]                               table, plot and report of a sweep
+  python -m qexp.doctor                                       what runs on this machine, and what the rest needs"""
 
 MORE = """\
 More

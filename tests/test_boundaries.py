@@ -25,7 +25,7 @@ ONLY_IN = {
 }
 HEAVY = {"torch", "bitsandbytes", "torchao", "optimum", "diffusers", "transformers", "accelerate", "torchmetrics"}
 # What the parent process imports; qexp.sweep.worker and what only it imports compute, and may be heavy.
-PARENT = ("cli", "config", "rerun", "sweep/*", "tracking/*", "report/*", "offload/config", "*/__init__")
+PARENT = ("cli", "config", "rerun", "sweep/*", "tracking/*", "report/*", "doctor/*", "offload/config", "*/__init__")
 PLUGINS = ("models", "quantizers", "tasks")
 
 

@@ -1,0 +1,155 @@
+"""`python -m qexp.doctor`: what runs on this machine, and what the rest needs.
+
+    python -m qexp.doctor                       every option of backend=
+    python -m qexp.doctor torchao gguf --json   two of them, as JSON
+
+Each option quantizes a small linear layer through the loader in bf16 and in fp32, runs it, and dequantizes it, on the
+CPU and on the first GPU if there is one. Each backend is tried in a process of its own. Progress goes to standard
+error. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import psutil
+
+from qexp.devices import cuda_device_count
+from qexp.doctor.options import backend_config, backend_files
+from qexp.doctor.processes import probe
+from qexp.errors import QexpError
+from qexp.fields import to_plain
+from qexp.plugins import plugin_module, plugin_names
+from qexp.sweep.environment import RESULT_PACKAGES, cpu_name, device_name, versions_of
+
+WIDTH = 120
+STATUSES = """\
+status of an option on a device
+  runs    its layer was quantized, gave the answer of its dequantized weight, and took the bytes that were planned
+  needs   a library, or another machine: the line below the table says which
+  fails   an error, a crash (signal, exit) or no answer in time (timeout), also explained below the table
+
+The exit code is 0 whenever the table could be made, whatever is in it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 with a table, 1 with one line that says why there is none, 130 for Ctrl-C."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not options.timeout > 0:
+        parser.error(f"--timeout {options.timeout:g} must be above 0 seconds")
+    try:
+        machine = describe_machine()
+        rows = list(rows_of(options.option, options.timeout))
+    except QexpError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # the probe has been ended
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps({"machine": machine, "rows": rows}, indent=2) if options.json else format_text(machine, rows))
+    return 0
+
+
+def describe_machine() -> dict[str, Any]:
+    """The header: versions, processor, memory and devices, found without importing torch."""
+    quantizers = [plugin_module("backend", name).Quantizer for name in plugin_names("backend")]
+    libraries = [package for quantizer in quantizers for package in quantizer.required_packages]
+    versions = versions_of(dict.fromkeys((*RESULT_PACKAGES, *libraries)))
+    devices = ["cpu", *(f"cuda:{index}" for index in range(cuda_device_count()))]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": versions.pop("torch"),
+        "versions": versions,
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 2),
+        "devices": {device: device_name(device) for device in devices},
+    }
+
+
+def rows_of(names: list[str], timeout: float) -> Iterator[dict[str, Any]]:
+    """A row for each option on each device, backend by backend."""
+    trials: dict[str, list[dict[str, Any]]] = {}
+    for path in backend_files(names):
+        config = backend_config(path)
+        trials.setdefault(config.quant_method, []).append({"option": path.stem, "config": to_plain(config)})
+    for device in ["cpu", "cuda:0"] if cuda_device_count() else ["cpu"]:
+        for backend, of_backend in trials.items():
+            labels = iter(of_backend)
+            print(f"{backend} on {device}: {len(of_backend)} options ...", file=sys.stderr, flush=True)
+            for result in probe(of_backend, device, timeout):
+                label = next(labels)["config"]["label"]
+                yield {"option": result.pop("option"), "backend": backend, "label": label, "device": device, **result}
+
+
+def format_text(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The header, the table, and a paragraph for each row that does not run."""
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine["versions"].items())
+    head = [
+        f"python {machine['python']}, torch {machine['torch'] or 'not installed'}, {machine['platform']}",
+        *textwrap.wrap(versions, WIDTH, break_on_hyphens=False),
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
+        "devices: " + ", ".join(f"{device} ({name})" for device, name in machine["devices"].items()),
+    ]
+    cells = [_cells(row) for row in rows]
+    table = [("option", "backend", "label", "device", "status", "bits/weight", "SQNR dB bf16", "fp32"), *cells]
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    lines = [_line(line, widths) for line in table]
+    lines.insert(1, "  ".join("─" * width for width in widths))
+    running = sum(row["status"] == "runs" for row in rows)
+    return "\n".join([*head, "", *lines, *_reasons(rows), "", f"{running} of {len(rows)} run"])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    measured = row["measured"]
+    bits = " / ".join(dict.fromkeys(f"{one['bits_per_weight']:.3f}" for one in measured.values()))
+    quality = [_quality(measured.get(dtype)) for dtype in ("bfloat16", "float32")]
+    return (row["option"], row["backend"], row["label"] or "", row["device"], row["status"], bits, *quality)
+
+
+def _quality(one: dict[str, Any] | None) -> str:
+    if one is None:
+        return ""
+    return "exact" if one["exact"] else "none" if one["sqnr_db"] is None else f"{one['sqnr_db']:.2f}"
+
+
+def _line(words: tuple[str, ...], widths: list[int]) -> str:
+    parts = [word.ljust(width) for word, width in zip(words[:5], widths[:5], strict=True)]
+    return "  ".join([*parts, *map(str.rjust, words[5:], widths[5:])]).rstrip()
+
+
+def _reasons(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        if row["status"] != "runs":
+            text = f"{row['option']} on {row['device']} {row['status']} ({row['reason']}): {row['message']}"
+            lines += textwrap.wrap(text, WIDTH, subsequent_indent="   ", break_on_hyphens=False)
+    return ["", *lines] if lines else []
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qexp.doctor",
+        description="Try every backend on this machine: what runs, and what the rest needs.",
+        epilog=STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("option", nargs="*", help="options of backend= to try (default: all)")
+    parser.add_argument("--json", action="store_true", help="the same as JSON: machine, and rows with a key for each")
+    parser.add_argument(
+        "--timeout", type=float, default=120, metavar="SECONDS", help="for one option on one device (default: 120)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

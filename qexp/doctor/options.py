@@ -1,0 +1,43 @@
+"""The options of conf/backend as configs, composed without Hydra: a yaml over the schema that it inherits."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.options import option_files
+from qexp.plugins import plugin_config, plugin_module, plugin_names
+from qexp.schema import schema_of
+
+
+def backend_files(names: list[str]) -> list[Path]:
+    """The yamls of these options, of all if there are no names. Raises ConfigError for a name that is none."""
+    files = {path.stem: path for path in option_files("backend")}
+    for name in names:
+        if name not in files:
+            raise ConfigError(f"{name} is no option of backend{did_you_mean(name, files)}; use {choices(files)}")
+    return [files[name] for name in names or files]
+
+
+def backend_config(path: Path) -> Any:
+    """The config of one option with its own defaults. Raises ConfigError."""
+    plugin = _plugin_of(path)
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(values, dict), path
+    values.pop("defaults", None)
+    merged = OmegaConf.merge(OmegaConf.structured(schema_of(plugin_module("backend", plugin).Config)), values)
+    return plugin_config("backend", OmegaConf.to_container(merged, resolve=True), "backend")
+
+
+def _plugin_of(path: Path) -> str:
+    inherited = re.search(r"/schema/backend/(\w+)@", path.read_text(encoding="utf-8"))
+    names = plugin_names("backend")
+    if inherited is None or inherited[1] not in names:
+        raise ConfigError(
+            f"{path} inherits no schema; its defaults need /schema/backend/<name>@_here_: {choices(names)}"
+        )
+    return inherited[1]

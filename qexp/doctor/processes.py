@@ -1,0 +1,101 @@
+"""Runs probes, each in a process of its own: one that crashes or hangs is the result of the option it was at.
+
+The options behind it are tried in a new process. A process has `timeout` seconds for each option, its imports
+included in the first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import IO, Any
+
+from qexp.sweep.outcome import outcome_of_exit
+
+PROBE = [sys.executable, "-m", "qexp.doctor.probe"]
+CHUNK = 1 << 16
+
+
+def probe(trials: Sequence[dict[str, Any]], device: str, timeout: float) -> Iterator[dict[str, Any]]:
+    """Results of the trials, in their order: {"option", "status", "reason", "message", "measured", "seconds"}."""
+    left = list(trials)
+    while left:
+        for result in _run(tuple(left), device, timeout):
+            yield {"option": left.pop(0)["option"], **result}
+
+
+def _run(trials: Sequence[dict[str, Any]], device: str, timeout: float) -> Iterator[dict[str, Any]]:
+    """Results from one process, the last of them its end if that came too early: at least one, in order."""
+    given = 0
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as errors:
+        stdin.write(json.dumps({"device": device, "trials": list(trials)}).encode())
+        stdin.seek(0)
+        started = time.monotonic()
+        process = subprocess.Popen(PROBE, stdin=stdin, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
+        try:
+            for line in _lines(process, timeout):
+                answer = json.loads(line)
+                if "end" in answer:
+                    assert answer.pop("end") == trials[given]["option"]
+                    yield answer
+                    given, started = given + 1, time.monotonic()
+            if given < len(trials):
+                yield _ended(process, errors, timeout, time.monotonic() - started)
+        finally:
+            _kill(process)
+
+
+def _lines(process: subprocess.Popen[bytes], timeout: float) -> Iterator[bytes]:
+    """The lines that a process writes, until it ends or no line of a result came for `timeout` seconds."""
+    output, rest = process.stdout, b""
+    assert output is not None
+    deadline = time.monotonic() + timeout
+    with output, selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while (remaining := deadline - time.monotonic()) > 0:
+            if not selector.select(remaining):
+                continue
+            data = os.read(output.fileno(), CHUNK)
+            if not data:
+                break
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                if b'"end"' in line:
+                    deadline = time.monotonic() + timeout
+                yield line
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(1)  # its output is closed: it is about to end
+
+
+def _ended(process: subprocess.Popen[bytes], errors: IO[bytes], timeout: float, seconds: float) -> dict[str, Any]:
+    """The result of the option that a process was at when it ended, or when its time was over."""
+    code = process.poll()
+    if code is None:
+        reason, message = "timeout", f"it did not answer within {timeout:g} s, and was stopped (--timeout raises that)"
+    else:
+        outcome = outcome_of_exit(code)
+        last = _last_line(errors) if code > 0 else ""
+        reason, message = str(outcome.reason), f"{outcome.message}: {last}" if last else outcome.message
+        message = message.replace("the experiment's process", "its process")
+    return {"status": "fails", "reason": reason, "message": message, "measured": {}, "seconds": round(seconds, 2)}
+
+
+def _last_line(errors: IO[bytes]) -> str:
+    errors.seek(0)
+    lines = errors.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a probe, if it has not, and everything that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
