@@ -19,7 +19,7 @@ from qexp.memory import GIB, PeakMemory, device_memory, host_memory
 from qexp.models.base import load_source
 from qexp.offload.payload import module_nbytes
 from qexp.offload.strategies import Offload, apply_offload
-from qexp.sweep.store import write_json, write_text
+from qexp.sweep.store import to_csv, write_json, write_text
 from qexp.tasks import generate, roundtrip
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _generate(config: RunConfig, source: ModelSource, device: torch.device, fold
         result = generate.run(source, models, config.task, seed=config.seed, device=device, memory=lambda: _now(device))
     metrics |= _offload_statistics(list(offloads.values()))
     save_tensors(folder / "outputs.safetensors", result.outputs)
-    write_text(folder / "memory.csv", roundtrip.to_csv(list(result.rows[0]), result.rows))
+    write_text(folder / "memory.csv", to_csv(list(result.rows[0]), result.rows))
     baseline = next(iter(loaded.values())).memory.baseline
     return {**metrics, **result.metrics, **_run_peaks(peak, baseline.total_bytes)}
 

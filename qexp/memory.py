@@ -123,8 +123,8 @@ def device_memory(device: torch.device) -> int:
 def release_freed_memory() -> None:
     """Give memory that was freed back to the system, where the C library can (glibc).
 
-    Its heaps keep the holes that short-lived tensors leave between lasting ones: 0.7 MiB, which no later tensor uses,
-    for each weight that is quantized to 2 MiB.
+    It keeps freed blocks below some 32 MiB for later. Between lasting tensors they stay as holes that no later tensor
+    uses: 0.7 MiB for each weight that is quantized to 2 MiB.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -5,8 +5,8 @@
     caller   gets (item, result) in the order of the items, whichever worker was first
 
 In flight is what was read and is not yet quantized: never more than `in_flight_bytes`, or the largest tensor if that
-is larger. A tensor that is kept as it is in the file is read straight into its final memory. Files are read, never
-mapped, so their pages do not count as this process's memory.
+is larger. In a load on the CPU, a tensor that is kept as it is in the file is read straight into its final memory.
+Files are read, never mapped, so their pages do not count as this process's memory.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ Importing this module imports no torch, so that `check_names` can run while the 
 from __future__ import annotations
 
 import csv
-import io
 import math
 import sys
 from collections.abc import Iterable
@@ -125,7 +124,7 @@ def _write_history(outputs: dict[str, Tensor], expected: dict[str, Tensor] | Non
     The column is empty where the value is undefined (a state that is not finite).
     """
     from qexp.metrics.tensors import relative_l2
-    from qexp.sweep.store import write_text
+    from qexp.sweep.store import to_csv, write_text
 
     path = folder / "memory.csv"
     try:
@@ -141,8 +140,4 @@ def _write_history(outputs: dict[str, Tensor], expected: dict[str, Tensor] | Non
         for row, ours, theirs in zip(rows, outputs["trajectory"], expected["trajectory"], strict=True):
             error = relative_l2(theirs, ours)
             row["relative_l2"] = "" if error is None else repr(error)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(folder / "history.csv", text.getvalue())
+    write_text(folder / "history.csv", to_csv(list(rows[0]), rows))

@@ -14,7 +14,6 @@ held with `flock`, which the kernel gives up for the dead: so the next store in 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -171,13 +170,6 @@ def remove_stale_folders(parent: Path) -> None:
             pass  # its owner lives
         finally:
             os.close(handle)
-
-
-def release_freed_memory() -> None:
-    """Give memory that was freed back to the system: glibc keeps freed blocks below ~32 MiB for later otherwise."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _remove_folder(folder: Path, owner: int, process: int, with_parent: bool) -> None:

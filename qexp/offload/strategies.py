@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qexp.errors import ConfigError
+from qexp.memory import GIB, release_freed_memory
 from qexp.offload.config import OffloadConfig
-from qexp.offload.disk import DiskStore, release_freed_memory
+from qexp.offload.disk import DiskStore
 from qexp.offload.engine import HOOK_MARK, Engine, Streams
 from qexp.offload.group import Group, Pieces, Rest
 from qexp.offload.grouping import plan_groups
@@ -31,7 +32,6 @@ from qexp.offload.turns import take_turn
 
 log = logging.getLogger(__name__)
 
-GIB = 2**30
 FOREIGN_HOOKS = {"_hf_hook": "accelerate", "_diffusers_hook": "diffusers"}
 
 

@@ -6,10 +6,7 @@ Layers stream through the loading pipeline one by one: neither the dense nor the
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
@@ -112,13 +109,6 @@ def summarize(rows: list[LayerRow]) -> dict[str, float | None]:
 
 
 def rows_to_csv(rows: list[LayerRow]) -> str:
+    from qexp.sweep.store import to_csv
+
     return to_csv([field.name for field in fields(LayerRow)], [asdict(row) for row in rows])
-
-
-def to_csv(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
-    """CSV text with a header; None is an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qexp.memory import release_freed_memory
 from qexp.offload.config import OffloadConfig
-from qexp.offload.disk import release_freed_memory
 from qexp.offload.strategies import apply_offload
 
 MIB = 2**20
