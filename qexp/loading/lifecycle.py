@@ -34,6 +34,7 @@ from qexp.loading.plan import (
     with_tied_entries,
 )
 from qexp.loading.progress import Progress
+from qexp.loading.registration import register
 from qexp.memory import GIB, PeakMemory, release_freed_memory
 from qexp.quantizers.base import Quantizer, WeightSpec, is_finite, load_quantizer
 from qexp.quantizers.embedded import embedded_config, merge
@@ -83,7 +84,7 @@ def load_component(
         _load_weights(prepared, component, device=device, loader=loader)  # 7 stream, quantize, assign
         quantizer.postprocess_model(prepared.model, device)  # 8 finish, audit
         compute_in_fp32(prepared.model, settings.keep_in_fp32_modules, prepared.compute_dtype)
-        _register(prepared)  # 9
+        register(prepared.model, quantizer, prepared.config, prepared.compute_dtype)  # 9
     seconds = time.perf_counter() - started
     audit(prepared.model, quantizer, prepared.plan.quantized_nbytes)
     return LoadedComponent(prepared.model, prepared.plan, seconds, memory)
@@ -255,14 +256,3 @@ def warm_up(prepared: Prepared, device: torch.device) -> None:
     spec = WeightSpec("warm-up", (64, columns), prepared.compute_dtype)
     with torch.no_grad():
         prepared.quantizer.create_quantized_param(spec, [torch.ones(spec.shape)], {}, device)
-
-
-def _register(prepared: Prepared) -> None:
-    """Leave on the model what other libraries look for on a quantized one, and what saving it needs."""
-    model: Any = prepared.model
-    model.checkpoint_config = prepared.config
-    if prepared.quantizer.quantization_method == "none":
-        return
-    model.hf_quantizer = prepared.quantizer
-    model.quantization_method = prepared.quantizer.quantization_method
-    model._pre_quantization_dtype = prepared.compute_dtype

@@ -100,6 +100,11 @@ class BitsAndBytesQuantizer(base.Quantizer):
     def skip_modules(self) -> tuple[str, ...]:
         return self.config.llm_int8_skip_modules
 
+    @property
+    def model_attributes(self) -> Mapping[str, Any]:
+        bits = "4bit" if self.config.load_in_4bit else "8bit"
+        return {f"is_loaded_in_{bits}": True, f"is_{bits}_serializable": True}
+
     def validate_environment(self, device: torch.device) -> None:
         super().validate_environment(device)
         if not (self.config.load_in_4bit or self.config.load_in_8bit):
@@ -298,11 +303,11 @@ class BitsAndBytesQuantizer(base.Quantizer):
             return functional.dequantize_4bit(param.data, param.quant_state).to(dtype)
         return functional.int8_vectorwise_dequant(param.CB, param.SCB).to(dtype)
 
-    def dequantize(self, model: nn.Module) -> nn.Module:
+    def restore_linear_layers(self, model: nn.Module, dtype: torch.dtype) -> None:
         for module in model.modules():
             if isinstance(module, _library().nn.Linear8bitLt) and module.weight.CB is None:
                 module.weight.CB, module.weight.SCB = _int8_state(module)  # a forward has moved them
-        return super().dequantize(model)
+        super().restore_linear_layers(model, dtype)
 
 
 def _int8_state(module: Any) -> tuple[Tensor | None, Tensor | None]:
