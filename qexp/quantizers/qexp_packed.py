@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import from_plain
 from qexp.quantizers import base
+from qexp.quantizers.configs import BackendConfig
 
 if TYPE_CHECKING:
     import torch
@@ -64,16 +65,16 @@ ELEMENTS = {
 
 
 @dataclass(frozen=True)
-class PackedConfig:
+class PackedConfig(BackendConfig):
     """group_size: weights of a row that share a scale; null is the whole row."""
 
     quant_method: str = "qexp_packed"
-    label: str | None = None
     quant_type: str = "uint4wo"
     group_size: int | None = 64
     modules_to_not_convert: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.quant_type not in ELEMENTS:
             raise ConfigError(
                 f"backend.quant_type={self.quant_type!r} is unknown{did_you_mean(self.quant_type, ELEMENTS)}; "
