@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
-from qexp.fields import from_plain
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
 
@@ -83,14 +82,8 @@ class PackedConfig(BackendConfig):
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(f"backend.group_size={self.group_size} must be 1 or more, or null for one scale a row")
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PackedConfig:
-        """The config that a saved model's `quantization_config` describes. Raises ConfigError."""
-        described = {name: value for name, value in values.items() if name != "modules_to_not_convert"}
-        if lacking := sorted({"quant_type", "group_size"} - described.keys()):
-            raise ConfigError(f"quantization_config.{lacking[0]} is missing")
-        config: PackedConfig = from_plain(cls, {**described, "label": described["quant_type"]}, "quantization_config")
-        return config
+    def describe(self) -> str:
+        return self.quant_type
 
 
 class PackedQuantizer(base.Quantizer):
@@ -189,14 +182,6 @@ class PackedQuantizer(base.Quantizer):
             tensors[name] = qdata[1].view(tensor.shape[0], bits, -1)
             tensors.update({f"{name}.{part}": value for part, value in parameters})
         return tensors, {}
-
-    def to_dict(self, model: nn.Module) -> dict[str, Any]:
-        return {
-            "group_size": self.config.group_size,
-            "modules_to_not_convert": base.unquantized_layers(self, model),
-            "quant_method": self.quantization_method,
-            "quant_type": self.config.quant_type,
-        }
 
     def is_quantized(self, module: nn.Module) -> bool:
         from qexp.quantizers.packed_tensor import PackedTensor
