@@ -252,7 +252,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SMALL = ("device=cpu", "tracking=none", "task.num_images=2", "task.num_inference_steps=1", "backend=torchao")
+SMALL = ("device=cpu", "tracking=none", "task.num_images=2", "task.num_inference_steps=1", "backend=packed_uint4")
 PUSH = ("save.push_to_hub=tester/digits", "save.max_shard_gib=0.0002")
 
 
@@ -272,8 +272,8 @@ def test_a_run_is_pushed_downloaded_and_loaded_with_no_quantization_argument(
     assert done.returncode == 0, done.stdout + done.stderr
     files = server.files("tester/digits")
     assert sum(name.endswith(".safetensors") for name in files) > 1 and INDEX in files
-    assert json.loads(files["config.json"])["quantization_config"]["quant_method"] == "torchao"
-    assert server.titles("tester/digits")[1] == "Upload digits in torchao int8wo: configuration"
+    assert json.loads(files["config.json"])["quantization_config"]["quant_method"] == "qexp_packed"
+    assert server.titles("tester/digits")[1] == "Upload digits in qexp_packed uint4wo: configuration"
     (run,) = (tmp_path / "outputs" / "runs").iterdir()
     assert json.loads((run / "hub.json").read_text())["repo_id"] == "tester/digits"
     assert not list(run.glob(".save*"))  # the model is on the hub alone
@@ -281,7 +281,7 @@ def test_a_run_is_pushed_downloaded_and_loaded_with_no_quantization_argument(
 
     downloaded = huggingface_hub.snapshot_download("tester/digits", local_dir=tmp_path / "downloaded")
     config = run_config(*SMALL[:-1], f"model.path={downloaded}")
-    assert config.components["transformer"].backend.quant_method == "torchao"
+    assert config.components["transformer"].backend.quant_method == "qexp_packed"
     (tmp_path / "again").mkdir()
     run_experiment(config, tmp_path / "again")
     one, other = (load_file(folder / "outputs.safetensors")["images"] for folder in (run, tmp_path / "again"))
