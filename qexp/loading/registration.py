@@ -57,8 +57,8 @@ def dequantize(model: nn.Module, quantizer: Quantizer, dtype: torch.dtype | None
     for name, module in model.named_modules():
         if any(leaf.is_meta for store, key in sites(module) for leaf in leaves(store[key])):
             raise ConfigError(
-                f"dequantize: weights of '{name or type(model).__name__}' are held by another library's hooks, not in the "
-                "model; remove them first, as accelerate.hooks.remove_hook_from_module(model, recurse=True) does"
+                f"dequantize: weights of '{name or type(model).__name__}' are held by another library's hooks; remove "
+                "them first, as accelerate.hooks.remove_hook_from_module(model, recurse=True) does"
             )
     with resident(model):
         quantizer.restore_linear_layers(model, dtype or marked._pre_quantization_dtype)
