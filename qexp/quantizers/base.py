@@ -234,6 +234,14 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
+def check_parameters(module: str, part: str, tensor: Tensor) -> None:
+    """Raises LoadError for scales or offsets of a stored weight that are not finite."""
+    if not is_finite(tensor):
+        raise LoadError(
+            f"the {part} of the quantized weight of '{module}' is not finite; download the checkpoint again"
+        )
+
+
 def clear_nan(values: Tensor) -> None:
     """Make NaN zero in float8 values, in place: the libraries divide a row of zeros by its scale, which is zero."""
     import torch
