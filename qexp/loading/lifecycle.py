@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from qexp.loading.checkpoint import Checkpoint, open_checkpoint
 from qexp.loading.fp32 import compute_in_fp32
 from qexp.loading.patterns import anywhere, check_patterns
 from qexp.loading.pipeline import stream
+from qexp.loading.placement import DeviceMap, one_device
 from qexp.loading.plan import (
     TORCH_DTYPES,
     LoadPlan,
@@ -68,12 +70,23 @@ class LoadedComponent:
 
 
 def load_component(
-    source: ModelSource, component: str, settings: ComponentConfig, *, device: torch.device, loader: LoaderConfig
+    source: ModelSource,
+    component: str,
+    settings: ComponentConfig,
+    *,
+    device: torch.device,
+    loader: LoaderConfig,
+    device_map: DeviceMap = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: Path | None = None,
 ) -> LoadedComponent:
-    """Load one component of a model, quantized as `settings` say, onto `device`.
+    """Load one component of a model, quantized as `settings` say, onto `device`, or where `device_map` puts it.
 
+    max_memory: bytes, or sizes such as "10GiB", for each device, "cpu" and "disk"; offload_folder: for what a map puts
+    on disk.
     Raises: ConfigError, MissingLibraryError, UnsupportedError or LoadError, most of them before a weight is read.
     """
+    device = one_device(device_map, device)
     checkpoint = open_checkpoint(source.checkpoints()[component])  # 1 config
     quantizer = resolve_quantizer(settings.backend, checkpoint, component)  # 2 resolve, merge
     prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)  # 3 to 6

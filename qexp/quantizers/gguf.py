@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.quantizers import base
+from qexp.quantizers.configs import BackendConfig
 from qexp.quantizers.gguf_types import BLOCKED_PREFIX, DECODABLE, ENCODABLE, TYPES
 
 if TYPE_CHECKING:
@@ -34,18 +35,18 @@ SAVED_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
-class GGUFConfig:
+class GGUFConfig(BackendConfig):
     """quant_type: what dense weights become; compute_dtype: to multiply in, null is that of the run;
     pre_quantized: the checkpoint holds GGUF blocks, most of them of `quant_type` (set when it is found out)."""
 
     quant_method: str = "gguf"
-    label: str | None = None
     quant_type: str = "Q8_0"
     compute_dtype: str | None = None
     modules_to_not_convert: tuple[str, ...] = ()
     pre_quantized: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = self.quant_type
         if name in ENCODABLE or (self.pre_quantized and name in DECODABLE):
             return
@@ -66,6 +67,10 @@ class GGUFQuantizer(base.Quantizer):
     def __init__(self, config: GGUFConfig) -> None:
         super().__init__(config)
         self._stored_types: dict[str, str] = {}  # layer -> the type in which the checkpoint holds its weight
+
+    @property
+    def skip_modules(self) -> tuple[str, ...]:
+        return self.config.modules_to_not_convert  # always the user's: a file has no such list
 
     def stored_dtype(self) -> torch.dtype | None:
         """That of the model whose file this is, if it says so; else upstream's default for GGUF."""
