@@ -137,7 +137,7 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "no offset": (without(OFFSET), "lacks 'layers.0.weight.offset', a part"),
     "nothing": (lambda tensors: [tensors.pop(name) for name in (WEIGHT, SCALE, OFFSET)], "but no quantized weight"),
     "renamed": (renamed(SCALE, SCALE + "s"), "lacks 'layers.0.weight.scale'"),
-    "elsewhere": (renamed(WEIGHT, "layers.9.weight"), "lacks 'layers.9.weight.scale'"),
+    "elsewhere": (renamed(WEIGHT, "layers.9.weight"), "a part of a packed weight; download it again"),
     "codes of another width": (changed(WEIGHT, lambda t: t[:, :3]), "is not the qdata of [96, 128] weights as uint4wo"),
     "codes in two dimensions": (changed(WEIGHT, lambda t: t.flatten(1)), "is U8 [96, 64] in"),
     "codes in another dtype": (changed(WEIGHT, lambda t: t.view(torch.int8)), "is I8 [96, 4, 16] in"),
