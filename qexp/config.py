@@ -17,12 +17,13 @@ from typing import Any
 from qexp.devices import resolve_device
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import check_known, convert, from_plain
+from qexp.hub import check_ready
 from qexp.loading.checkpoint import open_checkpoint
 from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
 from qexp.plugins import PLUGINS, plugin_config, plugin_module, plugin_names
 from qexp.quantizers.configs import compute_dtype
-from qexp.quantizers.embedded import embedded_config, merge
+from qexp.quantizers.embedded import merge, stored_config
 from qexp.settings import (
     ComponentConfig,
     IsolationConfig,
@@ -81,11 +82,13 @@ def to_run_config(cfg: Any) -> RunConfig:
     components = _with_embedded(model, components)
     _check_streaming(top.low_cpu_mem_usage, components)
     task = plugin_config("task", top.task, "task")
-    if top.save.path is not None and not getattr(task, "saves_outputs", True):
+    if top.save.wanted and not getattr(task, "saves_outputs", True):
         raise ConfigError(
-            f"save.path={top.save.path} with task={task.name}: it goes layer by layer and leaves no model to save; "
+            f"{top.save.wanted} with task={task.name}: it goes layer by layer and leaves no model to save; "
             "use task=generate"
         )
+    if top.save.push_to_hub is not None:
+        check_ready(top.save)
     return RunConfig(
         model=replace(model, skip_modules=()),  # its patterns are in the components now: one place, one run key
         components=components,
@@ -208,8 +211,10 @@ def _with_embedded(model: Any, components: Mapping[str, ComponentConfig]) -> dic
         return dict(components)  # reported with the experiment's key, which needs the checkpoint as well
     result = dict(components)
     for name, checkpoint in configs.items():
-        embedded = embedded_config(checkpoint.config, checkpoint.path)
-        if embedded is not None and name in result:
+        if name not in result:
+            continue
+        embedded = stored_config(checkpoint, result[name].backend)
+        if embedded is not None:
             if lost := merge(result[name].backend, embedded):
                 place = f"'{checkpoint.path}' is quantized already; unused"
                 print(f"warning: {name}: {place}: {', '.join(lost)}", file=sys.stderr)
