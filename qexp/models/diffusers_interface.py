@@ -10,7 +10,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 
-from qexp.models.interfaces import quantization_config
+from qexp.models.interfaces import quantization_config, saves_safetensors
 from qexp.quantizers.base import Quantizer, unquantized_layers
 
 CONFIG_ENTRIES = ("quantization_config", "_pre_quantization_dtype")
@@ -24,10 +24,11 @@ class InterfaceQuantizer(DiffusersQuantizer):
             quantization_config, pre_quantized=quantizer.stored, modules_to_not_convert=modules_to_not_convert
         )
         self.quantizer = quantizer
+        self.config = quantizer.config
 
     @property
     def is_serializable(self) -> bool:
-        return self.quantizer.is_serializable
+        return saves_safetensors(self.quantizer)
 
     @property
     def is_trainable(self) -> bool:

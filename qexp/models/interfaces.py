@@ -8,15 +8,16 @@ own base class; `detach(model)` takes it out of the config again.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from qexp.quantizers.base import Quantizer, quiet
+
 if TYPE_CHECKING:
     from torch import nn
-
-    from qexp.quantizers.base import Quantizer
 
 INTERFACES = {
     ("diffusers.models.modeling_utils", "ModelMixin"): "qexp.models.diffusers_interface",
@@ -53,10 +54,16 @@ def quantization_config(model: nn.Module, quantizer: Quantizer, library: Any) ->
 
     library: the module with the library's AUTO_QUANTIZATION_CONFIG_MAPPING.
     """
-    if not quantizer.is_serializable:
-        return SavedConfig({"quant_method": quantizer.quantization_method})
     values = quantizer.to_dict(model)
+    if not saves_safetensors(quantizer):
+        return SavedConfig(values)
     name = values["quant_method"]
     name += "_4bit" if values.get("load_in_4bit") else "_8bit" if values.get("load_in_8bit") else ""
     kind = library.AUTO_QUANTIZATION_CONFIG_MAPPING.get(name)
-    return SavedConfig(values) if kind is None else kind.from_dict(values)
+    with quiet(), warnings.catch_warnings(action="ignore"):  # of a deprecated class, and of fields of our own
+        return SavedConfig(values) if kind is None else kind.from_dict(values)
+
+
+def saves_safetensors(quantizer: Quantizer) -> bool:
+    """Whether the library's `save_pretrained`, which writes safetensors, can save such a model."""
+    return quantizer.is_serializable and quantizer.file_format == "safetensors"

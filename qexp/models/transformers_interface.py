@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from qexp.models.interfaces import quantization_config
+from qexp.models.interfaces import quantization_config, saves_safetensors
 from qexp.quantizers.base import Quantizer
 
 
@@ -19,9 +19,10 @@ class InterfaceQuantizer(HfQuantizer):
     def __init__(self, quantizer: Quantizer, quantization_config: Any) -> None:
         super().__init__(quantization_config, pre_quantized=quantizer.stored)
         self.quantizer = quantizer
+        self.config = quantizer.config
 
     def is_serializable(self) -> bool:
-        return self.quantizer.is_serializable
+        return saves_safetensors(self.quantizer)
 
     @property
     def is_trainable(self) -> bool:
