@@ -112,7 +112,7 @@ def prepare(
     device: torch.device,
 ) -> Prepared:
     """Stages 3 to 6: check the machine, settle the dtype, build the skeleton on meta, swap modules, make the plan."""
-    quantizer.validate_environment(device)  # 3
+    _validate_environment(quantizer, checkpoint, device)  # 3
     compute_dtype = quantizer.update_torch_dtype(_compute_dtype(settings, checkpoint, quantizer))  # 4
     with init_empty_weights(include_buffers=False):  # 5
         model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
@@ -134,6 +134,17 @@ def prepare(
     if plan.unused:
         print(_unused_message(component, plan.unused), file=sys.stderr)
     return Prepared(model, quantizer, chosen, plan, compute_dtype, dict(checkpoint.config))
+
+
+def _validate_environment(quantizer: Quantizer, checkpoint: Checkpoint, device: torch.device) -> None:
+    """A setting that is wrong is the checkpoint's where it embeds them."""
+    try:
+        quantizer.validate_environment(device)
+    except ConfigError as error:
+        if not quantizer.stored:
+            raise
+        place = f"the quantization_config of '{checkpoint.path}'"
+        raise LoadError(f"{place} cannot be used: {error}; check its config.json") from error
 
 
 def stream_plan(
@@ -224,7 +235,10 @@ def _unused_message(component: str, unused: Sequence[str]) -> str:
 def _nothing_message(component: str, quantizer: Quantizer, skipped: Mapping[str, str]) -> str:
     reasons = ", ".join(f"'{name}' ({reason})" for name, reason in list(skipped.items())[:3])
     if quantizer.stored:
-        return f"'{component}' embeds a quantization_config of {quantizer.quantization_method}, but no quantized weight"
+        return (
+            f"'{component}' embeds a quantization_config of {quantizer.quantization_method}, but no quantized weight; "
+            "its config.json belongs to other weights: download both again"
+        )
     why = f"every linear layer is skipped: {reasons}" + (" …" if len(skipped) > 3 else "")
     return (
         f"backend {quantizer.quantization_method!r} would have quantized no layer of '{component}': "

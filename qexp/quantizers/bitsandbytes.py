@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError, LoadError, choices
 from qexp.quantizers import base
+from qexp.quantizers.bitsandbytes_state import PREFIX, check_state
 from qexp.quantizers.configs import BackendConfig
+from qexp.quantizers.stored import REMEDY, Part, check_parts, lacks
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +39,7 @@ BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 NESTED_CODE_BYTES = 256 * 4
 CODE_BYTES = 16 * 4
-QUANT_STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32")
+QUANT_STORAGES = {"uint8": "U8", "int8": "I8", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # in safetensors
 STATE_4BIT = (
     "absmax",
     "quant_map",
@@ -191,9 +193,12 @@ class BitsAndBytesQuantizer(base.Quantizer):
     def create_quantized_param(
         self, spec: base.WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
+        if companions and self.config.load_in_4bit:
+            check_state(spec, companions, self.config.bnb_4bit_quant_type)
+            return self._assemble_4bit(sources[0], companions, device)
         if companions:
-            assemble = self._assemble_4bit if self.config.load_in_4bit else self._assemble_8bit
-            return assemble(sources[0], companions, device)
+            check_format(spec, companions)
+            return self._assemble_8bit(sources[0], companions, device)
         create = self._create_4bit if self.config.load_in_4bit else self._create_8bit
         return create(spec, sources[0], device)
 
@@ -204,26 +209,36 @@ class BitsAndBytesQuantizer(base.Quantizer):
                 return None
             names = {"weight": weight, "SCB": f"{name}.SCB", "weight_format": f"{name}.weight_format"}
         else:
-            described = [f"quant_state.bitsandbytes__{kind}" for kind in TYPES_4BIT]
+            described = [PREFIX + kind for kind in TYPES_4BIT]
             if not any(f"{weight}.{state}" in entries for state in described):
                 return None
             names = {"weight": weight, **{part: f"{weight}.{part}" for part in (*STATE_4BIT, *described)}}
         return {part: entries[name] for part, name in names.items() if name in entries}
 
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
-        stored, four_bit = parts.get("weight"), self.config.load_in_4bit
+        four_bit = self.config.load_in_4bit
         needed = {"weight", "absmax", "quant_map"} if four_bit else {"weight", "SCB"}
         if "nested_absmax" in parts or "nested_quant_map" in parts:
             needed |= {"nested_absmax", "nested_quant_map"}
         if lacking := sorted(needed - parts.keys()):
-            raise LoadError(f"the checkpoint lacks {lacking[0]!r} of the quantized weight of '{spec.module}'")
-        assert stored is not None
-        fits = stored.nbytes == math.ceil(spec.numel / 2) if four_bit else stored.shape == spec.shape
-        if not fits:
-            raise LoadError(
-                f"the quantized weight of '{spec.module}' is stored as {list(stored.shape)} {stored.dtype}, which is "
-                f"not {'4' if four_bit else '8'} bits for each of {list(spec.shape)}; the checkpoint is another model's"
-            )
+            paths = {"SCB": f"{spec.module}.SCB", "weight": f"{spec.module}.weight"}
+            raise lacks(paths.get(lacking[0], f"{spec.module}.weight.{lacking[0]}"))
+        if four_bit:
+            check_parts(spec, parts, self._layout_4bit(spec, parts), f"bitsandbytes' {self.config.bnb_4bit_quant_type}")
+        else:
+            check_parts(spec, parts, layout_8bit(spec), "bitsandbytes' LLM.int8")
+
+    def _layout_4bit(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> dict[str, Part]:
+        packed = math.ceil(spec.numel / 2) // self._quant_storage.itemsize
+        state = {part: Part(("U8",), None) for part in parts if part.startswith(PREFIX)}
+        return {
+            "weight": Part((QUANT_STORAGES[self.config.bnb_4bit_quant_storage],), ((packed, 1),)),
+            "absmax": Part(("U8",) if "nested_absmax" in parts else ("F32",), None),  # how many, the state says
+            "quant_map": Part(("F32",), ((16,),)),
+            "nested_absmax": Part(("F32",), None),
+            "nested_quant_map": Part(("F32",), ((256,),)),
+            **state,
+        }
 
     def stored_nbytes(self, parts: Mapping[str, TensorEntry]) -> int:
         kept = [entry.nbytes for part, entry in parts.items() if part in ("weight", "SCB", *STATE_4BIT)]
@@ -309,6 +324,21 @@ class BitsAndBytesQuantizer(base.Quantizer):
             if isinstance(module, _library().nn.Linear8bitLt) and module.weight.CB is None:
                 module.weight.CB, module.weight.SCB = _int8_state(module)  # a forward has moved them
         return super().dequantize(model)
+
+
+def layout_8bit(spec: base.WeightSpec) -> dict[str, Part]:
+    return {
+        "weight": Part(("I8",), (spec.shape,)),
+        "SCB": Part(("F32",), ((spec.shape[0],),)),
+        "weight_format": Part(("U8",), ((),)),
+    }
+
+
+def check_format(spec: base.WeightSpec, companions: Mapping[str, Tensor]) -> None:
+    """Raises LoadError for 8-bit weights in the order of another kernel, as old versions of the library stored them."""
+    found = int(companions.get("weight_format", 0))
+    if found != 0:
+        raise LoadError(f"'{spec.module}.weight_format' is {found}, and only 0 (row by row) can be read; {REMEDY}")
 
 
 def _quantize_on_cpu(code: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

@@ -24,9 +24,10 @@ from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qexp.errors import ConfigError, LoadError, choices
+from qexp.errors import ConfigError, choices
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
+from qexp.quantizers.stored import FLOATS, Part, check_parts, lacks
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_DTYPES = ("int8", "int4", "int2", "float8")
 ACTIVATION_SCALES = ("input_scale", "output_scale")
+STORED_AS = {"torch.int8": "I8", "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2"}  # in safetensors
 TINYGEMM_ROWS = 64  # rows that its packing interleaves
 # torch._weight_int8pack_mm reads 16 columns at a time, from aligned memory: other rows or addresses end in a crash
 INT8_KERNEL_COLUMNS = 16
@@ -160,18 +162,18 @@ class QuantoQuantizer(base.Quantizer):
         if len(lacking) == len(names):
             return None
         if lacking:
-            raise LoadError(f"the checkpoint lacks '{lacking[0]}', a part of a quantized weight")
+            raise lacks(lacking[0])
         return {part: entries[stored] for part, stored in names.items()}
 
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
-        stored, scales = next(iter(parts.values())), parts["_scale"]
+        data, *scales = self._part_names()
         rows = spec.shape[0] if self._bits == 8 else group_count(spec)
-        packed_rows = math.ceil(rows * self._bits / 8)
-        if stored.nbytes != packed_rows * (spec.numel // rows) or math.prod(scales.shape) not in (rows, 1):
-            raise LoadError(
-                f"the quantized weight of '{spec.module}' is stored as {list(stored.shape)} with {list(scales.shape)} "
-                f"scales, which is not {self.config.weights_dtype} for {list(spec.shape)}; check config.json"
-            )
+        shape = spec.shape if self._bits == 8 else (math.ceil(rows * self._bits / 8), spec.numel // rows)
+        whole = spec.shape[0] == 1 and self._bits == 8  # then there is one scale, without dimensions
+        per_row = Part(FLOATS, ((), (1, 1)) if whole else ((rows, 1),))
+        stored_as = STORED_AS[str(self._qtype.dtype)] if self._bits == 8 else "U8"
+        expected = {data: Part((stored_as,), (shape,)), **dict.fromkeys(scales, per_row)}
+        check_parts(spec, parts, expected, f"quanto's {self.config.weights_dtype}")
 
     def _assemble(self, spec: base.WeightSpec, parts: Mapping[str, Tensor], device: torch.device) -> Tensor:
         state, stride = {part: tensor.to(device) for part, tensor in parts.items()}, (spec.shape[1], 1)
