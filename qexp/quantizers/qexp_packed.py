@@ -154,7 +154,7 @@ class PackedQuantizer(base.Quantizer):
         needed = ["qdata", *self.parameters]
         for part in needed:
             if part not in parts:
-                raise lacks(stored[part])
+                raise lacks(f"'{stored[part]}', a part of a packed weight")
         return {part: parts[part] for part in needed}
 
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:

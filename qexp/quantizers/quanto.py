@@ -162,7 +162,7 @@ class QuantoQuantizer(base.Quantizer):
         if len(lacking) == len(names):
             return None
         if lacking:
-            raise lacks(lacking[0])
+            raise lacks(f"'{lacking[0]}', a part of a quantized weight")
         return {part: entries[stored] for part, stored in names.items()}
 
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:

@@ -35,9 +35,9 @@ def check_parts(spec: WeightSpec, parts: Mapping[str, TensorEntry], expected: Ma
         if entry.dtype not in part.dtypes or (part.shapes is not None and entry.shape not in part.shapes):
             raise LoadError(
                 f"{entry.name!r} is {entry.dtype} {list(entry.shape)} in '{entry.file}', which is not the {name} of "
-                f"{list(spec.shape)} weights in {kind}; {REMEDY}"
+                f"{list(spec.shape)} weights as {kind}; {REMEDY}"
             )
 
 
-def lacks(name: str) -> LoadError:
-    return LoadError(f"the checkpoint lacks '{name}', a part of a quantized weight; download it again")
+def lacks(what: str) -> LoadError:
+    return LoadError(f"the checkpoint lacks {what}; download it again")
