@@ -17,11 +17,13 @@ from typing import Any
 from qexp.devices import resolve_device
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import check_known, convert, from_plain
+from qexp.hub import check_ready
 from qexp.loading.checkpoint import open_checkpoint
 from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
 from qexp.plugins import PLUGINS, plugin_config, plugin_module, plugin_names
-from qexp.quantizers.embedded import embedded_config, merge
+from qexp.quantizers.configs import compute_dtype
+from qexp.quantizers.embedded import merge, stored_config
 from qexp.settings import (
     ComponentConfig,
     IsolationConfig,
@@ -56,7 +58,6 @@ __all__ = [
     "to_run_config",
 ]
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # short name -> torch's
 PLANNED_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -70,10 +71,10 @@ def to_run_config(cfg: Any) -> RunConfig:
     device = _device(top.device, top.device_map)
     skip_modules = _union(_patterns(top.skip_modules, "skip_modules"), model.skip_modules)
     base = ComponentConfig(
-        backend=_backend(top.backend, "backend"),
+        backend=plugin_config("backend", top.backend, "backend"),
         skip_modules=skip_modules,
         keep_in_fp32_modules=_union(top.keep_in_fp32_modules),
-        compute_dtype=_dtype(top.compute_dtype, "compute_dtype"),
+        compute_dtype=compute_dtype(top.compute_dtype, "compute_dtype"),
     )
     names = plugin_module("model", model.source).COMPONENTS
     _check_component_names(top.components, names)
@@ -81,17 +82,19 @@ def to_run_config(cfg: Any) -> RunConfig:
     components = _with_embedded(model, components)
     _check_streaming(top.low_cpu_mem_usage, components)
     task = plugin_config("task", top.task, "task")
-    if top.save.path is not None and not getattr(task, "saves_outputs", True):
+    if top.save.wanted and not getattr(task, "saves_outputs", True):
         raise ConfigError(
-            f"save.path={top.save.path} with task={task.name}: it goes layer by layer and leaves no model to save; "
+            f"{top.save.wanted} with task={task.name}: it goes layer by layer and leaves no model to save; "
             "use task=generate"
         )
+    if top.save.push_to_hub is not None:
+        check_ready(top.save)
     return RunConfig(
         model=replace(model, skip_modules=()),  # its patterns are in the components now: one place, one run key
         components=components,
         offload=top.offload.resolved(device.partition(":")[0]),
         task=task,
-        reference=replace(top.reference, dtype=_dtype(top.reference.dtype, "reference.dtype")),
+        reference=replace(top.reference, dtype=compute_dtype(top.reference.dtype, "reference.dtype")),
         device=device,
         **{name: getattr(top, name) for name in ("metrics", "tracking", "isolation", "sweep", "loader")},
         **{name: getattr(top, name) for name in ("save", "paths", "seed", "resume")},
@@ -156,21 +159,6 @@ def _device(device: str, device_map: Any) -> str:
     return resolved
 
 
-def _dtype(name: str | None, place: str) -> str | None:
-    dtype = DTYPES.get(name, name) if name else name
-    if dtype is not None and dtype not in DTYPES.values():
-        names = [*DTYPES, *DTYPES.values()]
-        raise ConfigError(f"{place}={name} is no dtype to compute in{did_you_mean(name, names)}; use {choices(names)}")
-    return dtype
-
-
-def _backend(values: Any, place: str) -> Any:
-    """A backend's frozen config, its dtypes to compute in spelled as torch does."""
-    backend = plugin_config("backend", values, place)
-    names = [item.name for item in fields(backend) if item.name.endswith("compute_dtype")]
-    return replace(backend, **{name: _dtype(getattr(backend, name), f"{place}.{name}") for name in names})
-
-
 def _patterns(value: Any, place: str) -> tuple[str, ...]:
     """Skip patterns: a list, or "@file" with one pattern a line and # comments."""
     if not isinstance(value, str):
@@ -207,9 +195,9 @@ def _component(base: ComponentConfig, values: Any, place: str) -> ComponentConfi
     for name, value in values.items():
         check_known(f"{place}.{name}", str(name), [item.name for item in fields(ComponentConfig)])
         if name == "backend":
-            changes[name] = _backend(value, f"{place}.backend")
+            changes[name] = plugin_config("backend", value, f"{place}.backend")
         elif name == "compute_dtype":
-            changes[name] = _dtype(convert(str | None, value, f"{place}.{name}"), f"{place}.{name}")
+            changes[name] = compute_dtype(convert(str | None, value, f"{place}.{name}"), f"{place}.{name}")
         else:
             changes[str(name)] = _union(_patterns(value, f"{place}.{name}"))
     return replace(base, **changes)
@@ -223,8 +211,10 @@ def _with_embedded(model: Any, components: Mapping[str, ComponentConfig]) -> dic
         return dict(components)  # reported with the experiment's key, which needs the checkpoint as well
     result = dict(components)
     for name, checkpoint in configs.items():
-        embedded = embedded_config(checkpoint.config, checkpoint.path)
-        if embedded is not None and name in result:
+        if name not in result:
+            continue
+        embedded = stored_config(checkpoint, result[name].backend)
+        if embedded is not None:
             if lost := merge(result[name].backend, embedded):
                 place = f"'{checkpoint.path}' is quantized already; unused"
                 print(f"warning: {name}: {place}: {', '.join(lost)}", file=sys.stderr)

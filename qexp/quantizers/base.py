@@ -1,8 +1,8 @@
 """What a quantization backend provides: the hooks of the quantize-on-load lifecycle.
 
-A backend is one file in this folder. It declares `Config`, a frozen dataclass whose `quant_method` is the file's name,
-and `Quantizer`, a subclass of the class below. Neither may import torch or its library at module level: the process
-that composes experiments reads the configs and must stay light.
+A backend is one file in this folder. It declares `Config`, a frozen dataclass on top of `configs.BackendConfig` whose
+`quant_method` is the file's name, and `Quantizer`, a subclass of the class below. Neither may import torch or its
+library at module level: the process that composes experiments reads the configs and must stay light.
 
 Weights reach a quantizer one by one, on worker threads. `create_quantized_param` gets the dense tensors and returns a
 parameter; it never sees the model. Library kernels need several times their input in temporary memory, so it feeds
@@ -52,6 +52,7 @@ class Quantizer:
     required_packages: ClassVar[Mapping[str, str]] = {}  # package -> lowest version that works
     requires_calibration: ClassVar[bool] = False
     is_serializable: ClassVar[bool] = False  # whether `state_of` and `stored_parts` are there
+    file_format: ClassVar[str] = "safetensors"  # or gguf: what a saved model is stored in
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -64,8 +65,11 @@ class Quantizer:
 
     @property
     def skip_modules(self) -> tuple[str, ...]:
-        """Patterns from the backend's own field for layers to leave alone."""
-        return tuple(getattr(self.config, "modules_to_not_convert", ()))
+        """Patterns from the backend's own field for layers to leave alone.
+
+        None of a checkpoint's own list: it names what is not stored quantized, in upstream's way.
+        """
+        return () if self.stored else tuple(getattr(self.config, self.config.skip_field, ()))
 
     def validate_environment(self, device: torch.device) -> None:
         """Raises MissingLibraryError or UnsupportedError before a byte is read."""
@@ -100,10 +104,15 @@ class Quantizer:
     ) -> nn.Parameter:
         """Quantize one dense weight, sources[0], on `device`. Called from worker threads, without grad.
 
-        With companions, nothing is quantized: sources[0] and they are what `stored_parts` found for this weight, and
+        If `stored_parts` found this weight, nothing is quantized: sources[0] and the companions are what it found, and
         the parameter is put together from them; they may become part of it if they are on `device`.
         """
         raise NotImplementedError
+
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype that a checkpoint of this format is computed in where nobody asks for another; None: that of most
+        of what it holds unquantized."""
+        return None
 
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
         """The inner tensors by which a checkpoint holds the weight of layer `name` ready quantized, in the order of
@@ -122,8 +131,9 @@ class Quantizer:
         return dict(model.state_dict()), {}
 
     def to_dict(self, model: nn.Module) -> dict[str, Any]:
-        """The `quantization_config` of a saved model, in upstream's format."""
-        raise NotImplementedError
+        """The `quantization_config` of a saved model: the config's, with every layer that is not quantized."""
+        values: dict[str, Any] = self.config.to_dict()
+        return {**values, self.config.skip_field: unquantized_layers(self, model)}
 
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
         """Drop the keys that a checkpoint need not have because `postprocess_model` sets them."""
@@ -231,6 +241,14 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def check_parameters(module: str, part: str, tensor: Tensor) -> None:
+    """Raises LoadError for scales or offsets of a stored weight that are not finite."""
+    if not is_finite(tensor):
+        raise LoadError(
+            f"the {part} of the quantized weight of '{module}' is not finite; download the checkpoint again"
+        )
 
 
 def clear_nan(values: Tensor) -> None:
