@@ -335,15 +335,15 @@ def test_damaged_files_end_in_a_load_error_or_a_model(tmp_path: Path) -> None:
 
 
 def test_blocks_are_read_into_their_place_and_the_dense_model_is_never_there(tmp_path: Path) -> None:
-    """40 layers, 42 MiB in blocks and 80 MiB dense in bf16, and an embedding of 16 MiB that is decoded."""
+    """40 layers, 45 MiB in blocks and 160 MiB dense in bf16, and an embedding of 16 MiB that is decoded."""
 
     def build() -> nn.Module:
-        layers = nn.ModuleList(nn.Linear(1024, 1024, bias=False) for _ in range(40))
-        return nn.ModuleDict({"embed": nn.Embedding(8192, 1024), "layers": layers})
+        layers = nn.ModuleList(nn.Linear(2048, 1024, bias=False) for _ in range(40))
+        return nn.ModuleDict({"embed": nn.Embedding(4096, 2048), "layers": layers})
 
-    raw = torch.from_numpy(blocks("Q8_0", 1024, 1024))
-    tensors: dict[str, Tensor] = {f"layers.{number}.weight": GGUFTensor(raw, "Q8_0", BF16) for number in range(40)}
-    tensors["embed.weight"] = GGUFTensor(torch.cat([raw] * 8), "Q8_0", BF16)
+    raw = torch.from_numpy(blocks("Q4_0", 1024, 2048))
+    tensors: dict[str, Tensor] = {f"layers.{number}.weight": GGUFTensor(raw, "Q4_0", BF16) for number in range(40)}
+    tensors["embed.weight"] = GGUFTensor(torch.cat([raw] * 4), "Q4_0", BF16)
     save_gguf(tmp_path / "x.gguf", tensors, architecture="x")
     del tensors
     load_file(write(tmp_path / "small.gguf", reader_tensors("Q8_0")))  # so that everything is imported
@@ -351,7 +351,7 @@ def test_blocks_are_read_into_their_place_and_the_dense_model_is_never_there(tmp
     loaded = load_toy(tmp_path / "x.gguf", settings("none", compute_dtype="bfloat16"), build)
     result, mib = loaded.plan.to_container()["result_bytes"], 1 << 20
     assert result == 40 * raw.nbytes + 16 * mib
-    assert loaded.memory.peak_bytes < result + 24 * mib  # the embedding as it is read, and a tile of it decoded
+    assert loaded.memory.peak_bytes < result + 40 * mib
     assert loaded.memory.peak_file_bytes < 8 * mib
     for parameter in loaded.model.parameters():
         assert all(leaf.untyped_storage().nbytes() == leaf.nbytes for leaf in leaves(parameter))
