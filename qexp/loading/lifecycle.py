@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qexp.errors import ConfigError, LoadError
 from qexp.loading.audit import audit
 from qexp.loading.checkpoint import Checkpoint, open_checkpoint
+from qexp.loading.conversion import converted
 from qexp.loading.fp32 import compute_in_fp32
 from qexp.loading.patterns import anywhere, check_patterns
 from qexp.loading.pipeline import stream
@@ -117,7 +118,7 @@ def prepare(
     compute_dtype = quantizer.update_torch_dtype(_compute_dtype(settings, checkpoint, quantizer))  # 4
     with init_empty_weights(include_buffers=False):  # 5
         model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
-    checkpoint = with_tied_entries(checkpoint, model)
+    checkpoint = with_tied_entries(_under_model_names(source, component, checkpoint, model), model)
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     skip = (*settings.skip_modules, *quantizer.skip_modules)
     check_patterns(skip, names, f"skip_modules of '{component}'")
@@ -134,6 +135,14 @@ def prepare(
     if plan.unused:
         print(_unused_message(component, plan.unused), file=sys.stderr)
     return Prepared(model, quantizer, chosen, plan, compute_dtype, dict(checkpoint.config))
+
+
+def _under_model_names(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """The checkpoint with tensors named as the model's, converted by the source where it knows another layout."""
+    conversion = source.conversion(component, model) if hasattr(source, "conversion") else None
+    if conversion is None or model.state_dict().keys() <= checkpoint.entries.keys():
+        return checkpoint
+    return converted(checkpoint, conversion)
 
 
 def _validate_environment(quantizer: Quantizer, checkpoint: Checkpoint, device: torch.device) -> None:
