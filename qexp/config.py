@@ -21,6 +21,7 @@ from qexp.loading.checkpoint import open_checkpoint
 from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
 from qexp.plugins import PLUGINS, plugin_config, plugin_module, plugin_names
+from qexp.quantizers.configs import compute_dtype
 from qexp.quantizers.embedded import embedded_config, merge
 from qexp.settings import (
     ComponentConfig,
@@ -56,7 +57,6 @@ __all__ = [
     "to_run_config",
 ]
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # short name -> torch's
 PLANNED_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -70,10 +70,10 @@ def to_run_config(cfg: Any) -> RunConfig:
     device = _device(top.device, top.device_map)
     skip_modules = _union(_patterns(top.skip_modules, "skip_modules"), model.skip_modules)
     base = ComponentConfig(
-        backend=_backend(top.backend, "backend"),
+        backend=plugin_config("backend", top.backend, "backend"),
         skip_modules=skip_modules,
         keep_in_fp32_modules=_union(top.keep_in_fp32_modules),
-        compute_dtype=_dtype(top.compute_dtype, "compute_dtype"),
+        compute_dtype=compute_dtype(top.compute_dtype, "compute_dtype"),
     )
     names = plugin_module("model", model.source).COMPONENTS
     _check_component_names(top.components, names)
@@ -91,7 +91,7 @@ def to_run_config(cfg: Any) -> RunConfig:
         components=components,
         offload=top.offload.resolved(device.partition(":")[0]),
         task=task,
-        reference=replace(top.reference, dtype=_dtype(top.reference.dtype, "reference.dtype")),
+        reference=replace(top.reference, dtype=compute_dtype(top.reference.dtype, "reference.dtype")),
         device=device,
         **{name: getattr(top, name) for name in ("metrics", "tracking", "isolation", "sweep", "loader")},
         **{name: getattr(top, name) for name in ("save", "paths", "seed", "resume")},
@@ -156,21 +156,6 @@ def _device(device: str, device_map: Any) -> str:
     return resolved
 
 
-def _dtype(name: str | None, place: str) -> str | None:
-    dtype = DTYPES.get(name, name) if name else name
-    if dtype is not None and dtype not in DTYPES.values():
-        names = [*DTYPES, *DTYPES.values()]
-        raise ConfigError(f"{place}={name} is no dtype to compute in{did_you_mean(name, names)}; use {choices(names)}")
-    return dtype
-
-
-def _backend(values: Any, place: str) -> Any:
-    """A backend's frozen config, its dtypes to compute in spelled as torch does."""
-    backend = plugin_config("backend", values, place)
-    names = [item.name for item in fields(backend) if item.name.endswith("compute_dtype")]
-    return replace(backend, **{name: _dtype(getattr(backend, name), f"{place}.{name}") for name in names})
-
-
 def _patterns(value: Any, place: str) -> tuple[str, ...]:
     """Skip patterns: a list, or "@file" with one pattern a line and # comments."""
     if not isinstance(value, str):
@@ -207,9 +192,9 @@ def _component(base: ComponentConfig, values: Any, place: str) -> ComponentConfi
     for name, value in values.items():
         check_known(f"{place}.{name}", str(name), [item.name for item in fields(ComponentConfig)])
         if name == "backend":
-            changes[name] = _backend(value, f"{place}.backend")
+            changes[name] = plugin_config("backend", value, f"{place}.backend")
         elif name == "compute_dtype":
-            changes[name] = _dtype(convert(str | None, value, f"{place}.{name}"), f"{place}.{name}")
+            changes[name] = compute_dtype(convert(str | None, value, f"{place}.{name}"), f"{place}.{name}")
         else:
             changes[str(name)] = _union(_patterns(value, f"{place}.{name}"))
     return replace(base, **changes)

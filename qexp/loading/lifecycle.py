@@ -118,7 +118,8 @@ def prepare(
         model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
     checkpoint = with_tied_entries(checkpoint, model)
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    skip = (*settings.skip_modules, *quantizer.skip_modules)
+    # a checkpoint's own list names what it does not hold quantized, in upstream's way: nothing to match
+    skip = settings.skip_modules if quantizer.stored else (*settings.skip_modules, *quantizer.skip_modules)
     check_patterns(skip, names, f"skip_modules of '{component}'")
     check_patterns(settings.keep_in_fp32_modules, names, f"keep_in_fp32_modules of '{component}'")
     fp32 = (*settings.keep_in_fp32_modules, *map(anywhere, getattr(model, "_keep_in_fp32_modules", None) or ()))

@@ -1,8 +1,8 @@
 """What a quantization backend provides: the hooks of the quantize-on-load lifecycle.
 
-A backend is one file in this folder. It declares `Config`, a frozen dataclass whose `quant_method` is the file's name,
-and `Quantizer`, a subclass of the class below. Neither may import torch or its library at module level: the process
-that composes experiments reads the configs and must stay light.
+A backend is one file in this folder. It declares `Config`, a frozen dataclass on top of `configs.BackendConfig` whose
+`quant_method` is the file's name, and `Quantizer`, a subclass of the class below. Neither may import torch or its
+library at module level: the process that composes experiments reads the configs and must stay light.
 
 Weights reach a quantizer one by one, on worker threads. `create_quantized_param` gets the dense tensors and returns a
 parameter; it never sees the model. Library kernels need several times their input in temporary memory, so it feeds
@@ -65,7 +65,7 @@ class Quantizer:
     @property
     def skip_modules(self) -> tuple[str, ...]:
         """Patterns from the backend's own field for layers to leave alone."""
-        return tuple(getattr(self.config, "modules_to_not_convert", ()))
+        return tuple(getattr(self.config, self.config.skip_field, ()))
 
     def validate_environment(self, device: torch.device) -> None:
         """Raises MissingLibraryError or UnsupportedError before a byte is read."""
@@ -122,8 +122,9 @@ class Quantizer:
         return dict(model.state_dict()), {}
 
     def to_dict(self, model: nn.Module) -> dict[str, Any]:
-        """The `quantization_config` of a saved model, in upstream's format."""
-        raise NotImplementedError
+        """The `quantization_config` of a saved model: the config's, with every layer that is not quantized."""
+        values: dict[str, Any] = self.config.to_dict()
+        return {**values, self.config.skip_field: unquantized_layers(self, model)}
 
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
         """Drop the keys that a checkpoint need not have because `postprocess_model` sets them."""
@@ -231,6 +232,14 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def check_parameters(module: str, part: str, tensor: Tensor) -> None:
+    """Raises LoadError for scales or offsets of a stored weight that are not finite."""
+    if not is_finite(tensor):
+        raise LoadError(
+            f"the {part} of the quantized weight of '{module}' is not finite; download the checkpoint again"
+        )
 
 
 def clear_nan(values: Tensor) -> None:

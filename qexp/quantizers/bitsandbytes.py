@@ -17,13 +17,14 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError, LoadError, choices
 from qexp.quantizers import base
+from qexp.quantizers.configs import BackendConfig
 
 if TYPE_CHECKING:
     import torch
@@ -46,19 +47,26 @@ STATE_4BIT = (
 
 
 @dataclass(frozen=True)
-class BitsAndBytesConfig:
+class BitsAndBytesConfig(BackendConfig):
+    """Upstream's fields and defaults. bnb_4bit_compute_dtype: null is the run's compute dtype."""
+
     quant_method: str = "bitsandbytes"
-    label: str | None = None
     load_in_8bit: bool = False
     load_in_4bit: bool = False
     llm_int8_threshold: float = 6.0
     llm_int8_skip_modules: tuple[str, ...] = ()
+    llm_int8_enable_fp32_cpu_offload: bool = False
+    llm_int8_has_fp16_weight: bool = False
     bnb_4bit_compute_dtype: str | None = None
     bnb_4bit_quant_type: str = "fp4"
     bnb_4bit_use_double_quant: bool = False
     bnb_4bit_quant_storage: str = "uint8"
 
+    skip_field: ClassVar[str] = "llm_int8_skip_modules"
+    also_read: ClassVar[Mapping[str, str]] = {"_load_in_4bit": "load_in_4bit", "_load_in_8bit": "load_in_8bit"}
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.load_in_8bit and self.load_in_4bit:
             raise ConfigError("backend.load_in_8bit and backend.load_in_4bit are both true; choose one")
         if self.bnb_4bit_quant_type not in TYPES_4BIT:
@@ -77,18 +85,27 @@ class BitsAndBytesConfig:
             return {"llm_int8_threshold"}
         return {"bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> BitsAndBytesConfig:
-        """The config that upstream's `quantization_config` describes. Raises ConfigError for what is not supported."""
-        if values.get("llm_int8_has_fp16_weight"):
-            raise ConfigError("quantization_config.llm_int8_has_fp16_weight=true is for training; it is not supported")
-        known = {item.name for item in fields(cls)}
-        named = {name: value for name, value in values.items() if name in known and value is not None}
-        for name in ("load_in_8bit", "load_in_4bit"):
-            named[name] = bool(values.get(name, values.get(f"_{name}", False)))
-        named.pop("llm_int8_skip_modules", None)  # what is stored quantized says more
-        named["label"] = "llm.int8" if named["load_in_8bit"] else named.get("bnb_4bit_quant_type", "fp4")
-        return cls(**named)
+    def to_dict(self) -> dict[str, Any]:
+        """As upstream writes it: the load flags under both of their names, and a compute dtype always."""
+        return {
+            **super().to_dict(),
+            "_load_in_4bit": self.load_in_4bit,
+            "_load_in_8bit": self.load_in_8bit,
+            "bnb_4bit_compute_dtype": self.bnb_4bit_compute_dtype or "float32",
+        }
+
+    def describe(self) -> str | None:
+        if self.load_in_8bit:
+            return "llm.int8"
+        return self.bnb_4bit_quant_type + ("+dq" if self.bnb_4bit_use_double_quant else "")
+
+    def quantization_method(self) -> str | None:
+        if self.load_in_8bit:
+            return "llm_int8"
+        return self.bnb_4bit_quant_type if self.load_in_4bit else None
+
+    def is_quantizable(self) -> bool:
+        return self.load_in_8bit or self.load_in_4bit
 
 
 class BitsAndBytesQuantizer(base.Quantizer):
@@ -96,16 +113,17 @@ class BitsAndBytesQuantizer(base.Quantizer):
     required_packages: ClassVar[Mapping[str, str]] = {"bitsandbytes": "0.50"}
     is_serializable = True
 
-    @property
-    def skip_modules(self) -> tuple[str, ...]:
-        return self.config.llm_int8_skip_modules
-
     def validate_environment(self, device: torch.device) -> None:
         super().validate_environment(device)
-        if not (self.config.load_in_4bit or self.config.load_in_8bit):
+        if not self.config.is_quantizable():
             raise ConfigError(
                 "backend.load_in_4bit and backend.load_in_8bit are both false, so nothing would be quantized; "
                 "set one, or use backend=none"
+            )
+        if self.config.llm_int8_has_fp16_weight:
+            raise ConfigError(
+                "backend.llm_int8_has_fp16_weight=true keeps every weight in 16 bits and quantizes it anew in each "
+                "forward pass, for training all weights: nothing would be smaller; set it to false"
             )
         _library()
 
@@ -221,21 +239,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
 
     def to_dict(self, model: nn.Module) -> dict[str, Any]:
         dtype = self.config.bnb_4bit_compute_dtype or str(model._pre_quantization_dtype).removeprefix("torch.")
-        return {
-            "_load_in_4bit": self.config.load_in_4bit,
-            "_load_in_8bit": self.config.load_in_8bit,
-            "bnb_4bit_compute_dtype": dtype,
-            "bnb_4bit_quant_storage": self.config.bnb_4bit_quant_storage,
-            "bnb_4bit_quant_type": self.config.bnb_4bit_quant_type,
-            "bnb_4bit_use_double_quant": self.config.bnb_4bit_use_double_quant,
-            "llm_int8_enable_fp32_cpu_offload": False,
-            "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": base.unquantized_layers(self, model),
-            "llm_int8_threshold": self.config.llm_int8_threshold,
-            "load_in_4bit": self.config.load_in_4bit,
-            "load_in_8bit": self.config.load_in_8bit,
-            "quant_method": self.quantization_method,
-        }
+        return {**super().to_dict(model), "bnb_4bit_compute_dtype": dtype}
 
     def _create_4bit(self, spec: base.WeightSpec, weight: Tensor, device: torch.device) -> nn.Parameter:
         import torch
@@ -244,11 +248,13 @@ class BitsAndBytesQuantizer(base.Quantizer):
         packed = torch.empty(math.ceil(spec.numel / 2), 1, dtype=torch.uint8, device=device)
         absmax = torch.empty(math.ceil(spec.numel / BLOCK_SIZE), dtype=torch.float32, device=device)
         rows_a_block = BLOCK_SIZE // math.gcd(spec.shape[1], BLOCK_SIZE)
+        code = functional.get_4bit_type(quant_type, device=device)
+        quantize = _quantize_on_cpu(code) if device.type == "cpu" else _quantize_by_library(quant_type)
         for rows, part in base.row_slices(spec, weight, device, rows_a_block):
-            bytes_, state = functional.quantize_4bit(part, blocksize=BLOCK_SIZE, quant_type=quant_type)
+            bytes_, largest = quantize(part)
             first = rows.start * spec.shape[1]
-            packed[first // 2 : first // 2 + len(bytes_)] = bytes_
-            absmax[first // BLOCK_SIZE : first // BLOCK_SIZE + len(state.absmax)] = state.absmax
+            packed[first // 2 : first // 2 + len(bytes_), 0] = bytes_
+            absmax[first // BLOCK_SIZE : first // BLOCK_SIZE + len(largest)] = largest
         offset, state2 = None, None
         if self.config.bnb_4bit_use_double_quant:
             offset = absmax.mean()
@@ -258,7 +264,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
             shape=torch.Size(spec.shape),
             dtype=spec.dtype,
             blocksize=BLOCK_SIZE,
-            code=functional.get_4bit_type(quant_type, device=device),
+            code=code,
             quant_type=quant_type,
             offset=offset,
             state2=state2,
@@ -303,6 +309,21 @@ class BitsAndBytesQuantizer(base.Quantizer):
             if isinstance(module, _library().nn.Linear8bitLt) and module.weight.CB is None:
                 module.weight.CB, module.weight.SCB = _int8_state(module)  # a forward has moved them
         return super().dequantize(model)
+
+
+def _quantize_on_cpu(code: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """(packed bytes, absmaxes) of weights, faster than the library and with its bytes."""
+    from qexp.quantizers.blockwise_4bit import code_table, quantize_4bit
+
+    return partial(quantize_4bit, table=code_table(code), blocksize=BLOCK_SIZE)
+
+
+def _quantize_by_library(quant_type: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def quantize(part: Tensor) -> tuple[Tensor, Tensor]:
+        bytes_, state = _library().functional.quantize_4bit(part, blocksize=BLOCK_SIZE, quant_type=quant_type)
+        return bytes_.view(-1), state.absmax
+
+    return quantize
 
 
 def _int8_state(module: Any) -> tuple[Tensor | None, Tensor | None]:

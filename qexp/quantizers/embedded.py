@@ -5,14 +5,16 @@ The checkpoint wins over the user's backend, with a warning that says which fiel
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError, LoadError, choices
-from qexp.plugins import plugin_names
+from qexp.plugins import plugin_module, plugin_names
+from qexp.quantizers.configs import plain
+
+LOAD_FLAGS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")  # all that old files say
 
 
 def embedded_config(config: Mapping[str, Any], place: str | Path) -> Any:
@@ -22,15 +24,16 @@ def embedded_config(config: Mapping[str, Any], place: str | Path) -> Any:
         return None
     if not isinstance(embedded, Mapping):
         raise LoadError(f"'{place}': quantization_config must be a JSON object")
-    method = str(embedded.get("quant_method", "bitsandbytes" if "load_in_4bit" in embedded else None))
-    readable = [name for name in plugin_names("backend") if hasattr(_config_class(name), "from_dict")]
+    by_flags = any(embedded.get(name) for name in LOAD_FLAGS)
+    method = str(plain(embedded.get("quant_method", "bitsandbytes" if by_flags else None)))
+    readable = [name for name in plugin_names("backend") if plugin_module("backend", name).Quantizer.is_serializable]
     if method not in readable:
         raise LoadError(
             f"'{place}' is quantized with quant_method={method!r}, which cannot be read; "
             f"readable are {choices(readable)}"
         )
     try:
-        return _config_class(method).from_dict(embedded)
+        return plugin_module("backend", method).Config.from_dict(embedded)
     except (ConfigError, TypeError, AttributeError) as error:
         raise LoadError(f"'{place}': quantization_config of {method} cannot be read: {error}") from None
 
@@ -48,7 +51,3 @@ def merge(asked: Any, embedded: Any) -> list[str]:
         if item.name != "label" and mine != theirs and mine != getattr(default, item.name):
             lost.append(f"{item.name}={mine} (the checkpoint has {theirs})")
     return lost
-
-
-def _config_class(method: str) -> Any:
-    return importlib.import_module(f"qexp.quantizers.{method}").Config

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.quantizers import base
+from qexp.quantizers.configs import BackendConfig
 from qexp.quantizers.gguf_types import BLOCKED_PREFIX, DECODABLE, ENCODABLE, TYPES
 
 if TYPE_CHECKING:
@@ -29,16 +30,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GGUFConfig:
+class GGUFConfig(BackendConfig):
     """quant_type: what dense weights become; compute_dtype: to multiply in, null is that of the run."""
 
     quant_method: str = "gguf"
-    label: str | None = None
     quant_type: str = "Q8_0"
     compute_dtype: str | None = None
     modules_to_not_convert: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = self.quant_type
         if name in ENCODABLE:
             return

@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qexp.quantizers import base
+from qexp.quantizers.configs import BackendConfig
 
 
 @dataclass(frozen=True)
-class NoneConfig:
+class NoneConfig(BackendConfig):
     quant_method: str = "none"
-    label: str | None = None
+
+    def quantization_method(self) -> str | None:
+        return None
+
+    def is_quantizable(self) -> bool:
+        return False
 
 
 class NoneQuantizer(base.Quantizer):

@@ -8,6 +8,16 @@ a layer: `packed_tensor`. All of it is PyTorch and runs on any device.
 Layers stay `nn.Linear`. A forward pass turns the weight back slice by slice, so these formats save memory and give up
 speed. Integers with fewer than 3 bits are for measuring: on Gaussian weights their error is a third of the weight.
 The names are those of torchao 0.7, which had both kinds; neither its packing nor ours is known to other programs.
+
+On disk, in safetensors, a packed weight of layer X of N bits, [out, in], has in place of its dense tensor
+
+    X.weight         uint8 [out, N, ceil(in / 8)]   the packed rows, cut as `packed_bits` draws them
+    X.weight.scale   bf16 [out, groups]
+    X.weight.offset  bf16 [out, groups]             integers only
+
+and config.json has `quantization_config: {quant_method: qexp_packed, quant_type, group_size, modules_to_not_convert}`.
+Another program is not to take one for a dense weight: diffusers refuses the quant_method, and transformers, which
+passes over one that it does not know, refuses the third dimension.
 """
 
 from __future__ import annotations
@@ -17,12 +27,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.quantizers import base
+from qexp.quantizers.configs import BackendConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from qexp.loading.checkpoint import TensorEntry
 
 PARAMETER_BYTES = 2  # bf16
 
@@ -51,16 +64,16 @@ ELEMENTS = {
 
 
 @dataclass(frozen=True)
-class PackedConfig:
+class PackedConfig(BackendConfig):
     """group_size: weights of a row that share a scale; null is the whole row."""
 
     quant_method: str = "qexp_packed"
-    label: str | None = None
     quant_type: str = "uint4wo"
     group_size: int | None = 64
     modules_to_not_convert: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.quant_type not in ELEMENTS:
             raise ConfigError(
                 f"backend.quant_type={self.quant_type!r} is unknown{did_you_mean(self.quant_type, ELEMENTS)}; "
@@ -69,9 +82,13 @@ class PackedConfig:
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(f"backend.group_size={self.group_size} must be 1 or more, or null for one scale a row")
 
+    def describe(self) -> str:
+        return self.quant_type
+
 
 class PackedQuantizer(base.Quantizer):
     config: PackedConfig
+    is_serializable = True
 
     def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
         size, columns = self.config.group_size, spec.shape[1]
@@ -84,11 +101,15 @@ class PackedQuantizer(base.Quantizer):
             f"use {sizes} for one scale a row, or add the layer to skip_modules"
         )
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """What a group has beside its codes."""
+        return ("scale",) if ELEMENTS[self.config.quant_type].is_float else ("scale", "offset")
+
     def inner_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
         """The shapes of the inner tensors of a packed weight [out, in]: qdata in uint8, the others in bf16."""
         (rows, columns), element = shape, ELEMENTS[self.config.quant_type]
-        parameters = ("scale",) if element.is_float else ("scale", "offset")
-        per_group = dict.fromkeys(parameters, (rows, columns // (self.config.group_size or columns)))
+        per_group = dict.fromkeys(self.parameters, (rows, columns // (self.config.group_size or columns)))
         return {"qdata": (rows, element.bits * math.ceil(columns / 8)), **per_group}
 
     def quantized_nbytes(self, spec: base.WeightSpec) -> int:
@@ -105,11 +126,62 @@ class PackedQuantizer(base.Quantizer):
         from qexp.quantizers.packed_codes import encode
         from qexp.quantizers.packed_tensor import PackedTensor
 
+        if companions:
+            return torch.nn.Parameter(self._assemble(spec, sources[0], companions, device), requires_grad=False)
         groups, rows_of = spec.shape[1] // (self.config.group_size or spec.shape[1]), base.RowAssembler(spec.shape[0])
         for rows, part in base.row_slices(spec, sources[0], device):
             rows_of.add(rows, encode(part, self.config.quant_type, groups))
         tensor = PackedTensor(rows_of.inner, self.config.quant_type, spec.shape, spec.dtype)
         return torch.nn.Parameter(tensor, requires_grad=False)
+
+    def _assemble(
+        self, spec: base.WeightSpec, stored: Tensor, companions: Mapping[str, Tensor], device: torch.device
+    ) -> Tensor:
+        from qexp.quantizers.packed_tensor import PackedTensor
+
+        qdata = stored.view(self.inner_shapes(spec.shape)["qdata"])
+        inner = {name: tensor.to(device) for name, tensor in {"qdata": qdata, **companions}.items()}
+        for name in companions:
+            base.check_parameters(spec.module, name, inner[name])
+        return PackedTensor(inner, self.config.quant_type, spec.shape, spec.dtype)
+
+    def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
+        stored = {"qdata": f"{name}.weight", "scale": f"{name}.weight.scale", "offset": f"{name}.weight.offset"}
+        parts = {part: entries[entry] for part, entry in stored.items() if entry in entries}
+        if parts.keys() <= {"qdata"} and not (parts and parts["qdata"].dtype == "U8"):
+            return None
+        needed = ["qdata", *self.parameters]
+        for part in needed:
+            if part not in parts:
+                raise LoadError(f"the checkpoint lacks '{stored[part]}', a part of a packed weight; download it again")
+        return {part: parts[part] for part in needed}
+
+    def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
+        rows, columns = spec.shape
+        size, bits = self.config.group_size or columns, ELEMENTS[self.config.quant_type].bits
+        per_group = ("BF16", (rows, columns // size))
+        expected = {"qdata": ("U8", (rows, bits, math.ceil(columns / 8))), "scale": per_group, "offset": per_group}
+        for part, entry in parts.items():
+            if columns % size or (entry.dtype, entry.shape) != expected[part]:
+                raise LoadError(
+                    f"'{entry.name}' is {entry.dtype} {list(entry.shape)} in '{entry.file}', which is not the {part} "
+                    f"of {list(spec.shape)} weights as {self.config.quant_type} in groups of {size}; the checkpoint "
+                    "is damaged, or another model's: download it again"
+                )
+
+    def state_of(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        from qexp.quantizers.packed_tensor import PackedTensor
+
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in model.state_dict().items():
+            if not isinstance(tensor, PackedTensor):
+                tensors[name] = tensor
+                continue
+            qdata, *parameters = tensor.inner_tensors.items()
+            bits = ELEMENTS[tensor.quant_type].bits
+            tensors[name] = qdata[1].view(tensor.shape[0], bits, -1)
+            tensors.update({f"{name}.{part}": value for part, value in parameters})
+        return tensors, {}
 
     def is_quantized(self, module: nn.Module) -> bool:
         from qexp.quantizers.packed_tensor import PackedTensor

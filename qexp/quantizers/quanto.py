@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError, LoadError, choices
 from qexp.quantizers import base
+from qexp.quantizers.configs import BackendConfig
 
 if TYPE_CHECKING:
     import torch
@@ -42,21 +43,20 @@ INT8_KERNEL_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
-class QuantoConfig:
+class QuantoConfig(BackendConfig):
     quant_method: str = "quanto"
-    label: str | None = None
     weights_dtype: str = "int8"
     modules_to_not_convert: tuple[str, ...] = ()
 
+    also_read: ClassVar[Mapping[str, str]] = {"weights": "weights_dtype"}  # transformers' name
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.weights_dtype not in WEIGHTS_DTYPES:
             raise ConfigError(f"backend.weights_dtype={self.weights_dtype!r} is unknown; use {choices(WEIGHTS_DTYPES)}")
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> QuantoConfig:
-        """The config that upstream's `quantization_config` describes."""
-        kind = str(values.get("weights_dtype", "int8"))
-        return cls(weights_dtype=kind, label=kind)
+    def describe(self) -> str | None:
+        return self.weights_dtype
 
 
 class QuantoQuantizer(base.Quantizer):
@@ -189,13 +189,6 @@ class QuantoQuantizer(base.Quantizer):
         fits = self._bits == 8 or spec.shape[0] % 16 == 0  # see the module's docstring
         optimized: Tensor = weight.optimize() if fits else weight
         return optimized
-
-    def to_dict(self, model: nn.Module) -> dict[str, Any]:
-        return {
-            "modules_to_not_convert": base.unquantized_layers(self, model),
-            "quant_method": self.quantization_method,
-            "weights_dtype": self.config.weights_dtype,
-        }
 
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
         return [key for key in missing if key.rpartition(".")[2] not in ACTIVATION_SCALES]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError, LoadError, choices
 from qexp.quantizers import base
+from qexp.quantizers.configs import BackendConfig
 
 if TYPE_CHECKING:
     import torch
@@ -28,16 +29,16 @@ QUANT_TYPES = ("int8wo", "int8dq", "float8wo", "float8wo_e4m3", "float8wo_e5m2")
 
 
 @dataclass(frozen=True)
-class TorchAoConfig:
+class TorchAoConfig(BackendConfig):
     """group_size: weights that share a scale (int8wo only); null is one scale a row."""
 
     quant_method: str = "torchao"
-    label: str | None = None
     quant_type: str = "int8wo"
     group_size: int | None = None
     modules_to_not_convert: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.quant_type not in QUANT_TYPES:
             raise ConfigError(f"backend.quant_type={self.quant_type!r} is unknown; use {choices(QUANT_TYPES)}")
         if self.group_size is not None and self.quant_type != "int8wo":

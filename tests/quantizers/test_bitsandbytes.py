@@ -95,11 +95,3 @@ def test_fields_are_checked() -> None:
         BitsAndBytesConfig(llm_int8_threshold=-1)
     with pytest.raises(ConfigError, match="both false, so nothing would be quantized"):
         load_quantizer(BitsAndBytesConfig()).validate_environment(CPU)
-
-
-def test_defaults_are_upstreams() -> None:
-    from transformers import BitsAndBytesConfig as Upstream
-
-    upstream, mine = Upstream().to_dict(), vars(BitsAndBytesConfig())
-    shared = ["load_in_4bit", "load_in_8bit", "llm_int8_threshold", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"]
-    assert {name: mine[name] for name in shared} == {name: upstream[name] for name in shared}

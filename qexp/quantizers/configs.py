@@ -1,0 +1,112 @@
+"""What every backend's config has in common: upstream's `quantization_config`, as a dict and as JSON.
+
+A backend's config is a frozen dataclass on top of this one. Its dict has the fields by upstream's names: dtypes are
+bare names ("bfloat16"), tuples are lists, an empty one is null (upstream's default); `label`, which is ours, is left
+out. `from_dict` reads what diffusers and transformers write, and what their config objects hold: dtypes and enums as
+values, `_load_in_4bit` beside `load_in_4bit`, keys that only one of the two has.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import Any, ClassVar, Self
+
+from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.fields import field_types, from_plain
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # short name -> torch's
+NO_FIELDS = ("quant_method", "label")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BackendConfig:
+    """quant_method: the backend's name, which is its file's; label: how tables call this configuration."""
+
+    quant_method: str = ""
+    label: str | None = None
+
+    skip_field: ClassVar[str] = "modules_to_not_convert"  # the field with layers to leave alone
+    also_read: ClassVar[Mapping[str, str]] = {}  # other keys that upstream's dicts have -> field
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if item.name.endswith("compute_dtype"):
+                object.__setattr__(self, item.name, compute_dtype(getattr(self, item.name), f"backend.{item.name}"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `quantization_config` of a config.json, every field of it."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "label"}
+        return {name: (list(value) or None) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict` without what has its default."""
+        default = type(self)().to_dict()
+        return {name: value for name, value in self.to_dict().items() if name not in default or value != default[name]}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """JSON, indented and sorted, of `to_diff_dict` or of `to_dict`."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The config that upstream's dict describes; keys that say nothing here are named in a warning, as upstream.
+
+        Raises: ConfigError for a value of a wrong type, or one that is not supported.
+        """
+        kind: Any = cls
+        hints, known, unknown = field_types(kind), dict[str, Any](), list[str]()
+        for key, value in sorted(
+            values.items(), key=lambda item: item[0] in cls.also_read
+        ):  # the field's own name wins
+            name = cls.also_read.get(key, key)
+            if name not in hints:
+                unknown += [] if key.startswith("_") else [key]
+            elif name not in NO_FIELDS and (value is not None or _takes_null(hints[name])):
+                known.setdefault(name, plain(value))
+        if unknown:
+            logger.warning("quantization_config: %s not known to this backend, and unused", ", ".join(sorted(unknown)))
+        config: Self = from_plain(kind, known, "quantization_config")
+        return replace(config, label=config.describe())
+
+    def describe(self) -> str | None:
+        """The label of a checkpoint's config, which stores none."""
+        return None
+
+    def quantization_method(self) -> str | None:
+        """What kind of quantization this is; None if it is none."""
+        return self.quant_method
+
+    def is_quantizable(self) -> bool:
+        """Whether anything would be quantized."""
+        return True
+
+
+def compute_dtype(value: Any, place: str) -> str | None:
+    """A dtype to compute in, by torch's bare name: from "bf16", "torch.bfloat16" or the dtype. Raises ConfigError."""
+    name = plain(value)
+    dtype = DTYPES.get(name, name)
+    if dtype is not None and dtype not in DTYPES.values():
+        names = [*DTYPES, *DTYPES.values()]
+        raise ConfigError(f"{place}={name} is no dtype to compute in{did_you_mean(name, names)}; use {choices(names)}")
+    return dtype
+
+
+def plain(value: Any) -> Any:
+    """What a config object of upstream holds, as JSON would have it: enums by value, dtypes by bare name."""
+    value = value.value if isinstance(value, Enum) else value
+    if type(value).__module__ == "torch" or isinstance(value, str):
+        return str(value).removeprefix("torch.")
+    return value
+
+
+def _takes_null(hint: Any) -> bool:
+    return hint is Any or type(None) in typing.get_args(hint)
