@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 from functools import cache
 from pathlib import Path
 
-from qexp.errors import ConfigError, UnsupportedError
+from qexp.errors import ConfigError, UnsupportedError, choices, did_you_mean
+
+PLANNED_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+SIZES = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
 
 
 @cache
@@ -42,3 +49,16 @@ def resolve_device(device: str, place: str = "device") -> str:
         here = f"this machine has {count}" if count else "this machine, or its torch build, has none"
         raise UnsupportedError(f"{place}={device} needs CUDA device {int(index or 0)}, and {here}; use cpu or auto")
     return f"cuda:{int(index or 0)}"
+
+
+def parse_bytes(size: object, device: object) -> int:
+    """Bytes of one entry of max_memory: a whole number of them, or a size such as "10GiB" or "500MB".
+
+    Raises: ConfigError.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None
+    if match is None or match[2].upper() not in SIZES:
+        raise ConfigError(f"max_memory[{device}]={size} is no size; use bytes, or a size such as 10GiB or 500MB")
+    return int(float(match[1]) * SIZES[match[2].upper()])
