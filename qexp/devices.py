@@ -8,7 +8,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from qexp.errors import ConfigError, UnsupportedError, choices, did_you_mean
+from qexp.errors import ConfigError, UnsupportedError
 
 PLANNED_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 SIZES = {
