@@ -27,14 +27,16 @@ from torch import nn
 from qexp.devices import PLANNED_DEVICE_MAPS, parse_bytes
 from qexp.errors import ConfigError, choices, did_you_mean
 from qexp.loading.device_plan import Key, Plan, balanced_limits, build_tree, merge_entries
+from qexp.loading.plan import LoadPlan
 from qexp.offload.grouping import INDIVISIBLE
+from qexp.quantizers.base import Quantizer
 
 DISK = "disk"
 CPU = torch.device("cpu")
 GIB = 2**30
 
 Place = torch.device | str  # a device, or DISK
-DeviceMap = str | int | torch.device | Mapping[str, int | str | torch.device] | None
+DeviceMap = str | int | torch.device | Mapping[str, int | str | torch.device] | Mapping[str, Place] | None
 MaxMemory = Mapping[int | str, int | str] | None
 
 
@@ -67,7 +69,7 @@ class Placement:
     @property
     def is_spread(self) -> bool:
         """Whether anything has to travel."""
-        return len({*self.places.values(), *self.computes.values()}) > 1
+        return len({self.main, *self.places.values(), *self.computes.values()}) > 1
 
     def bytes_by_place(self) -> dict[str, int]:
         counted: Counter[str] = Counter()
@@ -99,19 +101,23 @@ def main_device(device_map: DeviceMap, device: torch.device) -> torch.device:
     return next((found for found in devices if found.type != "cpu"), torch.device("cpu"))
 
 
-def place_everything(
+def place(
     model: nn.Module,
-    nbytes: Mapping[str, int],
+    plan: LoadPlan,
     device_map: DeviceMap,
     device: torch.device,
     max_memory: MaxMemory,
     no_split: Collection[str],
+    *,
+    travels: bool = True,
 ) -> Placement:
     """Where the parts of a skeleton go.
 
-    nbytes: tensor -> bytes once it is loaded; device: `main_device` of the map; no_split: `no_split_classes`.
+    device: `main_device` of the map; no_split: `no_split_classes`;
+    travels: whether what rests on the CPU or on disk computes on an accelerator, where the map has one.
     Raises: ConfigError for a map that leaves something out, names something unknown, or exceeds the memory.
     """
+    nbytes = tensor_nbytes(model, plan)
     if device_map is None:
         return Placement(device, {"": device}, {"": device}, nbytes, {})
     limits = _limits(max_memory, device)
@@ -126,15 +132,17 @@ def place_everything(
     else:
         named = device_map if isinstance(device_map, Mapping) else {"": device_map}
         places = _explicit(model, nbytes, {name: parse_place(place, device) for name, place in named.items()})
-        main, computes = device, _computes(model, places, device)
+        main, computes = device, _computes(places, device)
+        if not travels:
+            computes = {name: CPU if place in (CPU, DISK) else computes[name] for name, place in places.items()}
     placement = Placement(main, places, computes, nbytes, {})
     used = placement.bytes_by_place()
     for key, limit in limits.items():
-        place = str(_place(key, device))
-        if used.get(place, 0) > limit:
+        found = str(_place(key, device))
+        if used.get(found, 0) > limit:
             raise ConfigError(
-                f"device_map={device_map} puts {used[place] / GIB:.3f} GiB on {place}, which has "
-                f"{limit / GIB:.3f} GiB {'by max_memory' if max_memory is not None else 'free'}; "
+                f"device_map={device_map} puts {used[found] / GIB:.6f} GiB on {found}, which has "
+                f"{limit / GIB:.6f} GiB {'by max_memory' if max_memory is not None else 'free'}; "
                 "put less there, raise max_memory, or use a smaller quantization type"
             )
     devices = {_device(key, device): float(limit) for key, limit in limits.items() if key != DISK}
@@ -174,6 +182,30 @@ def no_split_classes(model: nn.Module, block_lists: Sequence[str]) -> set[str]:
         blocks = [block for name in block_lists for block in model.get_submodule(name).children()]
         named = {type(block).__name__ for block in blocks}
     return named | {type(module).__name__ for module in model.modules() if isinstance(module, INDIVISIBLE)}
+
+
+def tensor_nbytes(model: nn.Module, plan: LoadPlan) -> dict[str, int]:
+    """Full name of each parameter and buffer of a skeleton -> bytes once it is loaded."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    planned = {item.target: item.result_nbytes for item in plan.items}
+    return {name: planned.get(name, tensor.nbytes) for name, tensor in tensors}
+
+
+def to_keep_in_fp32(model: nn.Module, quantizer: Quantizer, placement: Placement) -> list[str]:
+    """What `llm_int8_enable_fp32_cpu_offload` leaves unquantized: modules that rest on the CPU or on disk.
+
+    Raises: ConfigError for a checkpoint that holds them quantized.
+    """
+    if placement.main == CPU or not getattr(quantizer.config, "llm_int8_enable_fp32_cpu_offload", False):
+        return []
+    modules = dict(model.named_modules(remove_duplicate=False))
+    spilled = [name for name, rest in placement.places.items() if rest in (CPU, DISK) and name in modules]
+    if spilled and quantizer.stored:
+        raise ConfigError(
+            "llm_int8_enable_fp32_cpu_offload=true keeps what device_map puts on the CPU unquantized, and this "
+            "checkpoint is quantized already; leave it out: quantized weights can rest there as well"
+        )
+    return spilled
 
 
 def _accelerator_kind(device: torch.device) -> str:
@@ -264,7 +296,7 @@ def _explicit(model: nn.Module, nbytes: Mapping[str, int], places: Mapping[str, 
     return dict(placement.places)
 
 
-def _computes(model: nn.Module, places: Mapping[str, Place], main: torch.device) -> dict[str, torch.device]:
+def _computes(places: Mapping[str, Place], main: torch.device) -> dict[str, torch.device]:
     """Where each entry of an explicit map, in the model's order, computes."""
     computes, last = {}, main
     for name, place in places.items():

@@ -76,7 +76,7 @@ class Borders:
     def _replace_forward(self, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
         inner = module.forward
         self._crossed.append((module, vars(module).get("forward")))
-        module.forward = wraps(inner)(make(inner))  # type: ignore[method-assign]
+        module.forward = wraps(inner)(make(inner))
 
     def _as_border(self, forward: Forward, device: torch.device) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:

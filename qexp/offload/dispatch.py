@@ -83,6 +83,10 @@ class Dispatch:
             if group.missing == 0:
                 self._pack(group)
 
+    def travels(self, module: nn.Module) -> bool:
+        """Whether the module's own tensors rest elsewhere than they compute."""
+        return id(module) in self._by_owner
+
     def start(self) -> None:
         """Pack what is not packed yet, and let the model run."""
         for group in dict.fromkeys(self._by_owner.values()):
@@ -171,7 +175,8 @@ class Dispatch:
         travelling.packed = True
         group = Group(travelling.name, travelling.units, origin=torch.device("cpu"))
         group.sites = [[site for site in row if not _is_empty(site)] for row in group.sites]
-        self._offloads[travelling.device].pack(group, travelling.to)
+        if any(group.sites):
+            self._offloads[travelling.device].pack(group, travelling.to)
 
     def _scope(self, device: torch.device) -> list[Site]:
         return [

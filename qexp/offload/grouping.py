@@ -59,8 +59,8 @@ def units_of(
     """
     blocks: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") or outer == "" for outer in blocks)
-        if not inside and type(module).__name__ in whole and goes_together(name):
+        above = ["", *(name[:end] for end, mark in enumerate(name) if mark == ".")]
+        if not any(outer in blocks for outer in above) and type(module).__name__ in whole and goes_together(name):
             blocks[name] = module
     users = Counter(id(part) for block in blocks.values() for part in block.modules())
     taken: set[int] = set()
