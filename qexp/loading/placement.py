@@ -37,7 +37,7 @@ GIB = 2**30
 
 Place = torch.device | str  # a device, or DISK
 DeviceMap = str | int | torch.device | Mapping[str, int | str | torch.device] | Mapping[str, Place] | None
-MaxMemory = Mapping[int | str, int | str] | None
+MaxMemory = Mapping[str, int] | Mapping[int | str, int | str] | None
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class Placement:
     def is_spread(self) -> bool:
         """Whether anything has to travel."""
         return len({self.main, *self.places.values(), *self.computes.values()}) > 1
+
+    @property
+    def is_default(self) -> bool:
+        """Whether everything is on one device, as without a map."""
+        return set(self.places) == {""} and not self.is_spread
 
     def bytes_by_place(self) -> dict[str, int]:
         counted: Counter[str] = Counter()

@@ -112,7 +112,8 @@ class Dispatch:
         """True bytes by place: "cpu", "disk", "cuda:0", …"""
         found: Counter[str] = Counter()
         for device, offload in self._offloads.items():
-            found.update({str(device): offload.outside_bytes(), **offload.bytes_at_rest()})
+            found.update({str(device): offload.outside_bytes()})
+            found.update(offload.bytes_at_rest())
         return {place: nbytes for place, nbytes in found.items() if nbytes}
 
     def remove(self) -> None:
