@@ -28,7 +28,7 @@ from qexp.offload.engine import HOOK_MARK
 from qexp.offload.group import ALIGNMENT, Group, Unit
 from qexp.offload.grouping import units_of
 from qexp.offload.payload import Site, leaves, sites
-from qexp.offload.strategies import Offload
+from qexp.offload.strategies import HANDLE, Offload
 
 if TYPE_CHECKING:
     from qexp.loading.placement import Placement
@@ -97,6 +97,13 @@ class Dispatch:
         self._borders = Borders(self.model, self.placement.device_of, self.placement.main)
         for module in self.model.modules():
             setattr(module, HOOK_MARK, True)
+        vars(self.model)[HANDLE] = self
+
+    def again(self) -> Dispatch:
+        """Place the model once more, as it was before `remove()`."""
+        dispatch = Dispatch(self.model, self.placement, self._no_split, self._store)
+        dispatch.start()
+        return dispatch
 
     def statistics(self) -> dict[str, float]:
         """The offload/ metrics over all devices, and where the weights rest."""
@@ -118,6 +125,8 @@ class Dispatch:
 
     def remove(self) -> None:
         """Take the model apart again: weights that travelled are on the CPU, all others where they were."""
+        if vars(self.model).get(HANDLE) is self:
+            del vars(self.model)[HANDLE]
         if self._borders is not None:
             self._borders.remove()
         for offload in self._offloads.values():

@@ -10,13 +10,14 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qexp.errors import ConfigError
@@ -27,12 +28,13 @@ from qexp.offload.engine import HOOK_MARK, Engine, Streams
 from qexp.offload.group import Group, Pieces, Rest
 from qexp.offload.grouping import plan_groups
 from qexp.offload.host import Arena, Slabs
-from qexp.offload.payload import Site, flatten, leaves, sites, span_bytes, true_nbytes
+from qexp.offload.payload import Site, converted, leaves, sites, span_bytes, true_nbytes
 from qexp.offload.residency import choose_resident
 from qexp.offload.turns import take_turn
 
 log = logging.getLogger(__name__)
 
+HANDLE = "_qexp_offload_handle"  # attribute of an offloaded model
 FOREIGN_HOOKS = {"_hf_hook": "accelerate", "_diffusers_hook": "diffusers"}
 
 
@@ -59,7 +61,36 @@ def apply_offload(
     except BaseException:
         offload.remove()
         raise
+    offload.again = partial(apply_offload, model, config, device=device, block_lists=block_lists, store=store)
+    vars(model)[HANDLE] = offload
     return offload
+
+
+class Handle(Protocol):
+    """A model that is offloaded, or placed over several devices."""
+
+    def remove(self) -> None: ...
+    def again(self) -> Any: ...
+
+
+def offload_of(model: nn.Module) -> Handle | None:
+    """How a model is offloaded now."""
+    found: Handle | None = vars(model).get(HANDLE)
+    return found
+
+
+@contextmanager
+def resident(model: nn.Module) -> Iterator[None]:
+    """Have the weights where they were before offloading, and offload them again, in the same way, afterwards."""
+    offload = offload_of(model)
+    if offload is None:
+        yield
+        return
+    offload.remove()
+    try:
+        yield
+    finally:
+        offload.again()
 
 
 def _refuse_conflicts(model: nn.Module, config: OffloadConfig, device: torch.device, store: Path | None) -> None:
@@ -117,7 +148,12 @@ def _is_cpu_only(value: object) -> bool:
 
 
 class Offload:
-    """Weights that compute on one device and rest elsewhere: what has been moved, and the way back."""
+    """Weights that compute on one device and rest elsewhere: what has been moved, and the way back.
+
+    again: offloads the model as it was.
+    """
+
+    again: Callable[[], Offload]
 
     def __init__(self, model: nn.Module, config: OffloadConfig, device: torch.device) -> None:
         self.model, self.config = model, config
@@ -160,6 +196,8 @@ class Offload:
 
     def remove(self) -> None:
         """Give every module its values back, in memory of their own where they were before, and clean up."""
+        if offload_of(self.model) is self:
+            del vars(self.model)[HANDLE]
         self._engine.detach()
         restored: dict[int, Any] = {}
         position = 0
@@ -244,14 +282,10 @@ class Offload:
         What is one object or one piece of memory stays so, as in a group.
         """
         places = self._outside()
-        parts, rebuild = flatten([store[name] for store, name in places])
-        if all(part.device == self.device for part in parts):
+        values = [store[name] for store, name in places]
+        if all(leaf.device == self.device for value in values for leaf in leaves(value)):
             return
-        there: dict[Any, Tensor] = {}
-        for part in parts:
-            key = _identity(part)
-            there[key] = there[key] if key in there else part.to(self.device)
-        for (store, name), moved in zip(places, rebuild([there[_identity(part)] for part in parts]), strict=True):
+        for (store, name), moved in zip(places, converted(values, lambda leaf: leaf.to(self.device)), strict=True):
             self._resident.append(((store, name), store[name], moved))
             store[name] = moved
 
@@ -290,7 +324,3 @@ class Offload:
             return self.outside_bytes()
         resting = [group.rest.flat for group in self.groups if group.rest.in_memory]
         return self._left_behind() + sum(flat.numel() for flat in resting if flat.device == self.device)
-
-
-def _identity(leaf: Tensor) -> Any:
-    return leaf.device, leaf.data_ptr(), tuple(leaf.shape), leaf.stride(), leaf.dtype
