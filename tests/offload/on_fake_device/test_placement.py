@@ -149,7 +149,7 @@ def test_spread_is_resident(backend: str, name: str, folder: Path, tmp_path: Pat
     dispatch.remove()
     assert not list(tmp_path.iterdir()) and not any("forward" in vars(module) for module in loaded.model.modules())
     again = dispatch.again()
-    assert again.bytes_at_rest() == pytest.approx(at_rest, abs=3000)  # with quanto's scales of activations now
+    assert again.bytes_at_rest() == pytest.approx(at_rest, abs=9000)  # with quanto's scales of activations now
     assert all(torch.equal(a, b) for a, b in zip(answers(loaded.model, x.cpu()), expected, strict=True))
     again.remove()
 
