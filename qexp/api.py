@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.config import backend_of, patterns
-from qexp.devices import resolve_device
+from qexp.devices import resolve_device, resolve_device_map, resolve_max_memory
 from qexp.errors import ConfigError, choices
 from qexp.models.base import load_source
 from qexp.options import option_names
@@ -69,8 +69,10 @@ def load(
     skeleton: what builds the network, without weights: a class, which gets config.json's fields as keywords, or a
         function of the parsed config.json. None: the class of diffusers or transformers that config.json names.
     component: of a source with several.
-    device: "auto" (the first GPU, else the CPU), a device; device_map: where each part goes, as in diffusers;
-        max_memory: bytes, or "10GiB", for each device, "cpu" and "disk"; offload_folder: for what goes to disk.
+    device: "auto" (the first GPU, else the CPU), or a device.
+    device_map: "auto", "balanced", "balanced_low_0", "sequential", or a map of modules to devices, "cpu" and "disk", as
+        in diffusers, but planned by quantized bytes; max_memory: bytes, or "10GiB", for each of them; offload_folder:
+        for what goes to disk. What rests where it does not compute is offloaded: `remove_offload` ends that.
     compute_dtype: of activations and unquantized weights; None is the checkpoint's own.
     skip_modules, keep_in_fp32_modules: patterns of modules to leave unquantized, or in fp32: "proj_out", "blocks.0",
         "**.norm"; "@file" has one a line. A pattern that matches nothing is an error.
@@ -79,11 +81,10 @@ def load(
     Raises: ConfigError (a ValueError), MissingLibraryError (an ImportError), UnsupportedError for what this machine
     cannot run, LoadError for a checkpoint that is damaged or does not fit. Most come before a weight is read.
     """
-    import torch
-
     from qexp.loading.lifecycle import load_component
 
     model_source = _source(source, skeleton)
+    place, places, limits = _places(device, device_map, max_memory)
     settings = ComponentConfig(
         backend=_backend(backend),
         skip_modules=patterns(_list(skip_modules), "skip_modules"),
@@ -94,10 +95,10 @@ def load(
         model_source,
         _component(model_source, component),
         settings,
-        device=torch.device(resolve_device(device) if isinstance(device, str) else device),
+        device=place,
         loader=LoaderConfig(in_flight_mib=in_flight_mib, workers=workers),
-        device_map=device_map,
-        max_memory=max_memory,
+        device_map=places,
+        max_memory=limits,
         offload_folder=None if offload_folder is None else Path(offload_folder),
     )
     return loaded.model
@@ -193,6 +194,19 @@ def _component(source: ModelSource, asked: str | None) -> str:
     if asked is None and len(names) == 1:
         return names[0]
     raise ConfigError(f"component={asked!r} is none of this source's: use {choices(names)}")
+
+
+def _places(device: str | torch.device, device_map: Any, max_memory: Any) -> tuple[torch.device, Any, Any]:
+    """What `load_component` takes. A device that is no text is believed, with the map and the limits beside it."""
+    import torch
+
+    if not isinstance(device, str):
+        return device, device_map, max_memory
+    main, places = resolve_device_map(device, device_map)
+    limits = resolve_max_memory(max_memory, device_map)
+    if limits is not None and places is None:
+        return torch.device(main), {"": main}, limits  # one device, and a limit to check
+    return torch.device(main), places, limits
 
 
 def _backend(backend: Any) -> Any:

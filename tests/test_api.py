@@ -143,7 +143,24 @@ def test_settings_reach_the_load(folder: Path) -> None:
         load(folder, compute_dtype="int8")
     with pytest.raises(ConfigError, match=r"device=tpu is unknown"):
         qexp.load(folder, skeleton=stack, device="tpu")
+
+
+def test_device_maps_reach_the_load(folder: Path, tmp_path: Path) -> None:
     assert load(folder, device_map={"": "cpu"}).layers[0].weight.device.type == "cpu"
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    expected = load(folder, "torchao")(x)
+    places = {"layers.0": "disk", "": "cpu"}
+    model = load(folder, "torchao", device_map=places, offload_folder=tmp_path / "weights")
+    assert torch.equal(model(x), expected)
+    assert any((tmp_path / "weights").rglob("*.bin"))
+    qexp.remove_offload(model)
+    assert torch.equal(model(x), expected) and not (tmp_path / "weights").exists()
+    small = load(folder, "torchao", device_map="auto", max_memory={"cpu": "26KB", "disk": "1GiB"})
+    assert torch.equal(small(x), expected)
+    with pytest.raises(ConfigError, match=r"max_memory=.* limits what a device_map may use"):
+        load(folder, max_memory={"cpu": "1GiB"})
+    with pytest.raises(ConfigError, match=r"device_map=everywhere is unknown"):
+        load(folder, device_map="everywhere")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

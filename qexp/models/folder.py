@@ -27,6 +27,16 @@ class FolderSource:
 
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         """The network of a parsed config.json. Raises: ConfigError or LoadError if nothing says how to build it."""
+        self._network = self._build(config)
+        return self._network
+
+    def block_lists(self, component: str) -> list[str]:
+        """Of the network that was built."""
+        from qexp.offload.grouping import outermost_lists
+
+        return outermost_lists(self._network)
+
+    def _build(self, config: dict[str, Any]) -> nn.Module:
         fields = {name: value for name, value in config.items() if name not in NOT_THE_NETWORKS}
         if isinstance(self.build, type):
             return self._built_by_class(self.build, {n: v for n, v in fields.items() if not n.startswith("_")})
