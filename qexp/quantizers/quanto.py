@@ -62,6 +62,10 @@ class QuantoConfig(BackendConfig):
         if self.weights_dtype not in WEIGHTS_DTYPES:
             raise ConfigError(f"backend.weights_dtype={self.weights_dtype!r} is unknown; use {choices(WEIGHTS_DTYPES)}")
 
+    @classmethod
+    def types(cls) -> list[dict[str, Any]]:
+        return [{"weights_dtype": name} for name in WEIGHTS_DTYPES]
+
     def describe(self) -> str | None:
         return self.weights_dtype
 
@@ -209,7 +213,7 @@ class QuantoQuantizer(base.Quantizer):
         for module in model.modules():
             if isinstance(module, _library().QLinear):
                 for name in ACTIVATION_SCALES:  # 1: activations are not quantized
-                    setattr(module, name, torch.ones_like(getattr(module, name), device=device))
+                    setattr(module, name, torch.ones_like(getattr(module, name), device=module.weight.device))
 
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
         return param.dequantize().to(dtype)
