@@ -69,6 +69,7 @@ class TorchAoQuantizer(base.Quantizer):
     config: TorchAoConfig
     required_packages: ClassVar[Mapping[str, str]] = {"torchao": "0.18"}
     is_serializable = True
+    has_backward = False  # not of what quantizes activations
 
     def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
         size, columns = self.config.group_size, spec.shape[1]
