@@ -1,6 +1,6 @@
 """`python -m qexp.doctor`: what runs on this machine, and what the rest needs.
 
-    python -m qexp.doctor                       every option of backend=
+    python -m qexp.doctor                       every option of backend=, and every other type of a backend
     python -m qexp.doctor torchao gguf --json   two of them, as JSON
 
 Each option quantizes a small linear layer through the loader in bf16 and in fp32, runs it, and dequantizes it, on the
@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from qexp.devices import cuda_device_count
-from qexp.doctor.options import backend_config, backend_files
+from qexp.doctor.options import backend_config, backend_files, further_types
 from qexp.doctor.processes import probe
 from qexp.errors import QexpError
 from qexp.fields import to_plain
@@ -77,11 +77,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def rows_of(names: list[str], timeout: float) -> Iterator[dict[str, Any]]:
-    """A row for each option on each device, backend by backend."""
+    """A row for each option on each device, and without names for each further type, backend by backend."""
     trials: dict[str, list[dict[str, Any]]] = {}
-    for path in backend_files(names):
-        config = backend_config(path)
-        trials.setdefault(config.quant_method, []).append({"option": path.stem, "config": to_plain(config)})
+    options = [(path.stem, backend_config(path)) for path in backend_files(names)]
+    types = [] if names else further_types([config for _, config in options])
+    for option, config in [*options, *types]:
+        trials.setdefault(config.quant_method, []).append({"option": option, "config": to_plain(config)})
     for device in ["cpu", "cuda:0"] if cuda_device_count() else ["cpu"]:
         for backend, of_backend in trials.items():
             labels = iter(of_backend)
@@ -143,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=STATUSES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("option", nargs="*", help="options of backend= to try (default: all)")
+    parser.add_argument("option", nargs="*", help="options of backend= to try (default: all, and all types)")
     parser.add_argument("--json", action="store_true", help="the same as JSON: machine, and rows with a key for each")
     parser.add_argument(
         "--timeout", type=float, default=120, metavar="SECONDS", help="for one option on one device (default: 120)"

@@ -1,8 +1,12 @@
-"""The options of conf/backend as configs, composed without Hydra: a yaml over the schema that it inherits."""
+"""What there is to try: the options of conf/backend as configs, and types of a backend that no option is for.
+
+Options are composed without Hydra: a yaml over the schema that it inherits.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,19 @@ def backend_config(path: Path) -> Any:
     values.pop("defaults", None)
     merged = OmegaConf.merge(OmegaConf.structured(schema_of(plugin_module("backend", plugin).Config)), values)
     return plugin_config("backend", OmegaConf.to_container(merged, resolve=True), "backend")
+
+
+def further_types(configs: Sequence[Any]) -> list[tuple[str, Any]]:
+    """(name, config) of the types that backends have beside those of `configs`, as 'torchao quant_type=int4dq'."""
+    found = []
+    for plugin in plugin_names("backend"):
+        cls = plugin_module("backend", plugin).Config
+        of_options = [config for config in configs if isinstance(config, cls)]
+        covered = {getattr(config, cls.type_field) for config in of_options if cls.type_field}
+        for name in (name for name in cls.types if name not in covered):
+            values = {"quant_method": plugin, cls.type_field: name, "label": name}
+            found.append((f"{plugin} {cls.type_field}={name}", plugin_config("backend", values, "backend")))
+    return found
 
 
 def _plugin_of(path: Path) -> str:

@@ -35,6 +35,8 @@ class BackendConfig:
     label: str | None = None
 
     skip_field: ClassVar[str] = "modules_to_not_convert"  # the field with layers to leave alone
+    type_field: ClassVar[str] = ""  # the field that chooses among the backend's types
+    types: ClassVar[tuple[str, ...]] = ()  # its values, each of which `qexp.doctor` tries
     also_read: ClassVar[Mapping[str, str]] = {}  # other keys that upstream's dicts have -> field
 
     def __post_init__(self) -> None:
@@ -80,6 +82,10 @@ class BackendConfig:
     def describe(self) -> str | None:
         """The label of a checkpoint's config, which stores none."""
         return None
+
+    def resolved(self, device_type: str) -> BackendConfig:
+        """The config of what really runs on a device of this type: of another backend, where this one cannot."""
+        return self
 
     def quantization_method(self) -> str | None:
         """What kind of quantization this is; None if it is none."""

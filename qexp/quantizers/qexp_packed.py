@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.quantizers import base
@@ -71,6 +71,9 @@ class PackedConfig(BackendConfig):
     quant_type: str = "uint4wo"
     group_size: int | None = 64
     modules_to_not_convert: tuple[str, ...] = ()
+
+    type_field: ClassVar[str] = "quant_type"
+    types: ClassVar[tuple[str, ...]] = tuple(ELEMENTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
