@@ -21,26 +21,22 @@ TORCHAO = {
     "int4dq asymmetric": ao("int4dq", 64, weight_mapping_type="ASYMMETRIC"),
     "int8wo tensor": ao("int8wo", granularity="PerTensor"),
     "int8wo g32": ao("int8wo", 32),
-    "int8dq tensor": ao("int8dq", granularity="PerTensor"),
     "int8dq mixed": ao("int8dq", granularity=["PerRow", "PerTensor"]),
     "int8dq asymmetric": ao("int8dq", act_mapping_type="ASYMMETRIC"),
     "float8wo tensor": ao("float8wo_e4m3", granularity="PerTensor"),
     "float8wo g32": ao("float8wo_e5m2", 32),
-    **{f"intx{bits} g32": ao(INTX, 32, weight_dtype=f"int{bits}") for bits in range(2, 9)},
+    **{f"intx{bits} g32": ao(INTX, 32, weight_dtype=f"int{bits}") for bits in (2, 5, 8)},
     "intx4 row": ao(INTX, weight_dtype="int4"),
     "intx4 asymmetric": ao(INTX, 32, weight_dtype="int4", mapping_type="ASYMMETRIC"),
-    "intx4 no clipping": ao(INTX, 32, weight_dtype="int4", mapping_type="SYMMETRIC_NO_CLIPPING_ERR"),
     "intx4 fp32 scale": ao(INTX, 64, weight_dtype="int4", scale_dtype="float32"),
     "intx4 hqq": ao(INTX, 64, weight_dtype="int4", intx_choose_qparams_algorithm="hqq_scale_only"),
     "intx3dq row": ao(DYNAMIC_INTX, weight_dtype="int3", weight_granularity={"_type": "PerAxis", "axis": 0}),
     "nvfp4": ao("NVFP4WeightOnlyConfig"),
-    "nvfp4 one scale": ao("NVFP4WeightOnlyConfig", use_dynamic_per_tensor_scale=False),
     "by name": ao("FqnToConfig", fqn_to_config={"re:blocks.*": "int8wo", "embed": "int4dq"}),
 }
 PACKED = {
     **{name: PackedConfig(quant_type=name) for name in ELEMENTS},
-    **{f"{name} row": PackedConfig(quant_type=name, group_size=None) for name in ("uint1wo", "uint5wo", "fp6_e3w2")},
-    **{f"{name} g16": PackedConfig(quant_type=name, group_size=16) for name in ("uint7wo", "fp3_e1w1")},
+    **{f"{name} row": PackedConfig(quant_type=name, group_size=None) for name in ("uint5wo", "fp6_e3w2")},
 }
 KINDS: dict[str, Any] = {
     **{name: backend_config(name) for name in QUANTIZING},

@@ -117,7 +117,8 @@ def test_an_answer_is_within_the_bound_and_takes_the_bytes_that_were_planned(kin
     assert planned.keys() == {"embed", *(f"blocks.{i}.fc{j}" for i in range(2) for j in (1, 2))}
     for name, nbytes in planned.items():
         module = case.model.get_submodule(name)
-        assert module_nbytes(module) == nbytes + (0 if module.bias is None else module.bias.nbytes)
+        others = [module.bias, *module.buffers(recurse=False)]
+        assert module_nbytes(module) == nbytes + true_nbytes(*(tensor for tensor in others if tensor is not None))
     assert not any(leaf.is_meta for tensor in case.model.state_dict().values() for leaf in leaves(tensor))
     assert torch.equal(run(case.model), run(case.model))
 
@@ -126,9 +127,10 @@ def test_what_was_saved_comes_back_bit_for_bit(storable: str, folder: Path) -> N
     model, again = loaded(storable, folder).model, reload(saved(storable, folder))
     assert_same_weights(again, model)
     assert type(again.embed.weight) is type(model.embed.weight)
-    config = json.loads((saved(storable, folder) / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == quantizer_of(model).quantization_method
-    assert "_pre_quantization_dtype" not in config
+    assert again.quantization_method == model.quantization_method
+    config = json.loads((saved(storable, folder) / "config.json").read_text())
+    assert config.get("quantization_config", {"quant_method": "gguf"})["quant_method"] == model.quantization_method
+    assert "_pre_quantization_dtype" not in str(config)
 
 
 def test_copies_are_the_same_and_apart(kind: str, folder: Path) -> None:
@@ -178,6 +180,21 @@ def test_a_file_without_a_tensor_with_another_name_or_an_end_is_refused(
 ) -> None:
     source = saved(storable, folder)
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    (file,) = (path for path in source.iterdir() if path.name != "config.json")
+    if file.name == FILE:
+        damage_parts(source, tmp_path)
+    content, name = file.read_bytes(), f"{LAYER}.".encode()
+    assert name in content
+    (tmp_path / file.name).write_bytes(content.replace(name, b"?" * len(name)))
+    with pytest.raises(LoadError):
+        reload(tmp_path)
+    (tmp_path / file.name).write_bytes(content[:-64])  # more than the padding of a GGUF file
+    with pytest.raises(LoadError, match=r"truncated|ends"):
+        reload(tmp_path)
+
+
+def damage_parts(source: Path, target: Path) -> None:
+    """Each tensor of a layer goes missing once, and one has another name."""
     tensors = load_file(source / FILE)
     with safe_open(source / FILE, "pt") as file:
         metadata = file.metadata()
@@ -185,15 +202,12 @@ def test_a_file_without_a_tensor_with_another_name_or_an_end_is_refused(
     assert len(parts) > 2  # a bias, and more than one inner tensor
     for part in parts:
         rest = {name: tensor for name, tensor in tensors.items() if name != part}
-        save_file(rest, tmp_path / FILE, metadata)
+        save_file(rest, target / FILE, metadata)
         with pytest.raises(LoadError):
-            reload(tmp_path)
-    save_file({**rest, f"{parts[-1]}_": tensors[parts[-1]]}, tmp_path / FILE, metadata)
+            reload(target)
+    save_file({**rest, f"{parts[-1]}_": tensors[parts[-1]]}, target / FILE, metadata)
     with pytest.raises(LoadError):
-        reload(tmp_path)
-    (tmp_path / FILE).write_bytes((source / FILE).read_bytes()[:-1])
-    with pytest.raises(LoadError, match="truncated"):
-        reload(tmp_path)
+        reload(target)
 
 
 def test_slices_of_every_kind_give_the_bytes_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
