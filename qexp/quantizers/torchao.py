@@ -24,6 +24,7 @@ from qexp.errors import ConfigError, LoadError, UnsupportedError, choices
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
 from qexp.quantizers.qexp_packed import ELEMENTS, PackedConfig
+from qexp.quantizers.stored import check_parts, lacks
 from qexp.quantizers.torchao_types import CLASSES, SHORTHANDS, default_group_size, library_call, settle, spelled
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ class TorchAoQuantizer(base.Quantizer):
         names = self._description(name).get("_tensor_data_names", ()) if f"{name}.weight" in self.metadata else ()
         lacking = [part for part in names if f"{name}._weight_{part}" not in entries]
         if lacking:
-            raise LoadError(f"the checkpoint lacks '{name}._weight_{lacking[0]}', a part of a quantized weight")
+            raise lacks(f"'{name}._weight_{lacking[0]}', a part of a quantized weight")
         return {part: entries[f"{name}._weight_{part}"] for part in names} or None
 
     def _description(self, name: str) -> dict[str, Any]:
@@ -225,17 +226,12 @@ class TorchAoQuantizer(base.Quantizer):
         return description
 
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
-        try:
-            layout = self._layout(spec) if self._library_config(spec) is not None else None
-        except ConfigError:
-            layout = None  # it can be put together here, but not made; then its shape is checked
-        for part, entry in parts.items():
-            expected = layout.parts[part][0] if layout is not None and part in layout.parts else None
-            if expected is not None and entry.shape != expected:
-                raise LoadError(
-                    f"the quantized weight of '{spec.module}' is stored as {list(entry.shape)} ({part}), but the model "
-                    f"expects {list(expected)}; the checkpoint belongs to another configuration"
-                )
+        from qexp.quantizers.torchao_trial import stored_layout
+
+        config = self._library_config(spec)
+        expected = {} if config is None else stored_layout(config, spec.shape, spec.dtype)
+        known = {part: entry for part, entry in parts.items() if part in expected}
+        check_parts(spec, known, expected, f"torchao's {self.config.quant_type}")
 
     def _assemble(self, spec: base.WeightSpec, tensors: Sequence[Tensor]) -> Tensor:
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
@@ -260,11 +256,11 @@ class TorchAoQuantizer(base.Quantizer):
             raise LoadError(f"the quantized weight of '{spec.module}' is {list(weight.shape)}, not {list(spec.shape)}")
         return weight
 
-    def state_of(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
         try:
-            tensors, metadata = flatten_tensor_state_dict(model.state_dict())
+            tensors, metadata = flatten_tensor_state_dict(dict(state_dict))
         except ValueError as error:
             raise ConfigError(
                 f"save: torchao's files cannot hold {self.config.quant_type} ({error}); dequantize it first"

@@ -23,9 +23,24 @@ from qexp.quantizers.torchao_types import SHORTHANDS, library_call
 
 with base.quiet():  # warns of kernels for other machines
     from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
-    from torchao.quantization import FqnToConfig, quantize_
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Float8WeightOnlyConfig,
+        FqnToConfig,
+        quantize_,
+    )
     from torchao.utils import TorchAOBaseTensor
 
+__all__ = [
+    "Float8DynamicActivationFloat8WeightConfig",
+    "Float8WeightOnlyConfig",
+    "build",
+    "config_classes",
+    "config_for",
+    "inner_tensors",
+    "is_quantized",
+    "quantize",
+]
 VALUES = "torchao.quantization"  # where granularities and the like are, beside the modules that have configs
 
 

@@ -15,7 +15,16 @@ from typing import Any
 import torch
 
 from qexp.errors import ConfigError, UnsupportedError
-from qexp.quantizers.torchao_library import build, inner_tensors, is_quantized, quantize
+from qexp.loading.plan import TORCH_DTYPES
+from qexp.quantizers.stored import FLOATS, Part
+from qexp.quantizers.torchao_library import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8WeightOnlyConfig,
+    build,
+    inner_tensors,
+    is_quantized,
+    quantize,
+)
 from qexp.quantizers.torchao_types import SHORTHANDS, library_call
 
 ROWS, COLUMNS = 64, 512  # of the layer that is tried
@@ -66,6 +75,25 @@ def layout_of(config: Any, shape: tuple[int, int], dtype: torch.dtype, device: t
                 "add the layer to skip_modules, or use another compute_dtype"
             ) from None
     return None if found is None else Layout(found, None)
+
+
+def stored_layout(config: Any, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Part]:
+    """What a file must hold of a weight; nothing for what cannot be made here, which is compared when it is read."""
+    if isinstance(config, Float8DynamicActivationFloat8WeightConfig):  # whose weights are the same, and made anywhere
+        config = Float8WeightOnlyConfig(config.weight_dtype, granularity=config.granularity[1])
+    try:
+        layout = layout_of(config, shape, dtype, torch.device("cpu"))
+    except ConfigError:
+        return {}
+    parts = {} if layout is None else layout.parts
+    return {name: Part(_stored_dtypes(kind), (size,)) for name, (size, kind) in parts.items()}
+
+
+def _stored_dtypes(dtype: torch.dtype) -> tuple[str, ...]:
+    """By safetensors' names; the floats of a scale have been those of another compute dtype, perhaps."""
+    if dtype.is_floating_point and dtype.itemsize > 1:
+        return FLOATS
+    return tuple(name for name, known in TORCH_DTYPES.items() if known == dtype)
 
 
 Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]

@@ -300,7 +300,7 @@ def test_what_no_file_can_hold_is_said_when_saving(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(safetensors_support, "ALLOWED_TENSORS_SUBCLASSES", [])
     with pytest.raises(ConfigError, match=r"torchao's files cannot hold int8wo .*dequantize it first"):
-        quantizer.state_of(torch.nn.Sequential(layer))
+        quantizer.get_state_dict_and_metadata(torch.nn.Sequential(layer).state_dict())
 
 
 def test_every_name_is_offered_for_a_typo() -> None:
