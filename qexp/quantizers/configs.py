@@ -35,8 +35,6 @@ class BackendConfig:
     label: str | None = None
 
     skip_field: ClassVar[str] = "modules_to_not_convert"  # the field with layers to leave alone
-    type_field: ClassVar[str] = ""  # the field that chooses among the backend's types
-    types: ClassVar[tuple[str, ...]] = ()  # its values, each of which `qexp.doctor` tries
     also_read: ClassVar[Mapping[str, str]] = {}  # other keys that upstream's dicts have -> field
 
     def __post_init__(self) -> None:
@@ -78,6 +76,11 @@ class BackendConfig:
             logger.warning("quantization_config: %s not known to this backend, and unused", ", ".join(sorted(unknown)))
         config: Self = from_plain(kind, known, "quantization_config")
         return replace(config, label=config.describe())
+
+    @classmethod
+    def types(cls) -> list[dict[str, Any]]:
+        """The fields of every type of this backend, for tables of what runs: [{"quant_type": "Q8_0"}, …]."""
+        return []
 
     def describe(self) -> str | None:
         """The label of a checkpoint's config, which stores none."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, choices, did_you_mean
 from qexp.quantizers import base
@@ -73,9 +73,6 @@ class PackedConfig(BackendConfig):
     group_size: int | None = 64
     modules_to_not_convert: tuple[str, ...] = ()
 
-    type_field: ClassVar[str] = "quant_type"
-    types: ClassVar[tuple[str, ...]] = tuple(ELEMENTS)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.quant_type not in ELEMENTS:
@@ -85,6 +82,10 @@ class PackedConfig(BackendConfig):
             )
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(f"backend.group_size={self.group_size} must be 1 or more, or null for one scale a row")
+
+    @classmethod
+    def types(cls) -> list[dict[str, Any]]:
+        return [{"quant_type": name} for name in ELEMENTS]
 
     def describe(self) -> str:
         return self.quant_type

@@ -48,9 +48,6 @@ class TorchAoConfig(BackendConfig):
     group_size: int | None = None
     modules_to_not_convert: tuple[str, ...] = ()
 
-    type_field: ClassVar[str] = "quant_type"
-    types: ClassVar[tuple[str, ...]] = tuple(SHORTHANDS)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         quant_type, arguments, group_size = settle(self.quant_type, self.quant_type_kwargs, self.group_size)
@@ -104,6 +101,9 @@ class TorchAoConfig(BackendConfig):
 
     def describe(self) -> str:
         return self.quant_type
+
+    def types(self) -> tuple[dict[str, Any], ...]:
+        return tuple({"quant_type": name} for name in SHORTHANDS)
 
     def library_config(self) -> Any:
         """torchao's config object. Raises ConfigError for what torchao does not have, or refuses."""
