@@ -102,8 +102,9 @@ class TorchAoConfig(BackendConfig):
     def describe(self) -> str:
         return self.quant_type
 
-    def types(self) -> tuple[dict[str, Any], ...]:
-        return tuple({"quant_type": name} for name in SHORTHANDS)
+    @classmethod
+    def types(cls) -> list[dict[str, Any]]:
+        return [{"quant_type": name} for name in SHORTHANDS]
 
     def library_config(self) -> Any:
         """torchao's config object. Raises ConfigError for what torchao does not have, or refuses."""
