@@ -111,7 +111,9 @@ def quantize(weight: Tensor, config: Any) -> Tensor:
     holder = torch.nn.Linear(1, 1, bias=False, device="meta")
     holder.weight = torch.nn.Parameter(weight, requires_grad=False)
     quantize_(holder, config, filter_fn=lambda module, name: True)
-    return holder.weight.data
+    quantized = holder.weight.data
+    holder._parameters.clear()  # torchao leaves the layer in a reference cycle, which would keep the weight for a while
+    return quantized
 
 
 def inner_tensors(tensor: Any) -> dict[str, Tensor]:
