@@ -158,7 +158,6 @@ FORMULAS: dict[str, tuple[Callable[[Weight], Weight], float]] = {
     "torchao_float8wo": (e4m3, 8 + 32 / 4096),
     "torchao_float8wo_e5m2": (e5m2, 8 + 32 / 4096),
     "quanto": (lambda w: symmetric_int8(w, 127), 8 + 32 / 4096),
-    "quanto_w8a8": (lambda w: symmetric_int8(w, 127), 8 + 32 / 4096),
     "quanto_int4": (lambda w: affine(w, 4), 4 + 2 * 32 / 128),  # scale and shift
     "quanto_int2": (lambda w: affine(w, 2), 2 + 2 * 32 / 128),
     "quanto_float8": (e4m3, 8 + 32 / 4096),
