@@ -34,6 +34,9 @@ class ModelSource(Protocol):
     def block_lists(self, component: str) -> list[str]:
         """Dotted names of the module lists whose items are offloaded block by block."""
 
+    # A source may also have `conversion(component, model)`, which returns the function that turns a dict of tensors in
+    # another layout (that of the model's authors) into one with the model's names, or None: see loading/conversion.py.
+
     def generate(
         self,
         models: dict[str, nn.Module],

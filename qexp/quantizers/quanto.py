@@ -5,7 +5,7 @@ int8 and float8: symmetric, one scale a row. int4 and int2: affine, a scale and 
 dtype that the weight is quantized from. On a CPU, int4 in bf16 takes the library's layout for its int4 kernel; where
 that kernel cannot run (out_features not divisible by 16) the weight is kept in the general layout instead of failing.
 
-Activations can be quantized, too: `quanto_activations.py`. What the library needs on a CPU: `quanto_library.py`.
+Activations can be quantized, too: `quanto_activations.py`. What the library needs to be used: `quanto_library.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qexp.errors import ConfigError, LoadError, choices
+from qexp.errors import ConfigError, choices
 from qexp.quantizers import base
 from qexp.quantizers import quanto_activations as activations
 from qexp.quantizers.configs import BackendConfig
 from qexp.quantizers.quanto_library import library
+from qexp.quantizers.stored import FLOATS, Part, check_parts, lacks
 
 if TYPE_CHECKING:
     import torch
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
 
     from qexp.loading.checkpoint import TensorEntry
 
-STORED_DTYPES = {  # weights_dtype -> what safetensors calls the bytes
+STORED_DTYPES = {  # weights_dtype -> safetensors' name for what is stored
     "int8": "I8", "int4": "U8", "int2": "U8",
     "float8": "F8_E4M3", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
 ACTIVATIONS_DTYPES = ("int8", "float8", "float8_e4m3fn", "float8_e5m2")
 ACTIVATION_SCALES = ("input_scale", "output_scale")
 TINYGEMM_ROWS = 64  # rows that its packing interleaves
+TINYGEMM_MULTIPLE = {"cpu": 16, "cuda": 8}  # device type -> what has to divide out_features
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,10 @@ class QuantoQuantizer(base.Quantizer):
     config: QuantoConfig
     required_packages: ClassVar[Mapping[str, str]] = {"optimum-quanto": "0.2.7"}
     is_serializable = True
+
+    def __init__(self, config: QuantoConfig) -> None:
+        super().__init__(config)
+        self._calibrated = False
 
     @property
     def requires_calibration(self) -> bool:
@@ -130,8 +136,12 @@ class QuantoQuantizer(base.Quantizer):
         return None if name is None else getattr(library(), f"q{name}")
 
     def calibrate(self, model: nn.Module, run: Callable[[], object]) -> None:
+        if self.config.activations_dtype is None:
+            return
+        self._calibrated = False
         layers = {name: module for name, module in model.named_modules() if self.is_quantized(module)}
         activations.calibrate(layers, run)
+        self._calibrated = True
 
     def quantized_nbytes(self, spec: base.WeightSpec) -> int:
         scales = spec.shape[0] if self._bits == 8 else 2 * group_count(spec)
@@ -181,9 +191,9 @@ class QuantoQuantizer(base.Quantizer):
 
         qtype, rows_of, size = self._qtype, base.RowAssembler(spec.shape[0]), group_size(spec.shape[1])
         kind, shape = library().WeightQBitsTensor, torch.Size(spec.shape)
-        tinygemm = (qtype.bits, spec.dtype, size, device.type) == (4, torch.bfloat16, 128, "cpu")  # the library's rule
-        odd = tinygemm and spec.shape[0] % 16 > 0  # for which the library would raise
-        tinygemm, create = tinygemm and not odd, kind if odd else kind.create
+        fits = tinygemm_fits(spec.shape[0], device)
+        tinygemm = fits and (qtype.bits, spec.dtype, size, device.type) == (4, torch.bfloat16, 128, "cpu")
+        create = kind.create if fits else kind  # the library would choose its kernel's layout, and raise
         for rows, part in base.row_slices(spec, weight, device, TINYGEMM_ROWS):
             scale, shift = library().MaxOptimizer()(part, qtype=qtype, axis=0, group_size=size)
             data = torch.ops.quanto.quantize_affine(
@@ -211,20 +221,17 @@ class QuantoQuantizer(base.Quantizer):
         if len(lacking) == len(names):
             return None
         if lacking:
-            raise LoadError(f"the checkpoint lacks '{lacking[0]}', a part of a quantized weight")
+            raise lacks(f"'{lacking[0]}', a part of a quantized weight")
         return {part: entries[stored] for part, stored in names.items()}
 
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
-        stored, scales = next(iter(parts.values())), parts["_scale"]
+        data, *scales = self._part_names()
         rows = spec.shape[0] if self._bits == 8 else group_count(spec)
-        packed_rows = math.ceil(rows * self._bits / 8)
-        fits = stored.nbytes == packed_rows * (spec.numel // rows) and math.prod(scales.shape) in (rows, 1)
-        if not fits or stored.dtype != STORED_DTYPES[self.config.weights_dtype]:
-            raise LoadError(
-                f"the quantized weight of '{spec.module}' is stored as {list(stored.shape)} {stored.dtype} with "
-                f"{list(scales.shape)} "
-                f"scales, which is not {self.config.weights_dtype} for {list(spec.shape)}; check config.json"
-            )
+        shape = spec.shape if self._bits == 8 else (math.ceil(rows * self._bits / 8), spec.numel // rows)
+        whole = spec.shape[0] == 1 and self._bits == 8  # then there is one scale, without dimensions
+        per_row = Part(FLOATS, ((), (1, 1)) if whole else ((rows, 1),))
+        expected = {data: Part((STORED_DTYPES[self.config.weights_dtype],), (shape,)), **dict.fromkeys(scales, per_row)}
+        check_parts(spec, parts, expected, f"quanto's {self.config.weights_dtype}")
 
     def _assemble(self, spec: base.WeightSpec, parts: Mapping[str, Tensor], device: torch.device) -> Tensor:
         state, stride = {part: tensor.to(device) for part, tensor in parts.items()}, (spec.shape[1], 1)
@@ -246,14 +253,14 @@ class QuantoQuantizer(base.Quantizer):
             weight = library().WeightQBitsTensor.load_from_state_dict(
                 state, "", self._qtype, 0, size, spec.shape, stride, missing_keys=missing
             )
-        fits = self._bits == 8 or spec.shape[0] % 16 == 0  # see the module's docstring
+        fits = self._bits == 8 or tinygemm_fits(spec.shape[0], device)  # see the module's docstring
         optimized: Tensor = weight.optimize() if fits else weight
         return optimized
 
-    def to_dict(self, model: nn.Module) -> dict[str, Any]:
-        if any(activations.refuses_to_run(module) for module in model.modules()):
+    def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if self.requires_calibration and not self._calibrated:
             raise ConfigError(f"save: {activations.UNKNOWN}")
-        return super().to_dict(model)
+        return super().get_state_dict_and_metadata(state_dict)
 
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
         used = ("input_scale",) if self.stored and self.config.activations_dtype else ()  # nothing else would tell it
@@ -274,6 +281,10 @@ class QuantoQuantizer(base.Quantizer):
 
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
         return param.dequantize().to(dtype)
+
+
+def tinygemm_fits(rows: int, device: torch.device) -> bool:
+    return rows % TINYGEMM_MULTIPLE.get(device.type, 1) == 0
 
 
 def group_size(in_features: int) -> int | None:

@@ -15,13 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qexp.errors import ConfigError
 from qexp.quantizers.quanto_library import library
-
-if TYPE_CHECKING:
-    from torch import nn
 
 SHOWN = 5  # layers in a message
 UNKNOWN = (
@@ -38,10 +35,6 @@ def leave_outputs(layer: Any) -> None:
 def refuse_to_run(layer: Any) -> None:
     """Let a layer raise ConfigError instead of computing with scales that nobody has found."""
     layer.register_forward_pre_hook(_refuse, prepend=True)
-
-
-def refuses_to_run(module: nn.Module) -> bool:
-    return _refuse in module._forward_pre_hooks.values()
 
 
 def calibrate(layers: Mapping[str, Any], run: Callable[[], object]) -> None:

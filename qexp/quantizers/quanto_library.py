@@ -1,9 +1,13 @@
-"""optimum-quanto, imported with what it lacks on a CPU.
+"""optimum-quanto, imported without what it would compile and with what it lacks.
 
-PyTorch's kernel for int8 in bf16 reads rows 16 weights at a time, past their end if it must: rows of another length
-are computed the general way. Unpacking int4 and int2 would make the library compile a C++ extension into
-site-packages; a few lines of PyTorch that give the same result are put in the extension's place. The library writes
-shapes as text and parses them with `ast`, which Python 3.11 cannot do on several threads at once: there is a lock.
+On a CPU, PyTorch's kernel for int8 in bf16 reads rows 16 weights at a time, past their end if it must: rows of another
+length are computed the general way. Unpacking int4 and int2 there would make the library compile a C++ extension into
+site-packages; a few lines of PyTorch that give the same result are put in the extension's place. On a GPU it would have
+nvcc compile another one for minutes, or fail: that is replaced as well, and with it go its kernels for float8 (Marlin)
+and for int4 in fp16 (AWQ). Such layers multiply with the dequantized weight; int4 in bf16 has a kernel in PyTorch.
+
+The library writes shapes as text and parses them with `ast`, which Python 3.11 cannot do on several threads at once:
+there is a lock.
 """
 
 from __future__ import annotations
@@ -35,6 +39,11 @@ def library() -> Any:
         from optimum.quanto.library.extensions.cpp import ext
 
     ext._lib = SimpleNamespace(unpack=unpack)
+    for kind in ("cuda", "hip"):
+        if extension := sys.modules.get(f"optimum.quanto.library.extensions.{kind}"):
+            extension.ext._lib = SimpleNamespace(unpack=unpack)
+            extensions: Any = importlib.import_module("optimum.quanto.library.extensions.extension")
+            extensions._extensions.pop(f"quanto_{kind}", None)  # with it the layouts that need its other kernels
     for layout in ("tinygemm", "awq", "marlin"):  # which the library would import with the first weight of that layout
         importlib.import_module(f"optimum.quanto.tensor.weights.{layout}")
     for name, module in list(sys.modules.items()):

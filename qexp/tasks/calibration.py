@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +21,10 @@ def calibrate(
     source: ModelSource, models: Mapping[str, nn.Module], task: GenerateConfig, *, seed: int, device: torch.device
 ) -> None:
     """Calibrate every model that asks for it with `calibration_samples` samples, all steps of them."""
+    from qexp.loading.registration import registered_quantizer
+
     for model in models.values():
-        quantizer: Any = getattr(model, "hf_quantizer", None)
+        quantizer = registered_quantizer(model)
         if quantizer is None or not quantizer.requires_calibration:
             continue
         samples = replace(task, num_images=quantizer.config.calibration_samples)

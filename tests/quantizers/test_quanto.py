@@ -12,7 +12,7 @@ from qexp.errors import ConfigError, LoadError
 from qexp.loading.checkpoint import TensorEntry
 from qexp.offload.payload import leaves
 from qexp.quantizers.base import WeightSpec, load_quantizer
-from qexp.quantizers.quanto import QuantoConfig, group_size
+from qexp.quantizers.quanto import QuantoConfig, group_size, tinygemm_fits
 from qexp.quantizers.quanto_library import library, unpack
 from tests.backends import CPU
 from tests.quantizers.test_contract import gaussian
@@ -133,5 +133,25 @@ def test_bytes_of_another_format_are_refused(stored: str, read: str) -> None:
     data = TensorEntry("x.weight._data", kinds[stored], (64, 128), file, 0, 64 * 128)
     parts = {"_data": data, "_scale": TensorEntry("x.weight._scale", "F32", (64, 1), file, 0, 256)}
     load_quantizer(QuantoConfig(weights_dtype=stored)).check_quantized_param_shape(spec, parts)
-    with pytest.raises(LoadError, match=f"stored as .*{kinds[stored]} .* not {read} for"):
+    with pytest.raises(LoadError, match=f"is {kinds[stored]} .* not the _data of .* quanto's {read}"):
         load_quantizer(QuantoConfig(weights_dtype=read)).check_quantized_param_shape(spec, parts)
+
+
+def test_nothing_is_compiled_for_a_gpu_and_no_layout_chosen_that_would_need_it() -> None:
+    """Where there is a GPU, the library's import registers an extension that it would have nvcc compile."""
+    import importlib
+
+    extension = importlib.import_module("optimum.quanto.library.extensions.cuda")
+    registry = importlib.import_module("optimum.quanto.library.extensions.extension")
+    if not registry.is_extension_available("quanto_cuda"):  # another test was here before
+        registry.register_extension(extension.ext)
+    library.cache_clear()
+    library()
+    assert extension.ext.lib.unpack is unpack
+    assert not registry.is_extension_available("quanto_cuda")
+
+
+@pytest.mark.parametrize(("device", "rows", "fits"), [("cpu", 16, True), ("cpu", 24, False), ("cuda", 24, True)])
+def test_the_int4_kernel_takes_whole_tiles(device: str, rows: int, fits: bool) -> None:
+    assert tinygemm_fits(rows, torch.device(device)) is fits
+    assert not tinygemm_fits(rows + 1, torch.device(device))
