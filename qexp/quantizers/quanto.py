@@ -74,6 +74,10 @@ class QuantoConfig(BackendConfig):
             del values["activations_dtype"], values["calibration_samples"]
         return values
 
+    @classmethod
+    def types(cls) -> list[dict[str, Any]]:
+        return [{"weights_dtype": name} for name in WEIGHTS_DTYPES]
+
     def describe(self) -> str | None:
         return self.weights_dtype + (f"/{self.activations_dtype}" if self.activations_dtype else "")
 
