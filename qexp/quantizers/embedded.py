@@ -87,10 +87,11 @@ def merge(asked: Any, embedded: Any) -> list[str]:
         return []
     if asked.quant_method != embedded.quant_method:
         return [f"quant_method={asked.quant_method} (the checkpoint has {embedded.quant_method})"]
-    default = type(asked)()
+    without_effect = {"label", *(asked.ignored_fields() if hasattr(asked, "ignored_fields") else ())}
     lost = []
     for item in fields(asked):
         mine, theirs = getattr(asked, item.name), getattr(embedded, item.name)
-        if item.name != "label" and mine != theirs and mine != getattr(default, item.name):
+        asks = mine not in (None, ()) and mine is not False  # of a field that says something
+        if asks and mine != theirs and item.name not in without_effect:
             lost.append(f"{item.name}={mine} (the checkpoint has {theirs})")
     return lost

@@ -76,7 +76,8 @@ class QuantoConfig(BackendConfig):
 
     @classmethod
     def types(cls) -> list[dict[str, Any]]:
-        return [{"weights_dtype": name} for name in WEIGHTS_DTYPES]
+        weights = [{"weights_dtype": name} for name in STORED_DTYPES if name != "float8_e4m3fn"]  # which is float8
+        return [*weights, {"weights_dtype": "int8", "activations_dtype": "int8"}]
 
     def describe(self) -> str | None:
         return self.weights_dtype + (f"/{self.activations_dtype}" if self.activations_dtype else "")
