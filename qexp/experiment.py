@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from qexp.loading.lifecycle import LoadedComponent, load_component, plan_statist
 from qexp.loading.saving import save_model, save_tensors
 from qexp.memory import GIB, PeakMemory, device_memory, host_memory
 from qexp.models.base import load_source
+from qexp.offload.dispatch import Dispatch
 from qexp.offload.payload import module_nbytes
 from qexp.offload.strategies import Offload, apply_offload
 from qexp.report.labels import backend_label
@@ -48,11 +49,8 @@ def run_experiment(config: RunConfig, folder: Path) -> Metrics:
 
 
 def _generate(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
-    loaded = {
-        name: load_component(source, name, settings, device=device, loader=config.loader)
-        for name, settings in config.components.items()
-    }
-    write_json(folder / "plan.json", {name: component.plan.to_container() for name, component in loaded.items()})
+    loaded = _load(config, source, device, folder)
+    write_json(folder / "plan.json", {name: _plan_of(component) for name, component in loaded.items()})
     models = {name: component.model for name, component in loaded.items()}
     calibrate(source, models, config.task, seed=config.seed, device=device)  # resident, and before it is saved
     if config.save.wanted:
@@ -63,7 +61,8 @@ def _generate(config: RunConfig, source: ModelSource, device: torch.device, fold
         **plan_statistics([component.plan for component in loaded.values()], weights_bytes),
     }
     offloads = {
-        name: apply_offload(
+        name: component.dispatch
+        or apply_offload(
             component.model,
             config.offload,
             device=device,
@@ -79,6 +78,32 @@ def _generate(config: RunConfig, source: ModelSource, device: torch.device, fold
     write_text(folder / "memory.csv", to_csv(list(result.rows[0]), result.rows))
     baseline = next(iter(loaded.values())).memory.baseline
     return {**metrics, **result.metrics, **_run_peaks(peak, baseline.total_bytes)}
+
+
+def _load(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> dict[str, LoadedComponent]:
+    """All components; with a device map, each gets the memory that those before it have left."""
+    loaded: dict[str, LoadedComponent] = {}
+    max_memory = config.max_memory
+    for name, settings in config.components.items():
+        loaded[name] = load_component(
+            source,
+            name,
+            settings,
+            device=device,
+            loader=config.loader,
+            device_map=config.device_map,
+            max_memory=max_memory,
+            offload_folder=folder / "offload" / name,
+        )
+        if max_memory is not None:
+            used = loaded[name].placement.bytes_by_place()
+            max_memory = {place: max(size - used.get(place, 0), 0) for place, size in max_memory.items()}
+    return loaded
+
+
+def _plan_of(component: LoadedComponent) -> dict[str, Any]:
+    plan = component.plan.to_container()
+    return plan if component.placement.is_default else {**plan, "placement": component.placement.to_container()}
 
 
 def _save(config: RunConfig, models: Mapping[str, nn.Module], run_folder: Path) -> None:
@@ -147,8 +172,8 @@ def _load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:
     }
 
 
-def _offload_statistics(offloads: Sequence[Offload]) -> Metrics:
-    """The `offload/` numbers, added up over components."""
+def _offload_statistics(offloads: Sequence[Offload | Dispatch]) -> Metrics:
+    """The `offload/` numbers, and bytes by place where there is a device map, added up over components."""
     total: Metrics = {}
     for offload in offloads:
         for name, value in offload.statistics().items():

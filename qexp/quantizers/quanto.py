@@ -143,9 +143,12 @@ class QuantoQuantizer(base.Quantizer):
     def calibrate(self, model: nn.Module, run: Callable[[], object]) -> None:
         if self.config.activations_dtype is None:
             return
+        from qexp.offload.strategies import resident
+
         self._calibrated = False
-        layers = {name: module for name, module in model.named_modules() if self.is_quantized(module)}
-        activations.calibrate(layers, run)
+        with resident(model):  # an offloaded module's scales would be those that are at rest
+            layers = {name: module for name, module in model.named_modules() if self.is_quantized(module)}
+            activations.calibrate(layers, run)
         self._calibrated = True
 
     def quantized_nbytes(self, spec: base.WeightSpec) -> int:
@@ -282,7 +285,7 @@ class QuantoQuantizer(base.Quantizer):
             if isinstance(module, library().QLinear):
                 for name in ACTIVATION_SCALES:  # 1: not quantized, or not calibrated yet
                     if getattr(module, name).is_meta:  # no checkpoint holds it
-                        setattr(module, name, torch.ones_like(getattr(module, name), device=device))
+                        setattr(module, name, torch.ones_like(getattr(module, name), device=module.weight.device))
 
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
         return param.dequantize().to(dtype)

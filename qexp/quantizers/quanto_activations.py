@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, choices
 from qexp.quantizers.quanto_library import library
 
 SHOWN = 5  # layers in a message
@@ -44,6 +44,11 @@ def calibrate(layers: Mapping[str, Any], run: Callable[[], object]) -> None:
     """
     import torch
 
+    if len(devices := {layer.weight.device for layer in layers.values()}) > 1:
+        raise ConfigError(
+            f"backend.activations_dtype: a model on {choices(devices)} cannot be calibrated; load it with "
+            "device_map=null, calibrate and save it, and load what was saved as you like"
+        )
     reached: set[str] = set()
     for layer in layers.values():
         _clear_refusal(layer)

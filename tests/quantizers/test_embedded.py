@@ -14,12 +14,13 @@ from tests.loading.toys import Toy, load_toy, random_state, save_state, settings
 ASKED: list[tuple[tuple[str, ...], tuple[str, ...], list[str]]] = [  # (asked, the checkpoint's, what lost)
     (("none",), ("bitsandbytes",), []),
     (("bitsandbytes",), ("bitsandbytes",), []),
-    (("bitsandbytes_fp4",), ("bitsandbytes",), ["bnb_4bit_quant_type=fp4 (the checkpoint has nf4)"]),
+    (("bitsandbytes_fp4",), ("bitsandbytes",), ["fp4 (the checkpoint has nf4)"]),
     (("quanto",), ("bitsandbytes",), ["quant_method=quanto (the checkpoint has bitsandbytes)"]),
     (
         ("bitsandbytes_int8", "llm_int8_threshold=0"),
         ("bitsandbytes",),
         [
+            "llm_int8 (the checkpoint has nf4)",
             "load_in_8bit=True (the checkpoint has False)",
             "llm_int8_threshold=0.0 (the checkpoint has 6.0)",
         ],

@@ -178,6 +178,10 @@ def test_a_calibrated_model_is_offloaded_and_dequantized(tmp_path: Path) -> None
     offload = apply_offload(model, settings, device=CPU, block_lists=("layers",), store=tmp_path / "store")
     assert torch.equal(answer(model), expected)
     assert offload.statistics()["offload/copies"] > 0
+    model.hf_quantizer.calibrate(model, lambda: model(batches()[0]))  # on what came last
+    assert not torch.equal(answer(model), expected)
+    model.hf_quantizer.calibrate(model, lambda: [model(batch) for batch in batches()])
+    assert torch.equal(answer(model), expected)
     dense = calibrated(tmp_path / "dense")
     restored: Any = dense.hf_quantizer.dequantize(dense)
     for layer, weight in zip(restored.layers, weights, strict=True):
