@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qexp.errors import LoadError
 from qexp.offload.payload import leaves, true_nbytes
@@ -36,7 +37,9 @@ def audit(model: nn.Module, quantizer: Quantizer, planned: Mapping[str, int]) ->
         if expected != found:
             raise LoadError(f"the quantized weight of '{name}' takes {found} bytes, but {expected} were planned")
     for name in planned:
-        if not all(_is_finite(leaf) for leaf in leaves(model.get_submodule(name).weight)):
+        weight = model.get_submodule(name).weight
+        opaque = 0 if is_traceable_wrapper_subclass(weight) else 1  # its own bytes, in whatever dtype they are kept
+        if not all(_is_finite(leaf) for leaf in leaves(weight)[opaque:]):
             raise LoadError(
                 f"the quantized weight of '{name}' has a scale or a value that is not finite: every answer would be "
                 "wrong; repair the checkpoint, or quantize the original one again"
