@@ -162,8 +162,6 @@ def quantized_layers(model: nn.Module) -> set[str]:
 
 @every_backend
 def test_quantization_num_parameters(backend: str, dense: Path) -> None:
-    if backend.startswith("gguf"):
-        pytest.skip("diffusers counts the bytes of GGUF parameters, as for its own")
     expected = Transformer.from_pretrained(dense).num_parameters()
     assert load(dense, backend).num_parameters() == expected
 
