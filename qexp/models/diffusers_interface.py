@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,6 +52,9 @@ class InterfaceQuantizer(DiffusersQuantizer):
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         return self.quantizer.adjust_max_memory(max_memory)
+
+    def calibrate(self, model: Any, run: Callable[[], object]) -> None:
+        self.quantizer.calibrate(model, run)
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return self.quantizer.dequantize(model, dtype)

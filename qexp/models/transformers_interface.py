@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ class InterfaceQuantizer(HfQuantizer):
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         return self.quantizer.adjust_max_memory(max_memory)
+
+    def calibrate(self, model: Any, run: Callable[[], object]) -> None:
+        self.quantizer.calibrate(model, run)
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return self.quantizer.dequantize(model, dtype)
