@@ -32,6 +32,7 @@ from qexp.loading.plan import (
     choose_modules,
     find_quantized,
     make_plan,
+    renamed,
     stored_part_names,
     with_tied_entries,
 )
@@ -116,6 +117,8 @@ def prepare(
     compute_dtype = quantizer.update_torch_dtype(_compute_dtype(settings, checkpoint, quantizer))  # 4
     with init_empty_weights(include_buffers=False):  # 5
         model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
+    if hasattr(source, "network_names"):
+        checkpoint = renamed(checkpoint, source.network_names(component, model, list(checkpoint.entries)))
     checkpoint = with_tied_entries(checkpoint, model)
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     # a checkpoint's own list names what it does not hold quantized, in upstream's way: nothing to match
@@ -170,6 +173,8 @@ def _load_weights(prepared: Prepared, component: str, *, device: torch.device, l
     items, on_cpu = list(prepared.plan.items), device.type == "cpu"
     for item, tensor in stream_plan(items, create, loader, f"{component}: loading", in_place=on_cpu):
         _assign(prepared.model, item.target, tensor)
+    for name, first in prepared.plan.tied.items():
+        _assign(prepared.model, name, prepared.model.get_parameter(first))
     for module in prepared.model.modules():  # buffers that no checkpoint holds were made on the CPU
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.device != device and not buffer.is_meta:

@@ -66,11 +66,13 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """items in file order; skipped: linear layer -> why it is not quantized; unused: tensors without a place."""
+    """items in file order; skipped: linear layer -> why it is not quantized; unused: tensors without a place;
+    tied: parameter -> the one it is the same as, whose item it shares."""
 
     items: tuple[WorkItem, ...]
     skipped: Mapping[str, str]
     unused: tuple[str, ...]
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> list[WorkItem]:
@@ -141,10 +143,27 @@ def _reason_to_skip(module: nn.Linear, name: str, patterns: Sequence[str], fp32:
     return None
 
 
+def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint with its tensors under the names that the network has for them.
+
+    Raises LoadError for two tensors of one name.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for old, entry in checkpoint.entries.items():
+        name = names.get(old, old)
+        if name in entries:
+            raise LoadError(
+                f"checkpoint '{checkpoint.path}' has '{name}' twice, once as '{old}'; it mixes two layouts: "
+                "download it again"
+            )
+        entries[name] = replace(entry, name=name)
+    return replace(checkpoint, entries=entries)
+
+
 def with_tied_entries(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     """The checkpoint with an entry for every name of a tied parameter, which files keep only once.
 
-    Each name is then loaded on its own: one may be quantized where another (an embedding) is not.
+    One of them may be quantized where another (an embedding) is not; those that are not stay one parameter.
     model: the skeleton, before any module of it is swapped.
     """
     names_of: dict[Any, list[str]] = {}
@@ -174,7 +193,7 @@ def make_plan(
     missing = quantizer.update_missing_keys(absent)
     if missing:
         raise LoadError(_missing_message(missing, checkpoint, targets))
-    items = list(stored.values())
+    items, tied, first_of = list(stored.values()), dict[str, str](), dict[Any, str]()
     for name, tensor in targets.items():
         entry = checkpoint.entries.get(name) if name not in stored else None
         if entry is None:
@@ -186,11 +205,16 @@ def make_plan(
             items.append(WorkItem(name, entry, dtype, quantizer.quantized_nbytes(spec), spec))
         else:
             _check_fits(name, entry, tuple(tensor.shape), tensor.is_floating_point(), checkpoint)
-            items.append(_copied(name, entry, torch.float32 if covering(fp32_patterns, name) else dtype))
+            item = _copied(name, entry, torch.float32 if covering(fp32_patterns, name) else dtype)
+            first = first_of.setdefault((entry.file, entry.offset, entry.name, item.dtype), name)
+            if first == name or not isinstance(tensor, nn.Parameter):
+                items.append(item)
+            else:
+                tied[name] = first
     items.sort(key=lambda item: (str(item.source.file), item.source.offset))
     used = {entry.name for item in items for entry in item.entries} | targets.keys()
     unused = tuple(name for name in checkpoint.entries if name not in used)
-    return LoadPlan(tuple(items), skipped, unused)
+    return LoadPlan(tuple(items), skipped, unused, tied)
 
 
 def stored_part_names(quantizer: Quantizer, checkpoint: Checkpoint) -> set[str]:
