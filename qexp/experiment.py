@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +20,8 @@ from qexp.models.base import load_source
 from qexp.offload.payload import module_nbytes
 from qexp.offload.strategies import Offload, apply_offload
 from qexp.sweep.store import to_csv, write_json, write_text
-from qexp.tasks import generate, roundtrip
+from qexp.tasks import generate, perplexity, roundtrip, text
+from qexp.tasks.recorder import TaskResult
 
 if TYPE_CHECKING:
     from qexp.models.base import ModelSource
@@ -32,18 +33,16 @@ Metrics = dict[str, float | None]
 def run_experiment(config: RunConfig, folder: Path) -> Metrics:
     """Run one experiment; its files go into `folder`, its metrics are returned by name (`group/name_unit`).
 
-    generate writes plan.json, outputs.safetensors and memory.csv; roundtrip writes plan.json and layers.csv.
+    A task that runs the model writes plan.json, outputs.safetensors and memory.csv; roundtrip plan.json and layers.csv.
     """
     device = torch.device(config.device)
     source = load_source(config.model)
-    if config.task.name == "generate":
-        return _generate(config, source, device, folder)
     if config.task.name == "roundtrip":
         return _roundtrip(config, source, device, folder)
-    raise ConfigError(f"task.name={config.task.name!r} cannot be run; use generate or roundtrip")
+    return _run_model(config, source, device, folder)
 
 
-def _generate(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
+def _run_model(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
     loaded = {
         name: load_component(source, name, settings, device=device, loader=config.loader)
         for name, settings in config.components.items()
@@ -68,12 +67,28 @@ def _generate(config: RunConfig, source: ModelSource, device: torch.device, fold
     }
     models = {name: component.model for name, component in loaded.items()}
     with PeakMemory(device) as peak:
-        result = generate.run(source, models, config.task, seed=config.seed, device=device, memory=lambda: _now(device))
+        result = _run_task(config, source, models, device, folder)
     metrics |= _offload_statistics(list(offloads.values()))
     save_tensors(folder / "outputs.safetensors", result.outputs)
     write_text(folder / "memory.csv", to_csv(list(result.rows[0]), result.rows))
     baseline = next(iter(loaded.values())).memory.baseline
     return {**metrics, **result.metrics, **_run_peaks(peak, baseline.total_bytes)}
+
+
+def _run_task(
+    config: RunConfig, source: Any, models: dict[str, nn.Module], device: torch.device, folder: Path
+) -> TaskResult:
+    def memory() -> tuple[float, float]:
+        return _now(device)
+
+    task, seed = config.task, config.seed
+    if task.name == "perplexity":
+        return perplexity.run(source, models, task, device=device, memory=memory, folder=folder)
+    if task.name == "generate" and source.modality == "text":
+        return text.run(source, models, task, seed=seed, device=device, memory=memory, folder=folder)
+    if task.name == "generate":
+        return generate.run(source, models, task, seed=seed, device=device, memory=memory)
+    raise ConfigError(f"task.name={task.name!r} cannot be run; use generate, perplexity or roundtrip")
 
 
 def _save(config: RunConfig, models: Mapping[str, nn.Module]) -> None:

@@ -52,6 +52,7 @@ class Quantizer:
     required_packages: ClassVar[Mapping[str, str]] = {}  # package -> lowest version that works
     requires_calibration: ClassVar[bool] = False
     is_serializable: ClassVar[bool] = False  # whether `state_of` and `stored_parts` are there
+    is_compileable: ClassVar[bool] = False  # transformers' generate asks whether it may compile the model on its own
 
     def __init__(self, config: Any) -> None:
         self.config = config
