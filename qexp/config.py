@@ -17,6 +17,7 @@ from typing import Any
 from qexp.devices import resolve_device
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import check_known, convert, from_plain
+from qexp.hub import check_ready
 from qexp.loading.checkpoint import open_checkpoint
 from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
@@ -83,11 +84,13 @@ def to_run_config(cfg: Any) -> RunConfig:
     task = plugin_config("task", top.task, "task")
     task = task.resolved() if hasattr(task, "resolved") else task
     _check_task(model, task)
-    if top.save.path is not None and not getattr(task, "saves_outputs", True):
+    if top.save.wanted and not getattr(task, "saves_outputs", True):
         raise ConfigError(
-            f"save.path={top.save.path} with task={task.name}: it goes layer by layer and leaves no model to save; "
+            f"{top.save.wanted} with task={task.name}: it goes layer by layer and leaves no model to save; "
             "use task=generate"
         )
+    if top.save.push_to_hub is not None:
+        check_ready(top.save)
     return RunConfig(
         model=replace(model, skip_modules=()),  # its patterns are in the components now: one place, one run key
         components=components,

@@ -38,6 +38,12 @@ class DiskError(QexpError, OSError):
     reason = "disk"
 
 
+class HubError(QexpError):
+    """A model could not be pushed to a hub, or not all of it."""
+
+    reason = "hub"
+
+
 def choices(names: Iterable[object]) -> str:
     """'a, b or c', for the remedy part of a message; numbers in their order."""
     words = [str(name) for name in sorted(names, key=lambda name: (name if isinstance(name, int) else 0, str(name)))]

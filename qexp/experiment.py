@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from qexp.errors import ConfigError
+from qexp.hub import push
 from qexp.loading.checkpoint import open_checkpoint
 from qexp.loading.lifecycle import LoadedComponent, load_component, plan_statistics, prepare, resolve_quantizer, warm_up
 from qexp.loading.saving import save_model, save_tensors
@@ -19,7 +21,8 @@ from qexp.memory import GIB, PeakMemory, device_memory, host_memory
 from qexp.models.base import load_source
 from qexp.offload.payload import module_nbytes
 from qexp.offload.strategies import Offload, apply_offload
-from qexp.sweep.store import to_csv, write_json, write_text
+from qexp.report.labels import backend_label
+from qexp.sweep.store import PUSHED, to_csv, write_json, write_text
 from qexp.tasks import generate, perplexity, roundtrip, text
 from qexp.tasks.recorder import TaskResult
 
@@ -48,8 +51,8 @@ def _run_model(config: RunConfig, source: ModelSource, device: torch.device, fol
         for name, settings in config.components.items()
     }
     write_json(folder / "plan.json", {name: component.plan.to_container() for name, component in loaded.items()})
-    if config.save.path is not None:
-        _save(config, {name: component.model for name, component in loaded.items()})
+    if config.save.wanted:
+        _save(config, {name: component.model for name, component in loaded.items()}, folder)
     weights_bytes = sum(module_nbytes(component.model) for component in loaded.values())
     metrics: Metrics = {
         **_load_statistics(list(loaded.values())),
@@ -91,13 +94,25 @@ def _run_task(
     raise ConfigError(f"task.name={task.name!r} cannot be run; use generate, perplexity or roundtrip")
 
 
-def _save(config: RunConfig, models: Mapping[str, nn.Module]) -> None:
-    """Save every component: one straight into save.path, several into folders of their names."""
-    folder = Path(str(config.save.path))
-    for name, model in models.items():
-        place = folder if len(models) == 1 else folder / name
-        save_model(model, place, max_shard_bytes=int(config.save.max_shard_gib * GIB))
-        print(f"saved {name} to {place}", file=sys.stderr)
+def _save(config: RunConfig, models: Mapping[str, nn.Module], run_folder: Path) -> None:
+    """Save every component, one straight into the folder, several into folders of their names; push them to a hub.
+
+    A push is noted in hub.json. Without save.path, what is pushed is saved in the run's folder, and removed.
+    """
+    save = config.save
+    with TemporaryDirectory(prefix=".save-", dir=run_folder) as scratch:
+        folder = Path(save.path or scratch)
+        files: list[Path] = []
+        for name, model in models.items():
+            place = folder if len(models) == 1 else folder / name
+            files += save_model(model, place, max_shard_bytes=int(save.max_shard_gib * GIB))
+            if save.path is not None:
+                print(f"saved {name} to {place}", file=sys.stderr)
+        if save.push_to_hub is not None:
+            message = f"Upload {config.model.source} in {backend_label(config.to_container())}"
+            pushed = push(folder, files, save, message)
+            write_json(run_folder / PUSHED, pushed)
+            print(f"pushed to {pushed['url']}", file=sys.stderr)
 
 
 def _roundtrip(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:

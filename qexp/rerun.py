@@ -23,7 +23,7 @@ import yaml
 
 from qexp.config import run_config_from_container
 from qexp.errors import ConfigError, LoadError, QexpError
-from qexp.settings import PathsConfig, RunConfig
+from qexp.settings import PathsConfig, RunConfig, SaveConfig
 from qexp.sweep.environment import differences
 from qexp.sweep.job import run_job
 from qexp.sweep.key import run_key
@@ -123,14 +123,18 @@ def _link(source: str, target: str) -> None:
 
 
 def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
-    """The configuration in a run folder, set to run whatever is there. Raises LoadError if there is none."""
+    """The configuration in a run folder, set to run whatever is there, and to publish nothing.
+
+    Raises LoadError if there is none.
+    """
     try:
         container = yaml.safe_load((folder.path / "config.yaml").read_text())
     except (OSError, yaml.YAMLError) as error:
         raise LoadError(f"{folder.path} is no run folder, its config.yaml cannot be read: {error}") from error
     config = run_config_from_container(container)
     root = outputs or folder.path.parents[1]
-    return replace(config, resume="none", paths=PathsConfig(outputs=str(root)))
+    save = SaveConfig(config.save.path, config.save.max_shard_gib)
+    return replace(config, resume="none", paths=PathsConfig(outputs=str(root)), save=save)
 
 
 def report(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:

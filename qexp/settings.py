@@ -110,14 +110,34 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class SaveConfig:
-    """path: folder to save the quantized model to; max_shard_gib: of a file of it."""
+    """path: folder to save the quantized model to; max_shard_gib: of a file of it.
+    push_to_hub: repository to upload it to, user/name; private: of one that is made (null: as its owner's settings
+    say); revision: branch (null: main); commit_message: null names the backend."""
 
     path: str | None = None
     max_shard_gib: float = 5.0
+    push_to_hub: str | None = None
+    private: bool | None = None
+    revision: str | None = None
+    commit_message: str | None = None
+
+    @property
+    def wanted(self) -> str:
+        """What was asked for, in the user's words; '' if the model is not to be saved."""
+        places = {name: getattr(self, name) for name in ("path", "push_to_hub")}
+        return " ".join(f"save.{name}={place}" for name, place in places.items() if place is not None)
 
     def __post_init__(self) -> None:
         if self.max_shard_gib <= 0:
             raise ConfigError(f"save.max_shard_gib={self.max_shard_gib} must be above 0")
+        hub = {name: getattr(self, name) for name in ("private", "revision", "commit_message")}
+        for name, value in hub.items():
+            if value is not None and self.push_to_hub is None:
+                raise ConfigError(
+                    f"save.{name}={value} is about a hub's repository; set save.push_to_hub=user/name too"
+                )
+            if value == "":
+                raise ConfigError(f"save.{name} must not be empty; give it a value, or null")
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ FIELD_PLACES = [
     ("seed=1", "loader"),
     ("seed=1", "reference"),
     ("seed=1", "paths"),
+    ("seed=1", "save"),
 ]
 
 

@@ -17,10 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qexp.errors import ConfigError
+from qexp.loading.checkpoint import SAVED_WEIGHTS
 from qexp.quantizers.base import Quantizer
-from qexp.sweep.store import replacing, write_json
+from qexp.sweep.store import disk_error, replacing, write_json
 
 STEM = "diffusion_pytorch_model"
+INDEX = f"{STEM}.safetensors.index.json"
 MAX_SHARD_BYTES = 5 << 30
 
 
@@ -37,9 +39,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
-def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Path]:
     """Save a model that `load_component` loaded, quantized or dequantized, wherever its weights rest.
 
+    Returns the files written, config.json first.
     Raises: ConfigError for a format that cannot be stored, or a model that was loaded by something else; DiskError.
     """
     config = getattr(model, "checkpoint_config", None)
@@ -58,11 +61,25 @@ def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHA
     shards = list(_shards(_without_twins(tensors), max_shard_bytes))
     names = [f"{STEM}-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     names = names if len(shards) > 1 else [f"{STEM}.safetensors"]
+    _remove_saved(folder)
     for name, shard in zip(names, shards, strict=True):
         save_tensors(folder / name, shard, metadata)
     if len(shards) > 1:
-        write_json(folder / f"{STEM}.safetensors.index.json", _index(dict(zip(names, shards, strict=True))))
+        write_json(folder / INDEX, _index(dict(zip(names, shards, strict=True))))
+        names.append(INDEX)
     write_json(folder / "config.json", config)  # last: a folder without it is not a checkpoint
+    return [folder / name for name in ("config.json", *names)]
+
+
+def _remove_saved(folder: Path) -> None:
+    """Remove a model that was saved here before: its shards and index would be taken for the new one's."""
+    try:
+        (folder / "config.json").unlink(missing_ok=True)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if SAVED_WEIGHTS.fullmatch(path.name):
+                path.unlink()
+    except OSError as error:
+        raise disk_error(folder, error) from error
 
 
 def _without_twins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

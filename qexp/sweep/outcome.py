@@ -1,6 +1,6 @@
 """How an experiment ended, in the words of status.json: from an exception, or from the way its process ended.
 
-Reasons: config, load, unsupported (the machine), oom, timeout, signal, exit, disk, error (everything else).
+Reasons: config, load, unsupported (the machine), oom, timeout, signal, exit, disk, hub, error (everything else).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qexp.errors import QexpError, UnsupportedError
 
-REASONS = ("config", "load", "oom", "timeout", "signal", "exit", "disk", "unsupported", "error")
+REASONS = ("config", "load", "oom", "timeout", "signal", "exit", "disk", "hub", "unsupported", "error")
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 # Libraries that write files from native code report these as errors of their own
 DISK_WORDS = ("No space left on device", "Read-only file system", "Disk quota exceeded")

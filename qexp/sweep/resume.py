@@ -20,7 +20,7 @@ from typing import Any, Literal
 from qexp.settings import RunConfig
 from qexp.sweep.environment import differences
 from qexp.sweep.key import saves_outputs
-from qexp.sweep.store import RunFolder
+from qexp.sweep.store import PUSHED, RunFolder, read_json
 
 OUTPUTS = "outputs.safetensors"  # of a run or a reference
 SCORED_FILES = (OUTPUTS, "memory.csv")  # of a run, from which it can be scored
@@ -44,8 +44,8 @@ def decide(config: RunConfig, folder: RunFolder) -> Decision:
         return Decision("keep")
     if status is None:
         return Decision("run")
-    if config.save.path is not None and saves_outputs(config) and not Path(config.save.path, "config.json").exists():
-        return Decision("run", f"its model is to be saved to {config.save.path}")
+    if saves_outputs(config) and (unsaved := _unsaved(config, folder)):
+        return Decision("run", f"its model is to be {unsaved}")
     if result is None:
         return Decision("run", f"it was {status.status} before ({status.reason})" if status.reason else "")
     if mode == "stale" and (changed := differences(result["env"], config)):
@@ -62,6 +62,20 @@ def decide(config: RunConfig, folder: RunFolder) -> Decision:
 def scored_names(result: Mapping[str, Any]) -> tuple[str, ...]:
     """The metrics that a result has been scored for."""
     return tuple((result.get("scored") or {}).get("names", ()))
+
+
+def _unsaved(config: RunConfig, folder: RunFolder) -> str:
+    """What of `save` has not been done yet, '' if nothing. What became of a hub's repository since is not asked."""
+    save = config.save
+    if save.path is not None and not Path(save.path, "config.json").exists():
+        return f"saved to {save.path}"
+    pushed = read_json(folder.path / PUSHED) or {}
+    if save.push_to_hub is not None and (pushed.get("repo_id"), pushed.get("revision")) != (
+        save.push_to_hub,
+        save.revision,
+    ):
+        return f"pushed to {save.push_to_hub}"
+    return ""
 
 
 def _score_if_possible(folder: RunFolder, why: str) -> Decision:

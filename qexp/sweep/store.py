@@ -26,6 +26,7 @@ from qexp.errors import DiskError
 
 LOCK = ".lock"
 KEPT = (LOCK, "wandb")  # what a new attempt leaves in the folder; W&B appends to its own files
+PUSHED = "hub.json"  # where on a hub the model of an experiment is
 SCRATCH = "offload"  # where an experiment offloads weights to disk
 
 
