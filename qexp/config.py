@@ -108,7 +108,8 @@ def _check_task(model: Any, task: Any) -> None:
     source = load_source(model)
     if task.name not in source.tasks:
         raise ConfigError(
-            f"task={task.name} is not for model.source={model.source}; it has {choices(source.tasks)}. Use another model"
+            f"task={task.name} is not for model.source={model.source}, which has {choices(source.tasks)}; "
+            "choose another task, or another model"
         )
     if hasattr(source, "check_task"):
         source.check_task(task)

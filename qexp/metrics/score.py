@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Numbers = dict[str, float | None]
 
 REFERENCE_METRICS = ("psnr_db", "ssim", "relative_l2", "cosine")  # image against image
-SOURCE_METRICS = ("class_accuracy", "frechet_distance", "answer_accuracy")  # as the model source defines them
+SOURCE_METRICS = {"images": ("class_accuracy", "frechet_distance"), "text": ("answer_accuracy",)}  # the source's own
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -47,7 +47,7 @@ def score(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, 
     """quality/* of the run in `folder`, against the reference's folder if there is one.
 
     Only the metrics in config.metrics.names that outputs of this kind have; {} for a task that leaves none. A metric
-    without a finite value is None.
+    that the model source does not define, or that has no finite value, is None.
     Raises: LoadError if saved outputs are missing or do not fit each other, DiskError if nothing can be written.
     """
     check_names(config.metrics.names)
@@ -55,12 +55,12 @@ def score(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, 
         return {}
     outputs = _read_outputs(folder)
     expected = _read_outputs(reference) if reference is not None else None
-    score_outputs = _score_images if "images" in outputs else _score_text
-    numbers = score_outputs(config, folder, outputs, reference, expected)
-    names = [name for name in SOURCE_METRICS if name in config.metrics.names]
-    if names:
+    kind = "images" if "images" in outputs else "text"
+    score_kind = {"images": _score_images, "text": _score_text}[kind]
+    numbers = score_kind(config, folder, outputs, reference, expected)
+    if names := [name for name in SOURCE_METRICS[kind] if name in config.metrics.names]:
         scores = load_source(config.model).scores(outputs)
-        numbers |= {name: scores[name] for name in names if name in scores}
+        numbers |= {name: scores.get(name) for name in names}
     return {
         f"quality/{name}": value if value is not None and math.isfinite(value) else None
         for name, value in numbers.items()

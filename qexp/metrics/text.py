@@ -1,7 +1,7 @@
 """Quality of a language model's saved outputs, alone and against the unquantized model's.
 
     perplexity       exp(mean nll) over the scored tokens
-    kl_divergence    mean over tokens of Σ p ln(p / q), in nats: p the reference's distribution of the next token, q ours
+    kl_divergence    mean over tokens of Σ p ln(p / q), in nats: p the reference's distribution over next tokens, q ours
     top1_agreement   how often both models have the same most probable next token
     exact_match      how many prompts are continued by exactly the reference's tokens
 

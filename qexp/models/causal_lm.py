@@ -54,9 +54,9 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """The model's folder. Raises LoadError if none is named."""
+        """The model's folder. Raises ConfigError if none is named."""
         if self.config.path is None:
-            raise LoadError("model.path=null names no model; set model.path to a folder with config.json, safetensors")
+            raise ConfigError("model.path=null names no model; set model.path to a folder as save_pretrained writes it")
         return Path(self.config.path).expanduser()
 
     def checkpoints(self) -> dict[str, Path]:
@@ -101,7 +101,7 @@ class Source:
         return tokenizer
 
     def check_task(self, task: Any) -> None:
-        """Raises ConfigError for a task that lacks what this model cannot supply itself."""
+        """Raises ConfigError for a task that lacks what this model cannot supply."""
         if task.name == "generate":
             self.prompts(task)
         if task.name == "perplexity" or getattr(task, "text", None) is not None:

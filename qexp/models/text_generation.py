@@ -67,7 +67,8 @@ def generation_settings(base: GenerationConfig, task: GenerateConfig, tokenizer:
         settings.pad_token_id = tokenizer.pad_token_id
     if settings.num_beams not in (None, 1):
         raise ConfigError(
-            f"generation_config.json has num_beams={settings.num_beams}, but prompts are continued one way only; set it to 1"
+            f"generation_config.json has num_beams={settings.num_beams}, but a prompt is continued in one way only; "
+            "set it to 1 there"
         )
     return settings
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qexp.errors import LoadError
 
@@ -41,13 +41,14 @@ def skeleton(auto_class: Any, config: Any, folder: Path) -> nn.Module:
 
     try:
         with no_init_weights():
-            model: nn.Module = auto_class.from_config(config)
+            model: Any = auto_class.from_config(config)
     except ValueError as error:  # the class has no network for this model_type
         raise LoadError(
             f"'{folder}/config.json': model_type={config.model_type!r} is not a model for {auto_class.__name__}; "
             "choose the model source that fits the checkpoint"
         ) from error
-    return model
+    model.tie_weights()  # part of what was left out
+    return cast("nn.Module", model)
 
 
 def network_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
@@ -91,8 +92,8 @@ def block_lists(model: Any) -> list[str]:
 def _computed_message(model: Any, name: str, rule: Any) -> str:
     operations = ", ".join(type(operation).__name__ for operation in rule.operations)
     return (
-        f"'{name}': transformers makes {', '.join(rule.target_patterns)} of {type(model).__name__} from it by computing "
-        f"({operations}), which loading does not do yet; load a model whose checkpoint holds the weights of its layers"
+        f"'{name}': transformers computes {', '.join(rule.target_patterns)} of {type(model).__name__} from it "
+        f"({operations}), which loading does not do; load a model whose checkpoint holds the weights of its layers"
     )
 
 

@@ -87,7 +87,8 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     identity["checkpoints"] = {
         name: open_checkpoint(path).content_hash() for name, path in load_source(config.model).checkpoints().items()
     }
-    identity["input_files"] = {name: _file_hash(name, path) for name, path in _input_files(config).items()}
+    if files := _input_files(config):
+        identity["input_files"] = {name: _file_hash(name, path) for name, path in files.items()}
     identity["schema"] = SCHEMA
     return identity
 

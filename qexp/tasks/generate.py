@@ -19,7 +19,7 @@ from qexp.tasks.recorder import Recorder, TaskResult
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from qexp.models.base import ModelSource
 
@@ -48,6 +48,8 @@ class GenerateConfig:
     text: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompt, list):
+            object.__setattr__(self, "prompt", tuple(self.prompt))
         if self.num_images < 1 or self.num_inference_steps < 1:
             raise ConfigError(
                 f"task.num_images={self.num_images} and task.num_inference_steps={self.num_inference_steps} "

@@ -130,8 +130,10 @@ def evaluate(
     shapes = {"logprobs": (torch.float32, (count, kept)), "ids": (torch.int32, (count, kept))}
     if kept == vocabulary:
         del shapes["ids"]
+    batches = list(batches_of(windows, task.batch_size))
+    recorder.steps = len(batches)
     with row_file(folder / LOGPROBS, shapes) as file, torch.no_grad():
-        for step, batch in enumerate(batches_of(windows, task.batch_size), start=1):
+        for step, batch in enumerate(batches, start=1):
             logits = _logits(model, tokens, batch, begin_token, device)
             for window, rows in zip(batch, logits, strict=True):
                 for start in range(0, len(rows), POSITIONS):
@@ -200,7 +202,7 @@ def _logits(model: Any, tokens: Tensor, batch: list[Window], begin_token: int | 
 def _keep(part: Tensor, start: int, outputs: dict[str, Tensor], file: RowFile, kept: int) -> None:
     """Save what belongs to some positions. part: ln p of all next tokens, [positions, vocabulary]."""
     rows = slice(start, start + len(part))
-    targets = outputs["targets"][rows].to(part.device, dtype=outputs["targets"].dtype).long()
+    targets = outputs["targets"][rows].to(part.device).long()
     outputs["nll"][rows] = -part.gather(1, targets[:, None])[:, 0].cpu()
     outputs["top1"][rows] = part.argmax(-1).int().cpu()
     if kept == part.shape[1]:

@@ -42,7 +42,7 @@ class RowFile:
         assert rows.dtype == dtype and rows.shape[1:] == shape[1:] and start + len(rows) <= shape[0], (name, rows.shape)
         offset = self._start + self._offsets[name] + start * dtype.itemsize * math.prod(shape[1:])
         raw = rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        _write_all(self._descriptor, memoryview(raw), offset)
+        _write_all(self._descriptor, raw.data, offset)
 
 
 @contextmanager
