@@ -23,7 +23,7 @@ from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
 from qexp.plugins import PLUGINS, plugin_config, plugin_module, plugin_names
 from qexp.quantizers.configs import compute_dtype
-from qexp.quantizers.embedded import embedded_config, merge
+from qexp.quantizers.embedded import merge, stored_config
 from qexp.settings import (
     ComponentConfig,
     IsolationConfig,
@@ -225,8 +225,10 @@ def _with_embedded(model: Any, components: Mapping[str, ComponentConfig]) -> dic
         return dict(components)  # reported with the experiment's key, which needs the checkpoint as well
     result = dict(components)
     for name, checkpoint in configs.items():
-        embedded = embedded_config(checkpoint.config, checkpoint.path)
-        if embedded is not None and name in result:
+        if name not in result:
+            continue
+        embedded = stored_config(checkpoint, result[name].backend)
+        if embedded is not None:
             if lost := merge(result[name].backend, embedded):
                 place = f"'{checkpoint.path}' is quantized already; unused"
                 print(f"warning: {name}: {place}: {', '.join(lost)}", file=sys.stderr)

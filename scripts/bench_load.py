@@ -1,11 +1,18 @@
-"""Peak memory and time of loading a synthetic checkpoint, watched from outside the loading process.
+"""Loading and quantizing a FLUX-shaped transformer: qexp beside diffusers, and beside what the machine allows.
 
-    python scripts/bench_load.py                                 # 2 GiB of bf16 linear layers to nf4
-    python scripts/bench_load.py --backend torchao --gib 1
+    python scripts/bench_load.py                                  # 1.9 B parameters, every format: half an hour
+    python scripts/bench_load.py --formats nf4 --programs qexp    # one of them
+    python scripts/bench_load.py --shards 8 --cold                # eight files, read from the disk
 
-Writes a checkpoint of linear layers of 32, 64 and 128 MiB, loads it in a fresh process, and samples that process's
-resident memory (anonymous and file pages) every millisecond. The baseline is taken after imports and the load of a
-small checkpoint, as a warm-up. Bound: quantized bytes + largest dense tensor + 128 MiB. Prints a table and a JSON line.
+Writes a checkpoint with made weights (3.7 GiB), then loads it in a fresh process for each measurement, in alternating
+order, `--repeats` times; medians. The processes are watched from outside: peaks are what loading adds to a process that
+has imported its libraries and loaded a small checkpoint before. Limits, for comparison:
+
+    pipeline   max(time to read the files, CPU time of the quantizing alone / cores)
+    machine    bytes read and written / the measured bandwidth of copying memory
+    memory     quantized bytes + the largest dense tensor
+
+Ends with exit code 1 if qexp's peak memory is above the last one + 128 MiB.
 """
 
 from __future__ import annotations
@@ -13,191 +20,195 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_load_programs import FORMATS
+from benching import (
+    MIB,
+    copy_bytes_per_second,
+    drop_from_cache,
+    machine,
+    medians,
+    read_seconds,
+    run_watched,
+    write_result,
+)
 from safetensors.torch import save_file
-from torch import nn
 
-MIB = 1 << 20
-SHAPES = {32: (4096, 4096), 64: (4096, 8192), 128: (8192, 8192)}  # MiB in bf16 -> [out, in]
 ALLOWANCE_BYTES = 128 * MIB
+PROGRAMS = ("qexp", "diffusers", "convert")
+CONVERTIBLE = ("torchao int8wo", "quanto int8")
+RESULT = Path(__file__).parents[1] / "docs" / "bench" / "load.json"
 
 
-class Stack(nn.Module):
-    """Linear layers that are loaded, never run."""
-
-    def __init__(self, shapes: list[tuple[int, int]]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(columns, rows, bias=False) for rows, columns in shapes)
-
-
-class StackSource:
-    """The model source of a `Stack` in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def checkpoints(self) -> dict[str, Path]:
-        return {"stack": self.folder}
-
-    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
-        return Stack([tuple(shape) for shape in config["shapes"]])
-
-
-def write_checkpoint(folder: Path, shapes: list[tuple[int, int]]) -> None:
-    """One shard a layer, so that writing needs one layer's memory."""
-    folder.mkdir(parents=True)
-    generator, weight_map = torch.Generator().manual_seed(0), {}
-    for number, shape in enumerate(shapes):
-        name, shard = f"layers.{number}.weight", f"model-{number + 1:05}-of-{len(shapes):05}.safetensors"
-        weight = torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
-        save_file({name: weight}, folder / shard, {"format": "pt"})
-        weight_map[name] = shard
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps({"shapes": shapes}))
-
-
-def shapes_of(total_mib: int) -> list[tuple[int, int]]:
-    """Layers of 32, 64 and 128 MiB in turn, `total_mib` in all."""
-    sizes: list[int] = []
-    left = total_mib
-    while left >= 32:
-        size = next(s for s in (128, 64, 32) if s <= left and (s <= 32 or sizes[-1:] != [s]))
-        sizes.append(size)
-        left -= size
-    return [SHAPES[size] for size in sizes]
-
-
-def compose_backend(name: str, overrides: list[str]) -> Any:
-    """The backend config that `python -m qexp backend=<name> backend.<override> …` would use."""
-    from hydra import compose, initialize_config_dir
-
-    from qexp.config import to_run_config
-    from qexp.options import conf_folder
-    from qexp.schema import register_schemas
-
-    register_schemas()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        config = compose("config", ["device=cpu", f"backend={name}", *(f"backend.{field}" for field in overrides)])
-    return to_run_config(config).components["transformer"].backend
-
-
-def load(folder: Path, backend: str, overrides: list[str], slice_weights: int | None) -> Any:
-    from qexp.loading.lifecycle import load_component
-    from qexp.quantizers import base
-    from qexp.settings import ComponentConfig, LoaderConfig
-
-    if slice_weights is not None:
-        base.SLICE_WEIGHTS["cpu"] = slice_weights
-    settings = ComponentConfig(compose_backend(backend, overrides))
-    source: Any = StackSource(folder)
-    return load_component(source, "stack", settings, device=torch.device("cpu"), loader=LoaderConfig())
-
-
-def child(arguments: argparse.Namespace) -> None:
-    """The process that is watched: warm up, wait for the start, load, report."""
-    options = (arguments.backend, arguments.overrides, arguments.slice_weights)
-    load(Path(arguments.child) / "small", *options)
-    print("ready", flush=True)
-    sys.stdin.readline()
-    started = time.perf_counter()
-    loaded = load(Path(arguments.child) / "large", *options)
-    seconds = time.perf_counter() - started
-    plan = loaded.plan.to_container()
-    print(
-        json.dumps({"seconds": seconds, "quantized_bytes": plan["result_bytes"], "dense_bytes": plan["dense_bytes"]}),
-        flush=True,
-    )
-    sys.stdin.readline()
-
-
-class Sampler(threading.Thread):
-    """Peak anonymous, file and total resident bytes of another process."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self.statm, self.page = Path(f"/proc/{pid}/statm"), os.sysconf("SC_PAGE_SIZE")
-        self.peak = {"anon": 0, "file": 0, "total": 0}
-        self.done = threading.Event()
-
-    def sample(self) -> dict[str, int]:
-        _, resident, shared, *_ = (int(field) * self.page for field in self.statm.read_text().split())
-        return {"anon": resident - shared, "file": shared, "total": resident}
-
-    def run(self) -> None:
-        while not self.done.is_set():
-            now = self.sample()
-            self.peak = {kind: max(self.peak[kind], now[kind]) for kind in now}
-            time.sleep(0.001)
-
-
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    shapes = shapes_of(int(arguments.gib * 1024))
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        print(f"writing {arguments.gib} GiB below {folder} …", file=sys.stderr)
-        write_checkpoint(Path(folder, "large"), shapes)
-        write_checkpoint(Path(folder, "small"), [(256, 256), (256, 256)])
-        command = [sys.executable, __file__, "--child", folder, "--backend", arguments.backend, *arguments.overrides]
-        if arguments.slice_weights is not None:
-            command += ["--slice-weights", str(arguments.slice_weights)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert process.stdin is not None and process.stdout is not None
-        if process.stdout.readline().strip() != "ready":
-            raise SystemExit("the loading process failed before it was ready")
-        sampler = Sampler(process.pid)
-        baseline = sampler.sample()
-        sampler.start()
-        print(file=process.stdin, flush=True)
-        line = process.stdout.readline()
-        sampler.done.set()
-        sampler.join()
-        process.communicate("\n")
-        if not line:
-            raise SystemExit("the loading process failed")
-    result = json.loads(line)
-    largest = max(rows * columns * 2 for rows, columns in shapes)
+def flux_config(heads: int, layers: tuple[int, int]) -> dict[str, Any]:
+    """The config.json of a FLUX transformer of `heads` × 128 channels and (double, single) blocks."""
     return {
-        "backend": arguments.backend,
-        **result,
-        "largest_dense_bytes": largest,
-        "baseline_bytes": baseline["total"],
-        **{f"peak_{kind}_bytes": sampler.peak[kind] - baseline[kind] for kind in baseline},
-        "bound_bytes": result["quantized_bytes"] + largest + ALLOWANCE_BYTES,
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in ("torch", "bitsandbytes", "torchao", "optimum-quanto")},
-        "date": time.strftime("%Y-%m-%d"),
-    }
+        "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 64, "num_layers": layers[0],
+        "num_single_layers": layers[1], "attention_head_dim": 128, "num_attention_heads": heads,
+        "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
+        "axes_dims_rope": [16, 56, 56],
+    }  # fmt: skip
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], shards: int) -> None:
+    """N(0, 0.02) in bf16, in files of about equal size; one file's weights are in memory at a time."""
+    from accelerate import init_empty_weights
+    from diffusers import FluxTransformer2DModel
+
+    folder.mkdir(parents=True)
+    with init_empty_weights():
+        shapes = {
+            name: tensor.shape for name, tensor in FluxTransformer2DModel.from_config(config).state_dict().items()
+        }
+    generator, weight_map = torch.Generator().manual_seed(0), dict[str, str]()
+    parts = list(_parts(shapes, shards))
+    for number, names in enumerate(parts, 1):
+        suffix = f"-{number:05}-of-{len(parts):05}" if len(parts) > 1 else ""
+        file = f"diffusion_pytorch_model{suffix}.safetensors"
+        tensors = {
+            name: torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+            for name in names
+        }
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    if len(parts) > 1:
+        index = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _parts(shapes: dict[str, torch.Size], count: int) -> Iterator[list[str]]:
+    limit = sum(shape.numel() for shape in shapes.values()) / count
+    part, size = list[str](), 0
+    for name, shape in shapes.items():
+        part.append(name)
+        size += shape.numel()
+        if size >= limit:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def write_stored(source: Path, target: Path) -> None:
+    """The nf4 checkpoint that reloads are measured with, made by qexp."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from bench_load_programs import *;"
+        "from qexp.loading.saving import save_model;"
+        "save_model(load_with_qexp(Path(sys.argv[2]), 'nf4').model, Path(sys.argv[3]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(source), str(target)], check=True)
+
+
+def measure(arguments: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
+    """A row for every (format, program), and for every format one of the quantizing alone."""
+    folders = {"dense": (root / "large", root / "small")}
+    print(f"writing {root} …", file=sys.stderr)
+    write_checkpoint(root / "large", flux_config(arguments.heads, tuple(arguments.layers)), arguments.shards)
+    write_checkpoint(root / "small", flux_config(2, (1, 1)), 1)
+    if any("stored" in name for name in arguments.formats):
+        for kind in ("large", "small"):
+            write_stored(root / kind, root / f"{kind}-stored")
+        folders["stored"] = (root / "large-stored", root / "small-stored")
+    rows = []
+    for name in arguments.formats:
+        large, small = folders["stored" if "stored" in name else "dense"]
+        programs = [p for p in arguments.programs if p != "convert" or name in CONVERTIBLE]
+        runs: dict[str, list[dict[str, Any]]] = {program: [] for program in programs}
+        for repeat in range(arguments.repeats):
+            for program in programs if repeat % 2 == 0 else reversed(programs):
+                runs[program].append(_run(program, name, large, small, arguments))
+        files = sorted(large.glob("*.safetensors"))
+        limits = {"read_seconds": _reading(files, arguments.cold), "read_bytes": sum(f.stat().st_size for f in files)}
+        if name not in ("dense", "nf4, stored"):
+            kernels = run_watched(_command("kernels", name, large, small, arguments))
+            limits["kernel_cpu_seconds"] = kernels["cpu_seconds"]
+        cores = len(os.sched_getaffinity(0))
+        limits["pipeline_seconds"] = max(limits["read_seconds"], limits.get("kernel_cpu_seconds", 0) / cores)
+        rows.append({"format": name, "limits": limits, **{program: medians(runs[program]) for program in programs}})
+        print(describe(rows[-1]), flush=True)
+    return rows
+
+
+def _run(program: str, name: str, large: Path, small: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    files = sorted(large.glob("*.safetensors"))
+    if arguments.cold:
+        drop_from_cache(files)
+    else:
+        read_seconds(files)
+    result = run_watched(_command(program, name, large, small, arguments))
+    print(f"  {program}: {name}: {result['wall_seconds']:.1f} s", file=sys.stderr, flush=True)
+    return result
+
+
+def _reading(files: list[Path], cold: bool) -> float:
+    if cold:
+        drop_from_cache(files)
+    return read_seconds(files)
+
+
+def _command(program: str, name: str, large: Path, small: Path, arguments: argparse.Namespace) -> list[str]:
+    script = str(Path(__file__).with_name("bench_load_programs.py"))
+    command = [sys.executable, script, program, name, str(large), str(small)]
+    for option in ("workers", "slice_weights"):
+        if getattr(arguments, option) is not None:
+            command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
+    return command
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One format's lines: each program's numbers, and qexp's ratios."""
+    lines, mine = [f"{row['format']}"], row.get("qexp")
+    for program in (program for program in PROGRAMS if program in row):
+        run = row[program]
+        ratio = f"  {run['wall_seconds'] / mine['wall_seconds']:5.1f}x" if mine and program != "qexp" else ""
+        memory = "/".join(f"{run[f'peak_{kind}_bytes'] / MIB:.0f}" for kind in ("anon", "file", "total"))
+        lines.append(
+            f"  {program:10} {run['wall_seconds']:7.2f} s wall {run['cpu_seconds']:7.2f} s CPU  peak "
+            f"anon/file/total {memory} MiB  {run['minor_faults']:.0f} faults{ratio}"
+        )
+    if mine:
+        lines.append(f"  quantized {mine['quantized_bytes'] / MIB:.0f} MiB, bound {_bound(mine) / MIB:.0f} MiB")
+    limits = row["limits"]
+    lines.append(f"  reading alone {limits['read_seconds']:.2f} s, pipeline's limit {limits['pipeline_seconds']:.2f} s")
+    return "\n".join(lines)
+
+
+def _bound(run: dict[str, Any]) -> float:
+    return float(run["quantized_bytes"] + run["largest_dense_bytes"] + ALLOWANCE_BYTES)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="backend fields, e.g. quant_type=float8wo")
-    parser.add_argument("--backend", default="bitsandbytes", help="a file of conf/backend")
-    parser.add_argument("--gib", type=float, default=2.0, help="size of the checkpoint")
-    parser.add_argument("--folder", help="where to write it; default: the system's temporary folder")
-    parser.add_argument("--slice-weights", type=int, help="weights a library kernel is given at a time")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="also options of conf/backend (qexp)")
+    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS)
+    parser.add_argument("--heads", type=int, default=24, help="attention heads of 128 channels")
+    parser.add_argument("--layers", type=int, nargs=2, default=(3, 6), help="double and single blocks")
+    parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each load")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, help="of qexp's loader; default: one a core")
+    parser.add_argument("--slice-weights", type=int, help="weights that qexp gives a kernel at a time")
+    parser.add_argument("--folder", help="where to write the checkpoint; default: the system's temporary folder")
+    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    if arguments.child:
-        child(arguments)
-        return
-    result = measure(arguments)
-    for name in ("quantized", "largest_dense", "peak_anon", "peak_file", "peak_total", "bound"):
-        print(f"{name:>14} {result[name + '_bytes'] / MIB:9.1f} MiB")
-    print(f"{'seconds':>14} {result['seconds']:9.1f}")
-    print(json.dumps(result))
-    if result["peak_total_bytes"] > result["bound_bytes"]:
-        raise SystemExit("peak memory is above the bound")
+    about = machine()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
+        rows = measure(arguments, Path(root))
+    options = {name: value for name, value in vars(arguments).items() if name not in ("folder", "out")}
+    bandwidth = copy_bytes_per_second()
+    write_result(
+        arguments.out, {"machine": about, "options": options, "copy_bytes_per_second": bandwidth, "rows": rows}
+    )
+    if any(row["qexp"]["peak_total_bytes"] > _bound(row["qexp"]) for row in rows if "qexp" in row):
+        raise SystemExit("qexp's peak memory is above its bound")
 
 
 if __name__ == "__main__":

@@ -9,27 +9,43 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_load.py"
+HALF_GIB = ("--layers", "0", "2", "--repeats", "1")
 
 
-def bench(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    command = [sys.executable, str(SCRIPT), "--gib", "0.375", "--folder", str(folder), *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert process.stdout, process.stderr
-    return process.returncode, json.loads(process.stdout.splitlines()[-1])
+def bench(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    command = [sys.executable, str(SCRIPT), "--folder", str(folder), "--out", str(folder / "load.json"), *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert (folder / "load.json").exists(), process.stderr
+    return process.returncode, json.loads((folder / "load.json").read_text())["rows"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["bitsandbytes", "torchao", "quanto_int4"])
-def test_loading_stays_within_its_bound(backend: str, tmp_path: Path) -> None:
-    code, result = bench(tmp_path, "--backend", backend)
+def test_loading_stays_within_its_bound(tmp_path: Path) -> None:
+    formats = ("nf4", "torchao int8wo", "quanto_int4")
+    code, rows = bench(tmp_path, *HALF_GIB, "--programs", "qexp", "--formats", *formats)
     assert code == 0
-    assert result["peak_total_bytes"] <= result["quantized_bytes"] + result["largest_dense_bytes"] + (128 << 20)
-    assert result["peak_total_bytes"] >= result["quantized_bytes"]  # or the sampler saw nothing
-    assert result["peak_file_bytes"] < 16 << 20  # files are read, not mapped
+    assert [row["format"] for row in rows] == list(formats)
+    for run in (row["qexp"] for row in rows):
+        assert run["peak_total_bytes"] <= run["quantized_bytes"] + run["largest_dense_bytes"] + (128 << 20)
+        assert run["peak_total_bytes"] >= run["quantized_bytes"]  # or the sampler saw nothing
+        assert run["peak_file_bytes"] < 16 << 20  # files are read, not mapped
 
 
 @pytest.mark.slow
-def test_a_library_call_on_whole_tensors_would_not(tmp_path: Path) -> None:
-    code, result = bench(tmp_path, "--slice-weights", str(1 << 40))
+def test_a_kernel_on_whole_tensors_would_not(tmp_path: Path) -> None:
+    code, rows = bench(tmp_path, *HALF_GIB, "--programs", "qexp", "--formats", "nf4", "--slice-weights", str(1 << 40))
+    run = rows[0]["qexp"]
     assert code != 0
-    assert result["peak_total_bytes"] > result["bound_bytes"]
+    assert run["peak_total_bytes"] > run["quantized_bytes"] + run["largest_dense_bytes"] + (128 << 20)
+
+
+@pytest.mark.slow
+def test_both_programs_and_the_limits_are_measured(tmp_path: Path) -> None:
+    small = ("--heads", "2", "--layers", "1", "1", "--repeats", "1", "--shards", "2", "--cold")
+    code, rows = bench(tmp_path, *small, "--formats", "nf4", "nf4, stored")
+    assert code == 0
+    for row in rows:
+        assert row["qexp"]["wall_seconds"] > 0 and row["diffusers"]["wall_seconds"] > 0
+        assert row["limits"]["pipeline_seconds"] > 0
+    assert rows[0]["limits"]["kernel_cpu_seconds"] > 0
+    assert rows[0]["qexp"]["quantized_bytes"] == rows[1]["qexp"]["quantized_bytes"]

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from qexp.config import to_run_config
 from qexp.errors import ConfigError, LoadError
 from qexp.experiment import run_experiment
+from qexp.loading.gguf_saving import save_gguf
 from qexp.models.digits_network import DigitsConfig, DigitsTransformer
 from qexp.options import conf_folder
 from qexp.schema import register_schemas
 from qexp.settings import RunConfig
-from qexp.sweep.key import reference_config, reference_key
+from qexp.sweep.key import reference_config, reference_key, run_key
 from tests.backends import BACKENDS
 
 
@@ -181,3 +182,33 @@ def test_the_reference_of_a_quantized_checkpoint_is_the_unquantized_one(checkpoi
     )
     with pytest.raises(ConfigError, match=r"is quantized already; set model\.path to the original"):
         run_experiment(run_config(saved, task="roundtrip"), tmp_path)
+
+
+@pytest.mark.parametrize("offload", ["none", "leaf"])
+@pytest.mark.parametrize("backend", ["gguf", "gguf_q4_0", "gguf backend.compute_dtype=fp32"])
+def test_a_saved_gguf_file_answers_the_same_without_any_setting(
+    backend: str, offload: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    first, expected = run(checkpoint, tmp_path / "a", *f"backend={backend} save.path={saved}".split())
+    assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.gguf"]
+    alone = tmp_path / "alone.gguf"
+    shutil.copy(saved / "model.gguf", alone)
+    for number, place in enumerate((saved, saved / "model.gguf", alone)):
+        config = run_config(place, f"offload={offload}").components["transformer"].backend
+        assert (config.quant_method, config.label) == ("gguf", "Q4_0" if "q4" in backend else "Q8_0")
+        second, outputs = run(place, tmp_path / str(number), f"offload={offload}")
+        assert torch.equal(outputs["images"], expected["images"])
+        for name in ("memory/weights_gib", "memory/bits_per_weight"):
+            assert second[name] == first[name], name
+        assert second["load/unused_tensors"] == 0
+    assert run_key(run_config(saved)) == run_key(run_config(saved / "model.gguf", "backend=gguf"))
+    reference = reference_config(run_config(alone, f"model.reference_path={checkpoint}"))
+    assert (reference.model.path, reference.components["transformer"].backend.quant_method) == (str(checkpoint), "none")
+
+
+def test_a_gguf_file_without_a_config_is_refused_with_its_remedy(checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    save_gguf(tmp_path / "bare.gguf", tensors, architecture="x")
+    with pytest.raises(LoadError, match=r"has no config\.json.*put it beside the file"):
+        run(tmp_path / "bare.gguf", tmp_path / "run", "backend=none")

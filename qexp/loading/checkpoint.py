@@ -1,9 +1,12 @@
 """What a checkpoint on disk holds: its config and where each tensor's bytes are. Reads headers only; imports no torch.
 
-A checkpoint is a folder with `config.json` and either one `*.safetensors` file or shards with a
-`*.safetensors.index.json`; or a single `.safetensors` file. A safetensors file is an 8-byte little-endian header
-length, a JSON header {name: {dtype, shape, data_offsets}, "__metadata__": {...}}, then the tensors' bytes.
-Everything a damaged file could lie about is checked here, before memory is reserved for it.
+A checkpoint is a folder with `config.json` and one `*.safetensors` file, shards with a `*.safetensors.index.json`, or
+(if it has neither) one `*.gguf` file; or a single `.safetensors` or `.gguf` file. The config of a `.gguf` file is the
+`config.json` beside it, else the one in its metadata, which files saved by this program have.
+
+A safetensors file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets},
+"__metadata__": {...}}, then the tensors' bytes. Everything a damaged file could lie about is checked here, before
+memory is reserved for it; `gguf_file.py` does that for GGUF.
 
 Source: https://github.com/huggingface/safetensors#format
 """
@@ -24,12 +27,16 @@ from reprlib import repr as brief
 from typing import Any
 
 from qexp.errors import LoadError
+from qexp.quantizers.gguf_types import BLOCKED_PREFIX
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 64  # torch's limit
+GGUF_CONFIG_KEY = "qexp.config"  # metadata of a GGUF file: its config.json
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # win over other files beside them
+SAVED_GGUF = "model.gguf"
 SAVED_WEIGHTS = re.compile(  # what `saving.py` calls the weights of a model
-    r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors|diffusion_pytorch_model\.safetensors\.index\.json"
+    r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors|diffusion_pytorch_model\.safetensors\.index\.json|"
+    + re.escape(SAVED_GGUF)
 )
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -39,7 +46,10 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `nbytes` bytes from `offset` of `file`. dtype is safetensors' name for it."""
+    """Where one tensor lies: `nbytes` bytes from `offset` of `file`.
+
+    dtype: safetensors' name for it; of GGUF blocks "GGUF_" and their type. shape: of the dense tensor.
+    """
 
     name: str
     dtype: str
@@ -47,6 +57,11 @@ class TensorEntry:
     file: Path
     offset: int
     nbytes: int
+
+    @property
+    def block_type(self) -> str | None:
+        """The type of the GGUF blocks that hold this tensor; None for plain numbers."""
+        return self.dtype.removeprefix(BLOCKED_PREFIX) if self.dtype.startswith(BLOCKED_PREFIX) else None
 
 
 @dataclass(frozen=True)
@@ -74,14 +89,14 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read config and headers of a folder or of one safetensors file. Raises LoadError."""
+    """Read config and headers of a folder or of one file. Raises LoadError."""
     path = Path(path)
     if not os.path.exists(path):
         raise LoadError(
-            f"checkpoint '{path}' does not exist; set model.path to a folder with config.json and safetensors"
+            f"checkpoint '{path}' does not exist; set model.path to a folder with config.json and safetensors, or to a "
+            ".gguf file"
         )
-    files = _shards(path) if path.is_dir() else (path,)
-    config = _read_json(path / "config.json") if path.is_dir() else {}
+    files = _files(path) if path.is_dir() else (path,)
     entries: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
     for file in files:
@@ -94,11 +109,30 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 )
             entries[entry.name] = entry
     _check_index(path, entries)
-    return Checkpoint(path, config, entries, files, metadata)
+    return Checkpoint(path, _config_of(path, metadata), entries, files, metadata)
+
+
+def is_gguf(file: Path) -> bool:
+    return file.suffix.lower() == ".gguf"
+
+
+def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """config.json of the folder; of a GGUF file the one beside it, or in it; {} for another file."""
+    if path.is_dir():
+        return _read_json(path / "config.json")
+    if not is_gguf(path):
+        return {}
+    if os.path.exists(path.with_name("config.json")):
+        return _read_json(path.with_name("config.json"))
+    return _json_object(metadata.get(GGUF_CONFIG_KEY, "{}"), f"{path}: {GGUF_CONFIG_KEY}")
 
 
 def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
-    """(tensors in the order of their bytes, metadata) of one safetensors file. Raises LoadError if it is damaged."""
+    """(tensors in the order of their bytes, texts of the metadata) of one file. Raises LoadError if it is damaged."""
+    if is_gguf(file):
+        from qexp.loading.gguf_file import read_gguf  # which needs what this module defines
+
+        return read_gguf(file)
     raw = _header_bytes(file)
     try:
         header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
@@ -165,6 +199,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _header_bytes(file: Path) -> bytes:
     size = _status(file).st_size
+    if is_gguf(file):
+        from qexp.loading.gguf_file import gguf_header_bytes
+
+        return gguf_header_bytes(file)
     try:
         with file.open("rb") as stream:
             length_bytes = stream.read(8)
@@ -199,18 +237,23 @@ def _unreadable(file: Path, error: OSError) -> LoadError:
 def _read_json(file: Path) -> dict[str, Any]:
     _status(file)
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        return _json_object(file.read_bytes(), str(file))
     except OSError as error:
         raise _unreadable(file, error) from None
+
+
+def _json_object(text: str | bytes, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text if isinstance(text, str) else text.decode())
     except (ValueError, RecursionError) as error:
-        raise LoadError(f"'{file}' is not valid JSON: {error}; download it again") from None
+        raise LoadError(f"'{place}' is not valid JSON: {error}; download it again") from None
     if not isinstance(value, dict):
-        raise LoadError(f"'{file}' must hold a JSON object; download it again")
+        raise LoadError(f"'{place}' must hold a JSON object; download it again")
     return value
 
 
-def _shards(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a folder: those its index names, or its only one."""
+def _files(folder: Path) -> tuple[Path, ...]:
+    """The files of a folder: those its index names, its only safetensors file, or its only GGUF file."""
     index = _index_file(folder)
     if index is None:
         return (_only_file(folder),)
@@ -228,10 +271,14 @@ def _shards(folder: Path) -> tuple[Path, ...]:
 def _only_file(folder: Path) -> Path:
     found = sorted(folder.glob("*.safetensors"))
     found = [file for file in found if file.name in STANDARD_NAMES] or found
-    if len(found) != 1:
+    in_gguf = [] if found else sorted(folder.glob("*.gguf"))
+    if len(in_gguf) > 1:
+        names = ", ".join(file.name for file in in_gguf)
+        raise LoadError(f"'{folder}' has several .gguf files ({names}); set model.path to one of them")
+    if len(found + in_gguf) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise LoadError(f"'{folder}' needs one .safetensors file, or shards with an index; found: {names}")
-    return found[0]
+        raise LoadError(f"'{folder}' needs one .safetensors file (or .gguf), or shards with an index; found: {names}")
+    return (found + in_gguf)[0]
 
 
 def _index_file(folder: Path) -> Path | None:

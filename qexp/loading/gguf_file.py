@@ -63,6 +63,22 @@ def read_gguf_header(file: Path) -> GGUFHeader:
         raise LoadError(f"'{file}' cannot be read: {error.strerror}; put it there, or make it readable") from None
 
 
+def read_gguf(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
+    """(tensors in the order of their bytes, texts of the metadata) of a whole model's file. Raises LoadError."""
+    header = read_gguf_header(file)
+    parts = header.metadata.get("split.count", 0)
+    if isinstance(parts, int) and parts > 1:
+        raise LoadError(f"'{file}' is one of {parts} parts; put them together with llama.cpp's gguf-split --merge")
+    return list(header.entries), {name: value for name, value in header.metadata.items() if isinstance(value, str)}
+
+
+def gguf_header_bytes(file: Path) -> bytes:
+    """All that is before the tensors. Raises LoadError as `read_gguf_header` does."""
+    nbytes = read_gguf_header(file).nbytes
+    with file.open("rb") as stream:
+        return stream.read(nbytes)
+
+
 class _Header:
     """One pass over a header. Every method reads on from where the last one stopped."""
 

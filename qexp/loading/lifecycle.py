@@ -39,7 +39,7 @@ from qexp.loading.plan import (
 from qexp.loading.progress import Progress
 from qexp.memory import GIB, PeakMemory, release_freed_memory
 from qexp.quantizers.base import Quantizer, WeightSpec, is_finite, load_quantizer
-from qexp.quantizers.embedded import embedded_config, merge
+from qexp.quantizers.embedded import merge, stored_config
 
 if TYPE_CHECKING:
     from qexp.models.base import ModelSource
@@ -121,13 +121,12 @@ def prepare(
         checkpoint = renamed(checkpoint, source.network_names(component, model, list(checkpoint.entries)))
     checkpoint = with_tied_entries(checkpoint, model)
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    # a checkpoint's own list names what it does not hold quantized, in upstream's way: nothing to match
-    skip = settings.skip_modules if quantizer.stored else (*settings.skip_modules, *quantizer.skip_modules)
+    skip = (*settings.skip_modules, *quantizer.skip_modules)
     check_patterns(skip, names, f"skip_modules of '{component}'")
     check_patterns(settings.keep_in_fp32_modules, names, f"keep_in_fp32_modules of '{component}'")
     fp32 = (*settings.keep_in_fp32_modules, *map(anywhere, getattr(model, "_keep_in_fp32_modules", None) or ()))
     if quantizer.stored:  # 6
-        chosen, skipped = find_quantized(model, quantizer, checkpoint.entries, compute_dtype)
+        chosen, skipped = find_quantized(model, quantizer, checkpoint.entries, skip, fp32, compute_dtype)
     else:
         chosen, skipped = choose_modules(model, quantizer, skip, fp32, compute_dtype)
     if not chosen and quantizer.quantization_method != "none":
@@ -163,7 +162,7 @@ def _load_weights(prepared: Prepared, component: str, *, device: torch.device, l
 
     def create(item: WorkItem, first: Tensor, *others: Tensor) -> Tensor:
         if item.spec is None:
-            copied = first.to(device=device, dtype=item.dtype)
+            copied = _dense(item, first, device)
             if item.target in parameters:  # a buffer may hold a mask of infinities
                 check_finite(item.target, copied)
             return copied
@@ -179,6 +178,15 @@ def _load_weights(prepared: Prepared, component: str, *, device: torch.device, l
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.device != device and not buffer.is_meta:
                 module._buffers[name] = buffer.to(device)
+
+
+def _dense(item: WorkItem, stored: Tensor, device: torch.device) -> Tensor:
+    """A tensor that stays dense, on `device` in the dtype planned for it."""
+    if item.source.block_type is None:
+        return stored.to(device=device, dtype=item.dtype)
+    from qexp.quantizers.gguf_decode import decode_tensor
+
+    return decode_tensor(item.source.block_type, stored.to(device), item.source.shape, item.dtype)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -229,7 +237,10 @@ def _unused_message(component: str, unused: Sequence[str]) -> str:
 def _nothing_message(component: str, quantizer: Quantizer, skipped: Mapping[str, str]) -> str:
     reasons = ", ".join(f"'{name}' ({reason})" for name, reason in list(skipped.items())[:3])
     if quantizer.stored:
-        return f"'{component}' embeds a quantization_config of {quantizer.quantization_method}, but no quantized weight"
+        return (
+            f"'{component}' is a checkpoint of {quantizer.quantization_method}, but no quantized weight is a linear "
+            f"layer's: {reasons or 'the model has none'}; it belongs to another model, or skip_modules leaves nothing"
+        )
     why = f"every linear layer is skipped: {reasons}" + (" …" if len(skipped) > 3 else "")
     return (
         f"backend {quantizer.quantization_method!r} would have quantized no layer of '{component}': "
@@ -239,7 +250,7 @@ def _nothing_message(component: str, quantizer: Quantizer, skipped: Mapping[str,
 
 def resolve_quantizer(backend: Any, checkpoint: Checkpoint, component: str) -> Quantizer:
     """The quantizer of `backend`, or of the config that the checkpoint embeds: that one wins, with a warning."""
-    embedded = embedded_config(checkpoint.config, checkpoint.path)
+    embedded = stored_config(checkpoint, backend)
     if embedded is None:
         return load_quantizer(backend)
     if lost := merge(backend, embedded):
@@ -250,14 +261,17 @@ def resolve_quantizer(backend: Any, checkpoint: Checkpoint, component: str) -> Q
 
 
 def _compute_dtype(settings: ComponentConfig, checkpoint: Checkpoint, quantizer: Quantizer) -> torch.dtype:
-    """The dtype asked for, or the one of most floating-point bytes in the checkpoint that are no quantized weight's."""
+    """The dtype asked for, the one that a stored format comes with, or the one of most floating-point bytes in the
+    checkpoint that are no quantized weight's."""
     if settings.compute_dtype is not None:
         dtype: torch.dtype = getattr(torch, settings.compute_dtype)
         return dtype
+    if quantizer.stored and (own := quantizer.stored_dtype()) is not None:
+        return own
     sizes: dict[torch.dtype, int] = {}
     parts = stored_part_names(quantizer, checkpoint)
     for entry in (entry for name, entry in checkpoint.entries.items() if name not in parts):
-        stored = TORCH_DTYPES[entry.dtype]
+        stored = TORCH_DTYPES.get(entry.dtype)
         if stored in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             sizes[stored] = sizes.get(stored, 0) + entry.nbytes
     if not sizes:

@@ -124,8 +124,8 @@ def _in_order(items: Sequence[WorkItem], done: queue.SimpleQueue[Any]) -> Iterat
 
 
 def _is_unchanged(item: WorkItem) -> bool:
-    """Whether the bytes that are read are those of the result: neither quantized nor cast."""
-    return bool(item.companions) or (item.spec is None and item.dtype == TORCH_DTYPES[item.source.dtype])
+    """Whether the bytes that are read are those of the result: neither quantized, nor decoded, nor cast."""
+    return item.stored or (item.spec is None and item.dtype == TORCH_DTYPES.get(item.source.dtype))
 
 
 def _arena_bytes(sizes: Sequence[int], in_flight_bytes: int) -> int:
@@ -154,7 +154,10 @@ def _parts(item: WorkItem, room: Tensor | None) -> Iterator[tuple[TensorEntry, T
 def _read(
     source: TensorEntry, buffer: Tensor, opened: dict[Path, int], files: ExitStack, stop: threading.Event
 ) -> Tensor:
-    """One tensor, its bytes read into `buffer`. Raises LoadError if the file has changed since its header was read."""
+    """One tensor, its bytes read into `buffer`; of GGUF blocks the bytes themselves, uint8 [nbytes].
+
+    Raises: LoadError if the file has changed since its header was read.
+    """
     array: Any = buffer.numpy()
     view, position = memoryview(array), 0
     try:
@@ -175,4 +178,6 @@ def _read(
         raise LoadError(
             f"'{source.file}' cannot be read at '{source.name}': {error.strerror}; check the disk, or download it again"
         ) from error
+    if source.block_type is not None:
+        return buffer
     return buffer.view(TORCH_DTYPES[source.dtype]).view(source.shape)

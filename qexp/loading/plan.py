@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from qexp.errors import LoadError
-from qexp.loading.checkpoint import Checkpoint, TensorEntry
+from qexp.loading.checkpoint import Checkpoint, TensorEntry, is_gguf
 from qexp.loading.patterns import covering
 from qexp.quantizers.base import Quantizer, WeightSpec
 
@@ -32,10 +32,10 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One tensor of the model: `target` from `source`; quantized if it has a spec, else cast to `dtype`.
+    """One tensor of the model: `target` from `source`; quantized if it has a spec, else decoded or cast to `dtype`.
 
-    companions: the other inner tensors of a ready-quantized weight, by what its format calls them; `source` is then the
-    first of its inner tensors.
+    stored: the checkpoint holds this weight ready quantized; `source` is then the first of its inner tensors, and
+    companions the others, by what its format calls them.
     """
 
     target: str
@@ -43,6 +43,7 @@ class WorkItem:
     dtype: torch.dtype
     result_nbytes: int
     spec: WeightSpec | None = None
+    stored: bool = False
     companions: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     @property
@@ -61,7 +62,8 @@ class WorkItem:
     @property
     def dense_nbytes(self) -> int:
         """Bytes of the tensor before quantization: as in the checkpoint, or for a ready-quantized one in its dtype."""
-        return self.numel * self.dtype.itemsize if self.companions else self.source.nbytes
+        is_packed = self.stored or self.source.block_type is not None
+        return self.numel * self.dtype.itemsize if is_packed else self.source.nbytes
 
 
 @dataclass(frozen=True)
@@ -116,16 +118,33 @@ def choose_modules(
 
 
 def find_quantized(
-    model: nn.Module, quantizer: Quantizer, entries: Mapping[str, TensorEntry], dtype: torch.dtype
+    model: nn.Module,
+    quantizer: Quantizer,
+    entries: Mapping[str, TensorEntry],
+    patterns: Sequence[str],
+    fp32_patterns: Sequence[str],
+    dtype: torch.dtype,
 ) -> tuple[dict[str, WeightSpec], dict[str, str]]:
-    """As `choose_modules`, for a checkpoint that is quantized: the layers are those that it holds ready quantized."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen = {
-        name: WeightSpec(name, (module.out_features, module.in_features), dtype)
-        for name, module in linear.items()
-        if quantizer.stored_parts(name, entries) is not None
-    }
-    return chosen, {name: "the checkpoint holds it unquantized" for name in linear if name not in chosen}
+    """As `choose_modules`, for a checkpoint that is quantized: the layers are those that it holds ready quantized.
+
+    The skip rule counts for GGUF blocks alone, which are decoded while they are loaded.
+    """
+    chosen: dict[str, WeightSpec] = {}
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, nn.Linear):
+            continue
+        parts = quantizer.stored_parts(name, entries)
+        if parts is None:
+            skipped[name] = "the checkpoint holds it unquantized"
+            continue
+        in_blocks = any(entry.block_type is not None for entry in parts.values())
+        reason = _reason_to_skip(module, name, patterns, fp32_patterns) if in_blocks else None
+        if reason is None:
+            chosen[name] = WeightSpec(name, (module.out_features, module.in_features), dtype)
+        else:
+            skipped[name] = f"{reason}: decoded"
+    return chosen, skipped
 
 
 def _reason_to_skip(module: nn.Linear, name: str, patterns: Sequence[str], fp32: Sequence[str]) -> str | None:
@@ -205,7 +224,7 @@ def make_plan(
             items.append(WorkItem(name, entry, dtype, quantizer.quantized_nbytes(spec), spec))
         else:
             _check_fits(name, entry, tuple(tensor.shape), tensor.is_floating_point(), checkpoint)
-            item = _copied(name, entry, torch.float32 if covering(fp32_patterns, name) else dtype)
+            item = _copied(name, entry, torch.float32 if covering(fp32_patterns, name) else dtype, tensor.dtype)
             first = first_of.setdefault((entry.file, entry.offset, entry.name, item.dtype), name)
             if first == name or not isinstance(tensor, nn.Parameter):
                 items.append(item)
@@ -235,7 +254,7 @@ def _stored_items(
             quantizer.check_quantized_param_shape(spec, parts)
             (_, first), *others = parts.items()
             target, nbytes = f"{name}.weight", quantizer.stored_nbytes(parts)
-            items[target] = WorkItem(target, first, dtype, nbytes, spec, dict(others))
+            items[target] = WorkItem(target, first, dtype, nbytes, spec, True, dict(others))
     return items
 
 
@@ -252,7 +271,7 @@ def _check_fits(
             f"'{name}' has shape {list(entry.shape)} in '{entry.file}', but the model expects {list(shape)}; "
             f"the checkpoint belongs to another configuration: check '{checkpoint.path}/config.json'"
         )
-    if TORCH_DTYPES[entry.dtype].is_floating_point != floating_point:
+    if _is_floating_point(entry) != floating_point:
         expected = "floating-point numbers" if floating_point else "whole numbers or truth values"
         raise LoadError(
             f"'{name}' is {entry.dtype} in '{entry.file}', but the model expects {expected}; the checkpoint is already "
@@ -260,11 +279,15 @@ def _check_fits(
         )
 
 
-def _copied(name: str, entry: TensorEntry, dtype: torch.dtype) -> WorkItem:
-    """Floating-point numbers are cast to `dtype`, all others kept."""
-    stored = TORCH_DTYPES[entry.dtype]
-    target = dtype if stored.is_floating_point else stored
-    return WorkItem(name, entry, target, entry.nbytes // stored.itemsize * target.itemsize)
+def _is_floating_point(entry: TensorEntry) -> bool:
+    return entry.block_type is not None or TORCH_DTYPES[entry.dtype].is_floating_point
+
+
+def _copied(name: str, entry: TensorEntry, dtype: torch.dtype, of_model: torch.dtype) -> WorkItem:
+    """Floating-point numbers are decoded or cast to `dtype`, all others kept (but GGUF has no type for all of them)."""
+    kept = of_model if is_gguf(entry.file) else TORCH_DTYPES.get(entry.dtype, dtype)
+    target = dtype if _is_floating_point(entry) else kept
+    return WorkItem(name, entry, target, math.prod(entry.shape) * target.itemsize)
 
 
 def _missing_message(missing: Sequence[str], checkpoint: Checkpoint, targets: Iterable[str]) -> str:

@@ -1,11 +1,13 @@
 """Tensors and models to disk, whole or not at all.
 
 A saved model is a folder that this program and diffusers load: `config.json` with `quantization_config`, and
-`diffusion_pytorch_model.safetensors`, in shards with an index where it is larger than one shard may be.
+`diffusion_pytorch_model.safetensors`, in shards with an index where it is larger than one shard may be. A model in GGUF
+blocks is one `model.gguf`, and its `config.json` is that of the dense model: the blocks speak for themselves.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qexp.errors import ConfigError
-from qexp.loading.checkpoint import SAVED_WEIGHTS
+from qexp.loading.checkpoint import GGUF_CONFIG_KEY, SAVED_GGUF, SAVED_WEIGHTS
+from qexp.loading.gguf_saving import save_gguf
 from qexp.quantizers.base import Quantizer
 from qexp.sweep.store import disk_error, replacing, write_json
 
@@ -57,6 +60,8 @@ def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHA
                 f"save: {quantizer.quantization_method} has no format to be stored in; dequantize it first"
             )
         tensors, metadata = quantizer.state_of(model)
+        if quantizer.file_format == "gguf":
+            return _save_as_gguf(folder, tensors, metadata, config)
         config["quantization_config"] = quantizer.to_dict(model)
     shards = list(_shards(_without_twins(tensors), max_shard_bytes))
     names = [f"{STEM}-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
@@ -80,6 +85,17 @@ def _remove_saved(folder: Path) -> None:
                 path.unlink()
     except OSError as error:
         raise disk_error(folder, error) from error
+
+
+def _save_as_gguf(
+    folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Mapping[str, Any]
+) -> list[Path]:
+    architecture = str(config.get("_class_name") or config.get("model_type") or "unknown")
+    texts = {GGUF_CONFIG_KEY: json.dumps(config, sort_keys=True), **metadata}
+    _remove_saved(folder)
+    save_gguf(folder / SAVED_GGUF, tensors, architecture=architecture, metadata=texts)
+    write_json(folder / "config.json", config)
+    return [folder / "config.json", folder / SAVED_GGUF]
 
 
 def _without_twins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,7 +31,8 @@ SAVED_FIELDS = ("quantization_config", "torch_dtype", "dtype")  # of the loader,
 
 @dataclass(frozen=True)
 class DigitsModelConfig:
-    """path: a folder with config.json and safetensors; null is the checkpoint that comes with the package.
+    """path: a folder with config.json and safetensors or a .gguf file, or such a file; null is the checkpoint that
+    comes with the package.
     reference_path: the unquantized checkpoint to compare with where `path` is quantized already; null as for `path`."""
 
     source: str = "digits"
@@ -53,14 +54,16 @@ class Source:
         self.config = config
 
     def checkpoints(self) -> dict[str, Path]:
-        """The folder of the transformer. Raises LoadError if it has no config.json or no safetensors file."""
+        """The folder or file of the transformer. Raises LoadError for a folder without config.json or weights."""
         folder = ASSETS if self.config.path is None else Path(self.config.path).expanduser()
         place = f"model.path={self.config.path!r}" if self.config.path else f"the embedded checkpoint in {folder}"
-        remedy = "set model.path to a folder with both, or to null for the embedded model"
+        remedy = "set model.path to a folder with both, to a .gguf file, or to null for the embedded model"
+        if folder.is_file():
+            return {"transformer": folder}
         if not (folder / "config.json").is_file():
             raise LoadError(f"{place}: no file config.json there; {remedy}")
-        if not any(folder.glob("*.safetensors")):
-            raise LoadError(f"{place}: no *.safetensors file there; {remedy}")
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.gguf")):
+            raise LoadError(f"{place}: no *.safetensors or *.gguf file there; {remedy}")
         return {"transformer": folder}
 
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
@@ -139,6 +142,11 @@ def _architecture(config: dict[str, Any]) -> Any:
     """The `DigitsConfig` in a parsed config.json, checked as far as the constructor relies on it."""
     from qexp.models.digits_network import DigitsConfig
 
+    if not config:
+        raise LoadError(
+            "the checkpoint has no config.json, which describes the network; put it beside the file, or set model.path "
+            "to the folder of both"
+        )
     class_name = config.get("_class_name", "DigitsTransformer")
     if class_name != "DigitsTransformer":
         raise LoadError(

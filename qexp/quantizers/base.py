@@ -53,6 +53,7 @@ class Quantizer:
     requires_calibration: ClassVar[bool] = False
     is_serializable: ClassVar[bool] = False  # whether `state_of` and `stored_parts` are there
     is_compileable: ClassVar[bool] = False  # transformers' generate asks whether it may compile the model on its own
+    file_format: ClassVar[str] = "safetensors"  # or gguf: what a saved model is stored in
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -65,8 +66,11 @@ class Quantizer:
 
     @property
     def skip_modules(self) -> tuple[str, ...]:
-        """Patterns from the backend's own field for layers to leave alone."""
-        return tuple(getattr(self.config, self.config.skip_field, ()))
+        """Patterns from the backend's own field for layers to leave alone.
+
+        None of a checkpoint's own list: it names what is not stored quantized, in upstream's way.
+        """
+        return () if self.stored else tuple(getattr(self.config, self.config.skip_field, ()))
 
     def validate_environment(self, device: torch.device) -> None:
         """Raises MissingLibraryError or UnsupportedError before a byte is read."""
@@ -101,10 +105,15 @@ class Quantizer:
     ) -> nn.Parameter:
         """Quantize one dense weight, sources[0], on `device`. Called from worker threads, without grad.
 
-        With companions, nothing is quantized: sources[0] and they are what `stored_parts` found for this weight, and
+        If `stored_parts` found this weight, nothing is quantized: sources[0] and the companions are what it found, and
         the parameter is put together from them; they may become part of it if they are on `device`.
         """
         raise NotImplementedError
+
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype that a checkpoint of this format is computed in where nobody asks for another; None: that of most
+        of what it holds unquantized."""
+        return None
 
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
         """The inner tensors by which a checkpoint holds the weight of layer `name` ready quantized, in the order of

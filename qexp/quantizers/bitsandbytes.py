@@ -1,29 +1,31 @@
 """bitsandbytes: NF4 and FP4 blockwise 4-bit weights, and LLM.int8 with its outlier threshold.
 
-4-bit: blocks of 64 consecutive weights share an absmax (fp32); each weight becomes the nearest of 16 code values,
-two to a byte. Double quantization stores the absmaxes themselves in 8 bits, in blocks of 256 around their mean.
+4-bit: blocks of 64 consecutive weights, or another power of two, share an absmax (fp32); each weight becomes the
+nearest of 16 code values, two to a byte. Double quantization stores the absmaxes themselves in 8 bits, in blocks of
+256 around their mean.
 8-bit: each row is scaled by its absmax to -127..127; at run time, input columns with a value above
 `llm_int8_threshold` are computed in 16 bits. The library computes 8-bit layers in fp16, whatever their inputs are in.
 
 On CPUs with AVX512-BF16 the library would repack a 4-bit weight in place on its first forward, for a kernel that it
 fetches from a hub. Both are turned off: a weight's bytes do not depend on the machine or on whether it has run.
 
-Fields carry the names and defaults of upstream's `BitsAndBytesConfig`. Sources: arXiv:2305.14314 (NF4, double
+How checkpoints hold such weights: `bitsandbytes_stored.py`. Fields carry the names and defaults of upstream's
+`BitsAndBytesConfig`. Sources: arXiv:2305.14314 (NF4, double
 quantization), arXiv:2208.07339 (LLM.int8).
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qexp.errors import ConfigError, LoadError, choices
+from qexp.errors import ConfigError, choices
 from qexp.quantizers import base
+from qexp.quantizers import bitsandbytes_stored as stored
+from qexp.quantizers.bitsandbytes_library import library
 from qexp.quantizers.configs import BackendConfig
 
 if TYPE_CHECKING:
@@ -32,23 +34,18 @@ if TYPE_CHECKING:
 
     from qexp.loading.checkpoint import TensorEntry
 
-TYPES_4BIT = ("fp4", "nf4")
-BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 NESTED_CODE_BYTES = 256 * 4
 CODE_BYTES = 16 * 4
-QUANT_STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32")
-STATE_4BIT = (
-    "absmax",
-    "quant_map",
-    "nested_absmax",
-    "nested_quant_map",
-)  # stored beside a weight, as `weight.absmax` …
+QUANT_STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
 class BitsAndBytesConfig(BackendConfig):
-    """Upstream's fields and defaults. bnb_4bit_compute_dtype: null is the run's compute dtype."""
+    """Upstream's fields and defaults, and one that only the library has, under the library's name.
+
+    bnb_4bit_compute_dtype: null is the run's compute dtype; bnb_4bit_blocksize: 4-bit weights that share an absmax.
+    """
 
     quant_method: str = "bitsandbytes"
     load_in_8bit: bool = False
@@ -61,6 +58,7 @@ class BitsAndBytesConfig(BackendConfig):
     bnb_4bit_quant_type: str = "fp4"
     bnb_4bit_use_double_quant: bool = False
     bnb_4bit_quant_storage: str = "uint8"
+    bnb_4bit_blocksize: int = 64
 
     skip_field: ClassVar[str] = "llm_int8_skip_modules"
     also_read: ClassVar[Mapping[str, str]] = {"_load_in_4bit": "load_in_4bit", "_load_in_8bit": "load_in_8bit"}
@@ -69,13 +67,16 @@ class BitsAndBytesConfig(BackendConfig):
         super().__post_init__()
         if self.load_in_8bit and self.load_in_4bit:
             raise ConfigError("backend.load_in_8bit and backend.load_in_4bit are both true; choose one")
-        if self.bnb_4bit_quant_type not in TYPES_4BIT:
+        if self.bnb_4bit_quant_type not in stored.TYPES_4BIT:
             raise ConfigError(
-                f"backend.bnb_4bit_quant_type={self.bnb_4bit_quant_type!r} is unknown; use {choices(TYPES_4BIT)}"
+                f"backend.bnb_4bit_quant_type={self.bnb_4bit_quant_type!r} is unknown; use {choices(stored.TYPES_4BIT)}"
             )
         if self.bnb_4bit_quant_storage not in QUANT_STORAGES:
             storage = f"backend.bnb_4bit_quant_storage={self.bnb_4bit_quant_storage!r}"
             raise ConfigError(f"{storage} is unknown; use {choices(QUANT_STORAGES)}")
+        if self.bnb_4bit_blocksize not in stored.BLOCK_SIZES:
+            size = f"backend.bnb_4bit_blocksize={self.bnb_4bit_blocksize}"
+            raise ConfigError(f"{size} is no size that the library has; use {choices(stored.BLOCK_SIZES)}")
         if self.llm_int8_threshold < 0:
             raise ConfigError(f"backend.llm_int8_threshold={self.llm_int8_threshold} must be 0 or more")
 
@@ -83,16 +84,19 @@ class BitsAndBytesConfig(BackendConfig):
         """Fields without effect on this configuration; they are left out of the run key."""
         if self.load_in_4bit:
             return {"llm_int8_threshold"}
-        return {"bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"}
+        return {item.name for item in fields(self) if item.name.startswith("bnb_4bit_")}
 
     def to_dict(self) -> dict[str, Any]:
-        """As upstream writes it: the load flags under both of their names, and a compute dtype always."""
-        return {
-            **super().to_dict(),
-            "_load_in_4bit": self.load_in_4bit,
-            "_load_in_8bit": self.load_in_8bit,
-            "bnb_4bit_compute_dtype": self.bnb_4bit_compute_dtype or "float32",
-        }
+        """As upstream writes it: the load flags under both of their names, and a compute dtype always.
+
+        The block size, which upstream has no name for, is named only if it is not upstream's: quant states hold it.
+        """
+        values = super().to_dict()
+        values |= {"_load_in_4bit": self.load_in_4bit, "_load_in_8bit": self.load_in_8bit}
+        values["bnb_4bit_compute_dtype"] = self.bnb_4bit_compute_dtype or "float32"
+        if self.bnb_4bit_blocksize == type(self).bnb_4bit_blocksize:
+            del values["bnb_4bit_blocksize"]
+        return values
 
     def describe(self) -> str | None:
         if self.load_in_8bit:
@@ -125,7 +129,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
                 "backend.llm_int8_has_fp16_weight=true keeps every weight in 16 bits and quantizes it anew in each "
                 "forward pass, for training all weights: nothing would be smaller; set it to false"
             )
-        _library()
+        library()
 
     def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
         import torch
@@ -149,7 +153,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
             base.replace_module(model, name, new.train(linear.training))
 
     def _linear_4bit(self, linear: Any, compute_dtype: torch.dtype) -> nn.Module:
-        new = _library().nn.Linear4bit(
+        new = library().nn.Linear4bit(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
@@ -170,7 +174,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
         return dtype
 
     def _linear_8bit(self, linear: Any) -> nn.Module:
-        return _library().nn.Linear8bitLt(
+        return library().nn.Linear8bitLt(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
@@ -182,7 +186,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
     def quantized_nbytes(self, spec: base.WeightSpec) -> int:
         if self.config.load_in_8bit:
             return spec.numel + 4 * spec.shape[0]
-        blocks = math.ceil(spec.numel / BLOCK_SIZE)
+        blocks = math.ceil(spec.numel / self.config.bnb_4bit_blocksize)
         packed = math.ceil(spec.numel / 2) + CODE_BYTES
         if not self.config.bnb_4bit_use_double_quant:
             return packed + 4 * blocks
@@ -192,50 +196,20 @@ class BitsAndBytesQuantizer(base.Quantizer):
         self, spec: base.WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
         if companions:
-            assemble = self._assemble_4bit if self.config.load_in_4bit else self._assemble_8bit
-            return assemble(sources[0], companions, device)
+            assemble = stored.assemble_4bit if self.config.load_in_4bit else stored.assemble_8bit
+            return assemble(spec, sources[0], companions, device)
         create = self._create_4bit if self.config.load_in_4bit else self._create_8bit
         return create(spec, sources[0], device)
 
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
-        weight = f"{name}.weight"
-        if self.config.load_in_8bit:
-            if f"{name}.SCB" not in entries:
-                return None
-            names = {"weight": weight, "SCB": f"{name}.SCB", "weight_format": f"{name}.weight_format"}
-        else:
-            described = [f"quant_state.bitsandbytes__{kind}" for kind in TYPES_4BIT]
-            if not any(f"{weight}.{state}" in entries for state in described):
-                return None
-            names = {"weight": weight, **{part: f"{weight}.{part}" for part in (*STATE_4BIT, *described)}}
-        return {part: entries[name] for part, name in names.items() if name in entries}
+        return stored.parts_4bit(name, entries) if self.config.load_in_4bit else stored.parts_8bit(name, entries)
 
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
-        stored, four_bit = parts.get("weight"), self.config.load_in_4bit
-        needed = {"weight", "absmax", "quant_map"} if four_bit else {"weight", "SCB"}
-        if "nested_absmax" in parts or "nested_quant_map" in parts:
-            needed |= {"nested_absmax", "nested_quant_map"}
-        if lacking := sorted(needed - parts.keys()):
-            raise LoadError(f"the checkpoint lacks {lacking[0]!r} of the quantized weight of '{spec.module}'")
-        assert stored is not None
-        fits = stored.nbytes == math.ceil(spec.numel / 2) if four_bit else stored.shape == spec.shape
-        if not fits:
-            raise LoadError(
-                f"the quantized weight of '{spec.module}' is stored as {list(stored.shape)} {stored.dtype}, which is "
-                f"not {'4' if four_bit else '8'} bits for each of {list(spec.shape)}; the checkpoint is another model's"
-            )
+        check = stored.check_4bit if self.config.load_in_4bit else stored.check_8bit
+        check(spec, parts)
 
     def stored_nbytes(self, parts: Mapping[str, TensorEntry]) -> int:
-        kept = [entry.nbytes for part, entry in parts.items() if part in ("weight", "SCB", *STATE_4BIT)]
-        return sum(kept) + (4 if "nested_absmax" in parts else 0)  # 4: the offset, which is stored as a number
-
-    def _assemble_4bit(self, packed: Tensor, companions: Mapping[str, Tensor], device: torch.device) -> nn.Parameter:
-        stats = dict(companions)
-        return _library().nn.Params4bit.from_prequantized(packed, stats, requires_grad=False, device=device)
-
-    def _assemble_8bit(self, values: Tensor, companions: Mapping[str, Tensor], device: torch.device) -> nn.Parameter:
-        values, scale = values.to(device), companions["SCB"].to(device)
-        return _library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
+        return stored.kept_nbytes(parts)
 
     def to_dict(self, model: nn.Module) -> dict[str, Any]:
         dtype = self.config.bnb_4bit_compute_dtype or str(model._pre_quantization_dtype).removeprefix("torch.")
@@ -244,17 +218,18 @@ class BitsAndBytesQuantizer(base.Quantizer):
     def _create_4bit(self, spec: base.WeightSpec, weight: Tensor, device: torch.device) -> nn.Parameter:
         import torch
 
-        functional, quant_type = _library().functional, self.config.bnb_4bit_quant_type
+        functional, quant_type = library().functional, self.config.bnb_4bit_quant_type
+        block = self.config.bnb_4bit_blocksize
         packed = torch.empty(math.ceil(spec.numel / 2), 1, dtype=torch.uint8, device=device)
-        absmax = torch.empty(math.ceil(spec.numel / BLOCK_SIZE), dtype=torch.float32, device=device)
-        rows_a_block = BLOCK_SIZE // math.gcd(spec.shape[1], BLOCK_SIZE)
+        absmax = torch.empty(math.ceil(spec.numel / block), dtype=torch.float32, device=device)
+        rows_a_block = block // math.gcd(spec.shape[1], block)
         code = functional.get_4bit_type(quant_type, device=device)
-        quantize = _quantize_on_cpu(code) if device.type == "cpu" else _quantize_by_library(quant_type)
+        quantize = _quantize_on_cpu(code, block) if device.type == "cpu" else _quantize_by_library(quant_type, block)
         for rows, part in base.row_slices(spec, weight, device, rows_a_block):
             bytes_, largest = quantize(part)
             first = rows.start * spec.shape[1]
             packed[first // 2 : first // 2 + len(bytes_), 0] = bytes_
-            absmax[first // BLOCK_SIZE : first // BLOCK_SIZE + len(largest)] = largest
+            absmax[first // block : first // block + len(largest)] = largest
         offset, state2 = None, None
         if self.config.bnb_4bit_use_double_quant:
             offset = absmax.mean()
@@ -263,18 +238,18 @@ class BitsAndBytesQuantizer(base.Quantizer):
             absmax=absmax,
             shape=torch.Size(spec.shape),
             dtype=spec.dtype,
-            blocksize=BLOCK_SIZE,
+            blocksize=block,
             code=code,
             quant_type=quant_type,
             offset=offset,
             state2=state2,
         )
         storage = self._quant_storage
-        return _library().nn.Params4bit(
+        return library().nn.Params4bit(
             packed.view(-1).view(storage).unsqueeze(1),
             requires_grad=False,
             quant_state=state,
-            blocksize=BLOCK_SIZE,
+            blocksize=block,
             compress_statistics=self.config.bnb_4bit_use_double_quant,
             quant_type=quant_type,
             quant_storage=storage,
@@ -287,40 +262,40 @@ class BitsAndBytesQuantizer(base.Quantizer):
         half = base.WeightSpec(spec.module, spec.shape, torch.float16)  # the library quantizes from fp16 alone
         rows_of = base.RowAssembler(spec.shape[0])
         for rows, part in base.row_slices(half, weight, device):
-            values, scale, _ = _library().functional.int8_vectorwise_quant(part)
+            values, scale, _ = library().functional.int8_vectorwise_quant(part)
             rows_of.add(rows, {"CB": values, "SCB": scale})
         values, scale = rows_of.inner["CB"], rows_of.inner["SCB"]
-        return _library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
+        return library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
 
     def is_quantized(self, module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
-        if isinstance(module, _library().nn.Linear4bit):
+        if isinstance(module, library().nn.Linear4bit):
             return getattr(weight, "quant_state", None) is not None
-        return isinstance(module, _library().nn.Linear8bitLt) and _int8_state(module)[0] is not None
+        return isinstance(module, library().nn.Linear8bitLt) and _int8_state(module)[0] is not None
 
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
-        functional = _library().functional
-        if isinstance(param, _library().nn.Params4bit):
+        functional = library().functional
+        if isinstance(param, library().nn.Params4bit):
             return functional.dequantize_4bit(param.data, param.quant_state).to(dtype)
         return functional.int8_vectorwise_dequant(param.CB, param.SCB).to(dtype)
 
     def dequantize(self, model: nn.Module) -> nn.Module:
         for module in model.modules():
-            if isinstance(module, _library().nn.Linear8bitLt) and module.weight.CB is None:
+            if isinstance(module, library().nn.Linear8bitLt) and module.weight.CB is None:
                 module.weight.CB, module.weight.SCB = _int8_state(module)  # a forward has moved them
         return super().dequantize(model)
 
 
-def _quantize_on_cpu(code: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _quantize_on_cpu(code: Tensor, blocksize: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """(packed bytes, absmaxes) of weights, faster than the library and with its bytes."""
     from qexp.quantizers.blockwise_4bit import code_table, quantize_4bit
 
-    return partial(quantize_4bit, table=code_table(code), blocksize=BLOCK_SIZE)
+    return partial(quantize_4bit, table=code_table(code), blocksize=blocksize)
 
 
-def _quantize_by_library(quant_type: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _quantize_by_library(quant_type: str, blocksize: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     def quantize(part: Tensor) -> tuple[Tensor, Tensor]:
-        bytes_, state = _library().functional.quantize_4bit(part, blocksize=BLOCK_SIZE, quant_type=quant_type)
+        bytes_, state = library().functional.quantize_4bit(part, blocksize=blocksize, quant_type=quant_type)
         return bytes_.view(-1), state.absmax
 
     return quantize
@@ -331,25 +306,6 @@ def _int8_state(module: Any) -> tuple[Tensor | None, Tensor | None]:
     if module.weight.CB is not None:
         return module.weight.CB, module.weight.SCB
     return module.state.CB, module.state.SCB
-
-
-@cache
-def _library() -> Any:
-    """The library, imported without its look-up of kernels on a hub."""
-    absent = object()
-    kernels = sys.modules.get("kernels", absent)
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # an import of it now raises ImportError
-    try:
-        with base.quiet():
-            import bitsandbytes
-        # it would say at every call of every layer that inputs are cast to fp16
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    finally:
-        if kernels is absent:
-            del sys.modules["kernels"]
-        else:
-            sys.modules["kernels"] = kernels  # type: ignore[assignment]
-    return bitsandbytes
 
 
 Config = BitsAndBytesConfig

@@ -1,20 +1,61 @@
-"""The `quantization_config` in a checkpoint's config.json: what the checkpoint is, whatever the user asks for.
+"""What a checkpoint is quantized with: the `quantization_config` in its config.json, or the types of its GGUF blocks.
 
-The checkpoint wins over the user's backend, with a warning that says which fields lost. This module imports no torch.
+The checkpoint wins over the user's backend, with a warning that says which fields lost. What GGUF blocks do not say
+(the dtype to compute in, the layers to decode) is as the user's own GGUF backend has it. This module imports no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, LoadError, choices
 from qexp.plugins import plugin_module, plugin_names
 from qexp.quantizers.configs import plain
+from qexp.quantizers.gguf import COMPUTE_DTYPE_KEY, GGUFConfig, saved_dtype
+from qexp.quantizers.gguf_types import DECODABLE
+
+if TYPE_CHECKING:
+    from qexp.loading.checkpoint import Checkpoint
 
 LOAD_FLAGS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")  # all that old files say
+
+
+def stored_config(checkpoint: Checkpoint, asked: Any) -> Any:
+    """The backend config of a checkpoint that is quantized already, or None for one that is not.
+
+    asked: the user's backend config. Raises: LoadError for a format that cannot be read.
+    """
+    nbytes = _bytes_by_block_type(checkpoint)
+    if not nbytes:
+        return embedded_config(checkpoint.config, checkpoint.path)
+    own = asked if asked.quant_method == "gguf" else GGUFConfig()
+    compute_dtype = own.compute_dtype or saved_dtype(checkpoint.metadata, COMPUTE_DTYPE_KEY)
+    most = max(nbytes, key=lambda name: nbytes[name])
+    return replace(own, quant_type=most, label=most, compute_dtype=compute_dtype, pre_quantized=True)
+
+
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds quantized weights."""
+    return "quantization_config" in checkpoint.config or bool(_bytes_by_block_type(checkpoint))
+
+
+def _bytes_by_block_type(checkpoint: Checkpoint) -> dict[str, int]:
+    """GGUF type -> bytes of the tensors in its blocks. Raises LoadError for a type that cannot be decoded."""
+    nbytes: dict[str, int] = {}
+    for entry in checkpoint.entries.values():
+        kind = entry.block_type
+        if kind is None:
+            continue
+        if kind not in DECODABLE:
+            raise LoadError(
+                f"'{entry.name}' is {kind} in '{entry.file}', a type that cannot be decoded; readable are "
+                f"{choices(DECODABLE)}: convert the file"
+            )
+        nbytes[kind] = nbytes.get(kind, 0) + entry.nbytes
+    return nbytes
 
 
 def embedded_config(config: Mapping[str, Any], place: str | Path) -> Any:

@@ -29,19 +29,26 @@ if TYPE_CHECKING:
     from qexp.loading.checkpoint import TensorEntry
 
 
+# metadata of files that this program wrote, without which they would be computed as upstream does, in fp32
+MODEL_DTYPE_KEY, COMPUTE_DTYPE_KEY = "qexp.dtype", "qexp.compute_dtype"
+SAVED_DTYPES = ("float32", "float16", "bfloat16")
+
+
 @dataclass(frozen=True)
 class GGUFConfig(BackendConfig):
-    """quant_type: what dense weights become; compute_dtype: to multiply in, null is that of the run."""
+    """quant_type: what dense weights become; compute_dtype: to multiply in, null is that of the run;
+    pre_quantized: the checkpoint holds GGUF blocks, most of them of `quant_type` (set when it is found out)."""
 
     quant_method: str = "gguf"
     quant_type: str = "Q8_0"
     compute_dtype: str | None = None
     modules_to_not_convert: tuple[str, ...] = ()
+    pre_quantized: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         name = self.quant_type
-        if name in ENCODABLE:
+        if name in ENCODABLE or (self.pre_quantized and name in DECODABLE):
             return
         why, remedy = f"is unknown{did_you_mean(name, ENCODABLE)}", f"use {choices(ENCODABLE)}"
         if name in DECODABLE:
@@ -54,13 +61,31 @@ class GGUFConfig(BackendConfig):
 class GGUFQuantizer(base.Quantizer):
     config: GGUFConfig
     required_packages: ClassVar[Mapping[str, str]] = {"gguf": "0.19"}  # has the tables of the IQ types
-    is_serializable: ClassVar[bool] = False  # as safetensors; `loading/gguf_saving.py` writes GGUF files
+    is_serializable: ClassVar[bool] = True
+    file_format: ClassVar[str] = "gguf"
 
     def __init__(self, config: GGUFConfig) -> None:
         super().__init__(config)
         self._stored_types: dict[str, str] = {}  # layer -> the type in which the checkpoint holds its weight
 
+    @property
+    def skip_modules(self) -> tuple[str, ...]:
+        return self.config.modules_to_not_convert  # always the user's: a file has no such list
+
+    def stored_dtype(self) -> torch.dtype | None:
+        """That of the model whose file this is, if it says so; else upstream's default for GGUF."""
+        import torch
+
+        name = saved_dtype(self.metadata, MODEL_DTYPE_KEY) or self.config.compute_dtype or "float32"
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+
     def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
+        if self.config.pre_quantized:
+            raise ConfigError(
+                "backend.pre_quantized=true, but the checkpoint holds no GGUF blocks; set model.path to a .gguf file, "
+                "or backend.pre_quantized=false"
+            )
         block = TYPES[self.config.quant_type].block
         if spec.shape[1] % block:
             return f"{self.config.quant_type} has blocks of {block} weights, which do not divide {spec.shape[1]}"
@@ -75,8 +100,7 @@ class GGUFQuantizer(base.Quantizer):
         from qexp.quantizers.gguf_encode import encode
 
         if spec.module in self._stored_types:
-            raw = sources[0].to(device, copy=True)  # the memory of what was read is used again
-            return self.wrap(raw, self._stored_types[spec.module], spec.shape, spec.dtype)
+            return self.wrap(sources[0].to(device), self._stored_types[spec.module], spec.shape, spec.dtype)
         name, rows_of = self.config.quant_type, base.RowAssembler(spec.shape[0])
         for rows, part in base.row_slices(spec, sources[0], device):
             try:
@@ -94,6 +118,11 @@ class GGUFQuantizer(base.Quantizer):
             return None
         self._stored_types[name] = entry.dtype.removeprefix(BLOCKED_PREFIX)
         return {"raw": entry}
+
+    def state_of(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        own: Any = self.config.compute_dtype
+        metadata = {MODEL_DTYPE_KEY: str(model._pre_quantization_dtype).removeprefix("torch.")}
+        return dict(model.state_dict()), metadata | ({} if own is None else {COMPUTE_DTYPE_KEY: own})
 
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         entry = parts["raw"]
@@ -132,6 +161,16 @@ class GGUFQuantizer(base.Quantizer):
 
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
         return param.dequantize(dtype)
+
+
+def saved_dtype(metadata: Mapping[str, str], key: str) -> str | None:
+    """A dtype that the metadata of a file names. Raises LoadError for what is none to compute in."""
+    name = metadata.get(key)
+    if name is not None and name not in SAVED_DTYPES:
+        raise LoadError(
+            f"metadata {key}={name[:50]!r} of a .gguf file is none of {choices(SAVED_DTYPES)}; save it again"
+        )
+    return name
 
 
 Config = GGUFConfig

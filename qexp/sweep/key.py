@@ -24,6 +24,7 @@ from qexp.errors import ConfigError
 from qexp.loading.checkpoint import open_checkpoint
 from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
+from qexp.quantizers.embedded import is_quantized
 from qexp.quantizers.none import NoneConfig
 from qexp.settings import ComponentConfig, RunConfig, SaveConfig
 from qexp.sweep.environment import model_packages, versions_of
@@ -59,8 +60,7 @@ def reference_config(config: RunConfig) -> RunConfig:
     Where the checkpoint is quantized already, the reference is that of `model.reference_path`.
     """
     component = ComponentConfig(backend=NoneConfig(), compute_dtype=config.reference.dtype)
-    paths = load_source(config.model).checkpoints().values()
-    quantized = any("quantization_config" in open_checkpoint(path).config for path in paths)
+    quantized = any(is_quantized(open_checkpoint(path)) for path in load_source(config.model).checkpoints().values())
     path = config.model.reference_path if quantized else config.model.path
     return replace(
         config,

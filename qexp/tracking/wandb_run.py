@@ -3,7 +3,7 @@
     config    the nested configuration, and the environment under `env`
     summary   every metric, and status, reason, message and seconds
     history   steps/<column> per generation step: time, memory, error against the reference
-    media     images/grid, images/reference, images/difference; tables: layers of a roundtrip, samples of a model of text
+    media     images/grid, images/reference, images/difference; layers: the table of a roundtrip; samples: that of texts
     run       name: readable label; group: sweep; job type: task; tags: model, backend, offload, and the user's
 
 The run's id is the run key, so logging a folder again overwrites the same run. It is not resumed: a log is always the

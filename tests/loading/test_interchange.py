@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
 from qexp.models.base import ModelSource
+from qexp.quantizers.bitsandbytes import QUANT_STORAGES
+from qexp.quantizers.bitsandbytes_stored import BLOCK_SIZES
 from qexp.settings import ComponentConfig, LoaderConfig
 from tests.backends import CPU, backend_config
 
@@ -63,7 +65,6 @@ def quanto(dtype: str) -> QuantoConfig:
     return QuantoConfig(dtype, modules_to_not_convert=["plain"])
 
 
-STORAGE = "bnb_4bit_quant_storage=float32"
 CASES: dict[tuple[str, ...], Callable[[], Any]] = {
     ("bitsandbytes",): lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     ("bitsandbytes_fp4",): lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
@@ -156,26 +157,65 @@ def test_both_programs_write_and_read_the_same(backend: tuple[str, ...], dense: 
         assert_same_answer(again, ours)
 
 
-@pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_nf4_dq"])
-def test_shards_that_part_a_weight_from_its_quant_state(backend: str, dense: Path, tmp_path: Path) -> None:
-    """diffusers fails on these."""
-    ours = load_ours(dense, backend, skip=("plain",))
+@pytest.mark.parametrize("backend", CASES, ids=lambda backend: backend[0])
+def test_shards_that_part_a_weight_from_its_scales(backend: tuple[str, ...], dense: Path, tmp_path: Path) -> None:
+    """diffusers fails on those of bitsandbytes; both open each other's where it does not."""
+    ours = load_ours(dense, *backend, skip=("plain",))
     save_model(ours, tmp_path / "shards", max_shard_bytes=4000)
     index = json.loads((tmp_path / "shards" / "diffusion_pytorch_model.safetensors.index.json").read_text())
-    assert index["weight_map"]["first.weight"] != index["weight_map"]["first.weight.quant_map"]
-    reloaded = load_ours(tmp_path / "shards", "none")
-    assert_same_answer(reloaded, ours)
+    of_first = {file for name, file in index["weight_map"].items() if name.startswith("first.")}
+    assert len(of_first) > 1
+    assert_same_answer(load_ours(tmp_path / "shards", "none"), ours)
     save_model(ours, tmp_path / "whole")
     assert_same_files(tmp_path / "shards", tmp_path / "whole")
+    theirs = load_theirs(dense, CASES[backend]())
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=4000)
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    assert_same_answer(load_ours(tmp_path / "theirs", "none"), theirs)
 
 
-@pytest.mark.parametrize("storage", ["int8", "float16", "bfloat16", "float32"])
-def test_every_quant_storage_reloads(storage: str, dense: Path, tmp_path: Path) -> None:
-    """diffusers saves bfloat16 and does not reload it."""
-    ours = load_ours(dense, "bitsandbytes", f"bnb_4bit_quant_storage={storage}", skip=("plain",))
+@pytest.mark.parametrize("storage", QUANT_STORAGES)
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double quant"])
+def test_every_quant_storage_is_the_same_both_ways(
+    double_quant: bool, storage: str, dense: Path, tmp_path: Path
+) -> None:
+    """diffusers saves them all, and reloads what is stored in whole numbers."""
+    fields = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quant}
+    theirs = load_theirs(dense, bitsandbytes(**fields, bnb_4bit_quant_storage=getattr(torch, storage)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    overrides = (f"bnb_4bit_use_double_quant={double_quant}", f"bnb_4bit_quant_storage={storage}")
+    ours = load_ours(dense, "bitsandbytes", *overrides, skip=("plain",))
     assert ours.first.weight.dtype == getattr(torch, storage)
     save_model(ours, tmp_path / "ours")
-    reloaded = load_ours(tmp_path / "ours", "none")
+    assert_same_files(tmp_path / "ours", tmp_path / "theirs")
+    assert embedded(tmp_path / "ours") == embedded(tmp_path / "theirs")
+    reloaded = load_ours(tmp_path / "theirs", "none")
     assert reloaded.first.weight.dtype == getattr(torch, storage)
     assert_same_answer(reloaded, ours)
-    assert_same_answer(load_ours(dense, "bitsandbytes", skip=("plain",)), ours)
+    assert_same_answer(theirs, ours)
+    if storage in ("uint8", "int8"):
+        assert_same_answer(load_theirs(tmp_path / "ours"), ours)
+    save_model(reloaded, tmp_path / "again")
+    assert_same_files(tmp_path / "again", tmp_path / "ours")
+    assert embedded(tmp_path / "again") == embedded(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double quant"])
+@pytest.mark.parametrize("blocksize", BLOCK_SIZES)
+def test_every_block_size_is_the_same_both_ways(
+    blocksize: int, double_quant: bool, dense: Path, tmp_path: Path
+) -> None:
+    """diffusers has no field for it, and finds it in the quant states."""
+    overrides = (f"bnb_4bit_blocksize={blocksize}", f"bnb_4bit_use_double_quant={double_quant}")
+    ours = load_ours(dense, "bitsandbytes", *overrides, skip=("plain",))
+    save_model(ours, tmp_path / "ours")
+    theirs = load_theirs(tmp_path / "ours")
+    assert theirs.first.weight.quant_state.blocksize == blocksize
+    assert_same_answer(theirs, ours)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        reloaded = load_ours(tmp_path / folder, "none")
+        assert reloaded.first.weight.quant_state.blocksize == blocksize
+        assert_same_answer(reloaded, ours)
+    assert reloaded.hf_quantizer.config.bnb_4bit_blocksize == blocksize

@@ -2,14 +2,25 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
 from qexp.errors import ConfigError
+from qexp.loading.lifecycle import load_component
+from qexp.loading.saving import save_model
+from qexp.models.base import ModelSource
+from qexp.offload.config import OffloadConfig
+from qexp.offload.payload import true_nbytes
+from qexp.offload.strategies import apply_offload
+from qexp.quantizers import base
 from qexp.quantizers.base import WeightSpec, load_quantizer
-from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
-from tests.backends import CPU, backend_config
+from qexp.quantizers.bitsandbytes import QUANT_STORAGES, BitsAndBytesConfig
+from qexp.quantizers.bitsandbytes_stored import BLOCK_SIZES
+from qexp.settings import ComponentConfig, LoaderConfig
+from tests.backends import CPU, StackSource, backend_config, save_stack
 from tests.quantizers.test_contract import gaussian, quantize, quantized_layer
 
 
@@ -17,24 +28,63 @@ from tests.quantizers.test_contract import gaussian, quantize, quantized_layer
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double quant"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_4bit_has_the_librarys_bytes(quant_type: str, double_quant: bool, dtype: torch.dtype) -> None:
+    assert_4bit_as_the_library(dtype, quant_type, double_quant)
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double quant"])
+@pytest.mark.parametrize("blocksize", [size for size in BLOCK_SIZES if size != 64])
+def test_every_block_size_has_the_librarys_bytes(
+    blocksize: int, double_quant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(base.SLICE_WEIGHTS, "cpu", 5000)  # slices of the fewest rows whose end is a block's
+    assert_4bit_as_the_library(torch.bfloat16, "nf4", double_quant, blocksize=blocksize)
+
+
+@pytest.mark.parametrize("storage", QUANT_STORAGES)
+def test_every_quant_storage_has_the_librarys_bytes(storage: str) -> None:
+    assert_4bit_as_the_library(torch.float32, "nf4", False, storage=storage)
+
+
+def assert_4bit_as_the_library(
+    dtype: torch.dtype, quant_type: str, double_quant: bool, blocksize: int = 64, storage: str = "uint8"
+) -> None:
     import bitsandbytes.functional as functional
 
     weight = gaussian(130, 200, dtype=dtype)  # blocks that straddle rows, and a last one that is not full
-    fields = (f"bnb_4bit_quant_type={quant_type}", f"bnb_4bit_use_double_quant={double_quant}")
-    quantizer = load_quantizer(backend_config("bitsandbytes", *fields))
-    parameter = quantizer.create_quantized_param(WeightSpec("x", (130, 200), dtype), [weight], {}, CPU)
+    fields = {"quant_type": quant_type, "use_double_quant": double_quant, "blocksize": blocksize}
+    overrides = [f"bnb_4bit_{name}={value}" for name, value in (fields | {"quant_storage": storage}).items()]
+    quantizer, spec = load_quantizer(backend_config("bitsandbytes", *overrides)), WeightSpec("x", (130, 200), dtype)
+    parameter: Any = quantizer.create_quantized_param(spec, [weight], {}, CPU)
     expected, state = functional.quantize_4bit(
-        weight, blocksize=64, compress_statistics=double_quant, quant_type=quant_type
+        weight,
+        blocksize=blocksize,
+        compress_statistics=double_quant,
+        quant_type=quant_type,
+        quant_storage=getattr(torch, storage),
     )
+    assert true_nbytes(parameter) == quantizer.quantized_nbytes(spec)
+    assert parameter.dtype == expected.dtype
     mine = parameter.quant_state
-    assert torch.equal(parameter.data, expected)
+    assert torch.equal(parameter.data.view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(mine.absmax, state.absmax)
     assert mine.as_dict().keys() == state.as_dict().keys()
-    assert (mine.shape, mine.dtype, mine.blocksize, mine.quant_type) == (weight.shape, dtype, 64, quant_type)
+    assert (mine.shape, mine.dtype, mine.blocksize, mine.quant_type) == (weight.shape, dtype, blocksize, quant_type)
     if double_quant:
         assert torch.equal(mine.offset, state.offset)
         assert torch.equal(mine.state2.absmax, state.state2.absmax)
     assert torch.equal(quantizer.dequantize_param(parameter, dtype), functional.dequantize_4bit(expected, state))
+
+
+def test_nothing_is_compiled_for_large_blocks() -> None:
+    """The library would, on CPUs with AVX512, for every shape."""
+    from torch._dynamo.utils import counters
+
+    quantizer = load_quantizer(backend_config("bitsandbytes", "bnb_4bit_blocksize=4096"))
+    weight, spec, before = gaussian(62, 130), WeightSpec("x", (62, 130), torch.float32), counters["stats"].copy()
+    parameter = quantizer.create_quantized_param(spec, [weight], {}, CPU)
+    restored = quantizer.dequantize_param(parameter, torch.float32)
+    assert (restored - weight).norm() / weight.norm() < 0.2
+    assert counters["stats"] == before
 
 
 def test_8bit_has_the_librarys_bytes() -> None:
@@ -61,16 +111,39 @@ def test_the_threshold_keeps_outliers_in_16_bits() -> None:
     assert errors[6.0] < errors[0.0] / 2
 
 
-def test_the_weight_is_not_repacked_on_cpus_that_the_library_repacks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def repacking_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine for which the library repacks 4-bit weights in place on their first forward."""
     import bitsandbytes.nn.modules as modules
 
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
-    _, model = quantized_layer("bitsandbytes", gaussian(64, 128, dtype=torch.bfloat16), None)
-    before = model["layer"].weight.data.clone()
+
+
+@pytest.mark.usefixtures("repacking_cpu")
+@pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_nf4_dq"])
+def test_no_cpu_changes_what_a_weight_is_saved_or_offloaded_as(backend: str, tmp_path: Path) -> None:
+    dense, x = save_stack(tmp_path / "dense", [(128, 64), (96, 128)], dtype=torch.bfloat16), gaussian(3, 64)
+    model, x = load_stack(tmp_path / "dense", backend), x.to(torch.bfloat16)
+    save_model(model, tmp_path / "before")
     with torch.no_grad():
-        model["layer"](gaussian(3, 128, dtype=torch.bfloat16))
-    assert torch.equal(model["layer"].weight.data, before)
-    assert not getattr(model["layer"].weight.quant_state, "packing_format_for_cpu", False)
+        first = model(x)
+        assert (first.float() - dense(x).float()).norm() / dense(x).float().norm() < 0.2
+        assert torch.equal(model(x), first)
+        save_model(model, tmp_path / "after")
+        for strategy in ("leaf", "block"):
+            reloaded = load_stack(tmp_path / ("before" if strategy == "leaf" else "after"), backend)
+            assert torch.equal(reloaded(x), first)
+            settings = OffloadConfig(strategy=strategy, to="disk").resolved("cpu")
+            offload = apply_offload(reloaded, settings, device=CPU, block_lists=("layers",), store=tmp_path / strategy)
+            assert torch.equal(reloaded(x), first)
+            assert offload.statistics()["offload/copies"] > 0
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+
+
+def load_stack(folder: Path, backend: str) -> Any:
+    source, settings = cast(ModelSource, StackSource(folder)), ComponentConfig(backend_config(backend))
+    return load_component(source, "stack", settings, device=CPU, loader=LoaderConfig()).model
 
 
 def test_the_import_asks_no_hub_for_kernels() -> None:
@@ -79,8 +152,8 @@ import sys, types
 trap = types.ModuleType("kernels")
 trap.get_kernel = lambda *arguments, **options: sys.exit("the library asked a hub for a kernel")
 sys.modules["kernels"] = trap
-from qexp.quantizers.bitsandbytes import _library
-_library()
+from qexp.quantizers.bitsandbytes_library import library
+library()
 assert sys.modules["kernels"] is trap
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -93,5 +166,11 @@ def test_fields_are_checked() -> None:
         BitsAndBytesConfig(bnb_4bit_quant_type="nf5")
     with pytest.raises(ConfigError, match="llm_int8_threshold=-1"):
         BitsAndBytesConfig(llm_int8_threshold=-1)
+    with pytest.raises(ConfigError, match="bnb_4bit_blocksize=48 is no size that the library has; use 32, 64, 128"):
+        BitsAndBytesConfig(bnb_4bit_blocksize=48)
+    with pytest.raises(ConfigError, match="bnb_4bit_quant_storage='int16' is unknown"):
+        BitsAndBytesConfig(bnb_4bit_quant_storage="int16")
+    with pytest.raises(ConfigError, match="llm_int8_has_fp16_weight=true keeps every weight in 16 bits"):
+        load_quantizer(BitsAndBytesConfig(load_in_8bit=True, llm_int8_has_fp16_weight=True)).validate_environment(CPU)
     with pytest.raises(ConfigError, match="both false, so nothing would be quantized"):
         load_quantizer(BitsAndBytesConfig()).validate_environment(CPU)

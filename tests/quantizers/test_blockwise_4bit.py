@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.quantizers.bitsandbytes import _library
+from qexp.quantizers.bitsandbytes_library import library
 from qexp.quantizers.blockwise_4bit import code_table, quantize_4bit
 
 
@@ -18,8 +18,8 @@ def _neighbours(values: Tensor) -> Tensor:
 
 def _ties(scale: float) -> Tensor:
     """Blocks of 64 whose absmax is `scale` and whose other values lie on, and one bit beside, every midpoint."""
-    code = _library().functional.get_4bit_type("nf4", device="cpu")
-    fp4 = _library().functional.get_4bit_type("fp4", device="cpu")
+    code = library().functional.get_4bit_type("nf4", device="cpu")
+    fp4 = library().functional.get_4bit_type("fp4", device="cpu")
     values = []
     for table in (code, fp4):
         near = _neighbours(torch.tensor(code_table(table).midpoints) * scale)
@@ -54,7 +54,7 @@ HARD: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("name", HARD)
 def test_the_bytes_are_the_librarys(name: str, quant_type: str, blocksize: int) -> None:
-    functional, weight = _library().functional, HARD[name]()
+    functional, weight = library().functional, HARD[name]()
     packed, absmax = quantize_4bit(weight, code_table(functional.get_4bit_type(quant_type, device="cpu")), blocksize)
     expected, state = functional.quantize_4bit(weight, blocksize=blocksize, quant_type=quant_type)
     assert torch.equal(packed, expected.flatten())
@@ -64,5 +64,5 @@ def test_the_bytes_are_the_librarys(name: str, quant_type: str, blocksize: int) 
 def test_the_input_is_left_as_it_was() -> None:
     weight = _gaussian(torch.float32)
     before = weight.clone()
-    quantize_4bit(weight, code_table(_library().functional.get_4bit_type("nf4", device="cpu")), 64)
+    quantize_4bit(weight, code_table(library().functional.get_4bit_type("nf4", device="cpu")), 64)
     assert torch.equal(weight, before)

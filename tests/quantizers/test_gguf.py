@@ -251,7 +251,7 @@ def test_stored_blocks_are_wrapped_as_they_are() -> None:
 
 
 def test_weights_that_a_file_holds_are_found_and_put_together() -> None:
-    """Each in its own type, and copied: what they were read into is used again."""
+    """Each in its own type, around the memory that they were read into."""
     quantizer = GGUFQuantizer(GGUFConfig(compute_dtype="float32"))
     raws = {name: torch.from_numpy(random_bytes(name, rows=6, blocks=2)) for name in ("Q4_K", "Q6_K")}
     entries = {f"{name}.weight": TensorEntry(f"{name}.weight", f"GGUF_{name}", (6, 512), Path("x.gguf"), 0, raw.numel())
@@ -264,7 +264,7 @@ def test_weights_that_a_file_holds_are_found_and_put_together() -> None:
         quantizer.check_quantized_param_shape(spec, parts)
         parameter: Any = quantizer.create_quantized_param(spec, [raw.flatten()], {}, CPU)
         assert (parameter.quant_type, parameter.compute_dtype) == (name, torch.float32)
-        assert torch.equal(parameter.raw, raw) and parameter.raw.data_ptr() != raw.data_ptr()
+        assert torch.equal(parameter.raw, raw) and parameter.raw.data_ptr() == raw.data_ptr()
         with pytest.raises(LoadError, match=r"shape \[6, 512\] in 'x\.gguf', but the model expects \[512, 6\]"):
             quantizer.check_quantized_param_shape(WeightSpec(name, (512, 6), torch.bfloat16), parts)
     assert quantizer.stored_parts("norm", entries) is quantizer.stored_parts("absent", entries) is None

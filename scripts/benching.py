@@ -1,0 +1,181 @@
+"""What the benchmarks share: fresh processes watched from outside, the machine's own limits, results as JSON.
+
+A measured program is a process that speaks three lines: it prints "ready" when it has imported and warmed up, waits for
+a line, does its work, and prints a JSON object. Memory is sampled between the last two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "torchao", "optimum-quanto", "gguf")
+
+
+class Sampler(threading.Thread):
+    """Peak anonymous, file and total resident bytes of another process, sampled every millisecond."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.statm, self.page = Path(f"/proc/{pid}/statm"), os.sysconf("SC_PAGE_SIZE")
+        self.done = threading.Event()
+        self.baseline = self.peak = self.sample()
+
+    def sample(self) -> dict[str, int]:
+        _, resident, shared, *_ = (int(field) * self.page for field in self.statm.read_text().split())
+        return {"anon": resident - shared, "file": shared, "total": resident}
+
+    def run(self) -> None:
+        while not self.done.is_set():
+            now = self.sample()
+            self.peak = {kind: max(self.peak[kind], now[kind]) for kind in now}
+            time.sleep(0.001)
+
+    def over_baseline(self) -> dict[str, int]:
+        """`peak_<kind>_bytes`: what the work added to the process."""
+        self.done.set()
+        self.join()
+        return {f"peak_{kind}_bytes": self.peak[kind] - self.baseline[kind] for kind in self.peak}
+
+
+def run_watched(command: Sequence[str]) -> dict[str, Any]:
+    """What the program printed, and its peaks. Exits if it fails."""
+    with tempfile.TemporaryFile("w+") as messages:  # what libraries say while they are imported
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True)
+        assert process.stdin is not None and process.stdout is not None
+        line, peaks = "", dict[str, int]()
+        if process.stdout.readline().strip() == "ready":
+            sampler = Sampler(process.pid)
+            sampler.start()
+            print(file=process.stdin, flush=True)
+            line = process.stdout.readline()
+            peaks = sampler.over_baseline()
+        process.communicate("\n")
+        if not line:
+            messages.seek(0)
+            raise SystemExit(f"{messages.read()}\n{' '.join(command)} failed")
+    result: dict[str, Any] = json.loads(line)
+    return {**result, **peaks}
+
+
+class Stopwatch:
+    """Wall and CPU seconds, and page faults, of a block in this process, all threads included."""
+
+    def __enter__(self) -> Stopwatch:
+        self.started = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.taken = [after - before for before, after in zip(self.started, self._now(), strict=True)]
+
+    @staticmethod
+    def _now() -> tuple[float, float, int]:
+        import resource
+
+        return time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    def result(self) -> dict[str, float]:
+        return dict(zip(("wall_seconds", "cpu_seconds", "minor_faults"), self.taken, strict=True))
+
+
+def serve(result: dict[str, Any]) -> None:
+    """The measured program's last line; it stays until its memory has been sampled."""
+    print(json.dumps(result), flush=True)
+    sys.stdin.readline()
+
+
+def wait_for_start() -> None:
+    """The measured program is ready; go on when the watcher says so."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
+def medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each number over runs of the same program; what is no number is taken from the first."""
+    first = runs[0]
+    numbers = [name for name, value in first.items() if isinstance(value, int | float)]
+    return {**first, **{name: statistics.median(run[name] for run in runs) for name in numbers}}
+
+
+def drop_from_cache(files: Iterable[Path]) -> None:
+    """Write what is dirty and forget the cached pages, so that the next read comes from the disk."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def read_seconds(files: Iterable[Path]) -> float:
+    """Time to read files from beginning to end into a buffer that is used again."""
+    buffer = bytearray(32 * MIB)
+    started = time.perf_counter()
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            while opened.readinto(buffer):
+                pass
+    return time.perf_counter() - started
+
+
+def copy_bytes_per_second() -> float:
+    """Measured bandwidth of copying 256 MiB in memory on all cores: bytes read + bytes written."""
+    import torch
+
+    source = torch.ones(256 * MIB, dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    best = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
+    return 2 * source.nbytes / best
+
+
+def _seconds(work: Any) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to judge the numbers."""
+    return {
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30), 1),
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "load_average_before": os.getloadavg()[0],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    from qexp.sweep.store import write_json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    print(f"wrote {path}", file=sys.stderr)
