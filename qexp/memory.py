@@ -66,6 +66,7 @@ class PeakMemory:
         import torch
 
         if self._device.type != "cpu":
+            torch.empty(0, device=self._device)  # CUDA has no statistics to reset before it is used
             torch.get_device_module(self._device).reset_peak_memory_stats(self._device)
         self._exact = _reset_high_water_mark()
         self.baseline = host_memory()

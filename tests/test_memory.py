@@ -177,9 +177,10 @@ def test_memory_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(torch, "get_device_module", module)
+    monkeypatch.setattr(torch, "empty", lambda size, device: calls.append("use"))  # CUDA is not ready before
     with PeakMemory(device) as peak:
         calls.append("work")
-    assert calls == ["reset", "work", "peak"]
+    assert calls == ["use", "reset", "work", "peak"]
     assert peak.peak_device_bytes == 3 * GIB
     assert device_memory(device) == 2 * GIB
     assert device_memory(CPU) == 0

@@ -113,7 +113,7 @@ def prepare(
     device: torch.device,
 ) -> Prepared:
     """Stages 3 to 6: check the machine, settle the dtype, build the skeleton on meta, swap modules, make the plan."""
-    quantizer.validate_environment(device)  # 3
+    _validate_environment(quantizer, checkpoint, device)  # 3
     compute_dtype = quantizer.update_torch_dtype(_compute_dtype(settings, checkpoint, quantizer))  # 4
     with init_empty_weights(include_buffers=False):  # 5
         model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
@@ -136,6 +136,17 @@ def prepare(
     if plan.unused:
         print(_unused_message(component, plan.unused), file=sys.stderr)
     return Prepared(model, quantizer, chosen, plan, compute_dtype, dict(checkpoint.config))
+
+
+def _validate_environment(quantizer: Quantizer, checkpoint: Checkpoint, device: torch.device) -> None:
+    """A setting that is wrong is the checkpoint's where it embeds them."""
+    try:
+        quantizer.validate_environment(device)
+    except ConfigError as error:
+        if not quantizer.stored:
+            raise
+        place = f"the quantization_config of '{checkpoint.path}'"
+        raise LoadError(f"{place} cannot be used: {error}; check its config.json") from error
 
 
 def stream_plan(
@@ -239,7 +250,8 @@ def _nothing_message(component: str, quantizer: Quantizer, skipped: Mapping[str,
     if quantizer.stored:
         return (
             f"'{component}' is a checkpoint of {quantizer.quantization_method}, but no quantized weight is a linear "
-            f"layer's: {reasons or 'the model has none'}; it belongs to another model, or skip_modules leaves nothing"
+            f"layer's: {reasons or 'the model has none'}; check that its "
+            "config.json belongs to it, and skip_modules"
         )
     why = f"every linear layer is skipped: {reasons}" + (" …" if len(skipped) > 3 else "")
     return (

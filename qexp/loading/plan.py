@@ -296,5 +296,8 @@ def _missing_message(missing: Sequence[str], checkpoint: Checkpoint, targets: It
     )
     unused = sorted(set(checkpoint.entries) - set(targets))
     near = difflib.get_close_matches(missing[0], unused, n=1)
-    hint = f"; it has '{near[0]}', which the model has not" if near else ""
-    return f"checkpoint '{checkpoint.path}' lacks {shown}{hint}; it is incomplete, or belongs to another model"
+    hint = f"; it has {near[0]!r}, which the model has not" if near else ""
+    return (
+        f"checkpoint '{checkpoint.path}' lacks {shown}{hint}; it is incomplete, or belongs to another model: "
+        "download it again, or check model.path"
+    )

@@ -205,8 +205,10 @@ class BitsAndBytesQuantizer(base.Quantizer):
         return stored.parts_4bit(name, entries) if self.config.load_in_4bit else stored.parts_8bit(name, entries)
 
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
-        check = stored.check_4bit if self.config.load_in_4bit else stored.check_8bit
-        check(spec, parts)
+        if self.config.load_in_4bit:
+            stored.check_4bit(spec, parts, self.config.bnb_4bit_quant_storage)
+        else:
+            stored.check_8bit(spec, parts)
 
     def stored_nbytes(self, parts: Mapping[str, TensorEntry]) -> int:
         return stored.kept_nbytes(parts)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qexp.errors import LoadError, choices
 from qexp.quantizers.base import WeightSpec
 from qexp.quantizers.bitsandbytes_library import library
+from qexp.quantizers.stored import Part, check_parts, lacks
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 TYPES_4BIT = ("fp4", "nf4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES_4BIT = ("float16", "bfloat16", "float32")
+STORAGES = {  # dtype of a packed weight -> safetensors' name for it, and its bytes
+    "uint8": ("U8", 1), "int8": ("I8", 1), "float16": ("F16", 2), "bfloat16": ("BF16", 2), "float32": ("F32", 4),
+    "float64": ("F64", 8),
+}  # fmt: skip
 STATE_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 DESCRIPTIONS = tuple(f"quant_state.bitsandbytes__{kind}" for kind in TYPES_4BIT)
 
@@ -48,23 +53,33 @@ def parts_8bit(name: str, entries: Mapping[str, TensorEntry]) -> dict[str, Tenso
     return {part: entries[stored] for part, stored in names if stored in entries}
 
 
-def check_4bit(spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
+def check_4bit(spec: WeightSpec, parts: Mapping[str, TensorEntry], quant_storage: str) -> None:
     """Raises LoadError for what headers alone show to be wrong; the rest waits for the quant state to be read."""
     needed = {"weight", "absmax", "quant_map"}
-    if "nested_absmax" in parts or "nested_quant_map" in parts:
+    if nested := "nested_absmax" in parts or "nested_quant_map" in parts:
         needed |= {"nested_absmax", "nested_quant_map"}
     _check_complete(spec, parts, needed)
-    if parts["weight"].nbytes != math.ceil(spec.numel / 2):
-        raise _misfit(spec, parts["weight"], 4)
+    dtype, width = STORAGES[quant_storage]
+    expected = {
+        "weight": Part((dtype,), ((math.ceil(spec.numel / 2) // width, 1),)),
+        "absmax": Part(("U8",) if nested else ("F32",), None),  # how many there are, the quant state says
+        "quant_map": Part(("F32",), ((16,),)),
+        "nested_absmax": Part(("F32",), None),
+        "nested_quant_map": Part(("F32",), ((256,),)),
+        **dict.fromkeys(DESCRIPTIONS, Part(("U8",), None)),
+    }
+    check_parts(spec, parts, expected, "4 bits of bitsandbytes")
 
 
 def check_8bit(spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
     _check_complete(spec, parts, {"weight", "SCB"})
-    if parts["weight"].shape != spec.shape or parts["weight"].dtype != "I8":
-        raise _misfit(spec, parts["weight"], 8)
-    scales = parts["SCB"]
-    if scales.shape != (spec.shape[0],) or scales.dtype != "F32":
-        raise _damaged(spec, f"SCB is {list(scales.shape)} {scales.dtype}, not F32 for {spec.shape[0]} rows")
+    rows = (spec.shape[0],)
+    expected = {
+        "weight": Part(("I8",), (spec.shape,)),
+        "SCB": Part(("F32",), (rows,)),
+        "weight_format": Part(("U8",), ((), (1,))),
+    }
+    check_parts(spec, parts, expected, "8 bits of bitsandbytes")
 
 
 def kept_nbytes(parts: Mapping[str, TensorEntry]) -> int:
@@ -98,15 +113,15 @@ def check_quant_state(spec: WeightSpec, companions: Mapping[str, Tensor]) -> Non
         raise _damaged(spec, f"it has {choices(described)} at once")
     try:
         state: Any = json.loads(bytes(companions[described[0]].cpu().flatten().tolist()).decode())
-        sizes = {name: int(state[name]) for name in ("blocksize", "nested_blocksize") if name in state}
+        sizes = {name: state[name] for name in ("blocksize", "nested_blocksize") if name in state}
         shape, dtype, quant_type = list(state["shape"]), state["dtype"], state["quant_type"]
         offset = float(state.get("nested_offset", 0))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise _damaged(spec, f"its quant state cannot be read ({type(error).__name__}: {error})") from None
     rules = {
         f"shape {shape}": shape == list(spec.shape),
         f"quant_type {quant_type}": described[0].endswith(f"__{quant_type}"),
-        f"blocksize {sizes.get('blocksize')}": sizes.get("blocksize") in BLOCK_SIZES,
+        f"blocksize {sizes.get('blocksize')}": _is_block_size(sizes.get("blocksize")),
         f"dtype {dtype}": dtype in DTYPES_4BIT,
         f"nested_offset {offset}": math.isfinite(offset),
     }
@@ -114,12 +129,19 @@ def check_quant_state(spec: WeightSpec, companions: Mapping[str, Tensor]) -> Non
     blocks, nested = math.ceil(spec.numel / sizes["blocksize"]), "nested_absmax" in companions
     counts = {"absmax": blocks, "quant_map": 16}
     if nested:
-        _check_rules(spec, {"no nested_blocksize": sizes.get("nested_blocksize", 0) > 0})
+        nested_rules = {
+            f"nested_blocksize {sizes.get('nested_blocksize')}": _is_block_size(sizes.get("nested_blocksize")),
+            f"nested_dtype {state.get('nested_dtype')}": state.get("nested_dtype") == "float32",
+            "no nested_offset": type(state.get("nested_offset")) in (int, float),
+        }
+        _check_rules(spec, nested_rules)
         counts |= {"nested_absmax": math.ceil(blocks / sizes["nested_blocksize"]), "nested_quant_map": 256}
-    _check_rules(
-        spec,
-        {f"{part} of {companions[part].numel()} values": companions[part].numel() == n for part, n in counts.items()},
-    )
+    shapes = {part: list(companions[part].shape) for part in counts}
+    _check_rules(spec, {f"{part} of shape {shapes[part]}": shapes[part] == [count] for part, count in counts.items()})
+
+
+def _is_block_size(value: object) -> bool:
+    return type(value) is int and value in BLOCK_SIZES
 
 
 def _check_rules(spec: WeightSpec, rules: Mapping[str, bool]) -> None:
@@ -130,14 +152,7 @@ def _check_rules(spec: WeightSpec, rules: Mapping[str, bool]) -> None:
 
 def _check_complete(spec: WeightSpec, parts: Mapping[str, TensorEntry], needed: set[str]) -> None:
     if lacking := sorted(needed - parts.keys()):
-        raise LoadError(f"the checkpoint lacks {lacking[0]!r} of the quantized weight of '{spec.module}'")
-
-
-def _misfit(spec: WeightSpec, entry: TensorEntry, bits: int) -> LoadError:
-    return LoadError(
-        f"the quantized weight of '{spec.module}' is stored as {list(entry.shape)} {entry.dtype}, which is "
-        f"not {bits} bits for each of {list(spec.shape)}; the checkpoint is another model's"
-    )
+        raise lacks(f"{lacking[0]!r} of the quantized weight of '{spec.module}'")
 
 
 def _damaged(spec: WeightSpec, why: str) -> LoadError:

@@ -64,19 +64,21 @@ def embedded_config(config: Mapping[str, Any], place: str | Path) -> Any:
     if embedded is None:
         return None
     if not isinstance(embedded, Mapping):
-        raise LoadError(f"'{place}': quantization_config must be a JSON object")
+        raise LoadError(f"'{place}': quantization_config must be a JSON object; download its config.json again")
     by_flags = any(embedded.get(name) for name in LOAD_FLAGS)
     method = str(plain(embedded.get("quant_method", "bitsandbytes" if by_flags else None)))
     readable = [name for name in plugin_names("backend") if plugin_module("backend", name).Quantizer.is_serializable]
     if method not in readable:
         raise LoadError(
             f"'{place}' is quantized with quant_method={method!r}, which cannot be read; "
-            f"readable are {choices(readable)}"
+            f"readable are {choices(readable)}: use the program that wrote it, or the unquantized checkpoint"
         )
     try:
         return plugin_module("backend", method).Config.from_dict(embedded)
     except (ConfigError, TypeError, AttributeError) as error:
-        raise LoadError(f"'{place}': quantization_config of {method} cannot be read: {error}") from None
+        raise LoadError(
+            f"'{place}': quantization_config of {method} cannot be read: {error}; check its config.json"
+        ) from None
 
 
 def merge(asked: Any, embedded: Any) -> list[str]:

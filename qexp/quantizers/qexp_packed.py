@@ -27,9 +27,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qexp.errors import ConfigError, LoadError, choices, did_you_mean
+from qexp.errors import ConfigError, choices, did_you_mean
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
+from qexp.quantizers.stored import Part, check_parts, lacks
 
 if TYPE_CHECKING:
     import torch
@@ -153,21 +154,16 @@ class PackedQuantizer(base.Quantizer):
         needed = ["qdata", *self.parameters]
         for part in needed:
             if part not in parts:
-                raise LoadError(f"the checkpoint lacks '{stored[part]}', a part of a packed weight; download it again")
+                raise lacks(f"'{stored[part]}', a part of a packed weight")
         return {part: parts[part] for part in needed}
 
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         rows, columns = spec.shape
         size, bits = self.config.group_size or columns, ELEMENTS[self.config.quant_type].bits
-        per_group = ("BF16", (rows, columns // size))
-        expected = {"qdata": ("U8", (rows, bits, math.ceil(columns / 8))), "scale": per_group, "offset": per_group}
-        for part, entry in parts.items():
-            if columns % size or (entry.dtype, entry.shape) != expected[part]:
-                raise LoadError(
-                    f"'{entry.name}' is {entry.dtype} {list(entry.shape)} in '{entry.file}', which is not the {part} "
-                    f"of {list(spec.shape)} weights as {self.config.quant_type} in groups of {size}; the checkpoint "
-                    "is damaged, or another model's: download it again"
-                )
+        per_group = Part(("BF16",), ((rows, columns // size),) if columns % size == 0 else ())
+        qdata = Part(("U8",), ((rows, bits, math.ceil(columns / 8)),))
+        expected = {"qdata": qdata, "scale": per_group, "offset": per_group}
+        check_parts(spec, parts, expected, f"{self.config.quant_type} in groups of {size}")
 
     def state_of(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         from qexp.quantizers.packed_tensor import PackedTensor

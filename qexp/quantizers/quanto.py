@@ -7,8 +7,12 @@ that kernel cannot run (out_features not divisible by 16) the weight is kept in 
 
 On a CPU, PyTorch's kernel for int8 in bf16 reads rows 16 weights at a time, past their end if it must: rows of another
 length are computed the general way. Unpacking int4 and int2 there would make the library compile a C++ extension into
-site-packages; a few lines of PyTorch that give the same result are put in the extension's place. The library writes
-shapes as text and parses them with `ast`, which Python 3.11 cannot do on several threads at once: there is a lock.
+site-packages; a few lines of PyTorch that give the same result are put in the extension's place. On a GPU it would have
+nvcc compile another one for minutes, or fail: that is replaced as well, and with it go its kernels for float8 (Marlin)
+and for int4 in fp16 (AWQ). Such layers multiply with the dequantized weight; int4 in bf16 has a kernel in PyTorch.
+
+The library writes shapes as text and parses them with `ast`, which Python 3.11 cannot do on several threads at once:
+there is a lock.
 """
 
 from __future__ import annotations
@@ -24,9 +28,10 @@ from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qexp.errors import ConfigError, LoadError, choices
+from qexp.errors import ConfigError, choices
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
+from qexp.quantizers.stored import FLOATS, Part, check_parts, lacks
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +41,9 @@ if TYPE_CHECKING:
 
 WEIGHTS_DTYPES = ("int8", "int4", "int2", "float8")
 ACTIVATION_SCALES = ("input_scale", "output_scale")
+STORED_AS = {"torch.int8": "I8", "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2"}  # in safetensors
 TINYGEMM_ROWS = 64  # rows that its packing interleaves
+TINYGEMM_MULTIPLE = {"cpu": 16, "cuda": 8}  # device type -> what has to divide out_features
 # torch._weight_int8pack_mm reads 16 columns at a time, from aligned memory: other rows or addresses end in a crash
 INT8_KERNEL_COLUMNS = 16
 INT8_KERNEL_ALIGNMENT = 32
@@ -130,9 +137,9 @@ class QuantoQuantizer(base.Quantizer):
 
         qtype, rows_of, size = self._qtype, base.RowAssembler(spec.shape[0]), group_size(spec.shape[1])
         kind, shape = _library().WeightQBitsTensor, torch.Size(spec.shape)
-        tinygemm = (qtype.bits, spec.dtype, size, device.type) == (4, torch.bfloat16, 128, "cpu")  # the library's rule
-        odd = tinygemm and spec.shape[0] % 16 > 0  # for which the library would raise
-        tinygemm, create = tinygemm and not odd, kind if odd else kind.create
+        fits = tinygemm_fits(spec.shape[0], device)
+        tinygemm = fits and (qtype.bits, spec.dtype, size, device.type) == (4, torch.bfloat16, 128, "cpu")
+        create = kind.create if fits else kind  # the library would choose its kernel's layout, and raise
         for rows, part in base.row_slices(spec, weight, device, TINYGEMM_ROWS):
             scale, shift = _library().MaxOptimizer()(part, qtype=qtype, axis=0, group_size=size)
             data = torch.ops.quanto.quantize_affine(
@@ -160,18 +167,18 @@ class QuantoQuantizer(base.Quantizer):
         if len(lacking) == len(names):
             return None
         if lacking:
-            raise LoadError(f"the checkpoint lacks '{lacking[0]}', a part of a quantized weight")
+            raise lacks(f"'{lacking[0]}', a part of a quantized weight")
         return {part: entries[stored] for part, stored in names.items()}
 
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
-        stored, scales = next(iter(parts.values())), parts["_scale"]
+        data, *scales = self._part_names()
         rows = spec.shape[0] if self._bits == 8 else group_count(spec)
-        packed_rows = math.ceil(rows * self._bits / 8)
-        if stored.nbytes != packed_rows * (spec.numel // rows) or math.prod(scales.shape) not in (rows, 1):
-            raise LoadError(
-                f"the quantized weight of '{spec.module}' is stored as {list(stored.shape)} with {list(scales.shape)} "
-                f"scales, which is not {self.config.weights_dtype} for {list(spec.shape)}; check config.json"
-            )
+        shape = spec.shape if self._bits == 8 else (math.ceil(rows * self._bits / 8), spec.numel // rows)
+        whole = spec.shape[0] == 1 and self._bits == 8  # then there is one scale, without dimensions
+        per_row = Part(FLOATS, ((), (1, 1)) if whole else ((rows, 1),))
+        stored_as = STORED_AS[str(self._qtype.dtype)] if self._bits == 8 else "U8"
+        expected = {data: Part((stored_as,), (shape,)), **dict.fromkeys(scales, per_row)}
+        check_parts(spec, parts, expected, f"quanto's {self.config.weights_dtype}")
 
     def _assemble(self, spec: base.WeightSpec, parts: Mapping[str, Tensor], device: torch.device) -> Tensor:
         state, stride = {part: tensor.to(device) for part, tensor in parts.items()}, (spec.shape[1], 1)
@@ -186,7 +193,7 @@ class QuantoQuantizer(base.Quantizer):
             weight = _library().WeightQBitsTensor.load_from_state_dict(
                 state, "", self._qtype, 0, size, spec.shape, stride, missing_keys=missing
             )
-        fits = self._bits == 8 or spec.shape[0] % 16 == 0  # see the module's docstring
+        fits = self._bits == 8 or tinygemm_fits(spec.shape[0], device)  # see the module's docstring
         optimized: Tensor = weight.optimize() if fits else weight
         return optimized
 
@@ -208,6 +215,10 @@ class QuantoQuantizer(base.Quantizer):
         return param.dequantize().to(dtype)
 
 
+def tinygemm_fits(rows: int, device: torch.device) -> bool:
+    return rows % TINYGEMM_MULTIPLE.get(device.type, 1) == 0
+
+
 def group_size(in_features: int) -> int | None:
     """Weights that share a scale in int4 and int2: the library's rule for a row of `in_features`; None is the row."""
     sizes = (128, 96, 64, 32) if in_features > 128 else ()
@@ -226,6 +237,11 @@ def _library() -> Any:
         from optimum.quanto.library.extensions.cpp import ext
 
     ext._lib = SimpleNamespace(unpack=unpack)
+    for kind in ("cuda", "hip"):
+        if extension := sys.modules.get(f"optimum.quanto.library.extensions.{kind}"):
+            extension.ext._lib = SimpleNamespace(unpack=unpack)
+            extensions: Any = importlib.import_module("optimum.quanto.library.extensions.extension")
+            extensions._extensions.pop(f"quanto_{kind}", None)  # with it the layouts that need its other kernels
     for layout in ("tinygemm", "awq", "marlin"):  # which the library would import with the first weight of that layout
         importlib.import_module(f"optimum.quanto.tensor.weights.{layout}")
     for name, module in list(sys.modules.items()):

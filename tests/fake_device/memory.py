@@ -20,6 +20,8 @@ DEVICE_TYPE_OFFSET, DEVICE_INDEX_OFFSET = 8, 12  # of int32 fields in a DLTensor
 
 capacity = [2**40] * counters.DEVICES  # bytes; a test may lower it
 
+used = [False]  # whether anything was ever allocated: before that, CUDA's allocator answers no questions
+
 _pinned: set[int] = set()
 _pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_in.restype, _pointer_in.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
@@ -49,6 +51,7 @@ def as_device(tensor: Tensor, index: int) -> Tensor:
 
 def allocate(tensor: Tensor, index: int, stream: int, clock: races.Clock) -> Tensor:
     """Make a new CPU tensor a new tensor of a device, that counts there until its last view is gone."""
+    used[0] = True
     nbytes = tensor.untyped_storage().nbytes()
     if counters.total.live_bytes[index] + nbytes > capacity[index]:
         raise torch.OutOfMemoryError(f"{NAME}:{index} has {capacity[index]} bytes, {nbytes} more do not fit")

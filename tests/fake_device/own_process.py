@@ -4,6 +4,7 @@ A folder of such tests has a `conftest.py` with
 
     collect_ignore_glob = own_process.ignored(__file__)
 
+    @pytest.hookimpl(trylast=True)
     def pytest_configure(config):
         own_process.register(config, __file__)
 

@@ -47,7 +47,15 @@ _allocations: dict[int, Allocation] = {}  # address ->
 
 def join(clock: Clock, other: Clock) -> None:
     for stream, time in other.items():
-        clock[stream] = max(clock.get(stream, 0), time)
+        if clock.get(stream, 0) < time:
+            clock[stream] = time
+
+
+def forget() -> None:
+    """Start anew, when everything has finished and everybody knows."""
+    host.clear()
+    for allocation in _allocations.values():
+        allocation.accesses.clear()
 
 
 def launch(stream: int, clock: Clock) -> None:

@@ -6,6 +6,7 @@ that waits for an event, or the host. What a stream knows about the others is ke
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -34,7 +35,7 @@ class Stream:
         self.clock: races.Clock = {}
         self._late: list[Callable[[], None]] = []
         self.submitted = self.delivered = 0  # operations that were late when they were submitted
-        _streams.append(self)
+        _streams.add(self)
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +105,7 @@ class Event:
 
 
 _current_device = [0]
-_streams: list[Stream] = []
+_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 _default = [Stream(index) for index in range(counters.DEVICES)]
 _current = list(_default)
 
@@ -115,6 +116,14 @@ def current_stream(device: Device = None) -> Stream:
 
 def is_default(stream: Stream) -> bool:
     return stream in _default
+
+
+def forget() -> None:
+    """Finish all work, and forget what came before what: histories grow with every stream that there ever was."""
+    for stream in list(_streams):
+        stream.deliver(stream.submitted)
+        stream.clock.clear()
+    races.forget()
 
 
 class DeviceModule:
@@ -160,7 +169,7 @@ class DeviceModule:
 
     def synchronize(self, device: Device = None) -> None:
         counters.total.host_syncs += 1
-        for stream in _streams:
+        for stream in list(_streams):
             if stream.index == index_of(device):
                 stream.deliver(stream.submitted)
                 races.join(races.host, stream.clock)
@@ -175,6 +184,8 @@ class DeviceModule:
         return counters.total.peak_bytes[index_of(device)]
 
     def reset_peak_memory_stats(self, device: Device = None) -> None:
+        if not memory.used[0]:
+            raise RuntimeError(f"Invalid device argument {index_of(device)}: did you call init?")
         counters.total.peak_bytes[index_of(device)] = counters.total.live_bytes[index_of(device)]
 
     def mem_get_info(self, device: Device = None) -> tuple[int, int]:

@@ -1,12 +1,22 @@
-"""A small model with everything that offloading meets, quantized by each library directly."""
+"""A small model with everything that offloading meets, quantized by each library directly, or as a load does it."""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from qexp.doctor.options import backend_config, backend_files
+from qexp.loading.lifecycle import load_component
+from qexp.options import option_names
+from qexp.settings import ComponentConfig, LoaderConfig
 
 WIDTH = 64
 
@@ -145,8 +155,50 @@ QUANTIZERS: dict[str, Callable[[nn.Module], None]] = {
 }
 
 
+LOADED = tuple(f"conf/{name}" for name in option_names("backend"))  # kinds: every option, as a load makes it
+
+
+class NetSource:
+    """The model source of a saved `Net`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def checkpoints(self) -> dict[str, Path]:
+        return {"net": self.folder}
+
+    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
+        return Net(config["depth"])
+
+
+def save(folder: Path, depth: int = 3) -> NetSource:
+    """The seeded model as a checkpoint."""
+    torch.manual_seed(0)
+    save_file(Net(depth).state_dict(), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"depth": depth}))
+    return NetSource(folder)
+
+
+@cache
+def option(backend: str) -> Any:
+    """The config of an option of conf/backend."""
+    (path,) = backend_files([backend])
+    return backend_config(path)
+
+
+def load(backend: str, *, depth: int = 3, device: str = "cpu") -> nn.Module:
+    """The same model quantized while it is loaded, by an option of conf/backend."""
+    with tempfile.TemporaryDirectory() as folder:
+        source: Any = save(Path(folder), depth)
+        settings = ComponentConfig(option(backend))
+        loaded = load_component(source, "net", settings, device=torch.device(device), loader=LoaderConfig(workers=1))
+    return loaded.model
+
+
 def make(kind: str, *, depth: int = 3) -> nn.Module:
     """The same seeded model every time, quantized."""
+    if kind in LOADED:
+        return load(kind.removeprefix("conf/"), depth=depth)
     torch.manual_seed(0)
     model = Net(depth).requires_grad_(False)
     if kind.endswith("bf16"):

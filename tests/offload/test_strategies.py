@@ -181,6 +181,37 @@ def test_conflicts_are_refused_and_leave_the_model_alone(tmp_path: Path) -> None
     assert_same(snapshot(model), before)
 
 
+def test_hooks_of_other_libraries_are_refused(tmp_path: Path) -> None:
+    from accelerate import cpu_offload
+    from diffusers.hooks import apply_group_offloading
+
+    hooked = zoo.make("fp32")
+    cpu_offload(hooked, execution_device=CPU)
+    with pytest.raises(ConfigError, match=r"has a hook of accelerate \(_hf_hook\); remove it, or use offload=none"):
+        offload(hooked, STRATEGIES["leaf_disk"], tmp_path)
+    hooked = zoo.make("fp32")
+    apply_group_offloading(hooked, CPU, offload_type="leaf_level")
+    with pytest.raises(ConfigError, match=r"has a hook of diffusers \(_diffusers_hook\); remove it"):
+        offload(hooked, STRATEGIES["block_disk"], tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+CONFLICTS = {
+    "offload.use_stream=true needs a device with streams": OffloadConfig("leaf", "cpu", use_stream=True),
+    "offload.record_stream=true needs a stream": OffloadConfig("block", "cpu", record_stream=True),
+}
+
+
+@pytest.mark.parametrize("rule", CONFLICTS)
+def test_streams_without_an_accelerator_are_refused_and_leave_the_model_alone(rule: str) -> None:
+    model = zoo.make("torchao_int8wo")
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=rule):
+        offload(model, CONFLICTS[rule])
+    assert_same(snapshot(model), before)
+    assert not any(hasattr(module, "_qexp_offload") for module in model.modules())
+
+
 def test_weights_repacked_for_the_cpu_are_refused_elsewhere() -> None:
     model = zoo.make("bitsandbytes_nf4_repacked")
     zoo.outputs(model, zoo.inputs(model, 1))

@@ -9,7 +9,7 @@ from torch import nn
 
 from qexp.offload.payload import leaves
 from qexp.quantizers.base import WeightSpec, load_quantizer
-from qexp.quantizers.quanto import QuantoConfig, _library, group_size, unpack
+from qexp.quantizers.quanto import QuantoConfig, _library, group_size, tinygemm_fits, unpack
 from tests.backends import CPU
 from tests.quantizers.test_contract import gaussian
 
@@ -84,3 +84,23 @@ expected = x.float() @ (w.float() * scale.float()).T
 assert (got.float() - expected).norm() / expected.norm() < 0.01
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_nothing_is_compiled_for_a_gpu_and_no_layout_chosen_that_would_need_it() -> None:
+    """Where there is a GPU, the library's import registers an extension that it would have nvcc compile."""
+    import importlib
+
+    extension = importlib.import_module("optimum.quanto.library.extensions.cuda")
+    registry = importlib.import_module("optimum.quanto.library.extensions.extension")
+    if not registry.is_extension_available("quanto_cuda"):  # another test was here before
+        registry.register_extension(extension.ext)
+    _library.cache_clear()
+    _library()
+    assert extension.ext.lib.unpack is unpack
+    assert not registry.is_extension_available("quanto_cuda")
+
+
+@pytest.mark.parametrize(("device", "rows", "fits"), [("cpu", 16, True), ("cpu", 24, False), ("cuda", 24, True)])
+def test_the_int4_kernel_takes_whole_tiles(device: str, rows: int, fits: bool) -> None:
+    assert tinygemm_fits(rows, torch.device(device)) is fits
+    assert not tinygemm_fits(rows + 1, torch.device(device))

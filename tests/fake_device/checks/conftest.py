@@ -5,6 +5,7 @@ import pytest
 from tests.fake_device import own_process
 
 
+@pytest.hookimpl(trylast=True)  # imports torch: after the environment is set
 def pytest_configure(config: pytest.Config) -> None:
     own_process.register(config, __file__)
 

@@ -4,9 +4,10 @@ import gc
 
 import pytest
 
-from tests.fake_device import counters, own_process
+from tests.fake_device import own_process
 
 
+@pytest.hookimpl(trylast=True)  # imports torch: after the environment is set
 def pytest_configure(config: pytest.Config) -> None:
     own_process.register(config, __file__)
 
@@ -21,9 +22,8 @@ def no_garbage() -> None:
 
     What libraries have imported is not looked at again, which takes half a second.
     """
-    import torch
+    from tests.fake_device import streams
 
-    for index in range(counters.DEVICES):
-        torch.get_device_module("fake").synchronize(index)
+    streams.forget()
     gc.collect()
     gc.freeze()

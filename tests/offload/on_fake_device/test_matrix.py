@@ -1,27 +1,25 @@
 """Every kind of weight, every way to offload it: the output of the resident model, and only the payload moved.
 
-The ways cover every pair of strategy, place, stream, depth and start.
+The ways cover every pair of strategy, place, stream, depth and start. Kinds that differ in how their bytes are held
+take all of them, the others every strategy; two kinds take all combinations.
 """
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from qexp.offload.config import OffloadConfig
+from qexp.offload.config import STRATEGIES, STREAMED, OffloadConfig
 from tests.offload import model_zoo as zoo
 from tests.offload.on_fake_device.harness import FORWARDS, compare, problems
 
-KINDS = [
-    "fp32", "bf16", "bitsandbytes_nf4", "bitsandbytes_nf4_nested", "bitsandbytes_int8", "bitsandbytes_int8_outliers",
-    "torchao_int8wo", "torchao_int8dq", "torchao_float8wo_e4m3", "torchao_intx",
-    "quanto_int8", "quanto_int4", "quanto_int2", "quanto_float8", "gguf_q8_0",
-]  # fmt: skip
-ALL_WAYS = ("fp32", "bitsandbytes_nf4_nested", "bitsandbytes_int8", "torchao_int8wo", "quanto_int4", "gguf_q8_0")
 ON_DEVICE, ON_HOST = True, False
-WAYS: dict[str, tuple[OffloadConfig, bool]] = {
+Way = tuple[OffloadConfig, bool]
+WAYS: dict[str, Way] = {
     "leaf cpu 2 device": (OffloadConfig("leaf", "cpu", prefetch_depth=2), ON_DEVICE),
     "leaf disk 3 host": (OffloadConfig("leaf", "disk", prefetch_depth=3), ON_HOST),
     "leaf cpu 4 host": (OffloadConfig("leaf", "cpu", prefetch_depth=4), ON_HOST),
@@ -37,20 +35,42 @@ WAYS: dict[str, tuple[OffloadConfig, bool]] = {
 }
 
 
-CROSSED = [  # kinds that differ in how their bytes are held take all ways, the others every third one
-    (kind, way)
+def every_way() -> dict[str, Way]:
+    """Strategy × place × stream and depth × start, without exception."""
+    ways = {}
+    for strategy, to, starts_on_device in itertools.product(STRATEGIES[1:], ("cpu", "disk"), (ON_HOST, ON_DEVICE)):
+        for depth in (None, 2, 3, 4) if strategy in STREAMED else (None,):
+            options: dict[str, Any] = {"use_stream": False} if depth is None else {"prefetch_depth": depth}
+            name = f"{strategy} {to} {depth or 'no stream'} {'device' if starts_on_device else 'host'}"
+            ways[name] = (OffloadConfig(strategy, to, **(options if strategy in STREAMED else {})), starts_on_device)
+    return ways
+
+
+# every option of conf/backend as a load makes it, and what no option makes: other dtypes, classes and versions
+KINDS = [*zoo.LOADED, "bf16", "bitsandbytes_nf4_nested", "bitsandbytes_int8", "torchao_intx", "gguf_q8_0"]
+ALL_WAYS = ("none", "bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "quanto_int4", "gguf", "packed_uint4")
+EVERY_COMBINATION = ("fp32", "conf/torchao")
+
+
+def ways_of(number: int) -> dict[str, Way]:
+    """Every strategy once: leaf and block in ways that differ from kind to kind."""
+    alike = [[name for name, (config, _) in WAYS.items() if config.strategy == strategy] for strategy in STRATEGIES[1:]]
+    return {name: WAYS[name] for names in alike for name in [names[number % len(names)]]}
+
+
+CROSSED = [
+    pytest.param(kind, way, id=f"{kind}-{name}")
     for number, kind in enumerate(KINDS)
-    for index, way in enumerate(WAYS)
-    if kind in ALL_WAYS or (number + index) % 3 == 0
-]
+    for name, way in (WAYS if kind.removeprefix("conf/") in ALL_WAYS else ways_of(number)).items()
+] + [pytest.param(kind, way, id=f"{kind}-{name}") for kind in EVERY_COMBINATION for name, way in every_way().items()]
 
 
 @pytest.mark.parametrize(("kind", "way"), CROSSED)
-def test_offloaded_is_resident(kind: str, way: str, tmp_path: Path) -> None:
-    config, starts_on_device = WAYS[way]
+def test_offloaded_is_resident(kind: str, way: Way, tmp_path: Path) -> None:
+    config, starts_on_device = way
     pair = compare(kind, config, tmp_path, starts_on_device=starts_on_device)
     found = problems(pair, config)
-    if kind == "bitsandbytes_int8_outliers":  # the library keeps the outlier columns of the last forward in its state
+    if kind == "conf/bitsandbytes_int8":  # the library keeps the outlier columns of the last forward in its state
         found = [problem for problem in found if problem != "no other device memory while it runs"]
     assert found == []
     pair.handle.remove()

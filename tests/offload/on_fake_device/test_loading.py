@@ -1,0 +1,40 @@
+"""Loading straight onto an accelerator: every option of conf/backend, and the memory that a load is said to take."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from qexp.memory import PeakMemory
+from qexp.offload.payload import leaves, module_nbytes, sites
+from tests.fake_device import memory
+from tests.offload import model_zoo as zoo
+from tests.offload.on_fake_device.harness import DEVICE, live_bytes, run
+
+BACKENDS = [kind.removeprefix("conf/") for kind in zoo.LOADED]
+WITHOUT = {"bitsandbytes_nf4_dq"}  # the library quantizes scales on real devices only
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in WITHOUT])
+def test_a_model_loaded_on_the_device_is_the_one_loaded_on_the_cpu(backend: str) -> None:
+    batches = zoo.inputs(zoo.make("fp32"))
+    expected = zoo.outputs(zoo.load(backend), batches)
+    before = live_bytes()
+    model = zoo.load(backend, device=str(DEVICE))
+    parts = [leaf for module in model.modules() for store, name in sites(module) for leaf in leaves(store[name])]
+    assert {leaf.device for leaf in parts} == {DEVICE}
+    gc.collect()
+    assert live_bytes() - before - module_nbytes(model) < 512  # tables that libraries keep
+    found = run(model, batches, before).outputs
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_first_use_of_a_device_may_be_to_watch_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a load without quantization, which quantizes no weight to warm up."""
+    monkeypatch.setattr(memory, "used", [False])
+    with PeakMemory(DEVICE) as peak:
+        before = live_bytes()
+        kept = torch.ones(1000, device=DEVICE)
+    assert peak.peak_device_bytes == before + kept.nbytes
