@@ -49,6 +49,7 @@ class TensorEntry:
     """Where one tensor lies: `nbytes` bytes from `offset` of `file`.
 
     dtype: safetensors' name for it; of GGUF blocks "GGUF_" and their type. shape: of the dense tensor.
+    pieces: the rows of other tensors that it is made of, in their order, if it is none of the file's own.
     """
 
     name: str
@@ -57,6 +58,7 @@ class TensorEntry:
     file: Path
     offset: int
     nbytes: int
+    pieces: tuple[TensorEntry, ...] = ()
 
     @property
     def block_type(self) -> str | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qexp.errors import ConfigError, LoadError
 from qexp.loading.audit import audit
 from qexp.loading.checkpoint import Checkpoint, open_checkpoint
+from qexp.loading.conversion import converted
 from qexp.loading.fp32 import compute_in_fp32
 from qexp.loading.patterns import anywhere, check_patterns
 from qexp.loading.pipeline import stream
@@ -32,11 +33,11 @@ from qexp.loading.plan import (
     choose_modules,
     find_quantized,
     make_plan,
-    renamed,
     stored_part_names,
     with_tied_entries,
 )
 from qexp.loading.progress import Progress
+from qexp.loading.registration import register
 from qexp.memory import GIB, PeakMemory, release_freed_memory
 from qexp.quantizers.base import Quantizer, WeightSpec, is_finite, load_quantizer
 from qexp.quantizers.embedded import merge, stored_config
@@ -97,7 +98,7 @@ def load_component(
         _load_weights(prepared, component, device=device, loader=loader)  # 7 stream, quantize, assign
         quantizer.postprocess_model(prepared.model, device)  # 8 finish, audit
         compute_in_fp32(prepared.model, settings.keep_in_fp32_modules, prepared.compute_dtype)
-        _register(prepared)  # 9
+        register(prepared.model, quantizer, prepared.config, prepared.compute_dtype)  # 9
     seconds = time.perf_counter() - started
     audit(prepared.model, quantizer, prepared.plan.quantized_nbytes)
     return LoadedComponent(prepared.model, prepared.plan, seconds, memory)
@@ -117,9 +118,7 @@ def prepare(
     compute_dtype = quantizer.update_torch_dtype(_compute_dtype(settings, checkpoint, quantizer))  # 4
     with init_empty_weights(include_buffers=False):  # 5
         model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
-    if hasattr(source, "network_names"):
-        checkpoint = renamed(checkpoint, source.network_names(component, model, list(checkpoint.entries)))
-    checkpoint = with_tied_entries(checkpoint, model)
+    checkpoint = with_tied_entries(_under_model_names(source, component, checkpoint, model), model)
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     skip = (*settings.skip_modules, *quantizer.skip_modules)
     check_patterns(skip, names, f"skip_modules of '{component}'")
@@ -136,6 +135,14 @@ def prepare(
     if plan.unused:
         print(_unused_message(component, plan.unused), file=sys.stderr)
     return Prepared(model, quantizer, chosen, plan, compute_dtype, dict(checkpoint.config))
+
+
+def _under_model_names(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """The checkpoint with tensors named as the model's, converted by the source where it knows another layout."""
+    conversion = source.conversion(component, model) if hasattr(source, "conversion") else None
+    if conversion is None or model.state_dict().keys() <= checkpoint.entries.keys():
+        return checkpoint
+    return converted(checkpoint, conversion)
 
 
 def _validate_environment(quantizer: Quantizer, checkpoint: Checkpoint, device: torch.device) -> None:
@@ -300,14 +307,3 @@ def warm_up(prepared: Prepared, device: torch.device) -> None:
     spec = WeightSpec("warm-up", (64, columns), prepared.compute_dtype)
     with torch.no_grad():
         prepared.quantizer.create_quantized_param(spec, [torch.ones(spec.shape)], {}, device)
-
-
-def _register(prepared: Prepared) -> None:
-    """Leave on the model what other libraries look for on a quantized one, and what saving it needs."""
-    model: Any = prepared.model
-    model.checkpoint_config = prepared.config
-    if prepared.quantizer.quantization_method == "none":
-        return
-    model.hf_quantizer = prepared.quantizer
-    model.quantization_method = prepared.quantizer.quantization_method
-    model._pre_quantization_dtype = prepared.compute_dtype

@@ -159,25 +159,34 @@ def _read(
     Raises: LoadError if the file has changed since its header was read.
     """
     array: Any = buffer.numpy()
-    view, position = memoryview(array), 0
+    view, start = memoryview(array), 0
+    for piece in source.pieces or (source,):
+        _read_piece(piece, view[start : start + piece.nbytes], opened, files, stop)
+        start += piece.nbytes
+    if source.block_type is not None:
+        return buffer
+    return buffer.view(TORCH_DTYPES[source.dtype]).view(source.shape)
+
+
+def _read_piece(
+    piece: TensorEntry, view: memoryview, opened: dict[Path, int], files: ExitStack, stop: threading.Event
+) -> None:
+    position = 0
     try:
-        if source.file not in opened:
-            opened[source.file] = os.open(source.file, os.O_RDONLY)
-            files.callback(os.close, opened[source.file])
-        while position < source.nbytes:
+        if piece.file not in opened:
+            opened[piece.file] = os.open(piece.file, os.O_RDONLY)
+            files.callback(os.close, opened[piece.file])
+        while position < piece.nbytes:
             if stop.is_set():
                 raise Stopped
-            part = view[position : min(position + READ_BYTES, source.nbytes)]
-            count = os.preadv(opened[source.file], [part], source.offset + position)
+            part = view[position : min(position + READ_BYTES, piece.nbytes)]
+            count = os.preadv(opened[piece.file], [part], piece.offset + position)
             if count == 0:
                 raise LoadError(
-                    f"'{source.file}' ended within '{source.name}': it was changed while it was read; load it again"
+                    f"'{piece.file}' ended within '{piece.name}': it was changed while it was read; load it again"
                 )
             position += count
     except OSError as error:
         raise LoadError(
-            f"'{source.file}' cannot be read at '{source.name}': {error.strerror}; check the disk, or download it again"
+            f"'{piece.file}' cannot be read at '{piece.name}': {error.strerror}; check the disk, or download it again"
         ) from error
-    if source.block_type is not None:
-        return buffer
-    return buffer.view(TORCH_DTYPES[source.dtype]).view(source.shape)

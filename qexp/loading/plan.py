@@ -162,23 +162,6 @@ def _reason_to_skip(module: nn.Linear, name: str, patterns: Sequence[str], fp32:
     return None
 
 
-def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
-    """The checkpoint with its tensors under the names that the network has for them.
-
-    Raises LoadError for two tensors of one name.
-    """
-    entries: dict[str, TensorEntry] = {}
-    for old, entry in checkpoint.entries.items():
-        name = names.get(old, old)
-        if name in entries:
-            raise LoadError(
-                f"checkpoint '{checkpoint.path}' has '{name}' twice, once as '{old}'; it mixes two layouts: "
-                "download it again"
-            )
-        entries[name] = replace(entry, name=name)
-    return replace(checkpoint, entries=entries)
-
-
 def with_tied_entries(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     """The checkpoint with an entry for every name of a tied parameter, which files keep only once.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qexp.errors import ConfigError
 from qexp.loading.checkpoint import GGUF_CONFIG_KEY, SAVED_GGUF, SAVED_WEIGHTS
 from qexp.loading.gguf_saving import save_gguf
-from qexp.quantizers.base import Quantizer
+from qexp.loading.registration import registered_quantizer
 from qexp.sweep.store import disk_error, replacing, write_json
 
 STEM = "diffusion_pytorch_model"
@@ -52,14 +52,14 @@ def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHA
     if config is None:
         raise ConfigError(f"save: this {type(model).__name__} was not loaded by qexp, so its config.json is unknown")
     config = {name: value for name, value in config.items() if name not in ("quantization_config", "quantization")}
-    quantizer: Quantizer | None = getattr(model, "hf_quantizer", None)
+    quantizer = registered_quantizer(model)
     tensors, metadata = dict(model.state_dict()), dict[str, str]()
     if quantizer is not None:
         if not quantizer.is_serializable:
             raise ConfigError(
                 f"save: {quantizer.quantization_method} has no format to be stored in; dequantize it first"
             )
-        tensors, metadata = quantizer.state_of(model)
+        tensors, metadata = quantizer.get_state_dict_and_metadata(tensors)
         if quantizer.file_format == "gguf":
             return _save_as_gguf(folder, tensors, metadata, config)
         config["quantization_config"] = quantizer.to_dict(model)

@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 class ModelSource(Protocol):
     """One model, which may have several components (a transformer, a text encoder) with a checkpoint each.
 
-    Optional beside what is below: `network_names(component, model, names)`, name in the checkpoint -> name in the
-    network, where the two differ; `check_task(task)`, which raises ConfigError for a task that this model cannot do as
-    it is configured.
+    A source may also have `check_task(task)`, which raises ConfigError for a task that this model cannot do as it is
+    configured.
     """
 
     tasks: tuple[str, ...]  # those it can do
@@ -41,6 +40,9 @@ class ModelSource(Protocol):
 
     def block_lists(self, component: str) -> list[str]:
         """Dotted names of the module lists whose items are offloaded block by block."""
+
+    # A source may also have `conversion(component, model)`, which returns the function that turns a dict of tensors in
+    # another layout (that of the model's authors) into one with the model's names, or None: see loading/conversion.py.
 
     def generate(
         self,

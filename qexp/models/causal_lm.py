@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from qexp.loading.conversion import Conversion
     from qexp.tasks.generate import GenerateConfig
 
 COMPONENTS = ("model",)
@@ -74,10 +75,10 @@ class Source:
         self._network = model
         return model
 
-    def network_names(self, component: str, model: nn.Module, stored: list[str]) -> dict[str, str]:
-        from qexp.models.transformers_networks import network_names
+    def conversion(self, component: str, model: nn.Module) -> Conversion:
+        from qexp.models.transformers_networks import renaming
 
-        return network_names(model, stored)
+        return renaming(model)
 
     def block_lists(self, component: str) -> list[str]:
         from qexp.models.transformers_networks import block_lists

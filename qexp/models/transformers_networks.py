@@ -8,7 +8,7 @@ followed: such a checkpoint is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +16,8 @@ from qexp.errors import LoadError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from qexp.loading.conversion import Conversion
 
 
 def transformers_config(config: Mapping[str, Any], folder: Path) -> Any:
@@ -49,6 +51,22 @@ def skeleton(auto_class: Any, config: Any, folder: Path) -> nn.Module:
         ) from error
     model.tie_weights()  # part of what was left out
     return cast("nn.Module", model)
+
+
+def renaming(model: nn.Module) -> Conversion:
+    """What turns a checkpoint's tensors into those of `model`, by transformers' rules."""
+
+    def rename(tensors: MutableMapping[str, Any]) -> dict[str, Any]:
+        renamed: dict[str, Any] = {}
+        for old, name in network_names(model, list(tensors)).items():
+            if name in renamed:
+                raise LoadError(
+                    f"the checkpoint has '{name}' twice, once as '{old}'; it mixes two layouts: get it again"
+                )
+            renamed[name] = tensors.pop(old)
+        return renamed
+
+    return rename
 
 
 def network_names(model: Any, stored: Iterable[str]) -> dict[str, str]:

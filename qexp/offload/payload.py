@@ -54,6 +54,11 @@ def holders(value: object) -> Iterator[Tensor]:
             yield from holders(attribute)
 
 
+def is_plain(value: object) -> bool:
+    """Whether a value is a tensor whose own bytes are all it is."""
+    return type(value) in (Tensor, nn.Parameter)
+
+
 def leaves(value: object) -> list[Tensor]:
     """The plain tensors that hold a value's bytes: itself, or its true inner tensors."""
     return _Flattening(value).leaves
@@ -95,6 +100,21 @@ def flatten(values: Iterable[object]) -> tuple[list[Tensor], Rebuild]:
         return [build(other_leaves, built) for build in builds]
 
     return flattening.leaves, rebuild
+
+
+def converted(values: Iterable[object], convert: Callable[[Tensor], Tensor]) -> list[Any]:
+    """Equal values around converted leaves; what is one object or one piece of memory stays so."""
+    parts, rebuild = flatten(values)
+    results: dict[Any, Tensor] = {}
+    for part in parts:
+        key = identity(part)
+        results[key] = results[key] if key in results else convert(part)
+    return rebuild([results[identity(part)] for part in parts])
+
+
+def identity(leaf: Tensor) -> Any:
+    """A key for a piece of memory and how it is looked at."""
+    return leaf.device, leaf.data_ptr(), tuple(leaf.shape), leaf.stride(), leaf.dtype
 
 
 class _Flattening:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qexp.errors import ConfigError
@@ -26,12 +27,13 @@ from qexp.offload.engine import HOOK_MARK, Engine, Streams
 from qexp.offload.group import Group, Pieces, Rest
 from qexp.offload.grouping import plan_groups
 from qexp.offload.host import Arena, Slabs
-from qexp.offload.payload import Site, flatten, leaves, module_nbytes, sites, span_bytes, true_nbytes
+from qexp.offload.payload import Site, converted, leaves, module_nbytes, sites, span_bytes, true_nbytes
 from qexp.offload.residency import choose_resident
 from qexp.offload.turns import take_turn
 
 log = logging.getLogger(__name__)
 
+HANDLE = "_qexp_offload_handle"  # attribute of an offloaded model
 FOREIGN_HOOKS = {"_hf_hook": "accelerate", "_diffusers_hook": "diffusers"}
 
 
@@ -53,7 +55,29 @@ def apply_offload(
     except BaseException:
         offload.remove()
         raise
+    offload.again = partial(apply_offload, model, config, device=device, block_lists=block_lists, store=store)
+    vars(model)[HANDLE] = offload
     return offload
+
+
+def offload_of(model: nn.Module) -> Offload | None:
+    """How a model is offloaded now."""
+    found: Offload | None = vars(model).get(HANDLE)
+    return found
+
+
+@contextmanager
+def resident(model: nn.Module) -> Iterator[None]:
+    """Have the weights where they were before offloading, and offload them again, in the same way, afterwards."""
+    offload = offload_of(model)
+    if offload is None:
+        yield
+        return
+    offload.remove()
+    try:
+        yield
+    finally:
+        offload.again()
 
 
 def _refuse_conflicts(model: nn.Module, config: OffloadConfig, device: torch.device, store: Path | None) -> None:
@@ -98,7 +122,9 @@ def _is_cpu_only(value: object) -> bool:
 
 
 class Offload:
-    """An offloaded model: what has been moved, and the way back."""
+    """An offloaded model: what has been moved, and the way back. again: offloads the model as it was."""
+
+    again: Callable[[], Offload]
 
     def __init__(self, model: nn.Module, config: OffloadConfig, device: torch.device, groups: list[Group]) -> None:
         self.model, self.config, self.groups = model, config, groups
@@ -137,6 +163,8 @@ class Offload:
 
     def remove(self) -> None:
         """Give every module its values back, in memory of their own where they were before, and clean up."""
+        if offload_of(self.model) is self:
+            del vars(self.model)[HANDLE]
         self._engine.detach()
         restored: dict[int, Any] = {}
         position = 0
@@ -189,14 +217,10 @@ class Offload:
         What is one object or one piece of memory stays so, as in a group.
         """
         places = _sites_outside(self.model, self.groups)
-        parts, rebuild = flatten([store[name] for store, name in places])
-        if all(part.device == self.device for part in parts):
+        values = [store[name] for store, name in places]
+        if all(leaf.device == self.device for value in values for leaf in leaves(value)):
             return
-        there: dict[Any, Tensor] = {}
-        for part in parts:
-            key = _identity(part)
-            there[key] = there[key] if key in there else part.to(self.device)
-        for (store, name), moved in zip(places, rebuild([there[_identity(part)] for part in parts]), strict=True):
+        for (store, name), moved in zip(places, converted(values, lambda leaf: leaf.to(self.device)), strict=True):
             self._resident.append(((store, name), store[name], moved))
             store[name] = moved
 
@@ -227,10 +251,6 @@ class Offload:
             return module_nbytes(self.model)
         resting = [group.rest.flat for group in self.groups if group.rest.in_memory]
         return self._left_behind() + sum(flat.numel() for flat in resting if flat.device == self.device)
-
-
-def _identity(leaf: Tensor) -> Any:
-    return leaf.device, leaf.data_ptr(), tuple(leaf.shape), leaf.stride(), leaf.dtype
 
 
 def _twins(groups: list[Group]) -> list[int]:

@@ -51,8 +51,8 @@ class Quantizer:
 
     required_packages: ClassVar[Mapping[str, str]] = {}  # package -> lowest version that works
     requires_calibration: ClassVar[bool] = False
-    is_serializable: ClassVar[bool] = False  # whether `state_of` and `stored_parts` are there
-    is_compileable: ClassVar[bool] = False  # transformers' generate asks whether it may compile the model on its own
+    is_trainable: ClassVar[bool] = True  # whether gradients flow through a layer, to what was there before it
+    is_serializable: ClassVar[bool] = False  # whether `stored_parts` reads what is saved
     file_format: ClassVar[str] = "safetensors"  # or gguf: what a saved model is stored in
 
     def __init__(self, config: Any) -> None:
@@ -71,6 +71,11 @@ class Quantizer:
         None of a checkpoint's own list: it names what is not stored quantized, in upstream's way.
         """
         return () if self.stored else tuple(getattr(self.config, self.config.skip_field, ()))
+
+    @property
+    def model_attributes(self) -> Mapping[str, Any]:
+        """What upstream sets on a model of this format beside what it sets on every quantized one."""
+        return {}
 
     def validate_environment(self, device: torch.device) -> None:
         """Raises MissingLibraryError or UnsupportedError before a byte is read."""
@@ -127,9 +132,9 @@ class Quantizer:
         """Exact bytes of a weight that is put together from stored parts."""
         return sum(entry.nbytes for entry in parts.values())
 
-    def state_of(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """(tensors, file metadata) by which this format stores a model; `stored_parts` finds them again."""
-        return dict(model.state_dict()), {}
+    def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """(tensors, file metadata) by which this format stores a state dict; `stored_parts` finds them again."""
+        return dict(state_dict), {}
 
     def to_dict(self, model: nn.Module) -> dict[str, Any]:
         """The `quantization_config` of a saved model: the config's, with every layer that is not quantized."""
@@ -151,18 +156,24 @@ class Quantizer:
         """The dense weight [out, in] that a quantized parameter stands for."""
         raise NotImplementedError
 
-    def dequantize(self, model: nn.Module) -> nn.Module:
-        """Put ordinary linear layers back, in the dtype the weights were quantized from, in place."""
+    def restore_linear_layers(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Put ordinary linear layers of a dtype in the place of the quantized ones."""
         import torch
 
-        dtype: Any = model._pre_quantization_dtype
+        restored: dict[nn.Module, nn.Module] = {}  # a layer used twice stays one
         for name, module in list(model.named_modules(remove_duplicate=False)):
             if not self.is_quantized(module):
                 continue
-            with torch.no_grad():
-                weight = self.dequantize_param(module.weight, dtype)
-            replace_module(model, name, dense_linear(module, weight))
-        return model
+            if module not in restored:
+                with torch.no_grad():
+                    restored[module] = dense_linear(module, self.dequantize_param(module.weight, dtype))
+            replace_module(model, name, restored[module])
+
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """`qexp.loading.registration.dequantize`, in the place where other libraries call it."""
+        from qexp.loading.registration import dequantize
+
+        return dequantize(model, self, dtype)
 
 
 def load_quantizer(config: Any) -> Quantizer:

@@ -117,6 +117,11 @@ class BitsAndBytesQuantizer(base.Quantizer):
     required_packages: ClassVar[Mapping[str, str]] = {"bitsandbytes": "0.50"}
     is_serializable = True
 
+    @property
+    def model_attributes(self) -> Mapping[str, Any]:
+        bits = "4bit" if self.config.load_in_4bit else "8bit"
+        return {f"is_loaded_in_{bits}": True, f"is_{bits}_serializable": True}
+
     def validate_environment(self, device: torch.device) -> None:
         super().validate_environment(device)
         if not self.config.is_quantizable():
@@ -281,11 +286,11 @@ class BitsAndBytesQuantizer(base.Quantizer):
             return functional.dequantize_4bit(param.data, param.quant_state).to(dtype)
         return functional.int8_vectorwise_dequant(param.CB, param.SCB).to(dtype)
 
-    def dequantize(self, model: nn.Module) -> nn.Module:
+    def restore_linear_layers(self, model: nn.Module, dtype: torch.dtype) -> None:
         for module in model.modules():
             if isinstance(module, library().nn.Linear8bitLt) and module.weight.CB is None:
                 module.weight.CB, module.weight.SCB = _int8_state(module)  # a forward has moved them
-        return super().dequantize(model)
+        super().restore_linear_layers(model, dtype)
 
 
 def _quantize_on_cpu(code: Tensor, blocksize: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

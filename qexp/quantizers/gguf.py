@@ -119,10 +119,13 @@ class GGUFQuantizer(base.Quantizer):
         self._stored_types[name] = entry.dtype.removeprefix(BLOCKED_PREFIX)
         return {"raw": entry}
 
-    def state_of(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        from qexp.quantizers.gguf_tensor import GGUFTensor
+
         own: Any = self.config.compute_dtype
-        metadata = {MODEL_DTYPE_KEY: str(model._pre_quantization_dtype).removeprefix("torch.")}
-        return dict(model.state_dict()), metadata | ({} if own is None else {COMPUTE_DTYPE_KEY: own})
+        dtype = next(tensor.dtype for tensor in state_dict.values() if isinstance(tensor, GGUFTensor))
+        metadata = {MODEL_DTYPE_KEY: str(dtype).removeprefix("torch.")}
+        return dict(state_dict), metadata | ({} if own is None else {COMPUTE_DTYPE_KEY: own})
 
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         entry = parts["raw"]

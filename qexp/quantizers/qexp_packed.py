@@ -165,11 +165,11 @@ class PackedQuantizer(base.Quantizer):
         expected = {"qdata": qdata, "scale": per_group, "offset": per_group}
         check_parts(spec, parts, expected, f"{self.config.quant_type} in groups of {size}")
 
-    def state_of(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         from qexp.quantizers.packed_tensor import PackedTensor
 
         tensors: dict[str, Tensor] = {}
-        for name, tensor in model.state_dict().items():
+        for name, tensor in state_dict.items():
             if not isinstance(tensor, PackedTensor):
                 tensors[name] = tensor
                 continue

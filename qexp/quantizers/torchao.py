@@ -150,10 +150,10 @@ class TorchAoQuantizer(base.Quantizer):
         weight: Tensor = weights[name]
         return weight
 
-    def state_of(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
-        tensors, metadata = flatten_tensor_state_dict(model.state_dict())
+        tensors, metadata = flatten_tensor_state_dict(dict(state_dict))
         return tensors, {**metadata, "format": "pt"}
 
     def to_dict(self, model: nn.Module) -> dict[str, Any]:

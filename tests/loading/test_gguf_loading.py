@@ -1,9 +1,11 @@
 """`.gguf` files as checkpoints: every type that gguf-py decodes, into a model, with gguf-py's weights."""
 
+import gc
 import json
 import os
 import random
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +18,10 @@ from torch import Tensor, nn
 from qexp.errors import ConfigError, LoadError
 from qexp.loading import lifecycle
 from qexp.loading.checkpoint import GGUF_CONFIG_KEY, open_checkpoint
+from qexp.loading.gguf_saving import save_gguf
 from qexp.loading.lifecycle import LoadedComponent, load_component
 from qexp.models.base import ModelSource
-from qexp.offload.payload import module_nbytes, true_nbytes
+from qexp.offload.payload import leaves, module_nbytes, true_nbytes
 from qexp.quantizers.gguf_tensor import GGUFTensor
 from qexp.quantizers.gguf_types import DECODABLE, ENCODABLE, TYPES
 from qexp.settings import LoaderConfig
@@ -48,16 +51,23 @@ class Reader(nn.Module):
         return self.second(self.first(x.to(self.first.bias.dtype)))
 
 
-def blocks(name: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """Encoded rows: random bytes, without blocks whose scales are huge or no numbers."""
-    kind, rng = TYPES[name], np.random.default_rng(seed)
-    count, found = rows * columns // kind.block, np.empty((0, kind.block_bytes), np.uint8)
-    while len(found) < count:
-        new = rng.integers(0, 256, (4 * count, kind.block_bytes), dtype=np.uint8)
+@cache
+def pool(name: str, low: float, high: float) -> np.ndarray:
+    """200 random blocks whose largest weight is in low..high, and no number is missing."""
+    kind, rng = TYPES[name], np.random.default_rng(0)
+    found = np.empty((0, kind.block_bytes), np.uint8)
+    while len(found) < 200:
+        new = rng.integers(0, 256, (1000, kind.block_bytes), dtype=np.uint8)
         with np.errstate(all="ignore"):
-            dense = decoded(name, new)
-            found = np.concatenate([found, new[np.abs(dense).max(axis=1) < 100]])  # NaN is not below 100
-    return found[:count].reshape(rows, -1)
+            largest = np.abs(decoded(name, new)).max(axis=1)
+        found = np.concatenate([found, new[(low <= largest) & (largest <= high)]])  # NaN is neither
+    return found[:200]
+
+
+def blocks(name: str, rows: int, columns: int, seed: int = 0, low: float = 0, high: float = 100) -> np.ndarray:
+    """Encoded rows of random blocks, whose largest weight is in low..high."""
+    count = rows * columns // TYPES[name].block
+    return pool(name, low, high)[np.random.default_rng(seed).integers(0, 200, count)].reshape(rows, -1)
 
 
 def decoded(name: str, raw: np.ndarray) -> np.ndarray:
@@ -319,3 +329,29 @@ def test_damaged_files_end_in_a_load_error_or_a_model(tmp_path: Path) -> None:
             refusals += 1
             assert len(str(error)) < 1500
     assert refusals > 200
+
+
+# What is kept in memory
+
+
+def test_blocks_are_read_into_their_place_and_the_dense_model_is_never_there(tmp_path: Path) -> None:
+    """40 layers, 45 MiB in blocks and 160 MiB dense in bf16, and an embedding of 16 MiB that is decoded."""
+
+    def build() -> nn.Module:
+        layers = nn.ModuleList(nn.Linear(2048, 1024, bias=False) for _ in range(40))
+        return nn.ModuleDict({"embed": nn.Embedding(4096, 2048), "layers": layers})
+
+    raw = torch.from_numpy(blocks("Q4_0", 1024, 2048))
+    tensors: dict[str, Tensor] = {f"layers.{number}.weight": GGUFTensor(raw, "Q4_0", BF16) for number in range(40)}
+    tensors["embed.weight"] = GGUFTensor(torch.cat([raw] * 4), "Q4_0", BF16)
+    save_gguf(tmp_path / "x.gguf", tensors, architecture="x")
+    del tensors
+    load_file(write(tmp_path / "small.gguf", reader_tensors("Q8_0")))  # so that everything is imported
+    gc.collect()
+    loaded = load_toy(tmp_path / "x.gguf", settings("none", compute_dtype="bfloat16"), build)
+    result, mib = loaded.plan.to_container()["result_bytes"], 1 << 20
+    assert result == 40 * raw.nbytes + 16 * mib
+    assert loaded.memory.peak_bytes < result + 40 * mib
+    assert loaded.memory.peak_file_bytes < 8 * mib
+    for parameter in loaded.model.parameters():
+        assert all(leaf.untyped_storage().nbytes() == leaf.nbytes for leaf in leaves(parameter))

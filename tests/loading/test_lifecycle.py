@@ -231,10 +231,11 @@ def test_a_layer_used_twice_is_quantized_under_both_names(backend: str, tmp_path
         exact = nn.functional.linear(x, state["first.weight"], state["first.bias"])
         assert (model.first(x) - exact).norm() / exact.norm() < (1e-5 if backend == "none" else 0.7)
     if backend != "none":
-        model.hf_quantizer.dequantize(model)
+        quantizer = model.hf_quantizer
+        model.dequantize()
         layers = [model.get_submodule(name) for name in ("first", "second", "block.0", "again.0")]
         assert all(type(layer) is nn.Linear for layer in layers)
-        assert not any(model.hf_quantizer.is_quantized(layer) for layer in layers)
+        assert not any(quantizer.is_quantized(layer) for layer in layers)
 
 
 # What cannot be loaded

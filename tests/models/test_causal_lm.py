@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -136,6 +137,17 @@ def test_a_config_of_something_else_is_refused(change: dict[str, Any], message: 
 def test_experts_that_would_have_to_be_merged_are_refused_by_name(tmp_path: Path) -> None:
     save_model(tmp_path, transformers.MixtralConfig(**SIZES, num_local_experts=2))
     with pytest.raises(LoadError, match=r"experts\.0\.w1\.weight'.* MixtralForCausalLM .*MergeModulelist, Concatenate"):
+        load(tmp_path)
+
+
+def test_a_weight_under_two_names_is_refused(tmp_path: Path) -> None:
+    """`lm_head` is `embed_out` in files of GPT-NeoX; they are renamed only if some name of the network is missing."""
+    save_model(tmp_path, ARCHITECTURES["gpt_neox renamed"]())
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["embed_out.weight"].clone()
+    del tensors["gpt_neox.final_layer_norm.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LoadError, match=r"the checkpoint has 'lm_head\.weight' twice"):
         load(tmp_path)
 
 

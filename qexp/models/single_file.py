@@ -1,0 +1,22 @@
+"""Files of single models in their authors' layout (also ComfyUI's): diffusers' function for each architecture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qexp.loading.conversion import Conversion
+
+
+def single_file_conversion(model: nn.Module) -> Conversion | None:
+    """diffusers' function that converts such a file for the class of `model`; None if it has none."""
+    from diffusers.loaders import single_file_model
+
+    name = single_file_model._get_single_file_loadable_mapping_class(type(model))
+    if name is None:
+        return None
+    convert: Any = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+    config: Any = getattr(model, "config", None)
+    return lambda tensors: convert(checkpoint=tensors, config=dict(config or {}))

@@ -1,0 +1,58 @@
+"""What transformers' `PreTrainedModel` asks of its `hf_quantizer`: `save_pretrained`, `dequantize`, training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from qexp.models.interfaces import quantization_config, saves_safetensors
+from qexp.quantizers.base import Quantizer
+
+
+class InterfaceQuantizer(HfQuantizer):
+    """Our quantizer behind transformers' interface, for a model that is loaded."""
+
+    def __init__(self, quantizer: Quantizer, quantization_config: Any) -> None:
+        super().__init__(quantization_config, pre_quantized=quantizer.stored)
+        self.quantizer = quantizer
+        self.config = quantizer.config
+
+    def is_serializable(self) -> bool:
+        return saves_safetensors(self.quantizer)
+
+    @property
+    def is_trainable(self) -> bool:
+        return self.quantizer.is_trainable
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self.quantizer.get_state_dict_and_metadata(model.state_dict())
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return self.quantizer.is_quantized(model.get_submodule(param_name.rpartition(".")[0]))
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return self.quantizer.dequantize(model, dtype)
+
+
+def attach(model: Any, quantizer: Quantizer) -> InterfaceQuantizer:
+    model.config.quantization_config = quantization_config(model, quantizer, auto)
+    _set_quantized(model, True)
+    return InterfaceQuantizer(quantizer, model.config.quantization_config)
+
+
+def detach(model: Any) -> None:
+    vars(model.config).pop("quantization_config", None)
+    _set_quantized(model, False)
+
+
+def _set_quantized(model: Any, is_quantized: bool) -> None:
+    """Of the model and the models in it; attention kernels choose the dtype to compute in by it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and is_quantized:
+            module.config._is_quantized = True
+        elif isinstance(module, PreTrainedModel):
+            vars(module.config).pop("_is_quantized", None)

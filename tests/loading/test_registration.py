@@ -1,0 +1,120 @@
+"""What a quantized model carries, and that nothing of it is left once it is dequantized."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qexp.errors import ConfigError
+from qexp.loading.registration import registered_quantizer
+from qexp.loading.saving import save_model
+from qexp.offload.config import OffloadConfig
+from qexp.offload.strategies import apply_offload, offload_of
+from qexp.quantizers.base import Quantizer
+from tests.backends import CPU, QUANTIZING
+from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
+
+BF16 = torch.bfloat16
+MARKS = ("hf_quantizer", "quantization_method", "_pre_quantization_dtype", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_state(tmp_path_factory.mktemp("toy"), random_state(Toy), {"width": WIDTH})
+
+
+def load(folder: Path, backend: str) -> Any:
+    return load_toy(folder, settings(backend, compute_dtype="bfloat16")).model
+
+
+def answer(model: Any) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = model(torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1)).to(BF16))
+    return output
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("backend", QUANTIZING)
+def test_is_quantized(backend: str, folder: Path) -> None:
+    model = load(folder, backend)
+    assert model.is_quantized is True
+    assert isinstance(registered_quantizer(model), Quantizer)
+    config = settings(backend).backend
+    assert getattr(model, "is_loaded_in_4bit", False) == getattr(config, "load_in_4bit", False)
+    assert getattr(model, "is_loaded_in_8bit", False) == getattr(config, "load_in_8bit", False)
+
+
+@pytest.mark.parametrize("backend", QUANTIZING)
+def test_dequantize_then_save_then_reload(backend: str, folder: Path, tmp_path: Path) -> None:
+    model = load(folder, backend)
+    answer(model)
+    assert model.dequantize() is model
+    assert type(model) is Toy and model.is_quantized is False and registered_quantizer(model) is None
+    assert not any(hasattr(model, name) for name in MARKS)
+    assert {tensor.dtype for name, tensor in model.state_dict().items() if name != "steps"} == {BF16}
+    expected = answer(model)
+    save_model(model, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text()) == {"width": WIDTH}
+    again = load_toy(tmp_path / "saved", settings("none")).model
+    assert torch.equal(answer(again), expected)
+    assert model.half().embed.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto_int4", "gguf"])
+def test_a_quantized_checkpoint_dequantized_saves_as_a_plain_one(backend: str, folder: Path, tmp_path: Path) -> None:
+    """Of a checkpoint that embeds a quantization_config; GGUF has none that is safetensors."""
+    model = load(folder, backend)
+    if backend != "gguf":
+        save_model(model, tmp_path / "quantized")
+        assert "quantization_config" in json.loads((tmp_path / "quantized" / "config.json").read_text())
+        model = load_toy(tmp_path / "quantized", settings("none")).model
+    save_model(model.dequantize(), tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert torch.equal(answer(load_toy(tmp_path / "dense", settings("none")).model), answer(model))
+
+
+def test_dequantize_in_another_dtype(folder: Path) -> None:
+    model = load(folder, "torchao").dequantize(torch.float32)
+    assert model.embed.weight.dtype == model.embed.bias.dtype == torch.float32
+    assert model.blocks[0].norm.weight.dtype == BF16
+
+
+@pytest.mark.parametrize("strategy", ["leaf", "block", "model"])
+@pytest.mark.parametrize("to", ["cpu", "disk"])
+@pytest.mark.parametrize("backend", ["bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "quanto_int4", "gguf"])
+def test_dequantize_while_offloaded(backend: str, to: str, strategy: str, folder: Path, tmp_path: Path) -> None:
+    """The dense model is offloaded in the same way, and is the one that dequantizing first would give."""
+    expected = state_of(load(folder, backend).dequantize())
+    model = load(folder, backend)
+    config = OffloadConfig(strategy, to).resolved("cpu")
+    offload = apply_offload(model, config, device=CPU, block_lists=["blocks"], store=tmp_path)
+    answer(model)
+    model.dequantize()
+    now = offload_of(model)
+    assert now is not None and now is not offload and now.config == config
+    assert now.statistics()["offload/payload_gib"] > 1.5 * WIDTH**2 * 2 / 2**30
+    found = state_of(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    offloaded = answer(model)
+    assert now.statistics()["offload/copies"] > 0
+    now.remove()
+    assert offload_of(model) is None
+    assert torch.equal(answer(model), offloaded)
+
+
+def test_dequantize_without_the_weights_is_refused(folder: Path) -> None:
+    """As a model is whose weights accelerate's hooks hold."""
+    from accelerate import cpu_offload
+
+    model = load(folder, "torchao")
+    cpu_offload(model, execution_device=CPU)
+    with pytest.raises(ConfigError, match=r"weights of 'Toy' are held by another.*remove_hook_from_module"):
+        model.dequantize()
+    assert model.is_quantized
