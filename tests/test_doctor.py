@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,17 @@ def test_configs_are_those_that_the_command_line_composes() -> None:
         assert options.backend_config(path) == backend_config(path.stem)
 
 
+def test_types_without_an_option_are_tried_as_they_are_typed() -> None:
+    found = options.trials([])
+    for name, config in found.items():
+        option, *fields = name.split(" ")
+        assert config == replace(backend_config(option, *fields), label=config.label), name
+    assert len({(config.quant_method, config.label) for config in found.values()}) == len(found)
+    assert {"packed_uint2 quant_type=uint5wo", "gguf quant_type=MXFP4"} <= set(found)
+    assert found["bitsandbytes_fp4 bnb_4bit_use_double_quant=true"].label == "fp4+dq"
+    assert list(options.trials(["torchao"])) == ["torchao"]
+
+
 def test_every_option_runs_on_this_cpu() -> None:
     command = [sys.executable, "-m", "qexp.doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -57,8 +69,10 @@ def test_every_option_runs_on_this_cpu() -> None:
     report = json.loads(done.stdout)
     assert set(report) == {"machine", "rows"} and {"python", "torch", "versions", "cpu"} <= set(report["machine"])
     rows = {row["option"]: row for row in report["rows"] if row["device"] == "cpu"}
-    assert sorted(rows) == sorted(BACKENDS)
-    assert {name: row["message"] for name, row in rows.items() if row["status"] != "runs"} == {}
+    assert list(rows) == list(options.trials([])) and set(BACKENDS) <= set(rows)
+    assert {name: rows[name]["message"] for name in BACKENDS if rows[name]["status"] != "runs"} == {}
+    assert {row["message"] for row in rows.values() if row["status"] == "fails"} == set()
+    rows = {name: row for name, row in rows.items() if row["status"] == "runs"}
     keys = {"option", "backend", "label", "device", "status", "reason", "message", "measured", "seconds"}
     assert all(set(row) == keys and set(row["measured"]) == {"bfloat16", "float32"} for row in rows.values())
     assert rows["none"]["measured"]["float32"] == {"sqnr_db": None, "exact": True, "bits_per_weight": 32.0}

@@ -1,9 +1,9 @@
 """`python -m qexp.doctor`: what runs on this machine, and what the rest needs.
 
-    python -m qexp.doctor                       every option of backend=
+    python -m qexp.doctor                       every option of backend=, and every other type that their fields have
     python -m qexp.doctor torchao gguf --json   two of them, as JSON
 
-Each option quantizes a small linear layer through the loader in bf16 and in fp32, runs it, and dequantizes it, on the
+Each quantizes a small linear layer through the loader in bf16 and in fp32, runs it, and dequantizes it, on the
 CPU and on the first GPU if there is one. Each backend is tried in a process of its own. Progress goes to standard
 error. Importing this module imports no torch.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from qexp.devices import cuda_device_count
-from qexp.doctor.options import backend_config, backend_files
+from qexp.doctor.options import trials
 from qexp.doctor.processes import probe
 from qexp.errors import QexpError
 from qexp.fields import to_plain
@@ -78,14 +78,13 @@ def describe_machine() -> dict[str, Any]:
 
 def rows_of(names: list[str], timeout: float) -> Iterator[dict[str, Any]]:
     """A row for each option on each device, backend by backend."""
-    trials: dict[str, list[dict[str, Any]]] = {}
-    for path in backend_files(names):
-        config = backend_config(path)
-        trials.setdefault(config.quant_method, []).append({"option": path.stem, "config": to_plain(config)})
+    by_backend: dict[str, list[dict[str, Any]]] = {}
+    for name, config in trials(names).items():
+        by_backend.setdefault(config.quant_method, []).append({"option": name, "config": to_plain(config)})
     for device in ["cpu", "cuda:0"] if cuda_device_count() else ["cpu"]:
-        for backend, of_backend in trials.items():
+        for backend, of_backend in by_backend.items():
             labels = iter(of_backend)
-            print(f"{backend} on {device}: {len(of_backend)} options ...", file=sys.stderr, flush=True)
+            print(f"{backend} on {device}: {len(of_backend)} types ...", file=sys.stderr, flush=True)
             for result in probe(of_backend, device, timeout):
                 label = next(labels)["config"]["label"]
                 yield {"option": result.pop("option"), "backend": backend, "label": label, "device": device, **result}
@@ -143,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=STATUSES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("option", nargs="*", help="options of backend= to try (default: all)")
+    parser.add_argument("option", nargs="*", help="options of backend= to try (default: all, and all types)")
     parser.add_argument("--json", action="store_true", help="the same as JSON: machine, and rows with a key for each")
     parser.add_argument(
         "--timeout", type=float, default=120, metavar="SECONDS", help="for one option on one device (default: 120)"

@@ -1,8 +1,13 @@
-"""The options of conf/backend as configs, composed without Hydra: a yaml over the schema that it inherits."""
+"""Every type of every backend as a config: the options of conf/backend, and what their fields can be set to beside.
+
+Composed without Hydra: a yaml over the schema that it inherits.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,49 @@ from qexp.errors import ConfigError, choices, did_you_mean
 from qexp.options import option_files
 from qexp.plugins import plugin_config, plugin_module, plugin_names
 from qexp.schema import schema_of
+
+
+def trials(names: list[str]) -> dict[str, Any]:
+    """What to try, by what is typed for it: 'torchao', or 'torchao quant_type=int8dq' where no option has the type.
+
+    With names, these options alone. Raises ConfigError for a name that is none.
+    """
+    options = {path.stem: backend_config(path) for path in backend_files(names)}
+    if names:
+        return options
+    found = dict(options)
+    for method in dict.fromkeys(config.quant_method for config in options.values()):
+        own = {name: config for name, config in options.items() if config.quant_method == method}
+        for fields in _types(next(iter(own.values()))):
+            if not any(_has(config, fields) for config in own.values()):
+                name, changes = _nearest(own, method, fields)
+                config = replace(own[name], **changes)
+                words = " ".join(f"{field}={_typed(value)}" for field, value in changes.items())
+                found[f"{name} {words}"] = replace(config, label=config.describe())
+    return dict(sorted(found.items(), key=lambda item: (item[1].quant_method, item[0] not in options, item[0])))
+
+
+def _types(config: Any) -> list[dict[str, Any]]:
+    types: list[dict[str, Any]] = config.types() if hasattr(config, "types") else []
+    return types
+
+
+def _has(config: Any, fields: Mapping[str, Any]) -> bool:
+    return all(getattr(config, name) == value for name, value in fields.items())
+
+
+def _nearest(options: Mapping[str, Any], method: str, fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(option, the fields to change): as few as possible, and rather of the option that is named like its backend."""
+    changes = {
+        name: {field: value for field, value in fields.items() if getattr(config, field) != value}
+        for name, config in options.items()
+    }
+    nearest = min(changes, key=lambda name: (len(changes[name]), name != method, len(name), name))
+    return nearest, changes[nearest]
+
+
+def _typed(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def backend_files(names: list[str]) -> list[Path]:

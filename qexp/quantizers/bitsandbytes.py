@@ -16,6 +16,7 @@ quantization), arXiv:2208.07339 (LLM.int8).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -97,6 +98,14 @@ class BitsAndBytesConfig(BackendConfig):
         if self.bnb_4bit_blocksize == type(self).bnb_4bit_blocksize:
             del values["bnb_4bit_blocksize"]
         return values
+
+    @classmethod
+    def types(cls) -> list[dict[str, Any]]:
+        doubled = itertools.product(stored.TYPES_4BIT, (False, True))
+        return [
+            {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double}
+            for kind, double in doubled
+        ]
 
     def describe(self) -> str | None:
         if self.load_in_8bit:

@@ -77,6 +77,11 @@ class BackendConfig:
         config: Self = from_plain(kind, known, "quantization_config")
         return replace(config, label=config.describe())
 
+    @classmethod
+    def types(cls) -> list[dict[str, Any]]:
+        """The fields of every type of this backend, for tables of what runs: [{"quant_type": "Q8_0"}, …]."""
+        return []
+
     def describe(self) -> str | None:
         """The label of a checkpoint's config, which stores none."""
         return None

@@ -57,6 +57,13 @@ class GGUFConfig(BackendConfig):
             why, remedy = "does not quantize", f"{remedy}, or backend=none with compute_dtype"
         raise ConfigError(f"backend.quant_type={name!r} {why}; {remedy}")
 
+    @classmethod
+    def types(cls) -> list[dict[str, Any]]:
+        return [{"quant_type": name} for name in ENCODABLE]
+
+    def describe(self) -> str | None:
+        return self.quant_type
+
 
 class GGUFQuantizer(base.Quantizer):
     config: GGUFConfig

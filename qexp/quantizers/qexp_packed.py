@@ -83,6 +83,10 @@ class PackedConfig(BackendConfig):
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(f"backend.group_size={self.group_size} must be 1 or more, or null for one scale a row")
 
+    @classmethod
+    def types(cls) -> list[dict[str, Any]]:
+        return [{"quant_type": name} for name in ELEMENTS]
+
     def describe(self) -> str:
         return self.quant_type
 

@@ -62,6 +62,10 @@ class QuantoConfig(BackendConfig):
         if self.weights_dtype not in WEIGHTS_DTYPES:
             raise ConfigError(f"backend.weights_dtype={self.weights_dtype!r} is unknown; use {choices(WEIGHTS_DTYPES)}")
 
+    @classmethod
+    def types(cls) -> list[dict[str, Any]]:
+        return [{"weights_dtype": name} for name in WEIGHTS_DTYPES]
+
     def describe(self) -> str | None:
         return self.weights_dtype
 
