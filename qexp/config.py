@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from qexp.devices import resolve_device
+from qexp.devices import resolve_device_map, resolve_max_memory
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import check_known, convert, from_plain
 from qexp.hub import check_ready
@@ -58,8 +58,6 @@ __all__ = [
     "to_run_config",
 ]
 
-PLANNED_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-
 
 def to_run_config(cfg: Any) -> RunConfig:
     """Resolve a composed config (a DictConfig, or a plain mapping of the same shape) into a `RunConfig`.
@@ -68,7 +66,11 @@ def to_run_config(cfg: Any) -> RunConfig:
     """
     top = from_plain(TopLevelConfig, _plain_settings(cfg))
     model = plugin_config("model", top.model, "model")
-    device = _device(top.device, top.device_map)
+    device, device_map = resolve_device_map(top.device, top.device_map)
+    max_memory = resolve_max_memory(top.max_memory, top.device_map)
+    if max_memory is not None and device_map is None:
+        device_map = {"": device}  # one device, and a limit to check
+    _check_offload(device_map, top.offload.strategy)
     skip_modules = _union(_patterns(top.skip_modules, "skip_modules"), model.skip_modules)
     base = ComponentConfig(
         backend=plugin_config("backend", top.backend, "backend"),
@@ -98,6 +100,8 @@ def to_run_config(cfg: Any) -> RunConfig:
         task=task,
         reference=replace(top.reference, dtype=compute_dtype(top.reference.dtype, "reference.dtype")),
         device=device,
+        device_map=device_map,
+        max_memory=max_memory,
         **{name: getattr(top, name) for name in ("metrics", "tracking", "isolation", "sweep", "loader")},
         **{name: getattr(top, name) for name in ("save", "paths", "seed", "resume")},
     )
@@ -155,22 +159,12 @@ def _plain_settings(cfg: Any) -> dict[str, Any]:
     return settings
 
 
-def _device(device: str, device_map: Any) -> str:
-    """The one device of `device` and `device_map`, which mean the same as long as a model has one device."""
-    if device_map is None:
-        return resolve_device(device)
-    named = device_map.get("") if isinstance(device_map, Mapping) and len(device_map) == 1 else device_map
-    if isinstance(named, int) and not isinstance(named, bool):
-        named = f"cuda:{named}"
-    if isinstance(named, Mapping) or named is None or named in PLANNED_DEVICE_MAPS:
+def _check_offload(device_map: Any, strategy: str) -> None:
+    if device_map is not None and strategy != "none":
         raise ConfigError(
-            f"device_map={device_map} spreads a model over several devices, and models are kept on one; "
-            "use device_map=null with device=auto, cpu or cuda:<index>, or offload=block if it does not fit"
+            f"device_map={device_map} says where each module rests, and so does offload.strategy={strategy}; use "
+            "offload=none (what the map puts on the CPU or on disk is offloaded all the same), or one device"
         )
-    resolved = resolve_device(str(named), place="device_map")
-    if device != "auto" and resolve_device(device) != resolved:
-        raise ConfigError(f"device_map={device_map} and device={device} disagree; set one and leave the other alone")
-    return resolved
 
 
 def _patterns(value: Any, place: str) -> tuple[str, ...]:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from qexp.errors import ConfigError, UnsupportedError
+from qexp.errors import ConfigError, UnsupportedError, choices, did_you_mean
+
+PLANNED_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+SIZES = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
 
 
 @cache
@@ -42,3 +51,70 @@ def resolve_device(device: str, place: str = "device") -> str:
         here = f"this machine has {count}" if count else "this machine, or its torch build, has none"
         raise UnsupportedError(f"{place}={device} needs CUDA device {int(index or 0)}, and {here}; use cpu or auto")
     return f"cuda:{int(index or 0)}"
+
+
+def resolve_device_map(device: str, device_map: Any) -> tuple[str, str | dict[str, str] | None]:
+    """(the device that computes first, the map with devices spelled out; null if everything is on that device).
+
+    A map by module is followed, and one such as auto is planned, when the model's weights are known.
+    Raises: ConfigError; UnsupportedError for a device that this machine lacks.
+    """
+    if device_map is None:
+        return resolve_device(device), None
+    if isinstance(device_map, str) and device_map in PLANNED_DEVICE_MAPS:
+        if device not in ("auto", "cpu"):
+            raise ConfigError(
+                f"device_map={device_map} plans over all accelerators, so device={device} cannot be followed; leave "
+                f"one of them out, or limit the plan: max_memory={{0: 20GiB}}"
+            )
+        return resolve_device(device), device_map
+    named = device_map if isinstance(device_map, Mapping) else {"": device_map}
+    places = {
+        str(name): _resolve_place(value, f"device_map[{name}]" if name else "device_map")
+        for name, value in named.items()
+    }
+    main = next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
+    if device != "auto" and resolve_device(device) != main:
+        raise ConfigError(f"device_map={device_map} and device={device} disagree; set one and leave the other alone")
+    return main, None if places == {"": main} else places
+
+
+def _resolve_place(value: Any, place: str) -> str:
+    if value == "disk":
+        return "disk"
+    name = f"cuda:{value}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        devices = ["cpu", "cuda:<index>", "disk"]
+        known = [*PLANNED_DEVICE_MAPS, *devices] if place == "device_map" else devices
+        raise ConfigError(f"{place}={value} is unknown{did_you_mean(value, known)}; use {choices(known)}")
+    return resolve_device(name, place)
+
+
+def resolve_max_memory(max_memory: Any, device_map: Any) -> dict[str, int] | None:
+    """Bytes by device, "cpu" and "disk". Raises: ConfigError; UnsupportedError for a device that this machine lacks."""
+    if max_memory is None:
+        return None
+    if device_map is None:
+        raise ConfigError(
+            f"max_memory={max_memory} limits what a device_map may use, and there is none; set device_map"
+        )
+    if not isinstance(max_memory, Mapping):
+        raise ConfigError(f"max_memory={max_memory} must give a size for each device, such as {{0: 10GiB, cpu: 30GiB}}")
+    sizes = {}
+    for name, size in max_memory.items():
+        device = int(name) if isinstance(name, str) and name.isdigit() else name
+        sizes[_resolve_place(device, f"max_memory[{name}]")] = parse_bytes(size, name)
+    return sizes
+
+
+def parse_bytes(size: object, device: object) -> int:
+    """Bytes of one entry of max_memory: a whole number of them, or a size such as "10GiB" or "500MB".
+
+    Raises: ConfigError.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None
+    if match is None or match[2].upper() not in SIZES:
+        raise ConfigError(f"max_memory[{device}]={size} is no size; use bytes, or a size such as 10GiB or 500MB")
+    return int(float(match[1]) * SIZES[match[2].upper()])

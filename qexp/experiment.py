@@ -19,6 +19,7 @@ from qexp.loading.lifecycle import LoadedComponent, load_component, plan_statist
 from qexp.loading.saving import save_model, save_tensors
 from qexp.memory import GIB, PeakMemory, device_memory, host_memory
 from qexp.models.base import load_source
+from qexp.offload.dispatch import Dispatch
 from qexp.offload.payload import module_nbytes
 from qexp.offload.strategies import Offload, apply_offload
 from qexp.report.labels import backend_label
@@ -46,11 +47,8 @@ def run_experiment(config: RunConfig, folder: Path) -> Metrics:
 
 
 def _run_model(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
-    loaded = {
-        name: load_component(source, name, settings, device=device, loader=config.loader)
-        for name, settings in config.components.items()
-    }
-    write_json(folder / "plan.json", {name: component.plan.to_container() for name, component in loaded.items()})
+    loaded = _load(config, source, device, folder)
+    write_json(folder / "plan.json", {name: _plan_of(component) for name, component in loaded.items()})
     if config.save.wanted:
         _save(config, {name: component.model for name, component in loaded.items()}, folder)
     weights_bytes = sum(module_nbytes(component.model) for component in loaded.values())
@@ -59,7 +57,8 @@ def _run_model(config: RunConfig, source: ModelSource, device: torch.device, fol
         **plan_statistics([component.plan for component in loaded.values()], weights_bytes),
     }
     offloads = {
-        name: apply_offload(
+        name: component.dispatch
+        or apply_offload(
             component.model,
             config.offload,
             device=device,
@@ -76,6 +75,32 @@ def _run_model(config: RunConfig, source: ModelSource, device: torch.device, fol
     write_text(folder / "memory.csv", to_csv(list(result.rows[0]), result.rows))
     baseline = next(iter(loaded.values())).memory.baseline
     return {**metrics, **result.metrics, **_run_peaks(peak, baseline.total_bytes)}
+
+
+def _load(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> dict[str, LoadedComponent]:
+    """All components; with a device map, each gets the memory that those before it have left."""
+    loaded: dict[str, LoadedComponent] = {}
+    max_memory = config.max_memory
+    for name, settings in config.components.items():
+        loaded[name] = load_component(
+            source,
+            name,
+            settings,
+            device=device,
+            loader=config.loader,
+            device_map=config.device_map,
+            max_memory=max_memory,
+            offload_folder=folder / "offload" / name,
+        )
+        if max_memory is not None:
+            used = loaded[name].placement.bytes_by_place()
+            max_memory = {place: max(size - used.get(place, 0), 0) for place, size in max_memory.items()}
+    return loaded
+
+
+def _plan_of(component: LoadedComponent) -> dict[str, Any]:
+    plan = component.plan.to_container()
+    return plan if component.placement.is_default else {**plan, "placement": component.placement.to_container()}
 
 
 def _run_task(
@@ -160,8 +185,8 @@ def _load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:
     }
 
 
-def _offload_statistics(offloads: Sequence[Offload]) -> Metrics:
-    """The `offload/` numbers, added up over components."""
+def _offload_statistics(offloads: Sequence[Offload | Dispatch]) -> Metrics:
+    """The `offload/` numbers, and bytes by place where there is a device map, added up over components."""
     total: Metrics = {}
     for offload in offloads:
         for name, value in offload.statistics().items():

@@ -176,6 +176,8 @@ class RunConfig:
     device: str
     seed: int
     resume: str
+    device_map: Any = None  # auto, …, or module -> device or "disk"; null if everything is on `device`
+    max_memory: Mapping[str, int] | None = None  # bytes by device, "cpu" and "disk"
 
     def to_container(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars that YAML and JSON can hold; `run_config_from_container` reads them."""
@@ -203,6 +205,7 @@ class TopLevelConfig:
     compute_dtype: str | None = None
     device: str = "auto"
     device_map: Any = None
+    max_memory: Any = None
     skip_modules: Any = ()
     keep_in_fp32_modules: tuple[str, ...] = ()
     low_cpu_mem_usage: bool = True

@@ -87,9 +87,10 @@ MESSAGES = {
     "backend.bnb_4bit_compute_dtype=fp8": "backend.bnb_4bit_compute_dtype=fp8 is no dtype",
     "backend.bnb_4bit_quant_type=nf5": "nf5",
     "device=gpu": "device=gpu is unknown; use auto, cpu, cuda or cuda:<index>",
-    "device_map=auto": "device_map=auto spreads a model over several devices",
-    "device_map={a:cpu,b:disk}": "use device_map=null with device=auto",
     "device_map=tpu": "device_map=tpu is unknown",
+    "device_map=balancd": "device_map=balancd is unknown (did you mean balanced",
+    "device_map={a:cpu,b:dsk}": "device_map[b]=dsk is unknown (did you mean disk?)",
+    "max_memory={cpu:1GiB}": "there is none; set device_map",
     "low_cpu_mem_usage=false": "there is only the streaming path",
     "skip_modules=proj_out": "must be a list, such as [proj_out], or @file",
     "skip_modules=@missing.txt": "skip_modules=@missing.txt cannot be read: No such file or directory",
@@ -127,6 +128,37 @@ def test_devices_that_are_not_there_are_unsupported_and_not_wrong(monkeypatch: p
     assert run_config().device == run_config("device=cuda").device == "cuda:0"
     with pytest.raises(UnsupportedError):
         run_config("device=cuda:2")
+
+
+def test_device_maps_are_spelled_out_and_sizes_are_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "cuda_device_count", lambda: 2)
+    config = to_run_config({**settings(), "device_map": {"a": 1, "b": "cuda", "": "disk"}})
+    assert config.device == "cuda:1"
+    assert config.device_map == {"a": "cuda:1", "b": "cuda:0", "": "disk"}
+    sizes = {0: "10GiB", "1": "500MB", "cpu": 7, "disk": "1.5 TB"}
+    config = to_run_config({**settings(), "device_map": "balanced", "max_memory": sizes})
+    assert (config.device, config.device_map) == ("cuda:0", "balanced")
+    assert config.max_memory == {"cuda:0": 10 * 2**30, "cuda:1": 500 * 10**6, "cpu": 7, "disk": 15 * 10**11}
+    assert run_config_from_container(config.to_container()) == config
+    limited = to_run_config({**settings(), "device_map": "cpu", "max_memory": {"cpu": "1GiB"}})
+    assert limited.device_map == {"": "cpu"}  # there is a limit to check
+
+
+def test_device_maps_and_what_they_conflict_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "cuda_device_count", lambda: 1)
+    for given, message in {
+        ("device_map=auto", "offload=leaf"): "where each module rests, and so does offload.strategy=leaf; use offload",
+        ("device_map={a:0,b:cpu}", "offload=model"): "and so does offload.strategy=model",
+        ("device_map=auto", "device=cuda:0"): "plans over all accelerators, so device=cuda:0 cannot be followed",
+        ("device_map={a:0,b:cpu}", "device=cpu"): "and device=cpu disagree",
+        ("device_map={a:1,b:cpu}",): "device_map[a]=cuda:1 needs CUDA device 1, and this machine has 1",
+        ("device_map=auto", "max_memory={0:lots}"): "max_memory[0]=lots is no size",
+        ("device_map=auto", "max_memory={0:-1}"): "max_memory[0]=-1 is no size",
+        ("device_map=auto", "max_memory={gpu:1GiB}"): "max_memory[gpu]=gpu is unknown",
+        ("device_map=auto", "max_memory=1GiB"): "must give a size for each device",
+    }.items():
+        assert message in message_of(*given), given
+    assert to_run_config({**settings(), "device_map": 0, "offload": {"strategy": "leaf"}}).device_map is None
 
 
 def test_device_map_of_one_device_means_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,15 @@ from qexp.loading.conversion import converted
 from qexp.loading.fp32 import compute_in_fp32
 from qexp.loading.patterns import anywhere, check_patterns
 from qexp.loading.pipeline import stream
-from qexp.loading.placement import DeviceMap, one_device
+from qexp.loading.placement import (
+    DeviceMap,
+    MaxMemory,
+    Placement,
+    main_device,
+    no_split_classes,
+    place,
+    to_keep_in_fp32,
+)
 from qexp.loading.plan import (
     TORCH_DTYPES,
     LoadPlan,
@@ -39,6 +47,7 @@ from qexp.loading.plan import (
 from qexp.loading.progress import Progress
 from qexp.loading.registration import register
 from qexp.memory import GIB, PeakMemory, release_freed_memory
+from qexp.offload.dispatch import Dispatch
 from qexp.quantizers.base import Quantizer, WeightSpec, is_finite, load_quantizer
 from qexp.quantizers.embedded import merge, stored_config
 
@@ -69,6 +78,8 @@ class LoadedComponent:
     plan: LoadPlan
     seconds: float
     memory: PeakMemory
+    placement: Placement
+    dispatch: Dispatch | None = None  # where the model runs over several devices, or rests where it does not compute
 
 
 def load_component(
@@ -79,7 +90,7 @@ def load_component(
     device: torch.device,
     loader: LoaderConfig,
     device_map: DeviceMap = None,
-    max_memory: Mapping[int | str, int | str] | None = None,
+    max_memory: MaxMemory = None,
     offload_folder: Path | None = None,
 ) -> LoadedComponent:
     """Load one component of a model, quantized as `settings` say, onto `device`, or where `device_map` puts it.
@@ -88,20 +99,37 @@ def load_component(
     on disk.
     Raises: ConfigError, MissingLibraryError, UnsupportedError or LoadError, most of them before a weight is read.
     """
-    device = one_device(device_map, device)
+    device = main_device(device_map, device)
     checkpoint = open_checkpoint(source.checkpoints()[component])  # 1 config
     quantizer = resolve_quantizer(settings.backend, checkpoint, component)  # 2 resolve, merge
     prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)  # 3 to 6
+    blocks = source.block_lists(component) if device_map is not None else ()
+    no_split = no_split_classes(prepared.model, blocks)
+    placement = place(prepared.model, prepared.plan, device_map, device, max_memory, no_split)
+    if spilled := to_keep_in_fp32(prepared.model, quantizer, placement):
+        settings = replace(
+            settings,
+            skip_modules=(*settings.skip_modules, *spilled),
+            keep_in_fp32_modules=(*settings.keep_in_fp32_modules, *spilled),
+        )
+        prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)
+        places = placement.places
+        placement = place(prepared.model, prepared.plan, places, device, max_memory, no_split, travels=False)
+    dispatch = Dispatch(prepared.model, placement, no_split, offload_folder) if placement.is_spread else None
     warm_up(prepared, device)
     started = time.perf_counter()
     with PeakMemory(device) as memory:
-        _load_weights(prepared, component, device=device, loader=loader)  # 7 stream, quantize, assign
+        _load_weights(prepared, component, placement, dispatch, loader)  # 7 stream, quantize, assign
         quantizer.postprocess_model(prepared.model, device)  # 8 finish, audit
         compute_in_fp32(prepared.model, settings.keep_in_fp32_modules, prepared.compute_dtype)
         register(prepared.model, quantizer, prepared.config, prepared.compute_dtype)  # 9
+        if dispatch is not None:
+            dispatch.start()
     seconds = time.perf_counter() - started
     audit(prepared.model, quantizer, prepared.plan.quantized_nbytes)
-    return LoadedComponent(prepared.model, prepared.plan, seconds, memory)
+    if device_map is not None:
+        prepared.model.hf_device_map = placement.hf_device_map()  # type: ignore[assignment]
+    return LoadedComponent(prepared.model, prepared.plan, seconds, memory, placement, dispatch)
 
 
 def prepare(
@@ -175,10 +203,14 @@ def stream_plan(
         release_freed_memory()
 
 
-def _load_weights(prepared: Prepared, component: str, *, device: torch.device, loader: LoaderConfig) -> None:
-    parameters = {name for name, _ in prepared.model.named_parameters(remove_duplicate=False)}
+def _load_weights(
+    prepared: Prepared, component: str, placement: Placement, dispatch: Dispatch | None, loader: LoaderConfig
+) -> None:
+    model = prepared.model
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
     def create(item: WorkItem, first: Tensor, *others: Tensor) -> Tensor:
+        device = placement.device_of(item.target)  # also of what travels there: it gets the bytes of a resident weight
         if item.spec is None:
             copied = _dense(item, first, device)
             if item.target in parameters:  # a buffer may hold a mask of infinities
@@ -187,15 +219,22 @@ def _load_weights(prepared: Prepared, component: str, *, device: torch.device, l
         companions = dict(zip(item.companions, others, strict=True))
         return prepared.quantizer.create_quantized_param(item.spec, [first], companions, device)
 
-    items, on_cpu = list(prepared.plan.items), device.type == "cpu"
+    items = list(prepared.plan.distinct if dispatch is None else prepared.plan.items)
+    if dispatch is not None:  # its groups are loaded and moved one by one, so each has a tied parameter of its own
+        dispatch.expect([item.target for item in items])
+    on_cpu = all(device.type == "cpu" for device in placement.computes.values())
     for item, tensor in stream_plan(items, create, loader, f"{component}: loading", in_place=on_cpu):
-        _assign(prepared.model, item.target, tensor)
-    for name, first in prepared.plan.tied.items():
-        _assign(prepared.model, name, prepared.model.get_parameter(first))
-    for module in prepared.model.modules():  # buffers that no checkpoint holds were made on the CPU
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.device != device and not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)
+        _assign(model, item.target, tensor)
+        del tensor  # a group that is complete moves away: nobody else may hold it
+        if dispatch is not None:
+            dispatch.loaded(item.target)
+    for name, first in prepared.plan.tied.items() if dispatch is None else ():
+        _assign(model, name, model.get_parameter(first))
+    for name, module in model.named_modules():  # buffers that no checkpoint holds were made on the CPU
+        for own, buffer in module.named_buffers(recurse=False):
+            device = placement.device_of(f"{name}.{own}" if name else own)
+            if buffer.device != device and not buffer.is_meta and (dispatch is None or not dispatch.travels(module)):
+                module._buffers[own] = buffer.to(device)
 
 
 def _dense(item: WorkItem, stored: Tensor, device: torch.device) -> Tensor:
@@ -228,7 +267,7 @@ def _assign(model: nn.Module, target: str, tensor: Tensor) -> None:
 
 def plan_statistics(plans: Sequence[LoadPlan], weights_bytes: int) -> dict[str, float]:
     """Counts of modules, and the `memory/` numbers of the weights. weights_bytes: true bytes of all components."""
-    items = [item for plan in plans for item in plan.items]
+    items = [item for plan in plans for item in plan.distinct]
     quantized = [item for plan in plans for item in plan.quantized]
     numel = sum(item.numel for item in items)
     statistics: dict[str, float] = {

@@ -1,31 +1,321 @@
-"""Where each part of a model goes: `device_map`, with the values that accelerate gives it."""
+"""Where each part of a model rests and where it computes: `device_map`, with the values that accelerate gives it.
+
+    null, a device          everything there
+    auto, balanced          as evenly over the accelerators as it fits, then the CPU, then the disk
+    balanced_low_0          the same with as little as possible on accelerator 0
+    sequential              accelerator after accelerator, each filled before the next
+    {"blocks.0": 0, …}      module (or tensor) by module; "" stands for everything not named
+
+A plan counts the bytes that the weights will have once they are quantized. Where there is an accelerator, what is put
+on the CPU or on disk only rests there: it travels to an accelerator when it runs. Modules of a planned map travel to
+the first accelerator, where room was kept for them, those of an explicit map to the one that the map names last
+before them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import psutil
 import torch
+from accelerate.utils import find_tied_parameters, get_max_memory
+from torch import nn
 
-from qexp.errors import ConfigError
+from qexp.devices import PLANNED_DEVICE_MAPS, parse_bytes
+from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.loading.device_plan import Key, Plan, balanced_limits, build_tree, merge_entries
+from qexp.loading.plan import LoadPlan
+from qexp.offload.grouping import INDIVISIBLE
+from qexp.quantizers.base import Quantizer
 
-DeviceMap = str | int | torch.device | Mapping[str, int | str | torch.device] | None
+DISK = "disk"
+CPU = torch.device("cpu")
+GIB = 2**30
+
+Place = torch.device | str  # a device, or DISK
+DeviceMap = str | int | torch.device | Mapping[str, int | str | torch.device] | Mapping[str, Place] | None
+MaxMemory = Mapping[str, int] | Mapping[int | str, int | str] | None
 
 
-def one_device(device_map: DeviceMap, device: torch.device) -> torch.device:
-    """The one device of a map, or `device` where the map is null. An index is one of the kind of `device`.
+@dataclass(frozen=True)
+class Placement:
+    """places, computes: map entry -> where it rests, where it computes; an entry is a module, a tensor, or "" for all.
 
-    Raises: ConfigError for a map over several devices.
+    nbytes: tensor -> its bytes; room: device -> bytes that its limit leaves beside what rests there.
     """
-    if device_map is None:
+
+    main: torch.device
+    places: Mapping[str, Place]
+    computes: Mapping[str, torch.device]
+    nbytes: Mapping[str, int]
+    room: Mapping[torch.device, float]
+
+    def entry(self, name: str) -> str:
+        """The entry that a module or tensor belongs to."""
+        while name and name not in self.places:
+            name = name.rpartition(".")[0]
+        return name
+
+    def place_of(self, name: str) -> Place:
+        return self.places[self.entry(name)]
+
+    def device_of(self, name: str) -> torch.device:
+        """Where a module or tensor computes."""
+        return self.computes[self.entry(name)]
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether anything has to travel."""
+        return len({self.main, *self.places.values(), *self.computes.values()}) > 1
+
+    @property
+    def is_default(self) -> bool:
+        """Whether everything is on one device, as without a map."""
+        return set(self.places) == {""} and not self.is_spread
+
+    def bytes_by_place(self) -> dict[str, int]:
+        counted: Counter[str] = Counter()
+        for name, nbytes in self.nbytes.items():
+            counted[str(self.place_of(name))] += nbytes
+        return dict(counted)
+
+    def to_container(self) -> dict[str, Any]:
+        """For plan.json."""
+        places = {name: str(place) for name, place in self.places.items()}
+        travelling = {name: str(self.computes[name]) for name, place in self.places.items() if self._travels(name)}
+        return {"device_map": places, "computed_on": travelling, "bytes": self.bytes_by_place()}
+
+    def hf_device_map(self) -> dict[str, int | str]:
+        """The map as other libraries write it: accelerators by their index."""
+        return {name: _key(place) for name, place in self.places.items()}
+
+    def _travels(self, name: str) -> bool:
+        return self.places[name] != self.computes[name]
+
+
+def main_device(device_map: DeviceMap, device: torch.device) -> torch.device:
+    """The device that decides what a model can be loaded as: the first accelerator of a map, or else the CPU."""
+    if device_map is None or device_map in PLANNED_DEVICE_MAPS:
         return device
-    named = device_map.get("") if isinstance(device_map, Mapping) and len(device_map) == 1 else device_map
-    if isinstance(named, int) and not isinstance(named, bool):
-        kind = device.type if device.type != "cpu" else "cuda"
-        return torch.device(kind, named)
+    named = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    places = [parse_place(value, device) for value in named]
+    devices = [place for place in places if isinstance(place, torch.device)]
+    return next((found for found in devices if found.type != "cpu"), torch.device("cpu"))
+
+
+def place(
+    model: nn.Module,
+    plan: LoadPlan,
+    device_map: DeviceMap,
+    device: torch.device,
+    max_memory: MaxMemory,
+    no_split: Collection[str],
+    *,
+    travels: bool = True,
+) -> Placement:
+    """Where the parts of a skeleton go.
+
+    device: `main_device` of the map; no_split: `no_split_classes`;
+    travels: whether what rests on the CPU or on disk computes on an accelerator, where the map has one.
+    Raises: ConfigError for a map that leaves something out, names something unknown, or exceeds the memory.
+    """
+    nbytes = tensor_nbytes(model, plan)
+    if device_map is None:
+        return Placement(device, {"": device}, {"": device}, nbytes, {})
+    limits = _limits(max_memory, device)
+    if isinstance(device_map, str) and device_map in PLANNED_DEVICE_MAPS:
+        # of an accelerator's free memory, a tenth is left for what computing needs, as accelerate does for a single one
+        accelerators = [key for key in limits if isinstance(key, int)]
+        if max_memory is None and len(accelerators) == 1 and device_map != "sequential":
+            limits[accelerators[0]] = int(0.9 * limits[accelerators[0]])
+        places = _planned(model, nbytes, device_map, device, limits, no_split)
+        main = _device(accelerators[0] if accelerators else "cpu", device)
+        computes = {name: main if isinstance(place, str) or place == CPU else place for name, place in places.items()}
+    else:
+        named = device_map if isinstance(device_map, Mapping) else {"": device_map}
+        places = _explicit(model, nbytes, {name: parse_place(place, device) for name, place in named.items()})
+        main, computes = device, _computes(places, device)
+        if not travels:
+            computes = {name: CPU if place in (CPU, DISK) else computes[name] for name, place in places.items()}
+    placement = Placement(main, places, computes, nbytes, {})
+    used = placement.bytes_by_place()
+    for key, limit in limits.items():
+        found = str(_place(key, device))
+        if used.get(found, 0) > limit:
+            raise ConfigError(
+                f"device_map={device_map} puts {used[found] / GIB:.6f} GiB on {found}, which has "
+                f"{limit / GIB:.6f} GiB {'by max_memory' if max_memory is not None else 'free'}; "
+                "put less there, raise max_memory, or use a smaller quantization type"
+            )
+    devices = {_device(key, device): float(limit) for key, limit in limits.items() if key != DISK}
+    return replace(placement, room={place: limit - used.get(str(place), 0) for place, limit in devices.items()})
+
+
+def parse_place(value: Any, device: torch.device) -> Place:
+    """A value of a map. An index is an accelerator of the kind of `device`.
+
+    Raises: ConfigError for what is not on this machine.
+    """
+    kind = _accelerator_kind(device)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = f"{kind}:{value}"
+    if value == DISK:
+        return DISK
     try:
-        return torch.device(named)  # type: ignore[arg-type]
-    except (RuntimeError, TypeError) as error:
+        place = torch.device(value)
+    except (RuntimeError, TypeError):
+        place = torch.device("meta")
+    if place.type == "cpu":
+        return torch.device("cpu")
+    count = torch.get_device_module(kind).device_count() if place.type == kind else 0
+    if (place.index or 0) >= count:
+        known = [*PLANNED_DEVICE_MAPS, "cpu", DISK, *(f"{kind}:{index}" for index in range(count))]
+        raise ConfigError(f"device_map has {value!r}{did_you_mean(str(value), known)}; here there are {choices(known)}")
+    return torch.device(kind, place.index or 0)
+
+
+def no_split_classes(model: nn.Module, block_lists: Sequence[str]) -> set[str]:
+    """Classes of modules that stay on one device: what the model says (`_no_split_modules`), or else its blocks.
+
+    Modules of torch that read the weights of their children are always among them.
+    """
+    named = {kind for module in model.modules() for kind in getattr(module, "_no_split_modules", None) or ()}
+    if not named:
+        blocks = [block for name in block_lists for block in model.get_submodule(name).children()]
+        named = {type(block).__name__ for block in blocks}
+    return named | {type(module).__name__ for module in model.modules() if isinstance(module, INDIVISIBLE)}
+
+
+def tensor_nbytes(model: nn.Module, plan: LoadPlan) -> dict[str, int]:
+    """Full name of each parameter and buffer of a skeleton -> bytes once it is loaded."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    planned = {item.target: item.result_nbytes for item in plan.items}
+    return {name: planned.get(name, tensor.nbytes) for name, tensor in tensors}
+
+
+def to_keep_in_fp32(model: nn.Module, quantizer: Quantizer, placement: Placement) -> list[str]:
+    """What `llm_int8_enable_fp32_cpu_offload` leaves unquantized: modules that rest on the CPU or on disk.
+
+    Raises: ConfigError for a checkpoint that holds them quantized.
+    """
+    if placement.main == CPU or not getattr(quantizer.config, "llm_int8_enable_fp32_cpu_offload", False):
+        return []
+    modules = dict(model.named_modules(remove_duplicate=False))
+    spilled = [name for name, rest in placement.places.items() if rest in (CPU, DISK) and name in modules]
+    if spilled and quantizer.stored:
         raise ConfigError(
-            f"device_map={device_map} spreads a model over several devices, and models are kept on one; "
-            "use a device, or device_map=null"
-        ) from error
+            "llm_int8_enable_fp32_cpu_offload=true keeps what device_map puts on the CPU unquantized, and this "
+            "checkpoint is quantized already; leave it out: quantized weights can rest there as well"
+        )
+    return spilled
+
+
+def _accelerator_kind(device: torch.device) -> str:
+    if device.type != "cpu":
+        return device.type
+    found = torch.accelerator.current_accelerator()
+    return found.type if found is not None else "cuda"
+
+
+def _key(place: Place) -> Key:
+    if isinstance(place, str) or place.type == "cpu":
+        return str(place)
+    return place.index or 0
+
+
+def _place(key: Key, device: torch.device) -> Place:
+    return DISK if key == DISK else _device(key, device)
+
+
+def _device(key: Key, device: torch.device) -> torch.device:
+    return torch.device(_accelerator_kind(device), key) if isinstance(key, int) else torch.device(key)
+
+
+def _limits(max_memory: MaxMemory, device: torch.device) -> dict[Key, int]:
+    """Bytes of each device that may be used, in the order in which they are filled: as given, or what is free."""
+    if max_memory is not None:
+        given = {_key(parse_place(_number(name), device)): parse_bytes(size, name) for name, size in max_memory.items()}
+        order = [*sorted(key for key in given if isinstance(key, int)), "cpu", DISK]
+        return {key: given[key] for key in order if key in given}
+    if device.type == "cpu":
+        return {"cpu": psutil.virtual_memory().available}
+    if device.type == "cuda":
+        return dict(get_max_memory())
+    module = torch.get_device_module(device)
+    free: dict[Key, int] = {index: module.mem_get_info(index)[0] for index in range(module.device_count())}
+    return {**free, "cpu": psutil.virtual_memory().available}
+
+
+def _number(name: int | str) -> int | str:
+    return int(name) if isinstance(name, str) and name.isdigit() else name
+
+
+def _planned(
+    model: nn.Module,
+    nbytes: Mapping[str, int],
+    device_map: str,
+    device: torch.device,
+    limits: Mapping[Key, int],
+    no_split: Collection[str],
+) -> dict[str, Place]:
+    root = build_tree(model, nbytes.__getitem__, no_split)
+    if device_map != "sequential":
+        limits = balanced_limits(root, limits, no_split, low_zero=device_map == "balanced_low_0")
+    plan = Plan(root, limits, find_tied_parameters(model))
+    return {name: _place(key, device) for name, key in merge_entries(plan.devices).items()}
+
+
+def _explicit(model: nn.Module, nbytes: Mapping[str, int], places: Mapping[str, Place]) -> dict[str, Place]:
+    """A user's map, in the order of the model. Raises: ConfigError if it cannot be followed."""
+    order = _names(model)
+    for name in places:
+        if name not in order:
+            raise ConfigError(
+                f"device_map names {name!r}, which is no module or tensor of {type(model).__name__}"
+                f"{did_you_mean(name, order)}; use names as in model.named_modules(), or '' for all that is not named"
+            )
+    placement = Placement(CPU, {name: places[name] for name in order if name in places}, {}, nbytes, {})
+    if left_out := [name for name in nbytes if placement.entry(name) not in places]:
+        shown = ", ".join(f"'{name}'" for name in left_out[:5]) + (" …" if len(left_out) > 5 else "")
+        raise ConfigError(
+            f"device_map gives no device for {len(left_out)} tensors: {shown}; name the modules that they belong to, "
+            "or use '' for all that is not named"
+        )
+    names_of: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of.setdefault(id(module), []).append(name)
+        below = {name, *(f"{name}.{part}" for part, _ in module.named_modules() if part)}
+        if isinstance(module, INDIVISIBLE) and len({placement.place_of(part) for part in below}) > 1:
+            raise ConfigError(
+                f"device_map splits '{name}', but {type(module).__name__} reads the weights of its parts itself; "
+                "put it on one device as a whole"
+            )
+    for names in names_of.values():
+        if len(found := {str(placement.place_of(name)) for name in names}) > 1:
+            raise ConfigError(
+                f"device_map puts one and the same module, {choices(names)}, on {choices(found)}; use one"
+            )
+    return dict(placement.places)
+
+
+def _computes(places: Mapping[str, Place], main: torch.device) -> dict[str, torch.device]:
+    """Where each entry of an explicit map, in the model's order, computes."""
+    computes, last = {}, main
+    for name, place in places.items():
+        if isinstance(place, torch.device) and (place.type != "cpu" or main.type == "cpu"):
+            last = place
+        computes[name] = last
+    return computes
+
+
+def _names(model: nn.Module) -> dict[str, None]:
+    """Modules and tensors by their full names, in order."""
+    names: dict[str, None] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[name] = None
+        prefix = f"{name}." if name else ""
+        names.update({prefix + own: None for own in (*module._parameters, *module._buffers)})
+    return names

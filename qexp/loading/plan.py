@@ -69,12 +69,17 @@ class WorkItem:
 @dataclass(frozen=True)
 class LoadPlan:
     """items in file order; skipped: linear layer -> why it is not quantized; unused: tensors without a place;
-    tied: parameter -> the one it is the same as, whose item it shares."""
+    tied: parameter -> the one with another item that it is the same as, if nothing keeps them apart."""
 
     items: tuple[WorkItem, ...]
     skipped: Mapping[str, str]
     unused: tuple[str, ...]
     tied: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def distinct(self) -> list[WorkItem]:
+        """One item for each tensor: without those that are tied to another."""
+        return [item for item in self.items if item.target not in self.tied]
 
     @property
     def quantized(self) -> list[WorkItem]:
@@ -88,9 +93,9 @@ class LoadPlan:
     def to_container(self) -> dict[str, Any]:
         """The plan as JSON-able data, for plan.json."""
         return {
-            "result_bytes": sum(item.result_nbytes for item in self.items),
-            "read_bytes": sum(item.nbytes for item in self.items),
-            "dense_bytes": sum(item.dense_nbytes for item in self.items),
+            "result_bytes": sum(item.result_nbytes for item in self.distinct),
+            "read_bytes": sum(item.nbytes for item in self.distinct),
+            "dense_bytes": sum(item.dense_nbytes for item in self.distinct),
             "quantized": self.quantized_nbytes,
             "skipped": dict(self.skipped),
             "unused": list(self.unused),
@@ -208,10 +213,9 @@ def make_plan(
         else:
             _check_fits(name, entry, tuple(tensor.shape), tensor.is_floating_point(), checkpoint)
             item = _copied(name, entry, torch.float32 if covering(fp32_patterns, name) else dtype, tensor.dtype)
+            items.append(item)
             first = first_of.setdefault((entry.file, entry.offset, entry.name, item.dtype), name)
-            if first == name or not isinstance(tensor, nn.Parameter):
-                items.append(item)
-            else:
+            if first != name and isinstance(tensor, nn.Parameter):
                 tied[name] = first
     items.sort(key=lambda item: (str(item.source.file), item.source.offset))
     used = {entry.name for item in items for entry in item.entries} | targets.keys()

@@ -111,13 +111,15 @@ class Group:
     rest: Rest
     at_rest: list[Binding]  # one for each module
 
-    def __init__(self, name: str, units: Sequence[Unit]) -> None:
+    def __init__(self, name: str, units: Sequence[Unit], origin: torch.device | None = None) -> None:
+        """origin: the device to restore values to; null for the one that they are on."""
         self.name = name
         self.modules = [module for module, _ in units]
         self.sites = [[site for owner in owners for site in sites(owner)] for _, owners in units]
         self.nbytes = 0
         self.places: list[Place] = []
         self.packed = False
+        self._origin = origin
         self._rebuild: Rebuild
 
     @property
@@ -131,7 +133,7 @@ class Group:
     def pack(self, make_rest: MakeRest) -> None:
         """Store the values that the modules hold now, and leave views of the stored bytes in their places."""
         leaves, self._rebuild = flatten(store[name] for store, name in self.all_sites)
-        origin = self.places[0].origin if self.places else None  # weights packed anew come from a slot
+        origin = self.places[0].origin if self.places else self._origin  # weights packed anew come from a slot
         self.places, pieces, self.nbytes = lay_out(self.name, leaves, origin)
         rest = make_rest(self.name, self.nbytes, pieces)
         if self.packed:

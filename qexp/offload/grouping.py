@@ -14,7 +14,7 @@ group with their children. A module that two blocks share is a group of its own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from torch import nn
 
@@ -50,14 +50,37 @@ def plan_groups(model: nn.Module, config: OffloadConfig, block_lists: Sequence[s
     return groups
 
 
-def _is_called(module: nn.Module) -> bool:
+def units_of(
+    model: nn.Module, whole: Collection[str], goes_together: Callable[[str], bool]
+) -> Iterator[tuple[str, list[Unit]]]:
+    """The smallest groups of modules by name: those of the classes in `whole`, and leaf modules everywhere else.
+
+    goes_together: name of a module -> whether all of it may be in one group.
+    """
+    blocks: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        above = ["", *(name[:end] for end, mark in enumerate(name) if mark == ".")]
+        if not any(outer in blocks for outer in above) and type(module).__name__ in whole and goes_together(name):
+            blocks[name] = module
+    users = Counter(id(part) for block in blocks.values() for part in block.modules())
+    taken: set[int] = set()
+    for name, block in blocks.items():
+        units = list(_block_units(block, users))
+        taken.update(id(owner) for _, owners in units for owner in owners)
+        yield name, units
+    for name, unit in _leaf_units(model):
+        if id(unit[0]) not in taken and goes_together(name):
+            yield name, [unit]
+
+
+def is_called(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward  # containers (ModuleList, ParameterList) are not
 
 
 def _leaf_units(model: nn.Module) -> Iterator[tuple[str, Unit]]:
     covered: set[int] = set()
     for name, module in model.named_modules():
-        if id(module) in covered or not _is_called(module):
+        if id(module) in covered or not is_called(module):
             continue
         if isinstance(module, INDIVISIBLE):
             covered.update(id(part) for part in module.modules())
@@ -68,7 +91,7 @@ def _leaf_units(model: nn.Module) -> Iterator[tuple[str, Unit]]:
 
 def _block_units(block: nn.Module, users: Counter[int]) -> Iterator[Unit]:
     """A block with its tensors; for a block that is a mere container, the modules in it that are called."""
-    if _is_called(block):
+    if is_called(block):
         yield block, [part for part in block.modules() if users[id(part)] == 1]
     else:
         for child in block.children():

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from qexp.offload.engine import HOOK_MARK, Engine, Streams
 from qexp.offload.group import Group, Pieces, Rest
 from qexp.offload.grouping import plan_groups
 from qexp.offload.host import Arena, Slabs
-from qexp.offload.payload import Site, converted, leaves, module_nbytes, sites, span_bytes, true_nbytes
+from qexp.offload.payload import Site, converted, leaves, sites, span_bytes, true_nbytes
 from qexp.offload.residency import choose_resident
 from qexp.offload.turns import take_turn
 
@@ -49,9 +50,14 @@ def apply_offload(
     config = config.resolved(device.type)  # for what else conflicts
     groups = [] if config.strategy == "none" else plan_groups(model, config, block_lists)
     groups = _without_resident(model, groups, round(config.resident_gib * GIB))
-    offload = Offload(model, config, device, groups)
+    offload = Offload(model, config, device)
     try:
-        offload._start(store)
+        if groups:
+            payload = sum(group.measure() for group in groups)
+            offload.open(store, in_memory=payload if config.to == "cpu" else 0, on_disk=_disk_bytes(config, groups))
+        for group in groups:
+            offload.pack(group)
+        offload.start()
     except BaseException:
         offload.remove()
         raise
@@ -60,9 +66,16 @@ def apply_offload(
     return offload
 
 
-def offload_of(model: nn.Module) -> Offload | None:
+class Handle(Protocol):
+    """A model that is offloaded, or placed over several devices."""
+
+    def remove(self) -> None: ...
+    def again(self) -> Any: ...
+
+
+def offload_of(model: nn.Module) -> Handle | None:
     """How a model is offloaded now."""
-    found: Offload | None = vars(model).get(HANDLE)
+    found: Handle | None = vars(model).get(HANDLE)
     return found
 
 
@@ -112,9 +125,22 @@ def _without_resident(model: nn.Module, groups: list[Group], budget: int) -> lis
 
 
 def _sites_outside(model: nn.Module, groups: list[Group]) -> list[Site]:
+    return _without(all_sites(model), groups)
+
+
+def all_sites(model: nn.Module) -> list[Site]:
+    return [site for module in model.modules() for site in sites(module)]
+
+
+def _without(places: Sequence[Site], groups: list[Group]) -> list[Site]:
     grouped = {(id(store), name) for group in groups for store, name in group.all_sites}
-    every_site = [site for module in model.modules() for site in sites(module)]
-    return [(store, name) for store, name in every_site if (id(store), name) not in grouped]
+    return [(store, name) for store, name in places if (id(store), name) not in grouped]
+
+
+def _disk_bytes(config: OffloadConfig, groups: list[Group]) -> int:
+    if config.to != "disk":
+        return 0
+    return true_nbytes(*(place[name] for group in groups for place, name in group.all_sites))
 
 
 def _is_cpu_only(value: object) -> bool:
@@ -122,16 +148,21 @@ def _is_cpu_only(value: object) -> bool:
 
 
 class Offload:
-    """An offloaded model: what has been moved, and the way back. again: offloads the model as it was."""
+    """Weights that compute on one device and rest elsewhere: what has been moved, and the way back.
+
+    again: offloads the model as it was.
+    """
 
     again: Callable[[], Offload]
 
-    def __init__(self, model: nn.Module, config: OffloadConfig, device: torch.device, groups: list[Group]) -> None:
-        self.model, self.config, self.groups = model, config, groups
+    def __init__(self, model: nn.Module, config: OffloadConfig, device: torch.device) -> None:
+        self.model, self.config = model, config
+        self.groups: list[Group] = []
         self.device = torch.empty(0, device=device).device  # with its index
+        self.scope = all_sites(model)  # what computes on this device
         self._streams = Streams(device, use_stream=bool(config.use_stream), non_blocking=config.non_blocking)
         self._engine = Engine(
-            groups,
+            self.groups,
             self._streams,
             self._make_rest,
             depth=config.prefetch_depth if config.use_stream else 1,
@@ -139,10 +170,12 @@ class Offload:
         )
         self._slabs = Slabs(0, pinned=self._pins)
         self._disk: DiskStore | None = None
+        self._in_memory: set[str] = set()  # names of groups; the others rest on disk
         self._originals: list[tuple[Any, int]] = []  # weak references to the payload's memory on the device, and bytes
         self._resident: list[tuple[Site, Any, Any]] = []  # (site, value before, value on the device)
-        self._twins = _twins(groups)
-        self._tied = _tied(groups, _sites_outside(model, groups))
+        self._first: dict[int, tuple[Any, int]] = {}  # id of a value before -> weak reference, number of its first site
+        self._twins: list[int] = []  # for each site in order, the number of the first one that held the same object
+        self._tied: list[tuple[Site, Site]] = []  # (site in a group, site outside) that held the same object
 
     @property
     def _pins(self) -> bool:
@@ -154,7 +187,7 @@ class Offload:
         return {
             "offload/groups": float(len(self.groups)),
             "offload/payload_gib": payload / GIB,
-            "offload/resident_gib": self._outside_groups() / GIB,
+            "offload/resident_gib": self.outside_bytes() / GIB,
             "offload/at_rest_device_gib": self._at_rest_device_bytes() / GIB,
             "offload/ring_gib": sum(slot.flat.numel() for slot in self._engine.slots) / GIB,
             "offload/transferred_gib": self._engine.transferred_bytes / GIB,
@@ -181,29 +214,61 @@ class Offload:
                 store[name] = before
         for (store, name), (outside, key) in self._tied:
             store[name] = outside[key]
-        self._tied = []
-        self._resident, self.groups = [], []
+        self._tied, self._resident, self._twins = [], [], []
+        self.groups.clear()
         if self._disk is not None:
             self._disk.remove()
             self._disk = None
 
-    def _start(self, store: Path | None) -> None:
-        if self.config.to == "disk" and self.groups and store is not None:
-            needed = true_nbytes(*(place[name] for group in self.groups for place, name in group.all_sites))
-            self._disk = DiskStore(store, needed)
-        elif self.groups:
-            self._slabs = Slabs(sum(group.measure() for group in self.groups), pinned=self._pins)
-        for group in self.groups:
-            self._originals += self._memory_on_device(group)
-            group.pack(self._make_rest)
+    def open(self, store: Path | None, *, in_memory: int, on_disk: int) -> None:
+        """Get ready for groups of so many bytes. store: the folder for those on disk.
+
+        Raises: DiskError if there is no room.
+        """
+        if on_disk and store is not None:
+            self._disk = DiskStore(store, on_disk)
+        if in_memory:
+            self._slabs = Slabs(in_memory, pinned=self._pins)
+
+    def pack(self, group: Group, to: str | None = None) -> None:
+        """Move a group's values to where they rest. to: cpu or disk, if that is not the same for all groups."""
+        if (to or self.config.to) == "cpu":
+            self._in_memory.add(group.name)
+        self._originals += self._memory_on_device(group)
+        for store, name in group.all_sites:
+            value = store[name]
+            reference, number = self._first.get(id(value), (None, 0))
+            if reference is None or reference() is not value:  # also where another object had that id before
+                number = len(self._twins)
+                self._first[id(value)] = (weakref.ref(value), number)
+            self._twins.append(number)
+        self.groups.append(group)
+        group.pack(self._make_rest)
+
+    def start(self) -> None:
+        """Run the model from now on: every group is packed."""
+        self._tied = self._find_tied()
         self._move_resident()
         self._engine.attach(self.model)
         self._let_go()
 
     def _make_rest(self, name: str, nbytes: int, pieces: Pieces) -> Rest:
-        if self._disk is not None:
-            return self._disk.write(name, nbytes, pieces)
-        return Arena(self._slabs.take(nbytes), pieces, staged=self.config.low_cpu_mem)
+        if name in self._in_memory:
+            return Arena(self._slabs.take(nbytes), pieces, staged=self.config.low_cpu_mem)
+        assert self._disk is not None
+        return self._disk.write(name, nbytes, pieces)
+
+    def _find_tied(self) -> list[tuple[Site, Site]]:
+        inside = [site for group in self.groups for site in group.all_sites]
+        outside: dict[int, Site] = {}
+        for store, name in self._outside():
+            reference, number = self._first.get(id(store[name]), (None, 0))
+            if reference is not None and reference() is store[name]:
+                outside[number] = (store, name)
+        return [(site, outside[twin]) for site, twin in zip(inside, self._twins, strict=True) if twin in outside]
+
+    def _outside(self) -> list[Site]:
+        return _without(self.scope, self.groups)
 
     def _memory_on_device(self, group: Group) -> list[tuple[Any, int]]:
         found = [leaf for store, name in group.all_sites for leaf in leaves(store[name]) if leaf.device == self.device]
@@ -216,7 +281,7 @@ class Offload:
 
         What is one object or one piece of memory stays so, as in a group.
         """
-        places = _sites_outside(self.model, self.groups)
+        places = self._outside()
         values = [store[name] for store, name in places]
         if all(leaf.device == self.device for value in values for leaf in leaves(value)):
             return
@@ -224,8 +289,16 @@ class Offload:
             self._resident.append(((store, name), store[name], moved))
             store[name] = moved
 
-    def _outside_groups(self) -> int:
-        return true_nbytes(*(store[name] for store, name in _sites_outside(self.model, self.groups)))
+    def outside_bytes(self) -> int:
+        """Bytes of what computes on the device and does not travel."""
+        return true_nbytes(*(store[name] for store, name in self._outside()))
+
+    def bytes_at_rest(self) -> dict[str, int]:
+        """Bytes of what travels: in host memory ("cpu") and on disk, padding included."""
+        found = {"cpu": 0, "disk": 0}
+        for group in self.groups:
+            found["cpu" if group.name in self._in_memory else "disk"] += group.nbytes
+        return found
 
     def _let_go(self) -> None:
         """Free what the originals used, and say so if somebody else still holds some of it."""
@@ -248,20 +321,6 @@ class Offload:
     def _at_rest_device_bytes(self) -> int:
         """Payload bytes in memory of the compute device while the model is idle, the ring apart."""
         if not self.groups:
-            return module_nbytes(self.model)
+            return self.outside_bytes()
         resting = [group.rest.flat for group in self.groups if group.rest.in_memory]
         return self._left_behind() + sum(flat.numel() for flat in resting if flat.device == self.device)
-
-
-def _twins(groups: list[Group]) -> list[int]:
-    """For each site in order, the number of the first site that holds the same object."""
-    first: dict[int, int] = {}
-    values = [store[name] for group in groups for store, name in group.all_sites]
-    return [first.setdefault(id(value), number) for number, value in enumerate(values)]
-
-
-def _tied(groups: list[Group], outside: list[Site]) -> list[tuple[Site, Site]]:
-    """(site in a group, site outside) wherever both hold the same object."""
-    holders = {id(store[name]): (store, name) for store, name in outside}
-    inside = [(store, name) for group in groups for store, name in group.all_sites]
-    return [((store, name), holders[id(store[name])]) for store, name in inside if id(store[name]) in holders]

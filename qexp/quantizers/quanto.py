@@ -213,7 +213,7 @@ class QuantoQuantizer(base.Quantizer):
         for module in model.modules():
             if isinstance(module, _library().QLinear):
                 for name in ACTIVATION_SCALES:  # 1: activations are not quantized
-                    setattr(module, name, torch.ones_like(getattr(module, name), device=device))
+                    setattr(module, name, torch.ones_like(getattr(module, name), device=module.weight.device))
 
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
         return param.dequantize().to(dtype)

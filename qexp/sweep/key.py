@@ -48,7 +48,8 @@ def run_key(config: RunConfig) -> str:
 def reference_key(config: RunConfig) -> str:
     """Key of the reference of `config`, the same for all candidates that share one."""
     identity = _identity(reference_config(config))
-    del identity["offload"]
+    for name in ("offload", "device_map", "max_memory"):
+        identity.pop(name, None)
     identity["device"] = config.device.partition(":")[0]
     identity["versions"] = versions_of(("qexp", "torch", *model_packages(config)))
     return _digest(identity)
@@ -68,6 +69,8 @@ def reference_config(config: RunConfig) -> RunConfig:
         save=SaveConfig(),
         components={name: component for name in config.components},
         offload=OffloadConfig(strategy=config.reference.offload).resolved(config.device.partition(":")[0]),
+        # modules of a map may not fit where they are put once they are not quantized
+        device_map="auto" if config.device_map is not None and config.reference.offload == "none" else None,
     )
 
 
@@ -81,7 +84,11 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     # how a reference is computed is part of its own settings; here only which one the result is compared with counts
     identity["reference"] = config.reference.dtype if saves_outputs(config) else None
     if not saves_outputs(config):  # weights alone are measured: nothing is generated, and nothing travels
-        del identity["offload"], identity["seed"]
+        for name in ("offload", "seed", "device_map", "max_memory"):
+            del identity[name]
+    for name in ("device_map", "max_memory"):  # so that runs from before there were such settings keep their names
+        if identity.get(name, "") is None:
+            del identity[name]
     for name in _input_files(config):
         del identity["task"][name]  # their content counts, not where they are
     identity["checkpoints"] = {
