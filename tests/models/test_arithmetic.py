@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qexp.errors import ConfigError
 from qexp.experiment import run_experiment
 from qexp.metrics.score import score
 from qexp.models.arithmetic import ASSETS, ArithmeticConfig, Source, solution
@@ -144,3 +145,16 @@ def test_another_checkpoint_of_its_kind(tmp_path: Path) -> None:
     result = run(tmp_path / "run", f"model.path={folder}", "backend=none")
     assert result["quality/answer_accuracy"] < 0.5
     assert Source(ArithmeticConfig(path=str(folder))).prompts(GenerateConfig()) != []
+
+
+def test_activations_are_calibrated_on_prompts(text: Path, reference: Path, tmp_path: Path) -> None:
+    calibrated = (
+        "backend=quanto",
+        "backend.activations_dtype=int8",
+        "backend.calibration_samples=8",
+        f"task.text={text}",
+    )
+    result = run(tmp_path / "generate", *calibrated, reference=reference)
+    assert 0 < result["quality/kl_divergence"] < 1 and result["quality/answer_accuracy"] > 0.5
+    with pytest.raises(ConfigError, match="calibrated on samples of the task, and task=perplexity generates none"):
+        run(tmp_path / "perplexity", *calibrated, "task=perplexity")
