@@ -55,6 +55,8 @@ class Source:
         folder = ASSETS if self.config.path is None else Path(self.config.path).expanduser()
         place = f"model.path={self.config.path!r}" if self.config.path else f"the embedded checkpoint in {folder}"
         remedy = "set model.path to a folder with both, to a .gguf file, or to null for the embedded model"
+        if not folder.exists():
+            raise LoadError(f"{place}: it does not exist; {remedy}")
         if folder.is_file():
             return {"transformer": folder}
         if not (folder / "config.json").is_file():

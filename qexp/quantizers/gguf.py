@@ -5,6 +5,8 @@ TQ1_0 and TQ2_0 (blocks of 256) are for models trained with weights -1, 0, 1, an
 by llama.cpp's own search and can be read, not made, here. A layer whose in_features is no multiple of the block is
 left alone, as llama.cpp does.
 
+A checkpoint that is a `.gguf` file keeps its blocks, of whatever type; a model in blocks is saved as such a file.
+
 Weights are quantized from the run's compute dtype, with the bytes of gguf-py, and decoded in fp32 to the dtype that
 the layer multiplies in: `compute_dtype`, or the run's. Formats: `gguf_types.py`, `gguf_encode.py`, `gguf_decode.py`.
 

@@ -163,6 +163,16 @@ def test_embedded_checkpoint_is_the_default_and_a_path_replaces_it(tmp_path: Pat
     assert tuple(Source(Config()).checkpoints()) == COMPONENTS
 
 
+def test_a_gguf_file_or_a_folder_with_one_is_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "x.gguf"
+    file.touch()
+    for place in (tmp_path, file):
+        assert Source(Config(path=str(place))).checkpoints() == {"transformer": place}
+    with pytest.raises(LoadError, match=r"nowhere\.gguf': it does not exist; set model\.path"):
+        Source(Config(path=str(tmp_path / "nowhere.gguf"))).checkpoints()
+
+
 @pytest.mark.parametrize(("present", "absent"), [([], "config.json"), (["config.json"], "safetensors")])
 def test_missing_checkpoint_files_are_named(tmp_path: Path, present: list[str], absent: str) -> None:
     for name in present:
