@@ -28,7 +28,7 @@ MOST_PROCESSES = 20  # as many as this may die on the way
 
 def main() -> int:
     arguments = parse(sys.argv[1:])
-    if arguments.device == "cuda" and not has_cuda():
+    if arguments.device.startswith("cuda") and not has_cuda():
         print("gpu_check: PyTorch sees no CUDA device here; nothing was checked", file=sys.stderr)
         return NO_GPU
     result = Collector(arguments).collect()
@@ -45,9 +45,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="tiny models: tries the checks, measures nothing")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="what to check; default: all")
     parser.add_argument("--backends", nargs="+", default=[], help="options of conf/backend; default: all")
-    parser.add_argument("--minutes", type=float, default=7.5, help="checks that would start later are skipped")
+    parser.add_argument("--minutes", type=float, default=7.75, help="checks that would start later are skipped")
     parser.add_argument(
-        "--gib", type=float, default=5.0, help="weights of the model that is timed; host memory: 4 times"
+        "--gib", type=float, default=4.0, help="weights of the model that is timed; host memory: 4 times"
     )
     parser.add_argument("--out", type=Path, help="default: docs/gpu/<date>-<device>.json")
     parser.add_argument("--folder", help="for checkpoints and offloaded weights, 2 GiB; default: the temporary folder")
@@ -105,6 +105,7 @@ class Collector:
             **{name: getattr(self.arguments, name) for name in TASK},
             "seconds": 60 * self.arguments.minutes - spent,
             "done": [f"{row['group']}: {row['name']}" for row in self.rows],
+            "failed": [f"{row['group']}: {row['name']}" for row in self.rows if row["status"] == FAILED],
         }
         command = [sys.executable, "-m", "gpu_checks.worker"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -27,7 +27,7 @@ EXACT = ("none", "gguf")  # quant_method
 MOST_DB = 0.05
 BYTES_A_WEIGHT = 48
 SLICE_WEIGHTS = 1 << 24
-AGREEMENT = 0.05  # relative L2 between the quantized model's answer and the dequantized one's; some round activations
+AGREEMENT = 0.08  # relative L2 between the quantized model's answer and the dequantized one's; some round activations
 
 
 def plain(model: nn.Module) -> list[Tensor]:

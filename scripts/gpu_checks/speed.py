@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +32,7 @@ GROUP, TARGETS = "speed", "target"
 WITHIN_BOUND, FASTER_THAN_PEER = 1.10, 1.3
 RESIDENT, STREAMED_BLOCK, PEER = "resident", "qexp block stream", "diffusers"
 GIB = 2**30
+SLOW_SECONDS = 0.5  # a step that takes longer is timed twice a round, not in windows of several
 
 Apply = Callable[[nn.Module, Timed, torch.device], Offload | None]
 
@@ -124,13 +125,20 @@ class Race:
         self.accelerator.synchronize()
         mode.apply_seconds.append(time.perf_counter() - started)
         rest_bytes = self.accelerator.allocated_bytes() - before
-        for _ in range(2):  # peers learn the order in the first step, too
-            output = self.forward(model)
+        self.forward(model)  # peers learn the order in the first step, too
+        self.accelerator.synchronize()
+        started = time.perf_counter()
+        output = self.forward(model)
+        self.accelerator.synchronize()
+        seconds = time.perf_counter() - started
+        steps, count = (1, 2) if seconds > SLOW_SECONDS else (self.steps, self.windows)
         with self.accelerator.peak() as peak:
-            windows = [self._window(model) for _ in range(self.windows)]
+            windows = [self._window(model, steps) for _ in range(count)]
         mode.step_seconds += windows
         if self.expected is None and name == RESIDENT:
             self.expected = output.cpu()
+            if not bool(torch.isfinite(self.expected).all()):
+                raise ArithmeticError("the resident model's output is not finite; nothing can be compared with it")
         equal = self.expected is not None and torch.equal(output.cpu(), self.expected)
         mode.numbers = {
             "equal": equal,
@@ -142,14 +150,14 @@ class Race:
         numbers = {**mode.numbers, "step_ms": [round(1000 * seconds, 3) for seconds in windows]}
         return numbers, [] if equal or name.startswith(PEER) else ["the output is not the resident model's"]
 
-    def _window(self, model: nn.Module) -> float:
+    def _window(self, model: nn.Module, steps: int) -> float:
         """Seconds a step, of steps one after the other."""
         self.accelerator.synchronize()
         started = time.perf_counter()
-        for _ in range(self.steps):
+        for _ in range(steps):
             self.forward(model)
         self.accelerator.synchronize()
-        return (time.perf_counter() - started) / self.steps
+        return (time.perf_counter() - started) / steps
 
     def bound_seconds(self, payload_bytes: int) -> float:
         """max(C, (W - R) / BW)"""
@@ -222,9 +230,19 @@ def _targets(race: Race) -> list[Row]:
 
 
 def check_all(
-    checks: Checks, accelerator: Accelerator, *, small: bool, gib: float, dtype: torch.dtype, seconds: float
+    checks: Checks,
+    accelerator: Accelerator,
+    *,
+    small: bool,
+    gib: float,
+    dtype: torch.dtype,
+    seconds: float,
+    failed: Collection[str] = (),
 ) -> tuple[Numbers, list[Row]]:
-    """All rows of the group, at least one round and as many as fit; (the table and its model, the targets)."""
+    """All rows of the group, at least one round and as many as fit; (the table and its model, the targets).
+
+    failed: checks of a process before this one; its rounds are not continued, and what failed in them is left out.
+    """
     started, rounds = time.monotonic(), 0
     made: list[Race] = []
 
@@ -235,12 +253,19 @@ def check_all(
         gc.freeze()  # the libraries and the weights stay: models that come and go are then collected quickly
         return {"model": timed.name, "weights_bytes": timed.nbytes, "parameters": len(timed.weights)}, []
 
-    checks.run(GROUP, "make the model", prepare)
+    if checks.run(GROUP, "make the model", prepare) is None:
+        prepare()
     if not made:
         return {}, []
     race = made[0]
-    most = 1 if small else 3
-    while rounds < most and (rounds == 0 or time.monotonic() - started < seconds * rounds / (rounds + 1)):
+    for name, mode in race.modes.items():
+        mode.error = next((check for check in failed if check.endswith(f" · {name}")), "")
+    while checks.is_done(GROUP, f"round {rounds + 1} · bandwidth"):
+        rounds += 1
+    first, most = rounds, rounds + (1 if small else 3)
+    while rounds < most and (
+        rounds == first or time.monotonic() - started < seconds * (rounds - first) / (rounds - first + 1)
+    ):
         rounds += 1
         checks.run(GROUP, f"round {rounds} · bandwidth", race.measure_bandwidth)
         for name, mode in race.modes.items():
@@ -254,7 +279,7 @@ def check_all(
         "weights_bytes": sum(tensor.nbytes for tensor in race.timed.weights.values()),
         "dtype": str(dtype).removeprefix("torch."),
         "steps_a_window": race.steps,
-        "rounds": rounds,
+        "rounds": rounds - first,
         "modes": race.table() if race.modes[RESIDENT].step_seconds and race.bytes_per_second else [],
     }
     return table, targets(race, small=small)

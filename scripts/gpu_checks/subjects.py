@@ -198,7 +198,8 @@ def made_weights(skeleton: nn.Module, device: torch.device) -> dict[str, Tensor]
     made = {}
     for name, meta in skeleton.state_dict().items():
         tensor = torch.empty(meta.shape, dtype=meta.dtype, device=device)
-        made[name] = (tensor.normal_(std=0.02) if meta.dim() > 1 else tensor.fill_(0.5)).cpu()
+        value = 0.0 if name.endswith("bias") else 1.0
+        made[name] = (tensor.normal_(std=0.02) if meta.dim() > 1 else tensor.fill_(value)).cpu()
     return made
 
 

@@ -78,13 +78,18 @@ def test_on_the_fake_accelerator_all_but_the_peer_passes(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_faults_are_rows_and_the_rest_is_checked(tmp_path: Path) -> None:
-    options = (*FAKE, "tests.gpu_check.faults:install", "--backends", "none", "--groups", "offload")
+    options = (*FAKE, "tests.gpu_check.faults:install", "--backends", "none", "--groups", "speed", "offload")
     done, result = gpu_check(*options, out=tmp_path / "out.json")
     assert done.returncode == 1 and "FAILED" in done.stdout and result["passed"] is False
     found = rows(result, "offload")
-    assert len(found) == len(result["rows"]) == 1 + 3 * (2 + 2 * 4)
+    assert len(found) == 1 + 3 * (2 + 2 * 4)
     failed = {name.split(" · ")[1]: row["message"] for name, row in found.items() if row["status"] != "passed"}
     assert set(failed) == {faults.RAISES, faults.DIES, faults.LEAVES}
     assert "RuntimeError: broken on purpose" in failed[faults.RAISES]
     assert "the process died with status 9" in failed[faults.DIES]
     assert "at rest" in failed[faults.LEAVES] and "bytes are on the device" in failed[faults.LEAVES]
+    died = rows(result, "speed")[f"round 1 · {faults.DIES_TIMED}"]
+    assert died["status"] == "failed" and "status 9" in died["message"]
+    timed = {line["mode"]: line for line in result["speed"]["modes"]}  # of the second process, without what died
+    assert {"resident", "qexp block stream"} <= set(timed) and faults.DIES_TIMED not in timed
+    assert all(line["equal"] for line in timed.values())
