@@ -44,7 +44,8 @@ def attempt(config: dict[str, Any], device: str, measure: Callable[[Any, str, st
     status, reason, message = "runs", None, ""
     for dtype in DTYPES:
         try:
-            measured[dtype] = measure(plugin_config("backend", config, "backend"), dtype, device)
+            backend = plugin_config("backend", config, "backend").resolved(device.partition(":")[0])
+            measured[dtype] = measure(backend, dtype, device)
         except Exception as error:
             status, reason, message = verdict_of(error)
             if measured:  # the other dtype ran

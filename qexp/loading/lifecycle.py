@@ -101,7 +101,7 @@ def load_component(
     """
     device = main_device(device_map, device)
     checkpoint = open_checkpoint(source.checkpoints()[component])  # 1 config
-    quantizer = resolve_quantizer(settings.backend, checkpoint, component)  # 2 resolve, merge
+    quantizer = resolve_quantizer(settings.backend.resolved(device.type), checkpoint, component)  # 2 resolve, merge
     prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)  # 3 to 6
     blocks = source.block_lists(component) if device_map is not None else ()
     no_split = no_split_classes(prepared.model, blocks)
@@ -338,9 +338,9 @@ def _compute_dtype(settings: ComponentConfig, checkpoint: Checkpoint, quantizer:
 
 def warm_up(prepared: Prepared, device: torch.device) -> None:
     """Quantize a small weight, so that libraries and thread pools are there before memory and time are measured."""
-    columns = next((spec.shape[1] for spec in prepared.chosen.values()), 0)  # a width that the format can hold
-    if columns == 0 or prepared.quantizer.stored:
+    first = next(iter(prepared.chosen.values()), None)  # of a width that the format can hold
+    if first is None or first.numel == 0 or prepared.quantizer.stored:
         return
-    spec = WeightSpec("warm-up", (64, columns), prepared.compute_dtype)
+    spec = replace(first, shape=(64, first.shape[1]))
     with torch.no_grad():
         prepared.quantizer.create_quantized_param(spec, [torch.ones(spec.shape)], {}, device)

@@ -257,7 +257,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def check_parameters(module: str, part: str, tensor: Tensor) -> None:
     """Raises LoadError for scales or offsets of a stored weight that are not finite."""
-    if not is_finite(tensor):
+    if tensor.itemsize > 1 and not is_finite(tensor):
         raise LoadError(
             f"the {part} of the quantized weight of '{module}' is not finite; download the checkpoint again"
         )
