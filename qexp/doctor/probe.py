@@ -90,6 +90,9 @@ def measure(config: Any, dtype: str, device: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randn(TOKENS, COLUMNS, generator=generator).to(device=device, dtype=getattr(torch, dtype))
     with torch.no_grad():
+        quantizer: Any = getattr(loaded.model, "hf_quantizer", None)
+        if quantizer is not None:
+            quantizer.calibrate(loaded.model, lambda: loaded.model(tokens))
         answer = loaded.model(tokens)
         dense = _dequantized(loaded.model)
         agreement = compare(dense(tokens), answer).relative_l2

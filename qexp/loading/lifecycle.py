@@ -23,7 +23,7 @@ from qexp.loading.audit import audit
 from qexp.loading.checkpoint import Checkpoint, open_checkpoint
 from qexp.loading.conversion import converted
 from qexp.loading.fp32 import compute_in_fp32
-from qexp.loading.patterns import anywhere, check_patterns
+from qexp.loading.patterns import anywhere, check_patterns, patterns_lost
 from qexp.loading.pipeline import stream
 from qexp.loading.placement import (
     DeviceMap,
@@ -154,6 +154,8 @@ def prepare(
     fp32 = (*settings.keep_in_fp32_modules, *map(anywhere, getattr(model, "_keep_in_fp32_modules", None) or ()))
     if quantizer.stored:  # 6
         chosen, skipped = find_quantized(model, quantizer, checkpoint.entries, skip, fp32, compute_dtype)
+        if lost := patterns_lost((*settings.skip_modules, *settings.keep_in_fp32_modules), chosen):
+            print(f"warning: {component}: {lost}", file=sys.stderr)
     else:
         chosen, skipped = choose_modules(model, quantizer, skip, fp32, compute_dtype)
     if not chosen and quantizer.quantization_method != "none":
