@@ -24,7 +24,7 @@ from qexp.loading.checkpoint import Checkpoint, open_checkpoint
 from qexp.loading.conversion import converted
 from qexp.loading.fp32 import compute_in_fp32
 from qexp.loading.patterns import anywhere, check_patterns
-from qexp.loading.pipeline import stream
+from qexp.loading.pipeline import InPlace, nowhere, stream
 from qexp.loading.placement import (
     DeviceMap,
     MaxMemory,
@@ -185,7 +185,7 @@ def _validate_environment(quantizer: Quantizer, checkpoint: Checkpoint, device: 
 
 
 def stream_plan(
-    items: list[WorkItem], create: Any, loader: LoaderConfig, title: str, *, in_place: bool = False
+    items: list[WorkItem], create: Any, loader: LoaderConfig, title: str, *, in_place: InPlace = nowhere
 ) -> Iterator[tuple[WorkItem, Any]]:
     """Run work items through the pipeline with the loader's settings, showing progress. in_place: see `stream`."""
     workers, in_flight_bytes = loader.workers or len(os.sched_getaffinity(0)), loader.in_flight_mib << 20
@@ -222,7 +222,10 @@ def _load_weights(
     items = list(prepared.plan.items)
     if dispatch is not None:
         dispatch.expect([item.target for item in items])
-    on_cpu = all(device.type == "cpu" for device in placement.computes.values())
+
+    def on_cpu(item: WorkItem) -> bool:
+        return placement.device_of(item.target).type == "cpu"
+
     for item, tensor in stream_plan(items, create, loader, f"{component}: loading", in_place=on_cpu):
         _assign(model, item.target, tensor)
         del tensor  # a group that is complete moves away: nobody else may hold it
