@@ -1,0 +1,27 @@
+"""qexp: quantize while loading, offload without changing a bit, and compare.
+
+The functions for notebooks and other programs are those of `qexp.api`; what they do is described there. Importing
+this package imports nothing else: torch comes with the first of them that is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qexp.api import backends, load, memory_footprint, remove_offload, save
+
+__all__ = ["backends", "load", "memory_footprint", "offload", "remove_offload", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "offload":  # a package that can be called
+        return importlib.import_module("qexp.offload")
+    if name in __all__:
+        return getattr(importlib.import_module("qexp.api"), name)
+    raise AttributeError(f"module 'qexp' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -21,6 +21,7 @@ from qexp.hub import check_ready
 from qexp.loading.checkpoint import open_checkpoint
 from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
+from qexp.options import conf_folder, option_names, options_of_plugin
 from qexp.plugins import PLUGINS, plugin_config, plugin_module, plugin_names
 from qexp.quantizers.configs import compute_dtype
 from qexp.quantizers.embedded import merge, stored_config
@@ -71,7 +72,7 @@ def to_run_config(cfg: Any) -> RunConfig:
     if max_memory is not None and device_map is None:
         device_map = {"": device}  # one device, and a limit to check
     _check_offload(device_map, top.offload.strategy)
-    skip_modules = _union(_patterns(top.skip_modules, "skip_modules"), model.skip_modules)
+    skip_modules = _union(patterns(top.skip_modules, "skip_modules"), model.skip_modules)
     base = ComponentConfig(
         backend=plugin_config("backend", top.backend, "backend"),
         skip_modules=skip_modules,
@@ -153,7 +154,23 @@ def _check_offload(device_map: Any, strategy: str) -> None:
         )
 
 
-def _patterns(value: Any, place: str) -> tuple[str, ...]:
+def backend_of(option: str) -> Any:
+    """The config of an option of conf/backend, as `backend=<option>` composes it. Raises: ConfigError."""
+    from omegaconf import OmegaConf
+
+    from qexp.schema import schema_of
+
+    if option not in option_names("backend"):
+        names = option_names("backend")
+        raise ConfigError(f"backend={option!r} is unknown{did_you_mean(option, names)}; use {choices(names)}")
+    written: Any = OmegaConf.load(conf_folder() / "backend" / f"{option}.yaml")
+    plugin = next(name for name in plugin_names("backend") if option in options_of_plugin("backend", name))
+    del written["defaults"]
+    values = OmegaConf.merge(OmegaConf.structured(schema_of(plugin_module("backend", plugin).Config)), written)
+    return plugin_config("backend", OmegaConf.to_container(values, resolve=True), "backend")
+
+
+def patterns(value: Any, place: str) -> tuple[str, ...]:
     """Skip patterns: a list, or "@file" with one pattern a line and # comments."""
     if not isinstance(value, str):
         patterns: tuple[str, ...] = convert(tuple[str, ...], value, place)
@@ -193,7 +210,7 @@ def _component(base: ComponentConfig, values: Any, place: str) -> ComponentConfi
         elif name == "compute_dtype":
             changes[name] = compute_dtype(convert(str | None, value, f"{place}.{name}"), f"{place}.{name}")
         else:
-            changes[str(name)] = _union(_patterns(value, f"{place}.{name}"))
+            changes[str(name)] = _union(patterns(value, f"{place}.{name}"))
     return replace(base, **changes)
 
 

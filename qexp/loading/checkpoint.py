@@ -35,8 +35,7 @@ GGUF_CONFIG_KEY = "qexp.config"  # metadata of a GGUF file: its config.json
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # win over other files beside them
 SAVED_GGUF = "model.gguf"
 SAVED_WEIGHTS = re.compile(  # what `saving.py` calls the weights of a model
-    r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors|diffusion_pytorch_model\.safetensors\.index\.json|"
-    + re.escape(SAVED_GGUF)
+    r"(diffusion_pytorch_)?model((-\d{5}-of-\d{5})?\.safetensors|\.safetensors\.index\.json)|" + re.escape(SAVED_GGUF)
 )
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,

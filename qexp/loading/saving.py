@@ -1,8 +1,9 @@
 """Tensors and models to disk, whole or not at all.
 
 A saved model is a folder that this program and diffusers load: `config.json` with `quantization_config`, and
-`diffusion_pytorch_model.safetensors`, in shards with an index where it is larger than one shard may be. A model in GGUF
-blocks is one `model.gguf`, and its `config.json` is that of the dense model: the blocks speak for themselves.
+`diffusion_pytorch_model.safetensors` (`model.safetensors` for transformers' models), in shards with an index where it
+is larger than one shard may be. A model in GGUF blocks is one `model.gguf`, and its `config.json` is that of the dense
+model: the blocks speak for themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from qexp.loading.registration import registered_quantizer
 from qexp.sweep.store import disk_error, replacing, write_json
 
 STEM = "diffusion_pytorch_model"
-INDEX = f"{STEM}.safetensors.index.json"
+TRANSFORMERS_STEM = "model"  # of its own models' files
 MAX_SHARD_BYTES = 5 << 30
 
 
@@ -64,14 +65,16 @@ def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHA
             return _save_as_gguf(folder, tensors, metadata, config)
         config["quantization_config"] = quantizer.to_dict(model)
     shards = list(_shards(_without_twins(tensors), max_shard_bytes))
-    names = [f"{STEM}-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
-    names = names if len(shards) > 1 else [f"{STEM}.safetensors"]
+    stem = TRANSFORMERS_STEM if "model_type" in config else STEM
+    names = [f"{stem}-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
+    names = names if len(shards) > 1 else [f"{stem}.safetensors"]
     _remove_saved(folder)
     for name, shard in zip(names, shards, strict=True):
         save_tensors(folder / name, shard, metadata)
     if len(shards) > 1:
-        write_json(folder / INDEX, _index(dict(zip(names, shards, strict=True))))
-        names.append(INDEX)
+        index = f"{stem}.safetensors.index.json"
+        write_json(folder / index, _index(dict(zip(names, shards, strict=True))))
+        names.append(index)
     write_json(folder / "config.json", config)  # last: a folder without it is not a checkpoint
     return [folder / name for name in ("config.json", *names)]
 

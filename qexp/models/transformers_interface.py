@@ -22,7 +22,8 @@ class InterfaceQuantizer(HfQuantizer):
         self.config = quantizer.config
 
     def is_serializable(self) -> bool:
-        return saves_safetensors(self.quantizer)
+        """Not quanto's: transformers would open it with weights that are not in it, and say so in a report only."""
+        return saves_safetensors(self.quantizer) and self.quantizer.quantization_method != "quanto"
 
     @property
     def is_trainable(self) -> bool:

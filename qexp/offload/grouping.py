@@ -50,6 +50,12 @@ def plan_groups(model: nn.Module, config: OffloadConfig, block_lists: Sequence[s
     return groups
 
 
+def outermost_lists(model: nn.Module) -> list[str]:
+    """Dotted names of the module lists that are in no other one: where the blocks of most networks are."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return [name for name in names if name and not any(name.startswith(f"{other}.") for other in names)]
+
+
 def units_of(
     model: nn.Module, whole: Collection[str], goes_together: Callable[[str], bool]
 ) -> Iterator[tuple[str, list[Unit]]]:

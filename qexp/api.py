@@ -1,0 +1,234 @@
+"""The program as functions, for notebooks and other programs: `import qexp`, then `qexp.load(...)` and the others.
+
+They take what the configuration takes, by the same names, and are checked by the same dataclasses. A model that `load`
+returns is an ordinary `nn.Module` in eval mode, its weights frozen. Quantized, it has three methods more:
+
+    model.dequantize()            ordinary linear layers again, in place, and nothing that says "quantized"
+    model.get_memory_footprint()  true bytes
+    model.to(device)              moves it whole; a cast (.to(dtype), .half(), …) is a ConfigError, a ValueError
+
+Errors are those of `qexp.errors`; each message says what to do.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.config import backend_of, patterns
+from qexp.devices import resolve_device, resolve_device_map, resolve_max_memory
+from qexp.errors import ConfigError, choices
+from qexp.models.base import load_source
+from qexp.options import option_names
+from qexp.plugins import plugin_module, plugin_names
+from qexp.quantizers.configs import BackendConfig
+from qexp.quantizers.configs import compute_dtype as dtype_name
+from qexp.settings import ComponentConfig, LoaderConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from qexp.models.base import ModelSource
+    from qexp.offload.config import OffloadConfig
+    from qexp.offload.strategies import Offload
+
+GIB = 1 << 30
+
+
+def backends() -> tuple[str, ...]:
+    """The names that `load` takes for a backend: those of `backend=` on the command line."""
+    return tuple(option_names("backend"))
+
+
+def load(
+    source: str | Path | ModelSource,
+    backend: Any = None,
+    *,
+    skeleton: Callable[[dict[str, Any]], nn.Module] | type[nn.Module] | None = None,
+    component: str | None = None,
+    device: str | torch.device = "auto",
+    device_map: Any = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    compute_dtype: str | torch.dtype | None = None,
+    skip_modules: str | Iterable[str] = (),
+    keep_in_fp32_modules: Iterable[str] = (),
+    offload_folder: str | Path | None = None,
+    workers: int | None = None,
+    in_flight_mib: int = 64,
+) -> nn.Module:
+    """Load a model, each weight quantized as it is read: the dense model is never in memory.
+
+    source: a checkpoint (a folder with config.json and safetensors, sharded or not; a .safetensors or .gguf file), the
+        name of a model source with a model of its own ("digits"), or a model source.
+    backend: a name of `backends()`; a backend's config, such as `BitsAndBytesConfig(load_in_4bit=True)`, or one of
+        diffusers' or transformers'; a mapping with `quant_method`; None does not quantize. A checkpoint that is
+        quantized already is loaded as it is, with a warning if something else was asked for.
+    skeleton: what builds the network, without weights: a class, which gets config.json's fields as keywords, or a
+        function of the parsed config.json. None: the class of diffusers or transformers that config.json names.
+    component: of a source with several.
+    device: "auto" (the first GPU, else the CPU), or a device.
+    device_map: "auto", "balanced", "balanced_low_0", "sequential", or a map of modules to devices, "cpu" and "disk", as
+        in diffusers, but planned by quantized bytes; max_memory: bytes, or "10GiB", for each of them; offload_folder:
+        for what goes to disk. What rests where it does not compute is offloaded: `remove_offload` ends that.
+    compute_dtype: of activations and unquantized weights; None is the checkpoint's own.
+    skip_modules, keep_in_fp32_modules: patterns of modules to leave unquantized, or in fp32: "proj_out", "blocks.0",
+        "**.norm"; "@file" has one a line. A pattern that matches nothing is an error.
+    workers: quantizing threads, None is one a core; in_flight_mib: dense MiB read but not yet quantized.
+
+    Raises: ConfigError (a ValueError), MissingLibraryError (an ImportError), UnsupportedError for what this machine
+    cannot run, LoadError for a checkpoint that is damaged or does not fit. Most come before a weight is read.
+    """
+    from qexp.loading.lifecycle import load_component
+
+    model_source = _source(source, skeleton)
+    place, places, limits = _places(device, device_map, max_memory)
+    settings = ComponentConfig(
+        backend=_backend(backend),
+        skip_modules=patterns(_list(skip_modules), "skip_modules"),
+        keep_in_fp32_modules=patterns(_list(keep_in_fp32_modules), "keep_in_fp32_modules"),
+        compute_dtype=dtype_name(compute_dtype, "compute_dtype"),
+    )
+    loaded = load_component(
+        model_source,
+        _component(model_source, component),
+        settings,
+        device=place,
+        loader=LoaderConfig(in_flight_mib=in_flight_mib, workers=workers),
+        device_map=places,
+        max_memory=limits,
+        offload_folder=None if offload_folder is None else Path(offload_folder),
+    )
+    return loaded.model
+
+
+def offload(
+    model: nn.Module,
+    strategy: str | OffloadConfig = "leaf",
+    device: str | torch.device = "auto",
+    *,
+    to: str = "auto",
+    folder: str | Path | None = None,
+    block_lists: Iterable[str] | None = None,
+    **settings: Any,
+) -> Offload:
+    """Move a model's weights to CPU memory or disk, and have them travel to `device` when they are needed.
+
+    The model then runs as before, on inputs on `device`, with the same outputs to the last bit, for any backend.
+
+    strategy: "leaf" (module by module, fetched ahead), "block" (so many blocks at a time), "sequential" (module by
+        module, when it runs) or "model" (all at once); or a whole `OffloadConfig`.
+    to: "cpu", "disk", or "auto": the CPU where there is an accelerator, else the disk.
+    folder: for the files on disk, which are removed with the offload; None is the system's folder for such.
+    block_lists: dotted names of the module lists that hold blocks; None is every outermost one.
+    settings: other fields of `OffloadConfig`, such as num_blocks_per_group=2 or resident_gib=4.0.
+
+    Returns: an `Offload`, whose `statistics()` say what rests where and what has travelled (in GiB).
+    Raises: ConfigError for a conflict, DiskError if weights cannot be written; the model is then as it was.
+    """
+    import torch
+
+    from qexp.offload.config import OffloadConfig
+    from qexp.offload.grouping import outermost_lists
+    from qexp.offload.strategies import apply_offload
+
+    place = torch.device(resolve_device(device) if isinstance(device, str) else device)
+    config = strategy if isinstance(strategy, OffloadConfig) else OffloadConfig(strategy, to, **settings)
+    config = config.resolved(place.type)
+    store = Path(folder) if folder is not None else Path(tempfile.gettempdir()) / "qexp-offload"
+    lists = outermost_lists(model) if block_lists is None else list(block_lists)
+    return apply_offload(model, config, device=place, block_lists=lists, store=store)
+
+
+def remove_offload(model: nn.Module) -> nn.Module:
+    """Bring an offloaded model's weights back to where they were before. Raises: ConfigError if it is not offloaded."""
+    from qexp.offload.strategies import offload_of
+
+    found = offload_of(model)
+    if found is None:
+        raise ConfigError(f"remove_offload: this {type(model).__name__} is not offloaded; qexp.offload() does that")
+    found.remove()
+    return model
+
+
+def save(model: nn.Module, folder: str | Path, *, max_shard_gib: float = 5.0) -> list[Path]:
+    """Save a model that `load` returned, quantized or dequantized, wherever its weights rest now.
+
+    What is written, `load` opens without a backend; so do diffusers and transformers, for formats that they know.
+    max_shard_gib: of one file of weights. Returns: the files written.
+    Raises: ConfigError for a model that was loaded by something else, DiskError if it cannot be written.
+    """
+    from qexp.loading.saving import save_model
+
+    return save_model(model, Path(folder), max_shard_bytes=int(max_shard_gib * GIB))
+
+
+def memory_footprint(model: nn.Module) -> int:
+    """Bytes that a model's parameters and buffers really occupy, on all devices and on disk.
+
+    Inner tensors, scales and quant states are counted, memory that they share is counted once.
+    """
+    from qexp.offload.payload import module_nbytes
+
+    return module_nbytes(model)
+
+
+def _source(source: Any, skeleton: Any) -> Any:
+    """A model source. A name is one of the sources that need no path, unless there is a file or folder so called."""
+    if not isinstance(source, str | Path):
+        return source
+    path = Path(source).expanduser()
+    if isinstance(source, str) and source in plugin_names("model") and not path.exists():
+        return load_source(plugin_module("model", source).Config())
+    from qexp.models.folder import FolderSource
+
+    return FolderSource(path, skeleton)
+
+
+def _component(source: ModelSource, asked: str | None) -> str:
+    names = list(source.checkpoints())
+    if asked in names:
+        return str(asked)
+    if asked is None and len(names) == 1:
+        return names[0]
+    raise ConfigError(f"component={asked!r} is none of this source's: use {choices(names)}")
+
+
+def _places(device: str | torch.device, device_map: Any, max_memory: Any) -> tuple[torch.device, Any, Any]:
+    """What `load_component` takes. A device that is no text is believed, with the map and the limits beside it."""
+    import torch
+
+    if not isinstance(device, str):
+        return device, device_map, max_memory
+    main, places = resolve_device_map(device, device_map)
+    limits = resolve_max_memory(max_memory, device_map)
+    if limits is not None and places is None:
+        return torch.device(main), {"": main}, limits  # one device, and a limit to check
+    return torch.device(main), places, limits
+
+
+def _backend(backend: Any) -> Any:
+    """The config dataclass of a backend, from any of the ways to name one."""
+    if backend is None or isinstance(backend, str):
+        return backend_of(backend or "none")
+    if isinstance(backend, BackendConfig):
+        return backend
+    values = backend if isinstance(backend, Mapping) else getattr(backend, "to_dict", dict)()
+    method = values.get("quant_method")
+    method = getattr(method, "value", method)
+    if method not in plugin_names("backend"):
+        raise ConfigError(
+            f"backend={backend!r} is no backend; use a name ({choices(backends())}), a backend's config, or a mapping "
+            f"whose quant_method is {choices(plugin_names('backend'))}"
+        )
+    if isinstance(backend, Mapping):
+        from qexp.plugins import plugin_config
+
+        return plugin_config("backend", backend, "backend")
+    return plugin_module("backend", method).Config.from_dict(values)
+
+
+def _list(names: str | Iterable[str]) -> Any:
+    return names if isinstance(names, str) else list(names)

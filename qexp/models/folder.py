@@ -1,0 +1,93 @@
+"""A checkpoint and what builds its network, as a model source of one component: what `qexp.load(path)` loads.
+
+The network is the caller's, or the class that config.json names: `_class_name` of diffusers, `architectures` of
+transformers. It is built while new parameters land on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.errors import ConfigError, LoadError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NOT_THE_NETWORKS = ("quantization_config", "torch_dtype", "dtype")  # entries of config.json about the weights
+
+
+class FolderSource:
+    def __init__(self, path: Path, build: Callable[[dict[str, Any]], nn.Module] | type[nn.Module] | None) -> None:
+        self.path, self.build = path, build
+
+    def checkpoints(self) -> dict[str, Path]:
+        return {"model": self.path}
+
+    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
+        """The network of a parsed config.json. Raises: ConfigError or LoadError if nothing says how to build it."""
+        self._network = self._build(config)
+        return self._network
+
+    def block_lists(self, component: str) -> list[str]:
+        """Of the network that was built."""
+        from qexp.offload.grouping import outermost_lists
+
+        return outermost_lists(self._network)
+
+    def _build(self, config: dict[str, Any]) -> nn.Module:
+        fields = {name: value for name, value in config.items() if name not in NOT_THE_NETWORKS}
+        if isinstance(self.build, type):
+            return self._built_by_class(self.build, {n: v for n, v in fields.items() if not n.startswith("_")})
+        if self.build is not None:
+            return self.build(config)
+        if fields.get("_class_name") == "DigitsTransformer":
+            from qexp.models.digits import DigitsModelConfig, Source
+
+            return Source(DigitsModelConfig()).skeleton("transformer", config)
+        if "_class_name" in fields:
+            return _from_diffusers(fields, self.path)
+        if "architectures" in fields:
+            return _from_transformers(fields, self.path)
+        raise ConfigError(
+            f"'{self.path}': its config.json names no class of diffusers (_class_name) or transformers "
+            "(architectures), so nothing says how to build the network; pass skeleton=, a class or a function"
+        )
+
+    def _built_by_class(self, kind: type[nn.Module], fields: Mapping[str, Any]) -> nn.Module:
+        try:
+            return kind(**fields)
+        except TypeError as error:
+            raise ConfigError(
+                f"skeleton={kind.__name__} cannot be built from the fields of '{self.path}/config.json': {error}; pass "
+                "a function of the parsed config.json instead"
+            ) from error
+
+
+def _from_diffusers(fields: Mapping[str, Any], path: Path) -> nn.Module:
+    import diffusers
+
+    kind = _class_of(diffusers, fields["_class_name"], diffusers.ModelMixin, "_class_name", path)
+    network: nn.Module = kind.from_config(dict(fields))
+    return network
+
+
+def _from_transformers(fields: Mapping[str, Any], path: Path) -> nn.Module:
+    import transformers
+
+    name = (fields["architectures"] or [None])[0]
+    kind = _class_of(transformers, name, transformers.PreTrainedModel, "architectures", path)
+    network: nn.Module = kind(kind.config_class.from_dict(dict(fields)))
+    return network
+
+
+def _class_of(library: Any, name: object, base: type, entry: str, path: Path) -> Any:
+    """The model class that config.json names. Raises LoadError if the library has none so called."""
+    found = getattr(library, str(name), None)
+    if isinstance(found, type) and issubclass(found, base):
+        return found
+    raise LoadError(
+        f"'{path}': config.json has {entry}={name!r}, which {library.__name__} {library.__version__} has not; install "
+        "a version that has it, or pass skeleton=, a class or a function that builds the network"
+    )

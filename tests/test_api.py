@@ -1,0 +1,212 @@
+"""The Python API: what it takes, what it refuses, that its page is right, and that importing it costs nothing."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qexp
+from qexp.config import backend_of
+from qexp.errors import ConfigError, LoadError
+from qexp.offload.config import OffloadConfig
+from qexp.offload.payload import true_nbytes
+from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
+from tests.backends import BACKENDS, Stack, StackSource, backend_config, save_stack
+
+PAGE = Path(__file__).parents[1] / "docs" / "api.md"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHAPES = [(128, 64), (64, 128), (32, 64)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_stack(tmp_path / "stack", SHAPES, dtype=torch.float32)
+    return tmp_path / "stack"
+
+
+def stack(config: dict[str, Any]) -> nn.Module:
+    return Stack([tuple(shape) for shape in config["shapes"]], config["bias"])
+
+
+def load(folder: Path, backend: Any = None, **settings: Any) -> Any:
+    return qexp.load(folder, backend, skeleton=stack, device="cpu", **settings)
+
+
+def test_importing_it_is_light() -> None:
+    code = """
+import sys
+import qexp
+assert {"load", "offload", "save", "memory_footprint", "remove_offload", "backends"} <= set(dir(qexp))
+names = qexp.backends()
+heavy = {"torch", "bitsandbytes", "torchao", "optimum", "diffusers", "transformers", "accelerate", "hydra"}
+assert "bitsandbytes" in names and not heavy & set(sys.modules), heavy & set(sys.modules)
+import qexp.offload.config
+assert callable(qexp.offload) and qexp.offload.config.STRATEGIES
+assert not heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    with pytest.raises(AttributeError, match="no attribute 'laod'; it has backends, load"):
+        _ = qexp.laod  # type: ignore[attr-defined]
+
+
+def test_the_page_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
+    assert len(blocks) >= 7
+    names: dict[str, Any] = {"__name__": "page"}
+    torch.manual_seed(0)
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    for line in re.findall(r"^# (\d.*)$", "\n".join(blocks), re.MULTILINE):  # what is said to be printed
+        assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_name_is_what_the_command_line_makes_of_it(name: str) -> None:
+    assert backend_of(name) == backend_config(name)
+
+
+def test_every_way_to_name_a_backend(folder: Path) -> None:
+    import diffusers
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=("layers.1",))
+    mapping = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    upstream = diffusers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["layers.1"]
+    )
+    for backend, skip in [("bitsandbytes", ["layers.1"]), (config, []), (mapping, ["layers.1"]), (upstream, [])]:
+        model = load(folder, backend, skip_modules=skip)
+        assert [type(layer).__name__ for layer in model.layers] == ["Linear4bit", "Linear", "Linear4bit"]
+    assert type(load(folder)) is Stack
+
+
+def test_what_is_no_backend() -> None:
+    for backend, message in [
+        ("nf4", r"backend='nf4' is unknown.*use bitsandbytes, "),
+        ("quantoo", r"did you mean quanto"),
+        ({"quant_method": "nf4"}, r"is no backend; use a name"),
+        (3, r"is no backend; use a name"),
+        ({"quant_method": "quanto", "weights_dtype": "int3"}, r"weights_dtype='int3' is unknown"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            qexp.load("digits", backend, device="cpu")
+
+
+def test_every_way_to_name_a_source(folder: Path, tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def __init__(self, shapes: list[list[int]], bias: bool) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(columns, rows, bias=bias) for rows, columns in shapes)
+
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    expected = load(folder)(x)
+    assert torch.equal(load(str(folder))(x), expected)  # type: ignore[arg-type]
+    by_class: Any = qexp.load(folder, skeleton=Fixed, device="cpu")
+    assert torch.equal(by_class.layers[2].weight, load(folder).layers[2].weight)
+    source: Any = StackSource(folder)
+    assert torch.equal(qexp.load(source, device="cpu")(x), expected)
+    file: Any = qexp.load(folder / "model.safetensors", skeleton=lambda _: Stack(SHAPES), device="cpu")
+    assert torch.equal(file(x), expected)
+    with pytest.raises(ConfigError, match=r"component='vae' is none of this source's: use stack"):
+        qexp.load(source, component="vae", device="cpu")
+
+
+def test_a_network_that_nothing_describes(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"names no class of diffusers.*pass skeleton="):
+        qexp.load(folder, device="cpu")
+    with pytest.raises(ConfigError, match=r"skeleton=Linear cannot be built from the fields"):
+        qexp.load(folder, skeleton=nn.Linear, device="cpu")
+    for entry, message in [
+        ({"_class_name": "FluxPipeline"}, r"_class_name='FluxPipeline', which diffusers .* has not"),
+        ({"architectures": ["NoSuchModel"]}, r"architectures='NoSuchModel', which transformers .* has not"),
+    ]:
+        (folder / "config.json").write_text(json.dumps(entry))
+        with pytest.raises(LoadError, match=message):
+            qexp.load(folder, device="cpu")
+    with pytest.raises(LoadError, match="does not exist"):
+        qexp.load(folder / "nowhere", skeleton=stack, device="cpu")
+
+
+def test_settings_reach_the_load(folder: Path) -> None:
+    model = load(folder, "torchao", compute_dtype=torch.bfloat16, keep_in_fp32_modules=["layers.2"], workers=1)
+    assert model.layers[0].bias.dtype == torch.bfloat16 == model._pre_quantization_dtype
+    assert model.layers[2].weight.dtype == torch.float32
+    with pytest.raises(ConfigError, match=r"skip_modules of .*'nowhere' matches no module"):
+        load(folder, "torchao", skip_modules=["nowhere"])
+    with pytest.raises(ConfigError, match=r"compute_dtype=int8 is no dtype"):
+        load(folder, compute_dtype="int8")
+    with pytest.raises(ConfigError, match=r"device=tpu is unknown"):
+        qexp.load(folder, skeleton=stack, device="tpu")
+
+
+def test_device_maps_reach_the_load(folder: Path, tmp_path: Path) -> None:
+    assert load(folder, device_map={"": "cpu"}).layers[0].weight.device.type == "cpu"
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    expected = load(folder, "torchao")(x)
+    places = {"layers.0": "disk", "": "cpu"}
+    model = load(folder, "torchao", device_map=places, offload_folder=tmp_path / "weights")
+    assert torch.equal(model(x), expected)
+    assert any((tmp_path / "weights").rglob("*.bin"))
+    qexp.remove_offload(model)
+    assert torch.equal(model(x), expected) and not (tmp_path / "weights").exists()
+    small = load(folder, "torchao", device_map="auto", max_memory={"cpu": "26KB", "disk": "1GiB"})
+    assert torch.equal(small(x), expected)
+    with pytest.raises(ConfigError, match=r"max_memory=.* limits what a device_map may use"):
+        load(folder, max_memory={"cpu": "1GiB"})
+    with pytest.raises(ConfigError, match=r"device_map=everywhere is unknown"):
+        load(folder, device_map="everywhere")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_footprint(backend: str, folder: Path) -> None:
+    """By hand for three layers: what the format says of each weight, and fp32 biases."""
+    group = {"group_size": 32} if "packed" in backend else {}
+    model = load(folder, {**vars(backend_config(backend)), **group}, skip_modules=[])
+    weights = sum(true_nbytes(layer.weight) for layer in model.layers)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    assert qexp.memory_footprint(model) == weights + 4 * (128 + 64 + 32) + buffers
+    dense = 4 * sum(rows * columns for rows, columns in SHAPES)
+    assert weights == dense if backend == "none" else weights < 0.45 * dense
+    qexp.offload(model, "leaf", "cpu", to="cpu")
+    assert qexp.memory_footprint(model) == pytest.approx(weights + 4 * 224 + buffers, rel=0.01)
+
+
+def test_offload_and_back(folder: Path, tmp_path: Path) -> None:
+    model = load(folder, "bitsandbytes_nf4_dq")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    expected = model(x)
+    for strategy, settings in [
+        ("leaf", {}),
+        ("block", {"to": "cpu", "num_blocks_per_group": 2}),
+        ("model", {"folder": tmp_path / "weights"}),
+        (OffloadConfig("sequential", "cpu"), {}),
+    ]:
+        offload = qexp.offload(model, strategy, "cpu", **settings)  # type: ignore[operator]
+        assert torch.equal(model(x), expected)
+        assert offload.statistics()["offload/copies"] > 0
+        with pytest.raises(ConfigError, match="offloaded already"):
+            qexp.offload(model, "leaf", "cpu")  # type: ignore[operator]
+        assert qexp.remove_offload(model) is model
+        assert torch.equal(model(x), expected)
+    assert not (tmp_path / "weights").exists()
+    with pytest.raises(ConfigError, match=r"this Stack is not offloaded; qexp\.offload"):
+        qexp.remove_offload(model)
+    with pytest.raises(ConfigError, match=r"offload\.strategy='leafs' is unknown"):
+        qexp.offload(model, "leafs", "cpu")  # type: ignore[operator]
+
+
+def test_save_and_load_again(folder: Path, tmp_path: Path) -> None:
+    model = load(folder, "quanto")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    expected = model(x)
+    files = qexp.save(model, tmp_path / "saved", max_shard_gib=1e-5)
+    assert len(files) > 3 and all(file.is_file() for file in files)
+    assert torch.equal(load(tmp_path / "saved")(x), expected)
+    with pytest.raises(ConfigError, match="was not loaded by qexp"):
+        qexp.save(Stack(SHAPES), tmp_path / "other")
