@@ -166,9 +166,10 @@ def prepare(
 
 
 def _under_model_names(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
-    """The checkpoint with tensors named as the model's, converted by the source where it knows another layout."""
+    """The checkpoint with tensors named as the model's: converted by the source where most names are other ones."""
     conversion = source.conversion(component, model) if hasattr(source, "conversion") else None
-    if conversion is None or model.state_dict().keys() <= checkpoint.entries.keys():
+    names = model.state_dict().keys()
+    if conversion is None or 2 * len(names & checkpoint.entries.keys()) > len(names):
         return checkpoint
     return converted(checkpoint, conversion)
 
