@@ -97,6 +97,8 @@ def _unknown_field(problem: Problem) -> str:
         if component not in known:
             return f"{problem.written} is of no component{did_you_mean(component, known)}; use {choices(known)}"
         return f"{problem.written} adds to components: write +{problem.written}"
+    if cls is None and "quant_type_kwargs" in problem.key:
+        return f"{problem.written} adds to {problem.key.rpartition('.')[0]}: write +{problem.written}"
     if cls is None:
         return f"{problem.written}{problem.place} is not a known field"
     names = [*field_types(cls), *(["experiment"] if cls is TopLevelConfig else [])]

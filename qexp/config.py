@@ -82,6 +82,7 @@ def to_run_config(cfg: Any) -> RunConfig:
     names = plugin_module("model", model.source).COMPONENTS
     _check_component_names(top.components, names)
     components = {name: _component(base, top.components.get(name, {}), f"components.{name}") for name in names}
+    components = {name: _resolved(component, device) for name, component in components.items()}
     components = _with_embedded(model, components)
     _check_streaming(top.low_cpu_mem_usage, components)
     task = plugin_config("task", top.task, "task")
@@ -212,6 +213,11 @@ def _component(base: ComponentConfig, values: Any, place: str) -> ComponentConfi
         else:
             changes[str(name)] = _union(patterns(value, f"{place}.{name}"))
     return replace(base, **changes)
+
+
+def _resolved(component: ComponentConfig, device: str) -> ComponentConfig:
+    """With the backend that really runs on the device."""
+    return replace(component, backend=component.backend.resolved(device.partition(":")[0]))
 
 
 def _with_embedded(model: Any, components: Mapping[str, ComponentConfig]) -> dict[str, ComponentConfig]:

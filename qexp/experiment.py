@@ -25,6 +25,7 @@ from qexp.offload.strategies import Offload, apply_offload
 from qexp.report.labels import backend_label
 from qexp.sweep.store import PUSHED, to_csv, write_json, write_text
 from qexp.tasks import generate, roundtrip
+from qexp.tasks.calibration import calibrate
 
 if TYPE_CHECKING:
     from qexp.models.base import ModelSource
@@ -50,8 +51,10 @@ def run_experiment(config: RunConfig, folder: Path) -> Metrics:
 def _generate(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
     loaded = _load(config, source, device, folder)
     write_json(folder / "plan.json", {name: _plan_of(component) for name, component in loaded.items()})
+    models = {name: component.model for name, component in loaded.items()}
+    calibrate(source, models, config.task, seed=config.seed, device=device)  # resident, and before it is saved
     if config.save.wanted:
-        _save(config, {name: component.model for name, component in loaded.items()}, folder)
+        _save(config, models, folder)
     weights_bytes = sum(module_nbytes(component.model) for component in loaded.values())
     metrics: Metrics = {
         **_load_statistics(list(loaded.values())),
@@ -68,7 +71,6 @@ def _generate(config: RunConfig, source: ModelSource, device: torch.device, fold
         )
         for name, component in loaded.items()
     }
-    models = {name: component.model for name, component in loaded.items()}
     with PeakMemory(device) as peak:
         result = generate.run(source, models, config.task, seed=config.seed, device=device, memory=lambda: _now(device))
     metrics |= _offload_statistics(list(offloads.values()))

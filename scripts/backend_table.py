@@ -68,7 +68,8 @@ def measure(config: Any, weight: torch.Tensor) -> dict[str, float | None]:
     """Quantize a weight [out, in] and decode it. sqnr_db is None for what comes back exactly."""
     if config.quant_method == "none":
         return {"bits_per_weight": 8.0 * weight.itemsize, "sqnr_db": None}
-    quantizer, device = load_quantizer(config), torch.device("cpu")
+    device = torch.device("cpu")
+    quantizer = load_quantizer(config.resolved(device.type))
     spec = WeightSpec("layer", (weight.shape[0], weight.shape[1]), weight.dtype)
     with torch.no_grad():
         parameter = quantizer.create_quantized_param(spec, [weight], {}, device)

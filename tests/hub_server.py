@@ -215,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         head, asked, answers = self.commit_at(repo, revision), json.loads(body), []
         ignored = asked.get("gitIgnore", head.files.get(".gitignore", b"").decode()).split()
         for one in asked["files"]:
-            large = one["path"].endswith(".safetensors")
+            large = one["path"].endswith((".safetensors", ".gguf"))
             data = head.files.get(one["path"])
             ignore = any(one["path"].endswith(pattern.lstrip("*")) for pattern in ignored)
             oid = None if data is None else hashlib.sha256(data).hexdigest() if large else git_hash(data)

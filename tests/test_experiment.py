@@ -51,6 +51,30 @@ def run(checkpoint: Path, folder: Path, *overrides: str) -> tuple[dict[str, Any]
     return metrics, load_file(folder / "outputs.safetensors")
 
 
+def test_activations_are_calibrated_before_the_model_is_saved_and_offloaded(checkpoint: Path, tmp_path: Path) -> None:
+    chosen, saved = (
+        ("backend=quanto", "backend.activations_dtype=int8", "backend.calibration_samples=5"),
+        tmp_path / "q",
+    )
+    _, expected = run(checkpoint, tmp_path / "one", *chosen, f"save.path={saved}")
+    _, weights_alone = run(checkpoint, tmp_path / "two", "backend=quanto")
+    assert not torch.equal(expected["images"], weights_alone["images"])
+    _, offloaded = run(checkpoint, tmp_path / "three", *chosen, "offload=block", "offload.to=disk")
+    _, reopened = run(saved, tmp_path / "four", "backend=none")
+    for outputs in (offloaded, reopened):
+        assert torch.equal(outputs["trajectory"], expected["trajectory"])
+
+
+def test_calibration_is_part_of_the_key_where_it_counts(checkpoint: Path) -> None:
+    def key(*overrides: str) -> str:
+        return run_key(run_config(checkpoint, "backend=quanto", *overrides))
+
+    assert key("backend.calibration_samples=5") == key()
+    assert key("backend.activations_dtype=int8") != key()
+    few, many = (key("backend.activations_dtype=int8", f"backend.calibration_samples={n}") for n in (5, 6))
+    assert few != many
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_offloading_changes_no_bit_and_proves_that_it_happened(backend: str, checkpoint: Path, tmp_path: Path) -> None:
     resident, expected = run(checkpoint, tmp_path / "none", f"backend={backend}", "offload=none")

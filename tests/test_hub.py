@@ -288,6 +288,21 @@ def test_a_run_is_pushed_downloaded_and_loaded_with_no_quantization_argument(
     assert torch.equal(one, other)
 
 
+def test_a_gguf_file_is_pushed_and_takes_the_place_of_safetensors(
+    digits: Path, tmp_path: Path, server: HubServer
+) -> None:
+    for name in ("packed_uint4", "gguf"):
+        (tmp_path / name).mkdir()
+        run_experiment(run_config(*SMALL[:-1], *PUSH, f"backend={name}", f"model.path={digits}"), tmp_path / name)
+    names = set(server.files("tester/digits"))
+    assert len(names) == 2 and "config.json" in names and any(name.endswith(".gguf") for name in names)
+    downloaded = huggingface_hub.snapshot_download("tester/digits", local_dir=tmp_path / "downloaded")
+    (tmp_path / "again").mkdir()
+    run_experiment(run_config(*SMALL[:-1], f"model.path={downloaded}"), tmp_path / "again")
+    images = [load_file(tmp_path / name / "outputs.safetensors")["images"] for name in ("gguf", "again")]
+    assert torch.equal(*images)
+
+
 def test_a_run_without_a_token_stops_at_once(tmp_path: Path, server: HubServer) -> None:
     refused = qexp(tmp_path, server, *PUSH, token=None)
     assert refused.returncode == 1 and "needs a token" in refused.stderr and not (tmp_path / "outputs").exists()

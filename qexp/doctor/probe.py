@@ -44,7 +44,8 @@ def attempt(config: dict[str, Any], device: str, measure: Callable[[Any, str, st
     status, reason, message = "runs", None, ""
     for dtype in DTYPES:
         try:
-            measured[dtype] = measure(plugin_config("backend", config, "backend"), dtype, device)
+            backend = plugin_config("backend", config, "backend").resolved(device.partition(":")[0])
+            measured[dtype] = measure(backend, dtype, device)
         except Exception as error:
             status, reason, message = verdict_of(error)
             if measured:  # the other dtype ran
@@ -89,6 +90,9 @@ def measure(config: Any, dtype: str, device: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randn(TOKENS, COLUMNS, generator=generator).to(device=device, dtype=getattr(torch, dtype))
     with torch.no_grad():
+        quantizer: Any = getattr(loaded.model, "hf_quantizer", None)
+        if quantizer is not None:
+            quantizer.calibrate(loaded.model, lambda: loaded.model(tokens))
         answer = loaded.model(tokens)
         dense = _dequantized(loaded.model)
         agreement = compare(dense(tokens), answer).relative_l2

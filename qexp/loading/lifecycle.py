@@ -23,7 +23,7 @@ from qexp.loading.audit import audit
 from qexp.loading.checkpoint import Checkpoint, open_checkpoint
 from qexp.loading.conversion import converted
 from qexp.loading.fp32 import compute_in_fp32
-from qexp.loading.patterns import anywhere, check_patterns
+from qexp.loading.patterns import anywhere, check_patterns, patterns_lost
 from qexp.loading.pipeline import InPlace, nowhere, stream
 from qexp.loading.placement import (
     DeviceMap,
@@ -101,7 +101,7 @@ def load_component(
     """
     device = main_device(device_map, device)
     checkpoint = open_checkpoint(source.checkpoints()[component])  # 1 config
-    quantizer = resolve_quantizer(settings.backend, checkpoint, component)  # 2 resolve, merge
+    quantizer = resolve_quantizer(settings.backend.resolved(device.type), checkpoint, component)  # 2 resolve, merge
     prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)  # 3 to 6
     blocks = source.block_lists(component) if device_map is not None else ()
     no_split = no_split_classes(prepared.model, blocks)
@@ -154,6 +154,8 @@ def prepare(
     fp32 = (*settings.keep_in_fp32_modules, *map(anywhere, getattr(model, "_keep_in_fp32_modules", None) or ()))
     if quantizer.stored:  # 6
         chosen, skipped = find_quantized(model, quantizer, checkpoint.entries, skip, fp32, compute_dtype)
+        if lost := patterns_lost((*settings.skip_modules, *settings.keep_in_fp32_modules), chosen):
+            print(f"warning: {component}: {lost}", file=sys.stderr)
     else:
         chosen, skipped = choose_modules(model, quantizer, skip, fp32, compute_dtype)
     if not chosen and quantizer.quantization_method != "none":
@@ -342,9 +344,9 @@ def _compute_dtype(settings: ComponentConfig, checkpoint: Checkpoint, quantizer:
 
 def warm_up(prepared: Prepared, device: torch.device) -> None:
     """Quantize a small weight, so that libraries and thread pools are there before memory and time are measured."""
-    columns = next((spec.shape[1] for spec in prepared.chosen.values()), 0)  # a width that the format can hold
-    if columns == 0 or prepared.quantizer.stored:
+    first = next(iter(prepared.chosen.values()), None)  # of a width that the format can hold
+    if first is None or first.numel == 0 or prepared.quantizer.stored:
         return
-    spec = WeightSpec("warm-up", (64, columns), prepared.compute_dtype)
+    spec = replace(first, shape=(64, first.shape[1]))
     with torch.no_grad():
         prepared.quantizer.create_quantized_param(spec, [torch.ones(spec.shape)], {}, device)

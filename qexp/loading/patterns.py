@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 from qexp.errors import ConfigError
@@ -55,3 +55,13 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str], place: str) ->
 
 def _top(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+
+
+def patterns_lost(patterns: Sequence[str], quantized: Iterable[str]) -> str | None:
+    """What to say of a user's patterns for layers that a checkpoint holds quantized already; None if there are none."""
+    covered = {name: pattern for name in quantized if (pattern := covering(patterns, name)) is not None}
+    if not covered:
+        return None
+    shown = ", ".join(f"'{name}'" for name in list(covered)[:5]) + (" …" if len(covered) > 5 else "")
+    asked = ", ".join(sorted(set(covered.values())))
+    return f"the checkpoint holds {shown} quantized, so they stay quantized; without effect on them: {asked}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,9 @@ class InterfaceQuantizer(DiffusersQuantizer):
         if not safe_serialization:
             return dict(state_dict), {}
         return self.quantizer.get_state_dict_and_metadata(state_dict)
+
+    def calibrate(self, model: Any, run: Callable[[], object]) -> None:
+        self.quantizer.calibrate(model, run)
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return self.quantizer.dequantize(model, dtype)

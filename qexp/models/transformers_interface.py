@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ class InterfaceQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self.quantizer.is_quantized(model.get_submodule(param_name.rpartition(".")[0]))
+
+    def calibrate(self, model: Any, run: Callable[[], object]) -> None:
+        self.quantizer.calibrate(model, run)
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return self.quantizer.dequantize(model, dtype)

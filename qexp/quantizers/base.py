@@ -15,7 +15,7 @@ import importlib
 import importlib.metadata
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -50,7 +50,6 @@ class Quantizer:
     """The hooks, in the order in which a load calls them. The defaults quantize nothing."""
 
     required_packages: ClassVar[Mapping[str, str]] = {}  # package -> lowest version that works
-    requires_calibration: ClassVar[bool] = False
     is_trainable: ClassVar[bool] = True  # whether gradients flow through a layer, to what was there before it
     is_serializable: ClassVar[bool] = False  # whether `stored_parts` reads what is saved
     file_format: ClassVar[str] = "safetensors"  # or gguf: what a saved model is stored in
@@ -71,6 +70,15 @@ class Quantizer:
         None of a checkpoint's own list: it names what is not stored quantized, in upstream's way.
         """
         return () if self.stored else tuple(getattr(self.config, self.config.skip_field, ()))
+
+    @property
+    def requires_calibration(self) -> bool:
+        """Whether `calibrate` has to be called before the model answers."""
+        return False
+
+    def calibrate(self, model: nn.Module, run: Callable[[], object]) -> None:
+        """Settle what depends on activations: `run` puts samples through the model. Raises ConfigError if they do not
+        reach every layer."""
 
     @property
     def model_attributes(self) -> Mapping[str, Any]:
@@ -257,7 +265,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def check_parameters(module: str, part: str, tensor: Tensor) -> None:
     """Raises LoadError for scales or offsets of a stored weight that are not finite."""
-    if not is_finite(tensor):
+    if tensor.itemsize > 1 and not is_finite(tensor):
         raise LoadError(
             f"the {part} of the quantized weight of '{module}' is not finite; download the checkpoint again"
         )

@@ -86,6 +86,10 @@ class BackendConfig:
         """The label of a checkpoint's config, which stores none."""
         return None
 
+    def resolved(self, device_type: str) -> BackendConfig:
+        """The config of what really runs on a device of this type: of another backend, where this one cannot."""
+        return self
+
     def quantization_method(self) -> str | None:
         """What kind of quantization this is; None if it is none."""
         return self.quant_method

@@ -87,8 +87,10 @@ def merge(asked: Any, embedded: Any) -> list[str]:
         return []
     if asked.quant_method != embedded.quant_method:
         return [f"quant_method={asked.quant_method} (the checkpoint has {embedded.quant_method})"]
-    default = type(asked)()
-    lost = []
+    default, lost = type(asked)(), []
+    kinds = asked.quantization_method(), embedded.quantization_method()
+    if kinds[0] != kinds[1]:  # also where a default chose it
+        lost.append(f"{kinds[0]} (the checkpoint has {kinds[1]})")
     for item in fields(asked):
         mine, theirs = getattr(asked, item.name), getattr(embedded, item.name)
         if item.name != "label" and mine != theirs and mine != getattr(default, item.name):

@@ -1,68 +1,119 @@
-"""torchao: int8 and float8 weights as tensor subclasses on ordinary linear layers.
+"""torchao: weights as tensor subclasses on ordinary linear layers.
 
-int8wo: symmetric int8, one fp32 scale a row, or one for `group_size` weights. int8dq: the same weights, and
-activations quantized to int8 token by token at run time. float8wo: float8 (e4m3fn or e5m2), one fp32 scale a row.
-The weight is quantized row slice by row slice; scales are per row or finer, so the result is that of the whole.
+`quant_type` is any name by which torchao's types are known (`torchao_types`), with `quant_type_kwargs` as its
+arguments. The common ones: int8wo, symmetric int8, one fp32 scale a row, or one for `group_size` weights; int8dq, the
+same weights, and activations quantized to int8 token by token at run time; int4dq, 4-bit integers in groups of 32,
+stored a byte each, and int8 activations; float8wo_e4m3 and _e5m2, one fp32 scale a row; float8dq, activations too.
 
-`quant_type` uses the shorthands that torchao once had and its users know; each stands for a config class of today.
+Types that torchao no longer has, and int4wo where there is no GPU, are packed by this program: `resolved` makes the
+config one of `qexp_packed`, under which name the run is then known. A weight is quantized row slice by row slice where
+that gives the bytes of the whole (`torchao_trial`), which is everywhere but with one scale for a whole weight.
+
+On disk: torchao's own safetensors format, which diffusers reads and writes; `X._weight_qdata`, `X._weight_scale` … for
+layer X, described in the file's metadata.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from qexp.errors import ConfigError, LoadError, choices
+from qexp.errors import ConfigError, LoadError, UnsupportedError, choices
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
+from qexp.quantizers.qexp_packed import ELEMENTS, PackedConfig
+from qexp.quantizers.stored import check_parts, lacks
+from qexp.quantizers.torchao_types import CLASSES, SHORTHANDS, default_group_size, library_call, settle, spelled
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from qexp.loading.checkpoint import TensorEntry
+    from qexp.quantizers.torchao_trial import Layout
 
-QUANT_TYPES = ("int8wo", "int8dq", "float8wo", "float8wo_e4m3", "float8wo_e5m2")
+PACKED_INT4_GROUP_SIZE = 128  # torchao's default for int4wo
 
 
 @dataclass(frozen=True)
 class TorchAoConfig(BackendConfig):
-    """group_size: weights that share a scale (int8wo only); null is one scale a row."""
+    """quant_type, quant_type_kwargs: see `torchao_types`; group_size: weights that share a scale, null is the type's
+    own number of them."""
 
     quant_method: str = "torchao"
     quant_type: str = "int8wo"
+    quant_type_kwargs: dict[str, Any] = field(default_factory=dict)
     group_size: int | None = None
     modules_to_not_convert: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.quant_type not in QUANT_TYPES:
-            raise ConfigError(f"backend.quant_type={self.quant_type!r} is unknown; use {choices(QUANT_TYPES)}")
-        if self.group_size is not None and self.quant_type != "int8wo":
-            raise ConfigError(
-                f"backend.group_size={self.group_size} is for int8wo, not {self.quant_type}; set it to null"
-            )
-        if self.group_size is not None and self.group_size < 1:
-            raise ConfigError(f"backend.group_size={self.group_size} must be 1 or more, or null for one scale a row")
+        quant_type, arguments, group_size = settle(self.quant_type, self.quant_type_kwargs, self.group_size)
+        if self.label == self.quant_type:
+            object.__setattr__(self, "label", quant_type)
+        settled = {"quant_type": quant_type, "quant_type_kwargs": arguments, "group_size": group_size}
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+
+    def resolved(self, device_type: str) -> BackendConfig:
+        """The config of what really runs: this one, or that of the packed format."""
+        packed = self.quant_type in ELEMENTS and self.quant_type != "int4wo"
+        if not packed and not (self.quant_type == "int4wo" and device_type == "cpu" and not self.quant_type_kwargs):
+            return self
+        own = PACKED_INT4_GROUP_SIZE if self.quant_type == "int4wo" else PackedConfig.group_size
+        return PackedConfig(
+            label=self.label,
+            quant_type=self.quant_type,
+            group_size=self.group_size or own,
+            modules_to_not_convert=self.modules_to_not_convert,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        from torchao.core.config import config_to_dict
+
+        return {
+            "modules_to_not_convert": list(self.modules_to_not_convert) or None,
+            "quant_method": self.quant_method,
+            "quant_type": {"default": config_to_dict(self.library_config())},
+        }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TorchAoConfig:
-        """The config that upstream's `quantization_config` describes. Raises ConfigError for what is not supported."""
-        described = values.get("quant_type", {})
-        config = described.get("default", {}) if isinstance(described, Mapping) else {}
-        kind, data = config.get("_type"), config.get("_data", {})
-        shorthand = {
-            "Int8WeightOnlyConfig": "int8wo",
-            "Int8DynamicActivationInt8WeightConfig": "int8dq",
-            "Float8WeightOnlyConfig": "float8wo_" + str(data.get("weight_dtype", {}).get("_data")).split("_")[-1][:4],
-        }.get(str(kind))
-        if shorthand not in QUANT_TYPES:
-            raise ConfigError(f"quantization_config.quant_type={kind!r} of torchao is not supported")
-        group_size = data.get("granularity", {}).get("_data", {}).get("group_size") if shorthand == "int8wo" else None
-        return cls(quant_type=shorthand, group_size=group_size, label=shorthand)
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The config that upstream's dict describes: today's, or a name and `quant_type_kwargs`, as there once were."""
+        fields = {name: value for name, value in values.items() if name not in UNUSED_IF_FALSE or value}
+        described = fields.pop("quant_type", "int8wo")
+        if isinstance(described, Mapping):
+            if described.keys() != {"default"} or not isinstance(described["default"], Mapping):
+                raise ConfigError("quantization_config.quant_type must have one config, named default")
+            stored = described["default"]
+            name, arguments = str(stored.get("_type")), dict(stored.get("_data", {}))
+            version, known = stored.get("_version", 1), CLASSES.get(name)
+            if version != (known.version if known else 1):
+                arguments["version"] = version
+            if arguments.get("group_size", 0) is None:  # of a class whose groups are a granularity now
+                del arguments["group_size"]
+            fields |= {"quant_type": name, "quant_type_kwargs": spelled(arguments)}
+        else:
+            fields |= {"quant_type": described}
+        return super().from_dict(fields)
+
+    def describe(self) -> str:
+        return self.quant_type
+
+    @classmethod
+    def types(cls) -> list[dict[str, Any]]:
+        return [{"quant_type": name} for name in SHORTHANDS]
+
+    def library_config(self) -> Any:
+        """torchao's config object. Raises ConfigError for what torchao does not have, or refuses."""
+        from qexp.quantizers.torchao_library import build
+
+        return build(*library_call(self.quant_type, self.quant_type_kwargs, self.group_size))
+
+
+UNUSED_IF_FALSE = ("include_input_output_embeddings", "untie_embedding_weights")  # transformers' own
 
 
 class TorchAoQuantizer(base.Quantizer):
@@ -70,116 +121,180 @@ class TorchAoQuantizer(base.Quantizer):
     required_packages: ClassVar[Mapping[str, str]] = {"torchao": "0.18"}
     is_serializable = True
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._built: Any = None
+        self._layouts: dict[Any, Layout | None] = {}
+        self._device: torch.device | None = None
+
+    def validate_environment(self, device: torch.device) -> None:
+        super().validate_environment(device)
+        self._device = device
+        if self.stored:
+            return
+        if self.config.resolved(device.type) is not self.config:
+            raise UnsupportedError(
+                f"backend.quant_type={self.config.quant_type} is not of torchao (any more) on {device.type}; use "
+                f"backend.quant_method=qexp_packed with backend.quant_type={self.config.quant_type}"
+            )
+        from qexp.quantizers.torchao_trial import check_machine
+
+        for config in self._each_config():
+            check_machine(self.config.quant_type, config, device)
+
     def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
-        size, columns = self.config.group_size, spec.shape[1]
-        if size is None or columns % size == 0:
-            return None
-        fitting = [n for n in (16, 32, 64, 128, 256) if columns % n == 0]
-        remedy = f"use {choices(fitting)}, or add" if fitting else "add"
-        raise ConfigError(
-            f"backend.group_size={size} does not divide in_features={columns} of '{spec.module}'; "
-            f"{remedy} the layer to skip_modules"
-        )
+        if self._library_config(spec) is None:
+            return "FqnToConfig leaves it alone"
+        size, columns = self.config.group_size or default_group_size(self.config.quant_type), spec.shape[1]
+        if size is not None and columns % size:
+            fitting = [n for n in (16, 32, 64, 128, 256) if columns % n == 0]
+            remedy = f"use {choices(fitting)}, or add" if fitting else "add"
+            raise ConfigError(
+                f"backend.group_size={size} does not divide in_features={columns} of '{spec.module}'; "
+                f"{remedy} the layer to skip_modules"
+            )
+        return None if self._layout(spec) else f"torchao leaves a weight of {list(spec.shape)} as it is"
 
     def quantized_nbytes(self, spec: base.WeightSpec) -> int:
-        groups = spec.shape[1] // self.config.group_size if self.config.group_size else 1
-        scales = spec.shape[0] * groups
-        zero_points = scales if self.config.quant_type.startswith("int8") else 0  # int8, stored though all zero
-        return spec.numel + 4 * scales + zero_points
+        layout = self._layout(spec)
+        assert layout is not None, spec
+        return layout.nbytes
 
     def create_quantized_param(
         self, spec: base.WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
         import torch
 
-        if companions:
+        if self.stored:
             tensors = [tensor.to(device) for tensor in (sources[0], *companions.values())]
             return torch.nn.Parameter(self._assemble(spec, tensors), requires_grad=False)
-        quantize_ = _library().quantize_
-        holder = torch.nn.Linear(1, 1, bias=False, device="meta")
-        config, rows_of = self._library_config(), base.RowAssembler(spec.shape[0])
-        for rows, part in base.row_slices(spec, sources[0], device):
-            holder.weight = torch.nn.Parameter(part, requires_grad=False)
-            quantize_(holder, config, filter_fn=lambda module, name: True)
-            quantized: Any = holder.weight.data
-            names, context = quantized.__tensor_flatten__()
-            inner = {name: getattr(quantized, name) for name in names}
+        from qexp.quantizers.torchao_library import inner_tensors, quantize
+
+        config, layout, rows_of = self._library_config(spec), self._layout(spec), base.RowAssembler(spec.shape[0])
+        assert layout is not None, spec
+        whole = spec.shape[0] if layout.rows_multiple is None else layout.rows_multiple
+        for rows, part in base.row_slices(spec, sources[0], device, whole):
+            quantized: Any = quantize(part, config)
+            inner = inner_tensors(quantized)
             base.clear_nan(inner["qdata"])
+            if layout.rows_multiple is None:
+                return torch.nn.Parameter(quantized, requires_grad=False)
             rows_of.add(rows, inner)
+        context = quantized.__tensor_flatten__()[1]
         tensor = type(quantized).__tensor_unflatten__(rows_of.inner, context, spec.shape, (spec.shape[1], 1))
         return torch.nn.Parameter(tensor, requires_grad=False)
 
-    def _library_config(self) -> Any:
+    def _library_config(self, spec: base.WeightSpec) -> Any:
+        """torchao's config for one layer, None if it is left alone."""
+        from qexp.quantizers.torchao_library import config_for
+
+        if self._built is None:
+            self._built = self.config.library_config()
+        return config_for(self._built, spec.module)
+
+    def _each_config(self) -> list[Any]:
+        """The config for all layers, or those of a FqnToConfig."""
+        built = self.config.library_config()
+        by_name = getattr(built, "fqn_to_config", None)
+        return [built] if by_name is None else [config for config in by_name.values() if config is not None]
+
+    def _layout(self, spec: base.WeightSpec) -> Layout | None:
         import torch
 
-        ao, kind = _library(), self.config.quant_type
-        if kind == "int8dq":
-            return ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-        if kind == "int8wo":
-            size = self.config.group_size
-            granularity = ao.PerGroup(size) if size else ao.PerRow()
-            return ao.Int8WeightOnlyConfig(granularity=granularity, set_inductor_config=False)
-        dtype = torch.float8_e5m2 if kind.endswith("e5m2") else torch.float8_e4m3fn
-        return ao.Float8WeightOnlyConfig(weight_dtype=dtype, set_inductor_config=False)
+        from qexp.quantizers.torchao_trial import layout_of
+
+        config = self._library_config(spec)
+        key = (id(config), spec.shape, spec.dtype)
+        if key not in self._layouts:
+            self._layouts[key] = layout_of(config, spec.shape, spec.dtype, self._device or torch.device("cpu"))
+        return self._layouts[key]
 
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
-        description = self.metadata.get(f"{name}.weight")
-        names = json.loads(description).get("_tensor_data_names", ()) if description else ()
+        names = self._description(name).get("_tensor_data_names", ()) if f"{name}.weight" in self.metadata else ()
         lacking = [part for part in names if f"{name}._weight_{part}" not in entries]
         if lacking:
-            raise LoadError(f"the checkpoint lacks '{name}._weight_{lacking[0]}', a part of a quantized weight")
+            raise lacks(f"'{name}._weight_{lacking[0]}', a part of a quantized weight")
         return {part: entries[f"{name}._weight_{part}"] for part in names} or None
 
+    def _description(self, name: str) -> dict[str, Any]:
+        """What the file's metadata says of the weight of layer `name`."""
+        try:
+            description = json.loads(self.metadata[f"{name}.weight"])
+        except ValueError:
+            description = None
+        if not isinstance(description, dict):
+            raise LoadError(f"the file's metadata for '{name}.weight' is not a JSON object; download it again")
+        return description
+
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
-        stored = parts.get("qdata")
-        if stored is None or stored.shape != spec.shape:
-            found = list(stored.shape) if stored is not None else "nothing"
-            raise LoadError(
-                f"the quantized weight of '{spec.module}' is stored as {found}, but the model expects "
-                f"{list(spec.shape)}; the checkpoint belongs to another configuration"
-            )
+        from qexp.quantizers.torchao_trial import stored_layout
+
+        config = self._library_config(spec)
+        expected = {} if config is None else stored_layout(config, spec.shape, spec.dtype)
+        known = {part: entry for part, entry in parts.items() if part in expected}
+        check_parts(spec, known, expected, f"torchao's {self.config.quant_type}")
 
     def _assemble(self, spec: base.WeightSpec, tensors: Sequence[Tensor]) -> Tensor:
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
-        name = f"{spec.module}.weight"
-        names = json.loads(self.metadata[name])["_tensor_data_names"]
+        name, description = f"{spec.module}.weight", self._description(spec.module)
+        attributes = description.get("_data", {})
+        for key in ("dtype", "orig_dtype"):  # in which it comes back, whatever it was quantized from
+            if key in attributes:
+                attributes[key] = {"_type": "torch.dtype", "_data": str(spec.dtype).removeprefix("torch.")}
+        names = description["_tensor_data_names"]
         flat = {f"{spec.module}._weight_{part}": tensor for part, tensor in zip(names, tensors, strict=True)}
-        metadata = {"tensor_names": json.dumps([name]), name: self.metadata[name]}
-        weights, _ = unflatten_tensor_state_dict(flat, metadata)
-        weight: Tensor = weights[name]
+        for part, tensor in zip(names, tensors, strict=True):
+            base.check_parameters(spec.module, part, tensor)
+        metadata = {"tensor_names": json.dumps([name]), name: json.dumps(description)}
+        try:
+            weight: Tensor = unflatten_tensor_state_dict(flat, metadata)[0][name]
+        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise LoadError(
+                f"the quantized weight of '{spec.module}' cannot be put together: {error}; download it again"
+            ) from None
+        if tuple(weight.shape) != spec.shape:
+            raise LoadError(f"the quantized weight of '{spec.module}' is {list(weight.shape)}, not {list(spec.shape)}")
         return weight
 
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
-        tensors, metadata = flatten_tensor_state_dict(dict(state_dict))
+        try:
+            tensors, metadata = flatten_tensor_state_dict(dict(state_dict))
+        except ValueError as error:
+            raise ConfigError(
+                f"save: torchao's files cannot hold {self.config.quant_type} ({error}); dequantize it first"
+            ) from None
         return tensors, {**metadata, "format": "pt"}
 
-    def to_dict(self, model: nn.Module) -> dict[str, Any]:
-        from torchao.core.config import config_to_dict
-
-        return {
-            "modules_to_not_convert": base.unquantized_layers(self, model),
-            "quant_method": self.quantization_method,
-            "quant_type": {"default": config_to_dict(self._library_config())},
-        }
+    def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
+        """Run one stored layer of each kind: whether this machine can is not known before."""
+        if self.stored:
+            layers = [module for module in model.modules() if self.is_quantized(module)]
+            for layer in {type(layer.weight): layer for layer in layers}.values():
+                _run(layer, self.config.quant_type, device)
 
     def is_quantized(self, module: nn.Module) -> bool:
-        _library()
-        from torchao.utils import TorchAOBaseTensor
+        from qexp.quantizers.torchao_library import is_quantized
 
-        return isinstance(getattr(module, "weight", None), TorchAOBaseTensor)
+        return is_quantized(getattr(module, "weight", None))
 
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
         return param.dequantize().to(dtype)
 
 
-@cache
-def _library() -> Any:
-    with base.quiet():  # warns of kernels for other machines
-        from torchao import quantization
-    return quantization
+def _run(layer: Any, quant_type: str, device: torch.device) -> None:
+    import torch
+
+    try:
+        with torch.no_grad():
+            layer(torch.ones(16, layer.weight.shape[1], dtype=layer.weight.dtype, device=device))
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
+        raise UnsupportedError(
+            f"the checkpoint holds {quant_type} weights, which do not run on {device}: {str(error).splitlines()[0]}; "
+            "use another machine, or dequantize it there and save it"
+        ) from None
 
 
 Config = TorchAoConfig

@@ -174,6 +174,19 @@ def test_shards_that_part_a_weight_from_its_scales(backend: tuple[str, ...], den
     assert_same_answer(load_ours(tmp_path / "theirs", "none"), theirs)
 
 
+def test_diffusers_opens_quantized_activations_as_weights_alone(dense: Path, tmp_path: Path) -> None:
+    """It has no place for them, but keeps their scales; nor have its files any that a load would have to find."""
+    ours = load_ours(dense, "quanto", "activations_dtype=int8", skip=("plain",))
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(2)).to(BF16)
+    ours.hf_quantizer.calibrate(ours, lambda: ours(x))
+    save_model(ours, tmp_path / "ours")
+    theirs = load_theirs(tmp_path / "ours")
+    assert torch.equal(theirs.first.input_scale, ours.first.input_scale)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+    assert_same_answer(load_ours(tmp_path / "ours", "none"), ours)
+
+
 @pytest.mark.parametrize("storage", QUANT_STORAGES)
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double quant"])
 def test_every_quant_storage_is_the_same_both_ways(

@@ -70,9 +70,9 @@ def _torchao(config: Callable[[Any], Any]) -> Callable[[nn.Module], None]:
 
 def _quanto(weights: str) -> Callable[[nn.Module], None]:
     def quantize(model: nn.Module) -> None:
-        from qexp.quantizers.quanto import _library
+        from qexp.quantizers.quanto_library import library
 
-        quanto = _library()  # without the C++ extension that the library would compile
+        quanto = library()  # without the C++ extension that the library would compile
         quanto.quantize(model, weights=getattr(quanto, weights))
         quanto.freeze(model)
 

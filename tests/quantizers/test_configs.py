@@ -66,7 +66,7 @@ def test_quanto_as_upstream(weights_dtype: str) -> None:
     assert QuantoConfig.from_dict(of_transformers.to_dict()) == mine
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if "torchao" not in name])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_config_survives_its_dict(backend: str) -> None:
     config = backend_config(backend)
     for values in (config.to_dict(), config.to_diff_dict()):

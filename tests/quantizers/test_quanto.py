@@ -2,22 +2,26 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from qexp.errors import ConfigError, LoadError
+from qexp.loading.checkpoint import TensorEntry
 from qexp.offload.payload import leaves
 from qexp.quantizers.base import WeightSpec, load_quantizer
-from qexp.quantizers.quanto import QuantoConfig, _library, group_size, tinygemm_fits, unpack
+from qexp.quantizers.quanto import QuantoConfig, group_size, tinygemm_fits
+from qexp.quantizers.quanto_library import library, unpack
 from tests.backends import CPU
 from tests.quantizers.test_contract import gaussian
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["int8", "int4", "int2", "float8"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "int2", "float8", "float8_e4m3fn", "float8_e5m2"])
 def test_weights_have_the_librarys_bytes(kind: str, dtype: torch.dtype) -> None:
-    quanto = _library()
+    quanto = library()
     for rows, columns in [(64, 256), (1, 512), (48, 96), (16, 100), (128, 384), (64, 128)]:
         if kind == "int4" and dtype == torch.bfloat16 and rows % 16:
             continue  # the library raises
@@ -52,15 +56,40 @@ def test_unpack_reads_what_the_library_packs(bits: int) -> None:
     assert torch.equal(unpack(pack_weights(values, bits), bits)[:12], values)
 
 
-def test_nothing_is_compiled() -> None:
-    _library()
-    from optimum.quanto.library.extensions.cpp import ext
+def test_nothing_is_compiled_and_nothing_is_written_beside_the_library() -> None:
+    """The library compiles an extension into its own folder with the first packed weight that it unpacks."""
+    code = """
+import sys
+from pathlib import Path
+import torch
+from qexp.quantizers.base import WeightSpec, load_quantizer
+from qexp.quantizers.quanto import QuantoConfig
+from qexp.quantizers.quanto_library import library
 
-    assert ext.lib.unpack is unpack
+def files():
+    folder = Path(library().__file__).parent
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+def compiler(*arguments, **options):
+    sys.exit("an extension was compiled")
+
+import torch.utils.cpp_extension
+torch.utils.cpp_extension.load = compiler
+before, cpu = files(), torch.device("cpu")
+for kind in ("int2", "int4"):
+    for dtype in (torch.float32, torch.bfloat16):
+        quantizer, spec = load_quantizer(QuantoConfig(weights_dtype=kind)), WeightSpec("x", (40, 256), dtype)
+        with torch.no_grad():
+            weight = quantizer.create_quantized_param(spec, [torch.randn(40, 256)], {}, cpu)
+            quantizer.dequantize_param(weight, dtype)
+            torch.nn.functional.linear(torch.randn(3, 256, dtype=dtype), weight)
+assert files() == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_group_size_is_the_librarys_rule() -> None:
-    quanto = _library()
+    quanto = library()
     for columns in (32, 64, 96, 100, 128, 160, 192, 256, 320, 384, 512, 1000, 3072):
         layer = quanto.QLinear(columns, 64, weights="qint4")
         assert group_size(columns) == layer.weight_group_size, columns
@@ -71,8 +100,8 @@ def test_int8_products_survive_any_address(moved: str) -> None:
     """PyTorch's kernel ends the process when either starts off its alignment; run in a process of its own."""
     code = f"""
 import torch
-from qexp.quantizers.quanto import _library
-_library()
+from qexp.quantizers.quanto_library import library
+library()
 def placed(tensor, offset):
     room = torch.empty(tensor.numel() + 64, dtype=tensor.dtype)[offset : offset + tensor.numel()]
     return room.view(tensor.shape).copy_(tensor)
@@ -86,6 +115,28 @@ assert (got.float() - expected).norm() / expected.norm() < 0.01
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_fields_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"weights_dtype='int3' is unknown; use float8, .* int4 or int8"):
+        QuantoConfig(weights_dtype="int3")
+
+
+def test_float8_is_stored_by_the_name_that_diffusers_knows() -> None:
+    assert QuantoConfig(weights_dtype="float8_e4m3fn").to_dict()["weights_dtype"] == "float8"
+    assert QuantoConfig(weights_dtype="float8_e5m2").to_dict()["weights_dtype"] == "float8_e5m2"
+
+
+@pytest.mark.parametrize(("stored", "read"), [("float8_e5m2", "float8"), ("float8", "float8_e5m2"), ("int8", "float8")])
+def test_bytes_of_another_format_are_refused(stored: str, read: str) -> None:
+    """All of these have a byte a weight, and scales of one shape."""
+    kinds = {"float8_e5m2": "F8_E5M2", "float8": "F8_E4M3", "int8": "I8"}
+    file, spec = Path("x.safetensors"), WeightSpec("x", (64, 128), torch.float32)
+    data = TensorEntry("x.weight._data", kinds[stored], (64, 128), file, 0, 64 * 128)
+    parts = {"_data": data, "_scale": TensorEntry("x.weight._scale", "F32", (64, 1), file, 0, 256)}
+    load_quantizer(QuantoConfig(weights_dtype=stored)).check_quantized_param_shape(spec, parts)
+    with pytest.raises(LoadError, match=f"is {kinds[stored]} .* not the _data of .* quanto's {read}"):
+        load_quantizer(QuantoConfig(weights_dtype=read)).check_quantized_param_shape(spec, parts)
+
+
 def test_nothing_is_compiled_for_a_gpu_and_no_layout_chosen_that_would_need_it() -> None:
     """Where there is a GPU, the library's import registers an extension that it would have nvcc compile."""
     import importlib
@@ -94,8 +145,8 @@ def test_nothing_is_compiled_for_a_gpu_and_no_layout_chosen_that_would_need_it()
     registry = importlib.import_module("optimum.quanto.library.extensions.extension")
     if not registry.is_extension_available("quanto_cuda"):  # another test was here before
         registry.register_extension(extension.ext)
-    _library.cache_clear()
-    _library()
+    library.cache_clear()
+    library()
     assert extension.ext.lib.unpack is unpack
     assert not registry.is_extension_available("quanto_cuda")
 

@@ -1,0 +1,390 @@
+"""The scenarios of the peers' own quantization tests, on our loader and a model of diffusers' class.
+
+Names are those of diffusers 0.42 (`tests/quantization/`, `tests/models/testing_utils/quantization.py`) and
+transformers 5 (`tests/quantization/`); the ids are name and backend. Where theirs assert that there is an output, or
+"not NaN", these compare with the dense model or bit for bit.
+
+What is shown elsewhere, under these names or as said:
+- device_assignment, moving between devices, model_cpu_offload, sequential_cpu_offload, group_offloading, device_map
+  over several devices: they need an accelerator; on the fake one, `tests/offload/on_fake_device/`, and
+  `tests/loading/test_placement.py`
+- config_from_pretrained, serialization to and from the peers' own files: `tests/loading/test_interchange.py`
+- pickle, deepcopy: `tests/loading/test_guards.py`
+
+What is not here, and why:
+- model_memory_usage as the peak of device memory: a GPU's allocator; `memory_footprint` and the plan's bytes stand in
+- quality, pipeline_inference, generate_quality_dequantize: weights of several GB from a hub
+- lora_loading, lora_inference: peft is no dependency; `training` has adapters of its own
+- torch_compile: minutes of a compiler for each type
+- cuda_kernels of GGUF: a package from a hub, for GPUs
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qexp.errors import ConfigError, LoadError
+from qexp.loading.lifecycle import LoadedComponent, load_component
+from qexp.loading.registration import registered_quantizer
+from qexp.loading.saving import save_model
+from qexp.models.base import ModelSource
+from qexp.offload.payload import module_nbytes
+from qexp.quantizers.torchao import TorchAoConfig
+from qexp.settings import ComponentConfig, LoaderConfig
+from tests.backends import CPU, backend_config
+
+BF16 = torch.bfloat16
+# a type of each kind of weight: bits a weight, scales included, and the share of the answer that its error may be
+BACKENDS = {
+    "bitsandbytes": (4.6, 0.2), "bitsandbytes_fp4": (4.6, 0.25), "bitsandbytes_nf4_dq": (4.6, 0.2),
+    "bitsandbytes_int8": (8.3, 0.05), "torchao": (8.3, 0.03), "torchao_float8wo": (8.3, 0.06), "quanto": (8.2, 0.03),
+    "quanto_int4": (4.6, 0.25), "gguf": (8.6, 0.03), "gguf_q4_0": (4.6, 0.2), "packed_uint4": (4.6, 0.2),
+    "packed_fp6_e3w2": (6.4, 0.1),
+}  # fmt: skip
+SAFETENSORS = [name for name in BACKENDS if not name.startswith("gguf")]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_saved = pytest.mark.parametrize("backend", SAFETENSORS)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.to_out(nn.functional.scaled_dot_product_attention(self.to_q(x), self.to_k(x), self.to_v(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(width), Attention(width)
+        self.ff = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm(x))
+        return x + self.ff(x)
+
+
+class Transformer(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, width: int = 128, depth: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.proj_out = nn.Linear(width, 64)
+        self.register_buffer("position", torch.linspace(0, 1, width), persistent=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.position.to(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return self.proj_out(x.to(self.proj_out.bias.dtype))
+
+
+class Fp32Transformer(Transformer):
+    _keep_in_fp32_modules = ["proj_out"]  # noqa: RUF012  # as upstream declares it
+
+
+class Adapter(nn.Module):
+    """A layer with a trainable low-rank part beside it."""
+
+    def __init__(self, layer: Any, rank: int = 4) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Linear(layer.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x.float())).to(x.dtype)
+
+
+class TransformerSource:
+    def __init__(self, folder: Path, kind: type[Transformer]) -> None:
+        self.folder, self.kind = folder, kind
+
+    def checkpoints(self) -> dict[str, Path]:
+        return {"transformer": self.folder}
+
+    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
+        return self.kind.from_config({name: value for name, value in config.items() if name != "quantization_config"})
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dense")
+    Transformer().to(BF16).save_pretrained(folder)
+    return folder
+
+
+def load_all(
+    folder: Path, backend: str, *overrides: str, kind: type[Transformer] = Transformer, **fields: Any
+) -> LoadedComponent:
+    source = cast(ModelSource, TransformerSource(folder, kind))
+    settings = ComponentConfig(backend_config(backend, *overrides), compute_dtype="bfloat16", **fields)
+    return load_component(source, "transformer", settings, device=CPU, loader=LoaderConfig(workers=1))
+
+
+def load(folder: Path, backend: str, *overrides: str, **fields: Any) -> Any:
+    return load_all(folder, backend, *overrides, **fields).model
+
+
+def inputs() -> Tensor:
+    return torch.randn(2, 8, 128, generator=torch.Generator().manual_seed(1)).to(BF16)
+
+
+def answer(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = model(inputs())
+    return output
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def quantized_layers(model: nn.Module) -> set[str]:
+    quantizer = registered_quantizer(model)
+    return {name for name, one in linear_layers(model).items() if quantizer is not None and quantizer.is_quantized(one)}
+
+
+@every_backend
+def test_quantization_num_parameters(backend: str, dense: Path) -> None:
+    if backend.startswith("gguf"):
+        pytest.skip("diffusers counts the bytes of GGUF parameters, as for its own")
+    expected = Transformer.from_pretrained(dense).num_parameters()
+    assert load(dense, backend).num_parameters() == expected
+
+
+@every_backend
+def test_memory_footprint(backend: str, dense: Path) -> None:
+    unquantized, loaded = Transformer.from_pretrained(dense, torch_dtype=BF16), load_all(dense, backend)
+    model: Any = loaded.model
+    footprint = model.get_memory_footprint()
+    assert footprint == module_nbytes(model)
+    assert 0 <= footprint - loaded.plan.to_container()["result_bytes"] <= 4 * 13  # scales of activations, all 1
+    weights = sum(layer.weight.numel() for layer in linear_layers(unquantized).values())
+    rest = unquantized.get_memory_footprint() - 2 * weights
+    assert footprint - rest <= weights * BACKENDS[backend][0] / 8
+    assert unquantized.get_memory_footprint() / footprint > 1.7
+
+
+@every_backend
+def test_quantized_layers(backend: str, dense: Path) -> None:
+    model = load(dense, backend)
+    assert quantized_layers(model) == set(linear_layers(Transformer())) and len(quantized_layers(model)) == 13
+
+
+@every_backend
+def test_quantization_inference(backend: str, dense: Path) -> None:
+    expected, found = answer(Transformer.from_pretrained(dense, torch_dtype=BF16)).float(), answer(load(dense, backend))
+    assert found.dtype == BF16
+    assert 0 < (found.float() - expected).norm() / expected.norm() < BACKENDS[backend][1]
+
+
+@every_backend
+def test_dtype_assignment(backend: str, dense: Path) -> None:
+    model = load(dense, backend)
+    before = answer(model)
+    for cast_ in (
+        lambda: model.to(torch.float16),
+        lambda: model.to(device="cpu", dtype=torch.float16),
+        model.float,
+        model.half,
+    ):
+        with pytest.raises(ValueError, match="cannot be cast"):
+            cast_()
+    assert torch.equal(answer(model.to("cpu")), before)
+    assert Transformer.from_pretrained(dense).half().float().proj_out.weight.dtype == torch.float32
+
+
+@every_saved
+@pytest.mark.parametrize("safe", ["save_pretrained", "save_model"])
+def test_serialization(safe: str, backend: str, dense: Path, tmp_path: Path) -> None:
+    model = load(dense, backend)
+    model.save_pretrained(tmp_path) if safe == "save_pretrained" else save_model(model, tmp_path)
+    again = load(tmp_path, "none")
+    assert quantized_layers(again) == quantized_layers(model)
+    assert torch.equal(answer(again), answer(model))
+    assert again.get_memory_footprint() == model.get_memory_footprint()
+
+
+@every_backend
+def test_serialization_sharded(backend: str, dense: Path, tmp_path: Path) -> None:
+    if backend.startswith("gguf"):
+        pytest.skip("a .gguf file is one file")
+    model = load(dense, backend)
+    save_model(model, tmp_path, max_shard_bytes=30_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    again = load(tmp_path, "none")
+    assert quantized_layers(again) == quantized_layers(model) and torch.equal(answer(again), answer(model))
+
+
+@pytest.mark.parametrize("backend", ["gguf", "gguf_q4_0"])
+def test_gguf_serialization(backend: str, dense: Path, tmp_path: Path) -> None:
+    model = load(dense, backend)
+    save_model(model, tmp_path)
+    assert torch.equal(answer(load(tmp_path, "none")), answer(model))
+
+
+@every_backend
+def test_modules_to_not_convert(backend: str, dense: Path) -> None:
+    model, whole = load(dense, backend, skip_modules=("blocks.0", "proj_out")), load(dense, backend)
+    left = {name for name in linear_layers(model) if name.startswith("blocks.0.") or name == "proj_out"}
+    assert len(left) == 7 and quantized_layers(model) == set(linear_layers(model)) - left
+    assert all(type(linear_layers(model)[name]) is nn.Linear for name in left)
+    assert model.get_memory_footprint() > whole.get_memory_footprint()
+
+
+@pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_int8"])
+def test_llm_skip(backend: str, dense: Path) -> None:
+    model = load(dense, backend, "llm_int8_skip_modules=[proj_out]")
+    assert type(model.proj_out) is nn.Linear and model.proj_out.weight.dtype == BF16
+    assert type(model.blocks[0].attn.to_q) is not nn.Linear
+
+
+@every_backend
+def test_keep_modules_in_fp32(backend: str, dense: Path) -> None:
+    model = load(dense, backend, kind=Fp32Transformer)
+    kept = linear_layers(model)["proj_out"]
+    assert type(kept) is nn.Linear and {kept.weight.dtype, kept.bias.dtype} == {torch.float32}
+    assert quantized_layers(model) == set(linear_layers(model)) - {"proj_out"}
+    assert answer(model).isfinite().all()
+
+
+@every_backend
+def test_dequantize(backend: str, dense: Path, tmp_path: Path) -> None:
+    model = load(dense, backend)
+    before = answer(model).float()
+    assert model.dequantize() is model
+    assert all(type(layer) is nn.Linear and layer.weight.dtype == BF16 for layer in linear_layers(model).values())
+    assert (answer(model).float() - before).norm() / before.norm() < 0.03  # activations are rounded by some
+    assert "quantization_config" not in model.config and not model.is_quantized
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path, torch_dtype=BF16)  # the peer's own loader
+    assert torch.equal(answer(again), answer(model))
+    model.to(torch.float16)
+
+
+@every_backend
+def test_training(backend: str, dense: Path) -> None:
+    model = load(dense, backend)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for block in model.blocks:
+        for name in ("to_q", "to_k", "to_v"):
+            setattr(block.attn, name, Adapter(getattr(block.attn, name)))
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    optimizer = torch.optim.SGD([part.weight for one in adapters for part in (one.up, one.down)], lr=1.0)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(inputs()).float().square().mean()
+        loss.backward()
+        assert all(one.up.weight.grad is not None and one.up.weight.grad.norm() > 0 for one in adapters)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    expected, trained = linear_layers(load(dense, backend).dequantize()), linear_layers(model.dequantize())
+    for name, layer in expected.items():  # the adapters have learned, and no quantized weight has changed
+        found = trained.get(name) or trained[f"{name}.layer"]
+        assert torch.equal(found.weight, layer.weight), name
+
+
+@every_backend
+def test_original_dtype(backend: str, dense: Path, tmp_path: Path) -> None:
+    model = load(dense, backend)
+    assert model._pre_quantization_dtype == model.config["_pre_quantization_dtype"] == BF16
+    assert "_pre_quantization_dtype" not in Transformer.from_pretrained(dense).config
+    save_model(model, tmp_path)
+    assert "_pre_quantization_dtype" not in (tmp_path / "config.json").read_text()
+
+
+@every_saved
+def test_errors_loading_incorrect_state_dict(backend: str, dense: Path, tmp_path: Path) -> None:
+    save_model(load(dense, backend), tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    key = next(name for name in sorted(tensors) if "blocks.1.attn.to_k" in name and tensors[name].numel() > 1000)
+    tensors[key] = tensors[key][:-1].clone()
+    metadata = json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")])["__metadata__"]
+    save_file(tensors, file, metadata)
+    with pytest.raises(LoadError, match=r"blocks\.1\.attn\.to_k"):
+        load(tmp_path, "none")
+
+
+@every_backend
+def test_quantization_config_json_serialization(backend: str, dense: Path) -> None:
+    model = load(dense, backend)
+    config = model.config["quantization_config"]
+    assert config.to_dict()["quant_method"] in ("bitsandbytes", "torchao", "quanto", "gguf", "qexp_packed")
+    ours = registered_quantizer(model).config  # type: ignore[union-attr]
+    described = json.loads(ours.to_json_string(use_diff=False))
+    assert type(ours).from_dict(described) == type(ours).from_dict(ours.to_dict())
+    assert ours.to_diff_dict().items() <= ours.to_dict().items()
+    json.dumps({name: str(value) for name, value in config.to_dict().items()})
+
+
+@pytest.mark.parametrize(
+    ("backend", "field"),
+    [
+        ("bitsandbytes", "bnb_4bit_quant_storage=add"),
+        ("bitsandbytes", "bnb_4bit_quant_type=int4"),
+        ("bitsandbytes", "load_in_8bit=true"),
+        ("torchao", "quant_type=uint8"),
+        ("quanto", "weights_dtype=int3"),
+        ("gguf", "quant_type=Q9_0"),
+        ("packed_uint4", "quant_type=uint9wo"),
+    ],
+)
+def test_wrong_config(backend: str, field: str) -> None:
+    with pytest.raises(ValueError, match=field.partition("=")[0]):
+        backend_config(backend, field)
+
+
+@every_backend
+def test_warning_for_no_quantization(backend: str, dense: Path) -> None:
+    """The peers warn that no linear layer was found, and go on; here that is an error."""
+    with pytest.raises(LoadError, match="would have quantized no layer"):
+        load(dense, backend, skip_modules=("**",))
+
+
+@every_backend
+def test_buffers_device_assignment(backend: str, dense: Path) -> None:
+    buffers = dict(load(dense, backend).named_buffers())
+    assert "position" in buffers and all(buffer.device == CPU for buffer in buffers.values())
+    assert torch.equal(buffers["position"], torch.linspace(0, 1, 128).to(BF16))
+
+
+@every_backend
+def test_quantization_keeps_outliers_and_zeros(backend: str, dense: Path, tmp_path: Path) -> None:
+    """As transformers' tests of weights after loading: each layer's weight is that of the dense one, roughly."""
+    weights = {name: layer.weight for name, layer in linear_layers(Transformer.from_pretrained(dense)).items()}
+    restored = linear_layers(load(dense, backend).dequantize())
+    for name, weight in weights.items():
+        error = (restored[name].weight.float() - weight.float()).norm() / weight.norm()
+        assert error < BACKENDS[backend][1] and math.isfinite(error), name
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"), [("gguf", "Q8_0"), ("gguf_q4_0", "Q4_0"), ("gguf_q4_1", "Q4_1"), ("gguf_q5_0", "Q5_0")]
+)
+def test_gguf_parameters(backend: str, name: str, dense: Path) -> None:
+    layers = linear_layers(load(dense, backend))
+    assert {getattr(layer.weight, "quant_type", None) for layer in layers.values()} == {name}
+
+
+def test_post_init_check() -> None:
+    with pytest.raises(ConfigError, match="group_size1 is no argument of int8wo"):
+        TorchAoConfig(quant_type="int8wo", quant_type_kwargs={"group_size1": 32})
