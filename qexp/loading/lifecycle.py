@@ -222,8 +222,8 @@ def _load_weights(
         companions = dict(zip(item.companions, others, strict=True))
         return prepared.quantizer.create_quantized_param(item.spec, [first], companions, device)
 
-    items = list(prepared.plan.items)
-    if dispatch is not None:
+    items = list(prepared.plan.distinct if dispatch is None else prepared.plan.items)
+    if dispatch is not None:  # its groups are loaded and moved one by one, so each has a tied parameter of its own
         dispatch.expect([item.target for item in items])
 
     def on_cpu(item: WorkItem) -> bool:
@@ -234,6 +234,8 @@ def _load_weights(
         del tensor  # a group that is complete moves away: nobody else may hold it
         if dispatch is not None:
             dispatch.loaded(item.target)
+    for name, first in prepared.plan.tied.items() if dispatch is None else ():
+        _assign(model, name, model.get_parameter(first))
     for name, module in model.named_modules():  # buffers that no checkpoint holds were made on the CPU
         for own, buffer in module.named_buffers(recurse=False):
             device = placement.device_of(f"{name}.{own}" if name else own)
@@ -271,7 +273,7 @@ def _assign(model: nn.Module, target: str, tensor: Tensor) -> None:
 
 def plan_statistics(plans: Sequence[LoadPlan], weights_bytes: int) -> dict[str, float]:
     """Counts of modules, and the `memory/` numbers of the weights. weights_bytes: true bytes of all components."""
-    items = [item for plan in plans for item in plan.items]
+    items = [item for plan in plans for item in plan.distinct]
     quantized = [item for plan in plans for item in plan.quantized]
     numel = sum(item.numel for item in items)
     statistics: dict[str, float] = {
