@@ -99,9 +99,11 @@ def load_component(
     on disk.
     Raises: ConfigError, MissingLibraryError, UnsupportedError or LoadError, most of them before a weight is read.
     """
-    device = main_device(device_map, device)
     checkpoint = open_checkpoint(source.checkpoints()[component])  # 1 config
-    quantizer = resolve_quantizer(settings.backend.resolved(device.type), checkpoint, component)  # 2 resolve, merge
+    kind = main_device(device_map, device).type
+    quantizer = resolve_quantizer(settings.backend.resolved(kind), checkpoint, component)  # 2 resolve, merge
+    device_map = quantizer.update_device_map(device_map)
+    device = main_device(device_map, device)
     prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)  # 3 to 6
     blocks = source.block_lists(component) if device_map is not None else ()
     no_split = no_split_classes(prepared.model, blocks)
@@ -226,7 +228,7 @@ def _load_weights(
     if dispatch is not None:  # its groups are loaded and moved one by one, so each has a tied parameter of its own
         dispatch.expect([item.target for item in items])
 
-    def on_cpu(item: WorkItem) -> bool:
+    def on_cpu(item: WorkItem) -> bool:  # where results share what was read
         return placement.device_of(item.target).type == "cpu"
 
     for item, tensor in stream_plan(items, create, loader, f"{component}: loading", in_place=on_cpu):
