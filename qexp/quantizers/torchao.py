@@ -281,7 +281,9 @@ class TorchAoQuantizer(base.Quantizer):
         return is_quantized(getattr(module, "weight", None))
 
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
-        return param.dequantize().to(dtype)
+        from qexp.quantizers.torchao_library import dequantize
+
+        return dequantize(param).to(dtype)
 
 
 def _run(layer: Any, quant_type: str, device: torch.device) -> None:

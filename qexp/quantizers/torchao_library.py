@@ -37,6 +37,7 @@ __all__ = [
     "build",
     "config_classes",
     "config_for",
+    "dequantize",
     "inner_tensors",
     "is_quantized",
     "quantize",
@@ -114,6 +115,15 @@ def quantize(weight: Tensor, config: Any) -> Tensor:
     quantized = holder.weight.data
     holder._parameters.clear()  # torchao leaves the layer in a reference cycle, which would keep the weight for a while
     return quantized
+
+
+def dequantize(weight: Tensor) -> Tensor:
+    """The dense weight [out, in], in its own dtype."""
+    try:
+        return weight.dequantize()
+    except NotImplementedError:  # of a class that only has a kernel: what that makes of the unit vectors, exactly
+        units = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        return torch.nn.functional.linear(units, weight).T.contiguous()
 
 
 def inner_tensors(tensor: Any) -> dict[str, Tensor]:

@@ -210,7 +210,7 @@ def test_a_tied_parameter_gets_its_values_under_both_names(backend: str, tmp_pat
     assert torch.equal(loaded.model.get_parameter("embed.weight"), state["embed.weight"])
     head = loaded.model.get_submodule("head")
     if backend == "none":
-        assert torch.equal(head.weight, state["embed.weight"])
+        assert head.weight is loaded.model.get_parameter("embed.weight")  # once in memory
     else:
         expected = load_quantizer(settings(backend).backend).create_quantized_param(
             next(item.spec for item in loaded.plan.items if item.target == "head.weight" and item.spec),

@@ -153,6 +153,20 @@ def test_whatever_is_finite_stays_finite_in_its_dtype(weight: Tensor, quant_type
     assert (back[zeros] == 0).all()
 
 
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(weights(), TYPES, st.integers(1, 7))
+def test_groups_know_nothing_of_each_other(weight: Tensor, quant_type: str, groups: int) -> None:
+    """Whatever lies beside them, in the row or in other rows."""
+    size = weight.shape[1]
+    wide = torch.cat([weight.roll(shift, dims=0) for shift in range(groups)], dim=1)  # [rows, groups * size]
+    together = restored(wide, quant_type, groups).view(len(weight), groups, size)
+    alone = restored(wide.view(-1, size), quant_type).view(len(weight), groups, size)
+    assert torch.equal(together, alone)
+    inner = encode(wide, quant_type, groups)
+    assert inner["qdata"].shape == (len(weight), ELEMENTS[quant_type].bits * -(-wide.shape[1] // 8))
+    assert all(value.shape == (len(weight), groups) for name, value in inner.items() if name != "qdata")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("quant_type", ELEMENTS)
 def test_the_largest_and_the_least_numbers_stay_finite(quant_type: str, dtype: torch.dtype) -> None:

@@ -256,6 +256,18 @@ def test_kernels_that_take_sixteen_rows_get_slices_of_them(monkeypatch: pytest.M
     assert reason == "torchao leaves a weight of [40, 64] as it is"
 
 
+def test_a_class_that_cannot_be_decoded_is_by_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tensor = torchao_library.quantize(weight, Int8WeightOnlyConfig())
+    exact = torchao_library.dequantize(tensor)
+
+    def missing(self: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(tensor), "dequantize", missing)
+    assert torch.equal(torchao_library.dequantize(tensor), exact)
+
+
 def test_layers_are_found_by_name() -> None:
     names = {"a": "int8wo", "re:b\\..*": {"_type": INTX, "weight_dtype": "int4"}, "b.special": None}
     quantizer = load_quantizer(ao("FqnToConfig", fqn_to_config=names))
