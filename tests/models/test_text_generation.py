@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qexp.errors import ConfigError
-from qexp.models.arithmetic import ArithmeticConfig, Source
+from qexp.models.arithmetic import ASSETS, ArithmeticConfig, Source
 from qexp.models.text_generation import DEFAULT_NEW_TOKENS, generation_settings
 from qexp.tasks.generate import GenerateConfig
 from tests.language import save_language_model
@@ -62,3 +62,14 @@ def test_settings_are_the_models_but_for_what_the_task_sets() -> None:
     assert generation_settings(base, GenerateConfig(), None).max_new_tokens == DEFAULT_NEW_TOKENS
     with pytest.raises(ConfigError, match="num_beams=3"):
         generation_settings(GenerationConfig(num_beams=3, pad_token_id=0), GenerateConfig(), None)
+
+
+def test_a_prompt_ends_with_the_end_token_and_is_padded_behind_it() -> None:
+    """The embedded model ends an answer with the line; the short prompt has digits to write before that."""
+    model = AutoModelForCausalLM.from_pretrained(ASSETS).eval()
+    task = GenerateConfig(prompt=("543+870=", "54"), max_new_tokens=9)
+    outputs = Source(ArithmeticConfig()).generate(
+        {"model": model}, task, seed=0, device=torch.device("cpu"), on_step=lambda step, state: None
+    )
+    assert outputs["lengths"].tolist() == [5, 9]
+    assert outputs["tokens"][0, 4:].tolist() == [2, 0, 0, 0, 0]
