@@ -86,6 +86,8 @@ def to_run_config(cfg: Any) -> RunConfig:
     components = _with_embedded(model, components)
     _check_streaming(top.low_cpu_mem_usage, components)
     task = plugin_config("task", top.task, "task")
+    task = task.resolved() if hasattr(task, "resolved") else task
+    _check_task(model, task)
     if top.save.wanted and not getattr(task, "saves_outputs", True):
         raise ConfigError(
             f"{top.save.wanted} with task={task.name}: it goes layer by layer and leaves no model to save; "
@@ -105,6 +107,18 @@ def to_run_config(cfg: Any) -> RunConfig:
         **{name: getattr(top, name) for name in ("metrics", "tracking", "isolation", "sweep", "loader")},
         **{name: getattr(top, name) for name in ("save", "paths", "seed", "resume")},
     )
+
+
+def _check_task(model: Any, task: Any) -> None:
+    """Raises ConfigError for a task that the model cannot do, in general or as it is configured."""
+    source = load_source(model)
+    if task.name not in source.tasks:
+        raise ConfigError(
+            f"task={task.name} is not for model.source={model.source}, which has {choices(source.tasks)}; "
+            "choose another task, or another model"
+        )
+    if hasattr(source, "check_task"):
+        source.check_task(task)
 
 
 def run_config_from_container(container: Mapping[str, Any]) -> RunConfig:

@@ -12,6 +12,7 @@ from typing import Any
 
 from qexp.errors import ConfigError, UnsupportedError, choices, did_you_mean
 
+EVERYTHING_ELSE = "*"  # in a map: what is not named. Elsewhere this is "", which Hydra's command line cannot hold
 PLANNED_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 SIZES = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -69,10 +70,9 @@ def resolve_device_map(device: str, device_map: Any) -> tuple[str, str | dict[st
             )
         return resolve_device(device), device_map
     named = device_map if isinstance(device_map, Mapping) else {"": device_map}
-    places = {
-        str(name): _resolve_place(value, f"device_map[{name}]" if name else "device_map")
-        for name, value in named.items()
-    }
+    named = {"" if name == EVERYTHING_ELSE else str(name): value for name, value in named.items()}
+    written = {name: f"device_map[{name}]" if name else "device_map" for name in named}
+    places = {name: _resolve_place(value, written[name]) for name, value in named.items()}
     main = next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
     if device != "auto" and resolve_device(device) != main:
         raise ConfigError(f"device_map={device_map} and device={device} disagree; set one and leave the other alone")

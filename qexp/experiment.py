@@ -24,8 +24,9 @@ from qexp.offload.payload import module_nbytes
 from qexp.offload.strategies import Offload, apply_offload
 from qexp.report.labels import backend_label
 from qexp.sweep.store import PUSHED, to_csv, write_json, write_text
-from qexp.tasks import generate, roundtrip
+from qexp.tasks import generate, perplexity, roundtrip, text
 from qexp.tasks.calibration import calibrate
+from qexp.tasks.recorder import TaskResult
 
 if TYPE_CHECKING:
     from qexp.models.base import ModelSource
@@ -37,18 +38,16 @@ Metrics = dict[str, float | None]
 def run_experiment(config: RunConfig, folder: Path) -> Metrics:
     """Run one experiment; its files go into `folder`, its metrics are returned by name (`group/name_unit`).
 
-    generate writes plan.json, outputs.safetensors and memory.csv; roundtrip writes plan.json and layers.csv.
+    A task that runs the model writes plan.json, outputs.safetensors and memory.csv; roundtrip plan.json and layers.csv.
     """
     device = torch.device(config.device)
     source = load_source(config.model)
-    if config.task.name == "generate":
-        return _generate(config, source, device, folder)
     if config.task.name == "roundtrip":
         return _roundtrip(config, source, device, folder)
-    raise ConfigError(f"task.name={config.task.name!r} cannot be run; use generate or roundtrip")
+    return _run_model(config, source, device, folder)
 
 
-def _generate(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
+def _run_model(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
     loaded = _load(config, source, device, folder)
     write_json(folder / "plan.json", {name: _plan_of(component) for name, component in loaded.items()})
     models = {name: component.model for name, component in loaded.items()}
@@ -72,7 +71,7 @@ def _generate(config: RunConfig, source: ModelSource, device: torch.device, fold
         for name, component in loaded.items()
     }
     with PeakMemory(device) as peak:
-        result = generate.run(source, models, config.task, seed=config.seed, device=device, memory=lambda: _now(device))
+        result = _run_task(config, source, models, device, folder)
     metrics |= _offload_statistics(list(offloads.values()))
     save_tensors(folder / "outputs.safetensors", result.outputs)
     write_text(folder / "memory.csv", to_csv(list(result.rows[0]), result.rows))
@@ -104,6 +103,22 @@ def _load(config: RunConfig, source: ModelSource, device: torch.device, folder: 
 def _plan_of(component: LoadedComponent) -> dict[str, Any]:
     plan = component.plan.to_container()
     return plan if component.placement.is_default else {**plan, "placement": component.placement.to_container()}
+
+
+def _run_task(
+    config: RunConfig, source: Any, models: dict[str, nn.Module], device: torch.device, folder: Path
+) -> TaskResult:
+    def memory() -> tuple[float, float]:
+        return _now(device)
+
+    task, seed = config.task, config.seed
+    if task.name == "perplexity":
+        return perplexity.run(source, models, task, device=device, memory=memory, folder=folder)
+    if task.name == "generate" and source.modality == "text":
+        return text.run(source, models, task, seed=seed, device=device, memory=memory, folder=folder)
+    if task.name == "generate":
+        return generate.run(source, models, task, seed=seed, device=device, memory=memory)
+    raise ConfigError(f"task.name={task.name!r} cannot be run; use generate, perplexity or roundtrip")
 
 
 def _save(config: RunConfig, models: Mapping[str, nn.Module], run_folder: Path) -> None:

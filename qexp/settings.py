@@ -15,7 +15,9 @@ from qexp.fields import to_plain
 from qexp.offload.config import STRATEGIES, OffloadConfig
 
 RESUME_MODES = ("missing", "failed", "stale", "none")
-QUALITY_METRICS = ("psnr_db", "ssim", "relative_l2", "cosine", "class_accuracy", "frechet_distance")
+IMAGE_METRICS = ("psnr_db", "ssim", "relative_l2", "cosine", "class_accuracy", "frechet_distance")
+TEXT_METRICS = ("perplexity", "kl_divergence", "top1_agreement", "exact_match", "answer_accuracy")
+QUALITY_METRICS = (*IMAGE_METRICS, *TEXT_METRICS)  # of each run, those that its outputs have
 
 
 def check_choice(place: str, value: object, names: tuple[str, ...]) -> None:

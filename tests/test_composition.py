@@ -54,7 +54,7 @@ MISTAKES = {
     "skip_modules=a,b": "or write skip_modules=[a,b] for a list",
     "seed=choice(1,2)": "seed=choice(1,2) gives several values to one experiment; add -m",
     "components.transformer.compute_dtype=bf16": "write +components.transformer.compute_dtype=bf16",
-    "components.transfomer.compute_dtype=fp32": "is of no component (did you mean transformer?); use transformer",
+    "components.transfomer.compute_dtype=fp32": "(did you mean transformer?); use model or transformer",
     "backend=[none,torchao]": "TorchAoConfig and NoneConfig cannot be combined: choose one option of their group",
     "~backnd": "~backnd deletes nothing (did you mean backend?)",
     "+seed=3": "+seed adds what is there already; leave out the +",

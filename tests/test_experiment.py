@@ -93,6 +93,30 @@ def test_offloading_changes_no_bit_and_proves_that_it_happened(backend: str, che
             assert metrics["offload/payload_gib"] > 0.6 * metrics["memory/weights_gib"]
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [("device_map={*:cpu,blocks.1:disk,x_embed:disk}",), ("device_map=auto", "max_memory={cpu:800KB,disk:1GB}")],
+    ids=["by_module", "planned"],
+)
+def test_a_device_map_changes_no_bit_and_says_where_the_weights_are(
+    overrides: tuple[str, ...], checkpoint: Path, tmp_path: Path
+) -> None:
+    resident, expected = run(checkpoint, tmp_path / "none")
+    metrics, outputs = run(checkpoint, tmp_path / "placed", *overrides)
+    assert all(torch.equal(outputs[name], expected[name]) for name in expected)
+    places = [metrics["memory/weights_cpu_gib"], metrics["memory/weights_disk_gib"]]
+    assert min(places) > 0 and sum(places) == pytest.approx(resident["memory/weights_gib"], rel=0.02)
+    assert metrics["memory/weights_gib"] == resident["memory/weights_gib"]
+    (placement,) = [plan["placement"] for plan in json.loads((tmp_path / "placed" / "plan.json").read_text()).values()]
+    assert placement["bytes"].keys() == {"cpu", "disk"}
+    assert {"cpu"} == set(placement["computed_on"].values())
+    assert not (tmp_path / "placed" / "offload").exists() or not any((tmp_path / "placed" / "offload").rglob("*.part"))
+    config = run_config(checkpoint, *overrides)
+    assert reference_config(config).device_map == "auto" and reference_config(config).max_memory == config.max_memory
+    assert reference_key(config) == reference_key(run_config(checkpoint))
+    assert run_key(config) != run_key(run_config(checkpoint))
+
+
 def test_generate_writes_its_files(checkpoint: Path, tmp_path: Path) -> None:
     metrics, outputs = run(checkpoint, tmp_path, "backend=torchao")
     assert outputs["images"].shape == (3, 1, 8, 8)

@@ -287,14 +287,17 @@ def _explicit(model: nn.Module, nbytes: Mapping[str, int], places: Mapping[str, 
     names_of: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names_of.setdefault(id(module), []).append(name)
-        below = {name, *(f"{name}.{part}" for part, _ in module.named_modules() if part)}
-        if isinstance(module, INDIVISIBLE) and len({placement.place_of(part) for part in below}) > 1:
+        below = (
+            [tensor for tensor in nbytes if tensor.startswith(f"{name}.")] if isinstance(module, INDIVISIBLE) else []
+        )
+        if len({placement.place_of(tensor) for tensor in below}) > 1:
             raise ConfigError(
                 f"device_map splits '{name}', but {type(module).__name__} reads the weights of its parts itself; "
                 "put it on one device as a whole"
             )
     for names in names_of.values():
-        if len(found := {str(placement.place_of(name)) for name in names}) > 1:
+        entries = [entry for name in names if (entry := placement.entry(name)) in places]
+        if len(found := {str(places[entry]) for entry in entries}) > 1:
             raise ConfigError(
                 f"device_map puts one and the same module, {choices(names)}, on {choices(found)}; use one"
             )

@@ -68,11 +68,18 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """items in file order; skipped: linear layer -> why it is not quantized; unused: tensors without a place."""
+    """items in file order; skipped: linear layer -> why it is not quantized; unused: tensors without a place;
+    tied: parameter -> the one with another item that it is the same as, if nothing keeps them apart."""
 
     items: tuple[WorkItem, ...]
     skipped: Mapping[str, str]
     unused: tuple[str, ...]
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def distinct(self) -> list[WorkItem]:
+        """One item for each tensor: without those that are tied to another."""
+        return [item for item in self.items if item.target not in self.tied]
 
     @property
     def quantized(self) -> list[WorkItem]:
@@ -86,9 +93,9 @@ class LoadPlan:
     def to_container(self) -> dict[str, Any]:
         """The plan as JSON-able data, for plan.json."""
         return {
-            "result_bytes": sum(item.result_nbytes for item in self.items),
-            "read_bytes": sum(item.nbytes for item in self.items),
-            "dense_bytes": sum(item.dense_nbytes for item in self.items),
+            "result_bytes": sum(item.result_nbytes for item in self.distinct),
+            "read_bytes": sum(item.nbytes for item in self.distinct),
+            "dense_bytes": sum(item.dense_nbytes for item in self.distinct),
             "quantized": self.quantized_nbytes,
             "skipped": dict(self.skipped),
             "unused": list(self.unused),
@@ -163,7 +170,7 @@ def _reason_to_skip(module: nn.Linear, name: str, patterns: Sequence[str], fp32:
 def with_tied_entries(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     """The checkpoint with an entry for every name of a tied parameter, which files keep only once.
 
-    Each name is then loaded on its own: one may be quantized where another (an embedding) is not.
+    One of them may be quantized where another (an embedding) is not; those that are not stay one parameter.
     model: the skeleton, before any module of it is swapped.
     """
     names_of: dict[Any, list[str]] = {}
@@ -193,7 +200,7 @@ def make_plan(
     missing = quantizer.update_missing_keys(absent)
     if missing:
         raise LoadError(_missing_message(missing, checkpoint, targets))
-    items = list(stored.values())
+    items, tied, first_of = list(stored.values()), dict[str, str](), dict[Any, str]()
     for name, tensor in targets.items():
         entry = checkpoint.entries.get(name) if name not in stored else None
         if entry is None:
@@ -205,11 +212,15 @@ def make_plan(
             items.append(WorkItem(name, entry, dtype, quantizer.quantized_nbytes(spec), spec))
         else:
             _check_fits(name, entry, tuple(tensor.shape), tensor.is_floating_point(), checkpoint)
-            items.append(_copied(name, entry, torch.float32 if covering(fp32_patterns, name) else dtype, tensor.dtype))
+            item = _copied(name, entry, torch.float32 if covering(fp32_patterns, name) else dtype, tensor.dtype)
+            items.append(item)
+            first = first_of.setdefault((entry.file, entry.offset, entry.name, item.dtype), name)
+            if first != name and isinstance(tensor, nn.Parameter):
+                tied[name] = first
     items.sort(key=lambda item: (str(item.source.file), item.source.offset))
     used = {entry.name for item in items for entry in item.entries} | targets.keys()
     unused = tuple(name for name in checkpoint.entries if name not in used)
-    return LoadPlan(tuple(items), skipped, unused)
+    return LoadPlan(tuple(items), skipped, unused, tied)
 
 
 def stored_part_names(quantizer: Quantizer, checkpoint: Checkpoint) -> set[str]:

@@ -1,11 +1,12 @@
-"""The second, pure step of `generate`: quality numbers and pictures from saved outputs, without running a model.
+"""The second, pure step of a task: quality numbers and pictures from saved outputs, without running a model.
 
-Reads outputs.safetensors (and memory.csv) of the run and of its reference; writes images/*.png and history.csv into
-the run's folder; the numbers depend on nothing but those files and `config`. Beside the metrics that were asked for:
+Reads outputs.safetensors (and memory.csv) of the run and of its reference; writes images/*.png (of text: samples.csv)
+and history.csv into the run's folder; the numbers depend on nothing but those files and `config`. Beside the metrics
+that were asked for:
 
-    quality/finite   1 if every value of the images is finite. If not, comparisons with the reference are None
-                     (null in JSON), and the pixels are magenta in the pictures
-    quality/exact    with a reference: 1 if all images are identical to it (then psnr_db, which is infinite, is None)
+    quality/finite   1 if every value of the images (of text: every probability) is finite. If not, comparisons with the
+                     reference are None (null in JSON), and the pixels are magenta in the pictures
+    quality/exact    with a reference: 1 if all outputs are identical to it (then psnr_db, which is infinite, is None)
 
 Importing this module imports no torch, so that `check_names` can run while the configuration is composed.
 """
@@ -20,67 +21,85 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qexp.errors import ConfigError, LoadError, choices
+from qexp.models.base import load_source
+from qexp.settings import QUALITY_METRICS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qexp.config import RunConfig
 
+    Tensors = dict[str, Tensor]
+Numbers = dict[str, float | None]
+
 REFERENCE_METRICS = ("psnr_db", "ssim", "relative_l2", "cosine")  # image against image
-SOURCE_METRICS = ("class_accuracy", "frechet_distance")  # of the images alone, as the model source defines them
+SOURCE_METRICS = {"images": ("class_accuracy", "frechet_distance"), "text": ("answer_accuracy",)}  # the source's own
 
 
 def check_names(names: Iterable[str]) -> None:
     """Raises ConfigError for a metric that does not exist."""
-    known = (*REFERENCE_METRICS, *SOURCE_METRICS)
     for name in names:
-        if name not in known:
-            raise ConfigError(f"metrics.names: {name!r} is unknown; use {choices(known)}")
+        if name not in QUALITY_METRICS:
+            raise ConfigError(f"metrics.names: {name!r} is unknown; use {choices(QUALITY_METRICS)}")
 
 
 def score(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, float | None]:
     """quality/* of the run in `folder`, against the reference's folder if there is one.
 
-    Only the metrics in config.metrics.names; {} for a task other than generate. A source metric that the model does
-    not define, or that has no finite value, is None.
+    Only the metrics in config.metrics.names that outputs of this kind have; {} for a task that leaves none. A metric
+    that the model source does not define, or that has no finite value, is None.
     Raises: LoadError if saved outputs are missing or do not fit each other, DiskError if nothing can be written.
     """
     check_names(config.metrics.names)
-    if config.task.name != "generate":
+    if not getattr(config.task, "saves_outputs", True):
         return {}
     outputs = _read_outputs(folder)
     expected = _read_outputs(reference) if reference is not None else None
-    if expected is not None:
-        _check_fit(outputs, expected, folder, reference)
-    _write_pictures(config, outputs, expected, folder)
-    _write_history(outputs, expected, folder)
-    return _numbers(config, outputs, expected)
-
-
-def _numbers(
-    config: RunConfig, outputs: dict[str, Tensor], expected: dict[str, Tensor] | None
-) -> dict[str, float | None]:
-    from qexp.metrics.images import compare_images
-    from qexp.metrics.tensors import is_finite
-    from qexp.models.base import load_source
-
-    names = config.metrics.names
-    numbers: dict[str, float | None] = {"finite": float(is_finite(outputs["images"]))}
-    if expected is not None:
-        if not is_finite(expected["images"]):
-            print("warning: the reference has values that are not finite; nothing to compare with", file=sys.stderr)
-        compared = compare_images(outputs["images"], expected["images"])
-        numbers |= {name: compared[name] for name in (*REFERENCE_METRICS, "exact") if name in (*names, "exact")}
-    if any(name in SOURCE_METRICS for name in names):
+    kind = "images" if "images" in outputs else "text"
+    score_kind = {"images": _score_images, "text": _score_text}[kind]
+    numbers = score_kind(config, folder, outputs, reference, expected)
+    if names := [name for name in SOURCE_METRICS[kind] if name in config.metrics.names]:
         scores = load_source(config.model).scores(outputs)
-        numbers |= {name: scores.get(name) for name in SOURCE_METRICS if name in names}
+        numbers |= {name: scores.get(name) for name in names}
     return {
         f"quality/{name}": value if value is not None and math.isfinite(value) else None
         for name, value in numbers.items()
     }
 
 
-def _read_outputs(folder: Path) -> dict[str, Tensor]:
+def _score_images(
+    config: RunConfig, folder: Path, outputs: Tensors, reference: Path | None, expected: Tensors | None
+) -> Numbers:
+    from qexp.metrics.images import compare_images
+    from qexp.metrics.tensors import is_finite
+
+    if expected is not None:
+        _check_fit(("images", "trajectory"), outputs, expected, folder, reference)
+    _write_pictures(config, outputs, expected, folder)
+    _write_history(outputs, expected, folder)
+    numbers: Numbers = {"finite": float(is_finite(outputs["images"]))}
+    if expected is not None:
+        if not is_finite(expected["images"]):
+            print("warning: the reference has values that are not finite; nothing to compare with", file=sys.stderr)
+        compared = compare_images(outputs["images"], expected["images"])
+        names = [name for name in REFERENCE_METRICS if name in config.metrics.names]
+        numbers |= {name: compared[name] for name in (*names, "exact")}
+    return numbers
+
+
+def _score_text(
+    config: RunConfig, folder: Path, outputs: Tensors, reference: Path | None, expected: Tensors | None
+) -> Numbers:
+    from qexp.metrics.text import text_numbers, write_samples
+
+    if expected is not None:
+        _check_fit(("prompts", "targets"), outputs, expected, folder, reference)
+    if "tokens" in outputs:
+        write_samples(folder, reference)
+    return text_numbers(config.metrics.names, outputs, expected, folder, reference)
+
+
+def _read_outputs(folder: Path) -> Tensors:
     """outputs.safetensors as tensors of their own: aligned alike in every process, which keeps the last bits."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -94,9 +113,9 @@ def _read_outputs(folder: Path) -> dict[str, Tensor]:
         raise LoadError(f"{path} is damaged ({error}); run it again with resume=none") from error
 
 
-def _check_fit(outputs: dict[str, Tensor], expected: dict[str, Tensor], folder: Path, reference: Path | None) -> None:
-    for name in ("images", "trajectory"):
-        ours, theirs = tuple(outputs[name].shape), tuple(expected[name].shape)
+def _check_fit(names: Iterable[str], outputs: Tensors, expected: Tensors, folder: Path, reference: Path | None) -> None:
+    for name in (name for name in names if name in outputs or name in expected):
+        ours, theirs = (tuple(side[name].shape) if name in side else None for side in (outputs, expected))
         if ours != theirs:
             raise LoadError(
                 f"{name} of shape {ours} in {folder} cannot be compared with {theirs} in the reference {reference}; "
@@ -104,9 +123,7 @@ def _check_fit(outputs: dict[str, Tensor], expected: dict[str, Tensor], folder: 
             )
 
 
-def _write_pictures(
-    config: RunConfig, outputs: dict[str, Tensor], expected: dict[str, Tensor] | None, folder: Path
-) -> None:
+def _write_pictures(config: RunConfig, outputs: Tensors, expected: Tensors | None, folder: Path) -> None:
     from qexp.metrics.pictures import difference_sheet, image_sheet, save_png
 
     images, labels = outputs["images"], outputs["labels"]
@@ -118,7 +135,7 @@ def _write_pictures(
     save_png(difference, folder / "images" / "difference.png")
 
 
-def _write_history(outputs: dict[str, Tensor], expected: dict[str, Tensor] | None, folder: Path) -> None:
+def _write_history(outputs: Tensors, expected: Tensors | None, folder: Path) -> None:
     """history.csv: memory.csv, and with a reference a column relative_l2 of the state after each step.
 
     The column is empty where the value is undefined (a state that is not finite).

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
 
 class ModelSource(Protocol):
-    """One model, which may have several components (a transformer, a text encoder) with a checkpoint each."""
+    """One model, which may have several components (a transformer, a text encoder) with a checkpoint each.
+
+    A source may also have `check_task(task)`, which raises ConfigError for a task that this model cannot do as it is
+    configured.
+    """
+
+    tasks: tuple[str, ...]  # those it can do
+    modality: str  # "images" or "text": what it generates
 
     def __init__(self, config: Any) -> None: ...
 
@@ -44,16 +51,40 @@ class ModelSource(Protocol):
         *,
         seed: int,
         device: torch.device,
-        on_step: Callable[[int, Tensor], None],
+        on_step: Callable[[int, Tensor | None], None],
     ) -> dict[str, Tensor]:
-        """Samples as cpu tensors: "images" [n, channels, height, width] fp32 in [-1, 1] and "labels" [n].
+        """Samples as cpu tensors.
 
-        `on_step(step, state)` is called after each integration step, step = 1 .. num_inference_steps.
-        A value that was not finite is NaN in the images.
+        Images: "images" [n, channels, height, width] fp32 in [-1, 1] and "labels" [n]; a value that was not finite is
+        NaN. `on_step(step, state)` is called after each integration step, step = 1 .. num_inference_steps.
+        Text: "tokens" [prompts, longest], the new ones, and "lengths" [prompts], how many of them count.
+        `on_step(step, None)` is called after each new token of a batch, step = 1, 2, ...
         """
 
     def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
         """The source's own quality numbers of saved outputs; None where one is undefined."""
+
+
+class TextSource(ModelSource, Protocol):
+    """A model of text."""
+
+    has_text: bool  # whether it brings a text to measure perplexity on
+
+    @property
+    def begin_token(self) -> int | None:
+        """The token that a text begins with, None if there is none."""
+
+    def prompts(self, task: GenerateConfig) -> list[str]:
+        """The texts that `generate` goes on from."""
+
+    def text(self, path: str | None) -> str:
+        """The text in a file, or its own. Raises ConfigError if there is none."""
+
+    def encode(self, text: str) -> Tensor:
+        """The tokens of a text, [n], without special ones."""
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """The texts of rows of tokens, [n, length], without special ones."""
 
 
 def load_source(config: Any) -> ModelSource:

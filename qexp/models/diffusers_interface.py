@@ -41,6 +41,18 @@ class InterfaceQuantizer(DiffusersQuantizer):
             return dict(state_dict), {}
         return self.quantizer.get_state_dict_and_metadata(state_dict)
 
+    def update_device_map(self, device_map: Any) -> Any:
+        return self.quantizer.update_device_map(device_map)
+
+    def adjust_target_dtype(self, torch_dtype: Any) -> Any:
+        return self.quantizer.adjust_target_dtype(torch_dtype)
+
+    def get_special_dtypes_update(self, model: Any, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return self.quantizer.get_special_dtypes_update(model, torch_dtype)
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        return self.quantizer.adjust_max_memory(max_memory)
+
     def calibrate(self, model: Any, run: Callable[[], object]) -> None:
         self.quantizer.calibrate(model, run)
 

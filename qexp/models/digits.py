@@ -47,6 +47,9 @@ Config = DigitsModelConfig
 class Source:
     """The digits model as a `ModelSource` with one component, "transformer"."""
 
+    tasks = ("generate", "roundtrip")
+    modality = "images"
+
     def __init__(self, config: DigitsModelConfig) -> None:
         self.config = config
 
@@ -81,7 +84,7 @@ class Source:
         *,
         seed: int,
         device: torch.device,
-        on_step: Callable[[int, Tensor], None],
+        on_step: Callable[[int, Tensor | None], None],
     ) -> dict[str, Tensor]:
         """Digits 0..9 in turn from the noise of `seed`; see the module's text for the integration."""
         import torch

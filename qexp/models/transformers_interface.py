@@ -36,6 +36,12 @@ class InterfaceQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self.quantizer.is_quantized(model.get_submodule(param_name.rpartition(".")[0]))
 
+    def update_device_map(self, device_map: Any) -> Any:
+        return self.quantizer.update_device_map(device_map)
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        return self.quantizer.adjust_max_memory(max_memory)
+
     def calibrate(self, model: Any, run: Callable[[], object]) -> None:
         self.quantizer.calibrate(model, run)
 

@@ -169,9 +169,11 @@ class Dispatch:
         divided = {name[:end] for name in self.placement.places for end, mark in enumerate(name) if mark == "."}
         divided |= {""} if set(self.placement.places) != {""} else set()
         for name, units in units_of(self.model, whole, lambda name: name not in divided):
-            place, device = self.placement.place_of(name), self.placement.device_of(name)
             tensors = [tensor for _, owners in units for owner in owners for tensor in self._tensors[id(owner)]]
-            if place != device and tensors:
+            if not tensors:
+                continue
+            place, device = self.placement.place_of(tensors[0]), self.placement.device_of(tensors[0])
+            if place != device:
                 nbytes = sum(self.placement.nbytes.get(tensor, 0) + PADDING_BYTES for tensor in tensors)
                 yield Travelling(name, units, str(place), device, nbytes)
 

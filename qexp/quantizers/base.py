@@ -102,6 +102,36 @@ class Quantizer:
         """The compute dtype this backend works with, given the one asked for."""
         return dtype
 
+    def update_device_map(self, device_map: Any) -> Any:
+        """The map to load by, given the one asked for."""
+        return device_map
+
+    # The next three are for planners of other libraries, accelerate's above all, which count elements times a size.
+    # Our own counts the bytes of the plan (loading/placement.py), and quantizing takes a few slices beside them.
+
+    def adjust_target_dtype(self, target_dtype: Any) -> Any:
+        """The dtype, one of torch's or accelerate's, whose size comes nearest to that of a quantized weight."""
+        from accelerate.utils import CustomDtype
+        from torch import bfloat16, int8
+
+        if self.quantization_method == "none":
+            return target_dtype
+        large = WeightSpec("", (4096, 4096), bfloat16)
+        bits = 8 * self.quantized_nbytes(large) / large.numel
+        sizes = {2: CustomDtype.INT2, 4: CustomDtype.INT4, 8: int8}
+        return next((dtype for size, dtype in sizes.items() if bits <= size + 0.6), target_dtype)  # 0.6: the scales
+
+    def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Parameters of a loaded model that are not quantized -> their dtype, for which the target dtype is wrong."""
+        quantized = {f"{name}.weight" for name, module in model.named_modules() if self.is_quantized(module)}
+        return {name: torch_dtype for name, _ in model.named_parameters() if name not in quantized}
+
+    def adjust_max_memory(self, max_memory: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Limits that leave a tenth for what quantizing takes, as upstream's quantizers do."""
+        if self.quantization_method == "none":
+            return dict(max_memory)
+        return {device: size * 0.9 for device, size in max_memory.items()}
+
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
         """Why this format cannot hold a weight of this shape, or None. Raises ConfigError where a setting is wrong."""
         return None

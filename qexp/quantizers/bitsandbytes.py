@@ -9,23 +9,24 @@ nearest of 16 code values, two to a byte. Double quantization stores the absmaxe
 On CPUs with AVX512-BF16 the library would repack a 4-bit weight in place on its first forward, for a kernel that it
 fetches from a hub. Both are turned off: a weight's bytes do not depend on the machine or on whether it has run.
 
-How checkpoints hold such weights: `bitsandbytes_stored.py`. Fields carry the names and defaults of upstream's
-`BitsAndBytesConfig`. Sources: arXiv:2305.14314 (NF4, double
-quantization), arXiv:2208.07339 (LLM.int8).
+Fields carry the names and defaults of upstream's `BitsAndBytesConfig`. Upstream loads such a model with a device_map
+onto the current GPU, and refuses a machine without one; here `device=auto` means the same, and device_map stays null.
+How weights are made: `bitsandbytes_create.py`; how checkpoints hold them: `bitsandbytes_stored.py`.
+Sources: arXiv:2305.14314 (NF4, double quantization), arXiv:2208.07339 (LLM.int8).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError, choices
 from qexp.quantizers import base
 from qexp.quantizers import bitsandbytes_stored as stored
+from qexp.quantizers.bitsandbytes_create import NESTED_BLOCK_SIZE, create_4bit, create_8bit
 from qexp.quantizers.bitsandbytes_library import library
 from qexp.quantizers.configs import BackendConfig
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     from qexp.loading.checkpoint import TensorEntry
 
-NESTED_BLOCK_SIZE = 256
 NESTED_CODE_BYTES = 256 * 4
 CODE_BYTES = 16 * 4
 QUANT_STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
@@ -212,8 +212,9 @@ class BitsAndBytesQuantizer(base.Quantizer):
         if companions:
             assemble = stored.assemble_4bit if self.config.load_in_4bit else stored.assemble_8bit
             return assemble(spec, sources[0], companions, device)
-        create = self._create_4bit if self.config.load_in_4bit else self._create_8bit
-        return create(spec, sources[0], device)
+        if self.config.load_in_4bit:
+            return create_4bit(self.config, spec, sources[0], device)
+        return create_8bit(spec, sources[0], device)
 
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
         return stored.parts_4bit(name, entries) if self.config.load_in_4bit else stored.parts_8bit(name, entries)
@@ -230,58 +231,6 @@ class BitsAndBytesQuantizer(base.Quantizer):
     def to_dict(self, model: nn.Module) -> dict[str, Any]:
         dtype = self.config.bnb_4bit_compute_dtype or str(model._pre_quantization_dtype).removeprefix("torch.")
         return {**super().to_dict(model), "bnb_4bit_compute_dtype": dtype}
-
-    def _create_4bit(self, spec: base.WeightSpec, weight: Tensor, device: torch.device) -> nn.Parameter:
-        import torch
-
-        functional, quant_type = library().functional, self.config.bnb_4bit_quant_type
-        block = self.config.bnb_4bit_blocksize
-        packed = torch.empty(math.ceil(spec.numel / 2), 1, dtype=torch.uint8, device=device)
-        absmax = torch.empty(math.ceil(spec.numel / block), dtype=torch.float32, device=device)
-        rows_a_block = block // math.gcd(spec.shape[1], block)
-        code = functional.get_4bit_type(quant_type, device=device)
-        quantize = _quantize_on_cpu(code, block) if device.type == "cpu" else _quantize_by_library(quant_type, block)
-        for rows, part in base.row_slices(spec, weight, device, rows_a_block):
-            bytes_, largest = quantize(part)
-            first = rows.start * spec.shape[1]
-            packed[first // 2 : first // 2 + len(bytes_), 0] = bytes_
-            absmax[first // block : first // block + len(largest)] = largest
-        offset, state2 = None, None
-        if self.config.bnb_4bit_use_double_quant:
-            offset = absmax.mean()
-            absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
-        state = functional.QuantState(
-            absmax=absmax,
-            shape=torch.Size(spec.shape),
-            dtype=spec.dtype,
-            blocksize=block,
-            code=code,
-            quant_type=quant_type,
-            offset=offset,
-            state2=state2,
-        )
-        storage = self._quant_storage
-        return library().nn.Params4bit(
-            packed.view(-1).view(storage).unsqueeze(1),
-            requires_grad=False,
-            quant_state=state,
-            blocksize=block,
-            compress_statistics=self.config.bnb_4bit_use_double_quant,
-            quant_type=quant_type,
-            quant_storage=storage,
-            bnb_quantized=True,
-        )
-
-    def _create_8bit(self, spec: base.WeightSpec, weight: Tensor, device: torch.device) -> nn.Parameter:
-        import torch
-
-        half = base.WeightSpec(spec.module, spec.shape, torch.float16)  # the library quantizes from fp16 alone
-        rows_of = base.RowAssembler(spec.shape[0])
-        for rows, part in base.row_slices(half, weight, device):
-            values, scale, _ = library().functional.int8_vectorwise_quant(part)
-            rows_of.add(rows, {"CB": values, "SCB": scale})
-        values, scale = rows_of.inner["CB"], rows_of.inner["SCB"]
-        return library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
 
     def is_quantized(self, module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
@@ -300,21 +249,6 @@ class BitsAndBytesQuantizer(base.Quantizer):
             if isinstance(module, library().nn.Linear8bitLt) and module.weight.CB is None:
                 module.weight.CB, module.weight.SCB = _int8_state(module)  # a forward has moved them
         super().restore_linear_layers(model, dtype)
-
-
-def _quantize_on_cpu(code: Tensor, blocksize: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """(packed bytes, absmaxes) of weights, faster than the library and with its bytes."""
-    from qexp.quantizers.blockwise_4bit import code_table, quantize_4bit
-
-    return partial(quantize_4bit, table=code_table(code), blocksize=blocksize)
-
-
-def _quantize_by_library(quant_type: str, blocksize: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    def quantize(part: Tensor) -> tuple[Tensor, Tensor]:
-        bytes_, state = library().functional.quantize_4bit(part, blocksize=blocksize, quant_type=quant_type)
-        return bytes_.view(-1), state.absmax
-
-    return quantize
 
 
 def _int8_state(module: Any) -> tuple[Tensor | None, Tensor | None]:

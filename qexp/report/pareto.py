@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # metric -> (axis label, file name); a sweep over both tasks gives both plots
 QUALITIES = {
     "quality/psnr_db": ("PSNR against the unquantized model (dB)", "pareto_psnr.png"),
+    "quality/top1_agreement": ("same most probable token as the unquantized model", "pareto_top1.png"),
     "roundtrip/sqnr_db_mean": ("mean SQNR of the weights (dB)", "pareto_sqnr.png"),
 }
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#B3589A", "#B8860B", "#3A8FB7", "#444444")  # told apart by color-blind eyes

@@ -17,8 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from qexp.errors import ConfigError
 from qexp.loading.checkpoint import open_checkpoint
 from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
@@ -87,11 +89,28 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     for name in ("device_map", "max_memory"):  # so that runs from before there were such settings keep their names
         if identity.get(name, "") is None:
             del identity[name]
+    for name in _input_files(config):
+        del identity["task"][name]  # their content counts, not where they are
     identity["checkpoints"] = {
         name: open_checkpoint(path).content_hash() for name, path in load_source(config.model).checkpoints().items()
     }
+    if files := _input_files(config):
+        identity["input_files"] = {name: _file_hash(name, path) for name, path in files.items()}
     identity["schema"] = SCHEMA
     return identity
+
+
+def _input_files(config: RunConfig) -> dict[str, Path]:
+    """The files that a task reads, by the fields that name them; a task config may have a method that says so."""
+    return config.task.input_files() if hasattr(config.task, "input_files") else {}
+
+
+def _file_hash(name: str, path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"task.{name}={path} cannot be read: {error.strerror}; give a file that is there") from error
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,8 @@ MIB_PER_GIB = 1024
 # metric -> how its value is shown; of the quality metrics, the first one that is there
 QUALITY = {
     "quality/psnr_db": "psnr {:.1f} dB",
-    "quality/perplexity": "perplexity {:.3f}",
+    "quality/perplexity": "perplexity {:.4f}",
+    "quality/exact_match": "exact match {:.1%}",
     "roundtrip/sqnr_db_mean": "sqnr {:.1f} dB",
 }
 

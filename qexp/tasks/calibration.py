@@ -1,35 +1,50 @@
 """Run samples of the task through models whose quantizer needs to see activations before they can answer.
 
-The samples begin from another seed than the task's own: what is measured afterwards is not what was calibrated on.
+Images begin from another seed than the task's own: what is measured afterwards is not what was calibrated on. Of text,
+the first of the task's prompts are continued.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from qexp.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from qexp.models.base import ModelSource
     from qexp.tasks.generate import GenerateConfig
 
 
-def calibrate(
-    source: ModelSource, models: Mapping[str, nn.Module], task: GenerateConfig, *, seed: int, device: torch.device
-) -> None:
-    """Calibrate every model that asks for it with `calibration_samples` samples, all steps of them."""
+def calibrate(source: Any, models: Mapping[str, nn.Module], task: Any, *, seed: int, device: torch.device) -> None:
+    """Calibrate every model that asks for it with `calibration_samples` samples, all steps of them.
+
+    Raises: ConfigError for a task that generates none.
+    """
     from qexp.loading.registration import registered_quantizer
 
     for model in models.values():
         quantizer = registered_quantizer(model)
         if quantizer is None or not quantizer.requires_calibration:
             continue
-        samples = replace(task, num_images=quantizer.config.calibration_samples)
+        samples = samples_of(source, task, quantizer.config.calibration_samples)
 
         def run(samples: GenerateConfig = samples) -> None:
             source.generate(dict(models), samples, seed=seed + 1, device=device, on_step=lambda step, state: None)
 
         quantizer.calibrate(model, run)
+
+
+def samples_of(source: Any, task: Any, count: int) -> GenerateConfig:
+    """The task with `count` samples."""
+    if task.name != "generate":
+        raise ConfigError(
+            f"this backend is calibrated on samples of the task, and task={task.name} generates none; use task=generate"
+        )
+    if source.modality == "text":
+        samples: GenerateConfig = replace(task, prompt=tuple(source.prompts(task)[:count]))
+        return samples
+    return replace(task, num_images=count)

@@ -3,7 +3,7 @@
     config    the nested configuration, and the environment under `env`
     summary   every metric, and status, reason, message and seconds
     history   steps/<column> per generation step: time, memory, error against the reference
-    media     images/grid, images/reference, images/difference; layers: the table of a roundtrip
+    media     images/grid, images/reference, images/difference; layers: the table of a roundtrip; samples: that of texts
     run       name: readable label; group: sweep; job type: task; tags: model, backend, offload, and the user's
 
 The run's id is the run key, so logging a folder again overwrites the same run. It is not resumed: a log is always the
@@ -31,6 +31,7 @@ INIT_TIMEOUT_SECONDS = 20.0  # without an answer, wandb gives up starting an onl
 FINISH_TIMEOUT_SECONDS = 120.0  # and uploading one
 MAX_TAG = 64  # characters, W&B's limit
 IMAGES = ("grid", "reference", "difference")
+TABLES = ("layers", "samples")
 
 
 def log_run(folder: Path, config: RunConfig, sweep_name: str | None) -> str | None:
@@ -128,9 +129,10 @@ def _log_media(wandb: Any, run: Any, folder: Path) -> None:
     media: dict[str, Any] = {
         name: wandb.Image(str(path), caption=name.rpartition("/")[2]) for name, path in paths.items() if path.exists()
     }
-    rows = list(_read_csv(folder / "layers.csv")) if (folder / "layers.csv").exists() else []
-    if rows:
-        media["layers"] = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+    for name in TABLES:
+        path = folder / f"{name}.csv"
+        if path.exists() and (rows := list(_read_csv(path))):
+            media[name] = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
     if media:
         run.log(media)
 

@@ -6,6 +6,7 @@ that waits for an event, or the host. What a stream knows about the others is ke
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,6 +71,8 @@ class Stream:
     def synchronize(self) -> None:
         """Let the host wait for everything on this stream."""
         counters.total.host_syncs += 1
+        if _warn_of_syncs[0]:
+            warnings.warn("called a synchronizing operation of the fake device", stacklevel=2)
         self.deliver(self.submitted)
         races.join(races.host, self.clock)
 
@@ -105,6 +108,7 @@ class Event:
 
 
 _current_device = [0]
+_warn_of_syncs = [False]
 _streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 _default = [Stream(index) for index in range(counters.DEVICES)]
 _current = list(_default)
@@ -173,6 +177,10 @@ class DeviceModule:
             if stream.index == index_of(device):
                 stream.deliver(stream.submitted)
                 races.join(races.host, stream.clock)
+
+    def set_sync_debug_mode(self, mode: str) -> None:
+        """`warn` or `default`, as in torch.cuda: warn of operations that make the host wait."""
+        _warn_of_syncs[0] = mode == "warn"
 
     def empty_cache(self) -> None:
         pass

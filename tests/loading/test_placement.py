@@ -152,6 +152,13 @@ def test_sizes_are_those_of_the_quantized_weights(folder: Path, tmp_path: Path) 
         assert all(sizes[item.target] == item.result_nbytes for item in loaded.plan.items)
 
 
+def test_a_map_that_names_only_modules_with_tensors(folder: Path, tmp_path: Path) -> None:
+    device_map = {name: "cpu" for name in ("scale", "shift", "steps", "position", "embed", "blocks.0", "head")}
+    loaded = load(folder, "torchao", {**device_map, "blocks.1": "disk"}, store=tmp_path)
+    x = torch.randn(3, WIDTH, dtype=loaded.model.scale.dtype)
+    assert torch.equal(loaded.model(x), load_toy(folder, settings("torchao")).model(x))
+
+
 def test_where_things_compute(gpus: None) -> None:
     cuda = [torch.device("cuda", index) for index in range(2)]
     explicit = placed({"blocks.0": "cpu", "embed": 1, "blocks.1.fc1": 0, "": "disk", "blocks.1": "cpu", "head": "cpu"})

@@ -12,8 +12,9 @@ from torch import Tensor
 from qexp.errors import ConfigError, LoadError
 from qexp.metrics.score import REFERENCE_METRICS, SOURCE_METRICS, check_names, score
 from qexp.models.digits import Config
-from qexp.settings import QUALITY_METRICS
+from qexp.settings import IMAGE_METRICS, QUALITY_METRICS, TEXT_METRICS
 from qexp.tasks.generate import GenerateConfig
+from qexp.tasks.roundtrip import RoundtripConfig
 
 STEPS = 3
 
@@ -47,7 +48,7 @@ def test_metrics_of_a_run_against_its_reference(tmp_path: Path) -> None:
     reference = write_run(tmp_path / "reference", outputs())
     run = write_run(tmp_path / "run", outputs(error=0.2))
     result = score(config(), run, reference)
-    assert set(result) == {f"quality/{name}" for name in (*QUALITY_METRICS, "exact", "finite")}
+    assert set(result) == {f"quality/{name}" for name in (*IMAGE_METRICS, "exact", "finite")}
     assert result["quality/psnr_db"] == pytest.approx(20, abs=1e-4)  # 10 log10(2² / 0.2²)
     images = outputs()["images"].double()
     assert result["quality/relative_l2"] == pytest.approx((0.04 / images.square().mean().item()) ** 0.5, rel=1e-5)
@@ -99,7 +100,7 @@ def test_without_a_reference_only_the_sources_scores(tmp_path: Path) -> None:
 
 def test_scores_that_are_no_numbers_or_not_defined_are_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = SimpleNamespace(scores=lambda outputs: {"class_accuracy": float("inf")})
-    monkeypatch.setattr("qexp.models.base.load_source", lambda config: source)
+    monkeypatch.setattr("qexp.metrics.score.load_source", lambda config: source)
     result = score(config(), write_run(tmp_path / "run", outputs()), None)
     assert result == {"quality/finite": 1, "quality/class_accuracy": None, "quality/frechet_distance": None}
 
@@ -140,14 +141,17 @@ def test_broken_reference_is_not_the_runs_fault(tmp_path: Path, capsys: pytest.C
 
 
 def test_other_tasks_have_nothing_to_score(tmp_path: Path) -> None:
-    assert score(config(task=SimpleNamespace(name="roundtrip")), tmp_path, None) == {}
+    assert score(config(task=RoundtripConfig()), tmp_path, None) == {}
 
 
 def test_unknown_metric_lists_the_choices() -> None:
-    with pytest.raises(ConfigError, match=r"'psnr' is unknown; use class_accuracy, cosine, .* or ssim"):
+    with pytest.raises(
+        ConfigError, match=r"'psnr' is unknown; use answer_accuracy, class_accuracy, .* or top1_agreement"
+    ):
         check_names(["ssim", "psnr"])
     check_names([])
-    assert sorted(QUALITY_METRICS) == sorted((*REFERENCE_METRICS, *SOURCE_METRICS))
+    assert sorted(IMAGE_METRICS) == sorted((*REFERENCE_METRICS, *SOURCE_METRICS["images"]))
+    assert set(SOURCE_METRICS["text"]) <= set(TEXT_METRICS)
 
 
 def test_missing_and_damaged_outputs(tmp_path: Path) -> None:

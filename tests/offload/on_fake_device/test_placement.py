@@ -60,11 +60,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_state(tmp_path_factory.mktemp("net"), random_state(Net))
 
 
-def load(folder: Path, backend: str, device_map: Any = None, limits: Any = None, store: Path | None = None) -> Any:
+def load(
+    folder: Path,
+    backend: str,
+    device_map: Any = None,
+    limits: Any = None,
+    store: Path | None = None,
+    *overrides: str,
+    **fields: Any,
+) -> Any:
     return load_component(
         cast(ModelSource, Source(folder, Net)),
         "toy",
-        settings(backend),
+        settings(backend, *overrides, **fields),
         device=DEVICES[0],
         loader=LoaderConfig(in_flight_mib=1, workers=2),
         device_map=device_map,
@@ -152,6 +160,34 @@ def test_spread_is_resident(backend: str, name: str, folder: Path, tmp_path: Pat
     assert again.bytes_at_rest() == pytest.approx(at_rest, abs=9000)  # with quanto's scales of activations now
     assert all(torch.equal(a, b) for a, b in zip(answers(loaded.model, x.cpu()), expected, strict=True))
     again.remove()
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_modules_kept_in_fp32_on_the_cpu(planned: bool, folder: Path, tmp_path: Path) -> None:
+    """`llm_int8_enable_fp32_cpu_offload`: what a map puts on the CPU is not quantized, and computed there."""
+    flag = "llm_int8_enable_fp32_cpu_offload=true"
+    half = {"compute_dtype": "bfloat16"}
+    device_map: Any = {"": 0, "blocks.1": "cpu"}
+    limits = {0: 700_000, "cpu": GIB} if planned else None
+    spread = load(folder, "bitsandbytes_int8", "auto" if planned else device_map, limits, None, flag, **half)
+    on_cpu = sorted(name for name, place in spread.placement.places.items() if str(place) == "cpu")
+    assert on_cpu and (planned or on_cpu == ["blocks.1"])
+    modules = [module for name in on_cpu if "." in name or name in ("blocks", "head", "embed") for module in
+               spread.model.get_submodule(name).modules()]  # fmt: skip
+    linear = [module for module in modules if isinstance(module, nn.Linear)]
+    assert linear and all(type(module) is nn.Linear for module in linear)
+    assert {(m.weight.dtype, m.weight.device.type) for m in linear} == {(torch.float32, "cpu")}
+    assert not spread.dispatch.bytes_at_rest().get("disk") and spread.dispatch.statistics()["offload/groups"] == 0
+    kept = tuple(name for name in on_cpu if name in dict(spread.model.named_modules()))
+    resident = load(folder, "bitsandbytes_int8", skip_modules=kept, keep_in_fp32_modules=kept, **half)
+    x = batch(resident.model)
+    assert x.dtype == torch.bfloat16
+    expected = answers(resident.model, x.to(DEVICES[0]))
+    assert all(torch.equal(a, b) for a, b in zip(answers(spread.model, x), expected, strict=True))
+    # without the flag, quantized weights rest on the CPU: upstream refuses that, for its hooks cannot move them
+    travelling = load(folder, "bitsandbytes_int8", device_map, **half)
+    assert "blocks.1.fc1" in travelling.plan.quantized_nbytes
+    assert travelling.dispatch.statistics()["offload/groups"] == 1
 
 
 def test_each_device_has_a_ring_of_its_own(folder: Path, tmp_path: Path) -> None:

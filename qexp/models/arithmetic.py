@@ -1,0 +1,86 @@
+"""The embedded language model: a small Llama over characters that adds and subtracts (see scripts/train_arithmetic.py).
+
+It is a model of `causal_lm` that brings its own material: problems it was not trained on. The numbers in them are
+written from their last digit to their first, `543+870=3240` for 345 + 78 = 423. Prompts are problems up to the equals
+sign; the text is whole problems, a line each.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.errors import LoadError
+from qexp.models import causal_lm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qexp.tasks.generate import GenerateConfig
+
+ASSETS = Path(__file__).parents[1] / "assets" / "arithmetic"
+HELD_OUT = "held_out.txt"
+PROMPT = 8  # characters
+PROBLEM = re.compile(r"\d{3}[+-]\d{3}=")
+COMPONENTS = causal_lm.COMPONENTS
+
+
+@dataclass(frozen=True)
+class ArithmeticConfig:
+    """path: a folder as `save_pretrained` writes it; null is the model that comes with the package. problems: how many
+    of the held-out problems are the prompts. reference_path: as of causal_lm; null as for `path`."""
+
+    source: str = "arithmetic"
+    path: str | None = None
+    reference_path: str | None = None
+    skip_modules: tuple[str, ...] = ()
+    problems: int = 500
+
+
+Config = ArithmeticConfig
+
+
+class Source(causal_lm.Source):
+    """The arithmetic model as a `TextSource` with one component, "model"."""
+
+    config: Any
+    has_text = True
+
+    @property
+    def folder(self) -> Path:
+        return ASSETS if self.config.path is None else super().folder
+
+    def prompts(self, task: GenerateConfig) -> list[str]:
+        return list(task.prompt) if task.prompt else [line[:PROMPT] for line in self._lines()[: self.config.problems]]
+
+    def text(self, path: str | None) -> str:
+        return super().text(path) if path is not None else "".join(f"{line}\n" for line in self._lines())
+
+    def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
+        """answer_accuracy: how many of the problems among the prompts are solved; None if no prompt is a problem."""
+        if "tokens" not in outputs:
+            return {}
+        lines = zip(self._characters(outputs["prompts"]), self._characters(outputs["tokens"]), strict=True)
+        right = [answer == solution(prompt) for prompt, answer in lines if PROBLEM.fullmatch(prompt)]
+        return {"answer_accuracy": sum(right) / len(right) if right else None}
+
+    def _characters(self, tokens: Tensor) -> list[str]:
+        """Rows of tokens as text, without the line's end and special tokens: the tokenizer, but nothing is imported."""
+        vocabulary = json.loads((self.folder / "tokenizer.json").read_text())["model"]["vocab"]
+        characters = {index: token if len(token) == 1 else "" for token, index in vocabulary.items()}
+        return ["".join(characters.get(token, "?") for token in row).strip("\n") for row in tokens.tolist()]
+
+    def _lines(self) -> list[str]:
+        try:
+            return (ASSETS / HELD_OUT).read_text().splitlines()
+        except OSError as error:
+            raise LoadError(f"{ASSETS / HELD_OUT}: {error.strerror}; reinstall qexp") from error
+
+
+def solution(prompt: str) -> str:
+    """The answer to a problem: '3240' to '543+870='."""
+    first, second = int(prompt[:3][::-1]), int(prompt[4:7][::-1])
+    return f"{first + second if prompt[3] == '+' else first - second:04d}"[::-1]

@@ -1,0 +1,166 @@
+"""Language models of transformers: any architecture of AutoModelForCausalLM, with its tokenizer, from a folder.
+
+The folder is what `save_pretrained` writes and model hubs hold: config.json, safetensors (sharded or not), the
+tokenizer's files, generation_config.json. The network is transformers' own class; only its weights are loaded by us.
+
+Prompts are continued by transformers' own `generate`, in batches with padding on the left; it stops a prompt at its
+end-of-sequence token. Sampling draws from torch's global generator, seeded, so that a reference and a candidate draw
+the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.errors import ConfigError, LoadError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from qexp.loading.conversion import Conversion
+    from qexp.tasks.generate import GenerateConfig
+
+COMPONENTS = ("model",)
+
+
+@dataclass(frozen=True)
+class CausalLMConfig:
+    """path: a folder with config.json, safetensors and a tokenizer; reference_path: the unquantized checkpoint to
+    compare with where `path` is quantized already."""
+
+    source: str = "causal_lm"
+    path: str | None = None
+    reference_path: str | None = None
+    skip_modules: tuple[str, ...] = ()
+
+
+Config = CausalLMConfig
+
+
+class Source:
+    """A language model as a `TextSource` with one component, "model"."""
+
+    tasks = ("generate", "perplexity", "roundtrip")
+    modality = "text"
+    has_text = False
+    required_packages = ("transformers", "tokenizers")
+
+    def __init__(self, config: CausalLMConfig) -> None:
+        self.config = config
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder. Raises ConfigError if none is named."""
+        if self.config.path is None:
+            raise ConfigError("model.path=null names no model; set model.path to a folder as save_pretrained writes it")
+        return Path(self.config.path).expanduser()
+
+    def checkpoints(self) -> dict[str, Path]:
+        return {"model": self.folder}
+
+    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
+        """transformers' own network, with the folder's generation_config."""
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        from qexp.models.transformers_networks import skeleton, transformers_config
+
+        model: Any = skeleton(AutoModelForCausalLM, transformers_config(config, self.folder), self.folder)
+        if (self.folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        self._network = model
+        return model
+
+    def conversion(self, component: str, model: nn.Module) -> Conversion:
+        from qexp.models.transformers_networks import renaming
+
+        return renaming(model)
+
+    def block_lists(self, component: str) -> list[str]:
+        from qexp.models.transformers_networks import block_lists
+
+        return block_lists(self._network)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer. Raises LoadError if it has none."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, padding_side="left")
+        except (OSError, ValueError) as error:
+            raise LoadError(
+                f"'{self.folder}' has no tokenizer that transformers can open: {str(error).splitlines()[0]}; "
+                "put the model's tokenizer files (tokenizer.json, tokenizer_config.json) there"
+            ) from error
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
+        return tokenizer
+
+    def check_task(self, task: Any) -> None:
+        """Raises ConfigError for a task that lacks what this model cannot supply."""
+        if task.name == "generate":
+            self.prompts(task)
+        if task.name == "perplexity" or getattr(task, "text", None) is not None:
+            self.text(task.text)
+
+    def prompts(self, task: GenerateConfig) -> list[str]:
+        """The texts to go on from. Raises ConfigError if there are none."""
+        if not task.prompt:
+            raise ConfigError(
+                "task.prompt=null names no text to go on from; give some: task.prompt='[Once upon a time]', or "
+                "task.prompt=@file with one a line"
+            )
+        return list(task.prompt)
+
+    @property
+    def begin_token(self) -> int | None:
+        """What a text begins with, if this tokenizer puts anything there."""
+        tokens: list[int] = self.tokenizer("")["input_ids"]
+        return tokens[0] if len(tokens) > 0 and tokens[0] == self.tokenizer.bos_token_id else None
+
+    def text(self, path: str | None) -> str:
+        """The text to measure perplexity on. Raises ConfigError if it cannot be read."""
+        if path is None:
+            raise ConfigError("task.text=null names no text to measure perplexity on; set task.text to a text file")
+        try:
+            return Path(path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ConfigError(f"task.text={path} cannot be read: {reason}; give a text file") from error
+
+    def encode(self, text: str) -> Tensor:
+        """The tokens of a text, [n], without special ones."""
+        import torch
+
+        tokens = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return torch.tensor(tokens, dtype=torch.int64)
+
+    def generate(
+        self,
+        models: dict[str, nn.Module],
+        task: GenerateConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        on_step: Callable[[int, Tensor | None], None],
+    ) -> dict[str, Tensor]:
+        """Continue every prompt: see `text_generation.continue_prompts`."""
+        from qexp.models.text_generation import continue_prompts
+
+        prompts = self.prompts(task)
+        return continue_prompts(
+            models["model"], self.tokenizer, prompts, task, seed=seed, device=device, on_step=on_step
+        )
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """The texts of rows of tokens, [n, length]."""
+        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return texts
+
+    def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
+        return {}

@@ -1,0 +1,85 @@
+"""Continuing prompts with transformers' own `generate`, batch by batch, with a call after every new token."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from qexp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qexp.tasks.generate import GenerateConfig
+
+DEFAULT_NEW_TOKENS = 64  # where neither the task nor the model's generation_config says how many
+SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
+
+
+def continue_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    task: GenerateConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    on_step: Callable[[int, Tensor | None], None],
+) -> dict[str, Tensor]:
+    """Of every prompt: "tokens" [prompts, longest], the new ones, padded behind their end, and "lengths" [prompts];
+    "prompts" are its own tokens, padded in front."""
+    settings, steps = generation_settings(model.generation_config, task, tokenizer), _Steps(on_step)
+    asked, parts = tokenizer(prompts, return_tensors="pt", padding=True), []
+    torch.manual_seed(seed)
+    for start in range(0, len(prompts), task.batch_size):
+        rows = slice(start, start + task.batch_size)
+        inputs = {name: asked[name][rows].to(device) for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            tokens = model.generate(
+                **inputs, generation_config=settings, stopping_criteria=StoppingCriteriaList([steps])
+            )
+        parts.append(tokens[:, inputs["input_ids"].shape[1] :].cpu())
+    longest = max(part.shape[1] for part in parts)
+    padding: Any = settings.pad_token_id
+    padded = [torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=padding) for part in parts]
+    lengths = torch.cat([_lengths(part, settings.eos_token_id) for part in parts])
+    tensors = {"prompts": asked["input_ids"], "tokens": torch.cat(padded), "lengths": lengths}
+    return {name: tensor.to(torch.int32) for name, tensor in tensors.items()}
+
+
+def _lengths(tokens: Tensor, end_tokens: int | list[int] | None) -> Tensor:
+    """How many new tokens each row has, the end token included: what follows that is padding."""
+    ends = torch.tensor([end_tokens] if isinstance(end_tokens, int) else end_tokens or [], dtype=tokens.dtype)
+    is_end = torch.isin(tokens, ends)
+    return torch.where(is_end.any(-1), is_end.int().argmax(-1) + 1, tokens.shape[1])
+
+
+def generation_settings(base: GenerationConfig, task: GenerateConfig, tokenizer: Any) -> GenerationConfig:
+    """The model's own generation_config, with what the task sets instead."""
+    settings = copy.deepcopy(base)
+    settings.update(**{name: value for name in SETTINGS if (value := getattr(task, name)) is not None})
+    if settings.max_new_tokens is None:
+        settings.max_new_tokens = DEFAULT_NEW_TOKENS
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id
+    if settings.num_beams not in (None, 1):
+        raise ConfigError(
+            f"generation_config.json has num_beams={settings.num_beams}, but a prompt is continued in one way only; "
+            "set it to 1 there"
+        )
+    return settings
+
+
+class _Steps(StoppingCriteria):
+    """Never stops anything: it is asked after every new token, which is what it is here for."""
+
+    def __init__(self, on_step: Callable[[int, Tensor | None], None]) -> None:
+        self.on_step, self.count = on_step, 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        self.count += 1
+        self.on_step(self.count, None)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

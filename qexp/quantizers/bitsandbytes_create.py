@@ -1,0 +1,90 @@
+"""Dense weights to bitsandbytes parameters, in slices of rows: the library's bytes, without its temporary memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from qexp.quantizers import base
+from qexp.quantizers.bitsandbytes_library import library
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
+
+NESTED_BLOCK_SIZE = 256
+
+
+def create_4bit(
+    config: BitsAndBytesConfig, spec: base.WeightSpec, weight: Tensor, device: torch.device
+) -> nn.Parameter:
+    import torch
+
+    functional, quant_type = library().functional, config.bnb_4bit_quant_type
+    block = config.bnb_4bit_blocksize
+    packed = torch.empty(math.ceil(spec.numel / 2), 1, dtype=torch.uint8, device=device)
+    absmax = torch.empty(math.ceil(spec.numel / block), dtype=torch.float32, device=device)
+    rows_a_block = block // math.gcd(spec.shape[1], block)
+    code = functional.get_4bit_type(quant_type, device=device)
+    quantize = _quantize_on_cpu(code, block) if device.type == "cpu" else _quantize_by_library(quant_type, block)
+    for rows, part in base.row_slices(spec, weight, device, rows_a_block):
+        bytes_, largest = quantize(part)
+        first = rows.start * spec.shape[1]
+        packed[first // 2 : first // 2 + len(bytes_), 0] = bytes_
+        absmax[first // block : first // block + len(largest)] = largest
+    offset, state2 = None, None
+    if config.bnb_4bit_use_double_quant:
+        offset = absmax.mean()
+        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+    state = functional.QuantState(
+        absmax=absmax,
+        shape=torch.Size(spec.shape),
+        dtype=spec.dtype,
+        blocksize=block,
+        code=code,
+        quant_type=quant_type,
+        offset=offset,
+        state2=state2,
+    )
+    storage: torch.dtype = getattr(torch, config.bnb_4bit_quant_storage)
+    return library().nn.Params4bit(
+        packed.view(-1).view(storage).unsqueeze(1),
+        requires_grad=False,
+        quant_state=state,
+        blocksize=block,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_type=quant_type,
+        quant_storage=storage,
+        bnb_quantized=True,
+    )
+
+
+def create_8bit(spec: base.WeightSpec, weight: Tensor, device: torch.device) -> nn.Parameter:
+    import torch
+
+    half = base.WeightSpec(spec.module, spec.shape, torch.float16)  # the library quantizes from fp16 alone
+    rows_of = base.RowAssembler(spec.shape[0])
+    for rows, part in base.row_slices(half, weight, device):
+        values, scale, _ = library().functional.int8_vectorwise_quant(part)
+        rows_of.add(rows, {"CB": values, "SCB": scale})
+    values, scale = rows_of.inner["CB"], rows_of.inner["SCB"]
+    return library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
+
+
+def _quantize_on_cpu(code: Tensor, blocksize: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """(packed bytes, absmaxes) of weights, faster than the library and with its bytes."""
+    from qexp.quantizers.blockwise_4bit import code_table, quantize_4bit
+
+    return partial(quantize_4bit, table=code_table(code), blocksize=blocksize)
+
+
+def _quantize_by_library(quant_type: str, blocksize: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def quantize(part: Tensor) -> tuple[Tensor, Tensor]:
+        bytes_, state = library().functional.quantize_4bit(part, blocksize=blocksize, quant_type=quant_type)
+        return bytes_.view(-1), state.absmax
+
+    return quantize

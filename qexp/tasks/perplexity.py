@@ -1,0 +1,213 @@
+"""How well a language model predicts a text, token by token, in a window that slides over it.
+
+A window is the tokenizer's beginning-of-sequence token, if it has one, and up to `window` - 1 tokens of the text. The
+first window scores all of them, the next ones begin `stride` tokens later and score the last `stride`: every token is
+scored once, and none but the first with less than `window - 1 - stride` before it. (Without a beginning token the very
+first one of the text is not scored.)
+
+What is saved, of each scored token, is enough to compare any two models afterwards without running them again:
+
+    outputs.safetensors    targets, the tokens; nll = -ln p(token), fp32; top1, the most probable token
+    logprobs.safetensors   logprobs [tokens, kept], fp32, and ids [tokens, kept]: ln p of the `logprobs` most probable
+                           next tokens, in falling order. Where all of the vocabulary is kept it lies in its own order,
+                           without ids. Written window by window: it is never all in memory
+
+Sources: https://huggingface.co/docs/transformers/perplexity (sliding window); llama.cpp's perplexity tool (KL
+divergence from the unquantized model's saved logits).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.errors import ConfigError
+from qexp.tasks.recorder import Recorder, TaskResult
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from qexp.models.base import TextSource
+    from qexp.tasks.row_file import RowFile
+
+LOGPROBS = "logprobs.safetensors"
+POSITIONS = 64  # whose logits are in fp32 at a time: a vocabulary of 128k tokens takes 32 MiB
+
+
+@dataclass(frozen=True)
+class PerplexityConfig:
+    """text: a UTF-8 file (null: the model's own, if it has one); max_tokens: of it, from its beginning; null is all;
+    window: tokens the model sees at once, null for as many as it can, at most 2048; stride: tokens scored in each,
+    null for half of it; batch_size: windows at a time; logprobs: most probable next tokens that are kept to compare
+    with (null: all of the vocabulary)."""
+
+    name: str = "perplexity"
+    text: str | None = None
+    max_tokens: int | None = 16384
+    window: int | None = None
+    stride: int | None = None
+    batch_size: int = 4
+    logprobs: int | None = 1024
+
+    def __post_init__(self) -> None:
+        for name, least in {"max_tokens": 2, "window": 2, "stride": 1, "batch_size": 1, "logprobs": 1}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ConfigError(f"task.{name}={value} must be {least} or more")
+
+    def input_files(self) -> dict[str, Path]:
+        """Fields that name a file, whose content is what counts."""
+        return {"text": Path(self.text).expanduser()} if self.text is not None else {}
+
+
+Config = PerplexityConfig
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens begin..stop of the text are read, those from `scored` on are scored."""
+
+    begin: int
+    scored: int
+    stop: int
+
+
+def run(
+    source: TextSource,
+    models: dict[str, nn.Module],
+    task: PerplexityConfig,
+    *,
+    device: torch.device,
+    memory: Callable[[], tuple[float, float]],
+    folder: Path,
+) -> TaskResult:
+    """Read the text once; `memory()` gives (host_gib, device_gib) after each batch of windows.
+
+    Metrics: time/step_ms (median of a batch of windows), time/total_seconds, time/tokens_per_second.
+    """
+    tokens = source.encode(source.text(task.text))[: task.max_tokens]
+    recorder = Recorder("perplexity", None, device, memory)
+    started = recorder.begin()
+    outputs = evaluate(models["model"], tokens, source.begin_token, task, device, folder, recorder)
+    seconds = time.perf_counter() - started
+    times_ms = [row["step_ms"] for row in recorder.rows]
+    metrics = {
+        "time/step_ms": statistics.median(times_ms),
+        "time/total_seconds": seconds,
+        "time/tokens_per_second": len(outputs["nll"]) / seconds,
+    }
+    return TaskResult(outputs, recorder.rows, metrics)
+
+
+def evaluate(
+    model: Any,
+    tokens: Tensor,
+    begin_token: int | None,
+    task: PerplexityConfig,
+    device: torch.device,
+    folder: Path,
+    recorder: Recorder,
+) -> dict[str, Tensor]:
+    """targets, nll and top1 of every scored token; their log-probabilities go to a file in `folder`."""
+    import torch
+
+    from qexp.tasks.row_file import row_file
+
+    windows = list(windows_of(len(tokens), *window_sizes(model.config, task, begin_token), begin_token is not None))
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    kept = min(task.logprobs or vocabulary, vocabulary)
+    first = windows[0].scored
+    count = len(tokens) - first
+    outputs = {
+        "targets": tokens[first:].to(torch.int32),
+        "nll": torch.empty(count),
+        "top1": torch.empty(count, dtype=torch.int32),
+    }
+    shapes = {"logprobs": (torch.float32, (count, kept)), "ids": (torch.int32, (count, kept))}
+    if kept == vocabulary:
+        del shapes["ids"]
+    batches = list(batches_of(windows, task.batch_size))
+    recorder.steps = len(batches)
+    with row_file(folder / LOGPROBS, shapes) as file, torch.no_grad():
+        for step, batch in enumerate(batches, start=1):
+            logits = _logits(model, tokens, batch, begin_token, device)
+            for window, rows in zip(batch, logits, strict=True):
+                for start in range(0, len(rows), POSITIONS):
+                    part = rows[start : start + POSITIONS].float().log_softmax(-1)
+                    _keep(part, window.scored - first + start, outputs, file, kept)
+            recorder.on_step(step, None)
+    return outputs
+
+
+def window_sizes(config: Any, task: PerplexityConfig, begin_token: int | None) -> tuple[int, int]:
+    """(tokens of the text in a window, tokens that it scores). Raises ConfigError if the model cannot see as many."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    window = task.window or min(longest or 2048, 2048)
+    if longest is not None and window > longest:
+        raise ConfigError(
+            f"task.window={window} is more than the {longest} positions of this model; use at most {longest}, or null"
+        )
+    tokens = window - 1 if begin_token is not None else window
+    stride = task.stride or max(tokens // 2, 1)
+    if stride > tokens:
+        raise ConfigError(
+            f"task.stride={stride} leaves tokens out: it must be at most {tokens}, with task.window={window}"
+        )
+    return tokens, stride
+
+
+def windows_of(count: int, tokens: int, stride: int, has_begin: bool) -> Iterator[Window]:
+    """The windows over `count` tokens of text. Raises ConfigError for a text too short to score anything."""
+    if count < (1 if has_begin else 2):
+        raise ConfigError(f"task.text has {count} tokens, too few to predict any; give a longer text")
+    begin, scored = 0, 0 if has_begin else 1
+    while scored < count:
+        stop = min(begin + tokens, count)
+        yield Window(begin, scored, stop)
+        begin, scored = begin + stride, stop
+
+
+def batches_of(windows: list[Window], size: int) -> Iterator[list[Window]]:
+    """Neighbours of the same shape, at most `size` at a time."""
+    batch: list[Window] = []
+    for window in windows:
+        same = batch and _shape(batch[0]) == _shape(window)
+        if batch and (not same or len(batch) == size):
+            yield batch
+            batch = []
+        batch.append(window)
+    yield batch
+
+
+def _shape(window: Window) -> tuple[int, int]:
+    return window.stop - window.begin, window.stop - window.scored
+
+
+def _logits(model: Any, tokens: Tensor, batch: list[Window], begin_token: int | None, device: torch.device) -> Tensor:
+    """What predicts the scored tokens of windows of one shape, [windows, scored, vocabulary]."""
+    import torch
+
+    inputs = torch.stack([tokens[window.begin : window.stop] for window in batch])
+    if begin_token is not None:
+        inputs = torch.nn.functional.pad(inputs, (1, 0), value=begin_token)
+    scored = batch[0].stop - batch[0].scored
+    logits: Tensor = model(inputs[:, :-1].to(device), use_cache=False, logits_to_keep=scored).logits
+    return logits
+
+
+def _keep(part: Tensor, start: int, outputs: dict[str, Tensor], file: RowFile, kept: int) -> None:
+    """Save what belongs to some positions. part: ln p of all next tokens, [positions, vocabulary]."""
+    rows = slice(start, start + len(part))
+    targets = outputs["targets"][rows].to(part.device).long()
+    outputs["nll"][rows] = -part.gather(1, targets[:, None])[:, 0].cpu()
+    outputs["top1"][rows] = part.argmax(-1).int().cpu()
+    if kept == part.shape[1]:
+        file.put("logprobs", start, part)
+        return
+    values, ids = part.topk(kept)
+    file.put("logprobs", start, values)
+    file.put("ids", start, ids.int())

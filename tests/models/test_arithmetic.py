@@ -1,0 +1,160 @@
+"""The embedded language model end to end: it adds and subtracts, and every backend runs it."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qexp.errors import ConfigError
+from qexp.experiment import run_experiment
+from qexp.metrics.score import score
+from qexp.models.arithmetic import ASSETS, ArithmeticConfig, Source, solution
+from qexp.settings import RunConfig
+from qexp.sweep.key import reference_config, run_key
+from qexp.tasks.generate import GenerateConfig
+from tests.backends import BACKENDS
+from tests.composing import run_config
+from tests.language import TEXT, save_language_model
+
+SMALL = ("model=arithmetic", "model.problems=24", "device=cpu")
+
+
+def run(folder: Path, *overrides: str, reference: Path | None = None) -> dict[str, Any]:
+    """One experiment and its scores."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = run_config(*SMALL, *overrides)
+    return {**run_experiment(config, folder), **score(config, folder, reference)}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 20 of the held-out lines."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join((ASSETS / "held_out.txt").read_text().splitlines(keepends=True)[:20]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("reference")
+    run_experiment(reference_config(run_config(*SMALL, f"task.text={text}")), folder)
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_runs_it_and_shows_what_it_costs(
+    backend: str, text: Path, reference: Path, tmp_path: Path
+) -> None:
+    result = run(tmp_path, f"backend={backend}", f"task.text={text}", reference=reference)
+    assert result["load/quantized_modules"] == (0 if backend == "none" else 28)  # 4 layers of 7; not lm_head
+    if backend == "none":
+        assert (result["quality/exact"], result["quality/kl_divergence"], result["quality/exact_match"]) == (1, 0, 1)
+        assert result["quality/answer_accuracy"] >= 0.9 and result["quality/top1_agreement"] == 1
+    else:
+        assert result["quality/exact"] == 0 and result["quality/kl_divergence"] > 0
+        gentle = result["memory/bits_per_weight"] > 7.9
+        assert not gentle or result["quality/kl_divergence"] < 0.01
+        assert not gentle or result["quality/top1_agreement"] > 0.9
+    # operands are random digits: ln 10 for 6 of 13 characters, half a bit for the sign, and nothing for the answer
+    assert backend != "none" or result["quality/perplexity"] == pytest.approx(10 ** (6 / 13) * 2 ** (1 / 13), rel=0.08)
+
+
+def test_its_training_is_on_record() -> None:
+    record = json.loads((ASSETS / "training.json").read_text())
+    assert record["held_out_exact_match"] >= 0.95
+    assert record["parameters"] == sum(tensor.numel() for tensor in load_file(ASSETS / "model.safetensors").values())
+    assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 12 << 20
+
+
+@pytest.mark.parametrize("strategy", ["leaf", "block"])
+def test_offloaded_it_says_the_same(strategy: str, text: Path, tmp_path: Path) -> None:
+    for name, offload in (("resident", "none"), ("offloaded", strategy)):
+        result = run(tmp_path / name, f"offload={offload}", "offload.to=disk", f"task.text={text}")
+    assert result["offload/transferred_gib"] > 0
+    for file in ("outputs.safetensors", "logprobs.safetensors"):
+        resident, offloaded = (load_file(tmp_path / name / file) for name in ("resident", "offloaded"))
+        assert resident.keys() == offloaded.keys()
+        assert all(torch.equal(resident[name], offloaded[name]) for name in resident)
+
+
+def test_the_perplexity_task_says_what_generate_says_of_the_text(text: Path, reference: Path, tmp_path: Path) -> None:
+    result = run(tmp_path, "backend=torchao", "task=perplexity", f"task.text={text}")
+    assert "quality/exact_match" not in result
+    generated = run(tmp_path / "generate", "backend=torchao", f"task.text={text}", reference=reference)
+    assert result["quality/perplexity"] == generated["quality/perplexity"]
+    # 260 characters: a window scores 52, and 8 more 26 each, 4 windows at a time
+    assert [row["step"] for row in csv.DictReader((tmp_path / "memory.csv").open())] == ["1", "2", "3"]
+
+
+def test_samples_are_readable(text: Path, reference: Path, tmp_path: Path) -> None:
+    run(tmp_path, "backend=quanto_int2", f"task.text={text}", reference=reference)
+    rows = list(csv.DictReader((tmp_path / "samples.csv").open()))
+    lines = (ASSETS / "held_out.txt").read_text().splitlines()
+    assert [row["prompt"] for row in rows] == [line[:8] for line in lines[:24]]
+    assert sum(row["reference"].strip() == line[8:] for row, line in zip(rows, lines, strict=False)) >= 22
+
+
+def test_prompts_of_ones_own_and_sampling(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("543+870=\n543-870=\n")
+    own = ("backend=none", "task.do_sample=true", "task.temperature=5.0", "task.max_new_tokens=30", f"task.text={text}")
+    texts = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(tmp_path / name, f"task.prompt=@{tmp_path / 'prompts'}", *own, f"seed={seed}")
+        texts.append((tmp_path / name / "texts.csv").read_text())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_solution() -> None:
+    for line in TEXT.splitlines():
+        assert line[:8] + solution(line[:8]) == line
+
+
+def test_only_problems_count_as_answered() -> None:
+    source = Source(ArithmeticConfig())
+    tokens = {line: source.encode(line).int() for line in ("543+870=", "543+8701", "3240\n", "3241\n")}
+
+    def accuracy(prompts: list[str], answers: list[str]) -> float | None:
+        outputs = {name: torch.stack([tokens[line] for line in lines]) for name, lines in
+                   (("prompts", prompts), ("tokens", answers))}  # fmt: skip
+        return source.scores(outputs)["answer_accuracy"]
+
+    assert accuracy(["543+870=", "543+870="], ["3240\n", "3241\n"]) == 0.5
+    assert accuracy(["543+870=", "543+8701"], ["3240\n", "3240\n"]) == 1
+    assert accuracy(["543+8701"], ["3240\n"]) is None
+
+
+def key(*overrides: str) -> str:
+    config: RunConfig = run_config(*SMALL, *overrides)
+    return run_key(config)
+
+
+def test_the_text_counts_by_its_content(tmp_path: Path) -> None:
+    for name, content in (("a", TEXT), ("b", TEXT), ("c", TEXT[13:])):
+        (tmp_path / name).write_text(content)
+    first, same, other = (key("task=perplexity", f"task.text={tmp_path / name}") for name in "abc")
+    assert first == same != other
+    assert key() == key("model.path=null") != key("task.batch_size=7")
+
+
+def test_another_checkpoint_of_its_kind(tmp_path: Path) -> None:
+    folder = save_language_model(tmp_path / "model")
+    result = run(tmp_path / "run", f"model.path={folder}", "backend=none")
+    assert result["quality/answer_accuracy"] < 0.5
+    assert Source(ArithmeticConfig(path=str(folder))).prompts(GenerateConfig()) != []
+
+
+def test_activations_are_calibrated_on_prompts(text: Path, reference: Path, tmp_path: Path) -> None:
+    calibrated = (
+        "backend=quanto",
+        "backend.activations_dtype=int8",
+        "backend.calibration_samples=8",
+        f"task.text={text}",
+    )
+    result = run(tmp_path / "generate", *calibrated, reference=reference)
+    assert 0 < result["quality/kl_divergence"] < 1 and result["quality/answer_accuracy"] > 0.5
+    with pytest.raises(ConfigError, match="calibrated on samples of the task, and task=perplexity generates none"):
+        run(tmp_path / "perplexity", *calibrated, "task=perplexity")

@@ -1,0 +1,162 @@
+"""Language models of transformers: what we load is what `from_pretrained` loads, and what it says is the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from qexp.errors import ConfigError, LoadError
+from qexp.loading.lifecycle import LoadedComponent, load_component
+from qexp.models.causal_lm import CausalLMConfig, Source
+from qexp.offload.config import OffloadConfig
+from qexp.offload.strategies import apply_offload
+from qexp.settings import ComponentConfig, LoaderConfig
+from tests.backends import BACKENDS, CPU, backend_config
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+ARCHITECTURES: dict[str, Any] = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "qwen2 tied": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16),
+    "gpt_neox renamed": lambda: transformers.GPTNeoXConfig(
+        **{name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+    ),
+    "gpt2 without heads": lambda: transformers.GPT2Config(
+        vocab_size=64, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    ),
+}
+
+
+def save_model(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
+    """A model with random weights as its library saves it, biases and norms too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.to(dtype).save_pretrained(folder, **options)
+    return model
+
+
+def load(folder: Path, backend: str = "none", **settings: Any) -> tuple[LoadedComponent, Source]:
+    source = Source(CausalLMConfig(path=str(folder)))
+    component = ComponentConfig(backend_config(backend), **settings)
+    return load_component(source, "model", component, device=CPU, loader=LoaderConfig()), source
+
+
+def logits(model: Any) -> torch.Tensor:
+    tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        answer: torch.Tensor = model(tokens).logits
+    return answer
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_unquantized_it_is_what_the_library_loads(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    save_model(tmp_path, ARCHITECTURES[architecture](), dtype)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    loaded, _ = load(tmp_path)
+    ours: Any = loaded.model
+    assert type(ours) is type(theirs)
+    expected, found = dict(theirs.named_parameters()), dict(ours.named_parameters())
+    assert expected.keys() == found.keys()  # tied ones once
+    assert all(torch.equal(found[name], value) and found[name].dtype == dtype for name, value in expected.items())
+    buffers = dict(theirs.named_buffers())
+    assert buffers.keys() == dict(ours.named_buffers()).keys()
+    assert all(torch.equal(value, buffers[name]) for name, value in ours.named_buffers())
+    assert torch.equal(logits(ours), logits(theirs))
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+def test_sharded(tmp_path: Path) -> None:
+    save_model(tmp_path, ARCHITECTURES["llama"](), max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(load(tmp_path)[0].model), logits(AutoModelForCausalLM.from_pretrained(tmp_path)))
+
+
+def test_a_tied_embedding_stays_one_parameter(tmp_path: Path) -> None:
+    save_model(tmp_path, ARCHITECTURES["qwen2 tied"]())
+    for backend in ("none", "torchao"):
+        model: Any = load(tmp_path, backend, skip_modules=() if backend == "none" else ("lm_head",))[0].model
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+    model = load(tmp_path, "torchao")[0].model  # not skipped: the head is quantized, the embedding is not
+    assert type(model.lm_head.weight).__name__ != "Parameter"
+    assert type(model.get_input_embeddings().weight) is nn.Parameter
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_loads_and_answers(backend: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path, ARCHITECTURES["llama"](), torch.float32)
+    skip = () if backend == "none" else ("lm_head",)
+    loaded, _ = load(tmp_path, backend, skip_modules=skip)
+    assert len(loaded.plan.quantized) == (0 if backend == "none" else 14)
+    expected, found = logits(model), logits(loaded.model)
+    bits = 8 * sum(item.result_nbytes for item in loaded.plan.quantized) / (2 * 36864)
+    limit = 0.0 if backend == "none" else 0.15 if bits > 7.5 else 0.75 if bits > 3.9 else 1.5
+    assert (found - expected).norm() <= limit * expected.norm()
+
+
+@pytest.mark.parametrize("strategy", ["leaf", "block", "sequential", "model"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2 tied"])
+def test_offloading_changes_no_bit(architecture: str, strategy: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", ARCHITECTURES[architecture]())
+    loaded, source = load(tmp_path / "model", "torchao", skip_modules=("lm_head",))
+    assert source.block_lists("model") == ["model.layers"]
+    expected = logits(loaded.model)
+    config = OffloadConfig(strategy, "disk").resolved("cpu")
+    apply_offload(loaded.model, config, device=CPU, block_lists=source.block_lists("model"), store=tmp_path / "store")
+    assert torch.equal(logits(loaded.model), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "lama"}, r"model_type='lama' is unknown to transformers \d.*install a version that knows it"),
+        ({"model_type": None}, "has no model_type: it is not a transformers model's"),
+        ({"model_type": "vit"}, "model_type='vit' is not a model for AutoModelForCausalLM"),
+    ],
+)
+def test_a_config_of_something_else_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_model(tmp_path, ARCHITECTURES["llama"]())
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    config = {name: value for name, value in config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match=message):
+        load(tmp_path)
+
+
+def test_experts_that_would_have_to_be_merged_are_refused_by_name(tmp_path: Path) -> None:
+    save_model(tmp_path, transformers.MixtralConfig(**SIZES, num_local_experts=2))
+    with pytest.raises(LoadError, match=r"experts\.0\.w1\.weight'.* MixtralForCausalLM .*MergeModulelist, Concatenate"):
+        load(tmp_path)
+
+
+def test_a_weight_under_two_names_is_refused(tmp_path: Path) -> None:
+    """`lm_head` is `embed_out` in files of GPT-NeoX; they are renamed only if some name of the network is missing."""
+    save_model(tmp_path, ARCHITECTURES["gpt_neox renamed"]())
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["embed_out.weight"].clone()
+    del tensors["gpt_neox.final_layer_norm.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LoadError, match=r"the checkpoint has 'lm_head\.weight' twice"):
+        load(tmp_path)
+
+
+def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
+    save_model(tmp_path, ARCHITECTURES["llama"]())
+    with pytest.raises(LoadError, match="has no tokenizer that transformers can open"):
+        Source(CausalLMConfig(path=str(tmp_path))).encode("text")
+
+
+def test_without_a_folder_it_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"model\.path=null names no model; set model\.path to a folder"):
+        Source(CausalLMConfig()).checkpoints()
