@@ -40,8 +40,10 @@ PACKED_INT4_GROUP_SIZE = 128  # torchao's default for int4wo
 
 @dataclass(frozen=True)
 class TorchAoConfig(BackendConfig):
-    """quant_type, quant_type_kwargs: see `torchao_types` and `torchao_names`; group_size: weights that share a scale, null is the type's
-    own number of them."""
+    """quant_type, quant_type_kwargs: see `torchao_names` and `torchao_types`.
+
+    group_size: weights that share a scale; null is the type's own number of them.
+    """
 
     quant_method: str = "torchao"
     quant_type: str = "int8wo"
