@@ -224,8 +224,9 @@ def _load_weights(
         companions = dict(zip(item.companions, others, strict=True))
         return prepared.quantizer.create_quantized_param(item.spec, [first], companions, device)
 
-    items = list(prepared.plan.distinct if dispatch is None else prepared.plan.items)
-    if dispatch is not None:  # its groups are loaded and moved one by one, so each has a tied parameter of its own
+    shared = placement.shared()  # groups that travel are loaded one by one, so each has a tied parameter of its own
+    items = [item for item in prepared.plan.items if item.target not in shared]
+    if dispatch is not None:
         dispatch.expect([item.target for item in items])
 
     def on_cpu(item: WorkItem) -> bool:  # where results share what was read
@@ -236,7 +237,7 @@ def _load_weights(
         del tensor  # a group that is complete moves away: nobody else may hold it
         if dispatch is not None:
             dispatch.loaded(item.target)
-    for name, first in prepared.plan.tied.items() if dispatch is None else ():
+    for name, first in shared.items():
         _assign(model, name, model.get_parameter(first))
     for name, module in model.named_modules():  # buffers that no checkpoint holds were made on the CPU
         for own, buffer in module.named_buffers(recurse=False):

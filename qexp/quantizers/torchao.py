@@ -123,6 +123,7 @@ class TorchAoQuantizer(base.Quantizer):
     config: TorchAoConfig
     required_packages: ClassVar[Mapping[str, str]] = {"torchao": "0.18"}
     is_serializable = True
+    has_backward = False  # not of what quantizes activations
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
