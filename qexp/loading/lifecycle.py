@@ -24,7 +24,7 @@ from qexp.loading.checkpoint import Checkpoint, open_checkpoint
 from qexp.loading.conversion import converted
 from qexp.loading.fp32 import compute_in_fp32
 from qexp.loading.patterns import anywhere, check_patterns, patterns_lost
-from qexp.loading.pipeline import stream
+from qexp.loading.pipeline import InPlace, nowhere, stream
 from qexp.loading.placement import (
     DeviceMap,
     MaxMemory,
@@ -170,9 +170,10 @@ def prepare(
 
 
 def _under_model_names(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
-    """The checkpoint with tensors named as the model's, converted by the source where it knows another layout."""
+    """The checkpoint with tensors named as the model's: converted by the source where most names are other ones."""
     conversion = source.conversion(component, model) if hasattr(source, "conversion") else None
-    if conversion is None or model.state_dict().keys() <= checkpoint.entries.keys():
+    names = model.state_dict().keys()
+    if conversion is None or 2 * len(names & checkpoint.entries.keys()) > len(names):
         return checkpoint
     return converted(checkpoint, conversion)
 
@@ -189,7 +190,7 @@ def _validate_environment(quantizer: Quantizer, checkpoint: Checkpoint, device: 
 
 
 def stream_plan(
-    items: list[WorkItem], create: Any, loader: LoaderConfig, title: str, *, in_place: bool = False
+    items: list[WorkItem], create: Any, loader: LoaderConfig, title: str, *, in_place: InPlace = nowhere
 ) -> Iterator[tuple[WorkItem, Any]]:
     """Run work items through the pipeline with the loader's settings, showing progress. in_place: see `stream`."""
     workers, in_flight_bytes = loader.workers or len(os.sched_getaffinity(0)), loader.in_flight_mib << 20
@@ -223,16 +224,20 @@ def _load_weights(
         companions = dict(zip(item.companions, others, strict=True))
         return prepared.quantizer.create_quantized_param(item.spec, [first], companions, device)
 
-    items = list(prepared.plan.distinct if dispatch is None else prepared.plan.items)
-    if dispatch is not None:  # its groups are loaded and moved one by one, so each has a tied parameter of its own
+    shared = placement.shared()  # groups that travel are loaded one by one, so each has a tied parameter of its own
+    items = [item for item in prepared.plan.items if item.target not in shared]
+    if dispatch is not None:
         dispatch.expect([item.target for item in items])
-    on_cpu = any(device.type == "cpu" for device in placement.computes.values())  # some results share what was read
+
+    def on_cpu(item: WorkItem) -> bool:  # where results share what was read
+        return placement.device_of(item.target).type == "cpu"
+
     for item, tensor in stream_plan(items, create, loader, f"{component}: loading", in_place=on_cpu):
         _assign(model, item.target, tensor)
         del tensor  # a group that is complete moves away: nobody else may hold it
         if dispatch is not None:
             dispatch.loaded(item.target)
-    for name, first in prepared.plan.tied.items() if dispatch is None else ():
+    for name, first in shared.items():
         _assign(model, name, model.get_parameter(first))
     for name, module in model.named_modules():  # buffers that no checkpoint holds were made on the CPU
         for own, buffer in module.named_buffers(recurse=False):

@@ -28,23 +28,28 @@ from qexp.loading.checkpoint import TensorEntry
 from qexp.loading.plan import TORCH_DTYPES, WorkItem
 
 Create = Callable[..., Any]  # (item, tensor of each entry) -> result
+InPlace = Callable[[WorkItem], bool]
 TENSOR_ALIGNMENT = 64  # of tensors that share a place in the arena
 READ_BYTES = 32 << 20  # a single read: large enough to be fast, small enough to stop soon
 
 
+def nowhere(item: WorkItem) -> bool:
+    return False
+
+
 def stream(
-    items: Sequence[WorkItem], create: Create, *, workers: int, in_flight_bytes: int, in_place: bool = False
+    items: Sequence[WorkItem], create: Create, *, workers: int, in_flight_bytes: int, in_place: InPlace = nowhere
 ) -> Iterator[tuple[WorkItem, Any]]:
     """Read each item's tensor, apply `create` to it on a worker, and yield (item, result) in the order of `items`.
 
     create: (item, a tensor for each of item.entries, on the CPU as in the checkpoint) -> result, called without grad.
     The tensors' memory is used again when it returns, so the result must not share it.
-    in_place: an item that is kept as it is gets memory of its own, for results that share it (a load on the CPU).
+    in_place: whether an item that is kept as it is gets memory of its own, for results that share it (on the CPU).
     Raises whatever a stage raised; all threads have ended when it does.
     """
 
     def is_staged(item: WorkItem) -> bool:
-        return not (in_place and _is_unchanged(item))
+        return not (in_place(item) and _is_unchanged(item))
 
     arena = Arena(_arena_bytes([_room(item) for item in items if is_staged(item)], in_flight_bytes))
     todo, done, stop = queue.SimpleQueue[Any](), queue.SimpleQueue[Any](), threading.Event()

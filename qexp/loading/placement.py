@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
 import torch
-from accelerate.utils import find_tied_parameters, get_max_memory
+from accelerate.utils import get_max_memory
 from torch import nn
 
 from qexp.devices import PLANNED_DEVICE_MAPS, parse_bytes
@@ -44,7 +44,7 @@ MaxMemory = Mapping[str, int] | Mapping[int | str, int | str] | None
 class Placement:
     """places, computes: map entry -> where it rests, where it computes; an entry is a module, a tensor, or "" for all.
 
-    nbytes: tensor -> its bytes; room: device -> bytes that its limit leaves beside what rests there.
+    nbytes: tensor -> its bytes (each name of a tied one); room: device -> bytes that its limit leaves to what travels.
     """
 
     main: torch.device
@@ -52,6 +52,7 @@ class Placement:
     computes: Mapping[str, torch.device]
     nbytes: Mapping[str, int]
     room: Mapping[torch.device, float]
+    tied: Mapping[str, str] = field(default_factory=dict)  # parameter -> the one that it is the same as
 
     def entry(self, name: str) -> str:
         """The entry that a module or tensor belongs to."""
@@ -66,6 +67,14 @@ class Placement:
         """Where a module or tensor computes."""
         return self.computes[self.entry(name)]
 
+    def shared(self) -> dict[str, str]:
+        """The tied parameters that are one in memory: those that stay together on the device that computes them."""
+        return {
+            name: first
+            for name, first in self.tied.items()
+            if self.place_of(name) == self.place_of(first) == self.device_of(name) == self.device_of(first)
+        }
+
     @property
     def is_spread(self) -> bool:
         """Whether anything has to travel."""
@@ -77,8 +86,8 @@ class Placement:
         return set(self.places) == {""} and not self.is_spread
 
     def bytes_by_place(self) -> dict[str, int]:
-        counted: Counter[str] = Counter()
-        for name, nbytes in self.nbytes.items():
+        counted, shared = Counter[str](), self.shared()
+        for name, nbytes in ((name, nbytes) for name, nbytes in self.nbytes.items() if name not in shared):
             counted[str(self.place_of(name))] += nbytes
         return dict(counted)
 
@@ -124,14 +133,14 @@ def place(
     """
     nbytes = tensor_nbytes(model, plan)
     if device_map is None:
-        return Placement(device, {"": device}, {"": device}, nbytes, {})
+        return Placement(device, {"": device}, {"": device}, nbytes, {}, plan.tied)
     limits = _limits(max_memory, device)
     if isinstance(device_map, str) and device_map in PLANNED_DEVICE_MAPS:
         # of an accelerator's free memory, a tenth is left for what computing needs, as accelerate does for a single one
         accelerators = [key for key in limits if isinstance(key, int)]
         if max_memory is None and len(accelerators) == 1 and device_map != "sequential":
             limits[accelerators[0]] = int(0.9 * limits[accelerators[0]])
-        places = _planned(model, nbytes, device_map, device, limits, no_split)
+        places = _planned(model, nbytes, plan.tied, device_map, device, limits, no_split)
         main = _device(accelerators[0] if accelerators else "cpu", device)
         computes = {name: main if isinstance(place, str) or place == CPU else place for name, place in places.items()}
     else:
@@ -140,7 +149,7 @@ def place(
         main, computes = device, _computes(places, device)
         if not travels:
             computes = {name: CPU if place in (CPU, DISK) else computes[name] for name, place in places.items()}
-    placement = Placement(main, places, computes, nbytes, {})
+    placement = Placement(main, places, computes, nbytes, {}, plan.tied)
     used = placement.bytes_by_place()
     for key, limit in limits.items():
         found = str(_place(key, device))
@@ -256,15 +265,17 @@ def _number(name: int | str) -> int | str:
 def _planned(
     model: nn.Module,
     nbytes: Mapping[str, int],
+    tied: Mapping[str, str],
     device_map: str,
     device: torch.device,
     limits: Mapping[Key, int],
     no_split: Collection[str],
 ) -> dict[str, Place]:
-    root = build_tree(model, nbytes.__getitem__, no_split)
+    root = build_tree(model, lambda name: 0 if name in tied else nbytes[name], no_split)
+    groups = [[first, *(name for name in tied if tied[name] == first)] for first in dict.fromkeys(tied.values())]
     if device_map != "sequential":
         limits = balanced_limits(root, limits, no_split, low_zero=device_map == "balanced_low_0")
-    plan = Plan(root, limits, find_tied_parameters(model))
+    plan = Plan(root, limits, groups)
     return {name: _place(key, device) for name, key in merge_entries(plan.devices).items()}
 
 

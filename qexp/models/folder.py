@@ -15,6 +15,8 @@ from qexp.errors import ConfigError, LoadError
 if TYPE_CHECKING:
     from torch import nn
 
+    from qexp.loading.conversion import Conversion
+
 NOT_THE_NETWORKS = ("quantization_config", "torch_dtype", "dtype")  # entries of config.json about the weights
 
 
@@ -54,6 +56,14 @@ class FolderSource:
             f"'{self.path}': its config.json names no class of diffusers (_class_name) or transformers "
             "(architectures), so nothing says how to build the network; pass skeleton=, a class or a function"
         )
+
+    def conversion(self, component: str, model: nn.Module) -> Conversion | None:
+        """diffusers' conversion of a single file in the layout of the model's authors; None for other libraries."""
+        if type(model).__module__.partition(".")[0] != "diffusers":
+            return None
+        from qexp.models.single_file import single_file_conversion
+
+        return single_file_conversion(model)
 
     def _built_by_class(self, kind: type[nn.Module], fields: Mapping[str, Any]) -> nn.Module:
         try:

@@ -16,8 +16,7 @@ from qexp.errors import LoadError
 from qexp.loading.checkpoint import open_checkpoint
 from qexp.loading.lifecycle import load_component, prepare, resolve_quantizer
 from qexp.loading.saving import save_model
-from qexp.models.base import ModelSource
-from qexp.models.single_file import single_file_conversion
+from qexp.models.folder import FolderSource
 from qexp.offload.config import OffloadConfig
 from qexp.offload.strategies import apply_offload
 from qexp.quantizers.gguf_tensor import GGUFTensor
@@ -37,28 +36,11 @@ SD3 = {"sample_size": 8, "in_channels": 4, "num_layers": 2, "attention_head_dim"
 THEIR_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # that can be made from weights
 
 
-class Source:
-    """The model source of a class of diffusers."""
-
-    def __init__(self, kind: Any, path: Path) -> None:
-        self.kind, self.path = kind, path
-
-    def checkpoints(self) -> dict[str, Path]:
-        return {"transformer": self.path}
-
-    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
-        model: nn.Module = self.kind.from_config(config)
-        return model
-
-    def conversion(self, component: str, model: nn.Module) -> Any:
-        return single_file_conversion(model)
-
-
-def load_ours(kind: Any, path: Path, backend: str = "none", *overrides: str, **fields: Any) -> Any:
-    source = cast(ModelSource, Source(kind, path))
-    return load_component(
-        source, "transformer", settings(backend, *overrides, **fields), device=CPU, loader=LoaderConfig()
-    ).model
+def load_ours(path: Path, backend: str = "none", *overrides: str, **fields: Any) -> Any:
+    """By the class that config.json names, as `qexp.load` does."""
+    source = FolderSource(path, None)
+    chosen = settings(backend, *overrides, **fields)
+    return load_component(source, "model", chosen, device=CPU, loader=LoaderConfig()).model
 
 
 def load_theirs(kind: Any, path: Path, config: Path, dtype: torch.dtype = FP32) -> Any:
@@ -118,14 +100,14 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", THEIR_TYPES)
 def test_what_is_saved_here_is_opened_there_and_here(name: str, flux: Path, tmp_path: Path) -> None:
-    ours = load_ours(FluxTransformer2DModel, flux, "gguf", f"quant_type={name}", compute_dtype="float32")
+    ours = load_ours(flux, "gguf", f"quant_type={name}", compute_dtype="float32")
     files = save_model(ours, tmp_path)
     assert [file.name for file in files] == ["config.json", "model.gguf"]
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     theirs = load_theirs(FluxTransformer2DModel, tmp_path / "model.gguf", tmp_path)
     assert_same_weights(ours, theirs)
     assert relative(answer(theirs), answer(ours)) < 1e-3  # they decode in fp16
-    again = load_ours(FluxTransformer2DModel, tmp_path / "model.gguf")
+    again = load_ours(tmp_path / "model.gguf")
     assert torch.equal(answer(again), answer(ours))
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     for tensor in reader.tensors:
@@ -138,7 +120,7 @@ def test_what_is_saved_here_is_opened_there_and_here(name: str, flux: Path, tmp_
 @pytest.mark.parametrize("strategy", ["leaf", "block"])
 @pytest.mark.parametrize("to", ["cpu", "disk"])
 def test_a_model_is_saved_while_it_is_offloaded(to: str, strategy: str, flux: Path, tmp_path: Path) -> None:
-    ours = load_ours(FluxTransformer2DModel, flux, "gguf_q4_0")
+    ours = load_ours(flux, "gguf_q4_0")
     expected = answer(ours)
     save_model(ours, tmp_path / "resident")
     config = OffloadConfig(strategy=strategy, to=to).resolved("cpu")
@@ -153,9 +135,9 @@ def test_a_model_is_saved_while_it_is_offloaded(to: str, strategy: str, flux: Pa
 @pytest.mark.parametrize("name", ENCODABLE)
 def test_every_type_that_can_be_made_is_saved_and_reloaded(name: str, flux: Path, tmp_path: Path) -> None:
     """In bf16: the file says so, and norms and biases come back from its fp32 exactly."""
-    ours = load_ours(FluxTransformer2DModel, flux, "gguf", f"quant_type={name}")
+    ours = load_ours(flux, "gguf", f"quant_type={name}")
     save_model(ours, tmp_path)
-    again = load_ours(FluxTransformer2DModel, tmp_path)
+    again = load_ours(tmp_path)
     for key, tensor in ours.state_dict().items():
         other = again.state_dict()[key]
         assert tensor.dtype == other.dtype and torch.equal(plain(tensor), plain(other)), key
@@ -201,14 +183,14 @@ def test_the_authors_layout_is_converted_without_touching_a_block(name: str, pre
     SD3Transformer2DModel(**cast(Any, SD3)).save_config(tmp_path)
     tensors = {prefix + key: value for key, value in sd3_original(name).items()}
     path = write(tmp_path / "x.gguf", tensors)
-    ours, theirs = load_ours(SD3Transformer2DModel, path), load_theirs(SD3Transformer2DModel, path, tmp_path)
+    ours, theirs = load_ours(path), load_theirs(SD3Transformer2DModel, path, tmp_path)
     assert_same_weights(ours, theirs)
     one, other = answer(ours), answer(theirs)
     assert one.isfinite().all() and relative(other, one) < 5e-3  # they decode in fp16
     qkv = tensors[f"{prefix}joint_blocks.0.x_block.attn.qkv.weight"][1]
     assert np.array_equal(ours.transformer_blocks[0].attn.to_k.weight.raw.numpy(), qkv[256:512])
     save_model(ours, tmp_path / "saved")  # in the layout of diffusers
-    assert torch.equal(answer(load_ours(SD3Transformer2DModel, tmp_path / "saved")), one)
+    assert torch.equal(answer(load_ours(tmp_path / "saved")), one)
 
 
 def flux_original_shapes() -> dict[str, tuple[int, ...]]:
@@ -258,10 +240,10 @@ def test_flux_at_its_true_width_is_planned_from_the_header(tmp_path: Path) -> No
         FluxTransformer2DModel(**cast(Any, config)).save_config(tmp_path)
     shapes = flux_original_shapes()
     path = sparse_gguf(tmp_path / "x.gguf", shapes)
-    checkpoint, source = open_checkpoint(path), cast(ModelSource, Source(FluxTransformer2DModel, path))
+    checkpoint, source = open_checkpoint(path), FolderSource(path, None)
     backend = settings("none")
-    quantizer = resolve_quantizer(backend.backend, checkpoint, "transformer")
-    plan = prepare(source, "transformer", backend, checkpoint, quantizer, device=CPU).plan
+    quantizer = resolve_quantizer(backend.backend, checkpoint, "model")
+    plan = prepare(source, "model", backend, checkpoint, quantizer, device=CPU).plan
     assert plan.unused == () and plan.to_container()["read_bytes"] == checkpoint.nbytes
     assert set(plan.skipped) == {"x_embedder"}  # 64 columns
     places = {item.target: item.source for item in plan.items}
@@ -279,4 +261,13 @@ def test_a_file_of_another_model_is_refused(flux: Path, tmp_path: Path) -> None:
     FluxTransformer2DModel(**cast(Any, FLUX)).save_config(tmp_path)
     path = write(tmp_path / "x.gguf", sd3_original("Q8_0"))
     with pytest.raises(LoadError, match=r"not those that .* expects \(IndexError.*belongs to another model"):
-        load_ours(FluxTransformer2DModel, path)
+        load_ours(path)
+
+
+def test_an_incomplete_file_in_our_own_layout_is_not_taken_for_another_layout(flux: Path, tmp_path: Path) -> None:
+    save_model(load_ours(flux, "gguf"), tmp_path)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    kept = {t.name: (t.tensor_type.name, t.data) for t in reader.tensors if t.name != "proj_out.bias"}
+    path = write(tmp_path / "other.gguf", kept)
+    with pytest.raises(LoadError, match=r"lacks 'proj_out\.bias'"):
+        load_ours(path)

@@ -5,6 +5,7 @@ import json
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from qexp.errors import ConfigError, LoadError
 from qexp.loading import arena, lifecycle, pipeline
 from qexp.loading.lifecycle import plan_statistics
+from qexp.loading.placement import Placement, place
 from qexp.memory import host_memory, release_freed_memory
 from qexp.offload.payload import leaves, module_nbytes, true_nbytes
 from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
@@ -352,3 +354,21 @@ def test_no_tensor_has_more_memory_than_it_shows(backend: str, folder: Path) -> 
     for name, tensor in names_of(load_toy(folder, settings(backend)).model).items():
         for leaf in leaves(tensor):
             assert leaf.untyped_storage().nbytes() == leaf.nbytes, name
+
+
+def test_what_stays_on_the_cpu_beside_an_accelerator_has_memory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept as it is, it would otherwise be the place that the next tensors are read through."""
+
+    def beside_another(*arguments: Any, **options: Any) -> Placement:
+        found = place(*arguments, **options)
+        return replace(found, computes={**found.computes, "elsewhere": torch.device("meta")})
+
+    monkeypatch.setattr(lifecycle, "place", beside_another)
+    monkeypatch.setattr(Placement, "is_spread", False)  # nothing is there to travel
+    shapes = [(256, 1024)] * 8  # each as large as what may be in flight
+    saved = save_stack(tmp_path, shapes, dtype=FP32, bias=False)
+    model = load_toy(tmp_path, settings("none"), stack_of(shapes)).model
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(model.get_parameter(name), tensor), name

@@ -82,7 +82,7 @@ def test_bytes_equal_those_of_safetensors(dtype: str, in_place: bool, tmp_path: 
     save_file({"a": tensor(3, 5), "s": tensor(), "e": tensor(0, 4), "b": tensor(7), "c": tensor(1, 2, 3)}, file)
     expected = load_file(file)
     create = (lambda item, dense: dense) if in_place else clone
-    results = {item.target: result for item, result in run(items_of(file), create, in_place=in_place)}
+    results = {item.target: result for item, result in run(items_of(file), create, in_place=lambda item: in_place)}
     assert set(results) == set(expected)
     for name, result in results.items():
         assert (result.dtype, result.shape) == (expected[name].dtype, expected[name].shape)
@@ -127,7 +127,7 @@ def test_what_is_read_in_place_is_not_in_the_arena(tmp_path: Path) -> None:
     def create(item: WorkItem, dense: Tensor) -> Tensor:
         return dense if item.spec is None else dense.zero_()
 
-    results = run(items, create, workers=1, in_flight_bytes=4096, in_place=True)
+    results = run(items, create, workers=1, in_flight_bytes=4096, in_place=lambda item: True)
     kept_results = [(item, result) for item, result in results if item.spec is None]
     assert all(torch.equal(result, tensors[item.target]) for item, result in kept_results)
     assert len({result.untyped_storage().data_ptr() for _, result in kept_results}) == 10
@@ -371,7 +371,7 @@ def test_an_error_of_the_caller_stops_the_reading(
     items = items_of(tmp_path / "model.safetensors", quantize=not in_place)
     started = time.monotonic()
     with pytest.raises(ValueError, match="caller"):
-        for _ in stream(items, clone, workers=2, in_flight_bytes=64 * KIB, in_place=in_place):
+        for _ in stream(items, clone, workers=2, in_flight_bytes=64 * KIB, in_place=lambda item: in_place):
             raise ValueError("caller")
     assert time.monotonic() - started < 5
     assert sum(read) < 20 * MIB

@@ -50,6 +50,16 @@ class Net(nn.Module):
         return self.head(hidden) + self.shift.to(x.dtype), hidden
 
 
+class Tied(Net):
+    """The first and the last layer have one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("shift", torch.randn(WIDTH))
+
+
 class Source(ToySource):
     def block_lists(self, component: str) -> list[str]:
         return ["blocks"]
@@ -67,10 +77,11 @@ def load(
     limits: Any = None,
     store: Path | None = None,
     *overrides: str,
+    build: type[nn.Module] = Net,
     **fields: Any,
 ) -> Any:
     return load_component(
-        cast(ModelSource, Source(folder, Net)),
+        cast(ModelSource, Source(folder, build)),
         "toy",
         settings(backend, *overrides, **fields),
         device=DEVICES[0],
@@ -188,6 +199,37 @@ def test_modules_kept_in_fp32_on_the_cpu(planned: bool, folder: Path, tmp_path: 
     travelling = load(folder, "bitsandbytes_int8", device_map, **half)
     assert "blocks.1.fc1" in travelling.plan.quantized_nbytes
     assert travelling.dispatch.statistics()["offload/groups"] == 1
+
+
+@pytest.mark.parametrize(
+    ("device_map", "copies"),
+    [
+        ({"": 0, "blocks": 1}, 1),
+        ({"": 0, "blocks": 1, "head": 1}, 2),
+        ({"": 0, "embed": "cpu", "head": "cpu"}, 2),
+        ({"": 0, "head": "cpu", "blocks": 1}, 2),
+        ("balanced", 1),
+    ],
+)
+def test_tied_parameters_are_one_where_they_stay_together(device_map: Any, copies: int, tmp_path: Path) -> None:
+    folder = save_state(tmp_path, {k: v for k, v in random_state(Tied).items() if k != "head.weight"})
+    resident = load(folder, "none", build=Tied)
+    assert resident.model.head.weight is resident.model.embed.weight
+    x = batch(resident.model)
+    expected = answers(resident.model, x.to(DEVICES[0]))
+    total = sum(tensor.nbytes for tensor in [*Tied().parameters(), *Tied().buffers()])
+    assert resident.placement.bytes_by_place() == {"fake:0": total}
+    limits = {0: total * 2 // 3, 1: total} if device_map == "balanced" else None
+    loaded = load(folder, "none", device_map, limits, build=Tied)
+    assert (loaded.model.head.weight is loaded.model.embed.weight) == (copies == 1)
+    weight = WIDTH * WIDTH * 4
+    assert sum(loaded.placement.bytes_by_place().values()) == total + (copies - 1) * weight
+    at_rest = loaded.dispatch.bytes_at_rest()
+    assert sum(at_rest.values()) == pytest.approx(total + (copies - 1) * weight, abs=5000)
+    assert all(torch.equal(a, b) for a, b in zip(answers(loaded.model, x), expected, strict=True))
+    assert loaded.dispatch.statistics()["offload/at_rest_device_gib"] * GIB <= sum(
+        nbytes for place, nbytes in at_rest.items() if place.startswith("fake")
+    )
 
 
 def test_each_device_has_a_ring_of_its_own(folder: Path, tmp_path: Path) -> None:
