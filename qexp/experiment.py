@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from qexp.errors import ConfigError
 from qexp.hub import push
-from qexp.loading.checkpoint import open_checkpoint
+from qexp.loading.checkpoint import Checkpoint, open_checkpoint
 from qexp.loading.lifecycle import LoadedComponent, load_component, plan_statistics, prepare, resolve_quantizer, warm_up
 from qexp.loading.saving import save_model, save_tensors
 from qexp.memory import GIB, PeakMemory, device_memory, host_memory
@@ -22,6 +23,7 @@ from qexp.models.base import load_source
 from qexp.offload.dispatch import Dispatch
 from qexp.offload.payload import module_nbytes
 from qexp.offload.strategies import Offload, apply_offload
+from qexp.quantizers.embedded import is_quantized
 from qexp.report.labels import backend_label
 from qexp.sweep.store import PUSHED, to_csv, write_json, write_text
 from qexp.tasks import generate, perplexity, roundtrip, text
@@ -144,20 +146,23 @@ def _save(config: RunConfig, models: Mapping[str, nn.Module], run_folder: Path) 
 
 def _roundtrip(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
     started = time.perf_counter()
-    prepared, rows = {}, []
+    prepared, originals, rows = {}, dict[str, Checkpoint | None](), []
     for name, settings in config.components.items():
         checkpoint = open_checkpoint(source.checkpoints()[name])
         quantizer = resolve_quantizer(settings.backend, checkpoint, name)
-        if quantizer.stored:
+        originals[name] = _original(config, name) if quantizer.stored else None
+        if quantizer.stored and originals[name] is None:
             raise ConfigError(
                 f"task=roundtrip compares with the original weights, but '{checkpoint.path}' is quantized already; "
-                "set model.path to the original checkpoint"
+                "set model.reference_path to the checkpoint that it was made from, or model.path to quantize that one"
             )
         prepared[name] = prepare(source, name, settings, checkpoint, quantizer, device=device)
         warm_up(prepared[name], device)
     with PeakMemory(device) as peak:
         for name, component in prepared.items():
-            rows += roundtrip.measure_layers(component, name, device=device, loader=config.loader)
+            rows += roundtrip.measure_layers(
+                component, name, device=device, loader=config.loader, original=originals[name]
+            )
     plans = {name: component.plan.to_container() for name, component in prepared.items()}
     write_json(folder / "plan.json", plans)
     write_text(folder / "layers.csv", roundtrip.rows_to_csv(rows))
@@ -168,6 +173,20 @@ def _roundtrip(config: RunConfig, source: ModelSource, device: torch.device, fol
         "time/total_seconds": time.perf_counter() - started,
         **_run_peaks(peak, peak.baseline.total_bytes),
     }
+
+
+def _original(config: RunConfig, component: str) -> Checkpoint | None:
+    """The unquantized checkpoint of a component, in `model.reference_path`. Raises: ConfigError if it is quantized."""
+    path = config.model.reference_path
+    if path is None:
+        return None
+    source = load_source(replace(config.model, path=path, reference_path=None))
+    checkpoint = open_checkpoint(source.checkpoints()[component])
+    if is_quantized(checkpoint):
+        raise ConfigError(
+            f"model.reference_path='{path}' is quantized itself; set it to the checkpoint with the original weights"
+        )
+    return checkpoint
 
 
 def _load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:

@@ -228,8 +228,51 @@ def test_the_reference_of_a_quantized_checkpoint_is_the_unquantized_one(checkpoi
     assert reference_key(run_config(saved, f"model.reference_path={checkpoint}")) == reference_key(
         run_config(checkpoint)
     )
-    with pytest.raises(ConfigError, match=r"is quantized already; set model\.path to the original"):
+    with pytest.raises(ConfigError, match=r"is quantized already; set model\.reference_path to the checkpoint"):
         run_experiment(run_config(saved, task="roundtrip"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "backend", ["bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "quanto_int4", "packed_fp6_e3w2", "gguf"]
+)
+def test_a_roundtrip_of_a_quantized_checkpoint_is_that_of_its_original(
+    backend: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of a checkpoint in shards that part weights from their scales, its original given: the same numbers."""
+    saved, skip = tmp_path / "saved", ("skip_modules=[x_embed,proj_out]",)
+    run(checkpoint, tmp_path / "a", f"backend={backend}", *skip, f"save.path={saved}", "save.max_shard_gib=0.0005")
+    folders = [tmp_path / name for name in ("fresh", "stored")]
+    for folder in folders:
+        folder.mkdir()
+    fresh = run_experiment(run_config(checkpoint, f"backend={backend}", *skip, task="roundtrip"), folders[0])
+    config = run_config(saved, f"model.reference_path={checkpoint}", task="roundtrip")
+    stored = run_experiment(config, folders[1])
+    tables = [sorted(csv.reader((folder / "layers.csv").open())) for folder in folders]
+    assert tables[0] == tables[1] and len(tables[0]) > 5
+    for name in (
+        "roundtrip/sqnr_db_mean",
+        "roundtrip/max_abs_error",
+        "memory/bits_per_weight",
+        "load/quantized_modules",
+    ):
+        assert stored[name] == pytest.approx(fresh[name]), name
+    with pytest.raises(ConfigError, match="is quantized itself"):
+        run_experiment(run_config(saved, f"model.reference_path={saved}", task="roundtrip"), tmp_path)
+
+
+def test_an_original_of_another_shape(checkpoint: Path, tmp_path: Path) -> None:
+    saved, other = tmp_path / "saved", tmp_path / "other"
+    run(checkpoint, tmp_path / "a", "backend=torchao", f"save.path={saved}")
+    shutil.copytree(checkpoint, other)
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["blocks.0.attn.to_q.weight"] = tensors["blocks.0.attn.to_q.weight"][:, :8].contiguous()
+    save_file(tensors, other / "model.safetensors")
+    config = run_config(saved, f"model.reference_path={other}", task="roundtrip")
+    with pytest.raises(
+        LoadError, match=r"reference_path: .* has BF16 \[\d+, 8\] where 'blocks\.0\.attn\.to_q\.weight'"
+    ):
+        run_experiment(config, tmp_path)
+    assert run_key(config) != run_key(run_config(saved, f"model.reference_path={checkpoint}", task="roundtrip"))
 
 
 @pytest.mark.parametrize("offload", ["none", "leaf"])

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qexp.errors import LoadError
 from qexp.offload.payload import leaves, true_nbytes
-from qexp.quantizers.base import Quantizer
+from qexp.quantizers.base import Quantizer, is_finite
 
 
 def audit(model: nn.Module, quantizer: Quantizer, planned: Mapping[str, int]) -> None:
     """Raises LoadError unless every tensor is real, and the layers planned to be quantized are exactly those that are.
 
-    planned: layer -> bytes of its quantized weight. Also checked: a backend that quantized nothing, and weights whose
-    bytes are not those the plan predicted.
+    planned: layer -> bytes of its quantized weight. Also checked: a backend that quantized nothing, weights whose bytes
+    are not those the plan predicted, and scales (of a stored weight, say) that are not finite.
     """
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     on_meta = [name for name, tensor in tensors if any(leaf.is_meta for leaf in leaves(tensor))]
@@ -35,6 +36,20 @@ def audit(model: nn.Module, quantizer: Quantizer, planned: Mapping[str, int]) ->
         found = true_nbytes(model.get_submodule(name).weight)
         if expected != found:
             raise LoadError(f"the quantized weight of '{name}' takes {found} bytes, but {expected} were planned")
+    for name in planned:
+        weight = model.get_submodule(name).weight
+        opaque = 0 if is_traceable_wrapper_subclass(weight) else 1  # its own bytes, in whatever dtype they are kept
+        if not all(_is_finite(leaf) for leaf in leaves(weight)[opaque:]):
+            raise LoadError(
+                f"the quantized weight of '{name}' has a scale or a value that is not finite: every answer would be "
+                "wrong; repair the checkpoint, or quantize the original one again"
+            )
+
+
+def _is_finite(leaf: Tensor) -> bool:
+    if leaf.is_floating_point() and leaf.itemsize == 1:  # float8, for which aminmax is not there
+        return not bool(leaf.isnan().any())
+    return is_finite(leaf)
 
 
 def _some(names: list[str]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qexp.errors import ConfigError
+from qexp.loading.backward import give_backward
 from qexp.loading.guards import guard, unguard
 from qexp.models.interfaces import interface_of
 from qexp.offload.payload import leaves, sites
@@ -37,6 +38,8 @@ def register(model: nn.Module, quantizer: Quantizer, config: Mapping[str, Any], 
         setattr(model, name, value)
     interface = interface_of(model)
     marked.hf_quantizer = quantizer if interface is None else interface.attach(model, quantizer)
+    if not quantizer.has_backward:
+        give_backward(model, quantizer)
     guard(model)
 
 

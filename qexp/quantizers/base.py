@@ -51,6 +51,7 @@ class Quantizer:
 
     required_packages: ClassVar[Mapping[str, str]] = {}  # package -> lowest version that works
     is_trainable: ClassVar[bool] = True  # whether gradients flow through a layer, to what was there before it
+    has_backward: ClassVar[bool] = True  # whether the library sees to that; else `loading/backward.py` does
     is_serializable: ClassVar[bool] = False  # whether `stored_parts` reads what is saved
     file_format: ClassVar[str] = "safetensors"  # or gguf: what a saved model is stored in
 

@@ -94,10 +94,23 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     identity["checkpoints"] = {
         name: open_checkpoint(path).content_hash() for name, path in load_source(config.model).checkpoints().items()
     }
+    originals = _originals(config)
+    if originals:
+        identity["originals"] = originals
     if files := _input_files(config):
         identity["input_files"] = {name: _file_hash(name, path) for name, path in files.items()}
     identity["schema"] = SCHEMA
     return identity
+
+
+def _originals(config: RunConfig) -> dict[str, str]:
+    """Content of the unquantized checkpoints that weights stored quantized are compared with, one by one."""
+    path = getattr(config.model, "reference_path", None)
+    if path is None or saves_outputs(config):  # what outputs are compared with is the reference
+        return {}
+    stored = {name: open_checkpoint(path) for name, path in load_source(config.model).checkpoints().items()}
+    sources = load_source(replace(config.model, path=path, reference_path=None)).checkpoints()
+    return {name: open_checkpoint(sources[name]).content_hash() for name in stored if is_quantized(stored[name])}
 
 
 def _input_files(config: RunConfig) -> dict[str, Path]:

@@ -1,22 +1,27 @@
 """Quantize and dequantize every layer on its own and compare it with the weight in the checkpoint.
 
 Layers stream through the loading pipeline one by one: neither the dense nor the quantized model is ever in memory.
+Weights that a checkpoint holds ready quantized are compared with those of the original checkpoint, read beside them.
 `backend=none` casts each linear weight to the compute dtype and back, like any other format.
 """
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from qexp.loading.checkpoint import Checkpoint
     from qexp.loading.lifecycle import Prepared
     from qexp.loading.plan import WorkItem
     from qexp.settings import LoaderConfig
+
+
+ORIGINAL = "original"  # the dense weight, among the parts of a ready-quantized one
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,46 @@ class LayerRow:
     max_abs_error: float | None
 
 
-def measure_layers(prepared: Prepared, component: str, *, device: torch.device, loader: LoaderConfig) -> list[LayerRow]:
-    """A row for every layer that the plan quantizes (with backend=none: for every linear layer)."""
+def measure_layers(
+    prepared: Prepared,
+    component: str,
+    *,
+    device: torch.device,
+    loader: LoaderConfig,
+    original: Checkpoint | None = None,
+) -> list[LayerRow]:
+    """A row for every layer that the plan quantizes (with backend=none: for every linear layer).
+
+    original: the dense checkpoint that a checkpoint of ready-quantized weights was made from.
+    Raises: LoadError if it has not all of their dense weights.
+    """
     from qexp.loading.lifecycle import stream_plan
 
-    def create(item: WorkItem, dense: Tensor) -> LayerRow:
-        return _measure(prepared, component, item, dense, device)
+    def create(item: WorkItem, *tensors: Tensor) -> LayerRow:
+        *stored, dense = tensors  # without an original, the weight is all there is
+        return _measure(prepared, component, item, stored, dense, device)
 
     items = prepared.plan.quantized or _linear_weights(prepared)
+    if original is not None:
+        items = [_with_original(item, original) for item in items]
     return [row for _, row in stream_plan(items, create, loader, f"{component}: round trip")]
+
+
+def _with_original(item: WorkItem, original: Checkpoint) -> WorkItem:
+    """The parts of a ready-quantized weight and, last, the dense weight that it was made from."""
+    from qexp.errors import LoadError
+    from qexp.loading.plan import TORCH_DTYPES
+
+    assert item.spec is not None  # such a plan has no other layers
+    dense = original.entries.get(item.target)
+    dtype = None if dense is None else TORCH_DTYPES.get(dense.dtype)
+    if dense is None or dense.shape != item.spec.shape or dtype is None or not dtype.is_floating_point:
+        found = "nothing" if dense is None else f"{dense.dtype} {list(dense.shape)}"
+        raise LoadError(
+            f"model.reference_path: '{original.path}' has {found} where '{item.target}' should be a dense weight of "
+            f"shape {list(item.spec.shape)}; set it to the checkpoint that the quantized one was made from"
+        )
+    return replace(item, companions={**item.companions, ORIGINAL: dense})
 
 
 def _linear_weights(prepared: Prepared) -> list[WorkItem]:
@@ -64,13 +100,17 @@ def _linear_weights(prepared: Prepared) -> list[WorkItem]:
     return [item for item in prepared.plan.items if item.target in names]
 
 
-def _measure(prepared: Prepared, component: str, item: WorkItem, dense: Tensor, device: torch.device) -> LayerRow:
+def _measure(
+    prepared: Prepared, component: str, item: WorkItem, stored: list[Tensor], dense: Tensor, device: torch.device
+) -> LayerRow:
     from qexp.loading.lifecycle import check_finite
     from qexp.metrics.tensors import compare
     from qexp.offload.payload import true_nbytes
 
     if item.spec is not None:
-        param: Tensor = prepared.quantizer.create_quantized_param(item.spec, [dense], {}, device)
+        first, *others = stored or [dense]
+        companions = dict(zip(item.companions, others, strict=False))  # the last one is the original
+        param: Tensor = prepared.quantizer.create_quantized_param(item.spec, [first], companions, device)
         restored = prepared.quantizer.dequantize_param(param, item.spec.dtype)
     else:
         param = restored = dense.to(device=device, dtype=item.dtype)
