@@ -1,6 +1,6 @@
 """torchao: weights as tensor subclasses on ordinary linear layers.
 
-`quant_type` is any name by which torchao's types are known (`torchao_types`), with `quant_type_kwargs` as its
+`quant_type` is any name by which torchao's types are known (`torchao_names`), with `quant_type_kwargs` as its
 arguments. The common ones: int8wo, symmetric int8, one fp32 scale a row, or one for `group_size` weights; int8dq, the
 same weights, and activations quantized to int8 token by token at run time; int4dq, 4-bit integers in groups of 32,
 stored a byte each, and int8 activations; float8wo_e4m3 and _e5m2, one fp32 scale a row; float8dq, activations too.
@@ -25,7 +25,8 @@ from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
 from qexp.quantizers.qexp_packed import ELEMENTS, PackedConfig
 from qexp.quantizers.stored import check_parts, lacks
-from qexp.quantizers.torchao_types import CLASSES, SHORTHANDS, default_group_size, library_call, settle, spelled
+from qexp.quantizers.torchao_names import CLASSES, SHORTHANDS
+from qexp.quantizers.torchao_types import default_group_size, library_call, settle, spelled
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +40,10 @@ PACKED_INT4_GROUP_SIZE = 128  # torchao's default for int4wo
 
 @dataclass(frozen=True)
 class TorchAoConfig(BackendConfig):
-    """quant_type, quant_type_kwargs: see `torchao_types`; group_size: weights that share a scale, null is the type's
-    own number of them."""
+    """quant_type, quant_type_kwargs: see `torchao_names` and `torchao_types`.
+
+    group_size: weights that share a scale; null is the type's own number of them.
+    """
 
     quant_method: str = "torchao"
     quant_type: str = "int8wo"
@@ -272,9 +275,11 @@ class TorchAoQuantizer(base.Quantizer):
     def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
         """Run one stored layer of each kind: whether this machine can is not known before."""
         if self.stored:
+            from qexp.quantizers.torchao_trial import check_runs
+
             layers = [module for module in model.modules() if self.is_quantized(module)]
             for layer in {type(layer.weight): layer for layer in layers}.values():
-                _run(layer, self.config.quant_type, device)
+                check_runs(layer, self.config.quant_type, device)
 
     def is_quantized(self, module: nn.Module) -> bool:
         from qexp.quantizers.torchao_library import is_quantized
@@ -285,19 +290,6 @@ class TorchAoQuantizer(base.Quantizer):
         from qexp.quantizers.torchao_library import dequantize
 
         return dequantize(param).to(dtype)
-
-
-def _run(layer: Any, quant_type: str, device: torch.device) -> None:
-    import torch
-
-    try:
-        with torch.no_grad():
-            layer(torch.ones(16, layer.weight.shape[1], dtype=layer.weight.dtype, device=device))
-    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
-        raise UnsupportedError(
-            f"the checkpoint holds {quant_type} weights, which do not run on {device}: {str(error).splitlines()[0]}; "
-            "use another machine, or dequantize it there and save it"
-        ) from None
 
 
 Config = TorchAoConfig

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from qexp.errors import ConfigError, choices, did_you_mean
 from qexp.quantizers import base
-from qexp.quantizers.torchao_types import SHORTHANDS, library_call
+from qexp.quantizers.torchao_names import SHORTHANDS
+from qexp.quantizers.torchao_types import library_call
 
 with base.quiet():  # warns of kernels for other machines
     from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig

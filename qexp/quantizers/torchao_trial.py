@@ -25,7 +25,8 @@ from qexp.quantizers.torchao_library import (
     is_quantized,
     quantize,
 )
-from qexp.quantizers.torchao_types import SHORTHANDS, library_call
+from qexp.quantizers.torchao_names import SHORTHANDS
+from qexp.quantizers.torchao_types import library_call
 
 ROWS, COLUMNS = 64, 512  # of the layer that is tried
 DTYPES = (torch.bfloat16, torch.float32)
@@ -182,6 +183,18 @@ def _try_layer(config: Any, dtype: torch.dtype, device: torch.device) -> None:
             f"backend.quant_type: torchao's {type(config).__name__} with these quant_type_kwargs makes every weight "
             "zero; use uint1wo for one bit, or more bits"
         )
+
+
+def check_runs(layer: Any, quant_type: str, device: torch.device) -> None:
+    """Raises UnsupportedError for a layer of stored weights that cannot be run on `device`."""
+    try:
+        with torch.no_grad():
+            layer(torch.ones(16, layer.weight.shape[1], dtype=layer.weight.dtype, device=device))
+    except REFUSALS as error:
+        raise UnsupportedError(
+            f"the checkpoint holds {quant_type} weights, which do not run on {device}: {_text(error)}; "
+            "use another machine, or dequantize it there and save it"
+        ) from None
 
 
 def _here(device: torch.device) -> str:

@@ -1,6 +1,7 @@
 """Memory, time and facts of the device under test, through the same calls on every kind of device; a CPU has 0 bytes.
 
-Memory is what PyTorch's allocator has handed out: what this process put on the device, whatever others do there.
+Memory is what this process has asked PyTorch's allocator for, whatever others do on the device. (CUDA's hands out
+blocks that may be up to a MiB larger; `memory_allocated` counts those, `requested_bytes` does not.)
 """
 
 from __future__ import annotations
@@ -40,7 +41,12 @@ class Accelerator:
             self.module.empty_cache()
 
     def allocated_bytes(self) -> int:
-        return int(self.module.memory_allocated(self.device)) if self.module is not None else 0
+        return self._bytes("current", "memory_allocated") if self.module is not None else 0
+
+    def _bytes(self, kind: str, fallback: str) -> int:
+        """Bytes that were asked for; on a device whose allocator does not tell, bytes that it has handed out."""
+        statistics = self.module.memory_stats(self.device) if hasattr(self.module, "memory_stats") else {}
+        return int(statistics.get(f"requested_bytes.all.{kind}") or getattr(self.module, fallback)(self.device))
 
     @contextmanager
     def peak(self) -> Iterator[Callable[[], int]]:
@@ -50,7 +56,7 @@ class Accelerator:
             return
         self.synchronize()
         self.module.reset_peak_memory_stats(self.device)
-        yield lambda: int(self.module.max_memory_allocated(self.device))
+        yield lambda: self._bytes("peak", "max_memory_allocated")
 
     @contextmanager
     def host_waits(self) -> Iterator[list[str]]:

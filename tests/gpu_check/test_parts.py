@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from gpu_checks import __main__ as command
 from gpu_checks import speed
+from gpu_checks.accelerator import Accelerator
 from gpu_checks.checks import Checks, DeviceLost, Row
 from gpu_checks.loading import same_bytes
 from gpu_checks.subjects import Net, batches
@@ -80,6 +82,25 @@ def test_bytes_are_compared_whatever_their_dtype() -> None:
     assert not same_bytes([nan], [nan.double()])
     assert not same_bytes([nan, nan], [nan])
     assert not same_bytes([torch.tensor([0.0])], [torch.tensor([-0.0])])
+
+
+def test_memory_is_what_was_asked_for_where_the_allocator_tells() -> None:
+    accelerator = Accelerator("cpu")
+    assert accelerator.allocated_bytes() == 0
+    told = {"requested_bytes.all.current": 5, "requested_bytes.all.peak": 7, "allocated_bytes.all.current": 512}
+    calls: list[str] = []
+    accelerator.module = SimpleNamespace(
+        memory_stats=lambda device: told,
+        memory_allocated=lambda device: 512,
+        max_memory_allocated=lambda device: 1024,
+        reset_peak_memory_stats=lambda device: calls.append("reset"),
+        synchronize=lambda device: calls.append("synchronize"),
+    )
+    with accelerator.peak() as peak:
+        assert (accelerator.allocated_bytes(), peak()) == (5, 7)
+    told.clear()
+    assert (accelerator.allocated_bytes(), peak()) == (512, 1024)
+    assert calls == ["synchronize", "reset"]
 
 
 def race(*, resident: float, ours: float | None, peers: dict[str, float], payload: int = 0, rate: float = 1.0) -> Any:

@@ -27,7 +27,8 @@ from qexp.quantizers import torchao_library, torchao_trial
 from qexp.quantizers.base import WeightSpec, load_quantizer
 from qexp.quantizers.qexp_packed import ELEMENTS, PackedConfig
 from qexp.quantizers.torchao import TorchAoConfig, TorchAoQuantizer
-from qexp.quantizers.torchao_types import CLASSES, FUNCTIONS, NAMES, OTHER_SHORTHANDS, SHORTHANDS, spelled
+from qexp.quantizers.torchao_names import CLASSES, FUNCTIONS, NAMES, OTHER_SHORTHANDS, SHORTHANDS
+from qexp.quantizers.torchao_types import spelled
 from qexp.sweep.key import run_key
 from tests.backends import CPU
 from tests.composing import run_config
