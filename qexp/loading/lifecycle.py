@@ -27,13 +27,13 @@ from qexp.loading.patterns import anywhere, check_patterns, patterns_lost
 from qexp.loading.pipeline import InPlace, nowhere, stream
 from qexp.loading.placement import (
     DeviceMap,
-    MaxMemory,
     Placement,
     main_device,
     no_split_classes,
     place,
     to_keep_in_fp32,
 )
+from qexp.loading.places import MaxMemory
 from qexp.loading.plan import (
     TORCH_DTYPES,
     LoadPlan,

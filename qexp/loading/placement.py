@@ -19,25 +19,20 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import psutil
 import torch
-from accelerate.utils import get_max_memory
 from torch import nn
 
-from qexp.devices import PLANNED_DEVICE_MAPS, parse_bytes
+from qexp.devices import PLANNED_DEVICE_MAPS
 from qexp.errors import ConfigError, choices, did_you_mean
 from qexp.loading.device_plan import Key, Plan, balanced_limits, build_tree, merge_entries
+from qexp.loading.places import CPU, DISK, MaxMemory, Place, device_of_key, key_of, limits_of, parse_place, place_of_key
 from qexp.loading.plan import LoadPlan
 from qexp.offload.grouping import INDIVISIBLE
 from qexp.quantizers.base import Quantizer
 
-DISK = "disk"
-CPU = torch.device("cpu")
 GIB = 2**30
 
-Place = torch.device | str  # a device, or DISK
 DeviceMap = str | int | torch.device | Mapping[str, int | str | torch.device] | Mapping[str, Place] | None
-MaxMemory = Mapping[str, int] | Mapping[int | str, int | str] | None
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,7 @@ class Placement:
 
     def hf_device_map(self) -> dict[str, int | str]:
         """The map as other libraries write it: accelerators by their index."""
-        return {name: _key(place) for name, place in self.places.items()}
+        return {name: key_of(place) for name, place in self.places.items()}
 
     def _travels(self, name: str) -> bool:
         return self.places[name] != self.computes[name]
@@ -134,14 +129,14 @@ def place(
     nbytes = tensor_nbytes(model, plan)
     if device_map is None:
         return Placement(device, {"": device}, {"": device}, nbytes, {}, plan.tied)
-    limits = _limits(max_memory, device)
+    limits = limits_of(max_memory, device)
     if isinstance(device_map, str) and device_map in PLANNED_DEVICE_MAPS:
         # of an accelerator's free memory, a tenth is left for what computing needs, as accelerate does for a single one
         accelerators = [key for key in limits if isinstance(key, int)]
         if max_memory is None and len(accelerators) == 1 and device_map != "sequential":
             limits[accelerators[0]] = int(0.9 * limits[accelerators[0]])
         places = _planned(model, nbytes, plan.tied, device_map, device, limits, no_split)
-        main = _device(accelerators[0] if accelerators else "cpu", device)
+        main = device_of_key(accelerators[0] if accelerators else "cpu", device)
         computes = {name: main if isinstance(place, str) or place == CPU else place for name, place in places.items()}
     else:
         named = device_map if isinstance(device_map, Mapping) else {"": device_map}
@@ -152,38 +147,15 @@ def place(
     placement = Placement(main, places, computes, nbytes, {}, plan.tied)
     used = placement.bytes_by_place()
     for key, limit in limits.items():
-        found = str(_place(key, device))
+        found = str(place_of_key(key, device))
         if used.get(found, 0) > limit:
             raise ConfigError(
                 f"device_map={device_map} puts {used[found] / GIB:.6f} GiB on {found}, which has "
                 f"{limit / GIB:.6f} GiB {'by max_memory' if max_memory is not None else 'free'}; "
                 "put less there, raise max_memory, or use a smaller quantization type"
             )
-    devices = {_device(key, device): float(limit) for key, limit in limits.items() if key != DISK}
+    devices = {device_of_key(key, device): float(limit) for key, limit in limits.items() if key != DISK}
     return replace(placement, room={place: limit - used.get(str(place), 0) for place, limit in devices.items()})
-
-
-def parse_place(value: Any, device: torch.device) -> Place:
-    """A value of a map. An index is an accelerator of the kind of `device`.
-
-    Raises: ConfigError for what is not on this machine.
-    """
-    kind = _accelerator_kind(device)
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = f"{kind}:{value}"
-    if value == DISK:
-        return DISK
-    try:
-        place = torch.device(value)
-    except (RuntimeError, TypeError):
-        place = torch.device("meta")
-    if place.type == "cpu":
-        return torch.device("cpu")
-    count = torch.get_device_module(kind).device_count() if place.type == kind else 0
-    if (place.index or 0) >= count:
-        known = [*PLANNED_DEVICE_MAPS, "cpu", DISK, *(f"{kind}:{index}" for index in range(count))]
-        raise ConfigError(f"device_map has {value!r}{did_you_mean(str(value), known)}; here there are {choices(known)}")
-    return torch.device(kind, place.index or 0)
 
 
 def no_split_classes(model: nn.Module, block_lists: Sequence[str]) -> set[str]:
@@ -222,46 +194,6 @@ def to_keep_in_fp32(model: nn.Module, quantizer: Quantizer, placement: Placement
     return spilled
 
 
-def _accelerator_kind(device: torch.device) -> str:
-    if device.type != "cpu":
-        return device.type
-    found = torch.accelerator.current_accelerator()
-    return found.type if found is not None else "cuda"
-
-
-def _key(place: Place) -> Key:
-    if isinstance(place, str) or place.type == "cpu":
-        return str(place)
-    return place.index or 0
-
-
-def _place(key: Key, device: torch.device) -> Place:
-    return DISK if key == DISK else _device(key, device)
-
-
-def _device(key: Key, device: torch.device) -> torch.device:
-    return torch.device(_accelerator_kind(device), key) if isinstance(key, int) else torch.device(key)
-
-
-def _limits(max_memory: MaxMemory, device: torch.device) -> dict[Key, int]:
-    """Bytes of each device that may be used, in the order in which they are filled: as given, or what is free."""
-    if max_memory is not None:
-        given = {_key(parse_place(_number(name), device)): parse_bytes(size, name) for name, size in max_memory.items()}
-        order = [*sorted(key for key in given if isinstance(key, int)), "cpu", DISK]
-        return {key: given[key] for key in order if key in given}
-    if device.type == "cpu":
-        return {"cpu": psutil.virtual_memory().available}
-    if device.type == "cuda":
-        return dict(get_max_memory())
-    module = torch.get_device_module(device)
-    free: dict[Key, int] = {index: module.mem_get_info(index)[0] for index in range(module.device_count())}
-    return {**free, "cpu": psutil.virtual_memory().available}
-
-
-def _number(name: int | str) -> int | str:
-    return int(name) if isinstance(name, str) and name.isdigit() else name
-
-
 def _planned(
     model: nn.Module,
     nbytes: Mapping[str, int],
@@ -276,7 +208,7 @@ def _planned(
     if device_map != "sequential":
         limits = balanced_limits(root, limits, no_split, low_zero=device_map == "balanced_low_0")
     plan = Plan(root, limits, groups)
-    return {name: _place(key, device) for name, key in merge_entries(plan.devices).items()}
+    return {name: place_of_key(key, device) for name, key in merge_entries(plan.devices).items()}
 
 
 def _explicit(model: nn.Module, nbytes: Mapping[str, int], places: Mapping[str, Place]) -> dict[str, Place]:

@@ -120,6 +120,11 @@ def test_old_files_say_only_how_many_bits(flag: str) -> None:
     assert config == BitsAndBytesConfig(**{flag.removeprefix("_"): True}, label=config.describe())
 
 
+def test_a_fields_own_name_wins_over_others_for_it() -> None:
+    assert not BitsAndBytesConfig.from_dict({"_load_in_4bit": True, "load_in_4bit": False}).load_in_4bit
+    assert BitsAndBytesConfig.from_dict({"_load_in_4bit": True}).load_in_4bit
+
+
 def test_methods_without_a_reader_are_refused_with_those_that_have_one() -> None:
     for method in ("none", "gptq", None):
         with pytest.raises(LoadError, match=f"quant_method='{method}', which cannot be read; readable are bitsandb"):
