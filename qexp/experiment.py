@@ -16,7 +16,15 @@ from torch import nn
 from qexp.errors import ConfigError
 from qexp.hub import push
 from qexp.loading.checkpoint import Checkpoint, open_checkpoint
-from qexp.loading.lifecycle import LoadedComponent, load_component, plan_statistics, prepare, resolve_quantizer, warm_up
+from qexp.loading.lifecycle import (
+    LoadedComponent,
+    load_component,
+    plan_statistics,
+    prepare,
+    resolve_quantizer,
+    skeleton_and_names,
+    warm_up,
+)
 from qexp.loading.saving import save_model, save_tensors
 from qexp.memory import GIB, PeakMemory, device_memory, host_memory
 from qexp.models.base import load_source
@@ -186,7 +194,7 @@ def _original(config: RunConfig, component: str) -> Checkpoint | None:
         raise ConfigError(
             f"model.reference_path='{path}' is quantized itself; set it to the checkpoint with the original weights"
         )
-    return checkpoint
+    return skeleton_and_names(source, component, checkpoint)[1]
 
 
 def _load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:

@@ -146,9 +146,7 @@ def prepare(
     """Stages 3 to 6: check the machine, settle the dtype, build the skeleton on meta, swap modules, make the plan."""
     _validate_environment(quantizer, checkpoint, device)  # 3
     compute_dtype = quantizer.update_torch_dtype(_compute_dtype(settings, checkpoint, quantizer))  # 4
-    with init_empty_weights(include_buffers=False):  # 5
-        model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
-    checkpoint = with_tied_entries(_under_model_names(source, component, checkpoint, model), model)
+    model, checkpoint = skeleton_and_names(source, component, checkpoint)  # 5
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     skip = (*settings.skip_modules, *quantizer.skip_modules)
     check_patterns(skip, names, f"skip_modules of '{component}'")
@@ -167,6 +165,13 @@ def prepare(
     if plan.unused:
         print(_unused_message(component, plan.unused), file=sys.stderr)
     return Prepared(model, quantizer, chosen, plan, compute_dtype, dict(checkpoint.config))
+
+
+def skeleton_and_names(source: ModelSource, component: str, checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:
+    """The network on the meta device, and the checkpoint under the names of all its tensors."""
+    with init_empty_weights(include_buffers=False):
+        model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
+    return model, with_tied_entries(_under_model_names(source, component, checkpoint, model), model)
 
 
 def _under_model_names(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from qexp.loading.conversion import Conversion
 
+
 NOT_THE_NETWORKS = ("quantization_config", "torch_dtype", "dtype")  # entries of config.json about the weights
 
 
@@ -58,12 +59,16 @@ class FolderSource:
         )
 
     def conversion(self, component: str, model: nn.Module) -> Conversion | None:
-        """diffusers' conversion of a single file in the layout of the model's authors; None for other libraries."""
-        if type(model).__module__.partition(".")[0] != "diffusers":
-            return None
-        from qexp.models.single_file import single_file_conversion
+        """What turns other names of tensors into the model's: transformers' rules, or diffusers' for a single file."""
+        if hasattr(model, "base_model_prefix"):
+            from qexp.models.transformers_networks import renaming
 
-        return single_file_conversion(model)
+            return renaming(model)
+        if type(model).__module__.partition(".")[0] == "diffusers":
+            from qexp.models.single_file import single_file_conversion
+
+            return single_file_conversion(model)
+        return None
 
     def _built_by_class(self, kind: type[nn.Module], fields: Mapping[str, Any]) -> nn.Module:
         try:

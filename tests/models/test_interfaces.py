@@ -14,6 +14,7 @@ import torch
 from accelerate import cpu_offload_with_hook
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 from diffusers.quantizers.base import DiffusersQuantizer
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.quantizers.base import HfQuantizer
@@ -176,6 +177,21 @@ def test_model_cpu_offload(backend: str, folders: dict[str, Path]) -> None:
     assert torch.equal(answer(model), expected)
     hook.remove()
     assert close(answer(model.dequantize()), expected)
+
+
+@pytest.mark.parametrize("backend", [None, "bitsandbytes", "torchao"])
+def test_tied_embeddings_and_other_names(backend: str | None, tmp_path: Path) -> None:
+    """A checkpoint with the weight of embedding and head once, and one with the names of the base model alone."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True)).to(BF16)
+    model.save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, torch_dtype=BF16)
+    loaded = qexp.load(tmp_path, backend, device="cpu", skip_modules=["lm_head"])
+    assert close(answer(loaded), answer(model), 1e-6 if backend is None else 0.25)
+    path = tmp_path / "model.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    again = qexp.load(tmp_path, backend, device="cpu", skip_modules=["lm_head"])
+    assert torch.equal(answer(again), answer(loaded))
 
 
 def test_training_is_what_transformers_checks(folders: dict[str, Path]) -> None:
