@@ -20,6 +20,7 @@ from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
 from tests.backends import BACKENDS, Stack, StackSource, backend_config, save_stack
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
+README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHAPES = [(128, 64), (64, 128), (32, 64)]
 
@@ -65,6 +66,15 @@ def test_the_page_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         exec(compile(block, str(PAGE), "exec"), names)
     for line in re.findall(r"^# (\d.*)$", "\n".join(blocks), re.MULTILINE):  # what is said to be printed
         assert line in capsys.readouterr().out
+
+
+def test_the_readme_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = BLOCK.findall(README.read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    exec(compile(block, str(README), "exec"), names)
+    assert type(names["model"].get_submodule("blocks.0.attn.to_q")) is nn.Linear
+    assert qexp.load("saved", device="cpu").quantization_method == "bitsandbytes"
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -175,10 +175,9 @@ def skeleton_and_names(source: ModelSource, component: str, checkpoint: Checkpoi
 
 
 def _under_model_names(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
-    """The checkpoint with tensors named as the model's: converted by the source where most names are other ones."""
+    """The checkpoint with tensors named as the model's: converted by the source where a name is another one."""
     conversion = source.conversion(component, model) if hasattr(source, "conversion") else None
-    names = model.state_dict().keys()
-    if conversion is None or 2 * len(names & checkpoint.entries.keys()) > len(names):
+    if conversion is None or model.state_dict().keys() <= checkpoint.entries.keys():
         return checkpoint
     return converted(checkpoint, conversion)
 

@@ -56,17 +56,21 @@ def dequantize(model: nn.Module, quantizer: Quantizer, dtype: torch.dtype | None
     dtype: of their weights; None is the dtype that they were quantized from. An offloaded model is offloaded again.
     Raises: ConfigError if another library has taken the weights out of the model.
     """
+    _refuse_without_weights(model)
     marked: Any = model
+    with resident(model):
+        quantizer.restore_linear_layers(model, dtype or marked._pre_quantization_dtype)
+        _unregister(model, quantizer)
+    return model
+
+
+def _refuse_without_weights(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(leaf.is_meta for store, key in sites(module) for leaf in leaves(store[key])):
             raise ConfigError(
                 f"dequantize: weights of '{name or type(model).__name__}' are held by another library's hooks; remove "
                 "them first, as accelerate.hooks.remove_hook_from_module(model, recurse=True) does"
             )
-    with resident(model):
-        quantizer.restore_linear_layers(model, dtype or marked._pre_quantization_dtype)
-        _unregister(model, quantizer)
-    return model
 
 
 def _unregister(model: nn.Module, quantizer: Quantizer) -> None:

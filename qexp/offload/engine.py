@@ -188,7 +188,7 @@ class Engine:
             handle.remove()
         for module in (module for group in self.groups for module in group.modules):
             vars(module).pop(HOOK_MARK, None)
-        self._handles, self.slots = [], []
+        self._handles, self.slots, self.order = [], [], Order()
 
     def enter(self, group: Group, index: int) -> None:
         """Put the values of a group's module on the device, before its forward."""

@@ -214,7 +214,7 @@ class Offload:
                 store[name] = before
         for (store, name), (outside, key) in self._tied:
             store[name] = outside[key]
-        self._tied, self._resident, self._twins = [], [], []
+        self._tied, self._resident, self._twins, self.scope = [], [], [], []  # modules may be replaced from now on
         self.groups.clear()
         if self._disk is not None:
             self._disk.remove()

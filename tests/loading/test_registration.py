@@ -88,7 +88,9 @@ def test_dequantize_in_another_dtype(folder: Path) -> None:
 @pytest.mark.parametrize("strategy", ["leaf", "block", "model"])
 @pytest.mark.parametrize("to", ["cpu", "disk"])
 @pytest.mark.parametrize("backend", ["bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "quanto_int4", "gguf"])
-def test_dequantize_while_offloaded(backend: str, to: str, strategy: str, folder: Path, tmp_path: Path) -> None:
+def test_dequantize_while_offloaded(
+    backend: str, to: str, strategy: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The dense model is offloaded in the same way, and is the one that dequantizing first would give."""
     expected = state_of(load(folder, backend).dequantize())
     model = load(folder, backend)
@@ -102,6 +104,7 @@ def test_dequantize_while_offloaded(backend: str, to: str, strategy: str, folder
     found = state_of(model)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert "still held" not in caplog.text  # by what the quantized layers were
     offloaded = answer(model)
     assert now.statistics()["offload/copies"] > 0
     now.remove()

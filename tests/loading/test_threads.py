@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qexp.errors import ConfigError
 from qexp.offload.payload import leaves
-from qexp.quantizers import quanto
+from qexp.quantizers import quanto_library
 from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
 from tests.backends import CPU, QUANTIZING, backend_config
 
@@ -73,7 +73,7 @@ def test_quanto_parses_shapes_on_one_thread_at_a_time(monkeypatch: pytest.Monkey
         inside -= 1
         return [64, 12]
 
-    monkeypatch.setattr(quanto, "ast", SimpleNamespace(literal_eval=slow))
+    monkeypatch.setattr(quanto_library, "ast", SimpleNamespace(literal_eval=slow))
     kinds = ["weights.qbytes", "weights.qbits", "packed", "weights.tinygemm.packed", "weights.tinygemm.qbits"]
     modules: list[Any] = [sys.modules[f"optimum.quanto.tensor.{kind}"] for kind in kinds]
     with ThreadPoolExecutor(4) as pool:
