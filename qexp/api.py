@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 from qexp.config import backend_of, patterns
 from qexp.devices import resolve_device, resolve_device_map, resolve_max_memory
 from qexp.errors import ConfigError, choices
+from qexp.fields import from_plain
 from qexp.models.base import load_source
 from qexp.options import option_names
 from qexp.plugins import plugin_module, plugin_names
 from qexp.quantizers.configs import BackendConfig
 from qexp.quantizers.configs import compute_dtype as dtype_name
-from qexp.settings import ComponentConfig, LoaderConfig
+from qexp.settings import ComponentConfig, LoaderConfig, SaveConfig
 
 if TYPE_CHECKING:
     import torch
@@ -162,7 +163,8 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_gib: float = 5.0) ->
     """
     from qexp.loading.saving import save_model
 
-    return save_model(model, Path(folder), max_shard_bytes=int(max_shard_gib * GIB))
+    limit = from_plain(SaveConfig, {"max_shard_gib": max_shard_gib}, "save").max_shard_gib
+    return save_model(model, Path(folder), max_shard_bytes=int(limit * GIB))
 
 
 def memory_footprint(model: nn.Module) -> int:

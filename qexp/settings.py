@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from qexp.errors import ConfigError, choices, did_you_mean
@@ -128,8 +129,8 @@ class SaveConfig:
         return " ".join(f"save.{name}={place}" for name, place in places.items() if place is not None)
 
     def __post_init__(self) -> None:
-        if self.max_shard_gib <= 0:
-            raise ConfigError(f"save.max_shard_gib={self.max_shard_gib} must be above 0")
+        if not 0 < self.max_shard_gib < inf:
+            raise ConfigError(f"save.max_shard_gib={self.max_shard_gib} must be a number above 0")
         hub = {name: getattr(self, name) for name in ("private", "revision", "commit_message")}
         for name, value in hub.items():
             if value is not None and self.push_to_hub is None:

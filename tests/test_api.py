@@ -1,6 +1,7 @@
 """The Python API: what it takes, what it refuses, that its page is right, and that importing it costs nothing."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -220,3 +221,10 @@ def test_save_and_load_again(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path / "saved")(x), expected)
     with pytest.raises(ConfigError, match="was not loaded by qexp"):
         qexp.save(Stack(SHAPES), tmp_path / "other")
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, math.nan, math.inf, "5"])
+def test_a_size_of_shards_that_is_none(limit: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"save\.max_shard_gib='?{limit}(\.0)?'? must be a number"):
+        qexp.save(qexp.load("digits", device="cpu"), tmp_path / "saved", max_shard_gib=limit)
+    assert not (tmp_path / "saved").exists()

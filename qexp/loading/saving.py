@@ -40,11 +40,26 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         try:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(contiguous, beside, {"format": "pt", **(metadata or {})})
+            _sort_metadata(beside)
         except SafetensorError as error:  # what the library makes of an OSError, too
             code = re.search(r"\(os error (\d+)\)", str(error))
             if code is None:
                 raise
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """The texts in a safetensors header by name: the library writes them in another order each time."""
+    with path.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        texts = header.pop("__metadata__")
+        header = {"__metadata__": dict(sorted(texts.items())), **header}
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(ordered) > length:
+            raise RuntimeError(f"{path}: the header in order takes {len(ordered)} bytes, not {length}")
+        stream.seek(8)
+        stream.write(ordered.ljust(length))
 
 
 def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Path]:

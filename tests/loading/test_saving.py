@@ -84,6 +84,22 @@ def test_an_error_that_is_no_disks_keeps_its_kind(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_same_tensors_are_the_same_bytes(tmp_path: Path) -> None:
+    tensors = {
+        name: torch.arange(3, dtype=dtype) for name, dtype in (("b", torch.int8), ("a\t\u00e9\x7f", torch.float64))
+    }
+    metadata = {f'{number} \u00fc \x01\n"': f'{{"{number}": "\\u00e9 \u20ac/\x7f"}}' for number in range(40)}
+    for number in range(4):
+        save_tensors(tmp_path / f"{number}.safetensors", tensors, metadata)
+    assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(4)}) == 1
+    with safe_open(tmp_path / "0.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt", **metadata}
+        assert {name: opened.get_tensor(name).tolist() for name in tensors} == {
+            "b": [0, 1, 2],
+            "a\t\u00e9\x7f": [0, 1, 2],
+        }
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -102,6 +118,13 @@ def test_a_failed_save_keeps_the_model_that_was_there(
     with pytest.raises(ZeroDivisionError):
         save_model(model, tmp_path / "saved")
     assert content(tmp_path / "saved") == before
+
+
+def test_saving_twice_gives_the_same_files(tmp_path: Path) -> None:
+    model = load_toy(save_state(tmp_path / "dense", random_state(Toy)), settings("torchao")).model
+    for name in ("one", "two", "three"):
+        save_model(model, tmp_path / name)
+    assert content(tmp_path / "one") == content(tmp_path / "two") == content(tmp_path / "three")
 
 
 @pytest.mark.parametrize("backend", ["none", "torchao", "gguf"])
