@@ -18,7 +18,7 @@ from qexp.devices import resolve_device_map, resolve_max_memory
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import check_known, convert, from_plain
 from qexp.hub import check_ready
-from qexp.loading.checkpoint import open_checkpoint
+from qexp.loading.checkpoint import open_checkpoint, refuse_source
 from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
 from qexp.options import conf_folder, option_names, options_of_plugin
@@ -93,6 +93,8 @@ def to_run_config(cfg: Any) -> RunConfig:
             f"{top.save.wanted} with task={task.name}: it goes layer by layer and leaves no model to save; "
             "use task=generate"
         )
+    if top.save.path is not None:
+        _check_save_path(Path(top.save.path), model, components)
     if top.save.push_to_hub is not None:
         check_ready(top.save)
     return RunConfig(
@@ -119,6 +121,20 @@ def _check_task(model: Any, task: Any) -> None:
         )
     if hasattr(source, "check_task"):
         source.check_task(task)
+
+
+def _check_save_path(path: Path, model: Any, components: Iterable[str]) -> None:
+    """Raises ConfigError for a folder that holds what the model, or its reference, is loaded from."""
+    places = [path, *(path / name for name in components)]
+    original = getattr(model, "reference_path", None)
+    for config in (model, *([replace(model, path=original)] if original is not None else [])):
+        try:
+            sources = load_source(config).checkpoints().values()
+        except LoadError:
+            continue  # reported where it is opened
+        for source in sources:
+            for place in places:
+                refuse_source(place, source, f"save.path={path}")
 
 
 def run_config_from_container(container: Mapping[str, Any]) -> RunConfig:

@@ -26,7 +26,7 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
-from qexp.errors import LoadError
+from qexp.errors import ConfigError, LoadError
 from qexp.quantizers.gguf_types import BLOCKED_PREFIX
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -111,6 +111,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             entries[entry.name] = entry
     _check_index(path, entries)
     return Checkpoint(path, _config_of(path, metadata), entries, files, metadata)
+
+
+def refuse_source(folder: Path, source: Path, place: str) -> None:
+    """Raises ConfigError if the checkpoint `source` is in `folder`: a model saved there would replace it."""
+    own = source if source.is_dir() else source.parent
+    if os.path.exists(folder) and os.path.exists(own) and os.path.samefile(folder, own):
+        raise ConfigError(
+            f"{place}: '{folder}' holds the checkpoint that the model comes from, and saving there would replace it; "
+            "choose another folder"
+        )
 
 
 def is_gguf(file: Path) -> bool:

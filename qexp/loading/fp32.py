@@ -15,16 +15,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from qexp.loading.patterns import covering
+from qexp.offload.grouping import is_called
 
 
 def compute_in_fp32(model: nn.Module, patterns: Sequence[str], compute_dtype: torch.dtype) -> None:
-    """Hook the outermost modules that `patterns` cover, so that they take and give the compute dtype."""
+    """Hook the outermost modules that `patterns` cover, so that they take and give the compute dtype.
+
+    A container such as a ModuleList is never called: what it holds is hooked in its place.
+    """
     if compute_dtype == torch.float32:
         return
     hooked: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in hooked)
-        if not inside and name and covering(patterns, name) is not None and any(True for _ in module.parameters()):
+        if inside or not name or not is_called(module) or covering(patterns, name) is None:
+            continue
+        if any(True for _ in module.parameters()):
             module.register_forward_pre_hook(_to_fp32, with_kwargs=True)
             module.register_forward_hook(partial(_to_compute_dtype, compute_dtype))
             hooked.append(name)

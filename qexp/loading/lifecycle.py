@@ -68,6 +68,7 @@ class Prepared:
     plan: LoadPlan
     compute_dtype: torch.dtype
     config: Mapping[str, Any]  # parsed config.json
+    path: Path  # of the checkpoint
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def load_component(
         _load_weights(prepared, component, placement, dispatch, loader)  # 7 stream, quantize, assign
         quantizer.postprocess_model(prepared.model, device)  # 8 finish, audit
         compute_in_fp32(prepared.model, settings.keep_in_fp32_modules, prepared.compute_dtype)
-        register(prepared.model, quantizer, prepared.config, prepared.compute_dtype)  # 9
+        register(prepared.model, quantizer, prepared.config, prepared.path, prepared.compute_dtype)  # 9
         if dispatch is not None:
             dispatch.start()
     seconds = time.perf_counter() - started
@@ -165,7 +166,7 @@ def prepare(
     plan = make_plan(model, checkpoint, quantizer, chosen, skipped, fp32, compute_dtype)
     if plan.unused:
         print(_unused_message(component, plan.unused), file=sys.stderr)
-    return Prepared(model, quantizer, chosen, plan, compute_dtype, dict(checkpoint.config))
+    return Prepared(model, quantizer, chosen, plan, compute_dtype, dict(checkpoint.config), checkpoint.path)
 
 
 def skeleton_and_names(source: ModelSource, component: str, checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:

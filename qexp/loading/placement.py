@@ -178,14 +178,19 @@ def tensor_nbytes(model: nn.Module, plan: LoadPlan) -> dict[str, int]:
 
 
 def to_keep_in_fp32(model: nn.Module, quantizer: Quantizer, placement: Placement) -> list[str]:
-    """What `llm_int8_enable_fp32_cpu_offload` leaves unquantized: modules that rest on the CPU or on disk.
+    """What `llm_int8_enable_fp32_cpu_offload` leaves unquantized: the outermost modules that are on the CPU or on disk
+    as a whole.
 
     Raises: ConfigError for a checkpoint that holds them quantized.
     """
     if placement.main == CPU or not getattr(quantizer.config, "llm_int8_enable_fp32_cpu_offload", False):
         return []
-    modules = dict(model.named_modules(remove_duplicate=False))
-    spilled = [name for name, rest in placement.places.items() if rest in (CPU, DISK) and name in modules]
+    spilled: list[str] = []
+    for name, _ in model.named_modules(remove_duplicate=False):
+        below = [tensor for tensor in placement.nbytes if tensor.startswith(f"{name}.")]
+        inside = any(name.startswith(f"{outer}.") for outer in spilled)
+        if below and not inside and all(placement.place_of(tensor) in (CPU, DISK) for tensor in below):
+            spilled.append(name)
     if spilled and quantizer.stored:
         raise ConfigError(
             "llm_int8_enable_fp32_cpu_offload=true keeps what device_map puts on the CPU unquantized, and this "

@@ -2,13 +2,14 @@
 
 Under upstream's names: `hf_quantizer`, `quantization_method`, `is_quantized`, `_pre_quantization_dtype`, and for models
 of diffusers and transformers `quantization_config` in their own config (`qexp/models/interfaces.py`).
-`checkpoint_config` is the parsed config.json of the checkpoint, for the config.json to be saved. A quantized model is
-also guarded (`guards.py`).
+`checkpoint_config` is the parsed config.json of the checkpoint, for the config.json to be saved; `checkpoint_path` is
+where it is, which is no place to save to. A quantized model is also guarded (`guards.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +26,13 @@ from qexp.quantizers.base import Quantizer
 MARKS = ("hf_quantizer", "quantization_method", "_pre_quantization_dtype")
 
 
-def register(model: nn.Module, quantizer: Quantizer, config: Mapping[str, Any], compute_dtype: torch.dtype) -> None:
-    """Mark a model that was just loaded. config: the checkpoint's config.json; compute_dtype: quantized from it."""
+def register(
+    model: nn.Module, quantizer: Quantizer, config: Mapping[str, Any], path: Path, compute_dtype: torch.dtype
+) -> None:
+    """Mark a model that was just loaded. config, path: the checkpoint's config.json, and where it is; compute_dtype:
+    quantized from it."""
     marked: Any = model
+    marked.checkpoint_path = path.absolute()
     marked.checkpoint_config = {name: value for name, value in config.items() if name != "quantization_config"}
     if quantizer.quantization_method == "none":
         return

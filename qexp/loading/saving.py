@@ -4,6 +4,8 @@ A saved model is a folder that this program and diffusers load: `config.json` wi
 `diffusion_pytorch_model.safetensors` (`model.safetensors` for transformers' models), in shards with an index where it
 is larger than one shard may be. A model in GGUF blocks is one `model.gguf`, and its `config.json` is that of the dense
 model: the blocks speak for themselves.
+
+Everything is written beside first, and takes the place of a model that was saved there before when all of it is there.
 """
 
 from __future__ import annotations
@@ -12,15 +14,17 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qexp.errors import ConfigError
-from qexp.loading.checkpoint import GGUF_CONFIG_KEY, SAVED_GGUF, SAVED_WEIGHTS
+from qexp.errors import ConfigError, DiskError
+from qexp.loading.checkpoint import GGUF_CONFIG_KEY, SAVED_GGUF, SAVED_WEIGHTS, refuse_source
 from qexp.loading.gguf_saving import save_gguf
 from qexp.loading.registration import registered_quantizer
 from qexp.sweep.store import disk_error, replacing, write_json
@@ -47,11 +51,13 @@ def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHA
     """Save a model that `load_component` loaded, quantized or dequantized, wherever its weights rest.
 
     Returns the files written, config.json first.
-    Raises: ConfigError for a format that cannot be stored, or a model that was loaded by something else; DiskError.
+    Raises: ConfigError for a format that cannot be stored, a model that was loaded by something else, or the folder
+    that it was loaded from; DiskError, which leaves a model that was saved there before as it was.
     """
     config = getattr(model, "checkpoint_config", None)
     if config is None:
         raise ConfigError(f"save: this {type(model).__name__} was not loaded by qexp, so its config.json is unknown")
+    refuse_source(folder, model.checkpoint_path, "save")  # type: ignore[arg-type]
     config = {name: value for name, value in config.items() if name not in ("quantization_config", "quantization")}
     quantizer = registered_quantizer(model)
     tensors, metadata = dict(model.state_dict()), dict[str, str]()
@@ -68,26 +74,41 @@ def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHA
     stem = TRANSFORMERS_STEM if "model_type" in config else STEM
     names = [f"{stem}-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     names = names if len(shards) > 1 else [f"{stem}.safetensors"]
-    _remove_saved(folder)
-    for name, shard in zip(names, shards, strict=True):
-        save_tensors(folder / name, shard, metadata)
-    if len(shards) > 1:
-        index = f"{stem}.safetensors.index.json"
-        write_json(folder / index, _index(dict(zip(names, shards, strict=True))))
-        names.append(index)
-    write_json(folder / "config.json", config)  # last: a folder without it is not a checkpoint
+    with _beside(folder) as beside:
+        for name, shard in zip(names, shards, strict=True):
+            save_tensors(beside / name, shard, metadata)
+        if len(shards) > 1:
+            index = f"{stem}.safetensors.index.json"
+            write_json(beside / index, _index(dict(zip(names, shards, strict=True))))
+            names.append(index)
+        write_json(beside / "config.json", config)
     return [folder / name for name in ("config.json", *names)]
 
 
-def _remove_saved(folder: Path) -> None:
-    """Remove a model that was saved here before: its shards and index would be taken for the new one's."""
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A folder to write a model to, whose files are moved into `folder` once all of them are there."""
     try:
-        (folder / "config.json").unlink(missing_ok=True)
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if SAVED_WEIGHTS.fullmatch(path.name):
-                path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".save-", dir=folder) as beside:
+            yield Path(beside)
+            _replace_saved(folder, Path(beside))
     except OSError as error:
-        raise disk_error(folder, error) from error
+        cause = error.__cause__ if isinstance(error, DiskError) else error
+        raise disk_error(folder, cause if isinstance(cause, OSError) else error, "save.path=") from error
+
+
+def _replace_saved(folder: Path, beside: Path) -> None:
+    """Put a new model in the place of one saved before, whose shards and index would be taken for the new one's."""
+    config, names = folder / "config.json", [path.name for path in beside.iterdir()]
+    config.unlink(missing_ok=True)  # until the end: a folder without it is not a checkpoint
+    for name in names:
+        if name != config.name:
+            os.replace(beside / name, folder / name)
+    for path in folder.iterdir():
+        if SAVED_WEIGHTS.fullmatch(path.name) and path.name not in names:
+            path.unlink()
+    os.replace(beside / config.name, config)
 
 
 def _save_as_gguf(
@@ -95,9 +116,9 @@ def _save_as_gguf(
 ) -> list[Path]:
     architecture = str(config.get("_class_name") or config.get("model_type") or "unknown")
     texts = {GGUF_CONFIG_KEY: json.dumps(config, sort_keys=True), **metadata}
-    _remove_saved(folder)
-    save_gguf(folder / SAVED_GGUF, tensors, architecture=architecture, metadata=texts)
-    write_json(folder / "config.json", config)
+    with _beside(folder) as beside:
+        save_gguf(beside / SAVED_GGUF, tensors, architecture=architecture, metadata=texts)
+        write_json(beside / "config.json", config)
     return [folder / "config.json", folder / SAVED_GGUF]
 
 

@@ -188,15 +188,15 @@ def file_lock(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterato
         os.close(descriptor)
 
 
-def disk_error(path: Path, error: OSError) -> DiskError:
-    """The same failure with place and remedy."""
+def disk_error(path: Path, error: OSError, option: str = "paths.outputs=") -> DiskError:
+    """The same failure with place and remedy. option: what names another place for it."""
     remedy = "check the disk"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "free space there"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         remedy = "make it writable"
     reason = error.strerror or str(error)
-    return DiskError(f"{path}: cannot be written ({reason}); {remedy}, or choose another folder with paths.outputs=")
+    return DiskError(f"{path}: cannot be written ({reason}); {remedy}, or choose another folder with {option}")
 
 
 def now_iso() -> str:

@@ -51,3 +51,22 @@ def test_only_the_outermost_module_is_hooked_and_none_without_need() -> None:
     compute_in_fp32(other, ["inner"], torch.float32)
     compute_in_fp32(other, [], torch.bfloat16)
     assert not any(module._forward_hooks for module in other.modules())
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Outer(), nn.ModuleDict({"a": nn.Linear(4, 4)})])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.blocks[0](x)
+        answer: Tensor = self.blocks[1]["a"](y)
+        return answer
+
+
+def test_what_a_container_holds_is_hooked_in_its_place() -> None:
+    model = Listed().float()
+    compute_in_fp32(model, ["blocks"], torch.bfloat16)
+    assert [name for name, module in model.named_modules() if module._forward_hooks] == ["blocks.0", "blocks.1.a"]
+    assert model(torch.randn(2, 4).bfloat16()).dtype == torch.bfloat16
+    assert model.blocks[0].inner.seen[:2] == [torch.float32, torch.float32]

@@ -1,4 +1,4 @@
-"""Tensors to disk, whole or not at all."""
+"""Tensors and models to disk, whole or not at all."""
 
 import errno
 import os
@@ -12,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from qexp.errors import DiskError
+from qexp.errors import ConfigError, DiskError
 from qexp.loading import saving
-from qexp.loading.saving import save_tensors
+from qexp.loading.saving import save_model, save_tensors
+from tests.composing import run_config
+from tests.loading.toys import Toy, load_toy, random_state, save_state, settings
 
 
 @contextmanager
@@ -80,3 +82,52 @@ def test_an_error_that_is_no_disks_keeps_its_kind(tmp_path: Path, monkeypatch: p
     with pytest.raises(SafetensorError, match="something else"):
         save_tensors(tmp_path / "outputs.safetensors", {"a": torch.ones(3)})
     assert list(tmp_path.iterdir()) == []
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("backend", ["torchao", "gguf"])
+def test_a_failed_save_keeps_the_model_that_was_there(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_toy(save_state(tmp_path / "dense", random_state(Toy)), settings(backend)).model
+    save_model(model, tmp_path / "saved", max_shard_bytes=200_000)
+    before = content(tmp_path / "saved")
+    with files_of_at_most(50_000), pytest.raises(DiskError, match=r"saved: .*another folder with save\.path="):
+        save_model(model, tmp_path / "saved")
+    assert content(tmp_path / "saved") == before
+    monkeypatch.setattr(saving, "write_json", lambda *_: 1 / 0)  # the very last file
+    with pytest.raises(ZeroDivisionError):
+        save_model(model, tmp_path / "saved")
+    assert content(tmp_path / "saved") == before
+
+
+@pytest.mark.parametrize("backend", ["none", "torchao", "gguf"])
+def test_a_model_is_not_saved_over_its_own_checkpoint(backend: str, tmp_path: Path) -> None:
+    dense = save_state(tmp_path / "dense", random_state(Toy))
+    before, model = content(dense), load_toy(dense, settings(backend)).model
+    (tmp_path / "link").symlink_to(dense)
+    for place in (dense, tmp_path / "link", dense / ".." / "dense"):
+        with pytest.raises(ConfigError, match=r"save: .*holds the checkpoint .*choose another folder"):
+            save_model(model, place)
+    assert content(dense) == before
+    save_model(model, tmp_path / "saved")
+    if backend != "gguf":  # which needs a skeleton for its own
+        with pytest.raises(ConfigError, match="choose another folder"):
+            save_model(load_toy(tmp_path / "saved", settings("none")).model, tmp_path / "saved")
+
+
+def test_a_place_that_holds_the_models_checkpoint_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    dense = save_state(tmp_path / "dense", random_state(Toy))
+    source = f"model.path={dense}"
+    for arguments in (
+        (source, f"save.path={dense}"),
+        (source, f"save.path={tmp_path}/./dense/"),
+        (f"model.path={next(dense.glob('*.safetensors'))}", f"save.path={dense}"),
+        (f"model.reference_path={dense}", f"save.path={dense}"),
+    ):
+        with pytest.raises(ConfigError, match=r"save\.path=.*holds the checkpoint .*choose another folder"):
+            run_config("device=cpu", *arguments)
+    assert run_config("device=cpu", source, f"save.path={tmp_path}/saved").save.path == f"{tmp_path}/saved"

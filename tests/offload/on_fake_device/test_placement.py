@@ -202,6 +202,30 @@ def test_modules_kept_in_fp32_on_the_cpu(planned: bool, folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("device_map", "kept"),
+    [
+        ({"": 0, "blocks": "cpu"}, ["blocks"]),
+        ({"": 0, "blocks": "cpu", "blocks.1": 1}, ["blocks.0", "blocks.2"]),
+        ({"": "cpu", "blocks.1": 0}, ["embed", "blocks.0", "blocks.2", "head"]),
+    ],
+)
+def test_what_is_kept_in_fp32_is_what_the_whole_map_puts_on_the_cpu(
+    device_map: Any, kept: list[str], folder: Path
+) -> None:
+    flag, half = "llm_int8_enable_fp32_cpu_offload=true", {"compute_dtype": "bfloat16"}
+    spread = load(folder, "bitsandbytes_int8", device_map, None, None, flag, **half)
+    resident = load(folder, "bitsandbytes_int8", skip_modules=tuple(kept), keep_in_fp32_modules=tuple(kept), **half)
+    assert spread.plan.quantized_nbytes.keys() == resident.plan.quantized_nbytes.keys() != set()
+    for name, module in spread.model.named_modules():
+        if isinstance(module, nn.Linear):
+            on_cpu = str(spread.placement.place_of(name)) == "cpu"
+            assert (type(module) is nn.Linear and module.weight.dtype == torch.float32) == on_cpu, name
+    x = batch(resident.model).bfloat16()
+    expected = answers(resident.model, x.to(DEVICES[0]))
+    assert all(torch.equal(a, b) for a, b in zip(answers(spread.model, x), expected, strict=True))
+
+
+@pytest.mark.parametrize(
     ("device_map", "copies"),
     [
         ({"": 0, "blocks": 1}, 1),
