@@ -27,7 +27,7 @@ from qexp.sweep.process import run_worker
 from qexp.sweep.progress import end_line, job_name
 from qexp.sweep.reference import ensure_reference, known_reference, prepare_folder
 from qexp.sweep.resume import Decision, decide, scored_names
-from qexp.sweep.store import RunFolder, Status, now_iso, write_bytes
+from qexp.sweep.store import RunFolder, Status, check_writable, now_iso, write_bytes
 from qexp.sweep.worker import Work, do_work
 
 __all__ = ["JobRow", "refuse_job", "run_job"]
@@ -126,6 +126,8 @@ def _perform(job: _Job, row: JobRow) -> JobRow:
         if decision.action == "keep":
             status = folder.read_status()
         else:
+            if decision.action == "run" and job.config.save.path is not None:
+                check_writable(Path(job.config.save.path), "save.path=")  # while an earlier result is still there
             job.say(_start_words(decision))
             status = _score(job, folder) if decision.action == "score" else _execute(job, folder, None)
         rescored = decision.action == "score" and status is not None and status.status == "done"

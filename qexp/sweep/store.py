@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import psutil
@@ -197,6 +198,16 @@ def disk_error(path: Path, error: OSError, option: str = "paths.outputs=") -> Di
         remedy = "make it writable"
     reason = error.strerror or str(error)
     return DiskError(f"{path}: cannot be written ({reason}); {remedy}, or choose another folder with {option}")
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Make a folder, if it is not there, and see that files can be made in it. Raises DiskError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise disk_error(folder, error, option) from error
 
 
 def now_iso() -> str:

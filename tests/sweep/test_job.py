@@ -591,7 +591,7 @@ def test_a_finished_run_runs_again_to_save_its_model_and_its_reference_saves_non
     assert run_key(saving) == run_key(config)
     assert reference_config(saving).save.path is None
     assert not run(saving).reused
-    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved").mkdir(exist_ok=True)
     (tmp_path / "saved" / "config.json").write_text("{}")
     assert run(saving).reused
 
@@ -600,3 +600,17 @@ def test_a_configuration_from_before_there_was_saving_reads(tmp_path) -> None:
     container = run_config(tmp_path).to_container()
     del container["save"]
     assert run_config_from_container(container) == run_config(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/model"])
+def test_a_place_that_cannot_be_saved_to_costs_no_result(place, tmp_path) -> None:
+    config = have_reference(run_config(tmp_path))
+    assert run(config).status == "done"
+    folder = folder_of(config)
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    (tmp_path / "file").touch()
+    row = run(replace(config, save=SaveConfig(path=str(tmp_path / place))))
+    assert (row.status, row.reason) == ("failed", "disk")
+    assert place in row.message and row.message.endswith("or choose another folder with save.path=")
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()} == before
+    assert run(config).reused
