@@ -73,11 +73,11 @@ def to_run_config(cfg: Any) -> RunConfig:
     if max_memory is not None and device_map is None:
         device_map = {"": device}  # one device, and a limit to check
     _check_offload(device_map, top.offload.strategy)
-    skip_modules = _union(patterns(top.skip_modules, "skip_modules"), model.skip_modules)
+    skip_modules = union(patterns(top.skip_modules, "skip_modules"), model.skip_modules)
     base = ComponentConfig(
         backend=plugin_config("backend", top.backend, "backend"),
         skip_modules=skip_modules,
-        keep_in_fp32_modules=_union(top.keep_in_fp32_modules),
+        keep_in_fp32_modules=union(top.keep_in_fp32_modules),
         compute_dtype=compute_dtype(top.compute_dtype, "compute_dtype"),
     )
     names = plugin_module("model", model.source).COMPONENTS
@@ -226,6 +226,14 @@ def backend_of(option: str) -> Any:
     return plugin_config("backend", OmegaConf.to_container(values, resolve=True), "backend")
 
 
+def model_skip_modules(option: str) -> tuple[str, ...]:
+    """The modules that an option of conf/model leaves unquantized."""
+    from omegaconf import OmegaConf
+
+    written: Any = OmegaConf.load(conf_folder() / "model" / f"{option}.yaml")
+    return tuple(written.get("skip_modules", ()))
+
+
 def patterns(value: Any, place: str) -> tuple[str, ...]:
     """Skip patterns: a list, or "@file" with one pattern a line and # comments."""
     if not isinstance(value, str):
@@ -242,7 +250,7 @@ def patterns(value: Any, place: str) -> tuple[str, ...]:
     return tuple(pattern for line in lines if (pattern := line.partition("#")[0].strip()))
 
 
-def _union(*lists: tuple[str, ...]) -> tuple[str, ...]:
+def union(*lists: tuple[str, ...]) -> tuple[str, ...]:
     """Sorted, since order means nothing: the same patterns are the same experiment."""
     return tuple(sorted({pattern for patterns in lists for pattern in patterns}))
 
@@ -266,7 +274,7 @@ def _component(base: ComponentConfig, values: Any, place: str) -> ComponentConfi
         elif name == "compute_dtype":
             changes[name] = compute_dtype(convert(str | None, value, f"{place}.{name}"), f"{place}.{name}")
         else:
-            changes[str(name)] = _union(patterns(value, f"{place}.{name}"))
+            changes[str(name)] = union(patterns(value, f"{place}.{name}"))
     return replace(base, **changes)
 
 
