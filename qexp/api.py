@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qexp.config import backend_of, patterns
+from qexp.config import backend_of, model_skip_modules, patterns, union
 from qexp.devices import resolve_device, resolve_device_map, resolve_max_memory
-from qexp.errors import ConfigError, choices
+from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import from_plain
 from qexp.models.base import load_source
 from qexp.options import option_names
@@ -76,7 +77,9 @@ def load(
         for what goes to disk. What rests where it does not compute is offloaded: `remove_offload` ends that.
     compute_dtype: of activations and unquantized weights; None is the checkpoint's own.
     skip_modules, keep_in_fp32_modules: patterns of modules to leave unquantized, or in fp32: "proj_out", "blocks.0",
-        "**.norm"; "@file" has one a line. A pattern that matches nothing is an error.
+        "**.norm"; "@file" has one a line. A pattern that matches nothing is an error. Left unquantized as well is
+        what the command line leaves out of the embedded models ("digits": x_embed and proj_out), and of a folder of
+        transformers the output embedding (lm_head); `skeleton`, or a model source, leaves out nothing by itself.
     workers: quantizing threads, None is one a core; in_flight_mib: dense MiB read but not yet quantized.
 
     Raises: ConfigError (a ValueError), MissingLibraryError (an ImportError), UnsupportedError for what this machine
@@ -84,11 +87,11 @@ def load(
     """
     from qexp.loading.lifecycle import load_component
 
-    model_source = _source(source, skeleton)
+    model_source, left_out = _source(source, skeleton)
     place, places, limits = _places(device, device_map, max_memory)
     settings = ComponentConfig(
         backend=_backend(backend),
-        skip_modules=patterns(_list(skip_modules), "skip_modules"),
+        skip_modules=union(patterns(_list(skip_modules), "skip_modules"), left_out),
         keep_in_fp32_modules=patterns(_list(keep_in_fp32_modules), "keep_in_fp32_modules"),
         compute_dtype=dtype_name(compute_dtype, "compute_dtype"),
     )
@@ -135,7 +138,11 @@ def offload(
     from qexp.offload.grouping import outermost_lists
     from qexp.offload.strategies import apply_offload
 
+    device = _named(device)
     place = torch.device(resolve_device(device) if isinstance(device, str) else device)
+    if isinstance(block_lists, str):
+        raise ConfigError(f"block_lists={block_lists!r} must be a list of names, such as [{block_lists!r}]")
+    _check_known(settings)
     config = strategy if isinstance(strategy, OffloadConfig) else OffloadConfig(strategy, to, **settings)
     config = config.resolved(place.type)
     store = Path(folder) if folder is not None else Path(tempfile.gettempdir()) / "qexp-offload"
@@ -164,7 +171,7 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_gib: float = 5.0) ->
     from qexp.loading.saving import save_model
 
     limit = from_plain(SaveConfig, {"max_shard_gib": max_shard_gib}, "save").max_shard_gib
-    return save_model(model, Path(folder), max_shard_bytes=int(limit * GIB))
+    return save_model(model, _expanded(folder, "folder"), max_shard_bytes=int(limit * GIB))
 
 
 def memory_footprint(model: nn.Module) -> int:
@@ -177,16 +184,36 @@ def memory_footprint(model: nn.Module) -> int:
     return module_nbytes(model)
 
 
-def _source(source: Any, skeleton: Any) -> Any:
-    """A model source. A name is one of the sources that need no path, unless there is a file or folder so called."""
+def _source(source: Any, skeleton: Any) -> tuple[Any, tuple[str, ...]]:
+    """A model source, and the patterns that its option of conf/model leaves unquantized.
+
+    A name is one of the sources that need no path, unless there is a file or folder so called.
+    """
     if not isinstance(source, str | Path):
-        return source
-    path = Path(source).expanduser()
+        if not hasattr(source, "checkpoints"):
+            raise ConfigError(
+                f"source={source!r} is no source; give a path, the name of a model, or an object with `checkpoints` "
+                "and `skeleton`, as in qexp.models.base.ModelSource"
+            )
+        return source, ()
+    path = _expanded(source, "source")
     if isinstance(source, str) and source in plugin_names("model") and not path.exists():
-        return load_source(plugin_module("model", source).Config())
+        return load_source(plugin_module("model", source).Config()), model_skip_modules(source)
+    if isinstance(source, str) and not path.exists() and (hint := did_you_mean(source, plugin_names("model"))):
+        raise LoadError(
+            f"source={source!r}{hint} is no file or folder; use a path, or {choices(plugin_names('model'))}"
+        )
     from qexp.models.folder import FolderSource
 
-    return FolderSource(path, skeleton)
+    return FolderSource(path, skeleton), ()
+
+
+def _expanded(path: str | Path, name: str) -> Path:
+    """The path with `~` spelled out. Raises ConfigError for one of a user that this machine does not know."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{name}={str(path)!r} names no folder: {error}; write the path in full") from None
 
 
 def _component(source: ModelSource, asked: str | None) -> str:
@@ -199,16 +226,25 @@ def _component(source: ModelSource, asked: str | None) -> str:
 
 
 def _places(device: str | torch.device, device_map: Any, max_memory: Any) -> tuple[torch.device, Any, Any]:
-    """What `load_component` takes. A device that is no text is believed, with the map and the limits beside it."""
+    """What `load_component` takes. A device of another kind than cpu and cuda is believed, with the map beside it."""
     import torch
 
-    if not isinstance(device, str):
+    device = _named(device)
+    if isinstance(device, torch.device):
         return device, device_map, max_memory
     main, places = resolve_device_map(device, device_map)
     limits = resolve_max_memory(max_memory, device_map)
     if limits is not None and places is None:
         return torch.device(main), {"": main}, limits  # one device, and a limit to check
     return torch.device(main), places, limits
+
+
+def _named(device: Any) -> Any:
+    """A device as the text that is checked against this machine; one of another kind than cpu and cuda as it is."""
+    kind = getattr(device, "type", None)
+    if kind is None or kind == "cuda":
+        return str(device)
+    return "cpu" if kind == "cpu" else device
 
 
 def _backend(backend: Any) -> Any:
@@ -230,6 +266,16 @@ def _backend(backend: Any) -> Any:
 
         return plugin_config("backend", backend, "backend")
     return plugin_module("backend", method).Config.from_dict(values)
+
+
+def _check_known(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a keyword of `offload` that is no field of `OffloadConfig`."""
+    from qexp.offload.config import OffloadConfig
+
+    known = [field.name for field in fields(OffloadConfig) if field.name not in ("strategy", "to")]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"offload: {name} is no setting{did_you_mean(name, known)}; use {choices(known)}")
 
 
 def _list(names: str | Iterable[str]) -> Any:

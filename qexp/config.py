@@ -67,16 +67,17 @@ def to_run_config(cfg: Any) -> RunConfig:
     """
     top = from_plain(TopLevelConfig, _plain_settings(cfg))
     model = plugin_config("model", top.model, "model")
+    _check_reference_path(model)
     device, device_map = resolve_device_map(top.device, top.device_map)
     max_memory = resolve_max_memory(top.max_memory, top.device_map)
     if max_memory is not None and device_map is None:
         device_map = {"": device}  # one device, and a limit to check
     _check_offload(device_map, top.offload.strategy)
-    skip_modules = _union(patterns(top.skip_modules, "skip_modules"), model.skip_modules)
+    skip_modules = union(patterns(top.skip_modules, "skip_modules"), model.skip_modules)
     base = ComponentConfig(
         backend=plugin_config("backend", top.backend, "backend"),
         skip_modules=skip_modules,
-        keep_in_fp32_modules=_union(top.keep_in_fp32_modules),
+        keep_in_fp32_modules=union(top.keep_in_fp32_modules),
         compute_dtype=compute_dtype(top.compute_dtype, "compute_dtype"),
     )
     names = plugin_module("model", model.source).COMPONENTS
@@ -88,6 +89,7 @@ def to_run_config(cfg: Any) -> RunConfig:
     task = plugin_config("task", top.task, "task")
     task = task.resolved() if hasattr(task, "resolved") else task
     _check_task(model, task)
+    _check_placed(task, device_map, max_memory)
     if top.save.wanted and not getattr(task, "saves_outputs", True):
         raise ConfigError(
             f"{top.save.wanted} with task={task.name}: it goes layer by layer and leaves no model to save; "
@@ -185,6 +187,29 @@ def _check_offload(device_map: Any, strategy: str) -> None:
         )
 
 
+def _check_placed(task: Any, device_map: Any, max_memory: Any) -> None:
+    """Raises ConfigError if there is no model to place as the map says."""
+    if getattr(task, "saves_outputs", True):
+        return
+    given = f"device_map={device_map}" if isinstance(device_map, dict) and device_map.keys() != {""} else None
+    if max_memory is not None:
+        given = "max_memory"
+    if given is not None:
+        raise ConfigError(
+            f"{given} with task={task.name}: it goes layer by layer on one device and places no model; leave it out, "
+            "or use device"
+        )
+
+
+def _check_reference_path(model: Any) -> None:
+    path = getattr(model, "reference_path", None)
+    if path is not None and not Path(path).expanduser().exists():
+        raise ConfigError(
+            f"model.reference_path={path} does not exist; set it to the unquantized checkpoint to compare with, or "
+            "leave it out"
+        )
+
+
 def backend_of(option: str) -> Any:
     """The config of an option of conf/backend, as `backend=<option>` composes it. Raises: ConfigError."""
     from omegaconf import OmegaConf
@@ -199,6 +224,14 @@ def backend_of(option: str) -> Any:
     del written["defaults"]
     values = OmegaConf.merge(OmegaConf.structured(schema_of(plugin_module("backend", plugin).Config)), written)
     return plugin_config("backend", OmegaConf.to_container(values, resolve=True), "backend")
+
+
+def model_skip_modules(option: str) -> tuple[str, ...]:
+    """The modules that an option of conf/model leaves unquantized."""
+    from omegaconf import OmegaConf
+
+    written: Any = OmegaConf.load(conf_folder() / "model" / f"{option}.yaml")
+    return tuple(written.get("skip_modules", ()))
 
 
 def patterns(value: Any, place: str) -> tuple[str, ...]:
@@ -217,7 +250,7 @@ def patterns(value: Any, place: str) -> tuple[str, ...]:
     return tuple(pattern for line in lines if (pattern := line.partition("#")[0].strip()))
 
 
-def _union(*lists: tuple[str, ...]) -> tuple[str, ...]:
+def union(*lists: tuple[str, ...]) -> tuple[str, ...]:
     """Sorted, since order means nothing: the same patterns are the same experiment."""
     return tuple(sorted({pattern for patterns in lists for pattern in patterns}))
 
@@ -241,7 +274,7 @@ def _component(base: ComponentConfig, values: Any, place: str) -> ComponentConfi
         elif name == "compute_dtype":
             changes[name] = compute_dtype(convert(str | None, value, f"{place}.{name}"), f"{place}.{name}")
         else:
-            changes[str(name)] = _union(patterns(value, f"{place}.{name}"))
+            changes[str(name)] = union(patterns(value, f"{place}.{name}"))
     return replace(base, **changes)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import qexp
 from qexp.config import backend_of
-from qexp.errors import ConfigError, LoadError
+from qexp.errors import ConfigError, LoadError, UnsupportedError
 from qexp.offload.config import OffloadConfig
 from qexp.offload.payload import true_nbytes
 from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
@@ -126,6 +126,63 @@ def test_every_way_to_name_a_source(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(file(x), expected)
     with pytest.raises(ConfigError, match=r"component='vae' is none of this source's: use stack"):
         qexp.load(source, component="vae", device="cpu")
+
+
+def test_a_file_is_described_by_the_config_beside_it(folder: Path) -> None:
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    model: Any = qexp.load(folder / "model.safetensors", skeleton=stack, device="cpu")
+    assert torch.equal(model(x), load(folder)(x))
+    qexp.save(load(folder, "quanto"), folder.parent / "saved")
+    (file,) = (folder.parent / "saved").glob("*.safetensors")
+    assert load(file).quantization_method == "quanto"
+
+
+def test_what_the_command_line_leaves_unquantized() -> None:
+    def unquantized(source: Any, **settings: Any) -> set[str]:
+        model = qexp.load(source, "packed_uint3", device="cpu", **settings)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        return {name for name, layer in layers.items() if type(layer.weight) is nn.Parameter}
+
+    assets = Path(qexp.__file__).parent / "assets"
+    assert unquantized("digits") == {"x_embed", "proj_out"}
+    assert unquantized("digits", skip_modules=["blocks.0.attn.to_q"]) == {"x_embed", "proj_out", "blocks.0.attn.to_q"}
+    assert unquantized(assets / "digits") == {"x_embed", "proj_out"}
+    assert unquantized("arithmetic") == unquantized(assets / "arithmetic") == {"lm_head"}
+
+
+def test_a_device_is_checked_however_it_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qexp.devices.cuda_device_count", lambda: 0)
+    cpu = torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"max_memory=.* limits what a device_map may use"):
+        qexp.load(folder, skeleton=stack, device=cpu, max_memory={"cpu": "1KiB"})
+    with pytest.raises((ConfigError, LoadError), match="max_memory"):
+        qexp.load(folder, skeleton=stack, device=cpu, device_map={"": "cpu"}, max_memory={"cpu": "1KiB"})
+    with pytest.raises(UnsupportedError, match="device=cuda:3 needs CUDA device 3"):
+        qexp.load(folder, skeleton=stack, device=torch.device("cuda:3"))
+    model = qexp.load(folder, skeleton=stack, device=cpu)
+    with pytest.raises(UnsupportedError, match="device=cuda:3 needs CUDA device 3"):
+        qexp.offload(model, "leaf", torch.device("cuda:3"))  # type: ignore[operator]
+
+
+def test_arguments_of_another_kind_are_refused(folder: Path, tmp_path: Path) -> None:
+    model = load(folder)
+    for settings, message in [
+        ({"numblocks": 1}, r"numblocks is no setting \(did you mean num_blocks_per_group"),
+        ({"num_blocks_per_group": 2.5}, r"num_blocks_per_group=2\.5 must be a whole number"),
+        ({"prefetch_depth": "2"}, r"prefetch_depth='2' must be a whole number"),
+        ({"resident_gib": "1"}, r"resident_gib='1' must be a number"),
+        ({"block_lists": "layers"}, r"block_lists='layers' must be a list"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            qexp.offload(model, "block", "cpu", **settings)  # type: ignore[operator]
+    with pytest.raises(ConfigError, match=r"source=5 is no source; give a path"):
+        qexp.load(5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"source='~nouser/x' names no folder.*in full"):
+        qexp.load("~nouser/x")
+    with pytest.raises(LoadError, match=r"source='digit' \(did you mean digits\?\)"):
+        qexp.load("digit")
+    with pytest.raises(ConfigError, match=r"max_shard_gib=0 must be above 0"):
+        qexp.save(model, tmp_path / "saved", max_shard_gib=0)
 
 
 def test_a_network_that_nothing_describes(folder: Path) -> None:

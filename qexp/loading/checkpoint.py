@@ -1,8 +1,8 @@
 """What a checkpoint on disk holds: its config and where each tensor's bytes are. Reads headers only; imports no torch.
 
 A checkpoint is a folder with `config.json` and one `*.safetensors` file, shards with a `*.safetensors.index.json`, or
-(if it has neither) one `*.gguf` file; or a single `.safetensors` or `.gguf` file. The config of a `.gguf` file is the
-`config.json` beside it, else the one in its metadata, which files saved by this program have.
+(if it has neither) one `*.gguf` file; or a single `.safetensors` or `.gguf` file. The config of a single file is the
+`config.json` beside it; without one, a `.gguf` file has it in its metadata if this program saved it.
 
 A safetensors file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets},
 "__metadata__": {...}}, then the tensors' bytes. Everything a damaged file could lie about is checked here, before
@@ -128,13 +128,13 @@ def is_gguf(file: Path) -> bool:
 
 
 def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """config.json of the folder; of a GGUF file the one beside it, or in it; {} for another file."""
+    """config.json of the folder, or beside the file; else the one in a GGUF file; {} if there is none."""
     if path.is_dir():
         return _read_json(path / "config.json")
-    if not is_gguf(path):
-        return {}
     if os.path.exists(path.with_name("config.json")):
         return _read_json(path.with_name("config.json"))
+    if not is_gguf(path):
+        return {}
     return _json_object(metadata.get(GGUF_CONFIG_KEY, "{}"), f"{path}: {GGUF_CONFIG_KEY}")
 
 

@@ -158,7 +158,8 @@ def prepare(
         if lost := patterns_lost((*settings.skip_modules, *settings.keep_in_fp32_modules), chosen):
             print(f"warning: {component}: {lost}", file=sys.stderr)
     else:
-        chosen, skipped = choose_modules(model, quantizer, skip, fp32, compute_dtype)
+        own = source.skip_modules(component, model) if hasattr(source, "skip_modules") else ()
+        chosen, skipped = choose_modules(model, quantizer, (*skip, *own), fp32, compute_dtype)
     if not chosen and quantizer.quantization_method != "none":
         raise LoadError(_nothing_message(component, quantizer, skipped))
     quantizer.preprocess_model(model, list(chosen), compute_dtype)

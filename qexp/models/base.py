@@ -42,7 +42,8 @@ class ModelSource(Protocol):
         """Dotted names of the module lists whose items are offloaded block by block."""
 
     # A source may also have `conversion(component, model)`, which returns the function that turns a dict of tensors in
-    # another layout (that of the model's authors) into one with the model's names, or None: see loading/conversion.py.
+    # another layout (that of the model's authors) into one with the model's names, or None: see loading/conversion.py;
+    # and `skip_modules(component, model)`, the modules that it leaves unquantized, whatever the settings say.
 
     def generate(
         self,

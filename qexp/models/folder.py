@@ -39,6 +39,18 @@ class FolderSource:
 
         return outermost_lists(self._network)
 
+    def skip_modules(self, component: str, model: Any) -> tuple[str, ...]:
+        """What is left unquantized unless the caller built the network: what the last layer gets wrong goes straight
+        into the output."""
+        if self.build is not None:
+            return ()
+        if type(model).__name__ == "DigitsTransformer":
+            from qexp.config import model_skip_modules
+
+            return model_skip_modules("digits")
+        head = model.get_output_embeddings() if isinstance(getattr(model, "base_model_prefix", None), str) else None
+        return tuple(name for name, module in model.named_modules() if module is head and head is not None)
+
     def _build(self, config: dict[str, Any]) -> nn.Module:
         fields = {name: value for name, value in config.items() if name not in NOT_THE_NETWORKS}
         if isinstance(self.build, type):

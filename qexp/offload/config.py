@@ -45,6 +45,7 @@ class OffloadConfig:
             raise ConfigError(f"offload.strategy={self.strategy!r} is unknown; use {choices(STRATEGIES)}")
         if self.to not in DESTINATIONS:
             raise ConfigError(f"offload.to={self.to!r} is unknown; use {choices(DESTINATIONS)}")
+        self._check_kinds()
         if self.num_blocks_per_group is None or self.num_blocks_per_group < 1:
             shown = "null" if self.num_blocks_per_group is None else self.num_blocks_per_group
             raise ConfigError(
@@ -60,6 +61,15 @@ class OffloadConfig:
                 f"offload.resident_gib={self.resident_gib} must be a size in GiB, 0 or more; "
                 "use offload=none to keep everything on the device"
             )
+
+    def _check_kinds(self) -> None:
+        """Raises ConfigError for a number of another kind; what is too small is checked by itself."""
+        for name in ("num_blocks_per_group", "prefetch_depth"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ConfigError(f"offload.{name}={value!r} must be a whole number; use {getattr(DEFAULTS, name)}")
+        if isinstance(self.resident_gib, bool) or not isinstance(self.resident_gib, int | float):
+            raise ConfigError(f"offload.resident_gib={self.resident_gib!r} must be a number of GiB, such as 4.0")
 
     def resolved(self, device_type: str) -> OffloadConfig:
         """Settle what depends on the compute device, and reset the fields that strategy and device ignore.

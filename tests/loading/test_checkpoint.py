@@ -58,10 +58,12 @@ def test_a_folder_with_one_file(tmp_path: Path) -> None:
     assert content[b.offset : b.offset + b.nbytes] == bytes(range(24, 32))
 
 
-def test_a_bare_file_has_no_config(tmp_path: Path) -> None:
+def test_a_file_has_the_config_beside_it(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_tensors(tmp_path / "any name.safetensors", TWO))
     assert dict(checkpoint.config) == {}
     assert set(checkpoint.entries) == {"a", "b"}
+    (tmp_path / "config.json").write_text('{"width": 3}')
+    assert dict(open_checkpoint(tmp_path / "any name.safetensors").config) == {"width": 3}
 
 
 def test_shards_are_those_of_the_index(tmp_path: Path) -> None:

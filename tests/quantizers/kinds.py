@@ -51,7 +51,8 @@ def error_bound(kind: str) -> float:
 
     Uniform codes of N bits over +-4.5 sigma, which the largest of a few thousand weights does not leave, are off by
     their step over sqrt(12). Floats of M mantissa bits are off by up to half of 2^-M of themselves. Activations in 8
-    bits, and bf16, add about 0.01.
+    bits, and bf16, add about 0.01. Never 1 or more (one bit, by the formula), which is what an answer of zeros is
+    off by.
     """
     kind = {"quanto_float8": "e4m3", "torchao_float8wo": "e4m3", "torchao float8wo tensor": "e4m3"}.get(kind, kind)
     kind = "e5m2" if kind == "torchao float8wo g32" else kind
@@ -59,7 +60,7 @@ def error_bound(kind: str) -> float:
         bits, mantissa = 1 + int(match[1]) + int(match[2]), int(match[2])
     else:
         bits, mantissa = BITS.get(kind, 0) or int(re.findall(r"(?:int|intx|q|fp|nf)(\d)", kind)[0]), 8
-    return max(9 / (2**bits - 1) / 12**0.5, 2.0 ** -(mantissa + 1)) + 0.01
+    return min(max(9 / (2**bits - 1) / 12**0.5, 2.0 ** -(mantissa + 1)) + 0.01, 0.9)
 
 
 BITS = {"bitsandbytes": 4, "gguf": 8, "quanto": 8, "torchao": 8, "torchao by name": 4}

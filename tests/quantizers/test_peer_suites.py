@@ -366,7 +366,7 @@ def test_buffers_device_assignment(backend: str, dense: Path) -> None:
 
 
 @every_backend
-def test_quantization_keeps_outliers_and_zeros(backend: str, dense: Path, tmp_path: Path) -> None:
+def test_dequantized_weights_are_near(backend: str, dense: Path) -> None:
     """As transformers' tests of weights after loading: each layer's weight is that of the dense one, roughly."""
     layers = linear_layers(Transformer.from_pretrained(dense))
     weights = {name: layer.weight.detach() for name, layer in layers.items()}
@@ -374,6 +374,23 @@ def test_quantization_keeps_outliers_and_zeros(backend: str, dense: Path, tmp_pa
     for name, weight in weights.items():
         error = (restored[name].weight.float() - weight.float()).norm() / weight.norm()
         assert error < BACKENDS[backend][1] and math.isfinite(error), name
+
+
+@every_backend
+def test_quantization_keeps_outliers_and_zeros(backend: str, dense: Path, tmp_path: Path) -> None:
+    """A weight 100 times the largest other stays that large; rows of zeros stay zeros, whatever scale they get."""
+    network = Transformer.from_pretrained(dense)
+    name = "blocks.0.attn.to_q"
+    with torch.no_grad():
+        weight = network.get_submodule(name).weight
+        outlier = 100 * weight.abs().max().item()
+        weight[3, 5] = outlier
+        weight[7] = 0
+    network.save_pretrained(tmp_path)
+    restored = load(tmp_path, backend).dequantize().get_submodule(name).weight.float()
+    assert restored.isfinite().all()
+    assert restored[3, 5].item() == pytest.approx(outlier, rel=0.15)
+    assert restored[7].abs().max() == 0
 
 
 @pytest.mark.parametrize(
