@@ -181,7 +181,7 @@ def test_arguments_of_another_kind_are_refused(folder: Path, tmp_path: Path) -> 
         qexp.load("~nouser/x")
     with pytest.raises(LoadError, match=r"source='digit' \(did you mean digits\?\)"):
         qexp.load("digit")
-    with pytest.raises(ConfigError, match=r"max_shard_gib=0 must be above 0"):
+    with pytest.raises(ConfigError, match=r"max_shard_gib=0.0 must be a number above 0"):
         qexp.save(model, tmp_path / "saved", max_shard_gib=0)
 
 
