@@ -171,6 +171,16 @@ def _there_already(problem: Problem) -> str:
 def _unreadable_override(problem: Problem) -> str:
     written = problem.find(r"Error parsing override '(.*)'") or problem.find(r"at input '(.*)'")
     reason = problem.find(r"^(missing .*|extraneous .*|mismatched .*)$")
+    given = [
+        argument
+        for argument in problem.arguments
+        if re.match(r"""\+{0,2}device_map=.*[{,]\s*(""|\'\')\s*:""", argument)
+    ]
+    if given:
+        return (
+            f"cannot read {given[0]}: on the command line, what device_map does not name is '*': "
+            "'device_map={*: cpu}'"
+        )
     return (
         f"cannot read {written or 'the command line'}{f' ({reason})' if reason else ''}: an override is key=value "
         "without spaces around =, and a value with spaces, commas, braces or = is quoted twice: 'sweep.notes=\"a, b\"'"

@@ -67,6 +67,7 @@ def to_run_config(cfg: Any) -> RunConfig:
     """
     top = from_plain(TopLevelConfig, _plain_settings(cfg))
     model = plugin_config("model", top.model, "model")
+    _check_reference_path(model)
     device, device_map = resolve_device_map(top.device, top.device_map)
     max_memory = resolve_max_memory(top.max_memory, top.device_map)
     if max_memory is not None and device_map is None:
@@ -88,6 +89,7 @@ def to_run_config(cfg: Any) -> RunConfig:
     task = plugin_config("task", top.task, "task")
     task = task.resolved() if hasattr(task, "resolved") else task
     _check_task(model, task)
+    _check_placed(task, device_map, max_memory)
     if top.save.wanted and not getattr(task, "saves_outputs", True):
         raise ConfigError(
             f"{top.save.wanted} with task={task.name}: it goes layer by layer and leaves no model to save; "
@@ -182,6 +184,29 @@ def _check_offload(device_map: Any, strategy: str) -> None:
         raise ConfigError(
             f"device_map={device_map} says where each module rests, and so does offload.strategy={strategy}; use "
             "offload=none (what the map puts on the CPU or on disk is offloaded all the same), or one device"
+        )
+
+
+def _check_placed(task: Any, device_map: Any, max_memory: Any) -> None:
+    """Raises ConfigError if there is no model to place as the map says."""
+    if getattr(task, "saves_outputs", True):
+        return
+    given = f"device_map={device_map}" if isinstance(device_map, dict) and device_map.keys() != {""} else None
+    if max_memory is not None:
+        given = "max_memory"
+    if given is not None:
+        raise ConfigError(
+            f"{given} with task={task.name}: it goes layer by layer on one device and places no model; leave it out, "
+            "or use device"
+        )
+
+
+def _check_reference_path(model: Any) -> None:
+    path = getattr(model, "reference_path", None)
+    if path is not None and not Path(path).expanduser().exists():
+        raise ConfigError(
+            f"model.reference_path={path} does not exist; set it to the unquantized checkpoint to compare with, or "
+            "leave it out"
         )
 
 

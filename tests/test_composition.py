@@ -60,6 +60,8 @@ MISTAKES = {
     "+seed=3": "+seed adds what is there already; leave out the +",
     "seed": "cannot read seed (missing EQUAL at '<EOF>'): an override is key=value",
     "sweep.notes=a=b": "quoted twice",
+    'device_map={"": cpu}': "what device_map does not name is '*': 'device_map={*: cpu}'",
+    "device_map={a: 0,'':cpu}": "what device_map does not name is '*'",
     "seed=[1,2": "cannot read [1,2: an override is key=value",
     "device=cuda": "device=cuda needs CUDA device 0, and this machine, or its torch build, has none; use cpu or auto",
     "--config-name=nope": "Cannot find primary config 'nope'",

@@ -161,6 +161,19 @@ def test_device_maps_and_what_they_conflict_with(monkeypatch: pytest.MonkeyPatch
     assert to_run_config({**settings(), "device_map": 0, "offload": {"strategy": "leaf"}}).device_map is None
 
 
+def test_a_task_that_goes_layer_by_layer_places_no_model() -> None:
+    for given in (["device_map={blocks:cpu}"], ["device_map={blocks:disk,*:cpu}"]):
+        assert "with task=roundtrip: it goes layer by layer" in message_of("task=roundtrip", *given), given
+    assert message_of("task=roundtrip", "device_map=cpu", "max_memory={cpu:1}").startswith("max_memory with task=")
+    assert run_config("task=roundtrip", "device_map=cpu").device_map is None
+    assert run_config("task=roundtrip", "device_map=auto").device_map == "auto"
+
+
+def test_a_reference_that_does_not_exist_is_named_by_its_own_setting(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    assert message_of(f"model.reference_path={missing}").startswith(f"model.reference_path={missing} does not exist")
+
+
 def test_device_map_of_one_device_means_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "cuda_device_count", lambda: 2)
     assert to_run_config({**settings(), "device_map": {"": "cuda:1"}}).device == "cuda:1"

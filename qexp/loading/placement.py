@@ -31,6 +31,7 @@ from qexp.offload.grouping import INDIVISIBLE
 from qexp.quantizers.base import Quantizer
 
 GIB = 2**30
+EVERYTHING = "'*' (in Python also '') for all that is not named"
 
 DeviceMap = str | int | torch.device | Mapping[str, int | str | torch.device] | Mapping[str, Place] | None
 
@@ -223,14 +224,14 @@ def _explicit(model: nn.Module, nbytes: Mapping[str, int], places: Mapping[str, 
         if name not in order:
             raise ConfigError(
                 f"device_map names {name!r}, which is no module or tensor of {type(model).__name__}"
-                f"{did_you_mean(name, order)}; use names as in model.named_modules(), or '' for all that is not named"
+                f"{did_you_mean(name, order)}; use names as in model.named_modules(), or {EVERYTHING}"
             )
     placement = Placement(CPU, {name: places[name] for name in order if name in places}, {}, nbytes, {})
     if left_out := [name for name in nbytes if placement.entry(name) not in places]:
         shown = ", ".join(f"'{name}'" for name in left_out[:5]) + (" …" if len(left_out) > 5 else "")
         raise ConfigError(
             f"device_map gives no device for {len(left_out)} tensors: {shown}; name the modules that they belong to, "
-            "or use '' for all that is not named"
+            f"or use {EVERYTHING}"
         )
     names_of: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -170,6 +170,9 @@ class NetSource:
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         return Net(config["depth"])
 
+    def block_lists(self, component: str) -> list[str]:
+        return ["blocks"]
+
 
 def save(folder: Path, depth: int = 3) -> NetSource:
     """The seeded model as a checkpoint."""
@@ -186,12 +189,14 @@ def option(backend: str) -> Any:
     return backend_config(path)
 
 
-def load(backend: str, *, depth: int = 3, device: str = "cpu") -> nn.Module:
+def load(backend: str, *, depth: int = 3, device: str = "cpu", **placement: Any) -> nn.Module:
     """The same model quantized while it is loaded, by an option of conf/backend."""
     with tempfile.TemporaryDirectory() as folder:
         source: Any = save(Path(folder), depth)
         settings = ComponentConfig(option(backend))
-        loaded = load_component(source, "net", settings, device=torch.device(device), loader=LoaderConfig(workers=1))
+        loaded = load_component(
+            source, "net", settings, device=torch.device(device), loader=LoaderConfig(workers=1), **placement
+        )
     return loaded.model
 
 

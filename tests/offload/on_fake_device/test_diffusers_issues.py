@@ -59,6 +59,14 @@ def test_12719_a_low_memory_load_leaves_nothing_on_meta_that_would_have_to_be_mo
     assert live_bytes() - before < 512  # the library keeps a table of its code values
 
 
+@pytest.mark.parametrize("backend", ON_DEVICE)
+def test_12719_with_device_map_balanced_the_model_answers_as_on_one_device(backend: str) -> None:
+    expected = answers(zoo.load(backend, device=str(DEVICE)))
+    model = zoo.load(backend, device=str(DEVICE), device_map="balanced", max_memory={0: 70_000, 1: 10**9})
+    assert devices(model) == {"fake:0", "fake:1"}
+    assert all(torch.equal(a, b) for a, b in zip(answers(model), expected, strict=True))
+
+
 @pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_fp4", "bitsandbytes_nf4_dq"])
 def test_12719_the_peer_fails_so(backend: str) -> None:
     from accelerate import cpu_offload
