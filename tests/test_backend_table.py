@@ -25,7 +25,7 @@ def test_the_document_is_in_step_with_the_backends() -> None:
     assert list(stored_rows()) == list(trials([])), "run python scripts/backend_table.py"
 
 
-@pytest.mark.parametrize("name", ["bitsandbytes", "gguf_q5_0", "packed_uint2 quant_type=uint5wo", "torchao_float8wo"])
+@pytest.mark.parametrize("name", ["bitsandbytes", "gguf_q5_0", "packed_uint4 quant_type=uint5wo", "torchao_float8wo"])
 def test_the_numbers_in_the_document_are_those_that_are_measured(name: str) -> None:
     measured, cells = script.measure(trials([])[name], script.gaussian()), stored_rows()[name]
     assert cells[3] == f"{measured['bits_per_weight']:.3f}"

@@ -57,7 +57,7 @@ def test_types_without_an_option_are_tried_as_they_are_typed() -> None:
         option, *fields = name.split(" ")
         assert config.resolved("cpu") == replace(backend_config(option, *fields), label=config.label), name
     assert len({(config.quant_method, config.label) for config in found.values()}) == len(found)
-    assert {"packed_uint2 quant_type=uint5wo", "gguf quant_type=MXFP4"} <= set(found)
+    assert {"packed_uint4 quant_type=uint5wo", "gguf quant_type=MXFP4"} <= set(found)
     assert found["bitsandbytes_fp4 bnb_4bit_use_double_quant=true"].label == "fp4+dq"
     assert list(options.trials(["torchao"])) == ["torchao"]
 

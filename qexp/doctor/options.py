@@ -49,12 +49,13 @@ def _has(config: Any, fields: Mapping[str, Any]) -> bool:
 
 
 def _nearest(options: Mapping[str, Any], method: str, fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(option, the fields to change): as few as possible, and rather of the option that is named like its backend."""
+    """(option, the fields to change): as few as possible, and rather of the option that is named like its backend,
+    or else has the most bits among those of short names."""
     changes = {
         name: {field: value for field, value in fields.items() if getattr(config, field) != value}
         for name, config in options.items()
     }
-    nearest = min(changes, key=lambda name: (len(changes[name]), name != method, len(name), name))
+    nearest = min(sorted(changes, reverse=True), key=lambda name: (len(changes[name]), name != method, len(name)))
     return nearest, changes[nearest]
 
 
