@@ -69,7 +69,7 @@ def push(folder: Path, files: Sequence[Path], save: SaveConfig, message: str) ->
     api, repo = HfApi(), str(save.push_to_hub)
     message = save.commit_message or message
     paths = {file.relative_to(folder).as_posix(): file for file in files}
-    configs = [name for name in paths if PurePosixPath(name).name == "config.json"]
+    configs = [name for name in paths if not SAVED_WEIGHTS.fullmatch(PurePosixPath(name).name)]  # and a tokenizer
     weights = [name for name in paths if name not in configs]
     where: dict[str, Any] = {"repo_id": repo, "revision": save.revision}
     with _clear_errors(save, api.endpoint) as progress:

@@ -27,7 +27,8 @@ from qexp.errors import ConfigError, DiskError
 from qexp.loading.checkpoint import GGUF_CONFIG_KEY, SAVED_GGUF, SAVED_WEIGHTS, refuse_source
 from qexp.loading.gguf_saving import save_gguf
 from qexp.loading.registration import registered_quantizer
-from qexp.sweep.store import disk_error, replacing, write_json
+from qexp.models.causal_lm import SIDE_FILES
+from qexp.sweep.store import disk_error, replacing, write_bytes, write_json
 
 STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"  # of its own models' files
@@ -83,7 +84,7 @@ def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHA
             )
         tensors, metadata = quantizer.get_state_dict_and_metadata(tensors)
         if quantizer.file_format == "gguf":
-            return _save_as_gguf(folder, tensors, metadata, config)
+            return _save_as_gguf(folder, tensors, metadata, config, model.checkpoint_path)  # type: ignore[arg-type]
         config["quantization_config"] = quantizer.to_dict(model)
     shards = list(_shards(_without_twins(tensors), max_shard_bytes))
     stem = TRANSFORMERS_STEM if "model_type" in config else STEM
@@ -96,8 +97,17 @@ def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHA
             index = f"{stem}.safetensors.index.json"
             write_json(beside / index, _index(dict(zip(names, shards, strict=True))))
             names.append(index)
+        sides = _copy_side_files(model.checkpoint_path, beside)  # type: ignore[arg-type]
         write_json(beside / "config.json", config)
-    return [folder / name for name in ("config.json", *names)]
+    return [folder / name for name in ("config.json", *sides, *names)]
+
+
+def _copy_side_files(source: Path, beside: Path) -> list[str]:
+    """Put the tokenizer's and other small files of a language model beside its weights; returns their names."""
+    names = [name for name in SIDE_FILES if source.is_dir() and (source / name).is_file()]
+    for name in names:
+        write_bytes(beside / name, (source / name).read_bytes())
+    return names
 
 
 @contextmanager
@@ -127,14 +137,15 @@ def _replace_saved(folder: Path, beside: Path) -> None:
 
 
 def _save_as_gguf(
-    folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Mapping[str, Any]
+    folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Mapping[str, Any], source: Path
 ) -> list[Path]:
     architecture = str(config.get("_class_name") or config.get("model_type") or "unknown")
     texts = {GGUF_CONFIG_KEY: json.dumps(config, sort_keys=True), **metadata}
     with _beside(folder) as beside:
         save_gguf(beside / SAVED_GGUF, tensors, architecture=architecture, metadata=texts)
+        sides = _copy_side_files(source, beside)
         write_json(beside / "config.json", config)
-    return [folder / "config.json", folder / SAVED_GGUF]
+    return [folder / name for name in ("config.json", *sides, SAVED_GGUF)]
 
 
 def _without_twins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from qexp.tasks.generate import GenerateConfig
 
 COMPONENTS = ("model",)
+SIDE_FILES = (  # what a model's folder holds beside config.json and weights: without it, text means nothing
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,10 @@ class Source:
     def folder(self) -> Path:
         """The model's folder. Raises ConfigError if none is named."""
         if self.config.path is None:
-            raise ConfigError("model.path=null names no model; set model.path to a folder as save_pretrained writes it")
+            raise ConfigError(
+                "model.path=null names no model; set model.path to a folder as save_pretrained writes it (or, where "
+                "model.path is quantized already, model.reference_path to the checkpoint to compare it with)"
+            )
         return Path(self.config.path).expanduser()
 
     def checkpoints(self) -> dict[str, Path]:

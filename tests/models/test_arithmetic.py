@@ -158,3 +158,16 @@ def test_activations_are_calibrated_on_prompts(text: Path, reference: Path, tmp_
     assert 0 < result["quality/kl_divergence"] < 1 and result["quality/answer_accuracy"] > 0.5
     with pytest.raises(ConfigError, match="calibrated on samples of the task, and task=perplexity generates none"):
         run(tmp_path / "perplexity", *calibrated, "task=perplexity")
+
+
+@pytest.mark.parametrize("backend", ["gguf_q4_0", "torchao"])
+def test_what_was_saved_is_a_whole_language_model(backend: str, text: Path, tmp_path: Path) -> None:
+    saved, few = tmp_path / "saved", ("model.problems=4", f"task.text={text}")
+    first = run(tmp_path / "one", f"backend={backend}", f"save.path={saved}", *few)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (saved / name).read_bytes() == (ASSETS / name).read_bytes()
+    assert not (saved / "held_out.txt").exists()
+    second = run(tmp_path / "two", f"model.path={saved}", *few)
+    assert second["quality/answer_accuracy"] == first["quality/answer_accuracy"]
+    one, two = (load_file(tmp_path / name / "outputs.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
