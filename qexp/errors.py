@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class QexpError(Exception):
@@ -50,6 +50,11 @@ def choices(names: Iterable[object]) -> str:
     if not words:
         return "nothing"
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first five names in quotes, and '…' where there are more."""
+    return ", ".join(f"'{name}'" for name in names[:5]) + (" …" if len(names) > 5 else "")
 
 
 def did_you_mean(name: object, names: Iterable[object]) -> str:

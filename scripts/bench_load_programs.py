@@ -52,16 +52,9 @@ class FluxSource:
 
 def backend_config(name: str) -> Any:
     """The backend config of a format: one of `FORMATS`, or any option of conf/backend."""
-    from hydra import compose, initialize_config_dir
+    from qexp.config import backend_of
 
-    from qexp.config import to_run_config
-    from qexp.options import conf_folder
-    from qexp.schema import register_schemas
-
-    register_schemas()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        config = compose("config", ["device=cpu", f"backend={FORMATS.get(name, name)}"])
-    return to_run_config(config).components["transformer"].backend
+    return backend_of(FORMATS.get(name, name))
 
 
 def load_with_qexp(folder: Path, name: str, workers: int | None = None, slice_weights: int | None = None) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from qexp.errors import LoadError
+from qexp.errors import LoadError, first_names
 from qexp.offload.payload import leaves, true_nbytes
 from qexp.quantizers.base import Quantizer, is_finite
 
@@ -21,12 +21,16 @@ def audit(model: nn.Module, quantizer: Quantizer, planned: Mapping[str, int]) ->
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     on_meta = [name for name, tensor in tensors if any(leaf.is_meta for leaf in leaves(tensor))]
     if on_meta:
-        raise LoadError(f"after loading, {len(on_meta)} tensors have no data: {_some(on_meta)}")
+        raise LoadError(f"after loading, {len(on_meta)} tensors have no data: {first_names(on_meta)}")
     quantized = {name for name, module in model.named_modules(remove_duplicate=False) if quantizer.is_quantized(module)}
     if forgotten := sorted(set(planned) - quantized):
-        raise LoadError(f"after loading, {len(forgotten)} layers are not quantized though planned: {_some(forgotten)}")
+        raise LoadError(
+            f"after loading, {len(forgotten)} layers are not quantized though planned: {first_names(forgotten)}"
+        )
     if surplus := sorted(quantized - set(planned)):
-        raise LoadError(f"after loading, {len(surplus)} layers are quantized though not planned: {_some(surplus)}")
+        raise LoadError(
+            f"after loading, {len(surplus)} layers are quantized though not planned: {first_names(surplus)}"
+        )
     if not quantized and quantizer.quantization_method != "none":
         raise LoadError(
             f"backend {quantizer.quantization_method!r} quantized no layer: every linear layer is skipped; "
@@ -50,7 +54,3 @@ def _is_finite(leaf: Tensor) -> bool:
     if leaf.is_floating_point() and leaf.itemsize == 1:  # float8, for which aminmax is not there
         return not bool(leaf.isnan().any())
     return is_finite(leaf)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names[:5]) + (" …" if len(names) > 5 else "")

@@ -18,7 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from qexp.errors import ConfigError, LoadError
+from qexp.errors import ConfigError, LoadError, first_names
 from qexp.loading.audit import audit
 from qexp.loading.checkpoint import Checkpoint, open_checkpoint
 from qexp.loading.conversion import converted
@@ -302,8 +302,8 @@ def plan_statistics(plans: Sequence[LoadPlan], weights_bytes: int) -> dict[str, 
 
 
 def _unused_message(component: str, unused: Sequence[str]) -> str:
-    names = ", ".join(f"'{name}'" for name in unused[:5]) + (" …" if len(unused) > 5 else "")
-    return f"{component}: {len(unused)} tensors of the checkpoint have no place in the model and are not read: {names}"
+    places = "tensors of the checkpoint have no place in the model and are not read"
+    return f"{component}: {len(unused)} {places}: {first_names(unused)}"
 
 
 def _nothing_message(component: str, quantizer: Quantizer, skipped: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, first_names
 
 
 @cache
@@ -62,6 +62,6 @@ def patterns_lost(patterns: Sequence[str], quantized: Iterable[str]) -> str | No
     covered = {name: pattern for name in quantized if (pattern := covering(patterns, name)) is not None}
     if not covered:
         return None
-    shown = ", ".join(f"'{name}'" for name in list(covered)[:5]) + (" …" if len(covered) > 5 else "")
+    shown = first_names(list(covered))
     asked = ", ".join(sorted(set(covered.values())))
     return f"the checkpoint holds {shown} quantized, so they stay quantized; without effect on them: {asked}"

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from qexp.devices import PLANNED_DEVICE_MAPS
-from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.errors import ConfigError, choices, did_you_mean, first_names
 from qexp.loading.device_plan import Key, Plan, balanced_limits, build_tree, merge_entries
 from qexp.loading.places import CPU, DISK, MaxMemory, Place, device_of_key, key_of, limits_of, parse_place, place_of_key
 from qexp.loading.plan import LoadPlan
@@ -228,7 +228,7 @@ def _explicit(model: nn.Module, nbytes: Mapping[str, int], places: Mapping[str, 
             )
     placement = Placement(CPU, {name: places[name] for name in order if name in places}, {}, nbytes, {})
     if left_out := [name for name in nbytes if placement.entry(name) not in places]:
-        shown = ", ".join(f"'{name}'" for name in left_out[:5]) + (" …" if len(left_out) > 5 else "")
+        shown = first_names(left_out)
         raise ConfigError(
             f"device_map gives no device for {len(left_out)} tensors: {shown}; name the modules that they belong to, "
             f"or use {EVERYTHING}"
