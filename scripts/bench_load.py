@@ -18,16 +18,13 @@ Ends with exit code 1 if qexp's peak memory is above the last one + 128 MiB.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from bench_load_programs import FORMATS
 from benching import (
     MIB,
@@ -39,7 +36,7 @@ from benching import (
     run_watched,
     write_result,
 )
-from safetensors.torch import save_file
+from make_checkpoint import write_checkpoint
 
 ALLOWANCE_BYTES = 128 * MIB
 PROGRAMS = ("qexp", "diffusers", "convert")
@@ -55,46 +52,6 @@ def flux_config(heads: int, layers: tuple[int, int]) -> dict[str, Any]:
         "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
         "axes_dims_rope": [16, 56, 56],
     }  # fmt: skip
-
-
-def write_checkpoint(folder: Path, config: dict[str, Any], shards: int) -> None:
-    """N(0, 0.02) in bf16, in files of about equal size; one file's weights are in memory at a time."""
-    from accelerate import init_empty_weights
-    from diffusers import FluxTransformer2DModel
-
-    folder.mkdir(parents=True)
-    with init_empty_weights():
-        shapes = {
-            name: tensor.shape for name, tensor in FluxTransformer2DModel.from_config(config).state_dict().items()
-        }
-    generator, weight_map = torch.Generator().manual_seed(0), dict[str, str]()
-    parts = list(_parts(shapes, shards))
-    for number, names in enumerate(parts, 1):
-        suffix = f"-{number:05}-of-{len(parts):05}" if len(parts) > 1 else ""
-        file = f"diffusion_pytorch_model{suffix}.safetensors"
-        tensors = {
-            name: torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
-            for name in names
-        }
-        save_file(tensors, folder / file, {"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file))
-    if len(parts) > 1:
-        index = json.dumps({"metadata": {}, "weight_map": weight_map})
-        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def _parts(shapes: dict[str, torch.Size], count: int) -> Iterator[list[str]]:
-    limit = sum(shape.numel() for shape in shapes.values()) / count
-    part, size = list[str](), 0
-    for name, shape in shapes.items():
-        part.append(name)
-        size += shape.numel()
-        if size >= limit:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
 
 
 def write_stored(source: Path, target: Path) -> None:

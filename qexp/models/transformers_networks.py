@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from qexp.loading.conversion import Conversion
 
 
+# What networks were called inside their class when their checkpoints were published; loading takes both.
+PREFIXES_IN_FILES = {"CLIPTextModel": "text_model."}
+
+
 def transformers_config(config: Mapping[str, Any], folder: Path) -> Any:
     """The architecture's config object from a parsed config.json, without how the checkpoint is quantized."""
     from transformers import AutoConfig
@@ -92,6 +96,22 @@ def network_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
             raise LoadError(_computed_message(model, name, rule))
         names[name] = renamed
     return names
+
+
+def published_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Name in the network -> name in the files of published checkpoints, which keep the names of older versions.
+
+    Raises LoadError for a network whose weights transformers would compute with before it saves them.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = dict(model.state_dict())
+    published = {id(tensor): name for name, tensor in revert_weight_conversion(model, tensors).items()}
+    computed = [name for name in names if id(tensors[name]) not in published]
+    if computed:
+        raise LoadError(f"'{computed[0]}': transformers saves {type(model).__name__} in another form")
+    prefix = PREFIXES_IN_FILES.get(type(model).__name__, "")
+    return {name: prefix + published[id(tensors[name])] for name in names}
 
 
 def block_lists(model: Any) -> list[str]:

@@ -1,0 +1,112 @@
+"""Published models without their weights: what each of them is made of, at true size.
+
+`assets/architectures/<name>.json` has a model's repository, its licence, its model_index.json, and for every component
+the config.json that lies in its folder there, with the number of parameters (each counted once), the dtype and the
+largest file of its weights. That is enough to build the networks on the meta device, to plan a load to the exact byte,
+and to write checkpoints of the same layout (scripts/make_checkpoint.py), without downloading anything.
+
+Reading one imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.loading.checkpoint import Checkpoint, TensorEntry
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ASSETS = Path(__file__).parents[1] / "assets" / "architectures"
+SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class ComponentArchitecture:
+    """parameters: each counted once; dtype: of the published weights; max_shard_gb: of a file of them (10^9 bytes);
+    config: its config.json."""
+
+    parameters: int
+    dtype: str
+    max_shard_gb: float
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """gated: whether a download needs an accepted licence and a token; source: where the values are published."""
+
+    name: str
+    repository: str
+    source: str
+    license: str
+    gated: bool
+    model_index: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    components: Mapping[str, ComponentArchitecture]
+
+
+def architecture_names() -> list[str]:
+    return sorted(path.stem for path in ASSETS.glob("*.json"))
+
+
+@cache
+def architecture(name: str) -> Architecture:
+    """A published model by the name of its file. Raises: ConfigError, with the choices, if there is none."""
+    if name not in architecture_names():
+        names = architecture_names()
+        raise ConfigError(f"architecture {name!r} is unknown{did_you_mean(name, names)}; use {choices(names)}")
+    values = json.loads((ASSETS / f"{name}.json").read_text(encoding="utf-8"))
+    components = {part: ComponentArchitecture(**found) for part, found in values.pop("components").items()}
+    return Architecture(name=name, components=components, **values)
+
+
+def component_of(name: str, component: str) -> ComponentArchitecture:
+    """Raises: ConfigError, with the choices, if the model has no such component."""
+    components = architecture(name).components
+    if component not in components:
+        hint = did_you_mean(component, components)
+        raise ConfigError(f"{name!r} has no component {component!r}{hint}; use {choices(components)}")
+    return components[component]
+
+
+def network(config: Mapping[str, Any]) -> nn.Module:
+    """The network of a component's config.json, its parameters on the meta device."""
+    from accelerate import init_empty_weights
+
+    from qexp.models.folder import FolderSource
+
+    with init_empty_weights(include_buffers=False):
+        return FolderSource(ASSETS, None).skeleton("model", dict(config)).eval().requires_grad_(False)
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name in a published file -> tensor of the network, each tensor once, in the order of the files."""
+    places, names = set[Any](), dict[str, str]()
+    tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        place = (tensor.untyped_storage()._cdata, tensor.storage_offset())
+        if place not in places:
+            names[name] = name
+        places.add(place)
+    if hasattr(model, "base_model_prefix"):
+        from qexp.models.transformers_networks import published_names
+
+        names = published_names(model, names)
+    return {published: tensors[name] for name, published in names.items()}
+
+
+def as_checkpoint(component: ComponentArchitecture, model: nn.Module, path: Path) -> Checkpoint:
+    """The headers that the published files have, for planning: one file below `path`, which nobody reads."""
+    dtype, file, offset, entries = SAFETENSORS_NAMES[component.dtype], path / "model.safetensors", 0, {}
+    for name, tensor in stored_tensors(model).items():
+        nbytes = tensor.numel() * (4 if dtype == "F32" else 2)
+        entries[name] = TensorEntry(name, dtype, tuple(tensor.shape), file, offset, nbytes)
+        offset += nbytes
+    return Checkpoint(path, component.config, entries, (file,))
