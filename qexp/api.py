@@ -22,6 +22,7 @@ from qexp.config import backend_of, model_skip_modules, patterns, union
 from qexp.devices import resolve_device, resolve_device_map, resolve_max_memory
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import from_plain
+from qexp.hub_download import hub_id, local_folder, pinned
 from qexp.models.base import load_source
 from qexp.options import option_names
 from qexp.plugins import plugin_module, plugin_names
@@ -51,6 +52,7 @@ def load(
     *,
     skeleton: Callable[[dict[str, Any]], nn.Module] | type[nn.Module] | None = None,
     component: str | None = None,
+    revision: str | None = None,
     device: str | torch.device = "auto",
     device_map: Any = None,
     max_memory: Mapping[int | str, int | str] | None = None,
@@ -63,14 +65,15 @@ def load(
 ) -> nn.Module:
     """Load a model, each weight quantized as it is read: the dense model is never in memory.
 
-    source: a checkpoint (a folder with config.json and safetensors, sharded or not; a .safetensors or .gguf file), the
-        name of a model source with a model of its own ("digits"), or a model source.
+    source: a checkpoint (a folder with config.json and safetensors, sharded or not; a .safetensors or .gguf file), a
+        hub's repository with one ("user/name"; what is missing is downloaded to huggingface_hub's cache), the name of a
+        model source with a model of its own ("digits"), or a model source.
     backend: a name of `backends()`; a backend's config, such as `BitsAndBytesConfig(load_in_4bit=True)`, or one of
         diffusers' or transformers'; a mapping with `quant_method`; None does not quantize. A checkpoint that is
         quantized already is loaded as it is, with a warning if something else was asked for.
     skeleton: what builds the network, without weights: a class, which gets config.json's fields as keywords, or a
         function of the parsed config.json. None: the class of diffusers or transformers that config.json names.
-    component: of a source with several.
+    component: of a source with several. revision: of a hub's repository: a branch, a tag or a commit; None is main.
     device: "auto" (the first GPU, else the CPU), or a device.
     device_map: "auto", "balanced", "balanced_low_0", "sequential", or a map of modules to devices, "cpu" and "disk", as
         in diffusers, but planned by quantized bytes; max_memory: bytes, or "10GiB", for each of them; offload_folder:
@@ -87,7 +90,7 @@ def load(
     """
     from qexp.loading.lifecycle import load_component
 
-    model_source, left_out = _source(source, skeleton)
+    model_source, left_out = _source(source, skeleton, revision)
     place, places, limits = _places(device, device_map, max_memory)
     settings = ComponentConfig(
         backend=_backend(backend),
@@ -184,11 +187,15 @@ def memory_footprint(model: nn.Module) -> int:
     return module_nbytes(model)
 
 
-def _source(source: Any, skeleton: Any) -> tuple[Any, tuple[str, ...]]:
+def _source(source: Any, skeleton: Any, revision: str | None) -> tuple[Any, tuple[str, ...]]:
     """A model source, and the patterns that its option of conf/model leaves unquantized.
 
     A name is one of the sources that need no path, unless there is a file or folder so called.
     """
+    if isinstance(source, str) and (revision is not None or hub_id(source) is not None):
+        source = local_folder(pinned(source, revision, place="source"))
+    elif revision is not None:
+        raise ConfigError(f"revision={revision} is of a hub's repository, and source={source!r} is none; leave it out")
     if not isinstance(source, str | Path):
         if not hasattr(source, "checkpoints"):
             raise ConfigError(

@@ -18,6 +18,7 @@ from qexp.devices import resolve_device_map, resolve_max_memory
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import check_known, convert, from_plain
 from qexp.hub import check_ready
+from qexp.hub_download import hub_id, pinned_model
 from qexp.loading.checkpoint import open_checkpoint, refuse_source
 from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
@@ -84,10 +85,11 @@ def to_run_config(cfg: Any) -> RunConfig:
     _check_component_names(top.components, names)
     components = {name: _component(base, top.components.get(name, {}), f"components.{name}") for name in names}
     components = {name: _resolved(component, device) for name, component in components.items()}
-    components = _with_embedded(model, components)
-    _check_streaming(top.low_cpu_mem_usage, components)
     task = plugin_config("task", top.task, "task")
     task = task.resolved() if hasattr(task, "resolved") else task
+    model = pinned_model(model)  # from here on it is on this machine
+    components = _with_embedded(model, components)
+    _check_streaming(top.low_cpu_mem_usage, components)
     _check_task(model, task)
     _check_placed(task, device_map, max_memory)
     if top.save.wanted and not getattr(task, "saves_outputs", True):
@@ -203,7 +205,7 @@ def _check_placed(task: Any, device_map: Any, max_memory: Any) -> None:
 
 def _check_reference_path(model: Any) -> None:
     path = getattr(model, "reference_path", None)
-    if path is not None and not Path(path).expanduser().exists():
+    if path is not None and hub_id(path) is None and not Path(path).expanduser().exists():
         raise ConfigError(
             f"model.reference_path={path} does not exist; set it to the unquantized checkpoint to compare with, or "
             "leave it out"

@@ -39,7 +39,7 @@ class DiskError(QexpError, OSError):
 
 
 class HubError(QexpError):
-    """A model could not be pushed to a hub, or not all of it."""
+    """A model could not be pushed to a hub or downloaded from it, or not all of it."""
 
     reason = "hub"
 

@@ -23,6 +23,7 @@ import yaml
 
 from qexp.config import run_config_from_container
 from qexp.errors import ConfigError, LoadError, QexpError
+from qexp.hub_download import pinned_model
 from qexp.settings import PathsConfig, RunConfig, SaveConfig
 from qexp.sweep.environment import differences
 from qexp.sweep.job import run_job
@@ -134,7 +135,8 @@ def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
     config = run_config_from_container(container)
     root = outputs or folder.path.parents[1]
     save = SaveConfig(config.save.path, config.save.max_shard_gib)
-    return replace(config, resume="none", paths=PathsConfig(outputs=str(root)), save=save)
+    model = pinned_model(config.model)  # downloaded again if it is no longer here
+    return replace(config, model=model, resume="none", paths=PathsConfig(outputs=str(root)), save=save)
 
 
 def report(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ import pytest
 
 TOKEN = "hf_" + "t" * 34
 PART_BYTES = 64 << 10  # of a large file: sent in parts of this
+LARGE = (".safetensors", ".gguf", ".bin", ".ckpt")
 
 
 @dataclass
@@ -39,7 +41,10 @@ class Commit:
 
 @dataclass
 class Repository:
+    """gated: its files are only for the token, while anybody may list them."""
+
     visibility: str | None = None
+    gated: bool = False
     branches: dict[str, list[Commit]] = field(default_factory=lambda: {"main": [Commit("initial commit", {})]})
 
     def head(self, revision: str) -> Commit | None:
@@ -54,6 +59,9 @@ class HubServer:
 
     namespaces: where the token may write. repositories: by name; objects: large files by sha256.
     requests: "METHOD path" of each in their order. fault: given that, the status to answer with, 0 to hang up, or None.
+    cut: given that, after how many bytes of a file to hang up, or None. ranges: the first byte asked for of each file.
+    spoil: what to make of a file's bytes. elsewhere: large files are handed out at another address.
+    ignores_ranges: a file is always sent from its first byte.
     """
 
     namespaces: tuple[str, ...] = ("tester",)
@@ -62,7 +70,19 @@ class HubServer:
     parts: dict[str, dict[int, bytes]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     fault: Callable[[str], int | None] = lambda request: None
+    cut: Callable[[str], int | None] = lambda request: None
+    spoil: Callable[[bytes], bytes] = lambda data: data
+    elsewhere: bool = False
+    ignores_ranges: bool = False
+    ranges: list[tuple[str, int]] = field(default_factory=list)
     url: str = ""
+
+    def add(self, repo: str, files: dict[str, bytes], title: str = "added") -> str:
+        """Commit files to a repository's main branch, made if it is not there; the commit."""
+        branch = self.repositories.setdefault(repo, Repository()).branches["main"]
+        large = frozenset(name for name in files if name.endswith(LARGE))
+        branch.append(Commit(title, branch[-1].files | files, branch[-1].lfs | large))
+        return branch[-1].sha
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         commit = self.repositories[repo].head(revision)
@@ -215,7 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
         head, asked, answers = self.commit_at(repo, revision), json.loads(body), []
         ignored = asked.get("gitIgnore", head.files.get(".gitignore", b"").decode()).split()
         for one in asked["files"]:
-            large = one["path"].endswith((".safetensors", ".gguf"))
+            large = one["path"].endswith(LARGE)
             data = head.files.get(one["path"])
             ignore = any(one["path"].endswith(pattern.lstrip("*")) for pattern in ignored)
             oid = None if data is None else hashlib.sha256(data).hexdigest() if large else git_hash(data)
@@ -284,8 +304,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def info(self, body: bytes, repo: str, revision: str = "main") -> None:
         commit = self.commit_at(repo, revision)
-        names = [{"rfilename": name} for name in sorted(commit.files)]
-        self.reply({"id": repo, "modelId": repo, "sha": commit.sha, "siblings": names, "tags": []})
+        files: list[dict[str, Any]] = [{"rfilename": name} for name in sorted(commit.files)]
+        for one in files if "blobs" in self.query else ():
+            data = commit.files[one["rfilename"]]
+            one |= {"size": len(data), "blobId": git_hash(data)}
+            if one["rfilename"] in commit.lfs:
+                one["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+        self.reply({"id": repo, "modelId": repo, "sha": commit.sha, "siblings": files, "tags": []})
 
     def tree(self, body: bytes, repo: str, revision: str) -> None:
         commit = self.commit_at(repo, revision)
@@ -301,11 +326,41 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self.commit_at(repo, revision)
         if name not in commit.files:
             raise _Refusal(404, "Entry not found", "EntryNotFound")
-        data = commit.files[name]
+        if self.repository(repo).gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise _Refusal(401, f"Access to model {repo} is restricted", "GatedRepo")
+        data = self.hub.spoil(commit.files[name])
         tag = hashlib.sha256(data).hexdigest() if name in commit.lfs else git_hash(data)
         first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         headers = {"ETag": f'"{tag}"', "X-Repo-Commit": commit.sha}
-        self.reply(data[first:], 206 if first else 200, headers)
+        if self.hub.elsewhere and name in commit.lfs:
+            other = self.hub.url.replace("127.0.0.1", "localhost")  # another host: no token may go there
+            self.reply(b"", 302, {**headers, "Location": f"{other}/elsewhere/{tag}"})
+            self.hub.objects[tag] = data
+            return
+        self.send_file(data, name, first, headers)
+
+    def send_file(self, data: bytes, name: str, first: int, headers: dict[str, str]) -> None:
+        if self.command == "GET":
+            self.hub.ranges.append((name, first))
+        if self.hub.ignores_ranges:
+            first = 0
+        cut = self.hub.cut(name)
+        if cut is None:
+            self.reply(data[first:], 206 if first else 200, headers)
+            return
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(len(data) - first))
+        self.end_headers()
+        self.wfile.write(data[first : first + cut])
+        self.wfile.flush()
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def moved(self, body: bytes, oid: str) -> None:
+        if "Authorization" in self.headers:
+            raise _Refusal(400, "a token has no business here")
+        first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        self.send_file(self.hub.objects[oid], oid, first, {})
 
 
 def git_hash(data: bytes) -> str:
@@ -326,5 +381,6 @@ ROUTES: dict[str, Callable[..., None]] = {
     f"GET /api/models/{REPO}": _Handler.info,
     f"GET /api/models/{REPO}/revision/{REVISION}": _Handler.info,
     f"GET /api/models/{REPO}/tree/{REVISION}": _Handler.tree,
+    "GET /elsewhere/(?P<oid>[0-9a-f]{64})": _Handler.moved,
     f"(GET|HEAD) /{REPO}/resolve/{REVISION}/(?P<name>.+)": _Handler.resolve,
 }

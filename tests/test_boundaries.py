@@ -17,7 +17,7 @@ ONLY_IN = {
     "torchao": "qexp/quantizers/*",
     "optimum": "qexp/quantizers/*",
     "gguf": "qexp/quantizers/*",
-    "huggingface_hub": ("qexp/hub.py", "qexp/models/*"),
+    "huggingface_hub": ("qexp/hub*.py", "qexp/models/*"),
     "wandb": ("qexp/tracking/*", "qexp/report/wandb_report.py"),
     "wandb_workspaces": "qexp/report/wandb_report.py",
     "diffusers": "qexp/models/*",

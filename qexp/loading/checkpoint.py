@@ -19,7 +19,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from qexp.quantizers.gguf_types import BLOCKED_PREFIX
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 64  # torch's limit
 GGUF_CONFIG_KEY = "qexp.config"  # metadata of a GGUF file: its config.json
+SHA256 = re.compile("[0-9a-f]{64}")
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # win over other files beside them
 SAVED_GGUF = "model.gguf"
 SAVED_WEIGHTS = re.compile(  # what `saving.py` calls the weights of a model
@@ -80,11 +81,14 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.entries.values())
 
     def content_hash(self) -> str:
-        """A hash of config, and of header, size and modification time of each file: it moves with the folder."""
+        """A hash of config, and of header, size and modification time of each file: it moves with the folder.
+
+        What a hub's cache holds is named by its sha256, which stands for the time: a second download is the same.
+        """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in self.files:
             status = _status(file)
-            digest.update(os.fsencode(file.name) + f":{status.st_size}:{status.st_mtime_ns}:".encode())
+            digest.update(os.fsencode(file.name) + f":{status.st_size}:{_version(file, status)}:".encode())
             digest.update(_header_bytes(file))
         return digest.hexdigest()
 
@@ -130,9 +134,9 @@ def is_gguf(file: Path) -> bool:
 def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """config.json of the folder, or beside the file; else the one in a GGUF file; {} if there is none."""
     if path.is_dir():
-        return _read_json(path / "config.json")
+        return read_object(path / "config.json")
     if os.path.exists(path.with_name("config.json")):
-        return _read_json(path.with_name("config.json"))
+        return read_object(path.with_name("config.json"))
     if not is_gguf(path):
         return {}
     return _json_object(metadata.get(GGUF_CONFIG_KEY, "{}"), f"{path}: {GGUF_CONFIG_KEY}")
@@ -208,6 +212,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _version(file: Path, status: os.stat_result) -> str | int:
+    """What tells files of one size and header apart: the sha256 by which a hub's cache stores one, else its time."""
+    stored = file.resolve()
+    is_named_by_content = stored.parent.name == "blobs" and SHA256.fullmatch(stored.name)
+    return stored.name if is_named_by_content else status.st_mtime_ns
+
+
 def _header_bytes(file: Path) -> bytes:
     size = _status(file).st_size
     if is_gguf(file):
@@ -245,7 +256,8 @@ def _unreadable(file: Path, error: OSError) -> LoadError:
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises LoadError."""
     _status(file)
     try:
         return _json_object(file.read_bytes(), str(file))
@@ -267,45 +279,65 @@ def _files(folder: Path) -> tuple[Path, ...]:
     """The files of a folder: those its index names, its only safetensors file, or its only GGUF file."""
     index = _index_file(folder)
     if index is None:
-        return (_only_file(folder),)
-    names = sorted({*_weight_map(index).values()})
+        return (folder / only_weights_name(_names(folder), f"'{folder}'"),)
+    names = shard_names(read_object(index), f"'{index}'")
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise LoadError(
-                f"'{index}' names {name!r}; shards must be .safetensors files in the same folder: download it again"
-            )
         if not os.path.isfile(folder / name):
             raise LoadError(f"'{index}' names the shard {name!r}, which is missing in '{folder}'; download it again")
     return tuple(folder / name for name in names)
 
 
-def _only_file(folder: Path) -> Path:
-    found = sorted(folder.glob("*.safetensors"))
-    found = [file for file in found if file.name in STANDARD_NAMES] or found
-    in_gguf = [] if found else sorted(folder.glob("*.gguf"))
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+
+
+def only_weights_name(names: Sequence[str], place: str) -> str:
+    """The weights among the files of a folder that has no index. Raises LoadError unless it is clear which they are."""
+    found = [name for name in names if name.endswith(".safetensors")]
+    found = [name for name in found if name in STANDARD_NAMES] or found
+    in_gguf = [] if found else [name for name in names if name.endswith(".gguf")]
     if len(in_gguf) > 1:
-        names = ", ".join(file.name for file in in_gguf)
-        raise LoadError(f"'{folder}' has several .gguf files ({names}); set model.path to one of them")
+        raise LoadError(f"{place} has several .gguf files ({', '.join(in_gguf)}); set model.path to one of them")
     if len(found + in_gguf) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise LoadError(f"'{folder}' needs one .safetensors file (or .gguf), or shards with an index; found: {names}")
+        listed = ", ".join(found) or "none"
+        raise LoadError(f"{place} needs one .safetensors file (or .gguf), or shards with an index; found: {listed}")
     return (found + in_gguf)[0]
 
 
-def _index_file(folder: Path) -> Path | None:
-    found = sorted(folder.glob("*.safetensors.index.json"))
+def index_name(names: Sequence[str], place: str) -> str | None:
+    """The index of shards among the files of a folder, if it has one. Raises LoadError if it has several."""
+    found = [name for name in names if name.endswith(".safetensors.index.json")]
     if len(found) > 1:
-        raise LoadError(f"'{folder}' has several indices ({', '.join(file.name for file in found)}); keep one")
+        raise LoadError(f"{place} has several indices ({', '.join(found)}); keep one")
     return found[0] if found else None
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = _read_json(index).get("weight_map")
+def shard_names(index: Mapping[str, Any], place: str) -> list[str]:
+    """The files that a parsed index names. Raises LoadError if they are none of its own folder."""
+    names = sorted({*_weight_map(index, place).values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise LoadError(
+                f"{place} names {name!r}; shards must be .safetensors files in the same folder: download it again"
+            )
+    return names
+
+
+def _index_file(folder: Path) -> Path | None:
+    name = index_name(_names(folder), f"'{folder}'")
+    return folder / name if name is not None else None
+
+
+def _weight_map(index: Mapping[str, Any], place: str) -> dict[str, str]:
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise LoadError(f"'{index}' has no weight_map; download it again")
+        raise LoadError(f"{place} has no weight_map; download it again")
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise LoadError(f"'{index}' names {brief(shard)} for '{name}', not a file; download it again")
+            raise LoadError(f"{place} names {brief(shard)} for '{name}', not a file; download it again")
     return weight_map
 
 
@@ -314,7 +346,7 @@ def _check_index(path: Path, entries: Mapping[str, TensorEntry]) -> None:
     index = _index_file(path) if path.is_dir() else None
     if index is None:
         return
-    weight_map = _weight_map(index)
+    weight_map = _weight_map(read_object(index), f"'{index}'")
     wrong = [n for n, shard in weight_map.items() if n not in entries or entries[n].file.name != shard]
     if wrong:
         raise LoadError(

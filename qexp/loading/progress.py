@@ -9,15 +9,16 @@ from qexp.memory import GIB
 
 
 class Progress:
-    """Counts items and bytes. Silent for work that ends within a second."""
+    """Counts items (of which `unit` is the plural) and bytes. Silent for work that ends within a second."""
 
-    def __init__(self, title: str, total_items: int, total_bytes: int) -> None:
+    def __init__(self, title: str, total_items: int, total_bytes: int, unit: str = "tensors") -> None:
         self._title, self._total_items, self._total_bytes = title, total_items, max(total_bytes, 1)
+        self._unit = unit
         self._items = self._bytes = self._shown_quarter = 0
         self._started = self._shown_at = time.monotonic()
 
-    def advance(self, nbytes: int) -> None:
-        self._items, self._bytes = self._items + 1, self._bytes + nbytes
+    def advance(self, nbytes: int, items: int = 1) -> None:
+        self._items, self._bytes = self._items + items, self._bytes + nbytes
         now = time.monotonic()
         if now - self._started < 1:
             return
@@ -34,7 +35,7 @@ class Progress:
     def _show(self, before: str, after: str) -> None:
         seconds = time.monotonic() - self._started
         line = (
-            f"{self._title} {self._items}/{self._total_items} tensors, "
+            f"{self._title} {self._items}/{self._total_items} {self._unit}, "
             f"{self._bytes / GIB:.2f}/{self._total_bytes / GIB:.2f} GiB, {seconds:.0f} s"
         )
         print(f"{before}{line}", end=after, file=sys.stderr, flush=True)

@@ -31,10 +31,11 @@ COMPONENTS = causal_lm.COMPONENTS
 @dataclass(frozen=True)
 class ArithmeticConfig:
     """path: a folder as `save_pretrained` writes it; null is the model that comes with the package. problems: how many
-    of the held-out problems are the prompts. reference_path: as of causal_lm; null as for `path`."""
+    of the held-out problems are the prompts. revision, reference_path: as of causal_lm; null as for `path`."""
 
     source: str = "arithmetic"
     path: str | None = None
+    revision: str | None = None
     reference_path: str | None = None
     skip_modules: tuple[str, ...] = ()
     problems: int = 500

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, LoadError
+from qexp.hub_download import local_folder
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +36,13 @@ SIDE_FILES = (  # what a model's folder holds beside config.json and weights: wi
 
 @dataclass(frozen=True)
 class CausalLMConfig:
-    """path: a folder with config.json, safetensors and a tokenizer; reference_path: the unquantized checkpoint to
-    compare with where `path` is quantized already."""
+    """path: a folder with config.json, safetensors and a tokenizer, or user/name of a hub's repository, of which
+    revision is a branch, tag or commit (null: main). reference_path: the unquantized checkpoint to compare with where
+    `path` is quantized already; a folder, or user/name@revision."""
 
     source: str = "causal_lm"
     path: str | None = None
+    revision: str | None = None
     reference_path: str | None = None
     skip_modules: tuple[str, ...] = ()
 
@@ -63,10 +66,11 @@ class Source:
         """The model's folder. Raises ConfigError if none is named."""
         if self.config.path is None:
             raise ConfigError(
-                "model.path=null names no model; set model.path to a folder as save_pretrained writes it (or, where "
-                "model.path is quantized already, model.reference_path to the checkpoint to compare it with)"
+                "model.path=null names no model; set model.path to a folder as save_pretrained writes it, or to "
+                "user/name of a hub's repository (or, where model.path is quantized already, model.reference_path to "
+                "the checkpoint to compare it with)"
             )
-        return Path(self.config.path).expanduser()
+        return local_folder(self.config.path)
 
     def checkpoints(self) -> dict[str, Path]:
         return {"model": self.folder}

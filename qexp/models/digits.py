@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import LoadError, choices
+from qexp.hub_download import local_folder
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +32,14 @@ SAVED_FIELDS = ("quantization_config", "torch_dtype", "dtype")  # of the loader,
 
 @dataclass(frozen=True)
 class DigitsModelConfig:
-    """path: a folder with config.json and safetensors or a .gguf file, or such a file; null is the checkpoint that
-    comes with the package.
+    """path: a folder with config.json and safetensors or a .gguf file, or such a file, or user/name of a hub's
+    repository, of which revision is a branch, tag or commit (null: main); null is the checkpoint that comes with the
+    package.
     reference_path: the unquantized checkpoint to compare with where `path` is quantized already; null as for `path`."""
 
     source: str = "digits"
     path: str | None = None
+    revision: str | None = None
     reference_path: str | None = None
     skip_modules: tuple[str, ...] = ()
 
@@ -55,7 +58,7 @@ class Source:
 
     def checkpoints(self) -> dict[str, Path]:
         """The folder or file of the transformer. Raises LoadError for a folder without config.json or weights."""
-        folder = ASSETS if self.config.path is None else Path(self.config.path).expanduser()
+        folder = ASSETS if self.config.path is None else local_folder(self.config.path)
         place = f"model.path={self.config.path!r}" if self.config.path else f"the embedded checkpoint in {folder}"
         remedy = "set model.path to a folder with both, to a .gguf file, or to null for the embedded model"
         if not folder.exists():

@@ -36,6 +36,7 @@ NAMES_AND_PLACES = {
     "label",
     "path",
     "reference_path",
+    "revision",
     "checkpoint",
 }  # of a plugin's config; checkpoints count by their content
 
