@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qexp.errors import ConfigError
 from qexp.hub import push
@@ -34,7 +34,7 @@ from qexp.offload.strategies import Offload, apply_offload
 from qexp.quantizers.embedded import is_quantized
 from qexp.report.labels import backend_label
 from qexp.sweep.store import PUSHED, to_csv, write_json, write_text
-from qexp.tasks import generate, perplexity, roundtrip, text
+from qexp.tasks import forward, forward_inputs, generate, perplexity, roundtrip, text
 from qexp.tasks.calibration import calibrate
 from qexp.tasks.recorder import TaskResult
 
@@ -58,10 +58,17 @@ def run_experiment(config: RunConfig, folder: Path) -> Metrics:
 
 
 def _run_model(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
+    inputs = None
+    if config.task.name == "forward":
+        config, inputs = _inputs_of_forward(config, source)
     loaded = _load(config, source, device, folder)
     write_json(folder / "plan.json", {name: _plan_of(component) for name, component in loaded.items()})
     models = {name: component.model for name, component in loaded.items()}
-    calibrate(source, models, config.task, seed=config.seed, device=device)  # resident, and before it is saved
+    if inputs is not None:
+        inputs = forward_inputs.in_dtype(inputs, next(iter(loaded.values())).compute_dtype)
+    calibrate(
+        source, models, config.task, seed=config.seed, device=device, inputs=inputs
+    )  # resident, before it is saved
     if config.save.wanted:
         _save(config, models, folder)
     weights_bytes = sum(module_nbytes(component.model) for component in loaded.values())
@@ -81,7 +88,7 @@ def _run_model(config: RunConfig, source: ModelSource, device: torch.device, fol
         for name, component in loaded.items()
     }
     with PeakMemory(device) as peak:
-        result = _run_task(config, source, models, device, folder)
+        result = _run_task(config, source, models, device, folder, inputs)
     metrics |= _offload_statistics(list(offloads.values()))
     save_tensors(folder / "outputs.safetensors", result.outputs)
     write_text(folder / "memory.csv", to_csv(list(result.rows[0]), result.rows))
@@ -116,19 +123,34 @@ def _plan_of(component: LoadedComponent) -> dict[str, Any]:
 
 
 def _run_task(
-    config: RunConfig, source: Any, models: dict[str, nn.Module], device: torch.device, folder: Path
+    config: RunConfig,
+    source: Any,
+    models: dict[str, nn.Module],
+    device: torch.device,
+    folder: Path,
+    inputs: Mapping[str, Tensor] | None,
 ) -> TaskResult:
     def memory() -> tuple[float, float]:
         return _now(device)
 
     task, seed = config.task, config.seed
+    if inputs is not None:
+        return forward.run(next(iter(models.values())), inputs, task, device=device, memory=memory)
     if task.name == "perplexity":
         return perplexity.run(source, models, task, device=device, memory=memory, folder=folder)
     if task.name == "generate" and source.modality == "text":
         return text.run(source, models, task, seed=seed, device=device, memory=memory, folder=folder)
     if task.name == "generate":
         return generate.run(source, models, task, seed=seed, device=device, memory=memory)
-    raise ConfigError(f"task.name={task.name!r} cannot be run; use generate, perplexity or roundtrip")
+    raise ConfigError(f"task.name={task.name!r} cannot be run; use forward, generate, perplexity or roundtrip")
+
+
+def _inputs_of_forward(config: RunConfig, source: ModelSource) -> tuple[RunConfig, dict[str, Tensor]]:
+    """The experiment with the one component that is called, and what it is called with, before a weight is read."""
+    name = forward.component_of(config.task, config.components)
+    skeleton, _ = skeleton_and_names(source, name, open_checkpoint(source.checkpoints()[name]))
+    inputs = forward_inputs.read_inputs(config.task, source, skeleton)
+    return replace(config, components={name: config.components[name]}), inputs
 
 
 def _save(config: RunConfig, models: Mapping[str, nn.Module], run_folder: Path) -> None:

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +49,8 @@ class TensorEntry:
     """Where one tensor lies: `nbytes` bytes from `offset` of `file`.
 
     dtype: safetensors' name for it; of GGUF blocks "GGUF_" and their type. shape: of the dense tensor.
-    pieces: the rows of other tensors that it is made of, in their order, if it is none of the file's own.
+    pieces: the parts of other tensors that it is made of, in their order, if it is none of the file's own; transform:
+    makes the tensor of all their numbers, [n], where these are not its own in their order.
     """
 
     name: str
@@ -59,6 +60,7 @@ class TensorEntry:
     offset: int
     nbytes: int
     pieces: tuple[TensorEntry, ...] = ()
+    transform: Callable[[Any], Any] | None = field(default=None, compare=False)
 
     @property
     def block_type(self) -> str | None:

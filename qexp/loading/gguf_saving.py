@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qexp.errors import ConfigError
+from qexp.loading.dtypes import TORCH_DTYPES
 from qexp.loading.gguf_writer import GGUFTensorInfo, write_gguf
-from qexp.loading.plan import TORCH_DTYPES
 from qexp.quantizers.gguf_tensor import GGUFTensor
 from qexp.quantizers.gguf_types import TYPES
 

@@ -22,8 +22,9 @@ from qexp.errors import ConfigError, LoadError, first_names
 from qexp.loading.audit import audit
 from qexp.loading.checkpoint import Checkpoint, open_checkpoint
 from qexp.loading.conversion import converted
+from qexp.loading.dtypes import TORCH_DTYPES
 from qexp.loading.fp32 import compute_in_fp32
-from qexp.loading.patterns import anywhere, check_patterns, patterns_lost
+from qexp.loading.patterns import check_patterns, patterns_lost
 from qexp.loading.pipeline import InPlace, nowhere, stream
 from qexp.loading.placement import (
     DeviceMap,
@@ -35,7 +36,6 @@ from qexp.loading.placement import (
 )
 from qexp.loading.places import MaxMemory
 from qexp.loading.plan import (
-    TORCH_DTYPES,
     LoadPlan,
     WorkItem,
     choose_modules,
@@ -47,6 +47,7 @@ from qexp.loading.plan import (
 from qexp.loading.progress import Progress
 from qexp.loading.registration import register
 from qexp.memory import GIB, PeakMemory, release_freed_memory
+from qexp.models.interfaces import kept_by_class
 from qexp.offload.dispatch import Dispatch
 from qexp.quantizers.base import Quantizer, WeightSpec, is_finite, load_quantizer
 from qexp.quantizers.embedded import merge, stored_config
@@ -80,6 +81,7 @@ class LoadedComponent:
     seconds: float
     memory: PeakMemory
     placement: Placement
+    compute_dtype: torch.dtype
     dispatch: Dispatch | None = None  # where the model runs over several devices, or rests where it does not compute
 
 
@@ -125,14 +127,15 @@ def load_component(
         _load_weights(prepared, component, placement, dispatch, loader)  # 7 stream, quantize, assign
         quantizer.postprocess_model(prepared.model, device)  # 8 finish, audit
         compute_in_fp32(prepared.model, settings.keep_in_fp32_modules, prepared.compute_dtype)
-        register(prepared.model, quantizer, prepared.config, prepared.path, prepared.compute_dtype)  # 9
+        sides = source.side_files() if hasattr(source, "side_files") else ()
+        register(prepared.model, quantizer, prepared.config, prepared.path, prepared.compute_dtype, sides)  # 9
         if dispatch is not None:
             dispatch.start()
     seconds = time.perf_counter() - started
     audit(prepared.model, quantizer, prepared.plan.quantized_nbytes)
     if device_map is not None:
         prepared.model.hf_device_map = placement.hf_device_map()  # type: ignore[assignment]
-    return LoadedComponent(prepared.model, prepared.plan, seconds, memory, placement, dispatch)
+    return LoadedComponent(prepared.model, prepared.plan, seconds, memory, placement, prepared.compute_dtype, dispatch)
 
 
 def prepare(
@@ -152,14 +155,15 @@ def prepare(
     skip = (*settings.skip_modules, *quantizer.skip_modules)
     check_patterns(skip, names, f"skip_modules of '{component}'")
     check_patterns(settings.keep_in_fp32_modules, names, f"keep_in_fp32_modules of '{component}'")
-    fp32 = (*settings.keep_in_fp32_modules, *map(anywhere, getattr(model, "_keep_in_fp32_modules", None) or ()))
+    in_fp32, unquantized = kept_by_class(model, compute_dtype)
+    fp32 = (*settings.keep_in_fp32_modules, *in_fp32)
     if quantizer.stored:  # 6
         chosen, skipped = find_quantized(model, quantizer, checkpoint.entries, skip, fp32, compute_dtype)
         if lost := patterns_lost((*settings.skip_modules, *settings.keep_in_fp32_modules), chosen):
             print(f"warning: {component}: {lost}", file=sys.stderr)
     else:
         own = source.skip_modules(component, model) if hasattr(source, "skip_modules") else ()
-        chosen, skipped = choose_modules(model, quantizer, (*skip, *own), fp32, compute_dtype)
+        chosen, skipped = choose_modules(model, quantizer, (*skip, *own), fp32, compute_dtype, unquantized)
     if not chosen and quantizer.quantization_method != "none":
         raise LoadError(_nothing_message(component, quantizer, skipped))
     quantizer.preprocess_model(model, list(chosen), compute_dtype)
@@ -177,9 +181,11 @@ def skeleton_and_names(source: ModelSource, component: str, checkpoint: Checkpoi
 
 
 def _under_model_names(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
-    """The checkpoint with tensors named as the model's: converted by the source where a name is another one."""
+    """The checkpoint with tensors named as the model's: converted by the source where a name or shape is another."""
     conversion = source.conversion(component, model) if hasattr(source, "conversion") else None
-    if conversion is None or model.state_dict().keys() <= checkpoint.entries.keys():
+    entries = checkpoint.entries
+    fits = all(name in entries and entries[name].shape == t.shape for name, t in model.state_dict().items())
+    if conversion is None or fits:
         return checkpoint
     return converted(checkpoint, conversion)
 
@@ -254,6 +260,8 @@ def _load_weights(
 
 def _dense(item: WorkItem, stored: Tensor, device: torch.device) -> Tensor:
     """A tensor that stays dense, on `device` in the dtype planned for it."""
+    if item.source.transform is not None:  # of what was read into memory that is used again
+        return torch.empty(stored.shape, dtype=item.dtype, device=device).copy_(stored)
     if item.source.block_type is None:
         return stored.to(device=device, dtype=item.dtype)
     from qexp.quantizers.gguf_decode import decode_tensor

@@ -25,7 +25,8 @@ from torch import Tensor
 from qexp.errors import LoadError
 from qexp.loading.arena import Arena, Stopped, aligned
 from qexp.loading.checkpoint import TensorEntry
-from qexp.loading.plan import TORCH_DTYPES, WorkItem
+from qexp.loading.dtypes import TORCH_DTYPES
+from qexp.loading.plan import WorkItem
 
 Create = Callable[..., Any]  # (item, tensor of each entry) -> result
 InPlace = Callable[[WorkItem], bool]
@@ -76,7 +77,7 @@ def stream(
             while (task := todo.get()) is not None and not stop.is_set():
                 index, item, ticket, tensors = task
                 try:
-                    result = create(item, *tensors)
+                    result = create(item, *map(_transformed, item.entries, tensors))
                 except BaseException as error:
                     done.put((-1, error))
                     return
@@ -129,7 +130,9 @@ def _in_order(items: Sequence[WorkItem], done: queue.SimpleQueue[Any]) -> Iterat
 
 
 def _is_unchanged(item: WorkItem) -> bool:
-    """Whether the bytes that are read are those of the result: neither quantized, nor decoded, nor cast."""
+    """Whether the bytes that are read are those of the result: neither quantized, nor decoded, cast or transformed."""
+    if any(entry.transform is not None for entry in item.entries):
+        return False
     return item.stored or (item.spec is None and item.dtype == TORCH_DTYPES.get(item.source.dtype))
 
 
@@ -159,7 +162,8 @@ def _parts(item: WorkItem, room: Tensor | None) -> Iterator[tuple[TensorEntry, T
 def _read(
     source: TensorEntry, buffer: Tensor, opened: dict[Path, int], files: ExitStack, stop: threading.Event
 ) -> Tensor:
-    """One tensor, its bytes read into `buffer`; of GGUF blocks the bytes themselves, uint8 [nbytes].
+    """One tensor, its bytes read into `buffer`; of GGUF blocks the bytes themselves, uint8 [nbytes]. Of a tensor that
+    is made by a transform, the numbers that it is made of, [n].
 
     Raises: LoadError if the file has changed since its header was read.
     """
@@ -170,7 +174,12 @@ def _read(
         start += piece.nbytes
     if source.block_type is not None:
         return buffer
-    return buffer.view(TORCH_DTYPES[source.dtype]).view(source.shape)
+    numbers = buffer.view(TORCH_DTYPES[source.dtype])
+    return numbers if source.transform is not None else numbers.view(source.shape)
+
+
+def _transformed(source: TensorEntry, stored: Tensor) -> Tensor:
+    return stored if source.transform is None else source.transform(stored)
 
 
 def _read_piece(

@@ -19,15 +19,9 @@ from torch import nn
 
 from qexp.errors import LoadError
 from qexp.loading.checkpoint import Checkpoint, TensorEntry, is_gguf
+from qexp.loading.dtypes import TORCH_DTYPES
 from qexp.loading.patterns import covering
 from qexp.quantizers.base import Quantizer, WeightSpec
-
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16,
-    "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
-    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,9 +97,17 @@ class LoadPlan:
 
 
 def choose_modules(
-    model: nn.Module, quantizer: Quantizer, patterns: Sequence[str], fp32_patterns: Sequence[str], dtype: torch.dtype
+    model: nn.Module,
+    quantizer: Quantizer,
+    patterns: Sequence[str],
+    fp32_patterns: Sequence[str],
+    dtype: torch.dtype,
+    class_patterns: Sequence[str] = (),
 ) -> tuple[dict[str, WeightSpec], dict[str, str]]:
-    """(linear layers to quantize, linear layers left alone -> why), from the skip rule and the format's limits."""
+    """(linear layers to quantize, linear layers left alone -> why), from the skip rule and the format's limits.
+
+    class_patterns: what the model's class keeps unquantized.
+    """
     chosen: dict[str, WeightSpec] = {}
     skipped: dict[str, str] = {}
     if quantizer.quantization_method == "none":
@@ -114,7 +116,10 @@ def choose_modules(
         if not isinstance(module, nn.Linear):
             continue
         spec = WeightSpec(name, (module.out_features, module.in_features), dtype)
-        reason = _reason_to_skip(module, name, patterns, fp32_patterns) or quantizer.reason_to_skip(spec)
+        kept = covering(class_patterns, name)
+        reason = _reason_to_skip(module, name, patterns, fp32_patterns) or (
+            f"{type(model).__name__} keeps {kept!r} unquantized" if kept is not None else quantizer.reason_to_skip(spec)
+        )
         if reason is None:
             chosen[name] = spec
         else:

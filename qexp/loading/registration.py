@@ -27,12 +27,17 @@ MARKS = ("hf_quantizer", "quantization_method", "_pre_quantization_dtype")
 
 
 def register(
-    model: nn.Module, quantizer: Quantizer, config: Mapping[str, Any], path: Path, compute_dtype: torch.dtype
+    model: nn.Module,
+    quantizer: Quantizer,
+    config: Mapping[str, Any],
+    path: Path,
+    compute_dtype: torch.dtype,
+    side_files: tuple[str, ...] = (),
 ) -> None:
     """Mark a model that was just loaded. config, path: the checkpoint's config.json, and where it is; compute_dtype:
-    quantized from it."""
+    quantized from it; side_files: names of what a saved model takes along from there."""
     marked: Any = model
-    marked.checkpoint_path = path.absolute()
+    marked.checkpoint_path, marked.side_files = path.absolute(), side_files
     marked.checkpoint_config = {name: value for name, value in config.items() if name != "quantization_config"}
     if quantizer.quantization_method == "none":
         return

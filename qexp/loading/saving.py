@@ -27,7 +27,6 @@ from qexp.errors import ConfigError, DiskError
 from qexp.loading.checkpoint import GGUF_CONFIG_KEY, SAVED_GGUF, SAVED_WEIGHTS, refuse_source
 from qexp.loading.gguf_saving import save_gguf
 from qexp.loading.registration import registered_quantizer
-from qexp.models.causal_lm import SIDE_FILES
 from qexp.sweep.store import disk_error, replacing, write_bytes, write_json
 
 STEM = "diffusion_pytorch_model"
@@ -84,7 +83,7 @@ def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHA
             )
         tensors, metadata = quantizer.get_state_dict_and_metadata(tensors)
         if quantizer.file_format == "gguf":
-            return _save_as_gguf(folder, tensors, metadata, config, model.checkpoint_path)  # type: ignore[arg-type]
+            return _save_as_gguf(folder, tensors, metadata, config, model)
         config["quantization_config"] = quantizer.to_dict(model)
     shards = list(_shards(_without_twins(tensors), max_shard_bytes))
     stem = TRANSFORMERS_STEM if "model_type" in config else STEM
@@ -97,14 +96,15 @@ def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHA
             index = f"{stem}.safetensors.index.json"
             write_json(beside / index, _index(dict(zip(names, shards, strict=True))))
             names.append(index)
-        sides = _copy_side_files(model.checkpoint_path, beside)  # type: ignore[arg-type]
+        sides = _copy_side_files(model, beside)
         write_json(beside / "config.json", config)
     return [folder / name for name in ("config.json", *sides, *names)]
 
 
-def _copy_side_files(source: Path, beside: Path) -> list[str]:
-    """Put the tokenizer's and other small files of a language model beside its weights; returns their names."""
-    names = [name for name in SIDE_FILES if source.is_dir() and (source / name).is_file()]
+def _copy_side_files(model: Any, beside: Path) -> list[str]:
+    """Put the files that the model goes with (a tokenizer's) beside its weights; returns their names."""
+    source: Path = model.checkpoint_path
+    names = [name for name in model.side_files if source.is_dir() and (source / name).is_file()]
     for name in names:
         write_bytes(beside / name, (source / name).read_bytes())
     return names
@@ -137,13 +137,17 @@ def _replace_saved(folder: Path, beside: Path) -> None:
 
 
 def _save_as_gguf(
-    folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Mapping[str, Any], source: Path
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    config: Mapping[str, Any],
+    model: nn.Module,
 ) -> list[Path]:
     architecture = str(config.get("_class_name") or config.get("model_type") or "unknown")
     texts = {GGUF_CONFIG_KEY: json.dumps(config, sort_keys=True), **metadata}
     with _beside(folder) as beside:
         save_gguf(beside / SAVED_GGUF, tensors, architecture=architecture, metadata=texts)
-        sides = _copy_side_files(source, beside)
+        sides = _copy_side_files(model, beside)
         write_json(beside / "config.json", config)
     return [folder / name for name in ("config.json", *sides, SAVED_GGUF)]
 

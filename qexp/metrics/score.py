@@ -1,8 +1,8 @@
 """The second, pure step of a task: quality numbers and pictures from saved outputs, without running a model.
 
-Reads outputs.safetensors (and memory.csv) of the run and of its reference; writes images/*.png (of text: samples.csv)
-and history.csv into the run's folder; the numbers depend on nothing but those files and `config`. Beside the metrics
-that were asked for:
+Reads outputs.safetensors (and memory.csv) of the run and of its reference; writes images/*.png and history.csv (of
+text: samples.csv, of a network's outputs: outputs.csv) into the run's folder; the numbers depend on nothing but those
+files and `config`. Beside the metrics that were asked for:
 
     quality/finite   1 if every value of the images (of text: every probability) is finite. If not, comparisons with the
                      reference are None (null in JSON), and the pixels are magenta in the pictures
@@ -55,10 +55,10 @@ def score(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, 
         return {}
     outputs = _read_outputs(folder)
     expected = _read_outputs(reference) if reference is not None else None
-    kind = "images" if "images" in outputs else "text"
-    score_kind = {"images": _score_images, "text": _score_text}[kind]
+    kind = "outputs" if config.task.name == "forward" else "images" if "images" in outputs else "text"
+    score_kind = {"images": _score_images, "text": _score_text, "outputs": _score_outputs}[kind]
     numbers = score_kind(config, folder, outputs, reference, expected)
-    if names := [name for name in SOURCE_METRICS[kind] if name in config.metrics.names]:
+    if names := [name for name in SOURCE_METRICS.get(kind, ()) if name in config.metrics.names]:
         scores = load_source(config.model).scores(outputs)
         numbers |= {name: scores.get(name) for name in names}
     return {
@@ -97,6 +97,16 @@ def _score_text(
     if "tokens" in outputs:
         write_samples(folder, reference)
     return text_numbers(config.metrics.names, outputs, expected, folder, reference)
+
+
+def _score_outputs(
+    config: RunConfig, folder: Path, outputs: Tensors, reference: Path | None, expected: Tensors | None
+) -> Numbers:
+    from qexp.metrics.outputs import output_numbers
+
+    if expected is not None:
+        _check_fit({**outputs, **expected}, outputs, expected, folder, reference)
+    return output_numbers(config.metrics.names, outputs, expected, folder)
 
 
 def _read_outputs(folder: Path) -> Tensors:

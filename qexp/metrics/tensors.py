@@ -17,7 +17,7 @@ Edge cases, so that no number is infinite or NaN:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,20 +51,26 @@ def _chunks(original: Tensor, restored: Tensor) -> Iterator[tuple[Tensor, Tensor
 
 def compare(original: Tensor, restored: Tensor) -> Comparison:
     """All numbers of this module in one pass. Raises ValueError for tensors of different shapes."""
-    if original.shape != restored.shape:
-        raise ValueError(f"cannot compare shapes {tuple(original.shape)} and {tuple(restored.shape)}")
+    return compare_all([(original, restored)])
+
+
+def compare_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
+    """As `compare`, over all elements of several (original, restored)."""
     signal = noise = energy = dot = largest = 0.0  # Σ a², Σ (a - b)², Σ b², Σ ab, max |a - b|
-    for a, b in _chunks(original, restored):
-        if a.numel() == 0:
-            continue
-        difference = a - b
-        signal += a.square().sum().item()
-        energy += b.square().sum().item()
-        dot += (a * b).sum().item()
-        noise += difference.square().sum().item()
-        largest = max(largest, difference.abs().max().item())
-        if not math.isfinite(noise):  # NaN, too: inf - inf, and NaN would be lost in max()
-            return Comparison(exact=False, finite=False)
+    for original, restored in pairs:
+        if original.shape != restored.shape:
+            raise ValueError(f"cannot compare shapes {tuple(original.shape)} and {tuple(restored.shape)}")
+        for a, b in _chunks(original, restored):
+            if a.numel() == 0:
+                continue
+            difference = a - b
+            signal += a.square().sum().item()
+            energy += b.square().sum().item()
+            dot += (a * b).sum().item()
+            noise += difference.square().sum().item()
+            largest = max(largest, difference.abs().max().item())
+            if not math.isfinite(noise):  # NaN, too: inf - inf, and NaN would be lost in max()
+                return Comparison(exact=False, finite=False)
     if largest == 0:
         return Comparison(exact=True, finite=True, relative_l2=0.0, cosine=1.0, max_abs_error=0.0)
     return Comparison(

@@ -43,7 +43,9 @@ class ModelSource(Protocol):
 
     # A source may also have `conversion(component, model)`, which returns the function that turns a dict of tensors in
     # another layout (that of the model's authors) into one with the model's names, or None: see loading/conversion.py;
-    # and `skip_modules(component, model)`, the modules that it leaves unquantized, whatever the settings say.
+    # and `skip_modules(component, model)`, the modules that it leaves unquantized, whatever the settings say; and
+    # `side_files()`, the names of files in the checkpoint's folder that a saved model takes along (a tokenizer's).
+    # One of text has `forward_inputs(lines)` for `task=forward`: the arguments of the network for lines of text.
 
     def generate(
         self,

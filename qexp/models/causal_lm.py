@@ -34,6 +34,9 @@ SIDE_FILES = (  # what a model's folder holds beside config.json and weights: wi
 )  # fmt: skip
 
 
+TOKENIZERS = SIDE_FILES[1:2] + SIDE_FILES[5:11]  # one of which every tokenizer has
+
+
 @dataclass(frozen=True)
 class CausalLMConfig:
     """path: a folder with config.json, safetensors and a tokenizer, or user/name of a hub's repository, of which
@@ -53,9 +56,10 @@ Config = CausalLMConfig
 class Source:
     """A language model as a `TextSource` with one component, "model"."""
 
-    tasks = ("generate", "perplexity", "roundtrip")
+    tasks: tuple[str, ...] = ("generate", "perplexity", "forward", "roundtrip")
     modality = "text"
     has_text = False
+    padding_side = "left"  # of prompts that are continued together
     required_packages = ("transformers", "tokenizers")
 
     def __init__(self, config: CausalLMConfig) -> None:
@@ -77,15 +81,15 @@ class Source:
 
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         """transformers' own network, with the folder's generation_config."""
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from qexp.models.transformers_networks import network, with_generation_config
 
-        from qexp.models.transformers_networks import skeleton, transformers_config
+        self._network = with_generation_config(network(config, self.folder, self.network_class), self.folder)
+        return self._network
 
-        model: Any = skeleton(AutoModelForCausalLM, transformers_config(config, self.folder), self.folder)
-        if (self.folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(self.folder)
-        self._network = model
-        return model
+    @property
+    def network_class(self) -> str | None:
+        """The class of transformers that builds the network; None is the one that config.json names."""
+        return "AutoModelForCausalLM"
 
     def conversion(self, component: str, model: nn.Module) -> Conversion:
         from qexp.models.transformers_networks import renaming
@@ -103,7 +107,9 @@ class Source:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, padding_side="left")
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, padding_side=self.padding_side
+            )
         except (OSError, ValueError) as error:
             raise LoadError(
                 f"'{self.folder}' has no tokenizer that transformers can open: {str(error).splitlines()[0]}; "
@@ -113,10 +119,19 @@ class Source:
             tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
         return tokenizer
 
+    def side_files(self) -> tuple[str, ...]:
+        """The files beside config.json and weights that a saved model goes with."""
+        return SIDE_FILES
+
     def check_task(self, task: Any) -> None:
         """Raises ConfigError for a task that lacks what this model cannot supply."""
         if task.name == "generate":
             self.prompts(task)
+        if task.name == "forward" and task.is_text and not any((self.folder / name).is_file() for name in TOKENIZERS):
+            raise ConfigError(
+                f"task.inputs={task.inputs} is text, and '{self.folder}' has no tokenizer to read it with; put the "
+                "model's tokenizer files (tokenizer.json, tokenizer_config.json) there, or give tensors (.safetensors)"
+            )
         if task.name == "perplexity" or getattr(task, "text", None) is not None:
             self.text(task.text)
 
@@ -151,6 +166,12 @@ class Source:
 
         tokens = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return torch.tensor(tokens, dtype=torch.int64)
+
+    def forward_inputs(self, lines: list[str]) -> dict[str, Tensor]:
+        """What the network is called with for lines of text, [lines, longest], padded behind them."""
+        from qexp.models.text_generation import encode_lines
+
+        return encode_lines(self._network, self.tokenizer, lines)
 
     def generate(
         self,

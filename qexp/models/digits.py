@@ -50,7 +50,7 @@ Config = DigitsModelConfig
 class Source:
     """The digits model as a `ModelSource` with one component, "transformer"."""
 
-    tasks = ("generate", "roundtrip")
+    tasks = ("generate", "forward", "roundtrip")
     modality = "images"
 
     def __init__(self, config: DigitsModelConfig) -> None:

@@ -48,8 +48,17 @@ class FolderSource:
             from qexp.config import model_skip_modules
 
             return model_skip_modules("digits")
-        head = model.get_output_embeddings() if isinstance(getattr(model, "base_model_prefix", None), str) else None
-        return tuple(name for name, module in model.named_modules() if module is head and head is not None)
+        if not isinstance(getattr(model, "base_model_prefix", None), str):
+            return ()
+        from qexp.models.transformers_networks import output_embedding
+
+        return output_embedding(model)
+
+    def side_files(self) -> tuple[str, ...]:
+        """A tokenizer's files, if there are any."""
+        from qexp.models.causal_lm import SIDE_FILES
+
+        return SIDE_FILES
 
     def _build(self, config: dict[str, Any]) -> nn.Module:
         fields = {name: value for name, value in config.items() if name not in NOT_THE_NETWORKS}
@@ -101,12 +110,10 @@ def _from_diffusers(fields: Mapping[str, Any], path: Path) -> nn.Module:
 
 
 def _from_transformers(fields: Mapping[str, Any], path: Path) -> nn.Module:
-    import transformers
+    from qexp.models.transformers_networks import network, with_generation_config
 
-    name = (fields["architectures"] or [None])[0]
-    kind = _class_of(transformers, name, transformers.PreTrainedModel, "architectures", path)
-    network: nn.Module = kind(kind.config_class.from_dict(dict(fields)))
-    return network
+    built: nn.Module = with_generation_config(network(fields, path), path)
+    return built
 
 
 def _class_of(library: Any, name: object, base: type, entry: str, path: Path) -> Any:

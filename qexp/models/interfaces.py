@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from qexp.loading.patterns import anywhere
 from qexp.quantizers.base import Quantizer, quiet
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 INTERFACES = {
@@ -31,6 +33,16 @@ def interface_of(model: Any) -> ModuleType | None:
         if (kind.__module__, kind.__name__) in INTERFACES:
             return importlib.import_module(INTERFACES[kind.__module__, kind.__name__])
     return None
+
+
+def kept_by_class(model: Any, dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Patterns of what a model's class keeps: (in fp32, in a model that computes in `dtype`; unquantized)."""
+    interface = interface_of(model)
+    if interface is not None and hasattr(interface, "kept_by_class"):
+        kept: tuple[tuple[str, ...], tuple[str, ...]] = interface.kept_by_class(model, dtype)
+        return kept
+    in_fp32 = tuple(map(anywhere, getattr(model, "_keep_in_fp32_modules", None) or ()))
+    return in_fp32, ()
 
 
 @dataclass(frozen=True)

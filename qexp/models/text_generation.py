@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ def continue_prompts(
     """Of every prompt: "tokens" [prompts, longest], the new ones, padded behind their end, and "lengths" [prompts];
     "prompts" are its own tokens, padded in front."""
     settings, steps = generation_settings(model.generation_config, task, tokenizer), _Steps(on_step)
+    writes_answers = bool(getattr(model.config, "is_encoder_decoder", False))  # behind one token, not behind the prompt
     asked, parts = tokenizer(prompts, return_tensors="pt", padding=True), []
     torch.manual_seed(seed)
     for start in range(0, len(prompts), task.batch_size):
@@ -41,13 +43,27 @@ def continue_prompts(
             tokens = model.generate(
                 **inputs, generation_config=settings, stopping_criteria=StoppingCriteriaList([steps])
             )
-        parts.append(tokens[:, inputs["input_ids"].shape[1] :].cpu())
+        parts.append(tokens[:, 1 if writes_answers else inputs["input_ids"].shape[1] :].cpu())
     longest = max(part.shape[1] for part in parts)
     padding: Any = settings.pad_token_id
     padded = [torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=padding) for part in parts]
     lengths = torch.cat([_lengths(part, settings.eos_token_id) for part in parts])
     tensors = {"prompts": asked["input_ids"], "tokens": torch.cat(padded), "lengths": lengths}
     return {name: tensor.to(torch.int32) for name, tensor in tensors.items()}
+
+
+def encode_lines(model: Any, tokenizer: Any, lines: list[str]) -> dict[str, Tensor]:
+    """The arguments of a forward for lines of text, [lines, longest], padded behind them.
+
+    A decoder that answers them begins with its start token, so that its outputs are those of the first token to come.
+    """
+    encoded = tokenizer(lines, return_tensors="pt", padding=tokenizer.pad_token is not None, padding_side="right")
+    taken = inspect.signature(type(model).forward).parameters
+    inputs = {name: tensor for name, tensor in encoded.items() if name in taken}
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in taken and start is not None:
+        inputs["decoder_input_ids"] = torch.full((len(lines), 1), start)
+    return inputs
 
 
 def _lengths(tokens: Tensor, end_tokens: int | list[int] | None) -> Tensor:
@@ -65,10 +81,10 @@ def generation_settings(base: GenerationConfig, task: GenerateConfig, tokenizer:
         settings.max_new_tokens = DEFAULT_NEW_TOKENS
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id
-    if settings.num_beams not in (None, 1):
+    if settings.num_return_sequences not in (None, 1):
         raise ConfigError(
-            f"generation_config.json has num_beams={settings.num_beams}, but a prompt is continued in one way only; "
-            "set it to 1 there"
+            f"generation_config.json has num_return_sequences={settings.num_return_sequences}, but a prompt is "
+            "continued in one way only; set it to 1 there"
         )
     return settings
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
+from qexp.loading.patterns import anywhere
 from qexp.models.interfaces import quantization_config, saves_safetensors
 from qexp.quantizers.base import Quantizer
 
@@ -47,6 +48,19 @@ class InterfaceQuantizer(HfQuantizer):
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return self.quantizer.dequantize(model, dtype)
+
+
+def kept_by_class(model: Any, dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Patterns of what stays (in fp32, unquantized), by transformers' rules.
+
+    `_keep_in_fp32_modules` are in fp32 where the others are in fp16 (their values leave its range), the strict ones in
+    bf16 models as well; an entry is any part of a name. None of them is ever quantized: their callers look at dtypes.
+    """
+    kept, strict = (
+        sorted(getattr(model, name, None) or ()) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    )
+    in_fp32 = (*(kept if dtype == torch.float16 else ()), *strict)
+    return tuple(anywhere(f"*{entry}*") for entry in in_fp32), tuple(map(anywhere, kept))
 
 
 def attach(model: Any, quantizer: Quantizer) -> InterfaceQuantizer:

@@ -1,18 +1,19 @@
 """What every source of transformers models shares: skeletons, and the names that checkpoints have for their weights.
 
 A checkpoint on disk may call a weight by another name than the network does (older names, a base model's prefix).
-transformers renames while loading, by rules of its own (`transformers.conversion_mapping`); the same rules are asked
-here, about names alone. Rules that compute (merging the experts of a mixture, splitting a fused projection) are not
-followed: such a checkpoint is refused.
+transformers renames while loading, by rules of its own (`transformers.conversion_mapping`), and computes: it stacks the
+experts of a mixture, which checkpoints keep one by one, and splits or joins projections. The same rules are asked here,
+and what they compute is recorded (`loading/lazy.py`), to be done while the weights are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from qexp.errors import LoadError
+from qexp.errors import ConfigError, LoadError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,20 +42,81 @@ def transformers_config(config: Mapping[str, Any], folder: Path) -> Any:
         ) from error
 
 
-def skeleton(auto_class: Any, config: Any, folder: Path) -> nn.Module:
-    """The network of a config, as one of transformers' Auto classes builds it. Nothing is initialized."""
+def network(config: Mapping[str, Any], folder: Path, class_name: str | None = None) -> Any:
+    """The network of a parsed config.json, as transformers builds it. Nothing is initialized.
+
+    class_name: an Auto class of transformers, or a network's; None is the first of config.json's architectures.
+    Raises: LoadError if transformers has no such class, or it is not for this config.
+    """
     from transformers.initialization import no_init_weights
 
+    kind, parsed = network_class(config, folder, class_name), transformers_config(config, folder)
+    is_auto = hasattr(kind, "from_config")
+    if not is_auto:
+        parsed = _config_for(kind, parsed, folder)
     try:
         with no_init_weights():
-            model: Any = auto_class.from_config(config)
+            model: Any = kind.from_config(parsed) if is_auto else kind._from_config(parsed)
     except ValueError as error:  # the class has no network for this model_type
         raise LoadError(
-            f"'{folder}/config.json': model_type={config.model_type!r} is not a model for {auto_class.__name__}; "
+            f"'{folder}/config.json': model_type={parsed.model_type!r} is not a model for {kind.__name__}; "
             "choose the model source that fits the checkpoint"
         ) from error
     model.tie_weights()  # part of what was left out
-    return cast("nn.Module", model)
+    return model
+
+
+def network_class(config: Mapping[str, Any], folder: Path, class_name: str | None) -> Any:
+    """The class that builds a network. Raises ConfigError or LoadError if transformers has none so called."""
+    import transformers
+
+    names = config.get("architectures") or [None]
+    name = class_name or (names[0] if isinstance(names, list) else names)
+    if name is None:
+        raise LoadError(
+            f"'{folder}/config.json' names no architectures, so nothing says which network it is; "
+            "set model.auto_class to a class of transformers, such as AutoModel"
+        )
+    found = getattr(transformers, str(name), None)
+    if isinstance(found, type) and (issubclass(found, transformers.PreTrainedModel) or hasattr(found, "from_config")):
+        return found
+    if class_name is not None:
+        known = [name for name in dir(transformers) if "Model" in name or "For" in name]
+        raise ConfigError(
+            f"model.auto_class={name}{did_you_mean(name, known)} is no class of transformers {_version()} that builds "
+            "a network; use AutoModel, AutoModelForCausalLM, …, a class of a network, or null for config.json's own"
+        )
+    raise LoadError(
+        f"'{folder}': config.json has architectures={name!r}, which transformers {_version()} has not; install "
+        "a version that has it, or pass skeleton=, a class or a function that builds the network"
+    )
+
+
+def _config_for(kind: Any, config: Any, folder: Path) -> Any:
+    """The config of a network's class: the whole, or the part of it that describes such a network."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    found = next((part for part in parts if isinstance(part, kind.config_class)), None)
+    if found is None:
+        raise LoadError(
+            f"'{folder}/config.json': model_type={config.model_type!r} is not a model for {kind.__name__}, which is "
+            f"built from a {kind.config_class.__name__}; set model.auto_class to a class that fits the checkpoint"
+        )
+    return found
+
+
+def with_generation_config(model: Any, folder: Path) -> Any:
+    """The model with the folder's generation_config, if it generates and there is one."""
+    from transformers import GenerationConfig
+
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def output_embedding(model: Any) -> tuple[str, ...]:
+    """The name of the layer that makes logits over a vocabulary, if there is one."""
+    head = model.get_output_embeddings()
+    return tuple(name for name, module in model.named_modules() if module is head and head is not None)
 
 
 def renaming(model: nn.Module) -> Conversion:
@@ -62,40 +124,81 @@ def renaming(model: nn.Module) -> Conversion:
 
     def rename(tensors: MutableMapping[str, Any]) -> dict[str, Any]:
         renamed: dict[str, Any] = {}
-        for old, name in network_names(model, list(tensors)).items():
-            if name in renamed:
-                raise LoadError(
-                    f"the checkpoint has '{name}' twice, once as '{old}'; it mixes two layouts: get it again"
-                )
-            renamed[name] = tensors.pop(old)
+        for target in targets_of(model, list(tensors)):
+            stored = {pattern: [tensors.pop(name) for name in names] for pattern, names in target.sources.items()}
+            made = {target.name: stored[""][0]} if target.rule is None else _computed(model, target, stored)
+            for name, tensor in made.items():
+                if name in renamed:
+                    old = next(iter(target.sources.values()))[0]
+                    raise LoadError(
+                        f"the checkpoint has '{name}' twice, once as '{old}'; it mixes two layouts: get it again"
+                    )
+                renamed[name] = tensor
         return renamed
 
     return rename
 
 
-def network_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Name in the checkpoint -> name in the network, for every tensor of the checkpoint.
+@dataclass
+class Target:
+    """A tensor of the network, or the first of several that a rule makes: of which tensors of the checkpoint, by the
+    patterns that found them (without a rule: one, by "")."""
 
-    Raises LoadError for one that transformers would compute with rather than rename.
-    """
+    name: str
+    rule: Any
+    sources: dict[str, list[str]]
+
+
+def targets_of(model: Any, stored: Iterable[str]) -> list[Target]:
+    """What becomes of every tensor of a checkpoint; one that the network has no place for keeps its name."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
     rules = get_model_conversion_mapping(model)
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    rule_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     known, prefix = model.state_dict(), model.base_model_prefix
-    names: dict[str, str] = {}
-    for name in sorted(stored, key=dot_natural_key):  # a rule may depend on the names before
+    computed: dict[str, Target] = {}
+    targets: list[Target] = []
+    for name in sorted(stored, key=dot_natural_key):  # experts in their order; a rule may depend on the names before
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if renamed not in known:
             plain, _ = rename_source_key(name, [], [], prefix, known)
             renamed, pattern = (plain, None) if plain in known else (renamed, pattern)
-        if pattern is not None:
-            rule = next(rule for rule in converters if pattern in rule.source_patterns)
-            raise LoadError(_computed_message(model, name, rule))
-        names[name] = renamed
-    return names
+        if pattern is None:
+            targets.append(Target(renamed, None, {"": [name]}))
+        elif renamed not in known:
+            targets.append(Target(name, None, {"": [name]}))
+        else:
+            if renamed not in computed:
+                computed[renamed] = Target(renamed, rule_of[pattern], {})
+                targets.append(computed[renamed])
+            computed[renamed].sources.setdefault(pattern, []).append(name)
+    return targets
+
+
+def _computed(model: Any, target: Target, tensors: dict[str, list[Any]]) -> dict[str, Any]:
+    """The tensors that a rule makes, by their names. tensors: of the checkpoint, by the rule's patterns."""
+    rule, name = target.rule, target.name
+    for operation in rule.operations:
+        made = operation.convert(
+            tensors,
+            source_patterns=rule.source_patterns,
+            target_patterns=rule.target_patterns,
+            full_layer_name=name,
+            model=model,
+            config=model.config,
+            missing_keys=None,
+        )
+        tensors = {pattern: found if isinstance(found, list) else [found] for pattern, found in made.items()}
+    results = {pattern: found[0] for pattern, found in tensors.items()}
+    whole = name.replace("*.", "0.")  # a rule with several targets names the first of them
+    pattern = next((pattern for pattern in results if pattern in whole), None)
+    if pattern is None:
+        return results
+    before, _, after = whole.partition(pattern)
+    return {before + pattern + after: tensor for pattern, tensor in results.items()}
 
 
 def published_names(model: Any, names: Iterable[str]) -> dict[str, str]:
@@ -125,14 +228,6 @@ def block_lists(model: Any) -> list[str]:
         if isinstance(module, nn.ModuleList) and any(type(child).__name__ in classes for child in module)
     ]
     return [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-
-
-def _computed_message(model: Any, name: str, rule: Any) -> str:
-    operations = ", ".join(type(operation).__name__ for operation in rule.operations)
-    return (
-        f"'{name}': transformers computes {', '.join(rule.target_patterns)} of {type(model).__name__} from it "
-        f"({operations}), which loading does not do; load a model whose checkpoint holds the weights of its layers"
-    )
 
 
 def _version() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qexp.errors import ConfigError, UnsupportedError
-from qexp.loading.plan import TORCH_DTYPES
+from qexp.loading.dtypes import TORCH_DTYPES
 from qexp.quantizers.stored import FLOATS, Part
 from qexp.quantizers.torchao_library import (
     Float8DynamicActivationFloat8WeightConfig,

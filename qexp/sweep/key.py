@@ -90,7 +90,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     for name in ("device_map", "max_memory"):  # so that runs from before there were such settings keep their names
         if identity.get(name, "") is None:
             del identity[name]
-    for name in _input_files(config):
+    for name in _input_files(config.task):
         del identity["task"][name]  # their content counts, not where they are
     identity["checkpoints"] = {
         name: open_checkpoint(path).content_hash() for name, path in load_source(config.model).checkpoints().items()
@@ -98,7 +98,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     originals = _originals(config)
     if originals:
         identity["originals"] = originals
-    if files := _input_files(config):
+    if files := {**_input_files(config.task), **_input_files(config.model)}:
         identity["input_files"] = {name: _file_hash(name, path) for name, path in files.items()}
     identity["schema"] = SCHEMA
     return identity
@@ -114,9 +114,9 @@ def _originals(config: RunConfig) -> dict[str, str]:
     return {name: open_checkpoint(sources[name]).content_hash() for name in stored if is_quantized(stored[name])}
 
 
-def _input_files(config: RunConfig) -> dict[str, Path]:
-    """The files that a task reads, by the fields that name them; a task config may have a method that says so."""
-    return config.task.input_files() if hasattr(config.task, "input_files") else {}
+def _input_files(config: Any) -> dict[str, Path]:
+    """The files that a task or a model reads, by the fields that name them, if its config has a method that says so."""
+    return config.input_files() if hasattr(config, "input_files") else {}
 
 
 def _file_hash(name: str, path: Path) -> str:
@@ -124,7 +124,7 @@ def _file_hash(name: str, path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise ConfigError(f"task.{name}={path} cannot be read: {error.strerror}; give a file that is there") from error
+        raise ConfigError(f"{name} {path} cannot be read: {error.strerror}; give a file that is there") from error
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ QUALITY = {
     "quality/psnr_db": "psnr {:.1f} dB",
     "quality/perplexity": "perplexity {:.4f}",
     "quality/exact_match": "exact match {:.1%}",
+    "quality/relative_l2": "relative L2 {:.2e}",
     "roundtrip/sqnr_db_mean": "sqnr {:.1f} dB",
 }
 

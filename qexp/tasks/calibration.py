@@ -1,27 +1,38 @@
 """Run samples of the task through models whose quantizer needs to see activations before they can answer.
 
 Images begin from another seed than the task's own: what is measured afterwards is not what was calibrated on. Of text,
-the first of the task's prompts are continued.
+the first of the task's prompts are continued; a network that is called with inputs of the user's is called with the
+first rows of these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from qexp.tasks.generate import GenerateConfig
 
 
-def calibrate(source: Any, models: Mapping[str, nn.Module], task: Any, *, seed: int, device: torch.device) -> None:
+def calibrate(
+    source: Any,
+    models: Mapping[str, nn.Module],
+    task: Any,
+    *,
+    seed: int,
+    device: torch.device,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> None:
     """Calibrate every model that asks for it with `calibration_samples` samples, all steps of them.
 
+    inputs: of `task=forward`.
     Raises: ConfigError for a task that generates none.
     """
     from qexp.loading.registration import registered_quantizer
@@ -30,7 +41,11 @@ def calibrate(source: Any, models: Mapping[str, nn.Module], task: Any, *, seed: 
         quantizer = registered_quantizer(model)
         if quantizer is None or not quantizer.requires_calibration:
             continue
-        samples = samples_of(source, task, quantizer.config.calibration_samples)
+        count = quantizer.config.calibration_samples
+        if inputs is not None:
+            quantizer.calibrate(model, partial(_call, model, inputs, count, task.batch_size, device))
+            continue
+        samples = samples_of(source, task, count)
 
         def run(samples: GenerateConfig = samples) -> None:
             source.generate(dict(models), samples, seed=seed + 1, device=device, on_step=lambda step, state: None)
@@ -38,11 +53,21 @@ def calibrate(source: Any, models: Mapping[str, nn.Module], task: Any, *, seed: 
         quantizer.calibrate(model, run)
 
 
+def _call(model: nn.Module, inputs: Mapping[str, Tensor], count: int, batch_size: int, device: torch.device) -> None:
+    """Call a network with the first `count` rows of its inputs."""
+    from qexp.tasks.forward import answers, batches_of
+
+    first = {name: tensor[:count] if tensor.dim() else tensor for name, tensor in inputs.items()}
+    for batch in batches_of(first, batch_size):
+        answers(model, batch, device)
+
+
 def samples_of(source: Any, task: Any, count: int) -> GenerateConfig:
     """The task with `count` samples."""
     if task.name != "generate":
         raise ConfigError(
-            f"this backend is calibrated on samples of the task, and task={task.name} generates none; use task=generate"
+            f"this backend is calibrated on samples of the task, and task={task.name} has none; use task=generate, or "
+            "task=forward"
         )
     if source.modality == "text":
         samples: GenerateConfig = replace(task, prompt=tuple(source.prompts(task)[:count]))

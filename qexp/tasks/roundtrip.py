@@ -79,7 +79,7 @@ def measure_layers(
 def _with_original(item: WorkItem, original: Checkpoint) -> WorkItem:
     """The parts of a ready-quantized weight and, last, the dense weight that it was made from."""
     from qexp.errors import LoadError
-    from qexp.loading.plan import TORCH_DTYPES
+    from qexp.loading.dtypes import TORCH_DTYPES
 
     assert item.spec is not None  # such a plan has no other layers
     dense = original.entries.get(item.target)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from qexp.errors import LoadError
 from qexp.loading.checkpoint import DTYPE_BYTES, open_checkpoint
-from qexp.loading.plan import TORCH_DTYPES
+from qexp.loading.dtypes import TORCH_DTYPES
 from tests.loading.files import header_of, write_file, write_folder, write_index, write_tensors
 
 TWO = {"a": ("F32", [2, 3]), "b": ("BF16", [4])}  # 24 + 8 bytes

@@ -19,8 +19,9 @@ from qexp.errors import LoadError
 from qexp.loading import arena as arena_module
 from qexp.loading import pipeline
 from qexp.loading.checkpoint import DTYPE_BYTES, open_checkpoint
+from qexp.loading.dtypes import TORCH_DTYPES
 from qexp.loading.pipeline import stream
-from qexp.loading.plan import TORCH_DTYPES, WorkItem
+from qexp.loading.plan import WorkItem
 from qexp.quantizers.base import WeightSpec
 
 KIB, MIB = 1 << 10, 1 << 20

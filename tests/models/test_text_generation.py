@@ -47,6 +47,17 @@ def test_each_prompt_is_continued_as_if_alone(batch_size: int, folder: Path) -> 
     assert len(steps) >= outputs["tokens"].shape[1]
 
 
+def test_beams_are_the_librarys(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.generation_config.num_beams = 3
+    source = Source(ArithmeticConfig(path=str(folder)))
+    task = GenerateConfig(prompt=PROMPTS[1:2], max_new_tokens=9)
+    outputs = source.generate({"model": model}, task, seed=0, device=torch.device("cpu"), on_step=lambda step, _: None)
+    inputs = source.tokenizer(PROMPTS[1], return_tensors="pt")
+    theirs = model.generate(**inputs, max_new_tokens=9)[0, inputs["input_ids"].shape[1] :]
+    assert outputs["tokens"][0, : outputs["lengths"][0]].tolist() == theirs[: outputs["lengths"][0]].tolist()
+
+
 def test_it_draws_the_same_numbers_from_the_same_seed(folder: Path) -> None:
     first, second = (generate(folder, do_sample=True, temperature=3.0, max_new_tokens=12)[0] for _ in range(2))
     greedy = generate(folder, max_new_tokens=12)[0]
@@ -60,8 +71,9 @@ def test_settings_are_the_models_but_for_what_the_task_sets() -> None:
     assert (settings.temperature, settings.top_k, settings.do_sample, settings.max_new_tokens) == (0.3, 4, True, 9)
     assert base.top_k == 7
     assert generation_settings(base, GenerateConfig(), None).max_new_tokens == DEFAULT_NEW_TOKENS
-    with pytest.raises(ConfigError, match="num_beams=3"):
-        generation_settings(GenerationConfig(num_beams=3, pad_token_id=0), GenerateConfig(), None)
+    several = GenerationConfig(num_beams=3, num_return_sequences=3, pad_token_id=0)
+    with pytest.raises(ConfigError, match="num_return_sequences=3, but a prompt is continued in one way only"):
+        generation_settings(several, GenerateConfig(), None)
 
 
 def test_a_prompt_ends_with_the_end_token_and_is_padded_behind_it() -> None:

@@ -1,0 +1,259 @@
+"""A network of the user's own: a function or class that builds it, and a checkpoint with its weights.
+
+    python -m qexp model=python model.factory=nets:build model.checkpoint=weights.safetensors task=forward …
+
+`package.module:function` is imported from the current directory, or from whatever is installed. It is called while new
+parameters get no memory (they are on the meta device), so it must not compute with them. It is given the fields of the
+checkpoint's config.json that it has parameters for, and `model.arguments`, which win; a single parameter `config` gets
+the whole of config.json. Of what defines the network, the file of its module is part of a run's key; files that this
+one imports are not.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.errors import ConfigError, choices, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+COMPONENTS = ("model",)
+NOT_THE_NETWORKS = ("quantization_config", "torch_dtype", "dtype", "architectures", "model_type")
+
+
+@dataclass(frozen=True)
+class PythonConfig:
+    """factory: package.module:function; checkpoint: its weights, a .safetensors or .gguf file, or a folder with such
+    files and a config.json if they are several (model.path is another word for it); arguments: of the factory;
+    reference_path: the unquantized checkpoint to compare with where `checkpoint` is quantized already."""
+
+    source: str = "python"
+    factory: str | None = None
+    checkpoint: str | None = None
+    arguments: Any = None
+    path: str | None = None
+    reference_path: str | None = None
+    skip_modules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None and self.path not in (None, self.checkpoint):
+            raise ConfigError(
+                f"model.checkpoint={self.checkpoint} and model.path={self.path} are two words for one thing; set one"
+            )
+        object.__setattr__(self, "path", self.path or self.checkpoint)  # by one name for all that asks for it
+        object.__setattr__(self, "checkpoint", None)
+        if self.arguments is not None and not isinstance(self.arguments, Mapping):
+            raise ConfigError(
+                f"model.arguments={self.arguments} must be names and values: model.arguments='{{width: 64}}'"
+            )
+
+    def input_files(self) -> dict[str, Path]:
+        """The module's file, whose content is what counts. Raises ConfigError if there is none so called."""
+        module, _ = split_name(self.factory)
+        spec = find_module(module)
+        return {"factory": Path(spec.origin)} if spec.origin is not None else {}
+
+
+Config = PythonConfig
+
+
+class Source:
+    """A network with one component, "model"."""
+
+    tasks = ("forward", "roundtrip")
+    modality = "tensors"
+
+    def __init__(self, config: PythonConfig) -> None:
+        self.config = config
+
+    def checkpoints(self) -> dict[str, Path]:
+        if self.config.path is None:
+            raise ConfigError(
+                "model.checkpoint=null names no weights, and quantizing random ones says nothing; save the network's "
+                "state_dict with safetensors.torch.save_file, and set model.checkpoint to the file"
+            )
+        return {"model": _without_config(Path(self.config.path).expanduser())}
+
+    def check_task(self, task: Any) -> None:
+        """Raises ConfigError for a factory that is not there, or inputs that this network has no tokenizer for."""
+        module, function = split_name(self.config.factory)
+        known = defined_names(find_module(module))
+        if known is not None and function not in known:
+            raise ConfigError(
+                f"model.factory={self.config.factory}: '{module}' defines no {function!r}"
+                f"{did_you_mean(function, known)}; it has {choices(sorted(known)[:12])}"
+            )
+        if task.name == "forward" and task.is_text:
+            raise ConfigError(
+                f"task.inputs={task.inputs} is text, and model.source=python has no tokenizer to read it with; give "
+                "tensors (.safetensors with the names of forward's arguments, or .npy)"
+            )
+
+    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
+        """What the factory builds. Raises ConfigError if it builds nothing."""
+        name = str(self.config.factory)
+        factory = import_factory(name)
+        arguments = _arguments(name, factory, config, self.config.arguments or {})
+        try:
+            network = factory(**arguments)
+        except Exception as error:
+            raise ConfigError(_raised(name, arguments, error)) from error
+        from torch import nn
+
+        if not isinstance(network, nn.Module):
+            raise ConfigError(f"model.factory={name} returned {_kind(network)}, no torch.nn.Module; return the network")
+        self._network = network
+        return network
+
+    def block_lists(self, component: str) -> list[str]:
+        from qexp.offload.grouping import outermost_lists
+
+        return outermost_lists(self._network)
+
+    def scores(self, outputs: dict[str, Any]) -> dict[str, float | None]:
+        return {}
+
+
+def split_name(name: str | None) -> tuple[str, str]:
+    """(module, function) of 'package.module:function'. Raises ConfigError."""
+    module, colon, function = (name or "").partition(":")
+    if not colon or not all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
+        raise ConfigError(
+            f"model.factory={name or 'null'} must name what builds the network, as package.module:function; a class is "
+            "a function, too"
+        )
+    return module, function
+
+
+def find_module(name: str) -> ModuleSpec:
+    """Where a module is, without importing anything. Raises ConfigError if it is nowhere."""
+    path: list[str] | None = [str(Path.cwd()), *sys.path]
+    parts = name.split(".")
+    spec = None
+    for count in range(1, len(parts) + 1):
+        spec = PathFinder.find_spec(".".join(parts[:count]), path)
+        if spec is None:
+            inside = f"'{'.'.join(parts[: count - 1])}'" if count > 1 else f"the current directory ({Path.cwd()})"
+            found = [*_modules_in(path[:1] if count == 1 and path else path or [])]
+            raise ConfigError(
+                f"model.factory: there is no module '{'.'.join(parts[:count])}'{did_you_mean(parts[count - 1], found)} "
+                f"in {inside}{', and none is installed' if count == 1 else ''}; start from the folder that it is in"
+            )
+        path = list(spec.submodule_search_locations or [])
+    assert spec is not None  # a name has a part
+    return spec
+
+
+def _modules_in(folders: list[str]) -> Iterator[str]:
+    for folder in folders:
+        yield from (path.stem for path in Path(folder).glob("*") if path.suffix == ".py" or path.is_dir())
+
+
+def defined_names(spec: ModuleSpec) -> set[str] | None:
+    """The names that a module binds at its top level; None if that cannot be read from its text."""
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    try:
+        body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(
+            f"model.factory: '{spec.origin}' is no Python file that can be read: {error}; mend it"
+        ) from error
+    names: set[str] = set()
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+        elif not isinstance(node, ast.Expr):
+            return None  # an if, a try: it may bind anything
+    return None if "*" in names or "__getattr__" in names else names
+
+
+def import_factory(name: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names. Raises ConfigError."""
+    module_name, attribute = split_name(name)
+    find_module(module_name)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(f"model.factory={name}: importing '{module_name}' failed: {_where(error)}") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        known = [name for name, value in vars(module).items() if callable(value)]
+        what = "defines no" if factory is None else f"has {_kind(factory)} as"
+        raise ConfigError(
+            f"model.factory={name}: '{module_name}' {what} {attribute!r}{did_you_mean(attribute, known)}; name a "
+            "function that returns the network, or its class"
+        )
+    return factory
+
+
+def _arguments(
+    name: str, factory: Callable[..., Any], config: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the factory is called with. Raises ConfigError for an argument that it does not take, or lacks."""
+    fields = {key: value for key, value in config.items() if key not in NOT_THE_NETWORKS and not key.startswith("_")}
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # written in C
+        return dict(given)
+    takes_any = any(item.kind is item.VAR_KEYWORD for item in parameters.values())
+    named = {
+        key: item for key, item in parameters.items() if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)
+    }
+    for key in given:
+        if key not in named and not takes_any:
+            takes = f"it takes {choices(named)}" if named else "it takes none"
+            raise ConfigError(f"model.arguments.{key}{did_you_mean(key, named)} is no argument of {name}; {takes}")
+    if list(named) == ["config"] and "config" not in given and "config" not in fields:
+        return {"config": dict(config)}
+    arguments = {key: value for key, value in fields.items() if key in named or takes_any} | dict(given)
+    lacking = [key for key, item in named.items() if item.default is item.empty and key not in arguments]
+    if lacking:
+        raise ConfigError(
+            f"model.factory={name} needs {choices(lacking)}, which neither config.json beside the checkpoint nor "
+            f"model.arguments has; set model.arguments='{{{lacking[0]}: …}}'"
+        )
+    return arguments
+
+
+def _without_config(path: Path) -> Path:
+    """The one file of a folder that has no config.json, which a network without settings does not need."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() and not (path / "config.json").exists() else []
+    return files[0] if len(files) == 1 else path
+
+
+def _raised(name: str, arguments: Mapping[str, Any], error: Exception) -> str:
+    called = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return (
+        f"model.factory={name} failed, called with ({called[:200]}): {_where(error)}. It is to build the network "
+        "alone: its parameters have no memory yet (the meta device), and its weights are loaded afterwards"
+    )
+
+
+def _where(error: Exception) -> str:
+    """An exception and the line of the user's that it comes from."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) != Path(__file__)]
+    own = [frame for frame in frames if "site-packages" not in frame.filename and "importlib" not in frame.filename]
+    place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}"

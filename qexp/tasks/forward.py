@@ -1,0 +1,188 @@
+"""Call a network once on inputs of the user's, batch by batch, and keep every floating-point tensor that it returns.
+
+Outputs are known by dotted names: `output` of a bare tensor, keys of mappings and dataclasses, numbers of lists and
+tuples (`hidden_states.3`). Batches are put together again along the first dimension. What stands behind the end of a
+text is nobody's answer: it is zero in what is saved. Inputs: `forward_inputs.py`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.tasks.recorder import Recorder, TaskResult
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+SUFFIXES = (".safetensors", ".npy", ".txt")
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """inputs: a .safetensors file (tensors by the names of forward's arguments), a .npy file (the first argument), or a
+    .txt file (a line each, through the model's tokenizer); batch_size: rows, along the first dimension, at a time;
+    component: of a model with several, null is the only one."""
+
+    name: str = "forward"
+    inputs: str | None = None
+    batch_size: int = 8
+    component: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"task.batch_size={self.batch_size} must be 1 or more")
+
+    @property
+    def path(self) -> Path:
+        return Path(str(self.inputs)).expanduser()
+
+    @property
+    def is_text(self) -> bool:
+        return self.inputs is not None and self.path.suffix.lower() == ".txt"
+
+    def resolved(self) -> ForwardConfig:
+        """Itself. Raises ConfigError or LoadError for inputs that cannot be read, as far as headers say."""
+        from qexp.tasks.forward_inputs import check_file
+
+        check_file(self)
+        return self
+
+    def input_files(self) -> dict[str, Path]:
+        """Fields that name a file, whose content is what counts."""
+        return {"inputs": self.path} if self.inputs is not None else {}
+
+
+Config = ForwardConfig
+
+
+def component_of(task: ForwardConfig, components: Iterable[str]) -> str:
+    """The component that is called. Raises ConfigError if none is named and there are several, or it is not there."""
+    names = list(components)
+    if task.component is None and len(names) == 1:
+        return names[0]
+    if task.component not in names:
+        raise ConfigError(
+            f"task.component={task.component or 'null'}{did_you_mean(task.component, names)} is no component of this "
+            f"model; use {choices(names)}"
+        )
+    return task.component
+
+
+def run(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    task: ForwardConfig,
+    *,
+    device: torch.device,
+    memory: Callable[[], tuple[float, float]],
+) -> TaskResult:
+    """Call the network; `memory()` gives (host_gib, device_gib) after each batch.
+
+    Outputs: by their names, in the dtypes that they come in. Metrics: time/step_ms (median of a batch),
+    time/total_seconds.
+    """
+    batches = list(batches_of(inputs, task.batch_size))
+    parts: dict[str, list[Tensor]] = {}
+    recorder = Recorder("forward", len(batches), device, memory)
+    started = recorder.begin()
+    for step, batch in enumerate(batches, start=1):
+        for name, tensor in answers(model, batch, device).items():
+            parts.setdefault(name, []).append(tensor)
+        recorder.on_step(step, None)
+    seconds = time.perf_counter() - started
+    outputs = _joined(parts, batches)
+    if task.is_text and "attention_mask" in inputs:
+        outputs = {name: without_padding(tensor, inputs["attention_mask"]) for name, tensor in outputs.items()}
+    times_ms = [row["step_ms"] for row in recorder.rows]
+    metrics = {"time/step_ms": statistics.median(times_ms), "time/total_seconds": seconds}
+    return TaskResult(outputs, recorder.rows, metrics)
+
+
+def answers(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """What the network returns for one batch, on the CPU. Raises ConfigError if it takes no such inputs."""
+    import torch
+
+    given = {name: tensor.to(device) for name, tensor in batch.items()}
+    try:
+        with torch.no_grad():
+            returned = model(**given)
+    except (TypeError, IndexError, ValueError, AttributeError) as error:
+        shapes = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in batch.items())
+        raise ConfigError(
+            f"{type(model).__name__} cannot be called with the tensors of task.inputs ({shapes}): "
+            f"{type(error).__name__}: {error}; check their shapes and names"
+        ) from error
+    found = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors_of(returned)}
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__} returns a {type(returned).__name__} without floating-point tensors: there is "
+            "nothing to compare; use task=roundtrip"
+        )
+    return found
+
+
+def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(dotted name, tensor) of every floating-point tensor in what a network returns."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            yield name or "output", value
+        return
+    inside: Mapping[Any, Any] = {}
+    if isinstance(value, Mapping):
+        inside = value
+    elif is_dataclass(value):
+        inside = {item.name: getattr(value, item.name) for item in fields(value)}
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        inside = dict(zip(value._fields, value, strict=True))
+    elif isinstance(value, list | tuple):
+        inside = dict(enumerate(value))
+    for key, item in inside.items():
+        yield from tensors_of(item, f"{name}.{key}" if name else str(key))
+
+
+def batches_of(inputs: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """The inputs cut along their first dimension; those without one go with every batch."""
+    rows = row_count(inputs)
+    for start in range(0, max(rows, 1), size):
+        yield {name: tensor[start : start + size] if tensor.dim() else tensor for name, tensor in inputs.items()}
+
+
+def without_padding(output: Tensor, mask: Tensor) -> Tensor:
+    """An output with zeros where its text has ended; one that does not go by tokens, [rows, longest, …], as it is."""
+    if output.shape[:2] != mask.shape:
+        return output
+    return output * mask.view(*mask.shape, *[1] * (output.dim() - 2)).to(output.dtype)
+
+
+def row_count(inputs: Mapping[str, Tensor]) -> int:
+    return next((len(tensor) for tensor in inputs.values() if tensor.dim()), 0)
+
+
+def _joined(parts: Mapping[str, list[Tensor]], batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Each output's batches behind one another. Raises ConfigError for an output that does not go by rows."""
+    import torch
+
+    counts = [row_count(batch) for batch in batches]
+    joined: dict[str, Tensor] = {}
+    for name, tensors in parts.items():
+        if len(batches) == 1:
+            joined[name] = tensors[0]
+            continue
+        by_rows = [len(tensor) if tensor.dim() else None for tensor in tensors] == counts
+        if not by_rows or len({tensor.shape[1:] for tensor in tensors}) > 1:
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors[:3])
+            raise ConfigError(
+                f"the output {name!r} has no row for each of the inputs' (batches give {shapes}), so batches cannot be "
+                f"put together; set task.batch_size={sum(counts)} or more"
+            )
+        joined[name] = torch.cat(tensors)
+    return joined

@@ -1,0 +1,165 @@
+"""The inputs of `task=forward`: read from a file, and checked against the network before its weights are read.
+
+Whole numbers and truth values stay as they are; floating-point numbers are cast to the dtype the model computes in.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qexp.errors import ConfigError, LoadError, choices, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from qexp.tasks.forward import ForwardConfig
+
+Shapes = dict[str, tuple[int, ...]]
+HOW = "a .safetensors file with a tensor for each argument of forward, a .npy file, or a .txt file"
+
+
+def check_file(task: ForwardConfig) -> None:
+    """Raises ConfigError for a file that is missing, of no known kind, empty, or whose tensors do not go together.
+
+    Reads headers alone, and imports no torch.
+    """
+    from qexp.tasks.forward import SUFFIXES
+
+    if task.inputs is None:
+        raise ConfigError(f"task.inputs=null names no inputs to call the network with; set it to {HOW}")
+    suffix = task.path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ConfigError(f"task.inputs={task.inputs} must end with {choices(SUFFIXES)}; give {HOW}")
+    if not task.path.is_file():
+        raise ConfigError(f"task.inputs={task.inputs} is no file; give {HOW}")
+    if suffix == ".txt":
+        read_lines(task)
+        return
+    shapes = _stored_shapes(task) if suffix == ".safetensors" else _array_shape(task)
+    if not shapes:
+        raise ConfigError(f"task.inputs={task.inputs} holds no tensors; give {HOW}")
+    rows = {name: shape[0] for name, shape in shapes.items() if shape}
+    if len(set(rows.values())) > 1 or 0 in rows.values():
+        counts = ", ".join(f"{name} {count}" for name, count in rows.items())
+        raise ConfigError(
+            f"task.inputs={task.inputs}: tensors must have the same number of rows, 1 or more (their first dimension): "
+            f"{counts}"
+        )
+
+
+def _stored_shapes(task: ForwardConfig) -> Shapes:
+    from qexp.loading.checkpoint import read_header
+
+    try:
+        return {entry.name: entry.shape for entry in read_header(task.path)[0]}
+    except LoadError as error:
+        raise ConfigError(f"task.inputs: {error}") from error
+
+
+def _array_shape(task: ForwardConfig) -> Shapes:
+    array = _array(task)
+    if array.dtype.kind not in "fiub":
+        raise ConfigError(
+            f"task.inputs={task.inputs} holds {array.dtype}, which are no numbers for a network; save floats or "
+            "integers"
+        )
+    return {"": tuple(array.shape)}
+
+
+def _array(task: ForwardConfig) -> Any:
+    import numpy as np
+
+    try:
+        return np.load(task.path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ConfigError(
+            f"task.inputs={task.inputs} is no .npy file of numbers: {error}; write it with numpy.save"
+        ) from error
+
+
+def read_lines(task: ForwardConfig) -> list[str]:
+    """The lines of a text that are not empty. Raises ConfigError if there are none."""
+    try:
+        lines = [line for line in task.path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"task.inputs={task.inputs} cannot be read: {reason}; give a text file") from error
+    if not lines:
+        raise ConfigError(f"task.inputs={task.inputs} has no lines of text; write one for each row")
+    return lines
+
+
+def read_inputs(task: ForwardConfig, source: Any, skeleton: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a file by the names of the network's arguments, on the CPU, as they are stored.
+
+    skeleton: the network without weights, whose forward says which arguments there are.
+    Raises: ConfigError for one that it does not take, or needs and does not get, and for values that are not finite.
+    """
+    import torch
+
+    if task.is_text:
+        inputs: dict[str, Tensor] = source.forward_inputs(read_lines(task))
+    elif task.path.suffix.lower() == ".npy":
+        import numpy as np
+
+        array = np.array(_array(task))
+        inputs = {_first_argument(skeleton): torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))}
+    else:
+        from safetensors.torch import load_file
+
+        inputs = load_file(task.path)
+    _check_names(task, inputs, skeleton)
+    for name, tensor in inputs.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise ConfigError(
+                f"task.inputs={task.inputs}: {name!r} has values that are not finite; every output would be; mend them"
+            )
+    return inputs
+
+
+def in_dtype(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs with floating-point numbers in the dtype that the model computes in."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+
+
+def _parameters(skeleton: nn.Module) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(skeleton.forward).parameters)
+
+
+def _first_argument(skeleton: nn.Module) -> str:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = [name for name, item in _parameters(skeleton).items() if item.kind in kinds]
+    if not names:
+        raise ConfigError(
+            f"forward of {type(skeleton).__name__} names no argument to give a .npy file to; use .safetensors"
+        )
+    return names[0]
+
+
+def _check_names(task: ForwardConfig, inputs: Mapping[str, Tensor], skeleton: nn.Module) -> None:
+    parameters, kind = _parameters(skeleton), type(skeleton).__name__
+    named = [name for name, item in parameters.items() if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
+    further = next((_further_names(item) for item in parameters.values() if item.kind is item.VAR_KEYWORD), ())
+    for name in inputs:
+        if further is not None and name not in (*named, *further):
+            raise ConfigError(
+                f"task.inputs={task.inputs}: forward of {kind} takes no {name!r}{did_you_mean(name, named)}; "
+                f"its arguments are {choices(named)}"
+            )
+    lacking = [name for name in named if parameters[name].default is inspect.Parameter.empty and name not in inputs]
+    if lacking:
+        raise ConfigError(
+            f"task.inputs={task.inputs}: forward of {kind} needs {choices(lacking)} besides {choices(inputs)}; give "
+            "every argument as a tensor of a .safetensors file"
+        )
+
+
+def _further_names(keywords: inspect.Parameter) -> tuple[str, ...] | None:
+    """The names that `**kwargs` takes by its annotation, a typed dict; None if it may be any."""
+    unpacked = typing.get_args(keywords.annotation)
+    names = getattr(unpacked[0], "__annotations__", None) if unpacked else None
+    return None if names is None else tuple(names)
