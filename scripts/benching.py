@@ -7,6 +7,7 @@ a line, does its work, and prints a JSON object. Memory is sampled between the l
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import platform
 import statistics
@@ -21,7 +22,14 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "torchao", "optimum-quanto", "gguf")
+
+
+def resident_bytes(pid: int | str = "self") -> dict[str, int]:
+    """Anonymous, file and all resident bytes of a process."""
+    _, resident, shared, *_ = (int(field) * PAGE_BYTES for field in Path(f"/proc/{pid}/statm").read_text().split())
+    return {"anon": resident - shared, "file": shared, "total": resident}
 
 
 class Sampler(threading.Thread):
@@ -29,17 +37,13 @@ class Sampler(threading.Thread):
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self.statm, self.page = Path(f"/proc/{pid}/statm"), os.sysconf("SC_PAGE_SIZE")
+        self.pid = pid
         self.done = threading.Event()
-        self.baseline = self.peak = self.sample()
-
-    def sample(self) -> dict[str, int]:
-        _, resident, shared, *_ = (int(field) * self.page for field in self.statm.read_text().split())
-        return {"anon": resident - shared, "file": shared, "total": resident}
+        self.baseline = self.peak = resident_bytes(pid)
 
     def run(self) -> None:
         while not self.done.is_set():
-            now = self.sample()
+            now = resident_bytes(self.pid)
             self.peak = {kind: max(self.peak[kind], now[kind]) for kind in now}
             time.sleep(0.001)
 
@@ -129,6 +133,23 @@ def read_seconds(files: Iterable[Path]) -> float:
             while opened.readinto(buffer):
                 pass
     return time.perf_counter() - started
+
+
+def direct_read_seconds(files: Iterable[Path]) -> float:
+    """Time to read files past the page cache, where the file system can: from the disk, whatever is cached."""
+    with mmap.mmap(-1, 32 * MIB) as buffer:
+        started = time.perf_counter()
+        for file in files:
+            descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+            try:
+                offset = 0
+                while got := os.preadv(descriptor, [buffer], offset):
+                    offset += got
+                    if got % PAGE_BYTES:
+                        break
+            finally:
+                os.close(descriptor)
+        return time.perf_counter() - started
 
 
 def copy_bytes_per_second() -> float:

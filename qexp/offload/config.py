@@ -21,8 +21,10 @@ class OffloadConfig:
     strategy: none (resident), model (whole components, one at a time), sequential (module by module, when it runs),
         leaf (module by module, fetched ahead) or block (`num_blocks_per_group` blocks at a time, fetched ahead).
     to: where weights rest; auto is cpu where there is an accelerator and disk elsewhere.
-    use_stream: copy on a stream of its own, while the groups before run; null means where the device has streams.
-    prefetch_depth: groups on the device at a time with a stream: the one that runs, and those that are fetched ahead.
+    use_stream: copy on a stream of its own, while the groups before run; null means where the device has streams. On
+        the CPU, a thread that reads from disk is the stream; for what rests in memory there is none.
+    prefetch_depth: slots for groups, with a stream: for the one that runs, and those that are fetched ahead. Each slot
+        is as large as the largest group. On the CPU a slot may hold several smaller groups.
     record_stream: tell the allocator which stream uses the memory. The slots of the ring are announced when they are
         made, and not freed while offloading lasts: so this changes nothing.
     non_blocking: without a stream, do not let the host wait for each copy.
@@ -79,9 +81,9 @@ class OffloadConfig:
         if self.strategy == "none":
             return OffloadConfig()
         to = self.to if self.to != "auto" else ("disk" if device_type == "cpu" else "cpu")
-        use_stream = self.strategy in STREAMED and self._streams_on(device_type)
+        use_stream = self.strategy in STREAMED and self._streams_on(device_type, to)
         matters = {
-            "use_stream": self.strategy in STREAMED and device_type not in WITHOUT_STREAMS,
+            "use_stream": self.strategy in STREAMED and has_streams(device_type, to),
             "num_blocks_per_group": self.strategy == "block",
             "prefetch_depth": use_stream,
             "record_stream": False,
@@ -93,27 +95,33 @@ class OffloadConfig:
         settled |= {name: getattr(DEFAULTS, name) for name, does in matters.items() if not does}
         return replace(self, **settled)
 
-    def _streams_on(self, device_type: str) -> bool:
+    def _streams_on(self, device_type: str, to: str) -> bool:
         """Whether copies run on a stream of their own. Raises: ConfigError for a conflict."""
-        has_streams = device_type not in WITHOUT_STREAMS
-        if self.use_stream and not has_streams:
+        if self.use_stream and not has_streams(device_type, to):
+            remedy = "offload.to=disk, which a thread reads ahead, or " * (device_type == "cpu")
             raise ConfigError(
                 f"offload.use_stream=true needs a device with streams, and device={device_type} has none; "
-                "use offload.use_stream=null for streams where there are any, or run on an accelerator"
+                f"use {remedy}offload.use_stream=null for streams where there are any, or run on an accelerator"
             )
-        if self.use_stream and not self.non_blocking:
+        if self.use_stream and not self.non_blocking and device_type != "cpu":
             raise ConfigError(
                 "offload.use_stream=true with offload.non_blocking=false lets the host wait for each copy, so that "
                 "none overlaps; leave out one of them"
             )
-        use_stream = has_streams and self.non_blocking if self.use_stream is None else self.use_stream
-        if self.record_stream and not use_stream:
-            why = f"device={device_type} has none" if not has_streams else "offload uses none here"
+        is_possible = has_streams(device_type, to) and (self.non_blocking or device_type == "cpu")
+        use_stream = is_possible if self.use_stream is None else self.use_stream
+        if self.record_stream and (device_type in WITHOUT_STREAMS or not use_stream):
+            why = f"device={device_type} has none" if device_type in WITHOUT_STREAMS else "offload uses none here"
             raise ConfigError(
                 f"offload.record_stream=true needs a stream, and {why}; leave it out (the memory of the ring "
                 "is safe without), or use offload.use_stream=true on an accelerator"
             )
         return use_stream
+
+
+def has_streams(device_type: str, to: str) -> bool:
+    """Whether something can be copied while something else runs: from disk to the CPU, by a thread that reads."""
+    return device_type not in WITHOUT_STREAMS or (device_type, to) == ("cpu", "disk")
 
 
 DEFAULTS = OffloadConfig()

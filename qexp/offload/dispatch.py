@@ -23,7 +23,7 @@ from torch import nn
 from qexp.errors import ConfigError
 from qexp.memory import GIB
 from qexp.offload.borders import Borders
-from qexp.offload.config import WITHOUT_STREAMS, OffloadConfig
+from qexp.offload.config import OffloadConfig, has_streams
 from qexp.offload.engine import HOOK_MARK
 from qexp.offload.group import ALIGNMENT, Group, Unit
 from qexp.offload.grouping import units_of
@@ -139,7 +139,7 @@ class Dispatch:
         for device in sorted({self.placement.main, *self.placement.computes.values()}, key=str):
             groups, depth = self._choose(device)
             config = OffloadConfig("leaf", "disk" if device.type == "cpu" else "cpu", prefetch_depth=2)
-            config = replace(config.resolved(device.type), use_stream=device.type not in WITHOUT_STREAMS and depth > 1)
+            config = replace(config.resolved(device.type), use_stream=has_streams(device.type, config.to) and depth > 1)
             rests = {to: sum(group.nbytes for group in groups if group.to == to) for to in ("cpu", "disk")}
             if rests["disk"] and self._store is None:
                 raise ConfigError(
@@ -155,7 +155,7 @@ class Dispatch:
         room = self.placement.room.get(device, float("inf"))
         ways: list[tuple[Collection[str], int]] = [(self._no_split, 2), ((), 2), (self._no_split, 1), ((), 1)]
         largest = depth = 0
-        for whole, depth in ways if device.type not in WITHOUT_STREAMS else ways[2:]:
+        for whole, depth in ways if has_streams(device.type, "disk") else ways[2:]:
             groups = [group for group in self._travelling(whole) if group.device == device]
             largest = max((group.nbytes for group in groups), default=0)
             if depth * largest <= room:

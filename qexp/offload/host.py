@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 SLAB_BYTES = 2**30
 
 
-def aligned_buffer(nbytes: int, device: torch.device, *, pinned: bool = False) -> Tensor:
-    """Uninitialized uint8 [nbytes] that starts at a 256-byte boundary."""
-    buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
+def aligned_buffer(nbytes: int, device: torch.device, *, pinned: bool = False, alignment: int = ALIGNMENT) -> Tensor:
+    """Uninitialized uint8 [nbytes] that starts at a boundary of so many bytes."""
+    buffer = torch.empty(nbytes + alignment, dtype=torch.uint8, device=device)
     if pinned:
         try:
             buffer = buffer.pin_memory()
@@ -31,7 +31,7 @@ def aligned_buffer(nbytes: int, device: torch.device, *, pinned: bool = False) -
             log.warning(
                 "offload: %d bytes of host memory stay pageable, copies of them do not overlap: %s", nbytes, error
             )
-    start = -buffer.data_ptr() % ALIGNMENT
+    start = -buffer.data_ptr() % alignment
     return buffer[start : start + nbytes]
 
 

@@ -24,12 +24,14 @@ from qexp.errors import ConfigError
 from qexp.memory import GIB, release_freed_memory
 from qexp.offload.config import OffloadConfig
 from qexp.offload.disk import DiskStore
-from qexp.offload.engine import HOOK_MARK, Engine, Streams
+from qexp.offload.engine import HOOK_MARK, Engine
 from qexp.offload.group import Group, Pieces, Rest
 from qexp.offload.grouping import plan_groups
 from qexp.offload.host import Arena, Slabs
 from qexp.offload.payload import Site, converted, leaves, sites, span_bytes, true_nbytes
+from qexp.offload.reader import Reader
 from qexp.offload.residency import choose_resident
+from qexp.offload.streams import Streams
 from qexp.offload.turns import take_turn
 
 log = logging.getLogger(__name__)
@@ -160,7 +162,11 @@ class Offload:
         self.groups: list[Group] = []
         self.device = torch.empty(0, device=device).device  # with its index
         self.scope = all_sites(model)  # what computes on this device
-        self._streams = Streams(device, use_stream=bool(config.use_stream), non_blocking=config.non_blocking)
+        self._streams = (
+            Reader()
+            if config.use_stream and device.type == "cpu"
+            else Streams(device, use_stream=bool(config.use_stream), non_blocking=config.non_blocking)
+        )
         self._engine = Engine(
             self.groups,
             self._streams,
@@ -189,7 +195,7 @@ class Offload:
             "offload/payload_gib": payload / GIB,
             "offload/resident_gib": self.outside_bytes() / GIB,
             "offload/at_rest_device_gib": self._at_rest_device_bytes() / GIB,
-            "offload/ring_gib": sum(slot.flat.numel() for slot in self._engine.slots) / GIB,
+            "offload/ring_gib": self._engine.ring.nbytes / GIB,
             "offload/transferred_gib": self._engine.transferred_bytes / GIB,
             "offload/copies": float(self._engine.copies),
         }
@@ -226,7 +232,7 @@ class Offload:
         Raises: DiskError if there is no room.
         """
         if on_disk and store is not None:
-            self._disk = DiskStore(store, on_disk)
+            self._disk = DiskStore(store, on_disk, direct=self._streams.shares_slots)
         if in_memory:
             self._slabs = Slabs(in_memory, pinned=self._pins)
 

@@ -22,10 +22,16 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 ]
 CONFLICTS: list[tuple[dict[str, Any], str, str, str]] = [
     (
-        {"use_stream": True},
+        {"use_stream": True, "to": "cpu"},
         "cpu",
         "offload.use_stream=true needs a device with streams, and device=cpu has none",
-        "null",
+        "use offload.to=disk, which a thread reads ahead, or offload.use_stream=null",
+    ),
+    (
+        {"use_stream": True},
+        "mps",
+        "needs a device with streams, and device=mps has none",
+        "use offload.use_stream=null",
     ),
     ({"use_stream": True, "non_blocking": False}, "cuda", "with offload.non_blocking=false lets the host", "leave out"),
     ({"record_stream": True}, "cpu", "offload.record_stream=true needs a stream, and device=cpu has none", "leave it"),
@@ -56,7 +62,8 @@ def test_conflicts_are_refused_where_they_matter(
 ) -> None:
     config = OffloadConfig(strategy, **values)
     if strategy in ("none", "model", "sequential"):  # they use no stream, whatever the fields say
-        assert config.resolved(device) == OffloadConfig(strategy, non_blocking=config.non_blocking).resolved(device)
+        plain = OffloadConfig(strategy, config.to, non_blocking=config.non_blocking)
+        assert config.resolved(device) == plain.resolved(device)
         return
     with pytest.raises(ConfigError) as error:
         config.resolved(device)
@@ -75,15 +82,14 @@ KEPT = {  # of EVERYTHING, on a device with streams
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_fields_that_change_nothing_are_dropped(strategy: str) -> None:
     def kept(device: str, **values: Any) -> set[str]:
-        plain = OffloadConfig(strategy).resolved(device)
+        plain = OffloadConfig(strategy, values.get("to", "auto")).resolved(device)
         config = OffloadConfig(strategy, **(EVERYTHING | values)).resolved(device)
         return {item.name for item in fields(config) if getattr(config, item.name) != getattr(plain, item.name)}
 
     assert kept("cuda") == KEPT[strategy]
-    assert kept("cuda", to="disk") - {"to"} == KEPT[strategy] - {
-        "low_cpu_mem"
-    }  # only a staging buffer is pinned anyway
-    assert kept("cpu") == KEPT[strategy] - {"low_cpu_mem", "prefetch_depth"}
+    assert kept("cuda", to="disk") == KEPT[strategy] - {"low_cpu_mem"}  # only a staging buffer is pinned anyway
+    assert kept("cpu") == KEPT[strategy] - {"low_cpu_mem"}  # a thread reads ahead from disk
+    assert kept("cpu", to="cpu") == KEPT[strategy] - {"low_cpu_mem", "prefetch_depth"}
     without = {"use_stream"} if strategy in ("leaf", "block") else set()
     assert kept("cuda", use_stream=False) == (KEPT[strategy] - {"prefetch_depth"}) | without
 
@@ -94,11 +100,12 @@ def test_what_is_settled_stays_settled(strategy: str, device: str) -> None:
     once = OffloadConfig(strategy, **EVERYTHING).resolved(device)
     assert once.resolved(device) == once
     assert once.to == ("auto" if strategy == "none" else "disk" if device == "cpu" else "cpu")
-    streams = device in ("cuda", "fake") and strategy in ("leaf", "block")
-    assert once.use_stream is (True if streams else None if device in ("cpu", "mps") or not streams else False)
+    streams = device != "mps" and strategy in ("leaf", "block")
+    assert once.use_stream is (True if streams else None)
 
 
 def test_blocking_copies_need_no_stream() -> None:
     config = OffloadConfig("leaf", non_blocking=False).resolved("cuda")
     assert (config.use_stream, config.non_blocking) == (False, False)
-    assert OffloadConfig("leaf", non_blocking=False).resolved("cpu").non_blocking  # the CPU copies in order anyway
+    config = OffloadConfig("leaf", non_blocking=False).resolved("cpu")
+    assert config.use_stream and config.non_blocking  # a thread reads, whatever the field says

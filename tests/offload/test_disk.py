@@ -206,7 +206,9 @@ def test_an_exit_cleans_up_and_a_kill_is_cleaned_up_by_the_next_store(tmp_path: 
     assert not any(place.iterdir())
 
 
-def test_the_group_that_comes_next_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_stream_the_group_that_comes_next_is_announced_to_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
     expect = WeightFile.expect
 
@@ -216,7 +218,8 @@ def test_the_group_that_comes_next_is_read_ahead(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(WeightFile, "expect", note)
     model = zoo.make("fp32")
-    handle = apply_offload(model, OffloadConfig("block", "disk"), device=CPU, block_lists=["blocks"], store=tmp_path)
+    config = OffloadConfig("block", "disk", use_stream=False)
+    handle = apply_offload(model, config, device=CPU, block_lists=["blocks"], store=tmp_path)
     batches = zoo.inputs(model, 3)
     zoo.outputs(model, batches[:2])
     asked.clear()

@@ -67,11 +67,16 @@ def test_output_is_bit_identical_and_the_way_back_is_exact(
 
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     repacks_now = kind.endswith("repacked") and not used_before
+    reads_ahead = STRATEGIES[strategy].resolved("cpu").use_stream  # into slots that may hold several groups
     if repacks_now:  # then the group's bytes change after their first transfer
-        assert statistics["offload/copies"] >= 3 * statistics["offload/groups"]
+        assert statistics["offload/copies"] >= (1 if reads_ahead else 3) * statistics["offload/groups"]
+    elif reads_ahead:
+        assert statistics["offload/copies"] >= statistics["offload/groups"]
+        assert statistics["offload/transferred_gib"] >= statistics["offload/payload_gib"]
     else:
         assert statistics["offload/copies"] == 3 * statistics["offload/groups"]
         assert statistics["offload/transferred_gib"] == pytest.approx(3 * statistics["offload/payload_gib"])
+    if not repacks_now:
         assert_same(snapshot(model), before)
     assert torch.equal(zoo.outputs(model, batches[:1])[0], expected[0])
     assert not any(tmp_path.iterdir())

@@ -8,7 +8,7 @@ at a time that the side stream has not waited for) is a race: it leaves the outp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from qexp.offload.config import OffloadConfig
-from qexp.offload.engine import Engine, Slot, Streams
+from qexp.offload.engine import Engine
 from qexp.offload.group import Group, Pieces
 from qexp.offload.grouping import plan_groups
 from qexp.offload.host import Arena, aligned_buffer
+from qexp.offload.ring import Stay
+from qexp.offload.streams import Streams
 from tests.offload import model_zoo as zoo
 
 
@@ -38,7 +40,7 @@ class LateStreams(Streams):
         self.delivered = 0
         self.now = 0  # of the compute stream
         self.side_knows = 0  # time of the compute stream up to which the side stream has waited
-        self.used: dict[int, int] = {}  # address of a slot -> time of its last use
+        self.used: dict[int, int] = {}  # address in the ring -> time of its last use
         self.on_side = False
         self.races: list[str] = []
 
@@ -77,8 +79,8 @@ class LateStreams(Streams):
         target.fill_(0xFF)  # NaN
         self.pending.append(lambda: target.copy_(source))
 
-    def use(self, slot: Slot) -> None:
-        self.used[slot.flat.data_ptr()] = self.now  # its kernels come before the next event
+    def use(self, stay: Stay) -> None:
+        self.used[stay.memory.data_ptr()] = self.now  # its kernels come before the next event
 
 
 class LateArena(Arena):
@@ -93,9 +95,9 @@ class LateArena(Arena):
 class Watched(Engine):
     def enter(self, group: Any, index: int) -> None:
         super().enter(group, index)
-        slot = self._slot_of(group)
-        assert slot is not None and isinstance(self.streams, LateStreams)
-        self.streams.use(slot)
+        stay = self.ring.stay_of(group)
+        assert stay is not None and isinstance(self.streams, LateStreams)
+        self.streams.use(stay)
 
 
 def stream(model: nn.Module, config: OffloadConfig, depth: int) -> tuple[Engine, LateStreams]:
@@ -120,7 +122,7 @@ def test_streamed_output_is_bit_identical_without_races(kind: str, config: Offlo
         with torch.no_grad():
             assert torch.equal(model(batch), resident(batch))
     assert streams.races == []
-    assert len(engine.slots) == depth
+    assert len(engine.ring.slots) == depth
     ahead = engine.copies - 4 * len(engine.groups)  # fetched for a step that never came
     assert 0 <= ahead <= depth - 1
 
@@ -128,13 +130,13 @@ def test_streamed_output_is_bit_identical_without_races(kind: str, config: Offlo
 def late_groups(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Gets the name of each group that is in no slot when it has to run."""
     late: list[str] = []
-    choose_slot = engine._slot_for
+    choose_room = engine._room_for
 
-    def note(group: Group, coming: list[Group]) -> Slot:
+    def note(group: Group, coming: Collection[Group]) -> Stay:
         late.append(group.name)
-        return choose_slot(group, coming)
+        return choose_room(group, coming)
 
-    monkeypatch.setattr(engine, "_slot_for", note)
+    monkeypatch.setattr(engine, "_room_for", note)
     return late
 
 

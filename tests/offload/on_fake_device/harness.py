@@ -81,7 +81,7 @@ class Pair:
 
     @property
     def ring_bytes(self) -> int:
-        return sum(slot.flat.untyped_storage().nbytes() for slot in self.handle._engine.slots)
+        return sum(slot.flat.untyped_storage().nbytes() for slot in self.handle._engine.ring.slots)
 
     @property
     def payload_bytes(self) -> int:

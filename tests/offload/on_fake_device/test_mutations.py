@@ -9,9 +9,10 @@ import pytest
 
 from qexp.offload import strategies
 from qexp.offload.config import OffloadConfig
-from qexp.offload.engine import Engine, Streams
+from qexp.offload.engine import Engine
 from qexp.offload.group import Group
 from qexp.offload.payload import Site, sites
+from qexp.offload.streams import Streams
 from tests.offload.on_fake_device.harness import compare, problems
 
 Break = Callable[[pytest.MonkeyPatch], Any]
@@ -72,9 +73,9 @@ def weights_copied_back(monkeypatch: pytest.MonkeyPatch) -> None:
     leave = Engine.leave
 
     def copy_back(engine: Engine, group: Group, index: int) -> None:
-        slot = engine._slot_of(group)
-        assert slot is not None
-        group.rest.flat.copy_(slot.flat[: group.nbytes])
+        stay = engine.ring.stay_of(group)
+        assert stay is not None
+        group.rest.flat.copy_(stay.memory)
         leave(engine, group, index)
 
     monkeypatch.setattr(Engine, "leave", copy_back)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from qexp.loading.lifecycle import load_component
 from qexp.models.base import ModelSource
 from qexp.offload import borders
-from qexp.offload.engine import Engine, Streams
+from qexp.offload.engine import Engine
 from qexp.offload.group import Group
+from qexp.offload.streams import Streams
 from qexp.settings import LoaderConfig
 from tests.backends import BACKENDS
 from tests.fake_device import counters
@@ -138,7 +139,9 @@ def test_spread_is_resident(backend: str, name: str, folder: Path, tmp_path: Pat
         loaded = load(folder, backend, device_map, limits, tmp_path)
     dispatch = loaded.dispatch
     assert dispatch is not None and loaded.placement.is_spread
-    ring = [sum(slot.flat.untyped_storage().nbytes() for slot in o._engine.slots) for o in dispatch._offloads.values()]
+    ring = [
+        sum(slot.flat.untyped_storage().nbytes() for slot in o._engine.ring.slots) for o in dispatch._offloads.values()
+    ]
     at_rest, planned = dispatch.bytes_at_rest(), loaded.placement.bytes_by_place()
     # what the plan puts on a device is there; what it puts elsewhere is not, but for tensors without a forward
     grown = [after - then for after, then in zip(live(), before, strict=True)]
@@ -262,8 +265,8 @@ def test_each_device_has_a_ring_of_its_own(folder: Path, tmp_path: Path) -> None
     engines = {device.index: offload._engine for device, offload in loaded.dispatch._offloads.items()}
     names = {index: [group.name for group in engine.groups] for index, engine in engines.items()}
     assert names == {0: ["blocks.0"], 1: ["blocks.2", "head"]}
-    assert {slot.flat.device.index for slot in engines[1].slots} == {1}
-    assert len(engines[1].slots) == 2 and engines[1].streams.asynchronous
+    assert {slot.flat.device.index for slot in engines[1].ring.slots} == {1}
+    assert len(engines[1].ring.slots) == 2 and engines[1].streams.asynchronous
 
 
 def test_less_room_for_the_ring_means_smaller_groups(folder: Path, tmp_path: Path) -> None:
@@ -275,7 +278,7 @@ def test_less_room_for_the_ring_means_smaller_groups(folder: Path, tmp_path: Pat
     for room, groups, slots in ((3 * block, 3, 2), (2.5 * linear, 9, 2), (1.2 * linear, 9, 1)):
         loaded = load(folder, "none", device_map, {0: int(resident + room), "cpu": GIB})
         (engine,) = [offload._engine for offload in loaded.dispatch._offloads.values()]
-        assert (len(engine.groups), len(engine.slots)) == (groups, slots), room
+        assert (len(engine.groups), len(engine.ring.slots)) == (groups, slots), room
         loaded.dispatch.remove()
 
 
