@@ -14,8 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from qexp.loading.patterns import covering
+from qexp.loading.patterns import anywhere, covering
 from qexp.offload.grouping import is_called
+
+
+def kept_by_class(model: nn.Module, compute_dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(patterns of modules that the model's class keeps in fp32, of those that it only leaves unquantized).
+
+    diffusers keeps `_keep_in_fp32_modules` in fp32 whatever the rest is in; transformers only beside fp16, whose range
+    they would leave, and never quantizes them: T5's `wo` is a fifth of the encoder, and twice as large in fp32.
+    `_keep_in_fp32_modules_strict` are kept beside bf16 as well.
+    """
+    named, strict = (
+        tuple(map(anywhere, sorted(getattr(model, name, None) or ())))
+        for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    )
+    if not hasattr(model, "base_model_prefix") or compute_dtype == torch.float16:
+        return (*named, *strict), ()
+    return strict, named
 
 
 def compute_in_fp32(model: nn.Module, patterns: Sequence[str], compute_dtype: torch.dtype) -> None:

@@ -22,8 +22,8 @@ from qexp.errors import ConfigError, LoadError, first_names
 from qexp.loading.audit import audit
 from qexp.loading.checkpoint import Checkpoint, open_checkpoint
 from qexp.loading.conversion import converted
-from qexp.loading.fp32 import compute_in_fp32
-from qexp.loading.patterns import anywhere, check_patterns, patterns_lost
+from qexp.loading.fp32 import compute_in_fp32, kept_by_class
+from qexp.loading.patterns import check_patterns, patterns_lost
 from qexp.loading.pipeline import InPlace, nowhere, stream
 from qexp.loading.placement import (
     DeviceMap,
@@ -152,14 +152,15 @@ def prepare(
     skip = (*settings.skip_modules, *quantizer.skip_modules)
     check_patterns(skip, names, f"skip_modules of '{component}'")
     check_patterns(settings.keep_in_fp32_modules, names, f"keep_in_fp32_modules of '{component}'")
-    fp32 = (*settings.keep_in_fp32_modules, *map(anywhere, getattr(model, "_keep_in_fp32_modules", None) or ()))
+    in_fp32, unquantized = kept_by_class(model, compute_dtype)
+    fp32 = (*settings.keep_in_fp32_modules, *in_fp32)
     if quantizer.stored:  # 6
         chosen, skipped = find_quantized(model, quantizer, checkpoint.entries, skip, fp32, compute_dtype)
         if lost := patterns_lost((*settings.skip_modules, *settings.keep_in_fp32_modules), chosen):
             print(f"warning: {component}: {lost}", file=sys.stderr)
     else:
         own = source.skip_modules(component, model) if hasattr(source, "skip_modules") else ()
-        chosen, skipped = choose_modules(model, quantizer, (*skip, *own), fp32, compute_dtype)
+        chosen, skipped = choose_modules(model, quantizer, (*skip, *own, *unquantized), fp32, compute_dtype)
     if not chosen and quantizer.quantization_method != "none":
         raise LoadError(_nothing_message(component, quantizer, skipped))
     quantizer.preprocess_model(model, list(chosen), compute_dtype)
