@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
 
+import qexp
 from qexp.loading.fp32 import compute_in_fp32
 
 
@@ -70,3 +73,21 @@ def test_what_a_container_holds_is_hooked_in_its_place() -> None:
     assert [name for name, module in model.named_modules() if module._forward_hooks] == ["blocks.0", "blocks.1.a"]
     assert model(torch.randn(2, 4).bfloat16()).dtype == torch.bfloat16
     assert model.blocks[0].inner.seen[:2] == [torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_output_projections_of_t5_are_kept_as_transformers_keeps_them(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
+    T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu")).save_pretrained(tmp_path)
+    theirs = T5EncoderModel.from_pretrained(tmp_path, dtype=dtype)
+    ours: Any = qexp.load(tmp_path, "none", compute_dtype=dtype, device="cpu")
+    tokens = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(tokens).last_hidden_state, theirs(tokens).last_hidden_state)
+    assert {n: p.dtype for n, p in ours.named_parameters()} == {n: p.dtype for n, p in theirs.named_parameters()}
+    quantized: Any = qexp.load(tmp_path, "torchao", compute_dtype=dtype, device="cpu")
+    projection = quantized.encoder.block[1].layer[1].DenseReluDense.wo
+    assert type(projection.weight) is nn.Parameter  # never quantized, in any dtype
+    assert projection.weight.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+    assert type(quantized.encoder.block[1].layer[1].DenseReluDense.wi_0.weight.data) is not Tensor
