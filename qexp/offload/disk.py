@@ -60,8 +60,8 @@ class DiskStore:
         if free < payload_bytes:
             self.remove()
             raise DiskError(
-                f"offload.to=disk needs {payload_bytes / 2**30:.2f} GiB for the weights, '{parent}' has "
-                f"{free / 2**30:.2f} GiB left; free some space, set paths.outputs to another disk or use offload.to=cpu"
+                f"offload.to=disk needs {_readable(payload_bytes)} for the weights, '{parent}' has {_readable(free)} "
+                "left; free some space, set paths.outputs to another disk or use offload.to=cpu"
             )
         self._written = 0
         self._direct = direct and _reads_directly(self.folder)
@@ -200,6 +200,10 @@ def _reads_directly(folder: Path) -> bool:
         return False
     finally:
         probe.unlink(missing_ok=True)
+
+
+def _readable(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**27 else f"{nbytes / 2**20:.2f} MiB"
 
 
 def _create_locked_folder(parent: Path) -> tuple[Path, int]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,9 +104,14 @@ def test_a_place_that_is_not_writable(tmp_path: Path) -> None:
         DiskStore(Path("/proc/store"), 1)
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(DiskError, match=r"needs 1048576.00 GiB for the weights, .* has .* GiB left"):
         DiskStore(tmp_path / "new", 2**50)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**19))
+    with pytest.raises(DiskError, match=r"needs 3.00 MiB for the weights, .* has 0.50 MiB left"):
+        DiskStore(tmp_path / "new", 3 * 2**20)
     assert not any(tmp_path.iterdir())
 
 
