@@ -1,7 +1,8 @@
 """What the benchmarks share: fresh processes watched from outside, the machine's own limits, results as JSON.
 
 A measured program is a process that speaks three lines: it prints "ready" when it has imported and warmed up, waits for
-a line, does its work, and prints a JSON object. Memory is sampled between the last two.
+a line, does its work, and prints a JSON object. Memory is sampled between the last two, and peaks are also reported for
+phases of the work, which print their names when they end.
 """
 
 from __future__ import annotations
@@ -47,11 +48,15 @@ class Sampler(threading.Thread):
             self.peak = {kind: max(self.peak[kind], now[kind]) for kind in now}
             time.sleep(0.001)
 
+    def so_far(self) -> dict[str, int]:
+        """`peak_<kind>_bytes`: what the work has added to the process."""
+        return {f"peak_{kind}_bytes": self.peak[kind] - self.baseline[kind] for kind in self.peak}
+
     def over_baseline(self) -> dict[str, int]:
-        """`peak_<kind>_bytes`: what the work added to the process."""
+        """The same of all the work, which has ended."""
         self.done.set()
         self.join()
-        return {f"peak_{kind}_bytes": self.peak[kind] - self.baseline[kind] for kind in self.peak}
+        return self.so_far()
 
 
 def run_watched(command: Sequence[str]) -> dict[str, Any]:
@@ -65,7 +70,10 @@ def run_watched(command: Sequence[str]) -> dict[str, Any]:
             sampler.start()
             print(file=process.stdin, flush=True)
             line = process.stdout.readline()
-            peaks = sampler.over_baseline()
+            while line and not line.startswith("{"):
+                peaks |= {f"{line.strip()}_{name}": value for name, value in sampler.so_far().items()}
+                line = process.stdout.readline()
+            peaks |= sampler.over_baseline()
         process.communicate("\n")
         if not line:
             messages.seek(0)
@@ -98,6 +106,11 @@ def serve(result: dict[str, Any]) -> None:
     """The measured program's last line; it stays until its memory has been sampled."""
     print(json.dumps(result), flush=True)
     sys.stdin.readline()
+
+
+def phase(name: str) -> None:
+    """A part of the measured work has ended: its peaks are reported as `<name>_peak_<kind>_bytes`."""
+    print(name, flush=True)
 
 
 def wait_for_start() -> None:
