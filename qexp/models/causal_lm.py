@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from qexp.loading.conversion import Conversion
     from qexp.tasks.generate import GenerateConfig
 
-COMPONENTS = ("model",)
 SIDE_FILES = (  # what a model's folder holds beside config.json and weights: without it, text means nothing
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -67,6 +66,15 @@ class Source:
                 "model.path is quantized already, model.reference_path to the checkpoint to compare it with)"
             )
         return Path(self.config.path).expanduser()
+
+    def components(self) -> tuple[str, ...]:
+        return ("model",)
+
+    def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
+        """The task with its defaults, and without what it has for images."""
+        from qexp.tasks.generate import for_text
+
+        return for_text(task)
 
     def checkpoints(self) -> dict[str, Path]:
         return {"model": self.folder}
@@ -160,7 +168,7 @@ class Source:
         """Continue every prompt: see `text_generation.continue_prompts`."""
         from qexp.models.text_generation import continue_prompts
 
-        prompts = self.prompts(task)
+        prompts, task = self.prompts(task), self.resolve_task(task)
         return continue_prompts(
             models["model"], self.tokenizer, prompts, task, seed=seed, device=device, on_step=on_step
         )

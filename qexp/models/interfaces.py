@@ -33,6 +33,19 @@ def interface_of(model: Any) -> ModuleType | None:
     return None
 
 
+def kept_in_fp32(model: Any, dtype: Any) -> list[str]:
+    """Names of modules that the model's class keeps in fp32 where it computes in a dtype.
+
+    transformers keeps `_keep_in_fp32_modules` from fp16 only, and the strict ones from bf16, too; diffusers all from
+    both.
+    """
+    names = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if hasattr(model, "_keep_in_fp32_modules_strict"):
+        is_fp16 = str(dtype) == "torch.float16"
+        names = (names if is_fp16 else set()) | set(model._keep_in_fp32_modules_strict or ())
+    return sorted(names)
+
+
 @dataclass(frozen=True)
 class SavedConfig:
     """A `quantization_config` of a method that the library has no class for: what it reads from one, and saves."""

@@ -34,8 +34,9 @@ def continue_prompts(
     settings, steps = generation_settings(model.generation_config, task, tokenizer), _Steps(on_step)
     asked, parts = tokenizer(prompts, return_tensors="pt", padding=True), []
     torch.manual_seed(seed)
-    for start in range(0, len(prompts), task.batch_size):
-        rows = slice(start, start + task.batch_size)
+    size = task.batch_size or len(prompts)
+    for start in range(0, len(prompts), size):
+        rows = slice(start, start + size)
         inputs = {name: asked[name][rows].to(device) for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
             tokens = model.generate(

@@ -1,7 +1,7 @@
 """Run samples of the task through models whose quantizer needs to see activations before they can answer.
 
-Images begin from another seed than the task's own: what is measured afterwards is not what was calibrated on. Of text,
-the first of the task's prompts are continued.
+Images begin from another seed than the task's own: what is measured afterwards is not what was calibrated on. Where
+there are prompts, the samples are those of the first of them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def samples_of(source: Any, task: Any, count: int) -> GenerateConfig:
         raise ConfigError(
             f"this backend is calibrated on samples of the task, and task={task.name} generates none; use task=generate"
         )
-    if source.modality == "text":
+    if hasattr(source, "prompts"):
         samples: GenerateConfig = replace(task, prompt=tuple(source.prompts(task)[:count]))
         return samples
     return replace(task, num_images=count)
