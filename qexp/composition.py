@@ -16,6 +16,7 @@ from qexp.options import group_names, option_names, options_of_plugin
 from qexp.plugins import PLUGINS, plugin_module, plugin_names
 from qexp.settings import TopLevelConfig
 
+MAPPINGS = ("quant_type_kwargs", "model.checkpoints", "task.pipeline_arguments")  # fields that take any names
 NOISE = ("full_key:", "object_type=", "reference_type=", "Config search path:", "provider=", "See https://hydra.cc")
 
 
@@ -92,12 +93,8 @@ def _no_group(name: str, place: str) -> str:
 def _unknown_field(problem: Problem) -> str:
     name, cls = problem["name"], _classes().get(problem["owner"])
     if cls is None and problem.key.startswith("components"):
-        known = {name for model in plugin_names("model") for name in plugin_module("model", model).COMPONENTS}
-        component = problem.key.split(".")[1]
-        if component not in known:
-            return f"{problem.written} is of no component{did_you_mean(component, known)}; use {choices(known)}"
         return f"{problem.written} adds to components: write +{problem.written}"
-    if cls is None and "quant_type_kwargs" in problem.key:
+    if cls is None and any(name in problem.key for name in MAPPINGS):
         return f"{problem.written} adds to {problem.key.rpartition('.')[0]}: write +{problem.written}"
     if cls is None:
         return f"{problem.written}{problem.place} is not a known field"

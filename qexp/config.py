@@ -19,13 +19,14 @@ from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import check_known, convert, from_plain
 from qexp.hub import check_ready
 from qexp.hub_download import hub_id, pinned_model
-from qexp.loading.checkpoint import open_checkpoint, refuse_source
+from qexp.loading.checkpoint import open_components, refuse_source
 from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
 from qexp.options import conf_folder, option_names, options_of_plugin
 from qexp.plugins import PLUGINS, plugin_config, plugin_module, plugin_names
 from qexp.quantizers.configs import compute_dtype
 from qexp.quantizers.embedded import merge, stored_config
+from qexp.quantizers.none import NoneConfig
 from qexp.settings import (
     ComponentConfig,
     IsolationConfig,
@@ -81,16 +82,23 @@ def to_run_config(cfg: Any) -> RunConfig:
         keep_in_fp32_modules=union(top.keep_in_fp32_modules),
         compute_dtype=compute_dtype(top.compute_dtype, "compute_dtype"),
     )
-    names = plugin_module("model", model.source).COMPONENTS
-    _check_component_names(top.components, names)
-    components = {name: _component(base, top.components.get(name, {}), f"components.{name}") for name in names}
-    components = {name: _resolved(component, device) for name, component in components.items()}
     task = plugin_config("task", top.task, "task")
     task = task.resolved() if hasattr(task, "resolved") else task
     model = pinned_model(model)  # from here on it is on this machine
+    source = load_source(model)
+    names = source.components()
+    quantized = source.quantized_components() if hasattr(source, "quantized_components") else names
+    _check_component_names(top.components, names)
+    components = {
+        name: _component(base, top.components.get(name, {}), f"components.{name}", is_quantized=name in quantized)
+        for name in names
+    }
+    components = {name: _resolved(component, device) for name, component in components.items()}
     components = _with_embedded(model, components)
     _check_streaming(top.low_cpu_mem_usage, components)
     _check_task(model, task)
+    if task.name == "generate" and hasattr(source, "resolve_task"):
+        task = source.resolve_task(task)
     _check_placed(task, device_map, max_memory)
     if top.save.wanted and not getattr(task, "saves_outputs", True):
         raise ConfigError(
@@ -264,10 +272,15 @@ def _check_component_names(names: Iterable[str], known: tuple[str, ...]) -> None
             raise ConfigError(f"components.{name} is no component of this model{hint}; it has {choices(known)}")
 
 
-def _component(base: ComponentConfig, values: Any, place: str) -> ComponentConfig:
-    """The base settings with what `components.<name>` says instead."""
+def _component(base: ComponentConfig, values: Any, place: str, *, is_quantized: bool) -> ComponentConfig:
+    """The base settings with what `components.<name>` says instead.
+
+    is_quantized: whether `backend=` is for this component; another one is quantized only by a backend of its own.
+    """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{place}={values} must be a group of fields, such as {place}.compute_dtype=bf16")
+    if not is_quantized and "backend" not in values:
+        base = ComponentConfig(backend=NoneConfig(), compute_dtype=base.compute_dtype)
     changes: dict[str, Any] = {}
     for name, value in values.items():
         check_known(f"{place}.{name}", str(name), [item.name for item in fields(ComponentConfig)])
@@ -288,7 +301,7 @@ def _resolved(component: ComponentConfig, device: str) -> ComponentConfig:
 def _with_embedded(model: Any, components: Mapping[str, ComponentConfig]) -> dict[str, ComponentConfig]:
     """Each component with the backend that its checkpoint embeds, where it is quantized already: that one wins."""
     try:
-        configs = {name: open_checkpoint(path) for name, path in load_source(model).checkpoints().items()}
+        configs = open_components(load_source(model))
     except LoadError:
         return dict(components)  # reported with the experiment's key, which needs the checkpoint as well
     result = dict(components)

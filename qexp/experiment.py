@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from qexp.errors import ConfigError
 from qexp.hub import push
-from qexp.loading.checkpoint import Checkpoint, open_checkpoint
+from qexp.loading.checkpoint import Checkpoint, open_component
 from qexp.loading.lifecycle import (
     LoadedComponent,
-    load_component,
+    PlannedComponent,
+    Prepared,
+    load_planned,
+    plan_component,
     plan_statistics,
     prepare,
     resolve_quantizer,
@@ -33,6 +36,7 @@ from qexp.offload.payload import module_nbytes
 from qexp.offload.strategies import Offload, apply_offload
 from qexp.quantizers.embedded import is_quantized
 from qexp.report.labels import backend_label
+from qexp.sweep.key import unquantized_model
 from qexp.sweep.store import PUSHED, to_csv, write_json, write_text
 from qexp.tasks import forward, forward_inputs, generate, perplexity, roundtrip, text
 from qexp.tasks.calibration import calibrate
@@ -40,7 +44,7 @@ from qexp.tasks.recorder import TaskResult
 
 if TYPE_CHECKING:
     from qexp.models.base import ModelSource
-    from qexp.settings import RunConfig
+    from qexp.settings import ComponentConfig, RunConfig
 
 Metrics = dict[str, float | None]
 
@@ -61,31 +65,40 @@ def _run_model(config: RunConfig, source: ModelSource, device: torch.device, fol
     inputs = None
     if config.task.name == "forward":
         config, inputs = _inputs_of_forward(config, source)
-    loaded = _load(config, source, device, folder)
-    write_json(folder / "plan.json", {name: _plan_of(component) for name, component in loaded.items()})
-    models = {name: component.model for name, component in loaded.items()}
-    if inputs is not None:
-        inputs = forward_inputs.in_dtype(inputs, next(iter(loaded.values())).compute_dtype)
-    calibrate(
-        source, models, config.task, seed=config.seed, device=device, inputs=inputs
-    )  # resident, before it is saved
-    if config.save.wanted:
-        _save(config, models, folder)
-    weights_bytes = sum(module_nbytes(component.model) for component in loaded.values())
-    metrics: Metrics = {
-        **_load_statistics(list(loaded.values())),
-        **plan_statistics([component.plan for component in loaded.values()], weights_bytes),
-    }
-    offloads = {
-        name: component.dispatch
-        or apply_offload(
-            component.model,
+    planned = _plan(config, source, device, folder)
+    models = {name: component.prepared.model for name, component in planned.items()}
+    if hasattr(source, "check_run"):
+        source.check_run(models, config.task)
+    write_json(folder / "plan.json", {name: _plan_of(component) for name, component in planned.items()})
+    loaded, weights_bytes, offloads = dict[str, LoadedComponent](), 0, dict[str, Offload | Dispatch]()
+
+    def offload(name: str) -> None:
+        offloads[name] = loaded[name].dispatch or apply_offload(
+            models[name],
             config.offload,
             device=device,
             block_lists=source.block_lists(name),
             store=folder / "offload" / name,
         )
-        for name, component in loaded.items()
+
+    waiting = []  # for calibration, which needs all components, and those resident that it is for
+    for name, component in planned.items():
+        loaded[name] = load_planned(component, config.loader)
+        weights_bytes += module_nbytes(models[name])
+        if component.prepared.quantizer.requires_calibration:
+            waiting.append(name)
+        else:
+            offload(name)  # before the next one is loaded: they need not fit together
+    if inputs is not None:
+        inputs = forward_inputs.in_dtype(inputs, next(iter(loaded.values())).compute_dtype)
+    calibrate(source, models, config.task, seed=config.seed, device=device, inputs=inputs)
+    for name in waiting:
+        offload(name)
+    if config.save.wanted:
+        _save(config, source, models, folder)
+    metrics: Metrics = {
+        **_load_statistics(list(loaded.values())),
+        **plan_statistics([component.plan for component in loaded.values()], weights_bytes),
     }
     with PeakMemory(device) as peak:
         result = _run_task(config, source, models, device, folder, inputs)
@@ -96,29 +109,50 @@ def _run_model(config: RunConfig, source: ModelSource, device: torch.device, fol
     return {**metrics, **result.metrics, **_run_peaks(peak, baseline.total_bytes)}
 
 
-def _load(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> dict[str, LoadedComponent]:
-    """All components; with a device map, each gets the memory that those before it have left."""
-    loaded: dict[str, LoadedComponent] = {}
-    max_memory = config.max_memory
+def _plan(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> dict[str, PlannedComponent]:
+    """All components; with a device map, each gets the memory that those before it have left.
+
+    What is not quantized and will be offloaded is loaded to the CPU: it need not fit on the device.
+    """
+    planned: dict[str, PlannedComponent] = {}
+    max_memory, travels = config.max_memory, config.offload.strategy != "none"
     for name, settings in config.components.items():
-        loaded[name] = load_component(
+        is_dense = settings.backend.quant_method == "none"
+        planned[name] = plan_component(
             source,
             name,
             settings,
-            device=device,
-            loader=config.loader,
-            device_map=config.device_map,
+            device=torch.device("cpu") if travels and is_dense else device,
+            device_map=None if travels and is_dense else config.device_map,
             max_memory=max_memory,
-            offload_folder=folder / "offload" / name,
+            store=folder / "offload" / name,
         )
         if max_memory is not None:
-            used = loaded[name].placement.bytes_by_place()
+            used = planned[name].placement.bytes_by_place()
             max_memory = {place: max(size - used.get(place, 0), 0) for place, size in max_memory.items()}
-    return loaded
+    _check_patterns({name: component.prepared for name, component in planned.items()}, config.components)
+    return planned
 
 
-def _plan_of(component: LoadedComponent) -> dict[str, Any]:
-    plan = component.plan.to_container()
+def _check_patterns(prepared: Mapping[str, Prepared], components: Mapping[str, ComponentConfig]) -> None:
+    """Raises ConfigError for a pattern that matches nothing: in one of the components that share a list of patterns (or
+    a backend, with patterns of its own) it must match something, but a list of one component's own must match there."""
+
+    def sharing(name: str, setting: str, pattern: str) -> list[str]:
+        own = components[name]
+        shared = setting if pattern in getattr(own, setting) else "backend"
+        return [other for other in prepared if getattr(components[other], shared) == getattr(own, shared)]
+
+    for name, component in prepared.items():
+        for setting, messages in component.unmatched.items():
+            for pattern, message in messages.items():
+                others = [prepared[other].unmatched[setting] for other in sharing(name, setting, pattern)]
+                if all(pattern in unmatched for unmatched in others):
+                    raise ConfigError(message)
+
+
+def _plan_of(component: PlannedComponent) -> dict[str, Any]:
+    plan = component.prepared.plan.to_container()
     return plan if component.placement.is_default else {**plan, "placement": component.placement.to_container()}
 
 
@@ -148,13 +182,14 @@ def _run_task(
 def _inputs_of_forward(config: RunConfig, source: ModelSource) -> tuple[RunConfig, dict[str, Tensor]]:
     """The experiment with the one component that is called, and what it is called with, before a weight is read."""
     name = forward.component_of(config.task, config.components)
-    skeleton, _ = skeleton_and_names(source, name, open_checkpoint(source.checkpoints()[name]))
+    skeleton, _ = skeleton_and_names(source, name, open_component(source, name))
     inputs = forward_inputs.read_inputs(config.task, source, skeleton)
     return replace(config, components={name: config.components[name]}), inputs
 
 
-def _save(config: RunConfig, models: Mapping[str, nn.Module], run_folder: Path) -> None:
-    """Save every component, one straight into the folder, several into folders of their names; push them to a hub.
+def _save(config: RunConfig, source: Any, models: Mapping[str, nn.Module], run_folder: Path) -> None:
+    """Save every component, one straight into the folder, those of a whole into folders of their names with what else
+    belongs to it; push them to a hub.
 
     A push is noted in hub.json. Without save.path, what is pushed is saved in the run's folder, and removed.
     """
@@ -163,10 +198,12 @@ def _save(config: RunConfig, models: Mapping[str, nn.Module], run_folder: Path) 
         folder = Path(save.path or scratch)
         files: list[Path] = []
         for name, model in models.items():
-            place = folder if len(models) == 1 else folder / name
+            place = folder / name if hasattr(source, "save_side_files") else folder
             files += save_model(model, place, max_shard_bytes=int(save.max_shard_gib * GIB))
             if save.path is not None:
                 print(f"saved {name} to {place}", file=sys.stderr)
+        if hasattr(source, "save_side_files"):
+            files = [*source.save_side_files(folder), *files]
         if save.push_to_hub is not None:
             message = f"Upload {config.model.source} in {backend_label(config.to_container())}"
             pushed = push(folder, files, save, message)
@@ -177,8 +214,8 @@ def _save(config: RunConfig, models: Mapping[str, nn.Module], run_folder: Path) 
 def _roundtrip(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
     started = time.perf_counter()
     prepared, originals, rows = {}, dict[str, Checkpoint | None](), []
-    for name, settings in config.components.items():
-        checkpoint = open_checkpoint(source.checkpoints()[name])
+    for name in _measured(config, source):
+        settings, checkpoint = config.components[name], open_component(source, name)
         quantizer = resolve_quantizer(settings.backend, checkpoint, name)
         originals[name] = _original(config, name) if quantizer.stored else None
         if quantizer.stored and originals[name] is None:
@@ -188,6 +225,7 @@ def _roundtrip(config: RunConfig, source: ModelSource, device: torch.device, fol
             )
         prepared[name] = prepare(source, name, settings, checkpoint, quantizer, device=device)
         warm_up(prepared[name], device)
+    _check_patterns(prepared, config.components)
     with PeakMemory(device) as peak:
         for name, component in prepared.items():
             rows += roundtrip.measure_layers(
@@ -205,16 +243,23 @@ def _roundtrip(config: RunConfig, source: ModelSource, device: torch.device, fol
     }
 
 
+def _measured(config: RunConfig, source: Any) -> list[str]:
+    """The components whose layers are quantized; with backend=none, those that it is for."""
+    quantized = [name for name, settings in config.components.items() if settings.backend.quant_method != "none"]
+    return quantized or list(getattr(source, "quantized_components", source.components)())
+
+
 def _original(config: RunConfig, component: str) -> Checkpoint | None:
     """The unquantized checkpoint of a component, in `model.reference_path`. Raises: ConfigError if it is quantized."""
     path = config.model.reference_path
-    if path is None:
+    if path is None and not hasattr(config.model, "unquantized"):
         return None
-    source = load_source(replace(config.model, path=path, reference_path=None))
-    checkpoint = open_checkpoint(source.checkpoints()[component])
+    source = load_source(unquantized_model(config.model))
+    checkpoint = open_component(source, component)
     if is_quantized(checkpoint):
         raise ConfigError(
-            f"model.reference_path='{path}' is quantized itself; set it to the checkpoint with the original weights"
+            f"model.reference_path='{path or checkpoint.path}' is quantized itself; set it to the checkpoint with the "
+            f"original weights"
         )
     return skeleton_and_names(source, component, checkpoint)[1]
 

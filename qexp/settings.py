@@ -16,7 +16,7 @@ from qexp.fields import to_plain
 from qexp.offload.config import STRATEGIES, OffloadConfig
 
 RESUME_MODES = ("missing", "failed", "stale", "none")
-IMAGE_METRICS = ("psnr_db", "ssim", "relative_l2", "cosine", "class_accuracy", "frechet_distance")
+IMAGE_METRICS = ("psnr_db", "ssim", "relative_l2", "cosine", "latent_relative_l2", "class_accuracy", "frechet_distance")
 TEXT_METRICS = ("perplexity", "kl_divergence", "top1_agreement", "exact_match", "answer_accuracy")
 QUALITY_METRICS = (*IMAGE_METRICS, *TEXT_METRICS)  # of each run, those that its outputs have
 

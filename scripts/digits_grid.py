@@ -40,7 +40,8 @@ def main() -> None:
     )
     scores = source.scores(outputs)
     shown = 10 * ROWS
-    save_png(image_sheet(outputs["images"][:shown], "generated, bf16", outputs["labels"][:shown]), arguments.out)
+    labels = outputs["labels"][:shown].tolist()
+    save_png(image_sheet(outputs["images"][:shown], "generated, bf16", labels), arguments.out)
     print(
         f"{arguments.out}: class accuracy {scores['class_accuracy']:.3f} over {len(outputs['images'])} images, "
         f"Fréchet distance {scores['frechet_distance']:.3f}"

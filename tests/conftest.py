@@ -8,6 +8,7 @@ import ipaddress
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,4 +80,19 @@ def outputs(tmp_path: Path) -> Path:
     """An empty folder for `paths.outputs`."""
     folder = tmp_path / "outputs"
     folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny pipeline of diffusers, which is made once for all tests: they must leave it as it is."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        from tests.pipelines import save_pipeline
+
+        if name not in made:
+            made[name] = save_pipeline(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
     return folder

@@ -1,8 +1,9 @@
 """What a checkpoint on disk holds: its config and where each tensor's bytes are. Reads headers only; imports no torch.
 
 A checkpoint is a folder with `config.json` and one `*.safetensors` file, shards with a `*.safetensors.index.json`, or
-(if it has neither) one `*.gguf` file; or a single `.safetensors` or `.gguf` file. The config of a single file is the
-`config.json` beside it; without one, a `.gguf` file has it in its metadata if this program saved it.
+(if it has neither) one `*.gguf` file; or a single `.safetensors` or `.gguf` file, or the index of some shards. The
+config of a file is the `config.json` beside it; without one, a `.gguf` file has it in its metadata if this program
+saved it.
 
 A safetensors file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets},
 "__metadata__": {...}}, then the tensors' bytes. Everything a damaged file could lie about is checked here, before
@@ -20,7 +21,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from reprlib import repr as brief
@@ -103,7 +104,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"checkpoint '{path}' does not exist; set model.path to a folder with config.json and safetensors, or to a "
             ".gguf file"
         )
-    files = _files(path) if path.is_dir() else (path,)
+    files = _files(path) if path.is_dir() else _shards(path) if path.suffix == ".json" else (path,)
     entries: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
     for file in files:
@@ -117,6 +118,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             entries[entry.name] = entry
     _check_index(path, entries)
     return Checkpoint(path, _config_of(path, metadata), entries, files, metadata)
+
+
+def open_component(source: Any, component: str) -> Checkpoint:
+    """The checkpoint of one component of a model source, with the config that the source knows for it if it has
+    none.
+    """
+    checkpoint = open_checkpoint(source.checkpoints()[component])
+    config = source.component_config(component) if hasattr(source, "component_config") else None
+    return checkpoint if config is None else replace(checkpoint, config=config)
+
+
+def open_components(source: Any) -> dict[str, Checkpoint]:
+    return {name: open_component(source, name) for name in source.checkpoints()}
 
 
 def refuse_source(folder: Path, source: Path, place: str) -> None:
@@ -282,7 +296,11 @@ def _files(folder: Path) -> tuple[Path, ...]:
     index = _index_file(folder)
     if index is None:
         return (folder / only_weights_name(_names(folder), f"'{folder}'"),)
-    names = shard_names(read_object(index), f"'{index}'")
+    return _shards(index)
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    folder, names = index.parent, shard_names(read_object(index), f"'{index}'")
     for name in names:
         if not os.path.isfile(folder / name):
             raise LoadError(f"'{index}' names the shard {name!r}, which is missing in '{folder}'; download it again")
@@ -345,7 +363,7 @@ def _weight_map(index: Mapping[str, Any], place: str) -> dict[str, str]:
 
 def _check_index(path: Path, entries: Mapping[str, TensorEntry]) -> None:
     """An index and the headers of its shards must agree on which tensor is where."""
-    index = _index_file(path) if path.is_dir() else None
+    index = _index_file(path) if path.is_dir() else path if path.suffix == ".json" else None
     if index is None:
         return
     weight_map = _weight_map(read_object(index), f"'{index}'")

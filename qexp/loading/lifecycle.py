@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from qexp.errors import ConfigError, LoadError, first_names
 from qexp.loading.audit import audit
-from qexp.loading.checkpoint import Checkpoint, open_checkpoint
+from qexp.loading.checkpoint import Checkpoint, open_component
 from qexp.loading.conversion import converted
 from qexp.loading.dtypes import TORCH_DTYPES
 from qexp.loading.fp32 import compute_in_fp32
-from qexp.loading.patterns import check_patterns, patterns_lost
+from qexp.loading.patterns import patterns_lost, unmatched_patterns
 from qexp.loading.pipeline import InPlace, nowhere, stream
 from qexp.loading.placement import (
     DeviceMap,
@@ -70,6 +70,27 @@ class Prepared:
     compute_dtype: torch.dtype
     config: Mapping[str, Any]  # parsed config.json
     path: Path  # of the checkpoint
+    carried_files: tuple[str, ...]  # names of what a saved model takes along from there
+    unmatched: Mapping[str, Mapping[str, str]]  # setting -> pattern that matches no module -> what to say of it
+
+    def check_patterns(self) -> None:
+        """Raises ConfigError for a pattern that matches no module."""
+        for message in (message for found in self.unmatched.values() for message in found.values()):
+            raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class PlannedComponent:
+    """A component that is prepared, and where it will be."""
+
+    name: str
+    settings: ComponentConfig
+    prepared: Prepared
+    device: torch.device
+    placement: Placement
+    no_split: set[str]
+    offload_folder: Path | None
+    has_map: bool
 
 
 @dataclass(frozen=True)
@@ -102,7 +123,28 @@ def load_component(
     on disk.
     Raises: ConfigError, MissingLibraryError, UnsupportedError or LoadError, most of them before a weight is read.
     """
-    checkpoint = open_checkpoint(source.checkpoints()[component])  # 1 config
+    planned = plan_component(
+        source, component, settings, device=device, device_map=device_map, max_memory=max_memory, store=offload_folder
+    )
+    planned.prepared.check_patterns()
+    return load_planned(planned, loader)
+
+
+def plan_component(
+    source: ModelSource,
+    component: str,
+    settings: ComponentConfig,
+    *,
+    device: torch.device,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    store: Path | None = None,
+) -> PlannedComponent:
+    """Stages 1 to 6 of `load_component`, and where everything goes: no weight is read.
+
+    The caller looks at `prepared.unmatched`. store: the folder for what goes to disk.
+    """
+    checkpoint = open_component(source, component)  # 1 config
     kind = main_device(device_map, device).type
     quantizer = resolve_quantizer(settings.backend.resolved(kind), checkpoint, component)  # 2 resolve, merge
     device_map = quantizer.update_device_map(device_map)
@@ -120,20 +162,28 @@ def load_component(
         prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)
         places = placement.places
         placement = place(prepared.model, prepared.plan, places, device, max_memory, no_split, travels=False)
-    dispatch = Dispatch(prepared.model, placement, no_split, offload_folder) if placement.is_spread else None
+    return PlannedComponent(component, settings, prepared, device, placement, no_split, store, device_map is not None)
+
+
+def load_planned(planned: PlannedComponent, loader: LoaderConfig) -> LoadedComponent:
+    """Stages 7 to 9: read the weights of a component that is planned."""
+    prepared, placement, quantizer = planned.prepared, planned.placement, planned.prepared.quantizer
+    device, dispatch = planned.device, None
+    if placement.is_spread:
+        dispatch = Dispatch(prepared.model, placement, planned.no_split, planned.offload_folder)
     warm_up(prepared, device)
     started = time.perf_counter()
     with PeakMemory(device) as memory:
-        _load_weights(prepared, component, placement, dispatch, loader)  # 7 stream, quantize, assign
+        _load_weights(prepared, planned.name, placement, dispatch, loader)  # 7 stream, quantize, assign
         quantizer.postprocess_model(prepared.model, device)  # 8 finish, audit
-        compute_in_fp32(prepared.model, settings.keep_in_fp32_modules, prepared.compute_dtype)
-        sides = source.side_files() if hasattr(source, "side_files") else ()
-        register(prepared.model, quantizer, prepared.config, prepared.path, prepared.compute_dtype, sides)  # 9
+        compute_in_fp32(prepared.model, planned.settings.keep_in_fp32_modules, prepared.compute_dtype)
+        path, carried = prepared.path, prepared.carried_files
+        register(prepared.model, quantizer, prepared.config, path, prepared.compute_dtype, carried)  # 9
         if dispatch is not None:
             dispatch.start()
     seconds = time.perf_counter() - started
     audit(prepared.model, quantizer, prepared.plan.quantized_nbytes)
-    if device_map is not None:
+    if planned.has_map:
         prepared.model.hf_device_map = placement.hf_device_map()  # type: ignore[assignment]
     return LoadedComponent(prepared.model, prepared.plan, seconds, memory, placement, prepared.compute_dtype, dispatch)
 
@@ -153,8 +203,8 @@ def prepare(
     model, checkpoint = skeleton_and_names(source, component, checkpoint)  # 5
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     skip = (*settings.skip_modules, *quantizer.skip_modules)
-    check_patterns(skip, names, f"skip_modules of '{component}'")
-    check_patterns(settings.keep_in_fp32_modules, names, f"keep_in_fp32_modules of '{component}'")
+    asked = {"skip_modules": skip, "keep_in_fp32_modules": settings.keep_in_fp32_modules}
+    unmatched = {name: unmatched_patterns(found, names, f"{name} of '{component}'") for name, found in asked.items()}
     in_fp32, unquantized = kept_by_class(model, compute_dtype)
     fp32 = (*settings.keep_in_fp32_modules, *in_fp32)
     if quantizer.stored:  # 6
@@ -170,7 +220,9 @@ def prepare(
     plan = make_plan(model, checkpoint, quantizer, chosen, skipped, fp32, compute_dtype)
     if plan.unused:
         print(_unused_message(component, plan.unused), file=sys.stderr)
-    return Prepared(model, quantizer, chosen, plan, compute_dtype, dict(checkpoint.config), checkpoint.path)
+    carried = source.carried_files() if hasattr(source, "carried_files") else ()
+    config, path = dict(checkpoint.config), checkpoint.path
+    return Prepared(model, quantizer, chosen, plan, compute_dtype, config, path, carried, unmatched)
 
 
 def skeleton_and_names(source: ModelSource, component: str, checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:

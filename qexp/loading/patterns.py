@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 
-from qexp.errors import ConfigError, first_names
+from qexp.errors import first_names
 
 
 @cache
@@ -39,18 +39,19 @@ def anywhere(name: str) -> str:
     return f"**.{name}"
 
 
-def check_patterns(patterns: Iterable[str], names: Iterable[str], place: str) -> None:
-    """Raises ConfigError for a pattern that covers none of the module names, with the nearest names."""
-    known = [name for name in names if name]
+def unmatched_patterns(patterns: Iterable[str], names: Iterable[str], place: str) -> dict[str, str]:
+    """The patterns that cover none of the module names, each with what to say of it."""
+    known, messages = [name for name in names if name], dict[str, str]()
     for pattern in patterns:
         if any(covers(pattern, name) for name in known):
             continue
         near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5)
         near += [name for name in known if name.split(".")[-1] == pattern.split(".")[-1]][: 3 - len(near)]
         hint = f"did you mean {', '.join(dict.fromkeys(near))}?" if near else f"top-level modules are {_top(known)}"
-        raise ConfigError(
+        messages[pattern] = (
             f"{place}: the pattern {pattern!r} matches no module; {hint} ('**.name' matches at any depth)"
         )
+    return messages
 
 
 def _top(names: Iterable[str]) -> str:

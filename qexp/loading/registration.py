@@ -32,12 +32,12 @@ def register(
     config: Mapping[str, Any],
     path: Path,
     compute_dtype: torch.dtype,
-    side_files: tuple[str, ...] = (),
+    carried_files: tuple[str, ...] = (),
 ) -> None:
     """Mark a model that was just loaded. config, path: the checkpoint's config.json, and where it is; compute_dtype:
-    quantized from it; side_files: names of what a saved model takes along from there."""
+    quantized from it; carried_files: names of what a saved model takes along from there."""
     marked: Any = model
-    marked.checkpoint_path, marked.side_files = path.absolute(), side_files
+    marked.checkpoint_path, marked.carried_files = path.absolute(), carried_files
     marked.checkpoint_config = {name: value for name, value in config.items() if name != "quantization_config"}
     if quantizer.quantization_method == "none":
         return

@@ -96,15 +96,15 @@ def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHA
             index = f"{stem}.safetensors.index.json"
             write_json(beside / index, _index(dict(zip(names, shards, strict=True))))
             names.append(index)
-        sides = _copy_side_files(model, beside)
+        sides = _copy_carried_files(model, beside)
         write_json(beside / "config.json", config)
     return [folder / name for name in ("config.json", *sides, *names)]
 
 
-def _copy_side_files(model: Any, beside: Path) -> list[str]:
+def _copy_carried_files(model: Any, beside: Path) -> list[str]:
     """Put the files that the model goes with (a tokenizer's) beside its weights; returns their names."""
     source: Path = model.checkpoint_path
-    names = [name for name in model.side_files if source.is_dir() and (source / name).is_file()]
+    names = [name for name in model.carried_files if source.is_dir() and (source / name).is_file()]
     for name in names:
         write_bytes(beside / name, (source / name).read_bytes())
     return names
@@ -147,7 +147,7 @@ def _save_as_gguf(
     texts = {GGUF_CONFIG_KEY: json.dumps(config, sort_keys=True), **metadata}
     with _beside(folder) as beside:
         save_gguf(beside / SAVED_GGUF, tensors, architecture=architecture, metadata=texts)
-        sides = _copy_side_files(model, beside)
+        sides = _copy_carried_files(model, beside)
         write_json(beside / "config.json", config)
     return [folder / name for name in ("config.json", *sides, SAVED_GGUF)]
 

@@ -1,8 +1,8 @@
 """The second, pure step of a task: quality numbers and pictures from saved outputs, without running a model.
 
-Reads outputs.safetensors (and memory.csv) of the run and of its reference; writes images/*.png and history.csv (of
-text: samples.csv, of a network's outputs: outputs.csv) into the run's folder; the numbers depend on nothing but those
-files and `config`. Beside the metrics that were asked for:
+Reads outputs.safetensors (and memory.csv) of the run and of its reference; writes images/*.png (sheets, and where there
+are prompts each image; of text: samples.csv, of a network's outputs: outputs.csv) and history.csv into the run's
+folder; the numbers depend on nothing but those files and `config`. Beside the metrics that were asked for:
 
     quality/finite   1 if every value of the images (of text: every probability) is finite. If not, comparisons with the
                      reference are None (null in JSON), and the pixels are magenta in the pictures
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Numbers = dict[str, float | None]
 
 REFERENCE_METRICS = ("psnr_db", "ssim", "relative_l2", "cosine")  # image against image
+LATENT_METRICS = ("latent_relative_l2",)  # of pipelines, which have latents
 SOURCE_METRICS = {"images": ("class_accuracy", "frechet_distance"), "text": ("answer_accuracy",)}  # the source's own
 
 
@@ -71,19 +72,22 @@ def _score_images(
     config: RunConfig, folder: Path, outputs: Tensors, reference: Path | None, expected: Tensors | None
 ) -> Numbers:
     from qexp.metrics.images import compare_images
-    from qexp.metrics.tensors import is_finite
+    from qexp.metrics.tensors import is_finite, relative_l2
 
     if expected is not None:
-        _check_fit(("images", "trajectory"), outputs, expected, folder, reference)
+        _check_fit(("images", "latents", "trajectory"), outputs, expected, folder, reference)
     _write_pictures(config, outputs, expected, folder)
     _write_history(outputs, expected, folder)
-    numbers: Numbers = {"finite": float(is_finite(outputs["images"]))}
+    made = [outputs[name] for name in ("images", "latents") if name in outputs]
+    numbers: Numbers = {"finite": float(all(map(is_finite, made)))}
     if expected is not None:
         if not is_finite(expected["images"]):
             print("warning: the reference has values that are not finite; nothing to compare with", file=sys.stderr)
         compared = compare_images(outputs["images"], expected["images"])
         names = [name for name in REFERENCE_METRICS if name in config.metrics.names]
         numbers |= {name: compared[name] for name in (*names, "exact")}
+        if "latents" in outputs and "latent_relative_l2" in config.metrics.names:
+            numbers["latent_relative_l2"] = relative_l2(expected["latents"], outputs["latents"])
     return numbers
 
 
@@ -134,15 +138,31 @@ def _check_fit(names: Iterable[str], outputs: Tensors, expected: Tensors, folder
 
 
 def _write_pictures(config: RunConfig, outputs: Tensors, expected: Tensors | None, folder: Path) -> None:
-    from qexp.metrics.pictures import difference_sheet, image_sheet, save_png
+    from qexp.metrics.pictures import difference_sheet, image_sheet, save_png, write_images
 
-    images, labels = outputs["images"], outputs["labels"]
-    save_png(image_sheet(images, f"{config.model.source}: generated", labels), folder / "images" / "grid.png")
+    prompts = config.task.prompt
+    frames = len(outputs["images"]) // len(outputs["latents"]) if "latents" in outputs else 1
+    if prompts:
+        write_images(outputs["images"], frames, folder / "images")
+    shown = _shown(len(outputs["images"]), frames)
+    images, labels = outputs["images"][shown], outputs["labels"][shown].tolist()
+    names = [prompts[label] for label in labels] if prompts else labels
+    save_png(image_sheet(images, f"{config.model.source}: generated", names), folder / "images" / "grid.png")
     if expected is None:
         return
-    save_png(image_sheet(expected["images"], "reference", labels), folder / "images" / "reference.png")
-    difference = difference_sheet(images, expected["images"], "|generated - reference|, white = 1 or more", labels)
+    theirs = expected["images"][shown]
+    save_png(image_sheet(theirs, "reference", names), folder / "images" / "reference.png")
+    difference = difference_sheet(images, theirs, "|generated - reference|, white = 1 or more", names)
     save_png(difference, folder / "images" / "difference.png")
+
+
+def _shown(count: int, frames: int) -> list[int]:
+    """The images on a sheet: of each video ten of its frames, evenly spaced."""
+    from qexp.metrics.pictures import COLUMNS
+
+    few = min(frames, COLUMNS)
+    chosen = [number * (frames - 1) // max(few - 1, 1) for number in range(few)]
+    return [start + frame for start in range(0, count, frames) for frame in chosen]
 
 
 def _write_history(outputs: Tensors, expected: Tensors | None, folder: Path) -> None:

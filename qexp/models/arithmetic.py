@@ -25,7 +25,6 @@ ASSETS = Path(__file__).parents[1] / "assets" / "arithmetic"
 HELD_OUT = "held_out.txt"
 PROMPT = 8  # characters
 PROBLEM = re.compile(r"\d{3}[+-]\d{3}=")
-COMPONENTS = causal_lm.COMPONENTS
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,30 @@ if TYPE_CHECKING:
 class ModelSource(Protocol):
     """One model, which may have several components (a transformer, a text encoder) with a checkpoint each.
 
-    A source may also have `check_task(task)`, which raises ConfigError for a task that this model cannot do as it is
-    configured.
+    What a source may have besides:
+
+    - `quantized_components()`: those that `backend=` is for; without it, all;
+    - `component_config(component)`: the config.json of a checkpoint that has none of its own, else None;
+    - `conversion(component, model)`: the function that turns a dict of tensors in another layout (that of the model's
+      authors) into one with the model's names, or None; see loading/conversion.py;
+    - `skip_modules(component, model)`: the modules that it leaves unquantized, whatever the settings say;
+    - `resolve_task(task)`: the task with this source's defaults, and without what it has no use for;
+    - `check_task(task)`: raises ConfigError for a task that this model cannot do as it is configured; needs no torch;
+    - `check_run(models, task)`: the same with skeletons of all components, before their weights are read;
+    - `number_of_steps(models, task)`: how often `generate` will call `on_step`, None if that is not known;
+    - `carried_files()`: names of files in a checkpoint's folder that a saved model takes along (a tokenizer's);
+    - `forward_inputs(lines)`, of text: the arguments of the network for lines of text, for `task=forward`;
+    - `side_files()`: files beside the checkpoints that change results; `save_side_files(folder)`: puts them, and what
+      else makes the saved components a whole, into a folder, and returns the files.
     """
 
     tasks: tuple[str, ...]  # those it can do
     modality: str  # "images" or "text": what it generates
 
     def __init__(self, config: Any) -> None: ...
+
+    def components(self) -> tuple[str, ...]:
+        """The names of the components, in the order in which they are loaded. Needs no torch."""
 
     def checkpoints(self) -> dict[str, Path]:
         """Component name -> checkpoint folder or file. Needs no torch. Raises LoadError if one is missing."""
@@ -40,12 +56,6 @@ class ModelSource(Protocol):
 
     def block_lists(self, component: str) -> list[str]:
         """Dotted names of the module lists whose items are offloaded block by block."""
-
-    # A source may also have `conversion(component, model)`, which returns the function that turns a dict of tensors in
-    # another layout (that of the model's authors) into one with the model's names, or None: see loading/conversion.py;
-    # and `skip_modules(component, model)`, the modules that it leaves unquantized, whatever the settings say; and
-    # `side_files()`, the names of files in the checkpoint's folder that a saved model takes along (a tokenizer's).
-    # One of text has `forward_inputs(lines)` for `task=forward`: the arguments of the network for lines of text.
 
     def generate(
         self,
@@ -59,7 +69,7 @@ class ModelSource(Protocol):
         """Samples as cpu tensors.
 
         Images: "images" [n, channels, height, width] fp32 in [-1, 1] and "labels" [n]; a value that was not finite is
-        NaN. `on_step(step, state)` is called after each integration step, step = 1 .. num_inference_steps.
+        NaN. `on_step(step, state)` is called after each integration step, step = 1, 2, ...; states are of one shape.
         Text: "tokens" [prompts, longest], the new ones, and "lengths" [prompts], how many of them count.
         `on_step(step, None)` is called after each new token of a batch, step = 1, 2, ...
         """

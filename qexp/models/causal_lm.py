@@ -26,15 +26,14 @@ if TYPE_CHECKING:
     from qexp.loading.conversion import Conversion
     from qexp.tasks.generate import GenerateConfig
 
-COMPONENTS = ("model",)
-SIDE_FILES = (  # what a model's folder holds beside config.json and weights: without it, text means nothing
+CARRIED_FILES = (  # what a model's folder holds beside config.json and weights: without it, text means nothing
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
-TOKENIZERS = SIDE_FILES[1:2] + SIDE_FILES[5:11]  # one of which every tokenizer has
+TOKENIZERS = CARRIED_FILES[1:2] + CARRIED_FILES[5:11]  # one of which every tokenizer has
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,15 @@ class Source:
                 "the checkpoint to compare it with)"
             )
         return local_folder(self.config.path)
+
+    def components(self) -> tuple[str, ...]:
+        return ("model",)
+
+    def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
+        """The task with its defaults, and without what it has for images."""
+        from qexp.tasks.generate import for_text
+
+        return for_text(task)
 
     def checkpoints(self) -> dict[str, Path]:
         return {"model": self.folder}
@@ -119,9 +127,9 @@ class Source:
             tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
         return tokenizer
 
-    def side_files(self) -> tuple[str, ...]:
+    def carried_files(self) -> tuple[str, ...]:
         """The files beside config.json and weights that a saved model goes with."""
-        return SIDE_FILES
+        return CARRIED_FILES
 
     def check_task(self, task: Any) -> None:
         """Raises ConfigError for a task that lacks what this model cannot supply."""
@@ -185,7 +193,7 @@ class Source:
         """Continue every prompt: see `text_generation.continue_prompts`."""
         from qexp.models.text_generation import continue_prompts
 
-        prompts = self.prompts(task)
+        prompts, task = self.prompts(task), self.resolve_task(task)
         return continue_prompts(
             models["model"], self.tokenizer, prompts, task, seed=seed, device=device, on_step=on_step
         )

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from qexp.tasks.generate import GenerateConfig
 
 ASSETS = Path(__file__).parents[1] / "assets" / "digits"
-COMPONENTS = ("transformer",)
 SAVED_FIELDS = ("quantization_config", "torch_dtype", "dtype")  # of the loader, not of the architecture
 
 
@@ -55,6 +54,15 @@ class Source:
 
     def __init__(self, config: DigitsModelConfig) -> None:
         self.config = config
+
+    def components(self) -> tuple[str, ...]:
+        return ("transformer",)
+
+    def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
+        """The task with the defaults of this model, and nothing else than what it uses."""
+        from qexp.tasks.generate import for_images
+
+        return for_images(task)
 
     def checkpoints(self) -> dict[str, Path]:
         """The folder or file of the transformer. Raises LoadError for a folder without config.json or weights."""
@@ -92,15 +100,18 @@ class Source:
         """Digits 0..9 in turn from the noise of `seed`; see the module's text for the integration."""
         import torch
 
-        labels = torch.arange(task.num_images, device="cpu") % 10
+        task = self.resolve_task(task)
+        count, steps, guidance_scale = task.num_images, task.num_inference_steps, task.guidance_scale
+        assert count is not None and steps is not None and guidance_scale is not None  # resolved
+        labels = torch.arange(count, device="cpu") % 10
         generator = torch.Generator("cpu").manual_seed(seed)
-        noise = torch.randn(task.num_images, 1, 8, 8, generator=generator, device="cpu")
+        noise = torch.randn(count, 1, 8, 8, generator=generator, device="cpu")
         state, classes = noise.to(device), labels.to(device)
         with torch.no_grad():
-            for step in range(1, task.num_inference_steps + 1):
-                t = torch.full((task.num_images,), 1 - (step - 1) / task.num_inference_steps, device=device)
-                velocity = _velocity(models["transformer"], state, t, classes, task.guidance_scale)
-                state = state - velocity / task.num_inference_steps
+            for step in range(1, steps + 1):
+                t = torch.full((count,), 1 - (step - 1) / steps, device=device)
+                velocity = _velocity(models["transformer"], state, t, classes, guidance_scale)
+                state = state - velocity / steps
                 on_step(step, state)
         images = state.cpu()
         images = images.clamp(-1, 1).masked_fill(~images.isfinite(), torch.nan)  # clamp would turn inf into 1

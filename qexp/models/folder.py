@@ -54,11 +54,11 @@ class FolderSource:
 
         return output_embedding(model)
 
-    def side_files(self) -> tuple[str, ...]:
+    def carried_files(self) -> tuple[str, ...]:
         """A tokenizer's files, if there are any."""
-        from qexp.models.causal_lm import SIDE_FILES
+        from qexp.models.causal_lm import CARRIED_FILES
 
-        return SIDE_FILES
+        return CARRIED_FILES
 
     def _build(self, config: dict[str, Any]) -> nn.Module:
         fields = {name: value for name, value in config.items() if name not in NOT_THE_NETWORKS}
@@ -80,16 +80,7 @@ class FolderSource:
         )
 
     def conversion(self, component: str, model: nn.Module) -> Conversion | None:
-        """What turns other names of tensors into the model's: transformers' rules, or diffusers' for a single file."""
-        if hasattr(model, "base_model_prefix"):
-            from qexp.models.transformers_networks import renaming
-
-            return renaming(model)
-        if type(model).__module__.partition(".")[0] == "diffusers":
-            from qexp.models.single_file import single_file_conversion
-
-            return single_file_conversion(model)
-        return None
+        return library_conversion(model)
 
     def _built_by_class(self, kind: type[nn.Module], fields: Mapping[str, Any]) -> nn.Module:
         try:
@@ -99,6 +90,19 @@ class FolderSource:
                 f"skeleton={kind.__name__} cannot be built from the fields of '{self.path}/config.json': {error}; pass "
                 "a function of the parsed config.json instead"
             ) from error
+
+
+def library_conversion(model: nn.Module) -> Conversion | None:
+    """What turns other names of tensors into the model's: transformers' rules, or diffusers' for a single file."""
+    if hasattr(model, "base_model_prefix"):
+        from qexp.models.transformers_networks import renaming
+
+        return renaming(model)
+    if type(model).__module__.partition(".")[0] == "diffusers":
+        from qexp.models.single_file import diffusers_conversion
+
+        return diffusers_conversion(model)
+    return None
 
 
 def _from_diffusers(fields: Mapping[str, Any], path: Path) -> nn.Module:

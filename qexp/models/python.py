@@ -27,7 +27,6 @@ from qexp.errors import ConfigError, choices, did_you_mean
 if TYPE_CHECKING:
     from torch import nn
 
-COMPONENTS = ("model",)
 NOT_THE_NETWORKS = ("quantization_config", "torch_dtype", "dtype", "architectures", "model_type")
 
 
@@ -75,6 +74,9 @@ class Source:
 
     def __init__(self, config: PythonConfig) -> None:
         self.config = config
+
+    def components(self) -> tuple[str, ...]:
+        return ("model",)
 
     def checkpoints(self) -> dict[str, Path]:
         if self.config.path is None:

@@ -12,8 +12,6 @@ from typing import Any
 from qexp.errors import ConfigError
 from qexp.models import causal_lm
 
-COMPONENTS = causal_lm.COMPONENTS
-
 
 @dataclass(frozen=True)
 class Seq2SeqConfig(causal_lm.CausalLMConfig):

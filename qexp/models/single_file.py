@@ -1,4 +1,8 @@
-"""Files of single models in their authors' layout (also ComfyUI's): diffusers' function for each architecture."""
+"""Other names for the tensors of diffusers' models, by its own functions.
+
+Files of single models are in their authors' layout (also ComfyUI's): there is a function for each architecture. Files
+of old call the layers of some attention blocks otherwise.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qexp.loading.conversion import Conversion
+
+
+def diffusers_conversion(model: Any) -> Conversion:
+    """What gives the tensors of any file for the class of `model` their names of today."""
+    single = single_file_conversion(model)
+
+    def conversion(tensors: MutableMapping[str, Any]) -> Any:
+        tensors = model._fix_state_dict_keys_on_load(tensors)
+        return single(tensors) if single is not None else {}  # what is left keeps its name
+
+    return conversion
 
 
 def single_file_conversion(model: nn.Module) -> Conversion | None:

@@ -36,8 +36,9 @@ def continue_prompts(
     writes_answers = bool(getattr(model.config, "is_encoder_decoder", False))  # behind one token, not behind the prompt
     asked, parts = tokenizer(prompts, return_tensors="pt", padding=True), []
     torch.manual_seed(seed)
-    for start in range(0, len(prompts), task.batch_size):
-        rows = slice(start, start + task.batch_size)
+    size = task.batch_size or len(prompts)
+    for start in range(0, len(prompts), size):
+        rows = slice(start, start + size)
         inputs = {name: asked[name][rows].to(device) for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
             tokens = model.generate(

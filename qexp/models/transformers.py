@@ -14,8 +14,6 @@ from qexp.models import causal_lm
 if TYPE_CHECKING:
     from torch import nn
 
-COMPONENTS = causal_lm.COMPONENTS
-
 
 @dataclass(frozen=True)
 class TransformersConfig(causal_lm.CausalLMConfig):

@@ -68,6 +68,11 @@ class Dispatch:
         self._tensors = _tensor_names(model)
         self._plan()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        return self.placement.main
+
     def expect(self, names: Collection[str]) -> None:
         """Say which tensors of the model will be reported to `loaded`."""
         for name in names:

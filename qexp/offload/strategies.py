@@ -69,8 +69,10 @@ def apply_offload(
 
 
 class Handle(Protocol):
-    """A model that is offloaded, or placed over several devices."""
+    """A model that is offloaded, or placed over several devices. device: where it takes its inputs."""
 
+    @property
+    def device(self) -> torch.device: ...
     def remove(self) -> None: ...
     def again(self) -> Any: ...
 

@@ -26,8 +26,10 @@ def model_label(config: Mapping[str, Any]) -> str:
 
 
 def backend_label(config: Mapping[str, Any]) -> str:
-    """'bitsandbytes nf4'; components with different backends give 'bitsandbytes nf4 + quanto int8'."""
+    """'bitsandbytes nf4'; components with different backends give 'bitsandbytes nf4 + quanto int8', without the 'none'
+    of those that are not quantized."""
     backends = [component["backend"] for component in config["components"].values()]
+    backends = [backend for backend in backends if backend["quant_method"] != "none"] or backends
     return " + ".join(dict.fromkeys(_one_backend(backend) for backend in backends))
 
 

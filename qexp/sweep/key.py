@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError
-from qexp.loading.checkpoint import open_checkpoint
+from qexp.loading.checkpoint import open_component, open_components
 from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
 from qexp.quantizers.embedded import is_quantized
@@ -62,17 +62,30 @@ def reference_config(config: RunConfig) -> RunConfig:
     Where the checkpoint is quantized already, the reference is that of `model.reference_path`.
     """
     component = ComponentConfig(backend=NoneConfig(), compute_dtype=config.reference.dtype)
-    quantized = any(is_quantized(open_checkpoint(path)) for path in load_source(config.model).checkpoints().values())
-    path = config.model.reference_path if quantized else config.model.path
+    quantized = any(map(is_quantized, open_components(load_source(config.model)).values()))
     return replace(
         config,
-        model=replace(config.model, path=path, reference_path=None),
+        model=unquantized_model(config.model) if quantized else replace(config.model, reference_path=None),
         save=SaveConfig(),
         components={name: component for name in config.components},
         offload=OffloadConfig(strategy=config.reference.offload).resolved(config.device.partition(":")[0]),
         # modules of a map may not fit where they are put once they are not quantized
         device_map="auto" if config.device_map is not None and config.reference.offload == "none" else None,
     )
+
+
+def unquantized_model(model: Any) -> Any:
+    """The model that a quantized checkpoint is compared with; a model's config may have a method that says which."""
+    if hasattr(model, "unquantized"):
+        other = model.unquantized()
+        for name, checkpoint in open_components(load_source(other)).items():
+            if is_quantized(checkpoint):
+                raise ConfigError(
+                    f"the component '{name}' to compare with, '{checkpoint.path}', is quantized itself; set "
+                    "model.reference_path to the unquantized model"
+                )
+        return other
+    return replace(model, path=model.reference_path, reference_path=None)
 
 
 def saves_outputs(config: RunConfig) -> bool:
@@ -92,9 +105,10 @@ def _identity(config: RunConfig) -> dict[str, Any]:
             del identity[name]
     for name in _input_files(config.task):
         del identity["task"][name]  # their content counts, not where they are
-    identity["checkpoints"] = {
-        name: open_checkpoint(path).content_hash() for name, path in load_source(config.model).checkpoints().items()
-    }
+    source = load_source(config.model)
+    identity["checkpoints"] = {name: found.content_hash() for name, found in open_components(source).items()}
+    if hasattr(source, "side_files"):
+        identity["side_files"] = [[file.name, _file_hash(file.name, file)] for file in source.side_files()]
     originals = _originals(config)
     if originals:
         identity["originals"] = originals
@@ -107,11 +121,15 @@ def _identity(config: RunConfig) -> dict[str, Any]:
 def _originals(config: RunConfig) -> dict[str, str]:
     """Content of the unquantized checkpoints that weights stored quantized are compared with, one by one."""
     path = getattr(config.model, "reference_path", None)
-    if path is None or saves_outputs(config):  # what outputs are compared with is the reference
+    if (path is None and not hasattr(config.model, "unquantized")) or saves_outputs(
+        config
+    ):  # what outputs are compared with is the reference
         return {}
-    stored = {name: open_checkpoint(path) for name, path in load_source(config.model).checkpoints().items()}
-    sources = load_source(replace(config.model, path=path, reference_path=None)).checkpoints()
-    return {name: open_checkpoint(sources[name]).content_hash() for name in stored if is_quantized(stored[name])}
+    stored = open_components(load_source(config.model))
+    if not any(map(is_quantized, stored.values())):
+        return {}
+    source = load_source(unquantized_model(config.model))
+    return {name: open_component(source, name).content_hash() for name in stored if is_quantized(stored[name])}
 
 
 def _input_files(config: Any) -> dict[str, Path]:

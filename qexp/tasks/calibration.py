@@ -1,8 +1,8 @@
 """Run samples of the task through models whose quantizer needs to see activations before they can answer.
 
-Images begin from another seed than the task's own: what is measured afterwards is not what was calibrated on. Of text,
-the first of the task's prompts are continued; a network that is called with inputs of the user's is called with the
-first rows of these.
+Images begin from another seed than the task's own: what is measured afterwards is not what was calibrated on. Where
+there are prompts, the samples are those of the first of them; a network that is called with inputs of the user's is
+called with the first rows of these.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def samples_of(source: Any, task: Any, count: int) -> GenerateConfig:
             f"this backend is calibrated on samples of the task, and task={task.name} has none; use task=generate, or "
             "task=forward"
         )
-    if source.modality == "text":
+    if hasattr(source, "prompts"):
         samples: GenerateConfig = replace(task, prompt=tuple(source.prompts(task)[:count]))
         return samples
     return replace(task, num_images=count)

@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,40 +24,61 @@ if TYPE_CHECKING:
     from qexp.models.base import ModelSource
 
 
+COUNTS = (
+    "num_images", "num_inference_steps", "num_images_per_prompt", "height", "width", "num_frames",
+    "max_sequence_length",
+    "max_new_tokens", "batch_size", "top_k",
+)  # fmt: skip
+OF_PIPELINES = (
+    "negative_prompt", "num_images_per_prompt", "height", "width", "num_frames", "max_sequence_length",
+    "true_cfg_scale", "pipeline_arguments",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Of images: num_images, num_inference_steps, and guidance_scale (1 is without guidance).
+    """Of the digits model: num_images, num_inference_steps, guidance_scale (null: 200, 20, and 1, no guidance).
+
+    Of pipelines (null: the pipeline's own default): prompt, negative_prompt, a text or a list of them, or @file with
+    one a line; num_images_per_prompt (of videos, too); num_inference_steps, guidance_scale, true_cfg_scale, height,
+    width, num_frames, max_sequence_length; pipeline_arguments, any others of its call; batch_size, prompts at a time
+    (1).
 
     Of text: prompt, a text or a list of them to go on from, or @file with one a line (null: the model's own);
     max_new_tokens, do_sample, temperature, top_k, top_p as in transformers (null: as the model's generation_config
-    says); batch_size, prompts at a time; text, a file to measure perplexity on besides (null: the model's own, if it
-    has one).
+    says); batch_size, prompts at a time (50); text, a file to measure perplexity on besides (null: the model's own, if
+    it has one).
     """
 
     name: str = "generate"
-    num_images: int = 200
-    num_inference_steps: int = 20
-    guidance_scale: float = 1.0
+    num_images: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     prompt: Any = None
+    negative_prompt: Any = None
+    num_images_per_prompt: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    max_sequence_length: int | None = None
+    true_cfg_scale: float | None = None
+    pipeline_arguments: dict[str, Any] = field(default_factory=dict)
     max_new_tokens: int | None = None
     do_sample: bool | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
-    batch_size: int = 50
+    batch_size: int | None = None
     text: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.prompt, list):
-            object.__setattr__(self, "prompt", tuple(self.prompt))
-        if self.num_images < 1 or self.num_inference_steps < 1:
-            raise ConfigError(
-                f"task.num_images={self.num_images} and task.num_inference_steps={self.num_inference_steps} "
-                "must be 1 or more"
-            )
-        if not math.isfinite(self.guidance_scale):
-            raise ConfigError(f"task.guidance_scale={self.guidance_scale} must be a finite number; 1 is no guidance")
-        for name in ("max_new_tokens", "batch_size", "top_k"):
+        for name in ("prompt", "negative_prompt"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("guidance_scale", "true_cfg_scale"):
+            if (value := getattr(self, name)) is not None and not math.isfinite(value):
+                raise ConfigError(f"task.{name}={value} must be a finite number; 1 is no guidance")
+        for name in COUNTS:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"task.{name}={value} must be 1 or more")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
@@ -67,14 +88,42 @@ class GenerateConfig:
 
     def resolved(self) -> GenerateConfig:
         """With the prompts themselves in place of one, or of a file's name."""
-        return replace(self, prompt=read_prompts(self.prompt))
+        negative = read_prompts(self.negative_prompt, "task.negative_prompt", may_be_empty=True)
+        return replace(self, prompt=read_prompts(self.prompt), negative_prompt=negative)
+
+    def ignored_fields(self) -> set[str]:
+        """Of pipelines, what is as the pipeline's own default: other models have no such fields."""
+        return {name for name in OF_PIPELINES if not getattr(self, name) and getattr(self, name) != 0}
 
     def input_files(self) -> dict[str, Path]:
         """Fields that name a file, whose content is what counts."""
         return {"text": Path(self.text).expanduser()} if self.text is not None else {}
 
 
-def read_prompts(value: Any) -> tuple[str, ...] | None:
+def for_images(task: GenerateConfig) -> GenerateConfig:
+    """What a model of images takes that is no pipeline, with defaults; the rest as where nothing is set."""
+    return GenerateConfig(
+        num_images=200 if task.num_images is None else task.num_images,
+        num_inference_steps=20 if task.num_inference_steps is None else task.num_inference_steps,
+        guidance_scale=1.0 if task.guidance_scale is None else task.guidance_scale,
+        batch_size=50,
+    )
+
+
+def for_text(task: GenerateConfig) -> GenerateConfig:
+    """What a model of text takes, with defaults; the rest as where nothing is set."""
+    names = ("prompt", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "text")
+    batch_size = 50 if task.batch_size is None else task.batch_size
+    return replace(for_images(GenerateConfig()), batch_size=batch_size, **{name: getattr(task, name) for name in names})
+
+
+def for_pipelines(task: GenerateConfig) -> GenerateConfig:
+    """What a pipeline takes; null is its own default."""
+    names = ("prompt", "num_inference_steps", "guidance_scale", *OF_PIPELINES)
+    return GenerateConfig(batch_size=task.batch_size or 1, **{name: getattr(task, name) for name in names})
+
+
+def read_prompts(value: Any, place: str = "task.prompt", may_be_empty: bool = False) -> tuple[str, ...] | None:
     """task.prompt as a tuple: of one text, of a list, or of the lines of @file. Raises ConfigError."""
     if value is None:
         return None
@@ -83,14 +132,11 @@ def read_prompts(value: Any) -> tuple[str, ...] | None:
             value = [line for line in Path(value[1:]).expanduser().read_text(encoding="utf-8").splitlines() if line]
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not a text file"
-            raise ConfigError(
-                f"task.prompt={value} cannot be read: {reason}; give a file with a prompt a line"
-            ) from error
+            raise ConfigError(f"{place}={value} cannot be read: {reason}; give a file with a prompt a line") from error
     prompts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
-    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+    if not prompts or not all(isinstance(prompt, str) and (prompt or may_be_empty) for prompt in prompts):
         raise ConfigError(
-            f"task.prompt={value} must be a text, a list of them, or @file with one a line; quote what looks like a "
-            "number"
+            f"{place}={value} must be a text, a list of them, or @file with one a line; quote what looks like a number"
         )
     return prompts
 
@@ -109,12 +155,15 @@ def run(
 ) -> TaskResult:
     """Generate once; `memory()` gives (host_gib, device_gib) after each step.
 
-    Outputs: images, labels and trajectory [steps, n, ...] fp32, the state after each step. Rows: step (from 1),
+    Outputs: those of the source, and trajectory [steps, ...] fp32, the state after each step. Rows: step (from 1),
     step_ms, host_gib, device_gib. Metrics: time/step_ms (median) and time/total_seconds.
     """
     import torch
 
-    recorder = Recorder("generate", task.num_inference_steps, device, memory)
+    steps = task.num_inference_steps
+    if hasattr(source, "number_of_steps"):
+        steps = source.number_of_steps(models, task)
+    recorder = Recorder("generate", steps, device, memory)
     started = recorder.begin()
     outputs = source.generate(models, task, seed=seed, device=device, on_step=recorder.on_step)
     total_seconds = time.perf_counter() - started

@@ -92,7 +92,9 @@ def prepare_toy(folder: Path, settings: ComponentConfig, build: Callable[[], nn.
     source = cast(ModelSource, ToySource(folder, build))
     checkpoint = open_checkpoint(folder)
     quantizer = resolve_quantizer(settings.backend, checkpoint, "toy")
-    return prepare(source, "toy", settings, checkpoint, quantizer, device=CPU)
+    prepared = prepare(source, "toy", settings, checkpoint, quantizer, device=CPU)
+    prepared.check_patterns()
+    return prepared
 
 
 def load_toy(

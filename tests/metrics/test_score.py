@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qexp.errors import ConfigError, LoadError
-from qexp.metrics.score import REFERENCE_METRICS, SOURCE_METRICS, check_names, score
+from qexp.metrics.score import LATENT_METRICS, REFERENCE_METRICS, SOURCE_METRICS, check_names, score
 from qexp.models.digits import Config
 from qexp.settings import IMAGE_METRICS, QUALITY_METRICS, TEXT_METRICS
 from qexp.tasks.generate import GenerateConfig
@@ -48,7 +48,9 @@ def test_metrics_of_a_run_against_its_reference(tmp_path: Path) -> None:
     reference = write_run(tmp_path / "reference", outputs())
     run = write_run(tmp_path / "run", outputs(error=0.2))
     result = score(config(), run, reference)
-    assert set(result) == {f"quality/{name}" for name in (*IMAGE_METRICS, "exact", "finite")}
+    assert set(result) == {
+        f"quality/{name}" for name in (*IMAGE_METRICS, "exact", "finite") if name not in LATENT_METRICS
+    }
     assert result["quality/psnr_db"] == pytest.approx(20, abs=1e-4)  # 10 log10(2² / 0.2²)
     images = outputs()["images"].double()
     assert result["quality/relative_l2"] == pytest.approx((0.04 / images.square().mean().item()) ** 0.5, rel=1e-5)
@@ -150,7 +152,7 @@ def test_unknown_metric_lists_the_choices() -> None:
     ):
         check_names(["ssim", "psnr"])
     check_names([])
-    assert sorted(IMAGE_METRICS) == sorted((*REFERENCE_METRICS, *SOURCE_METRICS["images"]))
+    assert sorted(IMAGE_METRICS) == sorted((*REFERENCE_METRICS, *LATENT_METRICS, *SOURCE_METRICS["images"]))
     assert set(SOURCE_METRICS["text"]) <= set(TEXT_METRICS)
 
 

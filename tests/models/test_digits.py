@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qexp.errors import LoadError
-from qexp.models.digits import ASSETS, COMPONENTS, Config, Source
+from qexp.models.digits import ASSETS, Config, Source
 from qexp.models.digits_network import NULL_LABEL, DigitsClassifier, DigitsConfig, DigitsTransformer
 from qexp.tasks.generate import GenerateConfig
 
@@ -160,7 +160,7 @@ def test_embedded_checkpoint_is_the_default_and_a_path_replaces_it(tmp_path: Pat
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors").touch()
     assert Source(Config(path=str(tmp_path))).checkpoints() == {"transformer": tmp_path}
-    assert tuple(Source(Config()).checkpoints()) == COMPONENTS
+    assert tuple(Source(Config()).checkpoints()) == Source(Config()).components()
 
 
 def test_a_gguf_file_or_a_folder_with_one_is_a_checkpoint(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from qexp.settings import (
     SweepConfig,
     TrackingConfig,
 )
-from qexp.tasks.generate import GenerateConfig
+from qexp.tasks.generate import GenerateConfig, for_images
 
 BACKEND = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 
@@ -47,7 +47,7 @@ def run_config(tmp_path: Path, behaviour: int = 1, **changes: Any) -> RunConfig:
         model=DigitsModelConfig(path=str(checkpoint)),
         components={"transformer": ComponentConfig(backend=BACKEND)},
         offload=OffloadConfig(),
-        task=GenerateConfig(num_images=behaviour),
+        task=for_images(GenerateConfig(num_images=behaviour)),
         metrics=MetricsConfig(names=("psnr_db",)),
         tracking=TrackingConfig(mode="none"),
         isolation=IsolationConfig(),

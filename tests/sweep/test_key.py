@@ -24,7 +24,7 @@ from qexp.settings import (
 )
 from qexp.sweep import key
 from qexp.sweep.key import reference_config, reference_key, run_key
-from qexp.tasks.generate import GenerateConfig
+from qexp.tasks.generate import GenerateConfig, for_images
 from qexp.tasks.roundtrip import RoundtripConfig
 from tests.sweep.settings import run_config, with_backend, write_checkpoint
 
@@ -42,12 +42,12 @@ SAME = {
     "label": lambda c: with_backend(c, replace(NF4, label="mine")),
     "threshold of int8 in 4 bit": lambda c: with_backend(c, replace(NF4, llm_int8_threshold=1.0)),
     "how the reference is offloaded": lambda c: replace(c, reference=ReferenceConfig(offload="leaf")),
-    "7 and 7.0": lambda c: replace(c, task=GenerateConfig(num_images=1, guidance_scale=1)),
+    "7 and 7.0": lambda c: replace(c, task=for_images(GenerateConfig(num_images=1, guidance_scale=1))),
 }
 OTHER = {
     "seed": lambda c: replace(c, seed=1),
-    "task": lambda c: replace(c, task=GenerateConfig(num_images=2)),
-    "guidance": lambda c: replace(c, task=GenerateConfig(num_images=1, guidance_scale=1.5)),
+    "task": lambda c: replace(c, task=for_images(GenerateConfig(num_images=2))),
+    "guidance": lambda c: replace(c, task=for_images(GenerateConfig(num_images=1, guidance_scale=1.5))),
     "offload": lambda c: replace(c, offload=OffloadConfig(strategy="leaf", to="disk")),
     "offload destination": lambda c: replace(c, offload=OffloadConfig(strategy="leaf", to="cpu")),
     "device": lambda c: replace(c, device="cuda:0"),

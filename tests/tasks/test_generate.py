@@ -9,7 +9,7 @@ from torch import Tensor
 from qexp.errors import ConfigError
 from qexp.models.digits import Config, Source
 from qexp.models.digits_network import DigitsConfig, DigitsTransformer
-from qexp.tasks.generate import GenerateConfig, TaskResult, run
+from qexp.tasks.generate import GenerateConfig, TaskResult, for_images, run
 
 CPU = torch.device("cpu")
 NO_MEMORY = (0.0, 0.0)
@@ -41,7 +41,7 @@ class Sampler:
 def run_sampler(
     sampler: Any = None, device: torch.device = CPU, memory: Any = lambda: NO_MEMORY, **task: Any
 ) -> TaskResult:
-    return run(sampler or Sampler(), {}, GenerateConfig(**task), seed=2, device=device, memory=memory)
+    return run(sampler or Sampler(), {}, for_images(GenerateConfig(**task)), seed=2, device=device, memory=memory)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

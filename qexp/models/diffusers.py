@@ -1,0 +1,218 @@
+"""Pipelines of diffusers, images and video: a folder as `save_pretrained` writes it and hubs hold it.
+
+Every component with weights is loaded by us, one after the other: those in `model.quantize` (the denoiser, unless it
+says otherwise) as `backend=` says, the others as they are. Schedulers, tokenizers and processors are opened by their
+libraries, and the pipeline is diffusers' own class around all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.errors import ConfigError, LoadError, choices, did_you_mean
+from qexp.hub_download import local_folder
+from qexp.models.pipeline_folder import PipelineFolder, open_pipeline, read_object
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from qexp.loading.conversion import Conversion
+    from qexp.tasks.generate import GenerateConfig
+
+DENOISERS = ("transformer", "transformer_2", "unet")
+
+
+@dataclass(frozen=True)
+class DiffusersConfig:
+    """path: the folder of a pipeline, the one with model_index.json, or its name on a hub (user/name); revision: the
+    branch or commit there; variant: of the weights' files ("fp16" is *.fp16.safetensors).
+    quantize: the components that `backend` is for; null is the denoiser: transformer and transformer_2, or unet.
+    checkpoints: a component's weights from elsewhere, a folder, a .safetensors or a .gguf file, in diffusers' or their
+    authors' layout.
+    reference_path: the unquantized pipeline to compare with where `path` is quantized already."""
+
+    source: str = "diffusers"
+    path: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    quantize: tuple[str, ...] | None = None
+    checkpoints: dict[str, str] = field(default_factory=dict)
+    reference_path: str | None = None
+    skip_modules: tuple[str, ...] = ()
+
+    def ignored_fields(self) -> set[str]:
+        """Files count by their content, and what is quantized by the components' backends."""
+        return {"revision", "variant", "checkpoints", "quantize"}
+
+    def unquantized(self) -> DiffusersConfig:
+        """The pipeline to compare with where something is quantized in this one's checkpoints."""
+        if self.reference_path is not None:
+            return replace(self, path=self.reference_path, revision=None, checkpoints={}, reference_path=None)
+        return replace(self, checkpoints={})  # the folder's own weights
+
+
+Config = DiffusersConfig
+
+
+class Source:
+    """A pipeline as a `ModelSource`, with a component for each of its models."""
+
+    tasks = ("generate", "roundtrip")
+    modality = "images"
+    required_packages = ("diffusers", "transformers", "tokenizers")
+
+    def __init__(self, config: DiffusersConfig) -> None:
+        self.config = config
+        self._networks: dict[str, nn.Module] = {}
+        self._pipeline: Any = None
+
+    @cached_property
+    def folder(self) -> PipelineFolder:
+        """Raises: ConfigError or LoadError if there is no pipeline."""
+        if self.config.path is None:
+            raise ConfigError(
+                "model.path=null names no pipeline; set it to the folder of one, with model_index.json, or to its name "
+                "on a hub, user/name"
+            )
+        return open_pipeline(local_folder(self.config.path), f"model.path={self.config.path}")
+
+    def components(self) -> tuple[str, ...]:
+        for name in self.config.checkpoints:
+            _check_component(f"model.checkpoints.{name}", name, self.folder.models)
+        return self.folder.models
+
+    def quantized_components(self) -> tuple[str, ...]:
+        """Those that `backend` is for. Raises: ConfigError for one that this pipeline has not."""
+        known = self.components()
+        if self.config.quantize is None:
+            names = tuple(name for name in known if name in DENOISERS)
+            if not names:
+                raise ConfigError(
+                    f"model.quantize=null is the denoiser, but this pipeline has neither {choices(DENOISERS)}; set "
+                    f"model.quantize to some of its components: {choices(known)}"
+                )
+            return names
+        for name in self.config.quantize:
+            _check_component(f"model.quantize: {name!r}", name, known)
+        return tuple(name for name in known if name in self.config.quantize)
+
+    def checkpoints(self) -> dict[str, Path]:
+        """Component -> its folder or file."""
+        own = {name: Path(path).expanduser() for name, path in self.config.checkpoints.items()}
+        variant = self.config.variant
+        found = {name: own.get(name) or self.folder.weights(name, variant) for name in self.components()}
+        if variant is not None and all(path == self.folder.path / name for name, path in found.items()):
+            raise LoadError(
+                f"model.variant={variant}: no component of '{self.folder.path}' has files of this variant, such as "
+                f"model.{variant}.safetensors; leave it out"
+            )
+        return found
+
+    def component_config(self, component: str) -> dict[str, Any] | None:
+        """A file of weights from elsewhere is of the architecture that the pipeline has there."""
+        own = self.config.checkpoints.get(component)
+        if own is None or not Path(own).expanduser().is_file():
+            return None
+        config = read_object(self.folder.path / component / "config.json")
+        return {name: value for name, value in config.items() if name != "quantization_config"}
+
+    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
+        """The network of the class that model_index.json names. Raises: LoadError for one that is not installed."""
+        from qexp.models.pipeline_building import network
+
+        self._networks[component] = network(self.folder, component, config)
+        return self._networks[component]
+
+    def conversion(self, component: str, model: nn.Module) -> Conversion | None:
+        """What turns other names of tensors into the model's: transformers' rules, or diffusers' for a single file."""
+        from qexp.models.folder import library_conversion
+
+        return library_conversion(model)
+
+    def block_lists(self, component: str) -> list[str]:
+        from qexp.models.transformers_networks import block_lists
+        from qexp.offload.grouping import outermost_lists
+
+        network = self._networks[component]
+        return block_lists(network) or outermost_lists(network)
+
+    def side_files(self) -> list[Path]:
+        """What a result depends on beside the weights: the index, the scheduler's and tokenizers' files."""
+        return self.folder.side_files()
+
+    def save_side_files(self, folder: Path) -> list[Path]:
+        """Put all that has no weights into the folder of a saved pipeline; returns the files."""
+        from qexp.sweep.store import write_bytes
+
+        sources = self.side_files()
+        targets = [folder / file.relative_to(self.folder.path) for file in sources]
+        for source, target in zip(sources, targets, strict=True):
+            write_bytes(target, source.read_bytes())
+        return targets
+
+    def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
+        """The task without what pipelines have no use for."""
+        from qexp.tasks.generate import for_pipelines
+
+        return for_pipelines(task)
+
+    def check_task(self, task: Any) -> None:
+        """Raises: ConfigError for a task without a prompt."""
+        if task.name == "generate":
+            self.prompts(task)
+
+    def prompts(self, task: GenerateConfig) -> list[str]:
+        if not task.prompt:
+            raise ConfigError(
+                "task.prompt=null names nothing to generate; give a text or a list: task.prompt='[A red cube,A tree]', "
+                "or task.prompt=@file with one a line"
+            )
+        return list(task.prompt)
+
+    def pipeline(self, models: Mapping[str, nn.Module]) -> Any:
+        """diffusers' pipeline around models that may still be skeletons: the same objects are loaded in place."""
+        from qexp.models.pipeline_building import assemble
+
+        if self._pipeline is None or any(getattr(self._pipeline, name) is not model for name, model in models.items()):
+            self._pipeline = assemble(self.folder, models)
+        return self._pipeline
+
+    def check_run(self, models: Mapping[str, nn.Module], task: GenerateConfig) -> None:
+        """Raises: ConfigError or LoadError for what this pipeline cannot do, before weights are read."""
+        from qexp.models.pipeline_call import check_arguments
+
+        check_arguments(self.pipeline(models), task)
+
+    def number_of_steps(self, models: Mapping[str, nn.Module], task: GenerateConfig) -> int | None:
+        from qexp.models.pipeline_call import number_of_steps
+
+        return number_of_steps(self.pipeline(models), task, len(self.prompts(task)))
+
+    def generate(
+        self,
+        models: dict[str, nn.Module],
+        task: GenerateConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        on_step: Callable[[int, Tensor | None], None],
+    ) -> dict[str, Tensor]:
+        """Images of all prompts: see `pipeline_call.run_pipeline`."""
+        from qexp.models.pipeline_call import run_pipeline
+
+        return run_pipeline(self.pipeline(models), self.prompts(task), task, seed=seed, on_step=on_step)
+
+    def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
+        return {}
+
+
+def _check_component(place: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise ConfigError(
+            f"{place} is no component of this pipeline{did_you_mean(name, known)}; it has {choices(known)}"
+        )
