@@ -62,8 +62,18 @@ def network(config: Mapping[str, Any], folder: Path, class_name: str | None = No
             f"'{folder}/config.json': model_type={parsed.model_type!r} is not a model for {kind.__name__}; "
             "choose the model source that fits the checkpoint"
         ) from error
-    model.tie_weights()  # part of what was left out
+    _tie(model)
     return model
+
+
+def _tie(model: Any) -> None:
+    """Make tied parameters one, which is part of what was left out, and what copies on the meta device undo."""
+    model.tie_weights()
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        path, _, own = target.rpartition(".")
+        parameters, tied = model.get_submodule(path)._parameters, model.get_parameter_or_buffer(source)
+        if own in parameters and isinstance(tied, type(parameters[own])):
+            parameters[own] = tied
 
 
 def network_class(config: Mapping[str, Any], folder: Path, class_name: str | None) -> Any:
