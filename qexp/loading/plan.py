@@ -59,7 +59,7 @@ class WorkItem:
     def dense_nbytes(self) -> int:
         """Bytes of the tensor before quantization: as in the checkpoint, or for a ready-quantized one in its dtype."""
         is_packed = self.stored or self.source.block_type is not None
-        return self.numel * self.dtype.itemsize if is_packed else self.source.nbytes
+        return self.numel * (self.dtype if is_packed else TORCH_DTYPES[self.source.dtype]).itemsize
 
 
 @dataclass(frozen=True)

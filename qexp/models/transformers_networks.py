@@ -136,7 +136,7 @@ def renaming(model: nn.Module) -> Conversion:
         renamed: dict[str, Any] = {}
         for target in targets_of(model, list(tensors)):
             stored = {pattern: [tensors.pop(name) for name in names] for pattern, names in target.sources.items()}
-            made = {target.name: stored[""][0]} if target.rule is None else _computed(model, target, stored)
+            made = {target.name: stored[""][0]} if target.rule is None else computed(model, target, stored)
             for name, tensor in made.items():
                 if name in renamed:
                     old = next(iter(target.sources.values()))[0]
@@ -169,7 +169,7 @@ def targets_of(model: Any, stored: Iterable[str]) -> list[Target]:
     renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     rule_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     known, prefix = model.state_dict(), model.base_model_prefix
-    computed: dict[str, Target] = {}
+    by_rule: dict[str, Target] = {}
     targets: list[Target] = []
     for name in sorted(stored, key=dot_natural_key):  # experts in their order; a rule may depend on the names before
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
@@ -181,14 +181,14 @@ def targets_of(model: Any, stored: Iterable[str]) -> list[Target]:
         elif renamed not in known:
             targets.append(Target(name, None, {"": [name]}))
         else:
-            if renamed not in computed:
-                computed[renamed] = Target(renamed, rule_of[pattern], {})
-                targets.append(computed[renamed])
-            computed[renamed].sources.setdefault(pattern, []).append(name)
+            if renamed not in by_rule:
+                by_rule[renamed] = Target(renamed, rule_of[pattern], {})
+                targets.append(by_rule[renamed])
+            by_rule[renamed].sources.setdefault(pattern, []).append(name)
     return targets
 
 
-def _computed(model: Any, target: Target, tensors: dict[str, list[Any]]) -> dict[str, Any]:
+def computed(model: Any, target: Target, tensors: dict[str, list[Any]]) -> dict[str, Any]:
     """The tensors that a rule makes, by their names. tensors: of the checkpoint, by the rule's patterns."""
     rule, name = target.rule, target.name
     for operation in rule.operations:
