@@ -228,8 +228,7 @@ def _check_reference_files(model: Any) -> None:
     if path is None:
         return
     try:
-        for place in load_source(replace(model, path=path, reference_path=None)).checkpoints().values():
-            open_checkpoint(place)
+        open_components(load_source(replace(model, path=path, reference_path=None)))
     except LoadError as error:
         raise LoadError(str(error).replace("model.path", "model.reference_path")) from error
 
