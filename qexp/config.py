@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def to_run_config(cfg: Any) -> RunConfig:
         for name in names
     }
     components = {name: _resolved(component, device) for name, component in components.items()}
+    _check_reference_files(model)
     components = _with_embedded(model, components)
     _check_streaming(top.low_cpu_mem_usage, components)
     _check_task(model, task)
@@ -220,6 +222,17 @@ def _check_reference_path(model: Any) -> None:
         )
 
 
+def _check_reference_files(model: Any) -> None:
+    """Raises LoadError for a reference checkpoint that cannot be opened, by the setting that names it."""
+    path = getattr(model, "reference_path", None)
+    if path is None:
+        return
+    try:
+        open_components(load_source(replace(model, path=path, reference_path=None)))
+    except LoadError as error:
+        raise LoadError(str(error).replace("model.path", "model.reference_path")) from error
+
+
 def backend_of(option: str) -> Any:
     """The config of an option of conf/backend, as `backend=<option>` composes it. Raises: ConfigError."""
     from omegaconf import OmegaConf
@@ -234,6 +247,15 @@ def backend_of(option: str) -> Any:
     del written["defaults"]
     values = OmegaConf.merge(OmegaConf.structured(schema_of(plugin_module("backend", plugin).Config)), written)
     return plugin_config("backend", OmegaConf.to_container(values, resolve=True), "backend")
+
+
+@cache
+def default_backend() -> Any:
+    """The backend that nobody asked for: the one in the defaults of conf/config.yaml."""
+    from omegaconf import OmegaConf
+
+    written: Any = OmegaConf.load(conf_folder() / "config.yaml")
+    return backend_of(next(entry["backend"] for entry in written["defaults"] if "backend" in entry))
 
 
 def model_skip_modules(option: str) -> tuple[str, ...]:
@@ -310,7 +332,8 @@ def _with_embedded(model: Any, components: Mapping[str, ComponentConfig]) -> dic
             continue
         embedded = stored_config(checkpoint, result[name].backend)
         if embedded is not None:
-            if lost := merge(result[name].backend, embedded):
+            lost = merge(result[name].backend, embedded)
+            if lost and replace(result[name].backend, label=None) != replace(default_backend(), label=None):
                 place = f"'{checkpoint.path}' is quantized already; unused"
                 print(f"warning: {name}: {place}: {', '.join(lost)}", file=sys.stderr)
             result[name] = replace(result[name], backend=embedded)

@@ -12,13 +12,19 @@ import yaml
 from omegaconf import OmegaConf
 
 from qexp.config import run_config_from_container
+from qexp.models.arithmetic import ASSETS
 from qexp.plugins import plugin_names
 from qexp.settings import TopLevelConfig
 from tests.composing import CONF, composed, run_config
 
+HELD_OUT = ASSETS / "held_out.txt"
 NEEDS = {  # what an option does not go without
     "model=causal_lm": ("model.path=/models/tiny", "task.prompt=[a,b]"),
+    "model=seq2seq": ("model.path=/models/tiny", "task.prompt=[a,b]"),
+    "model=transformers": ("model.path=/models/tiny", "task=roundtrip"),
+    "model=python": ("model.factory=tests.backends:Stack", "model.checkpoint=/models/tiny", "task=roundtrip"),
     "task=perplexity": ("model=arithmetic",),
+    "task=forward": (f"task.inputs={HELD_OUT}", "model=arithmetic"),
 }
 OPTIONS = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]
 

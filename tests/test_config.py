@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from qexp import devices
 from qexp.config import run_config_from_container, to_run_config
-from qexp.errors import ConfigError, QexpError, UnsupportedError
+from qexp.errors import ConfigError, LoadError, QexpError, UnsupportedError
 from tests.composing import composed, run_config
 
 
@@ -265,3 +268,30 @@ def test_a_stored_config_of_another_version_is_refused() -> None:
 def test_a_round_trip_leaves_no_model_to_save() -> None:
     with pytest.raises(ConfigError, match=r"save\.path=x with task=roundtrip: .* leaves no model to save"):
         run_config("task=roundtrip", "save.path=x")
+
+
+def quantized_folder(folder: Path) -> Path:
+    """A checkpoint that says that it is quantized, by torchao."""
+    folder.mkdir()
+    save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+    config = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
+    return folder
+
+
+def test_a_backend_that_nobody_asked_for_is_not_missed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = quantized_folder(tmp_path / "quantized")
+    run_config(f"model.path={folder}", "task=roundtrip")
+    assert "unused" not in capfd.readouterr().err
+    run_config(f"model.path={folder}", "task=roundtrip", "backend=quanto")
+    assert "is quantized already; unused: quant_method=quanto (the checkpoint has torchao)" in capfd.readouterr().err
+
+
+def test_a_damaged_reference_is_named_by_its_setting(tmp_path: Path) -> None:
+    folder, empty = quantized_folder(tmp_path / "quantized"), tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text("{}")
+    (empty / "a.gguf").touch()
+    (empty / "b.gguf").touch()
+    with pytest.raises(LoadError, match=r"has several \.gguf files .*; set model\.reference_path to one of them"):
+        run_config(f"model.path={folder}", f"model.reference_path={empty}", "task=roundtrip")

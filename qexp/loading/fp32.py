@@ -1,6 +1,7 @@
 """Modules kept in fp32 inside a model that computes in another dtype.
 
-A model whose class lists `_keep_in_fp32_modules` casts around them in its own code. Modules that a user keeps in fp32
+A model whose class lists `_keep_in_fp32_modules` casts around them in its own code (which of them are in fp32:
+`models/interfaces.py`). Modules that a user keeps in fp32
 are met by activations in the compute dtype: they are cast on the way in, and the answer on the way out.
 """
 

@@ -49,13 +49,15 @@ from qexp.loading.registration import register
 from qexp.memory import GIB, PeakMemory, release_freed_memory
 from qexp.models.interfaces import kept_by_class
 from qexp.offload.dispatch import Dispatch
-from qexp.quantizers.base import Quantizer, WeightSpec, is_finite, load_quantizer
+from qexp.quantizers.base import Quantizer, WeightSpec, is_finite, load_quantizer, replace_module
 from qexp.quantizers.embedded import merge, stored_config
+from qexp.quantizers.linear_like import MARK, to_linear
 
 if TYPE_CHECKING:
     from qexp.models.base import ModelSource
     from qexp.settings import ComponentConfig, LoaderConfig
 
+LARGE_SHARE = 0.2  # of weights that cannot be quantized: more is worth a warning
 RELEASE_BYTES = 64 << 20  # how much is loaded before freed memory is given back; that costs page faults
 
 
@@ -216,13 +218,27 @@ def prepare(
         chosen, skipped = choose_modules(model, quantizer, (*skip, *own), fp32, compute_dtype, unquantized)
     if not chosen and quantizer.quantization_method != "none":
         raise LoadError(_nothing_message(component, quantizer, skipped))
-    quantizer.preprocess_model(model, list(chosen), compute_dtype)
+    _swap_layers(model, quantizer, chosen, compute_dtype)
     plan = make_plan(model, checkpoint, quantizer, chosen, skipped, fp32, compute_dtype)
     if plan.unused:
         print(_unused_message(component, plan.unused), file=sys.stderr)
+    if chosen and (message := not_linear_message(component, plan)):
+        print(message, file=sys.stderr)
     carried = source.carried_files() if hasattr(source, "carried_files") else ()
     config, path = dict(checkpoint.config), checkpoint.path
     return Prepared(model, quantizer, chosen, plan, compute_dtype, config, path, carried, unmatched)
+
+
+def _swap_layers(
+    model: nn.Module, quantizer: Quantizer, chosen: Mapping[str, WeightSpec], compute_dtype: torch.dtype
+) -> None:
+    """Put layers that hold quantized weights in the place of the chosen ones, linear by class or by what they do."""
+    transposed = {name: type(model.get_submodule(name)) for name, spec in chosen.items() if spec.transposed}
+    for name in transposed:
+        replace_module(model, name, to_linear(model.get_submodule(name)))
+    quantizer.preprocess_model(model, list(chosen), compute_dtype)
+    for name, kind in transposed.items():
+        setattr(model.get_submodule(name), MARK, kind)
 
 
 def skeleton_and_names(source: ModelSource, component: str, checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:
@@ -364,6 +380,20 @@ def plan_statistics(plans: Sequence[LoadPlan], weights_bytes: int) -> dict[str, 
 def _unused_message(component: str, unused: Sequence[str]) -> str:
     places = "tensors of the checkpoint have no place in the model and are not read"
     return f"{component}: {len(unused)} {places}: {first_names(unused)}"
+
+
+def not_linear_message(component: str, plan: LoadPlan) -> str | None:
+    """A warning, if weights that no format quantizes are a large part of the model."""
+    items = [item for item in plan.distinct if item.target in plan.not_linear]
+    share = sum(item.numel for item in items) / max(sum(item.numel for item in plan.distinct), 1)
+    if share <= LARGE_SHARE:
+        return None
+    items.sort(key=lambda item: -item.result_nbytes)
+    shown = ", ".join(f"'{item.target}' ({plan.not_linear[item.target]})" for item in items[:3])
+    return (
+        f"warning: {component}: {share:.0%} of its weights are not those of linear layers and stay unquantized, "
+        f"{sum(item.result_nbytes for item in items) / GIB:.2f} GiB: {shown}{' …' if len(items) > 3 else ''}"
+    )
 
 
 def _nothing_message(component: str, quantizer: Quantizer, skipped: Mapping[str, str]) -> str:

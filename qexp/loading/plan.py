@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from qexp.errors import LoadError
+from qexp.errors import ConfigError, LoadError
 from qexp.loading.checkpoint import Checkpoint, TensorEntry, is_gguf
+from qexp.loading.conversion import transposed
 from qexp.loading.dtypes import TORCH_DTYPES
 from qexp.loading.patterns import covering
 from qexp.quantizers.base import Quantizer, WeightSpec
+from qexp.quantizers.linear_like import computes_otherwise, is_transposed, weight_shape
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,20 @@ class WorkItem:
     def dense_nbytes(self) -> int:
         """Bytes of the tensor before quantization: as in the checkpoint, or for a ready-quantized one in its dtype."""
         is_packed = self.stored or self.source.block_type is not None
-        return self.numel * self.dtype.itemsize if is_packed else self.source.nbytes
+        return self.numel * (self.dtype if is_packed else TORCH_DTYPES[self.source.dtype]).itemsize
 
 
 @dataclass(frozen=True)
 class LoadPlan:
     """items in file order; skipped: linear layer -> why it is not quantized; unused: tensors without a place;
-    tied: parameter -> the one with another item that it is the same as, if nothing keeps them apart."""
+    tied: parameter -> the one with another item that it is the same as, if nothing keeps them apart; not_linear: weight
+    that no format quantizes, of two dimensions or more -> what it is instead."""
 
     items: tuple[WorkItem, ...]
     skipped: Mapping[str, str]
     unused: tuple[str, ...]
     tied: Mapping[str, str] = field(default_factory=dict)
+    not_linear: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def distinct(self) -> list[WorkItem]:
@@ -92,6 +96,11 @@ class LoadPlan:
             "dense_bytes": sum(item.dense_nbytes for item in self.distinct),
             "quantized": self.quantized_nbytes,
             "skipped": dict(self.skipped),
+            "not_linear": {
+                item.target: {"reason": self.not_linear[item.target], "bytes": item.result_nbytes}
+                for item in self.distinct
+                if item.target in self.not_linear
+            },
             "unused": list(self.unused),
         }
 
@@ -113,9 +122,10 @@ def choose_modules(
     if quantizer.quantization_method == "none":
         return chosen, skipped
     for name, module in model.named_modules(remove_duplicate=False):  # a layer used twice has a tensor by either name
-        if not isinstance(module, nn.Linear):
+        shape = weight_shape(module)
+        if shape is None:
             continue
-        spec = WeightSpec(name, (module.out_features, module.in_features), dtype)
+        spec = WeightSpec(name, shape, dtype, is_transposed(module))
         kept = covering(class_patterns, name)
         reason = _reason_to_skip(module, name, patterns, fp32_patterns) or (
             f"{type(model).__name__} keeps {kept!r} unquantized" if kept is not None else quantizer.reason_to_skip(spec)
@@ -142,7 +152,8 @@ def find_quantized(
     chosen: dict[str, WeightSpec] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.Linear):
+        shape = weight_shape(module)
+        if shape is None:
             continue
         parts = quantizer.stored_parts(name, entries)
         if parts is None:
@@ -151,21 +162,25 @@ def find_quantized(
         in_blocks = any(entry.block_type is not None for entry in parts.values())
         reason = _reason_to_skip(module, name, patterns, fp32_patterns) if in_blocks else None
         if reason is None:
-            chosen[name] = WeightSpec(name, (module.out_features, module.in_features), dtype)
+            chosen[name] = WeightSpec(name, shape, dtype, is_transposed(module))
+        elif is_transposed(module):
+            raise ConfigError(
+                f"'{name}': {reason}, but its blocks hold the weight the other way round than {type(module).__name__} "
+                "does; leave it quantized"
+            )
         else:
             skipped[name] = f"{reason}: decoded"
     return chosen, skipped
 
 
-def _reason_to_skip(module: nn.Linear, name: str, patterns: Sequence[str], fp32: Sequence[str]) -> str | None:
+def _reason_to_skip(module: nn.Module, name: str, patterns: Sequence[str], fp32: Sequence[str]) -> str | None:
     if (pattern := covering(patterns, name)) is not None:
         return f"skip_modules has {pattern!r}"
     if (pattern := covering(fp32, name)) is not None:
         return f"kept in fp32 by {pattern!r}"
     if name == "":
         return "the model itself is a linear layer"
-    own_forward = type(module).forward is not nn.Linear.forward
-    if own_forward or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if computes_otherwise(module):
         return f"{type(module).__name__} does not compute as nn.Linear does"
     if module._parameters.get("weight") is None:
         return "its weight is computed from other parameters"
@@ -213,6 +228,7 @@ def make_plan(
         module, _, parameter = name.rpartition(".")
         spec = chosen.get(module) if parameter == "weight" else None
         if spec is not None:
+            entry = transposed(entry) if spec.transposed else entry
             _check_fits(name, entry, spec.shape, True, checkpoint)
             items.append(WorkItem(name, entry, dtype, quantizer.quantized_nbytes(spec), spec))
         else:
@@ -225,7 +241,29 @@ def make_plan(
     items.sort(key=lambda item: (str(item.source.file), item.source.offset))
     used = {entry.name for item in items for entry in item.entries} | targets.keys()
     unused = tuple(name for name in checkpoint.entries if name not in used)
-    return LoadPlan(tuple(items), skipped, unused, tied)
+    return LoadPlan(tuple(items), skipped, unused, tied, not_linear_weights(model))
+
+
+def not_linear_weights(model: nn.Module) -> dict[str, str]:
+    """The weights of a network, of two dimensions or more, that are not those of linear layers: what they are."""
+    found = {}
+    for path, module in model.named_modules():
+        if weight_shape(module) is not None:
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 2:
+                found[f"{path}.{own}" if path else own] = _kind_of(module, parameter)
+    return found
+
+
+def _kind_of(module: nn.Module, parameter: nn.Parameter) -> str:
+    if isinstance(module, nn.Embedding):
+        return "an embedding"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "a convolution"
+    if parameter.dim() == 3 and "expert" in type(module).__name__.lower():
+        return f"merged weights of {parameter.shape[0]} experts"
+    return f"{type(module).__name__} is no linear layer"
 
 
 def stored_part_names(quantizer: Quantizer, checkpoint: Checkpoint) -> set[str]:

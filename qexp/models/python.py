@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.hub_download import local_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,14 +34,16 @@ NOT_THE_NETWORKS = ("quantization_config", "torch_dtype", "dtype", "architecture
 @dataclass(frozen=True)
 class PythonConfig:
     """factory: package.module:function; checkpoint: its weights, a .safetensors or .gguf file, or a folder with such
-    files and a config.json if they are several (model.path is another word for it); arguments: of the factory;
-    reference_path: the unquantized checkpoint to compare with where `checkpoint` is quantized already."""
+    files and a config.json if they are several, or user/name of a hub's repository, of which revision is a branch, tag
+    or commit (model.path is another word for it); arguments: of the factory; reference_path: the
+    unquantized checkpoint to compare with where `checkpoint` is quantized already."""
 
     source: str = "python"
     factory: str | None = None
     checkpoint: str | None = None
     arguments: Any = None
     path: str | None = None
+    revision: str | None = None
     reference_path: str | None = None
     skip_modules: tuple[str, ...] = ()
 
@@ -84,7 +87,7 @@ class Source:
                 "model.checkpoint=null names no weights, and quantizing random ones says nothing; save the network's "
                 "state_dict with safetensors.torch.save_file, and set model.checkpoint to the file"
             )
-        return {"model": _without_config(Path(self.config.path).expanduser())}
+        return {"model": _without_config(local_folder(self.config.path))}
 
     def check_task(self, task: Any) -> None:
         """Raises ConfigError for a factory that is not there, or inputs that this network has no tokenizer for."""
@@ -258,4 +261,4 @@ def _where(error: Exception) -> str:
 
 
 def _kind(value: object) -> str:
-    return f"a {type(value).__name__}"
+    return f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__}"

@@ -62,8 +62,18 @@ def network(config: Mapping[str, Any], folder: Path, class_name: str | None = No
             f"'{folder}/config.json': model_type={parsed.model_type!r} is not a model for {kind.__name__}; "
             "choose the model source that fits the checkpoint"
         ) from error
-    model.tie_weights()  # part of what was left out
+    _tie(model)
     return model
+
+
+def _tie(model: Any) -> None:
+    """Make tied parameters one, which is part of what was left out, and what copies on the meta device undo."""
+    model.tie_weights()
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        path, _, own = target.rpartition(".")
+        parameters, tied = model.get_submodule(path)._parameters, model.get_parameter_or_buffer(source)
+        if own in parameters and isinstance(tied, type(parameters[own])):
+            parameters[own] = tied
 
 
 def network_class(config: Mapping[str, Any], folder: Path, class_name: str | None) -> Any:
@@ -126,7 +136,7 @@ def renaming(model: nn.Module) -> Conversion:
         renamed: dict[str, Any] = {}
         for target in targets_of(model, list(tensors)):
             stored = {pattern: [tensors.pop(name) for name in names] for pattern, names in target.sources.items()}
-            made = {target.name: stored[""][0]} if target.rule is None else _computed(model, target, stored)
+            made = {target.name: stored[""][0]} if target.rule is None else computed(model, target, stored)
             for name, tensor in made.items():
                 if name in renamed:
                     old = next(iter(target.sources.values()))[0]
@@ -159,7 +169,7 @@ def targets_of(model: Any, stored: Iterable[str]) -> list[Target]:
     renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     rule_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     known, prefix = model.state_dict(), model.base_model_prefix
-    computed: dict[str, Target] = {}
+    by_rule: dict[str, Target] = {}
     targets: list[Target] = []
     for name in sorted(stored, key=dot_natural_key):  # experts in their order; a rule may depend on the names before
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
@@ -171,14 +181,14 @@ def targets_of(model: Any, stored: Iterable[str]) -> list[Target]:
         elif renamed not in known:
             targets.append(Target(name, None, {"": [name]}))
         else:
-            if renamed not in computed:
-                computed[renamed] = Target(renamed, rule_of[pattern], {})
-                targets.append(computed[renamed])
-            computed[renamed].sources.setdefault(pattern, []).append(name)
+            if renamed not in by_rule:
+                by_rule[renamed] = Target(renamed, rule_of[pattern], {})
+                targets.append(by_rule[renamed])
+            by_rule[renamed].sources.setdefault(pattern, []).append(name)
     return targets
 
 
-def _computed(model: Any, target: Target, tensors: dict[str, list[Any]]) -> dict[str, Any]:
+def computed(model: Any, target: Target, tensors: dict[str, list[Any]]) -> dict[str, Any]:
     """The tensors that a rule makes, by their names. tensors: of the checkpoint, by the rule's patterns."""
     rule, name = target.rule, target.name
     for operation in rule.operations:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from packaging.version import Version
 
 from qexp.errors import LoadError, MissingLibraryError
+from qexp.quantizers.linear_like import MARK, to_transposed, weight_shape
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +36,13 @@ SLICE_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights a library kernel is
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """A linear weight to quantize: its module's dotted name, its shape [out, in], the dtype it is quantized from."""
+    """A linear weight to quantize: its module's dotted name, its shape [out, in], the dtype it is quantized from;
+    transposed: the network's own layer, and an unquantized checkpoint, have it [in, out]."""
 
     module: str
     shape: tuple[int, int]
     dtype: torch.dtype
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
@@ -234,17 +237,17 @@ def quiet() -> Iterator[None]:
 
 def unquantized_layers(quantizer: Quantizer, model: nn.Module) -> list[str]:
     """The names of the linear layers that hold no quantized weight, as saved configs list them."""
-    from torch import nn
-
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [(name, module) for name, module in model.named_modules() if weight_shape(module) is not None]
     return [name for name, module in linear if not quantizer.is_quantized(module)]
 
 
-def dense_linear(module: nn.Module, weight: Tensor) -> nn.Linear:
-    """An ordinary linear layer around a dense weight and the bias of `module`."""
+def dense_linear(module: nn.Module, weight: Tensor) -> nn.Module:
+    """An ordinary linear layer around a dense weight and the bias of `module`; of the class that it stands for."""
     import torch
     from torch import nn
 
+    if (kind := vars(module).get(MARK)) is not None:
+        return to_transposed(kind, weight, module.bias).train(module.training)  # type: ignore[arg-type]
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if isinstance(module.bias, torch.Tensor):

@@ -32,6 +32,7 @@ NUMBERS: dict[str, tuple[str, float, str]] = {
     "SSIM": ("quality/ssim", 1, ".4f"),
     "class acc.": ("quality/class_accuracy", 1, ".3f"),
     "Fréchet distance": ("quality/frechet_distance", 1, ".2f"),
+    "relative L2": ("quality/relative_l2", 1, ".2e"),
     "exact match": ("quality/exact_match", 1, ".3f"),
     "answer acc.": ("quality/answer_accuracy", 1, ".3f"),
     "perplexity": ("quality/perplexity", 1, ".4f"),
@@ -41,6 +42,7 @@ NUMBERS: dict[str, tuple[str, float, str]] = {
     "SQNR min": ("roundtrip/sqnr_db_min", 1, ".2f"),
     "max error": ("roundtrip/max_abs_error", 1, ".2e"),
 }
+WITHOUT = {"relative L2": "quality/psnr_db"}  # column -> the metric that says it better, where there is one
 IF_THERE_IS_ROOM = ("Fréchet distance",)
 # a ratio that is null -> the metric that is equal to a second one, or to a number, if the ratio is infinite
 INFINITE_IF: dict[str, tuple[str, str | int]] = {
@@ -95,7 +97,8 @@ def cells(row: Row) -> dict[str, str]:
     """The text of every column for a prepared row; '' where there is no value."""
     texts = {"#": str(row["number"]), "status": status_text(row)}
     texts |= {name: str(row[name]) for name in ("model", "task", "backend", "offload", "setting")}
-    return texts | {name: format_value(row["metrics"], name) for name in NUMBERS}
+    said = {name for name, better in WITHOUT.items() if better in row["metrics"]}
+    return texts | {name: "" if name in said else format_value(row["metrics"], name) for name in NUMBERS}
 
 
 def status_text(row: Row) -> str:

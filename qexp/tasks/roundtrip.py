@@ -79,10 +79,13 @@ def measure_layers(
 def _with_original(item: WorkItem, original: Checkpoint) -> WorkItem:
     """The parts of a ready-quantized weight and, last, the dense weight that it was made from."""
     from qexp.errors import LoadError
+    from qexp.loading.conversion import transposed
     from qexp.loading.dtypes import TORCH_DTYPES
 
     assert item.spec is not None  # such a plan has no other layers
     dense = original.entries.get(item.target)
+    if dense is not None and item.spec.transposed:
+        dense = transposed(dense)
     dtype = None if dense is None else TORCH_DTYPES.get(dense.dtype)
     if dense is None or dense.shape != item.spec.shape or dtype is None or not dtype.is_floating_point:
         found = "nothing" if dense is None else f"{dense.dtype} {list(dense.shape)}"
@@ -94,10 +97,14 @@ def _with_original(item: WorkItem, original: Checkpoint) -> WorkItem:
 
 
 def _linear_weights(prepared: Prepared) -> list[WorkItem]:
-    from torch import nn
+    from qexp.loading.conversion import transposed
+    from qexp.quantizers.linear_like import is_transposed, weight_shape
 
-    names = {f"{name}.weight" for name, module in prepared.model.named_modules() if isinstance(module, nn.Linear)}
-    return [item for item in prepared.plan.items if item.target in names]
+    layers = {f"{name}.weight": layer for name, layer in prepared.model.named_modules() if weight_shape(layer)}
+    items = [item for item in prepared.plan.items if item.target in layers]
+    return [
+        replace(item, source=transposed(item.source)) if is_transposed(layers[item.target]) else item for item in items
+    ]
 
 
 def _measure(

@@ -134,12 +134,6 @@ def test_a_config_of_something_else_is_refused(change: dict[str, Any], message: 
         load(tmp_path)
 
 
-def test_experts_that_would_have_to_be_merged_are_refused_by_name(tmp_path: Path) -> None:
-    save_model(tmp_path, transformers.MixtralConfig(**SIZES, num_local_experts=2))
-    with pytest.raises(LoadError, match=r"experts\.0\.w1\.weight'.* MixtralForCausalLM .*MergeModulelist, Concatenate"):
-        load(tmp_path)
-
-
 def test_a_weight_under_two_names_is_refused(tmp_path: Path) -> None:
     """`lm_head` is `embed_out` in files of GPT-NeoX; they are renamed only if some name of the network is missing."""
     save_model(tmp_path, ARCHITECTURES["gpt_neox renamed"]())

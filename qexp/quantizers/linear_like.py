@@ -1,0 +1,64 @@
+"""Which layers are linear, in class or in all but class: y = x Wᵀ + b, and nothing else, in their forward.
+
+transformers' `Conv1D` (GPT-2 and its kin) is, with its weight the other way round, [in, out]. To be quantized it
+becomes an `nn.Linear`, whose weight is read transposed; where one is saved quantized it is [out, in], as transformers
+has it for bitsandbytes. `dequantize` puts a Conv1D back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CONV1D = ("transformers.pytorch_utils", "Conv1D")
+MARK = "_transposed_class"  # of a linear layer that stands for one with its weight [in, out]: that one's class
+
+
+def weight_shape(module: Any) -> tuple[int, int] | None:
+    """[out, in] of a layer that is linear, by class or by what it computes; None for any other."""
+    from torch import nn
+
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if is_transposed(module):
+        return module.nf, module.nx
+    return None
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether a layer is linear but for its weight, which is [in, out]."""
+    return any((kind.__module__, kind.__name__) == CONV1D for kind in type(module).__mro__)
+
+
+def computes_otherwise(module: Any) -> bool:
+    """Whether a layer that is linear by its class does more, or is not called: its weight is used by another module."""
+    from torch import nn
+
+    if is_transposed(module):
+        own: Any = next(kind for kind in type(module).__mro__ if (kind.__module__, kind.__name__) == CONV1D)
+        return type(module).forward is not own.forward
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return True
+    return type(module).forward is not nn.Linear.forward
+
+
+def to_linear(module: Any) -> nn.Linear:
+    """The linear layer on meta that computes what a transposed one does."""
+    from torch import nn
+
+    layer = nn.Linear(module.nx, module.nf, bias=module.bias is not None, device="meta")
+    return layer.requires_grad_(False).train(module.training)
+
+
+def to_transposed(kind: Any, weight: Tensor, bias: Tensor) -> nn.Module:
+    """A layer of a class whose weight is [in, out]. weight: [out, in]."""
+    import torch
+    from torch import nn
+
+    with torch.device("meta"):
+        layer: Any = kind(weight.shape[0], weight.shape[1])
+    layer.weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
+    layer.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+    return layer
