@@ -19,6 +19,7 @@ from tests.composing import CONF, composed, run_config
 NEEDS = {  # what an option does not go without
     "model=causal_lm": ("model.path=/models/tiny", "task.prompt=[a,b]"),
     "task=perplexity": ("model=arithmetic",),
+    "metrics=perceptual": ("task=roundtrip",),  # of images it needs weights
 }
 OPTIONS = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]
 
