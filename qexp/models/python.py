@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.hub_download import local_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,7 +83,7 @@ class Source:
                 "model.checkpoint=null names no weights, and quantizing random ones says nothing; save the network's "
                 "state_dict with safetensors.torch.save_file, and set model.checkpoint to the file"
             )
-        return {"model": _without_config(Path(self.config.path).expanduser())}
+        return {"model": _without_config(local_folder(self.config.path))}
 
     def check_task(self, task: Any) -> None:
         """Raises ConfigError for a factory that is not there, or inputs that this network has no tokenizer for."""
