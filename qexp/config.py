@@ -21,6 +21,7 @@ from qexp.fields import check_known, convert, from_plain
 from qexp.hub import check_ready
 from qexp.hub_download import hub_id, pinned_model
 from qexp.loading.checkpoint import open_components, refuse_source
+from qexp.metrics.perceptual_files import check_perceptual
 from qexp.models.base import load_source
 from qexp.offload.config import OffloadConfig
 from qexp.options import conf_folder, option_names, options_of_plugin
@@ -85,6 +86,7 @@ def to_run_config(cfg: Any) -> RunConfig:
     )
     task = plugin_config("task", top.task, "task")
     task = task.resolved() if hasattr(task, "resolved") else task
+    check_perceptual(top.metrics, load_source(model), task)
     model = pinned_model(model)  # from here on it is on this machine
     source = load_source(model)
     names = source.components()

@@ -19,6 +19,7 @@ RESUME_MODES = ("missing", "failed", "stale", "none")
 IMAGE_METRICS = ("psnr_db", "ssim", "relative_l2", "cosine", "latent_relative_l2", "class_accuracy", "frechet_distance")
 TEXT_METRICS = ("perplexity", "kl_divergence", "top1_agreement", "exact_match", "answer_accuracy")
 QUALITY_METRICS = (*IMAGE_METRICS, *TEXT_METRICS)  # of each run, those that its outputs have
+PERCEPTUAL_METRICS = {"lpips": "lpips_net", "clip_score": "clip_model", "fid": "fid_images"}  # and the setting of each
 
 
 def check_choice(place: str, value: object, names: tuple[str, ...]) -> None:
@@ -28,13 +29,24 @@ def check_choice(place: str, value: object, names: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """names: the quality metrics to compute from the saved outputs."""
+    """names: the quality metrics to compute from the saved outputs. lpips_net: the classifier of lpips, alex or vgg;
+    clip_model: that of clip_score, a folder or a repository in the cache; fid_images: a folder of real images to
+    compare with, null for the reference's."""
 
     names: tuple[str, ...] = QUALITY_METRICS
+    lpips_net: str = "alex"
+    clip_model: str = "openai/clip-vit-base-patch16"
+    fid_images: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.names:
-            check_choice("metrics.names", name, QUALITY_METRICS)
+            check_choice("metrics.names", name, (*QUALITY_METRICS, *PERCEPTUAL_METRICS))
+        check_choice("metrics.lpips_net", self.lpips_net, ("alex", "vgg"))
+
+    def scored(self) -> dict[str, Any]:
+        """What a result says it was scored for: the names, and the settings that change their numbers."""
+        settings = {setting for name, setting in PERCEPTUAL_METRICS.items() if name in self.names}
+        return {"names": list(self.names), **{setting: getattr(self, setting) for setting in sorted(settings)}}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ NEEDS = {  # what an option does not go without
     "model=python": ("model.factory=tests.backends:Stack", "model.checkpoint=/models/tiny", "task=roundtrip"),
     "task=perplexity": ("model=arithmetic",),
     "task=forward": (f"task.inputs={HELD_OUT}", "model=arithmetic"),
+    "metrics=perceptual": ("task=roundtrip",),  # of images it needs weights
 }
 OPTIONS = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from qexp.errors import ConfigError, LoadError, choices
 from qexp.models.base import load_source
-from qexp.settings import QUALITY_METRICS
+from qexp.settings import PERCEPTUAL_METRICS, QUALITY_METRICS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +40,8 @@ SOURCE_METRICS = {"images": ("class_accuracy", "frechet_distance"), "text": ("an
 def check_names(names: Iterable[str]) -> None:
     """Raises ConfigError for a metric that does not exist."""
     for name in names:
-        if name not in QUALITY_METRICS:
-            raise ConfigError(f"metrics.names: {name!r} is unknown; use {choices(QUALITY_METRICS)}")
+        if name not in (known := (*QUALITY_METRICS, *PERCEPTUAL_METRICS)):
+            raise ConfigError(f"metrics.names: {name!r} is unknown; use {choices(known)}")
 
 
 def score(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, float | None]:
@@ -88,6 +88,11 @@ def _score_images(
         numbers |= {name: compared[name] for name in (*names, "exact")}
         if "latents" in outputs and "latent_relative_l2" in config.metrics.names:
             numbers["latent_relative_l2"] = relative_l2(expected["latents"], outputs["latents"])
+    if any(name in config.metrics.names for name in PERCEPTUAL_METRICS):
+        from qexp.metrics.perceptual import perceptual_numbers
+
+        others = expected["images"] if expected is not None else None
+        numbers |= perceptual_numbers(config.metrics, config.task.prompt, outputs["images"], others)
     return numbers
 
 

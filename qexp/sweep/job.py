@@ -19,7 +19,7 @@ from typing import Any
 from qexp.errors import DiskError, QexpError
 from qexp.report.labels import run_label
 from qexp.report.rows import read_yaml
-from qexp.settings import MetricsConfig, RunConfig, SweepConfig
+from qexp.settings import RunConfig, SweepConfig
 from qexp.sweep.key import run_key, saves_outputs
 from qexp.sweep.manifest import JobRow, Manifest
 from qexp.sweep.outcome import Outcome, outcome_of
@@ -141,8 +141,10 @@ def _score(job: _Job, folder: RunFolder) -> Status:
     previous = folder.read_result() or {}
     before = {name: (folder.path / name).read_bytes() for name in ORDERS if folder.holds(name)}
     was_done = (status := folder.read_status()) is not None and status.status == "done"
-    names = tuple(dict.fromkeys((*scored_names(previous), *job.config.metrics.names)))
-    config = replace(job.config, metrics=MetricsConfig(names=names), sweep=_first_sweep(job.config, previous))
+    names = tuple(dict.fromkeys((*scored_names(previous, job.config.metrics), *job.config.metrics.names)))
+    config = replace(
+        job.config, metrics=replace(job.config.metrics, names=names), sweep=_first_sweep(job.config, previous)
+    )
     result: Status | None = None
     try:
         result = _execute(replace(job, config=config), folder, previous)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qexp.settings import RunConfig
+from qexp.settings import PERCEPTUAL_METRICS, MetricsConfig, RunConfig
 from qexp.sweep.environment import differences
 from qexp.sweep.key import saves_outputs
 from qexp.sweep.store import PUSHED, RunFolder, read_json
@@ -54,14 +54,17 @@ def decide(config: RunConfig, folder: RunFolder) -> Decision:
         return Decision("keep" if status.status == "done" else "run")
     if status.status != "done":
         return _score_if_possible(folder, "it ran before, but was not scored")
-    if lacking := [name for name in config.metrics.names if name not in scored_names(result)]:
+    known = scored_names(result, config.metrics)
+    if lacking := [name for name in config.metrics.names if name not in known]:
         return _score_if_possible(folder, f"for {', '.join(lacking)}")
     return Decision("keep")
 
 
-def scored_names(result: Mapping[str, Any]) -> tuple[str, ...]:
-    """The metrics that a result has been scored for."""
-    return tuple((result.get("scored") or {}).get("names", ()))
+def scored_names(result: Mapping[str, Any], metrics: MetricsConfig) -> tuple[str, ...]:
+    """The metrics that a result has been scored for, with the same settings as now."""
+    scored = result.get("scored") or {}
+    changed = {name for name, key in PERCEPTUAL_METRICS.items() if scored.get(key) != getattr(metrics, key)}
+    return tuple(name for name in scored.get("names", ()) if name not in changed)
 
 
 def _unsaved(config: RunConfig, folder: RunFolder) -> str:

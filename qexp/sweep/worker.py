@@ -31,8 +31,7 @@ import yaml
 
 from qexp.config import run_config_from_container
 from qexp.errors import DiskError, LoadError
-from qexp.fields import to_plain
-from qexp.settings import RunConfig
+from qexp.settings import PERCEPTUAL_METRICS, RunConfig
 from qexp.sweep.environment import describe_environment
 from qexp.sweep.outcome import DONE, Outcome, outcome_of
 from qexp.sweep.resume import scored_names
@@ -104,6 +103,8 @@ def _result(work: Work, folder: RunFolder) -> dict[str, Any]:
     if work.steps == "score":
         earlier = _earlier(folder)
         metrics, environment = dict(earlier["metrics"]), earlier["env"]
+        for name in PERCEPTUAL_METRICS.keys() - {*scored_names(earlier, config.metrics)}:
+            metrics.pop(f"quality/{name}", None)  # of other settings
         wanted = replace(config, metrics=replace(config.metrics, names=_lacking(config, earlier, work.reference)))
     else:
         environment = describe_environment(config)
@@ -117,7 +118,7 @@ def _result(work: Work, folder: RunFolder) -> dict[str, Any]:
         "status": "done",
         "config": config.to_container(),
         "metrics": _finite(metrics),
-        "scored": to_plain(config.metrics) if work.steps != "run" else None,
+        "scored": config.metrics.scored() if work.steps != "run" else None,
         "reference": work.reference.name if work.reference else None,
         "env": environment,
     }
@@ -133,7 +134,8 @@ def _earlier(folder: RunFolder) -> dict[str, Any]:
 
 def _lacking(config: RunConfig, earlier: Mapping[str, Any], reference: Path | None) -> tuple[str, ...]:
     """The metrics that an earlier result lacks; all of them if none is, or if the reference is another."""
-    known = scored_names(earlier) if earlier.get("reference") == (reference.name if reference else None) else ()
+    is_same = earlier.get("reference") == (reference.name if reference else None)
+    known = scored_names(earlier, config.metrics) if is_same else ()
     return tuple(name for name in config.metrics.names if name not in known) or config.metrics.names
 
 
