@@ -84,6 +84,8 @@ def _run_model(config: RunConfig, source: ModelSource, device: torch.device, fol
     waiting = []  # for calibration, which needs all components, and those resident that it is for
     for name, component in planned.items():
         loaded[name] = load_planned(component, config.loader)
+        if hasattr(source, "adapt"):
+            source.adapt(name, models[name], component.prepared.compute_dtype)
         weights_bytes += module_nbytes(models[name])
         if component.prepared.quantizer.requires_calibration:
             waiting.append(name)

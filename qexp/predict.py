@@ -74,7 +74,9 @@ def predict(
     settings = ComponentConfig(backend, tuple(skip_modules), compute_dtype=compute_dtype)
     source: Any = _Published(found.config)
     device = torch.device("cpu")
-    plan = prepare(source, component, settings, checkpoint, load_quantizer(backend), device=device).plan
+    prepared = prepare(source, component, settings, checkpoint, load_quantizer(backend), device=device)
+    prepared.check_patterns()
+    plan = prepared.plan
     return Prediction(
         sum(item.result_nbytes for item in plan.distinct),
         max(item.dense_nbytes for item in plan.items),

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from qexp.config import run_config_from_container
 from qexp.models.arithmetic import ASSETS
+from qexp.options import options_of_plugin
 from qexp.plugins import plugin_names
 from qexp.settings import TopLevelConfig
 from tests.composing import CONF, composed, run_config
@@ -27,7 +28,9 @@ NEEDS = {  # what an option does not go without
     "task=forward": (f"task.inputs={HELD_OUT}", "model=arithmetic"),
     "metrics=perceptual": ("task=roundtrip",),  # of images it needs weights
 }
+OF_PIPELINES = [f"model={name}" for name in options_of_plugin("model", "diffusers")]  # see test_presets.py
 OPTIONS = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]
+OPTIONS = [option for option in OPTIONS if option not in (*OF_PIPELINES, "experiment=flux_dev_16gb")]
 
 
 @pytest.mark.parametrize("option", OPTIONS)

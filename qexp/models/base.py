@@ -36,6 +36,8 @@ class ModelSource(Protocol):
     - `number_of_steps(models, task)`: how often `generate` will call `on_step`, None if that is not known;
     - `carried_files()`: names of files in a checkpoint's folder that a saved model takes along (a tokenizer's);
     - `forward_inputs(lines)`, of text: the arguments of the network for lines of text, for `task=forward`;
+    - `adapters()`: what is applied to the model besides, each with a `file` and a `weight`; `adapt(component, model,
+      dtype)`: applies them to a component that is loaded;
     - `side_files()`: files beside the checkpoints that change results; `save_side_files(folder)`: puts them, and what
       else makes the saved components a whole, into a folder, and returns the files.
     """

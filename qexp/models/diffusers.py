@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
+from qexp.fields import check_known
 from qexp.hub_download import local_folder
+from qexp.models.lora import LoraConfig, lora_configs
 from qexp.models.pipeline_folder import PipelineFolder, open_pipeline, read_object
 
 if TYPE_CHECKING:
@@ -22,9 +24,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qexp.loading.conversion import Conversion
+    from qexp.models.lora import Updates
     from qexp.tasks.generate import GenerateConfig
 
 DENOISERS = ("transformer", "transformer_2", "unet")
+DEFAULTED = (  # fields of a task that a preset may give
+    "num_inference_steps", "guidance_scale", "true_cfg_scale", "height", "width", "num_frames", "max_sequence_length",
+    "negative_prompt", "pipeline_arguments",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,9 @@ class DiffusersConfig:
     quantize: the components that `backend` is for; null is the denoiser: transformer and transformer_2, or unet.
     checkpoints: a component's weights from elsewhere, a folder, a .safetensors or a .gguf file, in diffusers' or their
     authors' layout.
-    reference_path: the unquantized pipeline to compare with where `path` is quantized already."""
+    reference_path: the unquantized pipeline to compare with where `path` is quantized already.
+    lora: a file or folder of a LoRA, {path, weight}, or a list of those: applied to this pipeline and to its reference.
+    task_defaults: what fields of the task are where they are null, such as num_inference_steps."""
 
     source: str = "diffusers"
     path: str | None = None
@@ -44,10 +53,19 @@ class DiffusersConfig:
     checkpoints: dict[str, str] = field(default_factory=dict)
     reference_path: str | None = None
     skip_modules: tuple[str, ...] = ()
+    lora: Any = None
+    task_defaults: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lora_configs(self.lora)
+        for name in self.task_defaults:
+            check_known(f"model.task_defaults.{name}", str(name), DEFAULTED)
 
     def ignored_fields(self) -> set[str]:
-        """Files count by their content, and what is quantized by the components' backends."""
-        return {"revision", "variant", "checkpoints", "quantize"}
+        """Files count by their content, what is quantized by the components' backends, and defaults as the task has
+        them.
+        """
+        return {"revision", "variant", "checkpoints", "quantize", "lora", "task_defaults"}
 
     def unquantized(self) -> DiffusersConfig:
         """The pipeline to compare with where something is quantized in this one's checkpoints."""
@@ -70,6 +88,7 @@ class Source:
         self.config = config
         self._networks: dict[str, nn.Module] = {}
         self._pipeline: Any = None
+        self._updates: Updates = {}
 
     @cached_property
     def folder(self) -> PipelineFolder:
@@ -156,15 +175,23 @@ class Source:
         return targets
 
     def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
-        """The task without what pipelines have no use for."""
+        """The task without what pipelines have no use for, and with this one's defaults."""
         from qexp.tasks.generate import for_pipelines
 
-        return for_pipelines(task)
+        unset = {name: value for name, value in self.config.task_defaults.items() if not getattr(task, name)}
+        unset = {name: value for name, value in unset.items() if getattr(task, name) != 0}
+        return for_pipelines(replace(task, **unset).resolved())
 
     def check_task(self, task: Any) -> None:
-        """Raises: ConfigError for a task without a prompt."""
+        """Raises: ConfigError for a task without a prompt, or a LoRA that is not there or of no use."""
         if task.name == "generate":
             self.prompts(task)
+        for lora in self.adapters():
+            _ = lora.file
+            if task.name == "roundtrip":
+                raise ConfigError(
+                    f"model.lora={lora.path} with task=roundtrip, which compares the model's own weights; leave it out"
+                )
 
     def prompts(self, task: GenerateConfig) -> list[str]:
         if not task.prompt:
@@ -184,9 +211,22 @@ class Source:
 
     def check_run(self, models: Mapping[str, nn.Module], task: GenerateConfig) -> None:
         """Raises: ConfigError or LoadError for what this pipeline cannot do, before weights are read."""
+        from qexp.models.lora import read_updates
+        from qexp.models.pipeline_building import pipeline_class
         from qexp.models.pipeline_call import check_arguments
 
         check_arguments(self.pipeline(models), task)
+        if self.adapters():
+            self._updates = read_updates(self.adapters(), pipeline_class(self.folder), models)
+
+    def adapters(self) -> tuple[LoraConfig, ...]:
+        return lora_configs(self.config.lora)
+
+    def adapt(self, component: str, model: nn.Module, dtype: torch.dtype) -> None:
+        """Apply what LoRAs have for a component that is loaded; `check_run` has read them."""
+        from qexp.models.lora import apply_updates
+
+        apply_updates(model, self._updates.get(component, {}), dtype)
 
     def number_of_steps(self, models: Mapping[str, nn.Module], task: GenerateConfig) -> int | None:
         from qexp.models.pipeline_call import number_of_steps

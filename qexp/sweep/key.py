@@ -109,6 +109,8 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     identity["checkpoints"] = {name: found.content_hash() for name, found in open_components(source).items()}
     if hasattr(source, "side_files"):
         identity["side_files"] = [[file.name, _file_hash(file.name, file)] for file in source.side_files()]
+    if adapters := source.adapters() if hasattr(source, "adapters") else ():
+        identity["adapters"] = [[_file_hash("lora", adapter.file), _plain(adapter.weight)] for adapter in adapters]
     originals = _originals(config)
     if originals:
         identity["originals"] = originals

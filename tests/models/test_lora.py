@@ -1,0 +1,306 @@
+"""LoRA on pipelines: on unquantized ones diffusers' answer, bit for bit; on quantized ones exact beside the base."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qexp.config import to_run_config
+from qexp.errors import ConfigError, LoadError
+from qexp.experiment import run_experiment
+from qexp.models.diffusers import DiffusersConfig, Source
+from qexp.models.lora import LoraConfig, lora_configs, read_updates
+from qexp.sweep.key import reference_config, reference_key, run_key
+from tests.backends import BACKENDS, backend_config
+from tests.composing import composed
+from tests.models.test_diffusers import PROMPTS, call_theirs, load_ours, load_theirs, task_of
+
+Folder = Callable[[str], Path]
+LAYERS = {
+    "flux": ["to_q", "to_out.0", "proj_mlp", "ff.net.2", "x_embedder"],
+    "sd3": ["to_q", "add_k_proj", "ff.net.0.proj"],
+    "sdxl": ["to_q", "ff.net.2", "conv1", "conv_shortcut", "proj_in"],
+    "qwen_image": ["to_q", "img_mlp.net.2"],
+    "wan": ["to_q", "ffn.net.2"],
+}
+
+
+def denoiser_of(pipeline: Any) -> str:
+    return "unet" if hasattr(pipeline, "unet") else "transformer"
+
+
+def save_lora(pipeline_folder: Folder, name: str, folder: Path, *, seed: int = 0, **config: Any) -> Path:
+    """A LoRA as diffusers' training scripts save it, with random weights that change the image."""
+    torch.manual_seed(seed)
+    pipeline = load_theirs(pipeline_folder(name))
+    component = denoiser_of(pipeline)
+    model = getattr(pipeline, component)
+    options = {"r": 4, "lora_alpha": 6, "target_modules": LAYERS[name], "init_lora_weights": False, **config}
+    model.add_adapter(PeftConfig(**options))
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            parameter.data = torch.randn_like(parameter) * 0.2
+    layers = {f"{component}_lora_layers": get_peft_model_state_dict(model)}
+    metadata = _collate_lora_metadata({component: model})
+    type(pipeline).save_lora_weights(folder, **layers, **metadata)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def images_of_ours(folder: Path, name: str, lora: Any, backend: Any = None) -> torch.Tensor:
+    source, models = load_ours(folder, backend, lora=lora)
+    task = task_of(name)
+    source.check_run(models, task)
+    for component, model in models.items():
+        source.adapt(component, model, torch.bfloat16)
+    images: torch.Tensor = source.generate(
+        models, task, seed=3, device=torch.device("cpu"), on_step=lambda step, state: None
+    )["images"]
+    return images
+
+
+def images_of_theirs(folder: Path, name: str, loras: dict[Path, float]) -> torch.Tensor:
+    pipeline = load_theirs(folder)
+    for number, path in enumerate(loras):
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=f"number{number}")
+    pipeline.set_adapters([f"number{number}" for number in range(len(loras))], list(loras.values()))
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+    return call_theirs(pipeline, name)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_unquantized_it_is_what_diffusers_computes(name: str, pipeline_folder: Folder, tmp_path: Path) -> None:
+    folder, path = pipeline_folder(name), save_lora(pipeline_folder, name, tmp_path)
+    ours = images_of_ours(folder, name, {"path": str(path), "weight": 0.5})
+    assert torch.equal(ours, images_of_theirs(folder, name, {path: 0.5}))
+    assert not torch.equal(ours, call_theirs(load_theirs(folder), name))
+
+
+def test_several_are_added_in_their_order(pipeline_folder: Folder, tmp_path: Path) -> None:
+    paths = [save_lora(pipeline_folder, "flux", tmp_path / str(seed), seed=seed, r=3 + seed) for seed in range(2)]
+    folder = pipeline_folder("flux")
+    ours = images_of_ours(folder, "flux", [str(paths[0].parent), {"path": str(paths[1]), "weight": -0.3}])
+    assert torch.equal(ours, images_of_theirs(folder, "flux", {paths[0]: 1.0, paths[1]: -0.3}))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_ranks_and_alphas_of_single_layers(pipeline_folder: Folder, tmp_path: Path, use_rslora: bool) -> None:
+    patterns = {"rank_pattern": {"proj_mlp": 2}, "alpha_pattern": {"transformer_blocks.0.attn.to_q": 11}}
+    path = save_lora(pipeline_folder, "flux", tmp_path, use_rslora=use_rslora, **patterns)
+    folder = pipeline_folder("flux")
+    ours = images_of_ours(folder, "flux", str(path))
+    assert torch.equal(ours, images_of_theirs(folder, "flux", {path: 1.0}))
+
+
+def kohya(path: Path, target: Path) -> Path:
+    """The same updates as kohya's scripts name them, each with an alpha of its own."""
+    tensors = {}
+    for number, (name, tensor) in enumerate(load_file(path).items()):
+        layer, _, part = name.removeprefix("transformer.").removeprefix("unet.").rpartition(".lora_")
+        prefix = "lora_unet_" + layer.replace(".", "_")
+        tensors[f"{prefix}.lora_{'down' if part.startswith('A') else 'up'}.weight"] = tensor
+        tensors[f"{prefix}.alpha"] = torch.tensor(1.0 + number // 2 % 3)
+    save_file(tensors, target)
+    return target
+
+
+def test_a_file_of_kohya(pipeline_folder: Folder, tmp_path: Path) -> None:
+    path = kohya(
+        save_lora(pipeline_folder, "sdxl", tmp_path, target_modules=["to_q", "to_v"]), tmp_path / "k.safetensors"
+    )
+    ours = images_of_ours(pipeline_folder("sdxl"), "sdxl", str(path))
+    assert torch.equal(ours, images_of_theirs(pipeline_folder("sdxl"), "sdxl", {path: 1.0}))
+    assert not torch.equal(ours, call_theirs(load_theirs(pipeline_folder("sdxl")), "sdxl"))
+
+
+def test_text_encoders_have_their_own(pipeline_folder: Folder, tmp_path: Path) -> None:
+    pipeline = load_theirs(pipeline_folder("sdxl"))
+    rows = {}
+    for component in ("text_encoder", "text_encoder_2"):
+        for layer in ("q_proj", "v_proj"):
+            name = f"{component}.text_model.encoder.layers.1.self_attn.{layer}"
+            rows |= {f"{name}.lora_A.weight": torch.randn(4, 64), f"{name}.lora_B.weight": torch.randn(64, 4)}
+    save_file(rows, tmp_path / "text.safetensors")
+    folder = pipeline_folder("sdxl")
+    ours = images_of_ours(folder, "sdxl", str(tmp_path / "text.safetensors"))
+    assert torch.equal(ours, images_of_theirs(folder, "sdxl", {tmp_path / "text.safetensors": 1.0}))
+    assert not torch.equal(ours, call_theirs(pipeline, "sdxl"))
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "none"])
+def test_on_a_quantized_layer_the_update_is_exact(backend: str, pipeline_folder: Folder, tmp_path: Path) -> None:
+    path = save_lora(pipeline_folder, "flux", tmp_path)
+    source, models = load_ours(pipeline_folder("flux"), backend_config(backend), lora=str(path))
+    source.check_run(models, task_of("flux"))
+    layer, x = models["transformer"].transformer_blocks[1].attn.to_q, torch.randn(5, 64).bfloat16()
+    with torch.no_grad():
+        base = layer(x)
+        source.adapt("transformer", models["transformer"], torch.bfloat16)
+        answer = layer(x)
+    stored = load_file(path)
+    a, b = (stored[f"transformer.transformer_blocks.1.attn.to_q.lora_{part}.weight"].bfloat16() for part in "AB")
+    assert torch.equal(answer, base + x @ a.T @ b.T * 1.5)  # alpha 6 / rank 4
+    assert not torch.equal(answer, base)
+
+
+def run(folder: Path, model: Path, *overrides: str) -> torch.Tensor:
+    folder.mkdir()
+    config = config_of(model, *overrides)
+    run_experiment(config, folder)
+    return load_file(folder / "outputs.safetensors")["images"]
+
+
+def config_of(model: Path, *overrides: str) -> Any:
+    small = (
+        "height=32",
+        "width=32",
+        "num_inference_steps=2",
+        "max_sequence_length=16",
+        "prompt=[a red cube,two trees]",
+    )
+    fields = [f"task.{entry}" for entry in small]
+    return to_run_config(composed("model=diffusers", f"model.path={model}", "device=cpu", *fields, *overrides))
+
+
+@pytest.mark.parametrize("offload", ["leaf", "block", "model"])
+def test_what_is_offloaded_gives_the_same_images(offload: str, pipeline_folder: Folder, tmp_path: Path) -> None:
+    model, path = pipeline_folder("flux"), save_lora(pipeline_folder, "flux", tmp_path / "lora")
+    resident = run(tmp_path / "resident", model, f"model.lora={path}")
+    travelling = run(tmp_path / "travelling", model, f"model.lora={path}", f"offload={offload}", "offload.to=disk")
+    assert torch.equal(resident, travelling)
+    assert not torch.equal(resident, run(tmp_path / "without", model))
+
+
+def test_it_is_part_of_the_key_by_content_and_of_the_reference(pipeline_folder: Folder, tmp_path: Path) -> None:
+    model, path = pipeline_folder("flux"), save_lora(pipeline_folder, "flux", tmp_path / "one")
+    other = save_lora(pipeline_folder, "flux", tmp_path / "two", seed=1)
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(path.read_bytes())
+    plain, with_lora = config_of(model), config_of(model, f"model.lora={path}")
+    for key in (run_key, reference_key):
+        assert key(with_lora) == key(config_of(model, f"model.lora=[{{path: {moved}, weight: 1}}]"))
+        keys = {key(plain), key(with_lora), key(config_of(model, f"model.lora={other}"))}
+        assert len(keys | {key(config_of(model, f"model.lora=[{{path: {path}, weight: 0.5}}]"))}) == 4
+    assert reference_config(with_lora).model.lora == str(path)
+
+
+def test_it_needs_no_peft(pipeline_folder: Folder, tmp_path: Path) -> None:
+    path = save_lora(pipeline_folder, "flux", tmp_path)
+    code = (
+        "import sys; sys.modules['peft'] = None\n"
+        "from tests.models.test_diffusers import load_ours, task_of\n"
+        "source, models = load_ours(sys.argv[1], lora=sys.argv[2])\n"
+        "source.check_run(models, task_of('flux'))\n"
+        "print(len(source._updates['transformer']))"
+    )
+    command = [sys.executable, "-c", code, str(pipeline_folder("flux")), str(path)]
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) == len(load_file(path)) / 2
+
+
+class TestErrors:
+    def check(self, pipeline_folder: Folder, name: str, path: Path) -> None:
+        source = Source(DiffusersConfig(path=str(pipeline_folder(name)), lora=str(path)))
+        models = {part: skeleton(source, part) for part in source.components()}
+        source.check_run(models, task_of(name))
+
+    def test_another_architecture(self, pipeline_folder: Folder, tmp_path: Path) -> None:
+        path = save_lora(pipeline_folder, "sdxl", tmp_path)
+        with pytest.raises(
+            LoadError, match=r"does not fit FluxPipeline: it has 'unet\.\S+.* none of its components .*use a"
+        ):
+            self.check(pipeline_folder, "flux", path)
+
+    def test_another_size(self, pipeline_folder: Folder, tmp_path: Path) -> None:
+        tensors = {
+            "transformer.proj_out.lora_A.weight": torch.ones(4, 3072),
+            "transformer.proj_out.lora_B.weight": torch.ones(64, 4),
+        }
+        save_file(tensors, tmp_path / "large.safetensors")
+        with pytest.raises(
+            LoadError, match=r"'proj_out' maps 64 values to 16, but the LoRA's A is \[4, 3072\] and B \[64, 4\]"
+        ):
+            self.check(pipeline_folder, "flux", tmp_path / "large.safetensors")
+
+    def test_layers_that_are_not_there(self, pipeline_folder: Folder, tmp_path: Path) -> None:
+        path = save_lora(pipeline_folder, "flux", tmp_path)
+        tensors = {name.replace("blocks.1.", "blocks.30."): tensor for name, tensor in load_file(path).items()}
+        save_file(tensors, path)
+        with pytest.raises(
+            LoadError, match=r"transformer has no layer '\S+blocks\.30\.\S+'.* of the \d+ .*another size of it"
+        ):
+            self.check(pipeline_folder, "flux", path)
+
+    def test_a_dora(self, pipeline_folder: Folder, tmp_path: Path) -> None:
+        path = save_lora(pipeline_folder, "flux", tmp_path, use_dora=True)
+        with pytest.raises(LoadError, match="is a DoRA, whose weight norms a quantized layer has not; use a LoRA"):
+            self.check(pipeline_folder, "flux", path)
+
+    def test_a_pipeline_without_lora(self, pipeline_folder: Folder, tmp_path: Path) -> None:
+        path = save_lora(pipeline_folder, "flux", tmp_path)
+        with pytest.raises(ConfigError, match="PixArtSigmaPipeline has no LoRA in diffusers"):
+            self.check(pipeline_folder, "pixart", path)
+
+    def test_no_safetensors(self, pipeline_folder: Folder, tmp_path: Path) -> None:
+        (tmp_path / "broken.safetensors").write_bytes(b"no header")
+        with pytest.raises(LoadError, match=r"broken\.safetensors cannot be read: .*; get it again"):
+            self.check(pipeline_folder, "flux", tmp_path / "broken.safetensors")
+
+    def test_what_is_no_lora(self, pipeline_folder: Folder, tmp_path: Path) -> None:
+        save_file({"model.layers.0.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+        with pytest.raises(LoadError, match=r"does not fit FluxPipeline|cannot convert it"):
+            self.check(pipeline_folder, "flux", tmp_path / "other.safetensors")
+
+    def test_a_path_that_is_not_there_is_refused_while_composing(self, pipeline_folder: Folder, tmp_path: Path) -> None:
+        with pytest.raises(
+            ConfigError, match=r"model\.lora=/no/such must be a \.safetensors file.*; it does not exist"
+        ):
+            config_of(pipeline_folder("flux"), "model.lora=/no/such")
+        with pytest.raises(ConfigError, match=r"folder with one; it has none"):
+            config_of(pipeline_folder("flux"), f"model.lora={tmp_path}")
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            (3, "model.lora=3 must be a path, or a list of them; with weights: "),
+            ({"weight": 1}, "must be a path"),
+            ({"path": "a", "wieght": 1}, "model.lora.wieght .*did you mean weight"),
+            ({"path": "a", "weight": "x"}, "weight=x of 'a' must be a finite number"),
+            ({"path": "a", "weight": float("nan")}, "weight=nan of 'a' must be a finite number"),
+            ("", "must be a path"),
+        ],
+    )
+    def test_a_setting_that_is_none(self, value: Any, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            lora_configs(value)
+
+
+def skeleton(source: Source, component: str) -> nn.Module:
+    from accelerate import init_empty_weights
+
+    from qexp.loading.checkpoint import open_component
+
+    with init_empty_weights(include_buffers=False):
+        return source.skeleton(component, dict(open_component(source, component).config))
+
+
+def test_settings_of_every_form() -> None:
+    one, two = LoraConfig("a"), LoraConfig("b", 0.5)
+    assert lora_configs(None) == ()
+    assert lora_configs("a") == (one,)
+    assert lora_configs(["a", {"path": "b", "weight": 0.5}]) == (one, two)
+    assert read_updates((), diffusers.FluxPipeline, {}) == {}
+    assert len(PROMPTS) == 2
