@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qexp.api import backends, load, memory_footprint, remove_offload, save
+    from qexp.pipelines import load_pipeline
 
-__all__ = ["backends", "load", "memory_footprint", "offload", "remove_offload", "save"]
+__all__ = ["backends", "load", "load_pipeline", "memory_footprint", "offload", "remove_offload", "save"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "offload":  # a package that can be called
         return importlib.import_module("qexp.offload")
+    if name == "load_pipeline":
+        return importlib.import_module("qexp.pipelines").load_pipeline
     if name in __all__:
         return getattr(importlib.import_module("qexp.api"), name)
     raise AttributeError(f"module 'qexp' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -24,6 +24,8 @@ from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import from_plain
 from qexp.hub_download import hub_id, local_folder, pinned
 from qexp.models.base import load_source
+from qexp.models.diffusers import DiffusersConfig
+from qexp.models.pipeline_folder import INDEX
 from qexp.options import option_names
 from qexp.plugins import plugin_module, plugin_names
 from qexp.quantizers.configs import BackendConfig
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from qexp.offload.strategies import Offload
 
 GIB = 1 << 30
+SOURCE = "_qexp_source"  # attribute of a pipeline that `load_pipeline` returned: what it was loaded from
 
 
 def backends() -> tuple[str, ...]:
@@ -65,15 +68,17 @@ def load(
 ) -> nn.Module:
     """Load a model, each weight quantized as it is read: the dense model is never in memory.
 
-    source: a checkpoint (a folder with config.json and safetensors, sharded or not; a .safetensors or .gguf file), a
-        hub's repository with one ("user/name"; what is missing is downloaded to huggingface_hub's cache), the name of a
-        model source with a model of its own ("digits"), or a model source.
+    source: a checkpoint (a folder with config.json and safetensors, sharded or not; a .safetensors or .gguf file), the
+        folder of a pipeline of diffusers, a hub's repository with one of these ("user/name"; what is missing is
+        downloaded to huggingface_hub's cache), the name of a model source with a model of its own ("digits"), or a
+        model source.
     backend: a name of `backends()`; a backend's config, such as `BitsAndBytesConfig(load_in_4bit=True)`, or one of
         diffusers' or transformers'; a mapping with `quant_method`; None does not quantize. A checkpoint that is
         quantized already is loaded as it is, with a warning if something else was asked for.
     skeleton: what builds the network, without weights: a class, which gets config.json's fields as keywords, or a
         function of the parsed config.json. None: the class of diffusers or transformers that config.json names.
-    component: of a source with several. revision: of a hub's repository: a branch, a tag or a commit; None is main.
+    component: of a source with several: of a pipeline "transformer", for example (`load_pipeline` loads all of it).
+    revision: of a hub's repository: a branch, a tag or a commit; None is main.
     device: "auto" (the first GPU, else the CPU), or a device.
     device_map: "auto", "balanced", "balanced_low_0", "sequential", or a map of modules to devices, "cpu" and "disk", as
         in diffusers, but planned by quantized bytes; max_memory: bytes, or "10GiB", for each of them; offload_folder:
@@ -91,11 +96,11 @@ def load(
     from qexp.loading.lifecycle import load_component
 
     model_source, left_out = _source(source, skeleton, revision)
-    place, places, limits = _places(device, device_map, max_memory)
+    place, places, limits = places_of(device, device_map, max_memory)
     settings = ComponentConfig(
-        backend=_backend(backend),
-        skip_modules=union(patterns(_list(skip_modules), "skip_modules"), left_out),
-        keep_in_fp32_modules=patterns(_list(keep_in_fp32_modules), "keep_in_fp32_modules"),
+        backend=backend_config(backend),
+        skip_modules=union(patterns(as_list(skip_modules), "skip_modules"), left_out),
+        keep_in_fp32_modules=patterns(as_list(keep_in_fp32_modules), "keep_in_fp32_modules"),
         compute_dtype=dtype_name(compute_dtype, "compute_dtype"),
     )
     loaded = load_component(
@@ -164,8 +169,8 @@ def remove_offload(model: nn.Module) -> nn.Module:
     return model
 
 
-def save(model: nn.Module, folder: str | Path, *, max_shard_gib: float = 5.0) -> list[Path]:
-    """Save a model that `load` returned, quantized or dequantized, wherever its weights rest now.
+def save(model: Any, folder: str | Path, *, max_shard_gib: float = 5.0) -> list[Path]:
+    """Save a model that `load` returned, or a pipeline of `load_pipeline`, wherever its weights rest now.
 
     What is written, `load` opens without a backend; so do diffusers and transformers, for formats that they know.
     max_shard_gib: of one file of weights. Returns: the files written.
@@ -174,7 +179,16 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_gib: float = 5.0) ->
     from qexp.loading.saving import save_model
 
     limit = from_plain(SaveConfig, {"max_shard_gib": max_shard_gib}, "save").max_shard_gib
-    return save_model(model, _expanded(folder, "folder"), max_shard_bytes=int(limit * GIB))
+    place, max_shard_bytes = expanded(folder, "folder"), int(limit * GIB)
+    source = vars(model).get(SOURCE)
+    if source is None:
+        return save_model(model, place, max_shard_bytes=max_shard_bytes)
+    files = [
+        file
+        for name in source.components()
+        for file in save_model(getattr(model, name), place / name, max_shard_bytes=max_shard_bytes)
+    ]
+    return [*source.save_side_files(place), *files]
 
 
 def memory_footprint(model: nn.Module) -> int:
@@ -203,7 +217,7 @@ def _source(source: Any, skeleton: Any, revision: str | None) -> tuple[Any, tupl
                 "and `skeleton`, as in qexp.models.base.ModelSource"
             )
         return source, ()
-    path = _expanded(source, "source")
+    path = expanded(source, "source")
     if isinstance(source, str) and source in plugin_names("model") and not path.exists():
         return load_source(plugin_module("model", source).Config()), model_skip_modules(source)
     if isinstance(source, str) and not path.exists() and (hint := did_you_mean(source, plugin_names("model"))):
@@ -212,10 +226,12 @@ def _source(source: Any, skeleton: Any, revision: str | None) -> tuple[Any, tupl
         )
     from qexp.models.folder import FolderSource
 
+    if (path / INDEX).is_file():
+        return load_source(DiffusersConfig(path=str(path))), ()
     return FolderSource(path, skeleton), ()
 
 
-def _expanded(path: str | Path, name: str) -> Path:
+def expanded(path: str | Path, name: str) -> Path:
     """The path with `~` spelled out. Raises ConfigError for one of a user that this machine does not know."""
     try:
         return Path(path).expanduser()
@@ -232,7 +248,7 @@ def _component(source: ModelSource, asked: str | None) -> str:
     raise ConfigError(f"component={asked!r} is none of this source's: use {choices(names)}")
 
 
-def _places(device: str | torch.device, device_map: Any, max_memory: Any) -> tuple[torch.device, Any, Any]:
+def places_of(device: str | torch.device, device_map: Any, max_memory: Any) -> tuple[torch.device, Any, Any]:
     """What `load_component` takes. A device of another kind than cpu and cuda is believed, with the map beside it."""
     import torch
 
@@ -254,7 +270,7 @@ def _named(device: Any) -> Any:
     return "cpu" if kind == "cpu" else device
 
 
-def _backend(backend: Any) -> Any:
+def backend_config(backend: Any) -> Any:
     """The config dataclass of a backend, from any of the ways to name one."""
     if backend is None or isinstance(backend, str):
         return backend_of(backend or "none")
@@ -285,5 +301,5 @@ def _check_known(settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"offload: {name} is no setting{did_you_mean(name, known)}; use {choices(known)}")
 
 
-def _list(names: str | Iterable[str]) -> Any:
+def as_list(names: str | Iterable[str]) -> Any:
     return names if isinstance(names, str) else list(names)

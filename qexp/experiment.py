@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from qexp.errors import ConfigError
 from qexp.hub import push
 from qexp.loading.checkpoint import Checkpoint, open_component
+from qexp.loading.components import check_shared_patterns, plan_components
 from qexp.loading.lifecycle import (
     LoadedComponent,
     PlannedComponent,
-    Prepared,
     load_planned,
-    plan_component,
     plan_statistics,
     prepare,
     resolve_quantizer,
@@ -44,7 +43,7 @@ from qexp.tasks.recorder import TaskResult
 
 if TYPE_CHECKING:
     from qexp.models.base import ModelSource
-    from qexp.settings import ComponentConfig, RunConfig
+    from qexp.settings import RunConfig
 
 Metrics = dict[str, float | None]
 
@@ -69,6 +68,8 @@ def _run_model(config: RunConfig, source: ModelSource, device: torch.device, fol
     models = {name: component.prepared.model for name, component in planned.items()}
     if hasattr(source, "check_run"):
         source.check_run(models, config.task)
+    if inputs is not None:
+        inputs = forward_inputs.in_dtype(inputs, next(iter(planned.values())).prepared.compute_dtype)
     write_json(folder / "plan.json", {name: _plan_of(component) for name, component in planned.items()})
     loaded, weights_bytes, offloads = dict[str, LoadedComponent](), 0, dict[str, Offload | Dispatch]()
 
@@ -91,8 +92,6 @@ def _run_model(config: RunConfig, source: ModelSource, device: torch.device, fol
             waiting.append(name)
         else:
             offload(name)  # before the next one is loaded: they need not fit together
-    if inputs is not None:
-        inputs = forward_inputs.in_dtype(inputs, next(iter(loaded.values())).compute_dtype)
     calibrate(source, models, config.task, seed=config.seed, device=device, inputs=inputs)
     for name in waiting:
         offload(name)
@@ -112,45 +111,15 @@ def _run_model(config: RunConfig, source: ModelSource, device: torch.device, fol
 
 
 def _plan(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> dict[str, PlannedComponent]:
-    """All components; with a device map, each gets the memory that those before it have left.
-
-    What is not quantized and will be offloaded is loaded to the CPU: it need not fit on the device.
-    """
-    planned: dict[str, PlannedComponent] = {}
-    max_memory, travels = config.max_memory, config.offload.strategy != "none"
-    for name, settings in config.components.items():
-        is_dense = settings.backend.quant_method == "none"
-        planned[name] = plan_component(
-            source,
-            name,
-            settings,
-            device=torch.device("cpu") if travels and is_dense else device,
-            device_map=None if travels and is_dense else config.device_map,
-            max_memory=max_memory,
-            store=folder / "offload" / name,
-        )
-        if max_memory is not None:
-            used = planned[name].placement.bytes_by_place()
-            max_memory = {place: max(size - used.get(place, 0), 0) for place, size in max_memory.items()}
-    _check_patterns({name: component.prepared for name, component in planned.items()}, config.components)
-    return planned
-
-
-def _check_patterns(prepared: Mapping[str, Prepared], components: Mapping[str, ComponentConfig]) -> None:
-    """Raises ConfigError for a pattern that matches nothing: in one of the components that share a list of patterns (or
-    a backend, with patterns of its own) it must match something, but a list of one component's own must match there."""
-
-    def sharing(name: str, setting: str, pattern: str) -> list[str]:
-        own = components[name]
-        shared = setting if pattern in getattr(own, setting) else "backend"
-        return [other for other in prepared if getattr(components[other], shared) == getattr(own, shared)]
-
-    for name, component in prepared.items():
-        for setting, messages in component.unmatched.items():
-            for pattern, message in messages.items():
-                others = [prepared[other].unmatched[setting] for other in sharing(name, setting, pattern)]
-                if all(pattern in unmatched for unmatched in others):
-                    raise ConfigError(message)
+    return plan_components(
+        source,
+        config.components,
+        device=device,
+        device_map=config.device_map,
+        max_memory=config.max_memory,
+        store=folder / "offload",
+        travels=config.offload.strategy != "none",
+    )
 
 
 def _plan_of(component: PlannedComponent) -> dict[str, Any]:
@@ -227,7 +196,7 @@ def _roundtrip(config: RunConfig, source: ModelSource, device: torch.device, fol
             )
         prepared[name] = prepare(source, name, settings, checkpoint, quantizer, device=device)
         warm_up(prepared[name], device)
-    _check_patterns(prepared, config.components)
+    check_shared_patterns(prepared, config.components)
     with PeakMemory(device) as peak:
         for name, component in prepared.items():
             rows += roundtrip.measure_layers(

@@ -80,7 +80,7 @@ Config = DiffusersConfig
 class Source:
     """A pipeline as a `ModelSource`, with a component for each of its models."""
 
-    tasks = ("generate", "roundtrip")
+    tasks: tuple[str, ...] = ("generate", "roundtrip")
     modality = "images"
     required_packages = ("diffusers", "transformers", "tokenizers")
 
@@ -142,9 +142,7 @@ class Source:
 
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         """The network of the class that model_index.json names. Raises: LoadError for one that is not installed."""
-        from qexp.models.pipeline_building import network
-
-        self._networks[component] = network(self.folder, component, config)
+        self._networks[component] = _building().network(self.folder, component, config)
         return self._networks[component]
 
     def conversion(self, component: str, model: nn.Module) -> Conversion | None:
@@ -203,10 +201,8 @@ class Source:
 
     def pipeline(self, models: Mapping[str, nn.Module]) -> Any:
         """diffusers' pipeline around models that may still be skeletons: the same objects are loaded in place."""
-        from qexp.models.pipeline_building import assemble
-
         if self._pipeline is None or any(getattr(self._pipeline, name) is not model for name, model in models.items()):
-            self._pipeline = assemble(self.folder, models)
+            self._pipeline = _building().assemble(self.folder, models)
         return self._pipeline
 
     def check_run(self, models: Mapping[str, nn.Module], task: GenerateConfig) -> None:
@@ -249,6 +245,15 @@ class Source:
 
     def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
         return {}
+
+
+def _building() -> Any:
+    """What imports diffusers, without the warnings of its import."""
+    from qexp.quantizers.base import quiet
+
+    with quiet():
+        from qexp.models import pipeline_building
+    return pipeline_building
 
 
 def _check_component(place: str, name: str, known: tuple[str, ...]) -> None:

@@ -22,6 +22,7 @@ from qexp.errors import LoadError
 from qexp.models.folder import NOT_THE_NETWORKS
 from qexp.models.pipeline_folder import INDEX, PipelineFolder
 from qexp.offload.strategies import offload_of
+from qexp.quantizers.base import quiet
 
 
 def network(folder: PipelineFolder, component: str, config: Mapping[str, Any]) -> nn.Module:
@@ -58,7 +59,8 @@ def _component_class(folder: PipelineFolder, component: str) -> Any:
     module = modules.get(library) or getattr(diffusers.pipelines, library, None)
     if module is transformers:
         name = _maybe_remap_transformers_class(name) or name
-    kind = getattr(module, name, None)
+    with quiet():
+        kind = getattr(module, name, None)
     if isinstance(kind, type):
         return kind
     raise LoadError(
@@ -68,7 +70,8 @@ def _component_class(folder: PipelineFolder, component: str) -> Any:
 
 def pipeline_class(folder: PipelineFolder) -> Any:
     """Raises: LoadError for a class that this version of diffusers has not."""
-    kind = getattr(diffusers, folder.class_name, None)
+    with quiet():
+        kind = getattr(diffusers, folder.class_name, None)
     if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline):
         return kind
     raise LoadError(f"'{folder.path / INDEX}' is of a {folder.class_name}, {_missing(folder, 'diffusers')}")
@@ -98,7 +101,7 @@ def assemble(folder: PipelineFolder, models: Mapping[str, nn.Module]) -> Any:
         )
     absent = {name: None for name, value in folder.arguments.items() if value is None and name in known}
     try:
-        with _quiet():
+        with quiet(), _no_progress():
             pipeline = _on_device(kind).from_pretrained(folder.path, local_files_only=True, **models, **absent)
     except (ImportError, OSError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -135,14 +138,12 @@ def _on_device(kind: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress of what takes no time, and advice about arguments that users of this program do not give."""
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+def _no_progress() -> Iterator[None]:
+    """Without a bar for what takes no time."""
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()

@@ -49,7 +49,7 @@ class PipelineFolder:
         return {
             name: (str(value[0]), str(value[1]))
             for name, value in self.index.items()
-            if isinstance(value, list) and len(value) == 2 and None not in value
+            if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and None not in value
         }
 
     @cached_property

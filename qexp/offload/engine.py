@@ -30,6 +30,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from qexp.offload.group import Binding, Group, MakeRest
+from qexp.offload.grouping import called_children
 from qexp.offload.ring import Ring, Stay
 from qexp.offload.streams import Streams
 
@@ -90,12 +91,18 @@ class Engine:
         self.copies = 0
         self._running: dict[tuple[Group, int], Visit] = {}
         self._handles: list[RemovableHandle] = []
+        self._hooked: list[nn.Module] = []
 
     def attach(self, model: nn.Module) -> None:
-        """Hook the groups' modules. The hook that leaves a group also runs after an exception."""
+        """Hook the groups' modules. The hook that leaves a group also runs after an exception.
+
+        A model that travels as a whole is also entered by its parts: an autoencoder is called by `decode`, and not as a
+        module. Within its own forward they count as calls of itself.
+        """
         for group in self.groups:
             for index, module in enumerate(group.modules):
-                self._hook(module, group, index)
+                for part in (module, *(called_children(module) if self.take_turn is not None else ())):
+                    self._hook(part, group, index)
         self._handles.append(model.register_forward_pre_hook(lambda *_: self.reset(), prepend=True))
         if self.take_turn is None:
             self.ring.open([group.nbytes for group in self.groups])
@@ -108,6 +115,7 @@ class Engine:
             self.leave(group, index)
 
         setattr(module, HOOK_MARK, True)
+        self._hooked.append(module)
         self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
         self._handles.append(module.register_forward_hook(leave, always_call=True))
 
@@ -118,9 +126,9 @@ class Engine:
         self.ring.close()
         for handle in self._handles:
             handle.remove()
-        for module in (module for group in self.groups for module in group.modules):
+        for module in self._hooked:
             vars(module).pop(HOOK_MARK, None)
-        self._handles, self.order = [], Order()
+        self._handles, self._hooked, self.order = [], [], Order()
 
     def enter(self, group: Group, index: int) -> None:
         """Put the values of a group's module on the device, before its forward."""

@@ -83,6 +83,15 @@ def is_called(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward  # containers (ModuleList, ParameterList) are not
 
 
+def called_children(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules right below one that are called, those in containers too."""
+    for child in module.children():
+        if is_called(child):
+            yield child
+        else:
+            yield from called_children(child)
+
+
 def _leaf_units(model: nn.Module) -> Iterator[tuple[str, Unit]]:
     covered: set[int] = set()
     for name, module in model.named_modules():
