@@ -160,7 +160,8 @@ class Engine:
             self.streams.compute_waits_for(stay.ready)
         except BaseException:
             stay.users -= 1
-            self.ring.leave(stay)  # a failed read must leave no name on the slot
+            if not stay.users:
+                self.ring.leave(stay)  # a failed read must leave no name on the slot
             raise
         return stay
 
