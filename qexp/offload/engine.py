@@ -5,7 +5,7 @@ Nothing is copied back, but for the rare module that changes its own weights (se
 
 On a device with streams, transfers run on a side stream, ahead of time, guarded by two events a slot:
 
-    slot.ready   recorded on the side stream after the copy; the compute stream waits for it before the group runs
+    stay.ready   recorded on the side stream after the copy; the compute stream waits for it before the group runs
     slot.free    recorded on the compute stream after the group ran; the side stream waits for it before overwriting
 
 What comes next is learned from what came next before, given the last two groups: no step boundaries are needed, and the
@@ -168,7 +168,8 @@ class Engine:
             self.streams.compute_waits_for(stay.ready)
         except BaseException:
             stay.users -= 1
-            self.ring.leave(stay)  # a failed read must leave no name on the slot
+            if not stay.users:
+                self.ring.leave(stay)  # a failed read must leave no name on the slot
             raise
         return stay
 

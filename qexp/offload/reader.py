@@ -29,6 +29,7 @@ class Reading:
         self.work: Callable[[], None] | None = work  # None once it has succeeded
         self.ended = threading.Event()
         self.error: BaseException | None = None
+        self.queue: Queue | None = None  # that it was given to last; after a fork nobody serves it any more
 
 
 class Queue:
@@ -78,7 +79,7 @@ class Reader(Streams):
         if self._queue is None or self._queue.process != os.getpid():
             self._queue = Queue()
             self._ends = weakref.finalize(self, self._queue.close)
-        reading.ended, reading.error = threading.Event(), None
+        reading.ended, reading.error, reading.queue = threading.Event(), None, self._queue
         with self._queue.changed:
             self._queue.waiting.append(reading)
             self._queue.changed.notify()
@@ -100,7 +101,8 @@ class Reader(Streams):
         return event.work is not None and event.error is None and not self._is_going_on(event)
 
     def _is_going_on(self, reading: Reading) -> bool:
-        return self._queue is not None and self._queue.process == os.getpid() and not reading.ended.is_set()
+        queue = reading.queue
+        return queue is not None and queue.process == os.getpid() and not queue.closed and not reading.ended.is_set()
 
     def drop_pending(self) -> None:
         if self._queue is not None and self._queue.process == os.getpid():

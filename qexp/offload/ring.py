@@ -139,11 +139,11 @@ class Ring:
             del self._stays[stay.group]
 
     def forget(self, group: Group) -> None:
-        """Its bytes are others now."""
+        """Its bytes are others now. A module that still runs with the old ones keeps their place."""
+        self._stays.pop(group, None)
         for slot in self.slots:
             slot.forget(group)
-            for stay in [stay for stay in slot.stays if stay.group is group]:
-                self.leave(stay)
+            slot.stays = [stay for stay in slot.stays if stay.group is not group or stay.users]
 
     def close(self) -> None:
         """Free all slots: nothing runs any more."""
@@ -179,7 +179,10 @@ class Ring:
         return places
 
     def _is_idle(self, slot: Slot, start: int, nbytes: int, needed: Collection[Group]) -> bool:
-        return not any(stay.users or stay.group in needed for stay in self._there(slot, start, nbytes))
+        return not any(
+            stay.users or (stay.group in needed and self._stays.get(stay.group) is stay)
+            for stay in self._there(slot, start, nbytes)
+        )
 
     def _there(self, slot: Slot, start: int, nbytes: int) -> list[Stay]:
         """Who would have to go."""

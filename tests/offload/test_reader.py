@@ -289,6 +289,27 @@ def test_a_file_system_that_cannot_is_read_through_the_page_cache(
     store.remove()
 
 
+def test_what_still_runs_keeps_its_place_when_its_group_changes(tmp_path: Path) -> None:
+    handle = offload(make(), tmp_path)
+    ring, groups = handle._engine.ring, handle.groups
+    stays = []
+    for group in sorted(groups, key=lambda group: -group.nbytes)[:2]:  # one in each slot
+        stay = ring.room_for(group, ())
+        assert stay is not None
+        ring.arrive(stay)
+        stay.users = 1
+        stays.append(stay)
+    assert {id(stay.slot) for stay in stays} == {id(slot) for slot in ring.slots}
+    ring.forget(stays[0].group)
+    assert ring.stay_of(stays[0].group) is None
+    assert ring.room_for(stays[0].group, ()) is None  # both slots are in use
+    stays[0].users = 0
+    again = ring.room_for(stays[0].group, (stays[0].group,))
+    assert again is not None and again.slot is stays[0].slot
+    stays[1].users = 0
+    handle.remove()
+
+
 def test_two_models_read_with_a_thread_each(tmp_path: Path) -> None:
     kinds = ("fp32", "bitsandbytes_nf4_nested")
     models = [zoo.make(kind) for kind in kinds]
