@@ -179,10 +179,12 @@ class TorchAoQuantizer(base.Quantizer):
         whole = spec.shape[0] if layout.rows_multiple is None else layout.rows_multiple
         group_size = int8_group_size(config, spec.shape[1]) if device.type == "cpu" else None
         for rows, part in base.row_slices(spec, sources[0], device, whole, check=group_size is None):
-            quantized: Any = quantize(part if group_size is None else part[:1], config)
-            if group_size is not None:  # the library's tensor is there to put its parts into
+            if group_size is not None:
+                if rows.start == 0:
+                    quantized: Any = quantize(part[:1], config)  # the library's tensor, to put its parts into
                 rows_of.add(rows, self._int8_parts(spec, rows, part, group_size))
                 continue
+            quantized = quantize(part, config)
             inner = inner_tensors(quantized)
             base.clear_nan(inner["qdata"])
             if layout.rows_multiple is None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qexp.quantizers import rowwise_8bit
+from qexp.quantizers.base import clear_nan
 from qexp.quantizers.bitsandbytes_library import library as bitsandbytes
 from qexp.quantizers.quanto_library import library as quanto
 
@@ -92,3 +93,16 @@ def test_the_absmax_of_what_is_not_finite_is_not_finite(dtype: torch.dtype) -> N
     found = rowwise_8bit.absmax(weight).flatten()
     assert found[[0, 3]].tolist() == [3, 0]
     assert not found[[1, 2]].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_nan_is_cleared_among_every_byte_of_float8(dtype: torch.dtype) -> None:
+    every = torch.arange(256).to(torch.uint8)
+    values, expected = every.clone(), every.clone()
+    expected[every.view(dtype).float().isnan()] = 0
+    clear_nan(values.view(dtype))
+    assert torch.equal(values, expected)
+    assert not torch.equal(values, every)
+    without = values.clone()
+    clear_nan(without.view(dtype))
+    assert torch.equal(without, values)
