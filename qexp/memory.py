@@ -22,8 +22,11 @@ from qexp.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 GIB = 1 << 30
+HUGE_PAGE_BYTES = 2 << 20
+MADV_HUGEPAGE = 14
 SAMPLE_SECONDS = 0.002
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -59,7 +62,7 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stop = threading.Event()
-        self._anon = self._file = self._total = 0
+        self._anon = self._file = self._total = 0  # pages
         self.peak_bytes = self.peak_anon_bytes = self.peak_file_bytes = self.peak_device_bytes = 0
 
     def __enter__(self) -> PeakMemory:
@@ -75,12 +78,13 @@ class PeakMemory:
         return self
 
     def _sample(self) -> None:
-        while True:
-            now = host_memory()
-            self._anon, self._file = max(self._anon, now.anon_bytes), max(self._file, now.file_bytes)
-            self._total = max(self._total, now.total_bytes)
-            if self._stop.wait(SAMPLE_SECONDS):
-                return
+        with open("/proc/self/statm", "rb", buffering=0) as statm:  # opening it anew costs ten times as much as reading
+            while True:
+                _, resident, shared, *_ = map(int, os.pread(statm.fileno(), 200, 0).split())
+                self._anon, self._file = max(self._anon, resident - shared), max(self._file, shared)
+                self._total = max(self._total, resident)
+                if self._stop.wait(SAMPLE_SECONDS):
+                    return
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -90,9 +94,10 @@ class PeakMemory:
         highest = _high_water_mark() if self._exact else 0
         self._stop.set()
         self._sampler.join()
-        self.peak_anon_bytes = max(self._anon - self.baseline.anon_bytes, 0)
-        self.peak_file_bytes = max(self._file - self.baseline.file_bytes, 0)
-        highest = max(highest, self._total)  # which another watcher within this block may have started anew
+        self.peak_anon_bytes = max(self._anon * _PAGE_BYTES - self.baseline.anon_bytes, 0)
+        self.peak_file_bytes = max(self._file * _PAGE_BYTES - self.baseline.file_bytes, 0)
+        # another watcher within this block may have started the kernel's anew
+        highest = max(highest, self._total * _PAGE_BYTES)
         self.peak_bytes = max(highest - self.baseline.total_bytes, 0)
         if self._device.type != "cpu":
             self.peak_device_bytes = torch.get_device_module(self._device).max_memory_allocated(self._device)
@@ -130,3 +135,17 @@ def release_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def use_huge_pages(tensor: Tensor) -> Tensor:
+    """Ask for pages of 2 MiB where a new tensor on the CPU covers whole ones; returns it.
+
+    Its first pass over memory then costs a page fault for each 2 MiB in place of each 4 KiB. It takes no more memory,
+    and where the system has no such pages, nothing changes.
+    """
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    start = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    nbytes = (tensor.data_ptr() + tensor.nbytes - start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    if madvise is not None and tensor.device.type == "cpu" and nbytes > 0:
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), MADV_HUGEPAGE)
+    return tensor

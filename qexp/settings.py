@@ -96,7 +96,7 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """in_flight_mib: dense bytes read but not yet quantized (never less than the largest tensor);
+    """in_flight_mib: tensors read whole and not yet done with (never less than the largest such tensor);
     workers: quantizing threads, null for one a core."""
 
     in_flight_mib: int = 64

@@ -1,8 +1,9 @@
 """Loading and quantizing a FLUX-shaped transformer: qexp beside diffusers, and beside what the machine allows.
 
-    python scripts/bench_load.py                                  # 1.9 B parameters, every format: half an hour
+    python scripts/bench_load.py                                  # 1.9 B parameters, every format: a quarter of an hour
+    python scripts/bench_load.py --quick                          # 0.5 B, once each: three minutes
     python scripts/bench_load.py --formats nf4 --programs qexp    # one of them
-    python scripts/bench_load.py --shards 8 --cold                # eight files, read from the disk
+    python scripts/bench_load.py --cases cold shards shards-cold  # read from the disk, from eight files, and both
 
 Writes a checkpoint with made weights (3.7 GiB), then loads it in a fresh process for each measurement, in alternating
 order, `--repeats` times; medians. The processes are watched from outside: peaks are what loading adds to a process that
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,6 +42,8 @@ from make_checkpoint import write_checkpoint
 
 ALLOWANCE_BYTES = 128 * MIB
 PROGRAMS = ("qexp", "diffusers", "convert")
+CASES = ("warm", "cold", "shards", "shards-cold")
+READ = ("dense", "nf4", "nf4, stored")  # what is measured in every case
 CONVERTIBLE = ("torchao int8wo", "quanto int8")
 RESULT = Path(__file__).parents[1] / "docs" / "bench" / "load.json"
 
@@ -65,64 +69,77 @@ def write_stored(source: Path, target: Path) -> None:
 
 
 def measure(arguments: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
-    """A row for every (format, program), and for every format one of the quantizing alone."""
-    folders = {"dense": (root / "large", root / "small")}
-    print(f"writing {root} …", file=sys.stderr)
-    write_checkpoint(root / "large", flux_config(arguments.heads, tuple(arguments.layers)), arguments.shards)
-    write_checkpoint(root / "small", flux_config(2, (1, 1)), 1)
-    if any("stored" in name for name in arguments.formats):
-        for kind in ("large", "small"):
-            write_stored(root / kind, root / f"{kind}-stored")
-        folders["stored"] = (root / "large-stored", root / "small-stored")
-    rows = []
-    for name in arguments.formats:
-        large, small = folders["stored" if "stored" in name else "dense"]
-        programs = [p for p in arguments.programs if p != "convert" or name in CONVERTIBLE]
-        runs: dict[str, list[dict[str, Any]]] = {program: [] for program in programs}
-        for repeat in range(arguments.repeats):
-            for program in programs if repeat % 2 == 0 else reversed(programs):
-                runs[program].append(_run(program, name, large, small, arguments))
-        files = sorted(large.glob("*.safetensors"))
-        limits = {"read_seconds": _reading(files, arguments.cold), "read_bytes": sum(f.stat().st_size for f in files)}
-        if name not in ("dense", "nf4, stored"):
-            kernels = run_watched(_command("kernels", name, large, small, arguments))
-            limits["kernel_cpu_seconds"] = kernels["cpu_seconds"]
-        cores = len(os.sched_getaffinity(0))
-        limits["pipeline_seconds"] = max(limits["read_seconds"], limits.get("kernel_cpu_seconds", 0) / cores)
-        rows.append({"format": name, "limits": limits, **{program: medians(runs[program]) for program in programs}})
-        print(describe(rows[-1]), flush=True)
+    """A row for every (case, format, program), and for every format one of the quantizing alone."""
+    rows, small = list[dict[str, Any]](), root / "small"
+    write_checkpoint(small, flux_config(2, (1, 1)), 1)
+    has_stored = any("stored" in name for name in arguments.formats)
+    if has_stored:
+        write_stored(small, root / "small-stored")
+    for shards in (1, arguments.shards):
+        cases = [case for case in arguments.cases if ("shards" in case) == (shards > 1)]
+        if not cases:
+            continue
+        large = root / f"large-{shards}"
+        print(f"writing {large} …", file=sys.stderr)
+        write_checkpoint(large, flux_config(arguments.heads, tuple(arguments.layers)), shards)
+        if has_stored:
+            write_stored(large, root / f"large-{shards}-stored")
+        for case in cases:
+            # everything in the first case; of the others, what reading matters to
+            formats = arguments.formats if case == arguments.cases[0] else [n for n in arguments.formats if n in READ]
+            rows += [measure_format(arguments, root, case, shards, name) for name in formats]
+        for folder in root.glob("large*"):
+            shutil.rmtree(folder)
     return rows
 
 
-def _run(program: str, name: str, large: Path, small: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_format(arguments: argparse.Namespace, root: Path, case: str, shards: int, name: str) -> dict[str, Any]:
+    kind, cold = "-stored" if "stored" in name else "", case.endswith("cold")
+    large, small = root / f"large-{shards}{kind}", root / f"small{kind}"
     files = sorted(large.glob("*.safetensors"))
-    if arguments.cold:
-        drop_from_cache(files)
-    else:
-        read_seconds(files)
-    result = run_watched(_command(program, name, large, small, arguments))
-    print(f"  {program}: {name}: {result['wall_seconds']:.1f} s", file=sys.stderr, flush=True)
-    return result
+    options = {"workers": arguments.workers, "slice_weights": arguments.slice_weights}
+    programs = [p for p in arguments.programs if p != "convert" or name in CONVERTIBLE]
+    runs: dict[str, list[dict[str, Any]]] = {program: [] for program in programs}
+    for repeat in range(arguments.repeats):
+        for program in programs if repeat % 2 == 0 else reversed(programs):
+            _reading(files, cold, read=not cold)
+            runs[program].append(run_watched(load_command(program, name, large, small, **options)))
+            seconds = runs[program][-1]["wall_seconds"]
+            print(f"  {case}: {name}: {program}: {seconds:.2f} s", file=sys.stderr, flush=True)
+    limits = {"read_seconds": _reading(files, cold), "read_bytes": sum(f.stat().st_size for f in files)}
+    if name not in ("dense", "nf4, stored"):
+        kernels = run_watched(load_command("kernels", name, large, small, **options))
+        limits["kernel_cpu_seconds"] = kernels["cpu_seconds"]
+    cores = len(os.sched_getaffinity(0))
+    limits["pipeline_seconds"] = max(limits["read_seconds"], limits.get("kernel_cpu_seconds", 0) / cores)
+    row = {"case": case, "format": name, "files": len(files), "limits": limits}
+    row |= {program: medians(runs[program]) for program in programs}
+    print(describe(row), flush=True)
+    return row
 
 
-def _reading(files: list[Path], cold: bool) -> float:
+def _reading(files: list[Path], cold: bool, read: bool = True) -> float:
+    """Time to read the files, from the disk if `cold`; they are in the page cache then, or with read=False are not."""
     if cold:
         drop_from_cache(files)
-    return read_seconds(files)
+    elif read:
+        read_seconds(files)
+    return read_seconds(files) if read else 0.0
 
 
-def _command(program: str, name: str, large: Path, small: Path, arguments: argparse.Namespace) -> list[str]:
+def load_command(program: str, name: str, large: Path, small: Path, **options: int | None) -> list[str]:
+    """A program of `bench_load_programs.py`. options: by their names there; None is left out."""
     script = str(Path(__file__).with_name("bench_load_programs.py"))
     command = [sys.executable, script, program, name, str(large), str(small)]
-    for option in ("workers", "slice_weights"):
-        if getattr(arguments, option) is not None:
-            command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
+    for option, value in options.items():
+        if value is not None:
+            command += [f"--{option.replace('_', '-')}", str(value)]
     return command
 
 
 def describe(row: dict[str, Any]) -> str:
     """One format's lines: each program's numbers, and qexp's ratios."""
-    lines, mine = [f"{row['format']}"], row.get("qexp")
+    lines, mine = [f"{row['format']} ({row['case']}, {row['files']} files)"], row.get("qexp")
     for program in (program for program in PROGRAMS if program in row):
         run = row[program]
         ratio = f"  {run['wall_seconds'] / mine['wall_seconds']:5.1f}x" if mine and program != "qexp" else ""
@@ -134,7 +151,10 @@ def describe(row: dict[str, Any]) -> str:
     if mine:
         lines.append(f"  quantized {mine['quantized_bytes'] / MIB:.0f} MiB, bound {_bound(mine) / MIB:.0f} MiB")
     limits = row["limits"]
-    lines.append(f"  reading alone {limits['read_seconds']:.2f} s, pipeline's limit {limits['pipeline_seconds']:.2f} s")
+    ratio = f", {mine['wall_seconds'] / limits['pipeline_seconds']:.2f} times that" if mine else ""
+    lines.append(
+        f"  reading alone {limits['read_seconds']:.2f} s, pipeline's limit {limits['pipeline_seconds']:.2f} s{ratio}"
+    )
     return "\n".join(lines)
 
 
@@ -148,14 +168,17 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS)
     parser.add_argument("--heads", type=int, default=24, help="attention heads of 128 channels")
     parser.add_argument("--layers", type=int, nargs=2, default=(3, 6), help="double and single blocks")
-    parser.add_argument("--shards", type=int, default=1)
-    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each load")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, help="the first has every format")
+    parser.add_argument("--shards", type=int, default=8, help="files of a case with shards")
+    parser.add_argument("--quick", action="store_true", help="0.5 B parameters, one repeat, the first case")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, help="of qexp's loader; default: one a core")
     parser.add_argument("--slice-weights", type=int, help="weights that qexp gives a kernel at a time")
     parser.add_argument("--folder", help="where to write the checkpoint; default: the system's temporary folder")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.layers, arguments.repeats, arguments.cases = [0, 2], 1, arguments.cases[:1]
     about = machine()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
         rows = measure(arguments, Path(root))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_load.py"
-HALF_GIB = ("--layers", "0", "2", "--repeats", "1")
+HALF_GIB = ("--layers", "0", "2", "--repeats", "1", "--cases", "warm")
 
 
 def bench(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
@@ -41,7 +41,7 @@ def test_a_kernel_on_whole_tensors_would_not(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_both_programs_and_the_limits_are_measured(tmp_path: Path) -> None:
-    small = ("--heads", "2", "--layers", "1", "1", "--repeats", "1", "--shards", "2", "--cold")
+    small = ("--heads", "2", "--layers", "1", "1", "--repeats", "1", "--shards", "2", "--cases", "shards-cold")
     code, rows = bench(tmp_path, *small, "--formats", "nf4", "nf4, stored")
     assert code == 0
     for row in rows:

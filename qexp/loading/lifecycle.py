@@ -25,7 +25,7 @@ from qexp.loading.conversion import converted
 from qexp.loading.dtypes import TORCH_DTYPES
 from qexp.loading.fp32 import compute_in_fp32
 from qexp.loading.patterns import patterns_lost, unmatched_patterns
-from qexp.loading.pipeline import InPlace, nowhere, stream
+from qexp.loading.pipeline import Choice, nowhere, stream
 from qexp.loading.placement import (
     DeviceMap,
     Placement,
@@ -270,13 +270,20 @@ def _validate_environment(quantizer: Quantizer, checkpoint: Checkpoint, device: 
 
 
 def stream_plan(
-    items: list[WorkItem], create: Any, loader: LoaderConfig, title: str, *, in_place: InPlace = nowhere
+    items: list[WorkItem],
+    create: Any,
+    loader: LoaderConfig,
+    title: str,
+    *,
+    in_place: Choice = nowhere,
+    by_rows: Choice = nowhere,
 ) -> Iterator[tuple[WorkItem, Any]]:
-    """Run work items through the pipeline with the loader's settings, showing progress. in_place: see `stream`."""
+    """Run work items through the pipeline with the loader's settings, showing progress. The choices: see `stream`."""
     workers, in_flight_bytes = loader.workers or len(os.sched_getaffinity(0)), loader.in_flight_mib << 20
     progress, unreleased_bytes = Progress(title, len(items), sum(item.nbytes for item in items)), 0
+    choices = {"in_place": in_place, "by_rows": by_rows}
     try:
-        for item, result in stream(items, create, workers=workers, in_flight_bytes=in_flight_bytes, in_place=in_place):
+        for item, result in stream(items, create, workers=workers, in_flight_bytes=in_flight_bytes, **choices):
             progress.advance(item.nbytes)
             unreleased_bytes += item.nbytes
             if unreleased_bytes >= RELEASE_BYTES:
@@ -312,7 +319,12 @@ def _load_weights(
     def on_cpu(item: WorkItem) -> bool:  # where results share what was read
         return placement.device_of(item.target).type == "cpu"
 
-    for item, tensor in stream_plan(items, create, loader, f"{component}: loading", in_place=on_cpu):
+    def dense_weight(item: WorkItem) -> bool:  # which quantizers take in slices of rows
+        is_plain = item.source.block_type is None and item.source.transform is None
+        return item.spec is not None and not item.stored and is_plain
+
+    title, choices = f"{component}: loading", {"in_place": on_cpu, "by_rows": dense_weight}
+    for item, tensor in stream_plan(items, create, loader, title, **choices):
         _assign(model, item.target, tensor)
         del tensor  # a group that is complete moves away: nobody else may hold it
         if dispatch is not None:

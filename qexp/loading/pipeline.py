@@ -1,37 +1,41 @@
-"""The loading pipeline: one reader, several quantizing workers, one place that assigns.
+"""The loading pipeline: workers that read and quantize, one place that assigns.
 
-    reader   preadv of each tensor, in file order, into an arena of fixed size; waits while the arena is full
-    workers  call `create` (quantize, or cast) on threads: the libraries release the GIL
+    workers  take the next item, read it with preadv, and call `create` (quantize, or cast) on it, on threads: both
+             release the GIL
     caller   gets (item, result) in the order of the items, whichever worker was first
 
-In flight is what was read and is not yet quantized: never more than `in_flight_bytes`, or the largest tensor if that
-is larger. In a load on the CPU, a tensor that is kept as it is in the file is read straight into its final memory.
+An item is read in one of three ways:
+
+    by rows   a weight to quantize, slice by slice, as `create` asks for its rows, into a small buffer that stays in
+              the processor's cache
+    in place  what is kept as it is in the file, in a load on the CPU: straight into its final memory
+    staged    anything else, whole, into an arena of `in_flight_bytes`, or of the largest such tensor if that is
+              larger; whoever takes the next item waits while there is no room for it
+
 Files are read, never mapped, so their pages do not count as this process's memory.
 """
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qexp.errors import LoadError
 from qexp.loading.arena import Arena, Stopped, aligned
 from qexp.loading.checkpoint import TensorEntry
 from qexp.loading.dtypes import TORCH_DTYPES
 from qexp.loading.plan import WorkItem
+from qexp.loading.reading import Reader
+from qexp.memory import use_huge_pages
 
 Create = Callable[..., Any]  # (item, tensor of each entry) -> result
-InPlace = Callable[[WorkItem], bool]
+Choice = Callable[[WorkItem], bool]
 TENSOR_ALIGNMENT = 64  # of tensors that share a place in the arena
-READ_BYTES = 32 << 20  # a single read: large enough to be fast, small enough to stop soon
 
 
 def nowhere(item: WorkItem) -> bool:
@@ -39,61 +43,66 @@ def nowhere(item: WorkItem) -> bool:
 
 
 def stream(
-    items: Sequence[WorkItem], create: Create, *, workers: int, in_flight_bytes: int, in_place: InPlace = nowhere
+    items: Sequence[WorkItem],
+    create: Create,
+    *,
+    workers: int,
+    in_flight_bytes: int,
+    in_place: Choice = nowhere,
+    by_rows: Choice = nowhere,
 ) -> Iterator[tuple[WorkItem, Any]]:
     """Read each item's tensor, apply `create` to it on a worker, and yield (item, result) in the order of `items`.
 
     create: (item, a tensor for each of item.entries, on the CPU as in the checkpoint) -> result, called without grad.
     The tensors' memory is used again when it returns, so the result must not share it.
     in_place: whether an item that is kept as it is gets memory of its own, for results that share it (on the CPU).
+    by_rows: whether `create` gets a `RowReader` in place of a tensor; of items with one plain entry.
     Raises whatever a stage raised; all threads have ended when it does.
     """
 
     def is_staged(item: WorkItem) -> bool:
-        return not (in_place(item) and _is_unchanged(item))
+        return not (by_rows(item) or (in_place(item) and _is_unchanged(item)))
 
     arena = Arena(_arena_bytes([_room(item) for item in items if is_staged(item)], in_flight_bytes))
-    todo, done, stop = queue.SimpleQueue[Any](), queue.SimpleQueue[Any](), threading.Event()
+    numbered, turn = iter(enumerate(items)), threading.Lock()
+    done, stop = queue.SimpleQueue[Any](), threading.Event()
 
-    def reader() -> None:
+    def take() -> tuple[int, WorkItem, int | None, Tensor | None] | None:
+        """The next item, and its room in the arena; who comes later waits, so that room is given in order."""
+        with turn:
+            index, item = next(numbered, (-1, None))
+            if item is None or stop.is_set():
+                return None
+            return index, item, *(arena.acquire(_room(item)) if is_staged(item) else (None, None))
+
+    def worker() -> None:
+        torch.set_num_threads(1)  # of this thread: the workers are the parallelism
         try:
-            with ExitStack() as files:
-                opened: dict[Path, int] = {}
-                for index, item in enumerate(items):
-                    ticket, room = arena.acquire(_room(item)) if is_staged(item) else (None, None)
-                    tensors = [_read(entry, part, opened, files, stop) for entry, part in _parts(item, room)]
-                    todo.put((index, item, ticket, tensors))
-                    del tensors, room
+            with torch.no_grad(), ExitStack() as files:  # grad mode is not inherited by threads
+                reader = Reader(files, stop)
+                while (task := take()) is not None:
+                    index, item, ticket, room = task
+                    if by_rows(item):
+                        result = create(item, reader.rows(item.source))
+                    else:
+                        tensors = [reader.read(entry, part) for entry, part in _parts(item, room)]
+                        result = create(item, *map(_transformed, item.entries, tensors))
+                        del tensors
+                    del task, room
+                    done.put((index, result))
+                    del result
+                    if ticket is not None:
+                        arena.release(ticket)
         except Stopped:
             pass
         except BaseException as error:
             done.put((-1, error))
-        for _ in range(workers):
-            todo.put(None)
-
-    def worker() -> None:
-        torch.set_num_threads(1)  # of this thread: the workers are the parallelism
-        with torch.no_grad():  # grad mode is not inherited by threads
-            while (task := todo.get()) is not None and not stop.is_set():
-                index, item, ticket, tensors = task
-                try:
-                    result = create(item, *map(_transformed, item.entries, tensors))
-                except BaseException as error:
-                    done.put((-1, error))
-                    return
-                del task, tensors
-                done.put((index, result))
-                del result
-                if ticket is not None:
-                    arena.release(ticket)
 
     def halt() -> None:
         stop.set()
         arena.stop()
-        for _ in range(workers):
-            todo.put(None)
 
-    with _running([reader, *[worker] * workers], halt):
+    with _running([worker] * workers, halt):
         yield from _in_order(items, done)
 
 
@@ -136,6 +145,10 @@ def _is_unchanged(item: WorkItem) -> bool:
     return item.stored or (item.spec is None and item.dtype == TORCH_DTYPES.get(item.source.dtype))
 
 
+def _transformed(source: TensorEntry, stored: Tensor) -> Tensor:
+    return stored if source.transform is None else source.transform(stored)
+
+
 def _arena_bytes(sizes: Sequence[int], in_flight_bytes: int) -> int:
     return max(min(in_flight_bytes, sum(map(aligned, sizes))), max(sizes, default=1))
 
@@ -153,54 +166,7 @@ def _parts(item: WorkItem, room: Tensor | None) -> Iterator[tuple[TensorEntry, T
     start = 0
     for entry in item.entries:
         if room is None:
-            yield entry, torch.empty(entry.nbytes, dtype=torch.uint8)
+            yield entry, use_huge_pages(torch.empty(entry.nbytes, dtype=torch.uint8))
         else:
             yield entry, room[start : start + entry.nbytes]
             start += _padded(entry.nbytes)
-
-
-def _read(
-    source: TensorEntry, buffer: Tensor, opened: dict[Path, int], files: ExitStack, stop: threading.Event
-) -> Tensor:
-    """One tensor, its bytes read into `buffer`; of GGUF blocks the bytes themselves, uint8 [nbytes]. Of a tensor that
-    is made by a transform, the numbers that it is made of, [n].
-
-    Raises: LoadError if the file has changed since its header was read.
-    """
-    array: Any = buffer.numpy()
-    view, start = memoryview(array), 0
-    for piece in source.pieces or (source,):
-        _read_piece(piece, view[start : start + piece.nbytes], opened, files, stop)
-        start += piece.nbytes
-    if source.block_type is not None:
-        return buffer
-    numbers = buffer.view(TORCH_DTYPES[source.dtype])
-    return numbers if source.transform is not None else numbers.view(source.shape)
-
-
-def _transformed(source: TensorEntry, stored: Tensor) -> Tensor:
-    return stored if source.transform is None else source.transform(stored)
-
-
-def _read_piece(
-    piece: TensorEntry, view: memoryview, opened: dict[Path, int], files: ExitStack, stop: threading.Event
-) -> None:
-    position = 0
-    try:
-        if piece.file not in opened:
-            opened[piece.file] = os.open(piece.file, os.O_RDONLY)
-            files.callback(os.close, opened[piece.file])
-        while position < piece.nbytes:
-            if stop.is_set():
-                raise Stopped
-            part = view[position : min(position + READ_BYTES, piece.nbytes)]
-            count = os.preadv(opened[piece.file], [part], piece.offset + position)
-            if count == 0:
-                raise LoadError(
-                    f"'{piece.file}' ended within '{piece.name}': it was changed while it was read; load it again"
-                )
-            position += count
-    except OSError as error:
-        raise LoadError(
-            f"'{piece.file}' cannot be read at '{piece.name}': {error.strerror}; check the disk, or download it again"
-        ) from error

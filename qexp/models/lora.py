@@ -140,7 +140,7 @@ def _state_dict(
     """(tensors, alphas, metadata) as the pipeline's class converts them, the tensors by component and layer."""
     from safetensors import SafetensorError, safe_open
 
-    from qexp.models.pipeline_building import _quiet
+    from qexp.quantizers.base import quiet
 
     try:
         with safe_open(file, "pt") as opened:
@@ -152,7 +152,7 @@ def _state_dict(
             options["unet_config"] = models["unet"].config
         elif "return_alphas" in _parameters(kind.lora_state_dict):
             options["return_alphas"] = True
-        with _quiet():
+        with quiet():
             answer = kind.lora_state_dict(str(file.parent), **options)
     except LoadError:
         raise
@@ -264,7 +264,8 @@ def _sizes(layer: nn.Module) -> tuple[int, int] | None:
     if isinstance(layer, nn.Conv2d) and layer.groups == 1:
         return layer.out_channels, layer.in_channels
     if hasattr(layer, "out_features") and hasattr(layer, "in_features"):  # linear layers, quantized ones too
-        return int(layer.out_features), int(layer.in_features)
+        sizes: Any = layer.out_features, layer.in_features
+        return int(sizes[0]), int(sizes[1])
     return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from qexp.memory import use_huge_pages
 from qexp.quantizers import base
 from qexp.quantizers.bitsandbytes_library import library
 
@@ -26,13 +27,16 @@ def create_4bit(
 
     functional, quant_type = library().functional, config.bnb_4bit_quant_type
     block = config.bnb_4bit_blocksize
-    packed = torch.empty(math.ceil(spec.numel / 2), 1, dtype=torch.uint8, device=device)
+    packed = use_huge_pages(torch.empty(math.ceil(spec.numel / 2), 1, dtype=torch.uint8, device=device))
     absmax = torch.empty(math.ceil(spec.numel / block), dtype=torch.float32, device=device)
     rows_a_block = block // math.gcd(spec.shape[1], block)
     code = functional.get_4bit_type(quant_type, device=device)
-    quantize = _quantize_on_cpu(code, block) if device.type == "cpu" else _quantize_by_library(quant_type, block)
-    for rows, part in base.row_slices(spec, weight, device, rows_a_block):
+    on_cpu = device.type == "cpu"
+    quantize = _quantize_on_cpu(code, block) if on_cpu else _quantize_by_library(quant_type, block)
+    for rows, part in base.row_slices(spec, weight, device, rows_a_block, check=not on_cpu):
         bytes_, largest = quantize(part)
+        if on_cpu:
+            base.check_slice(spec, rows, largest)  # of a block that is not finite, neither is the absmax
         first = rows.start * spec.shape[1]
         packed[first // 2 : first // 2 + len(bytes_), 0] = bytes_
         absmax[first // block : first // block + len(largest)] = largest
@@ -66,10 +70,14 @@ def create_4bit(
 def create_8bit(spec: base.WeightSpec, weight: Tensor, device: torch.device) -> nn.Parameter:
     import torch
 
+    from qexp.quantizers.rowwise_8bit import llm_int8
+
     half = base.WeightSpec(spec.module, spec.shape, torch.float16)  # the library quantizes from fp16 alone
-    rows_of = base.RowAssembler(spec.shape[0])
-    for rows, part in base.row_slices(half, weight, device):
-        values, scale, _ = library().functional.int8_vectorwise_quant(part)
+    rows_of, on_cpu = base.RowAssembler(spec.shape[0]), device.type == "cpu"
+    for rows, part in base.row_slices(half, weight, device, check=not on_cpu):
+        values, scale = llm_int8(part) if on_cpu else library().functional.int8_vectorwise_quant(part)[:2]
+        if on_cpu:
+            base.check_slice(half, rows, scale)
         rows_of.add(rows, {"CB": values, "SCB": scale})
     values, scale = rows_of.inner["CB"], rows_of.inner["SCB"]
     return library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)

@@ -1,4 +1,4 @@
-"""NF4 and FP4 blockwise quantization on the CPU: the bytes of bitsandbytes, in a seventh of its time.
+"""NF4 and FP4 blockwise quantization on the CPU: the bytes of bitsandbytes, many times faster.
 
 Each block of consecutive weights is scaled by its absmax to -1..1; each weight becomes the nearest of 16 code values,
 two to a byte, the first in the high bits. The library searches the midpoints between the code values for each weight
@@ -7,13 +7,16 @@ other: fifteen vectorized passes over a slice that stays in cache.
 
 The arithmetic is the library's, operation by operation (bitsandbytes 0.50: a full block is multiplied by the
 reciprocal of its absmax, a last block that is not full is divided by it), so the bytes are the same, which a test
-holds. Results of comparisons are kept as float32: torch vectorizes that, and does not vectorize comparing into bool.
+holds. The passes are numpy's: it compares floats into bytes with vector instructions, which torch does not, and
+counting in bytes moves a quarter of the memory that counting in floats would.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,9 +39,9 @@ def code_table(code: Tensor) -> CodeTable:
 
 
 def quantize_4bit(weight: Tensor, table: CodeTable, blocksize: int) -> tuple[Tensor, Tensor]:
-    """(packed uint8 [n / 2], absmax float32 [ceil(n / blocksize)]) of n finite weights on the CPU, n even.
+    """(packed uint8 [n / 2], absmax float32 [ceil(n / blocksize)]) of n weights on the CPU, n even.
 
-    weight: float32, float16 or bfloat16, of any shape.
+    weight: float32, float16 or bfloat16, of any shape. The absmax of a block that is not finite is not, either.
     """
     flat = weight.reshape(-1).to(torch.float32, copy=True)
     full = flat.numel() // blocksize * blocksize
@@ -49,19 +52,25 @@ def quantize_4bit(weight: Tensor, table: CodeTable, blocksize: int) -> tuple[Ten
     if full < flat.numel():
         absmax[-1] = flat[full:].abs().max().clamp(min=LOWEST_ABSMAX)
         flat[full:] /= absmax[-1]
-    return _pack(_nearest(flat, table, scratch)), absmax
+    return torch.from_numpy(_pack(_nearest(flat.numpy(), table))), absmax
 
 
-def _nearest(scaled: Tensor, table: CodeTable, above: Tensor) -> Tensor:
-    """int8 indices of the code values next to float32 values. above: scratch memory of the same shape."""
-    found = torch.full_like(scaled, table.indices[0])
+def _nearest(scaled: Any, table: CodeTable) -> Any:
+    """uint8 indices of the code values next to float32 values [n]."""
+    found = np.full(scaled.shape, table.indices[0], dtype=np.uint8)
+    above = np.empty(scaled.shape, dtype=np.bool_)
     for midpoint, before, after in zip(table.midpoints, table.indices[:-1], table.indices[1:], strict=True):
-        torch.gt(scaled, midpoint, out=above)
-        found.add_(above, alpha=after - before)
-    return found.to(torch.int8)
+        np.greater(scaled, np.float32(midpoint), out=above)
+        step = above.view(np.uint8)
+        if after - before != 1:  # fp4, whose indices do not rise; the sum is right modulo 256
+            np.multiply(step, np.uint8((after - before) % 256), out=step)
+        np.add(found, step, out=found)
+    return found
 
 
-def _pack(indices: Tensor) -> Tensor:
-    """Two 4-bit indices to a byte, the first in its high half."""
-    pairs = indices.view(torch.int16)  # the first of a pair is the low byte
-    return ((pairs << 4) | (pairs >> 8)).to(torch.uint8)
+def _pack(indices: Any) -> Any:
+    """Two 4-bit indices to a byte, the first in its high half: uint8 [n] -> [n / 2]."""
+    pairs = indices.view(np.uint16)  # the first of a pair is the low byte: a + 256 b, of which 4097 times is in bits 8
+    np.multiply(pairs, np.uint16(4097), out=pairs)  # to 15 (a + 256 b + 4096 a + 2^20 b) / 256 = 16 a + b
+    np.right_shift(pairs, 8, out=pairs)
+    return pairs.astype(np.uint8)

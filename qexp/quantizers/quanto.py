@@ -176,12 +176,19 @@ class QuantoQuantizer(base.Quantizer):
     def _create_8bit(self, spec: base.WeightSpec, weight: Tensor, device: torch.device) -> Tensor:
         import torch
 
+        from qexp.quantizers.rowwise_8bit import quanto_int8
+
         qtype, rows_of = self._qtype, base.RowAssembler(spec.shape[0])
         axis = None if spec.shape[0] == 1 else 0  # the library's rule
-        for rows, part in base.row_slices(spec, weight, device):
-            scale = library().AbsmaxOptimizer()(part, qtype=qtype, axis=axis)
-            data = torch.ops.quanto.quantize_symmetric(part, dtype=qtype.dtype, axis=axis, scale=scale)
-            base.clear_nan(data)
+        own = device.type == "cpu" and qtype.dtype == torch.int8
+        for rows, part in base.row_slices(spec, weight, device, check=not own):
+            if own:
+                data, scale = quanto_int8(part)
+                base.check_slice(spec, rows, scale)
+            else:
+                scale = library().AbsmaxOptimizer()(part, qtype=qtype, axis=axis)
+                data = torch.ops.quanto.quantize_symmetric(part, dtype=qtype.dtype, axis=axis, scale=scale)
+                base.clear_nan(data)
             rows_of.add(rows, {"data": data, "scale": scale.reshape(-1, 1)})
         inner, scale = rows_of.inner, rows_of.inner["scale"]
         return library().WeightQBytesTensor.create(

@@ -172,13 +172,19 @@ class TorchAoQuantizer(base.Quantizer):
         if self.stored:
             tensors = [tensor.to(device) for tensor in (sources[0], *companions.values())]
             return torch.nn.Parameter(self._assemble(spec, tensors), requires_grad=False)
-        from qexp.quantizers.torchao_library import inner_tensors, quantize
+        from qexp.quantizers.torchao_library import inner_tensors, int8_group_size, quantize
 
         config, layout, rows_of = self._library_config(spec), self._layout(spec), base.RowAssembler(spec.shape[0])
         assert layout is not None, spec
         whole = spec.shape[0] if layout.rows_multiple is None else layout.rows_multiple
-        for rows, part in base.row_slices(spec, sources[0], device, whole):
-            quantized: Any = quantize(part, config)
+        group_size = int8_group_size(config, spec.shape[1]) if device.type == "cpu" else None
+        for rows, part in base.row_slices(spec, sources[0], device, whole, check=group_size is None):
+            if group_size is not None:
+                if rows.start == 0:
+                    quantized: Any = quantize(part[:1], config)  # the library's tensor, to put its parts into
+                rows_of.add(rows, self._int8_parts(spec, rows, part, group_size))
+                continue
+            quantized = quantize(part, config)
             inner = inner_tensors(quantized)
             base.clear_nan(inner["qdata"])
             if layout.rows_multiple is None:
@@ -187,6 +193,17 @@ class TorchAoQuantizer(base.Quantizer):
         context = quantized.__tensor_flatten__()[1]
         tensor = type(quantized).__tensor_unflatten__(rows_of.inner, context, spec.shape, (spec.shape[1], 1))
         return torch.nn.Parameter(tensor, requires_grad=False)
+
+    def _int8_parts(self, spec: base.WeightSpec, rows: slice, part: Tensor, group_size: int) -> dict[str, Tensor]:
+        """The inner tensors of rows in symmetric int8, as torchao makes them."""
+        import torch
+
+        from qexp.quantizers.rowwise_8bit import torchao_int8
+
+        values, scale = torchao_int8(part, group_size)
+        base.check_slice(spec, rows, scale)
+        scale = scale.view(len(part), -1)
+        return {"qdata": values, "scale": scale, "zero_point": torch.zeros_like(scale, dtype=torch.int8)}
 
     def _library_config(self, spec: base.WeightSpec) -> Any:
         """torchao's config for one layer, None if it is left alone."""

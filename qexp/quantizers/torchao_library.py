@@ -28,6 +28,10 @@ with base.quiet():  # warns of kernels for other machines
         Float8DynamicActivationFloat8WeightConfig,
         Float8WeightOnlyConfig,
         FqnToConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        PerGroup,
+        PerRow,
         quantize_,
     )
     from torchao.utils import TorchAOBaseTensor
@@ -40,6 +44,7 @@ __all__ = [
     "config_for",
     "dequantize",
     "inner_tensors",
+    "int8_group_size",
     "is_quantized",
     "quantize",
 ]
@@ -116,6 +121,18 @@ def quantize(weight: Tensor, config: Any) -> Tensor:
     quantized = holder.weight.data
     holder._parameters.clear()  # torchao leaves the layer in a reference cycle, which would keep the weight for a while
     return quantized
+
+
+def int8_group_size(config: Any, columns: int) -> int | None:
+    """The weights that share a scale in a row of so many, if it is symmetric int8 that `rowwise_8bit` makes too."""
+    if type(config) not in (Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig):
+        return None
+    granularity = config.granularity
+    if isinstance(granularity, PerGroup):
+        size: int = granularity.group_size
+        return size
+    is_rowwise = isinstance(granularity, PerRow) and granularity.dim == -1 and not getattr(config, "reduce_range", None)
+    return columns if is_rowwise else None
 
 
 def dequantize(weight: Tensor) -> Tensor:
