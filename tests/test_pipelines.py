@@ -54,7 +54,6 @@ REFUSED = {
     ("+components.text_encoder_3.compute_dtype=fp32",): r"components\.text_encoder_3 is no component of this model",
     ("+model.checkpoints.tranformer=x.gguf",): r"model\.checkpoints\.tranformer is no component .*did you mean",
     ("task.prompt=null",): r"task\.prompt=null names nothing to generate; give a text or a list",
-    ("task=perplexity",): r"task=perplexity is not for model\.source=diffusers",
     ("model.path=null",): r"model\.path=null names no pipeline",
 }
 

@@ -69,4 +69,5 @@ def check_shared_patterns(prepared: Mapping[str, Prepared], components: Mapping[
             for pattern, message in messages.items():
                 others = [prepared[other].unmatched[setting] for other in sharing(name, setting, pattern)]
                 if all(pattern in unmatched for unmatched in others):
-                    raise ConfigError(message)
+                    said = [unmatched[pattern] for unmatched in others]
+                    raise ConfigError(next((words for words in said if "did you mean" in words), message))
