@@ -59,7 +59,7 @@ class DiffusersConfig:
     def __post_init__(self) -> None:
         lora_configs(self.lora)
         for name in self.task_defaults:
-            check_known(f"model.task_defaults.{name}", str(name), DEFAULTED)
+            check_known(f"model.task_defaults.{name}", str(name), list(DEFAULTED))
 
     def ignored_fields(self) -> set[str]:
         """Files count by their content, what is quantized by the components' backends, and defaults as the task has
