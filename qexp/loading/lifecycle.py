@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from qexp.errors import ConfigError, LoadError, first_names
@@ -46,6 +45,7 @@ from qexp.loading.plan import (
 )
 from qexp.loading.progress import Progress
 from qexp.loading.registration import register
+from qexp.loading.skeletons import on_meta, without_initialization
 from qexp.memory import GIB, PeakMemory, release_freed_memory
 from qexp.models.interfaces import kept_by_class
 from qexp.offload.dispatch import Dispatch
@@ -236,14 +236,15 @@ def _swap_layers(
     transposed = {name: type(model.get_submodule(name)) for name, spec in chosen.items() if spec.transposed}
     for name in transposed:
         replace_module(model, name, to_linear(model.get_submodule(name)))
-    quantizer.preprocess_model(model, list(chosen), compute_dtype)
+    with without_initialization():
+        quantizer.preprocess_model(model, list(chosen), compute_dtype)
     for name, kind in transposed.items():
         setattr(model.get_submodule(name), MARK, kind)
 
 
 def skeleton_and_names(source: ModelSource, component: str, checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:
     """The network on the meta device, and the checkpoint under the names of all its tensors."""
-    with init_empty_weights(include_buffers=False):
+    with on_meta():
         model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
     return model, with_tied_entries(_under_model_names(source, component, checkpoint, model), model)
 

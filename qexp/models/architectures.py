@@ -78,11 +78,10 @@ def component_of(name: str, component: str) -> ComponentArchitecture:
 
 def network(config: Mapping[str, Any]) -> nn.Module:
     """The network of a component's config.json, its parameters on the meta device."""
-    from accelerate import init_empty_weights
-
+    from qexp.loading.skeletons import on_meta
     from qexp.models.folder import FolderSource
 
-    with init_empty_weights(include_buffers=False):
+    with on_meta():
         return FolderSource(ASSETS, None).skeleton("model", dict(config)).eval().requires_grad_(False)
 
 
