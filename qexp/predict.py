@@ -13,10 +13,10 @@ at most; activations are not included.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +85,19 @@ def predict(
     )
 
 
-@cache
-def _gib(name: str, component: str, option: str, compute_dtype: str) -> str:
-    """The bytes of one cell, or why there are none."""
-    denoisers = ("transformer", "unet")
-    skip = _skip_modules(name) if component in denoisers and option != "none" else ()
-    try:
-        backend = backend_of(option).resolved("cpu")
-        return f"{predict(name, component, backend, compute_dtype, skip).result_bytes / GIB:.2f}"
-    except QexpError as error:
-        print(f"{name}/{component}, {option}: {error}", file=sys.stderr)
-        return "–"
+def _gib(name: str, component: str, option: str, compute_dtype: str, known: dict[Any, str]) -> str:
+    """The bytes of one cell, or why there are none. known: those of the same network before."""
+    skip = _skip_modules(name) if component in ("transformer", "unet") and option != "none" else ()
+    found = component_of(name, component)
+    key = (json.dumps(found.config), found.dtype, option, compute_dtype, skip)
+    if key not in known:
+        try:
+            predicted = predict(name, component, backend_of(option).resolved("cpu"), compute_dtype, skip)
+            known[key] = f"{predicted.result_bytes / GIB:.2f}"
+        except QexpError as error:
+            print(f"{name}/{component}, {option}: {error}", file=sys.stderr)
+            known[key] = "–"
+    return known[key]
 
 
 def _skip_modules(name: str) -> tuple[str, ...]:
@@ -106,11 +108,12 @@ def rows(names: Sequence[str], backends: Sequence[str], compute_dtype: str) -> l
     """A row for each component of each model: what it is, then GiB: on disk, dense, and for each backend."""
     import torch
 
-    found = []
+    found, known = [], dict[Any, str]()
     for name in names:
         for component, part in architecture(name).components.items():
             disk = part.parameters * getattr(torch, part.dtype).itemsize / GIB
-            cells = [_gib(name, component, option, compute_dtype) for option in ("none", *_useful(component, backends))]
+            options = ("none", *_useful(component, backends))
+            cells = [_gib(name, component, option, compute_dtype, known) for option in options]
             cells += ["–"] * (1 + len(backends) - len(cells))  # a decoder of convolutions has nothing to quantize
             found.append([name, component, f"{part.parameters / 1e9:.2f}", f"{disk:.2f}", *cells])
     return found

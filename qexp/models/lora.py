@@ -257,7 +257,7 @@ def _update(
     return Update(down, up, tensors.get(f"{name}.lora_B.bias"), config.weight * scales.of(name, down.shape[0]))
 
 
-def _sizes(layer: nn.Module) -> tuple[int, int] | None:
+def _sizes(layer: Any) -> tuple[int, int] | None:
     """(out, in) of a layer that LoRA can be applied to."""
     from torch import nn
 
