@@ -142,7 +142,8 @@ def test_text_encoders_have_their_own(pipeline_folder: Folder, tmp_path: Path) -
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "none"])
 def test_on_a_quantized_layer_the_update_is_exact(backend: str, pipeline_folder: Folder, tmp_path: Path) -> None:
     path = save_lora(pipeline_folder, "flux", tmp_path)
-    source, models = load_ours(pipeline_folder("flux"), backend_config(backend), lora=str(path))
+    narrow = ("group_size=16",) if backend.startswith("packed") else ()  # the first layer has 16 inputs
+    source, models = load_ours(pipeline_folder("flux"), backend_config(backend, *narrow), lora=str(path))
     source.check_run(models, task_of("flux"))
     layer, x = models["transformer"].transformer_blocks[1].attn.to_q, torch.randn(5, 64).bfloat16()
     with torch.no_grad():
