@@ -187,3 +187,20 @@ def save_pipeline(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) 
 def names_in(folder: Path) -> dict[str, Any]:
     names: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
     return names
+
+
+def load_components(folder: Path | str, backend: Any = None, **config: Any) -> tuple[Any, dict[str, Any]]:
+    """(the model source, each component loaded by us), the denoiser quantized as `backend` says."""
+    from qexp.loading.lifecycle import load_component
+    from qexp.models.diffusers import DiffusersConfig, Source
+    from qexp.settings import ComponentConfig, LoaderConfig
+    from tests.backends import CPU, backend_config
+
+    source, dense = Source(DiffusersConfig(path=str(folder), **config)), backend_config("none")
+    chosen, quantized = backend or dense, source.quantized_components()
+    settings = {name: ComponentConfig(chosen if name in quantized else dense) for name in source.components()}
+    models = {
+        name: load_component(source, name, component, device=CPU, loader=LoaderConfig()).model
+        for name, component in settings.items()
+    }
+    return source, models
