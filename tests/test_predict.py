@@ -14,7 +14,10 @@ from tests.test_make_checkpoint import TINY
 
 T5 = {"architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1,
       "num_heads": 4, "vocab_size": 100, "feed_forward_proj": "gated-gelu"}  # fmt: skip
-TRANSFORMER = {**TINY, "attention_head_dim": 32, "axes_dims_rope": [8, 12, 12], "in_channels": 64}
+TRANSFORMER = {
+    **TINY, "attention_head_dim": 32, "axes_dims_rope": [8, 12, 12], "in_channels": 64, "joint_attention_dim": 64,
+    "pooled_projection_dim": 64,
+}  # fmt: skip
 
 
 @pytest.fixture
