@@ -16,7 +16,12 @@ from qexp.options import group_names, option_names, options_of_plugin
 from qexp.plugins import PLUGINS, plugin_module, plugin_names
 from qexp.settings import TopLevelConfig
 
-MAPPINGS = ("quant_type_kwargs", "model.checkpoints", "task.pipeline_arguments")  # fields that take any names
+MAPPINGS = (
+    "quant_type_kwargs",
+    "model.checkpoints",
+    "model.task_defaults",
+    "task.pipeline_arguments",
+)  # fields that take any names
 NOISE = ("full_key:", "object_type=", "reference_type=", "Config search path:", "provider=", "See https://hydra.cc")
 
 

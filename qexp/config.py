@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -86,7 +87,10 @@ def to_run_config(cfg: Any) -> RunConfig:
     )
     task = plugin_config("task", top.task, "task")
     task = task.resolved() if hasattr(task, "resolved") else task
+    _check_placed(task, device_map, max_memory)
+    _check_saves(top.save, task)
     check_perceptual(top.metrics, load_source(model), task)
+    _check_before_download(model, task, top)
     model = pinned_model(model)  # from here on it is on this machine
     source = load_source(model)
     names = source.components()
@@ -103,16 +107,8 @@ def to_run_config(cfg: Any) -> RunConfig:
     _check_task(model, task)
     if task.name == "generate" and hasattr(source, "resolve_task"):
         task = source.resolve_task(task)
-    _check_placed(task, device_map, max_memory)
-    if top.save.wanted and not getattr(task, "saves_outputs", True):
-        raise ConfigError(
-            f"{top.save.wanted} with task={task.name}: it goes layer by layer and leaves no model to save; "
-            "use task=generate"
-        )
     if top.save.path is not None:
         _check_save_path(Path(top.save.path), model, components)
-    if top.save.push_to_hub is not None:
-        check_ready(top.save)
     return RunConfig(
         model=replace(model, skip_modules=()),  # its patterns are in the components now: one place, one run key
         components=components,
@@ -125,6 +121,27 @@ def to_run_config(cfg: Any) -> RunConfig:
         **{name: getattr(top, name) for name in ("metrics", "tracking", "isolation", "sweep", "loader")},
         **{name: getattr(top, name) for name in ("save", "paths", "seed", "resume")},
     )
+
+
+def _check_saves(save: SaveConfig, task: Any) -> None:
+    """Raises ConfigError for a model that is to be saved where there will be none, or cannot be sent."""
+    if save.wanted and not getattr(task, "saves_outputs", True):
+        raise ConfigError(
+            f"{save.wanted} with task={task.name}: it goes layer by layer and leaves no model to save; "
+            "use task=generate"
+        )
+    if save.push_to_hub is not None:
+        check_ready(save)
+
+
+def _check_before_download(model: Any, task: Any, top: TopLevelConfig) -> None:
+    """What can be said of a hub's model before its files are here; all of it is asked again when they are."""
+    if model.path is None or hub_id(model.path) is None:
+        return
+    with suppress(LoadError):
+        _check_task(model, task)
+        if getattr(model, "revision", None) is None:  # else the cache may have the components of another one
+            _check_component_names(top.components, load_source(model).components())
 
 
 def _check_task(model: Any, task: Any) -> None:

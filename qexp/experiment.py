@@ -30,6 +30,7 @@ from qexp.loading.lifecycle import (
 from qexp.loading.saving import save_model, save_tensors
 from qexp.memory import GIB, PeakMemory, device_memory, host_memory
 from qexp.models.base import load_source
+from qexp.models.pipeline_folder import INDEX
 from qexp.offload.dispatch import Dispatch
 from qexp.offload.payload import module_nbytes
 from qexp.offload.strategies import Offload, apply_offload
@@ -168,6 +169,8 @@ def _save(config: RunConfig, source: Any, models: Mapping[str, nn.Module], run_f
     with TemporaryDirectory(prefix=".save-", dir=run_folder) as scratch:
         folder = Path(save.path or scratch)
         files: list[Path] = []
+        if hasattr(source, "save_side_files"):
+            (folder / INDEX).unlink(missing_ok=True)  # of an earlier one: it says that all is there
         for name, model in models.items():
             place = folder / name if hasattr(source, "save_side_files") else folder
             files += save_model(model, place, max_shard_bytes=int(save.max_shard_gib * GIB))

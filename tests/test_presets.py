@@ -112,6 +112,7 @@ def test_it_composes_and_the_command_line_wins(preset: str, pipeline_folder: Cal
 
 def test_flux_on_less_than_16_gb(pipeline_folder: Callable[[str], Path]) -> None:
     config = run_config("experiment=flux_dev_16gb", f"model.path={pipeline_folder('flux')}", "task.prompt=[a]")
+    assert config.reference.offload == "block"  # the unquantized pipeline would not fit
     labels = {name: part.backend.label for name, part in config.components.items()}
     assert labels["transformer"] == "nf4" and labels["text_encoder_2"] == "llm.int8"
     assert {config.components[name].backend.quant_method for name in ("vae", "text_encoder")} == {"none"}

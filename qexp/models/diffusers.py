@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
-from qexp.fields import check_known
+from qexp.fields import check_known, convert, field_types
 from qexp.hub_download import local_folder
 from qexp.models.lora import LoraConfig, lora_configs
-from qexp.models.pipeline_folder import PipelineFolder, open_pipeline, read_object
+from qexp.models.pipeline_folder import INDEX, PipelineFolder, open_pipeline, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -57,9 +57,13 @@ class DiffusersConfig:
     task_defaults: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        from qexp.tasks.generate import GenerateConfig
+
         lora_configs(self.lora)
         for name in self.task_defaults:
-            check_known(f"model.task_defaults.{name}", str(name), list(DEFAULTED))
+            place = f"model.task_defaults.{name}"
+            check_known(place, str(name), list(DEFAULTED))
+            convert(field_types(GenerateConfig)[name], self.task_defaults[name], place)
 
     def ignored_fields(self) -> set[str]:
         """Files count by their content, what is quantized by the components' backends, and defaults as the task has
@@ -166,7 +170,7 @@ class Source:
         """Put all that has no weights into the folder of a saved pipeline; returns the files."""
         from qexp.sweep.store import write_bytes
 
-        sources = self.side_files()
+        sources = sorted(self.side_files(), key=lambda file: file.name == INDEX)  # which says that all is there
         targets = [folder / file.relative_to(self.folder.path) for file in sources]
         for source, target in zip(sources, targets, strict=True):
             write_bytes(target, source.read_bytes())

@@ -111,6 +111,9 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         identity["side_files"] = [[file.name, _file_hash(file.name, file)] for file in source.side_files()]
     if adapters := source.adapters() if hasattr(source, "adapters") else ():
         identity["adapters"] = [[_file_hash("lora", adapter.file), _plain(adapter.weight)] for adapter in adapters]
+    is_dense = all(component.backend.quant_method == "none" for component in config.components.values())
+    if is_dense and not saves_outputs(config) and hasattr(source, "quantized_components"):
+        identity["measured"] = list(source.quantized_components())  # else those with a backend are
     originals = _originals(config)
     if originals:
         identity["originals"] = originals

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qexp.models.pipeline_folder import INDEX
 from qexp.settings import PERCEPTUAL_METRICS, MetricsConfig, RunConfig
 from qexp.sweep.environment import differences
 from qexp.sweep.key import saves_outputs
@@ -70,7 +71,7 @@ def scored_names(result: Mapping[str, Any], metrics: MetricsConfig) -> tuple[str
 def _unsaved(config: RunConfig, folder: RunFolder) -> str:
     """What of `save` has not been done yet, '' if nothing. What became of a hub's repository since is not asked."""
     save = config.save
-    if save.path is not None and not Path(save.path, "config.json").exists():
+    if save.path is not None and not any(Path(save.path, name).exists() for name in ("config.json", INDEX)):
         return f"saved to {save.path}"
     pushed = read_json(folder.path / PUSHED) or {}
     if save.push_to_hub is not None and (pushed.get("repo_id"), pushed.get("revision")) != (
