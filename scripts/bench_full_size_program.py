@@ -25,7 +25,6 @@ BACKENDS: dict[str, Any] = {  # name in the table -> what qexp.load takes
     "int8": "bitsandbytes_int8",
     "gguf Q4_0": "gguf_q4_0",
     "torchao int4wo": {"quant_method": "torchao", "quant_type": "int4wo", "group_size": 64},  # x_embedder has 64 inputs
-    "torchao int8wo": "torchao",
 }
 
 

@@ -97,7 +97,7 @@ def _run(program: str, name: str, root: Path, arguments: argparse.Namespace) -> 
 
 def limits(row: dict[str, Any], tokens: list[int]) -> dict[str, float]:
     """Seconds that no offloaded step can undercut, by cache and tokens."""
-    if "resident" not in row or "qexp leaf" not in row:
+    if any("refused" in row.get(program, {"refused": ""}) for program in ("resident", "qexp leaf")):
         return {}
     disk, nbytes = row["disk"], row["qexp leaf"]["offload/payload_gib"] * GIB
     bandwidth = {

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -182,6 +183,8 @@ def defined_names(spec: ModuleSpec) -> set[str] | None:
             names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Tuple | ast.List) for target in targets):
+                return None
             names |= {target.id for target in targets if isinstance(target, ast.Name)}
         elif not isinstance(node, ast.Expr):
             return None  # an if, a try: it may bind anything
@@ -191,13 +194,19 @@ def defined_names(spec: ModuleSpec) -> set[str] | None:
 def import_factory(name: str) -> Callable[..., Any]:
     """The function that `package.module:function` names. Raises ConfigError."""
     module_name, attribute = split_name(name)
-    find_module(module_name)
+    found = find_module(module_name)
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ConfigError(f"model.factory={name}: importing '{module_name}' failed: {_where(error)}") from error
+    origin = getattr(module.__spec__, "origin", None)
+    if origin is None or found.origin is None or not os.path.samefile(origin, found.origin):
+        raise ConfigError(
+            f"model.factory={name}: '{found.origin}' cannot be imported as '{module_name}', which is '{origin}' here; "
+            "give your module another name"
+        )
     factory = getattr(module, attribute, None)
     if not callable(factory):
         known = [name for name, value in vars(module).items() if callable(value)]

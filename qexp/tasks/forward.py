@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.errors import ConfigError, QexpError, choices, did_you_mean
 from qexp.tasks.recorder import Recorder, TaskResult
 
 if TYPE_CHECKING:
@@ -113,7 +113,9 @@ def answers(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device)
     try:
         with torch.no_grad():
             returned = model(**given)
-    except (TypeError, IndexError, ValueError, AttributeError) as error:
+    except (QexpError, torch.OutOfMemoryError):  # says itself what is wrong
+        raise
+    except (TypeError, IndexError, ValueError, AttributeError, RuntimeError) as error:
         shapes = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in batch.items())
         raise ConfigError(
             f"{type(model).__name__} cannot be called with the tensors of task.inputs ({shapes}): "
@@ -157,10 +159,10 @@ def batches_of(inputs: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Te
 
 
 def without_padding(output: Tensor, mask: Tensor) -> Tensor:
-    """An output with zeros where its text has ended; one that does not go by tokens, [rows, longest, …], as it is."""
-    if output.shape[:2] != mask.shape:
+    """An output with zeros where its text has ended; one that does not go by tokens, [rows, longest(, n)], as it is."""
+    if output.shape[:2] != mask.shape or output.dim() > 3:  # attentions are [rows, heads, longest, longest]
         return output
-    return output * mask.view(*mask.shape, *[1] * (output.dim() - 2)).to(output.dtype)
+    return output.masked_fill(mask.view(*mask.shape, *[1] * (output.dim() - 2)) == 0, 0)
 
 
 def row_count(inputs: Mapping[str, Tensor]) -> int:

@@ -135,7 +135,9 @@ def test_the_reference_is_unquantized_in_its_own_dtype(tmp_path) -> None:
     assert component.backend == NoneConfig()
     assert component.compute_dtype == "float32"
     assert component.skip_modules == component.keep_in_fp32_modules == ()
-    assert reference.offload == OffloadConfig(strategy="leaf", to="disk")  # auto is disk where there is no accelerator
+    assert reference.offload == OffloadConfig(
+        strategy="leaf", to="disk", use_stream=True
+    )  # auto is disk where there is no accelerator
     assert (reference.task, reference.seed, reference.model) == (config.task, config.seed, config.model)
 
 
