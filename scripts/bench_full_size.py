@@ -46,7 +46,8 @@ def measure(component: str, root: Path, arguments: argparse.Namespace) -> list[d
     formats = [name for name in FORMATS[component] if name in arguments.formats]
     if not formats:
         return []
-    large, small, published = root / f"{component}-{arguments.fraction:g}", root / f"small-{component}", component_of("flux_dev", component)
+    large, small = root / f"{component}-{arguments.fraction:g}", root / f"small-{component}"
+    published = component_of("flux_dev", component)
     if not large.exists():
         write_architecture(large, f"flux_dev/{component}", fraction=arguments.fraction)
     if not small.exists():

@@ -156,7 +156,7 @@ def test_activations_are_calibrated_on_prompts(text: Path, reference: Path, tmp_
     )
     result = run(tmp_path / "generate", *calibrated, reference=reference)
     assert 0 < result["quality/kl_divergence"] < 1 and result["quality/answer_accuracy"] > 0.5
-    with pytest.raises(ConfigError, match="calibrated on samples of the task, and task=perplexity generates none"):
+    with pytest.raises(ConfigError, match="calibrated on samples of the task, and task=perplexity has none"):
         run(tmp_path / "perplexity", *calibrated, "task=perplexity")
 
 
