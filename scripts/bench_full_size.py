@@ -23,6 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,11 @@ SMALL = {"transformer": {"num_layers": 1, "num_single_layers": 1, "num_attention
 RESULT = Path(__file__).parents[1] / "docs" / "bench" / "full_size.json"
 
 
-def measure(component: str, root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(component: str, root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each format of one component."""
     formats = [name for name in FORMATS[component] if name in arguments.formats]
     if not formats:
-        return []
+        return
     large, small = root / f"{component}-{arguments.fraction:g}", root / f"small-{component}"
     published = component_of("flux_dev", component)
     if not large.exists():
@@ -53,18 +54,15 @@ def measure(component: str, root: Path, arguments: argparse.Namespace) -> list[d
     if not small.exists():
         write_checkpoint(small, {**published.config, **SMALL[component]}, 1)
     files = sorted(large.glob("*.safetensors"))
-    rows = []
     for name in formats:
         drop_from_cache(files)  # every load reads from the disk
         load = os.getloadavg()[0]
         run = run_watched(_command(name, large, small, arguments))
         size = sum(file.stat().st_size for file in files)
         when = {"date": time.strftime("%Y-%m-%d %H:%M"), "load_average_before": load}
-        rows.append({"component": component, "format": name, "file_bytes": size, **run, **when})
-        print(describe(rows[-1]), flush=True)
+        yield {"component": component, "format": name, "file_bytes": size, **run, **when}
     if arguments.keep is None:
         shutil.rmtree(large)
-    return rows
 
 
 def merged(rows: list[dict[str, Any]], path: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -116,9 +114,10 @@ def main() -> None:
     rows = list[dict[str, Any]]()
     with nullcontext(arguments.keep) if arguments.keep else tempfile.TemporaryDirectory() as root:
         for component in arguments.components:
-            rows += measure(component, Path(root), arguments)
-    rows = merged(rows, arguments.out, options)
-    write_result(arguments.out, {"machine": machine(), "options": options, "rows": rows})
+            for row in measure(component, Path(root), arguments):
+                print(describe(row), flush=True)
+                rows = merged([row], arguments.out, options)  # what is measured is kept, whatever comes next
+                write_result(arguments.out, {"machine": machine(), "options": options, "rows": rows})
     if found := failures(rows, arguments.fraction):
         raise SystemExit("\n".join(found))
 
