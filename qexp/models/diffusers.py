@@ -70,7 +70,9 @@ class DiffusersConfig:
     def unquantized(self) -> DiffusersConfig:
         """The pipeline to compare with where something is quantized in this one's checkpoints."""
         if self.reference_path is not None:
-            return replace(self, path=self.reference_path, revision=None, checkpoints={}, reference_path=None)
+            return replace(
+                self, path=self.reference_path, revision=None, variant=None, checkpoints={}, reference_path=None
+            )
         return replace(self, checkpoints={})  # the folder's own weights
 
 

@@ -74,8 +74,7 @@ class PipelineFolder:
     def weights(self, name: str, variant: str | None) -> Path:
         """The folder of a component's weights, or of a variant that it has the file, or the index of the shards."""
         folder = self.path / name
-        stems = ("diffusion_pytorch_model", "model") if variant is not None else ()
-        files = [folder / f"{stem}.{end}" for stem in stems for end in _variant_ends(variant)]
+        files = [folder / file for file in variant_names(variant)]
         return next((file for file in files if file.is_file()), folder)
 
     def side_files(self) -> list[Path]:
@@ -96,8 +95,12 @@ class PipelineFolder:
         )
 
 
-def _variant_ends(variant: str | None) -> tuple[str, str]:
-    return f"{variant}.safetensors", f"safetensors.index.{variant}.json"
+def variant_names(variant: str | None) -> list[str]:
+    """What the file of a variant, or the index of its shards, may be called; the first that is there is taken."""
+    stems = ("diffusion_pytorch_model", "model") if variant is not None else ()
+    return [
+        f"{stem}.{end}" for stem in stems for end in (f"{variant}.safetensors", f"safetensors.index.{variant}.json")
+    ]
 
 
 def open_pipeline(path: Path, place: str) -> PipelineFolder:
