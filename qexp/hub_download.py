@@ -144,10 +144,12 @@ def _downloaded(repo: str, revision: str, variant: str | None, place: str) -> st
         try:
             commit, files = _listed(repo, revision)
         except _Unreachable as error:
-            commit = _from_cache(repo, revision, variant, place, str(error))
-            print(f"warning: {place}={repo}: {error}; using commit {commit} from the cache", file=sys.stderr)
+            reason = str(error)
+        else:
+            _bring(repo, revision, commit, files, variant, place)
             return commit
-        _bring(repo, revision, commit, files, variant, place)
+    commit = _from_cache(repo, revision, variant, place, reason)
+    print(f"warning: {place}={repo}: {reason}; using commit {commit} from the cache", file=sys.stderr)
     return commit
 
 
@@ -224,7 +226,7 @@ def _check_space(storage: Path, missing: Sequence[HubFile], place: str) -> None:
 def _from_cache(repo: str, revision: str, variant: str | None, place: str, why: str) -> str:
     """The commit of a revision in the cache. Raises HubError if not everything that is needed of it is there."""
     storage = _storage(repo)
-    remedy = "set model.path to a folder that holds the model, HF_ENDPOINT to a hub that answers, or HF_HUB_CACHE to a "
+    remedy = f"set {place} to a folder that holds the model, HF_ENDPOINT to a hub that answers, or HF_HUB_CACHE to a "
     remedy += "cache that has it (HF_HUB_OFFLINE=1 then asks no hub)"
     where = f"{place}={repo} is no file or folder here, and {why}"
     commit = _cached_commit(storage, revision)
