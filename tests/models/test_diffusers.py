@@ -196,6 +196,18 @@ def test_weights_of_a_component_from_elsewhere(pipeline_folder: Folder, tmp_path
     assert torch.equal(call(qexp.load_pipeline(tmp_path / "again", device="cpu"), "flux"), call(quantized, "flux"))
 
 
+def test_a_pipeline_is_never_saved_over_its_source(pipeline_folder: Folder, tmp_path: Path) -> None:
+    """Not in part either, where the weights of its first component are from elsewhere."""
+    folder, elsewhere = copy_of(pipeline_folder("flux"), tmp_path / "pipeline"), tmp_path / "elsewhere"
+    first = Source(DiffusersConfig(path=str(folder))).components()[0]
+    shutil.copytree(folder / first, elsewhere)
+    ours = qexp.load_pipeline(folder, "torchao", quantize=[first], checkpoints={first: elsewhere}, device="cpu")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(ConfigError, match=r"save: '.*' holds the checkpoint that the model comes from.*another folder"):
+        qexp.save(ours, folder)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
 def test_the_same_noise_in_every_dtype_and_batch(pipeline_folder: Folder) -> None:
     """Of the first step: what comes before the network has touched it is the noise of each image's generator."""
     noise: dict[str, Tensor] = {}
