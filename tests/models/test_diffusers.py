@@ -272,6 +272,22 @@ def test_a_task_that_a_pipeline_cannot_do(case: str, pipeline_folder: Folder) ->
         check_arguments(source.pipeline(skeletons), task)
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("DiTPipeline", "DiTPipeline needs 'class_labels', and task=generate gives it prompts and numbers alone; use"),
+        ("ConsistencyModelPipeline", "ConsistencyModelPipeline takes no prompt, and"),
+        ("WanImageToVideoPipeline", "WanImageToVideoPipeline needs 'image', and"),
+        ("PaintByExamplePipeline", "needs 'example_image', 'image', 'mask_image', and"),
+        ("LongCatImagePipeline", r"LongCatImagePipeline tells nobody about its steps \(it has no callback_on_step_end"),
+    ],
+)
+def test_a_pipeline_of_another_kind_is_refused_before_its_weights_are_read(kind: str, message: str) -> None:
+    pipeline = object.__new__(getattr(diffusers, kind))  # its call is all that is looked at
+    with pytest.raises(ConfigError, match=message):
+        check_arguments(pipeline, GenerateConfig(prompt=PROMPTS).resolved())
+
+
 def copy_of(folder: Path, target: Path, **index: Any) -> Path:
     """A pipeline's folder with links in place of its weights, and another index."""
 
