@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import check_known
 from qexp.hub_download import local_folder
+from qexp.loading.checkpoint import read_object
 from qexp.models.lora import LoraConfig, lora_configs
-from qexp.models.pipeline_folder import PipelineFolder, open_pipeline, read_object
+from qexp.models.pipeline_folder import PipelineFolder, open_pipeline
 
 if TYPE_CHECKING:
     import torch

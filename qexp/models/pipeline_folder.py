@@ -8,7 +8,6 @@ a file of their own (scheduler_config.json, tokenizer_config.json, preprocessor_
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError, LoadError, choices
+from qexp.loading.checkpoint import read_object
 
 INDEX = "model_index.json"
 # what a folder of something else than a model holds; a tokenizer of old has its vocabulary alone
@@ -131,15 +131,3 @@ def _what_else(path: Path) -> str:
         f"'{path}' has no {INDEX}, but the config.json of {name}: it is a component (in a pipeline, set "
         f"+model.checkpoints.transformer={path}; alone, qexp.load() loads it)"
     )
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes().decode())
-    except OSError as error:
-        raise LoadError(f"'{file}' cannot be read: {error.strerror}; make it readable") from None
-    except (ValueError, RecursionError) as error:
-        raise LoadError(f"'{file}' is not valid JSON: {error}; download it again") from None
-    if not isinstance(value, dict):
-        raise LoadError(f"'{file}' must hold a JSON object; download it again")
-    return value
