@@ -23,6 +23,7 @@ from qexp.devices import resolve_device, resolve_device_map, resolve_max_memory
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import from_plain
 from qexp.hub_download import hub_id, local_folder, pinned
+from qexp.loading.checkpoint import refuse_source
 from qexp.models.base import load_source
 from qexp.models.diffusers import DiffusersConfig
 from qexp.models.pipeline_folder import INDEX
@@ -183,6 +184,10 @@ def save(model: Any, folder: str | Path, *, max_shard_gib: float = 5.0) -> list[
     source = vars(model).get(SOURCE)
     if source is None:
         return save_model(model, place, max_shard_bytes=max_shard_bytes)
+    for name in source.components():  # before any of them is written
+        checkpoint = getattr(getattr(model, name), "checkpoint_path", None)
+        if checkpoint is not None:
+            refuse_source(place / name, checkpoint, "save")
     files = [
         file
         for name in source.components()

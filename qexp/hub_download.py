@@ -62,8 +62,9 @@ def pinned_model(model: Any) -> Any:
     for name in ("path", "reference_path"):
         path = getattr(model, name, None)
         of_path = revision if name == "path" else None
+        variant = getattr(model, "variant", None) if name == "path" else None
         if path is not None:
-            changes[name] = pinned(path, of_path, place=f"model.{name}")
+            changes[name] = pinned(path, of_path, variant, place=f"model.{name}")
         elif of_path is not None:
             raise ConfigError(f"model.revision={revision} is of a hub's repository; set model.path=user/name too")
     if revision is not None:
@@ -71,10 +72,10 @@ def pinned_model(model: Any) -> Any:
     return replace(model, **changes) if changes else model
 
 
-def pinned(path: str, revision: str | None = None, *, place: str) -> str:
+def pinned(path: str, revision: str | None = None, variant: str | None = None, *, place: str) -> str:
     """A path here as it is; of a hub's repository, downloaded as far as it is missing, user/name@<commit>.
 
-    place: the setting, for messages.
+    variant: of the weights' files, such as "fp16". place: the setting, for messages.
     Raises: ConfigError, HubError, LoadError for a repository without weights that can be opened, DiskError.
     """
     found = hub_id(path)
@@ -87,7 +88,7 @@ def pinned(path: str, revision: str | None = None, *, place: str) -> str:
         return path
     if revision is not None and found.revision not in (None, revision):
         raise ConfigError(f"{place}={path} has a revision already; leave out revision={revision}")
-    return str(replace(found, revision=_downloaded(found.repo, found.revision or revision or "main", place)))
+    return str(replace(found, revision=_downloaded(found.repo, found.revision or revision or "main", variant, place)))
 
 
 def local_folder(path: str | Path) -> Path:
@@ -122,7 +123,7 @@ def _cached_commit(storage: Path, revision: str) -> str | None:
 
 
 @cache
-def _downloaded(repo: str, revision: str, place: str) -> str:
+def _downloaded(repo: str, revision: str, variant: str | None, place: str) -> str:
     """The commit of a revision, all of which that is needed is in the cache now. A sweep asks once."""
     try:
         from huggingface_hub import constants
@@ -138,15 +139,17 @@ def _downloaded(repo: str, revision: str, place: str) -> str:
             f"{place}={repo} is no path here, and no name of a repository either: {error} Give a path, or user/name"
         ) from None
     if constants.HF_HUB_OFFLINE:
-        return _from_cache(repo, revision, place, "HF_HUB_OFFLINE forbids the network")
+        return _from_cache(repo, revision, variant, place, "HF_HUB_OFFLINE forbids the network")
     with _clear_errors(f"{place}={repo}", repo, revision):
         try:
             commit, files = _listed(repo, revision)
         except _Unreachable as error:
-            commit = _from_cache(repo, revision, place, str(error))
-            print(f"warning: {place}={repo}: {error}; using commit {commit} from the cache", file=sys.stderr)
+            reason = str(error)
+        else:
+            _bring(repo, revision, commit, files, variant, place)
             return commit
-        _bring(repo, revision, commit, files, place)
+    commit = _from_cache(repo, revision, variant, place, reason)
+    print(f"warning: {place}={repo}: {reason}; using commit {commit} from the cache", file=sys.stderr)
     return commit
 
 
@@ -181,7 +184,9 @@ def _listed(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
     return commit, files
 
 
-def _bring(repo: str, revision: str, commit: str, files: Mapping[str, HubFile], place: str) -> None:
+def _bring(
+    repo: str, revision: str, commit: str, files: Mapping[str, HubFile], variant: str | None, place: str
+) -> None:
     """Download what is needed of a repository's files and is not in the cache."""
     storage = _storage(repo)
     snapshot = storage / "snapshots" / commit
@@ -192,7 +197,7 @@ def _bring(repo: str, revision: str, commit: str, files: Mapping[str, HubFile], 
             transfer([files[name]], storage, commit, repo)
         return read_object(snapshot / name)
 
-    wanted = [files[name] for name in needed_files(files, read, f"{place}={repo}")]
+    wanted = [files[name] for name in needed_files(files, read, f"{place}={repo}", variant)]
     missing = [file for file in wanted if not (snapshot / file.name).exists()]
     if missing:
         check_writable(storage.parent, "HF_HUB_CACHE=")
@@ -218,10 +223,10 @@ def _check_space(storage: Path, missing: Sequence[HubFile], place: str) -> None:
         )
 
 
-def _from_cache(repo: str, revision: str, place: str, why: str) -> str:
+def _from_cache(repo: str, revision: str, variant: str | None, place: str, why: str) -> str:
     """The commit of a revision in the cache. Raises HubError if not everything that is needed of it is there."""
     storage = _storage(repo)
-    remedy = "set model.path to a folder that holds the model, HF_ENDPOINT to a hub that answers, or HF_HUB_CACHE to a "
+    remedy = f"set {place} to a folder that holds the model, HF_ENDPOINT to a hub that answers, or HF_HUB_CACHE to a "
     remedy += "cache that has it (HF_HUB_OFFLINE=1 then asks no hub)"
     where = f"{place}={repo} is no file or folder here, and {why}"
     commit = _cached_commit(storage, revision)
@@ -232,7 +237,7 @@ def _from_cache(repo: str, revision: str, place: str, why: str) -> str:
     snapshot = storage / "snapshots" / commit
     names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
     try:
-        needed_files(names, lambda name: read_object(snapshot / name), f"{place}={repo}")
+        needed_files(names, lambda name: read_object(snapshot / name), f"{place}={repo}", variant)
     except LoadError as error:
         raise HubError(f"{where}; what the cache has of it is not complete ({error}); {remedy}") from error
     return commit

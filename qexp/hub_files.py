@@ -1,8 +1,9 @@
 """Which files of a hub's repository a model is made of: pure functions of the list of its files.
 
 A repository of one model is its config.json, its tokenizer's files, and the weights that `checkpoint.py` would open in
-a folder with the same files: the shards of its index, else its one safetensors file, else its one GGUF file. Left
-behind are weights in other formats (.bin, .ckpt, .msgpack, .onnx), other variants of them (fp16), and documentation.
+a folder with the same files: the shards of its index, else its one safetensors file, else its one GGUF file; or those
+of a variant (fp16) that is asked for, where it has them. Left behind are weights in other formats (.bin, .ckpt,
+.msgpack, .onnx), other variants of them, and documentation.
 
 A pipeline (it has a model_index.json) is that file and a folder for each component that it names; single-file
 checkpoints beside them, such as flux1-dev.safetensors, hold the same weights once more.
@@ -16,6 +17,7 @@ from typing import Any
 
 from qexp.errors import LoadError, first_names
 from qexp.loading.checkpoint import index_name, only_weights_name, shard_names
+from qexp.models.pipeline_folder import variant_names
 
 PIPELINE_INDEX = "model_index.json"
 SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".spm", ".bpe", ".tiktoken")  # configs, tokenizers
@@ -25,16 +27,23 @@ NOT_OPENED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx
 ReadJson = Callable[[str], Mapping[str, Any]]  # the object in a file of the repository
 
 
-def needed_files(names: Collection[str], read: ReadJson, place: str) -> list[str]:
+def needed_files(names: Collection[str], read: ReadJson, place: str, variant: str | None = None) -> list[str]:
     """The files to have of a repository with these `names`, weights last.
 
-    place: the repository, for messages. Raises: LoadError if it has no weights that can be opened.
+    place: the repository, for messages. variant: of the weights of each model that has it.
+    Raises: LoadError if it has no weights that can be opened, or nothing of the variant.
     """
+    wanted = variant_names(variant)
+    if wanted and not any(PurePosixPath(name).name in wanted for name in names):
+        raise LoadError(
+            f"{place}: it has no files of the variant {variant}, such as model.{variant}.safetensors; leave the "
+            "variant out"
+        )
     if PIPELINE_INDEX not in names:
-        return _model_files("", names, read, place, needs_weights=True)
+        return _model_files("", names, read, place, variant, needs_weights=True)
     files = [PIPELINE_INDEX]
     for component in component_names(read(PIPELINE_INDEX)):
-        found = _model_files(f"{component}/", names, read, place, needs_weights=False)
+        found = _model_files(f"{component}/", names, read, place, variant, needs_weights=False)
         if not found:
             raise LoadError(f"{place}: {PIPELINE_INDEX} names '{component}', but no file is there; it is not complete")
         files += found
@@ -50,17 +59,24 @@ def component_names(index: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _model_files(folder: str, names: Collection[str], read: ReadJson, place: str, *, needs_weights: bool) -> list[str]:
+def _model_files(
+    folder: str, names: Collection[str], read: ReadJson, place: str, variant: str | None, *, needs_weights: bool
+) -> list[str]:
     """The files of one model, in the root or in 'folder/'. needs_weights: a tokenizer, say, has none."""
     here = sorted(name.removeprefix(folder) for name in names if name.startswith(folder))
     here = [name for name in here if "/" not in name]
     side = [name for name in here if name.endswith(SIDE_SUFFIXES) and ".index." not in name]
     where = f"{place}, {folder.rstrip('/')}" if folder else place
-    return [folder + name for name in side + _weights(folder, here, read, where, needs_weights)]
+    return [folder + name for name in side + _weights(folder, here, read, where, variant, needs_weights)]
 
 
-def _weights(folder: str, here: list[str], read: ReadJson, where: str, needs_weights: bool) -> list[str]:
-    index = index_name(here, where)
+def _weights(
+    folder: str, here: list[str], read: ReadJson, where: str, variant: str | None, needs_weights: bool
+) -> list[str]:
+    of_variant = next((name for name in variant_names(variant) if name in here), None)
+    if of_variant is not None and of_variant.endswith(OPENED):
+        return [of_variant]
+    index = of_variant or index_name(here, where)
     if index is not None:
         shards = shard_names(read(folder + index), f"{where}, {index}")
         if missing := [name for name in shards if name not in here]:

@@ -61,7 +61,7 @@ def load_pipeline(
     place, _, _ = places_of(device, None, None)
     source = Source(
         DiffusersConfig(
-            path=pinned(str(expanded(path, "path")), revision, place="path"),
+            path=pinned(str(expanded(path, "path")), revision, variant, place="path"),
             variant=variant,
             quantize=None if quantize is None else tuple(as_list(quantize)),
             checkpoints={name: str(file) for name, file in (checkpoints or {}).items()},

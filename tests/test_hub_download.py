@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -23,7 +23,8 @@ import qexp
 from qexp import hub_download, hub_transfer
 from qexp.errors import ConfigError, DiskError, HubError, LoadError, MissingLibraryError
 from qexp.experiment import run_experiment
-from qexp.hub_download import HubId, hub_id, local_folder, pinned
+from qexp.hub_download import HubId, hub_id, local_folder, pinned, pinned_model
+from qexp.models.diffusers import DiffusersConfig, Source
 from qexp.models.digits_network import DigitsConfig, DigitsTransformer
 from qexp.rerun import stored_config
 from qexp.sweep.key import run_key
@@ -162,6 +163,44 @@ def test_a_pipeline_is_its_index_and_its_components(server: HubServer) -> None:
     assert files_of(local_folder(pinned("user/toy", place="model.path"))) == wanted
 
 
+def test_of_a_variant_the_files_that_components_have_of_it(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
+    stem = "diffusion_pytorch_model"
+    shards = {"a": f"{stem}-00001-of-00002.fp16.safetensors", "b": f"{stem}-00002-of-00002.fp16.safetensors"}
+    both = {
+        "model_index.json": json.dumps({name: ["diffusers", kind] for name, kind in parts.items()}).encode(),
+        **{f"{name}/config.json": b"{}" for name in parts},
+        f"vae/{stem}.safetensors": weights(0),  # it has no files of the variant
+    }
+    variant = {
+        f"unet/{stem}.safetensors.index.fp16.json": json.dumps({"weight_map": shards}).encode(),
+        **{f"unet/{name}": weights(number) for number, name in enumerate(shards.values(), 1)},
+        "text_encoder/model.fp16.safetensors": weights(3),
+    }
+    plain = {f"unet/{stem}.safetensors": weights(4), "text_encoder/model.safetensors": weights(5)}
+    server.add("user/toy", {**both, **variant, **plain})
+    model = DiffusersConfig(path="user/toy", variant="fp16", reference_path="user/toy")
+    found = pinned(model.path or "", variant="fp16", place="model.path")
+    assert files_of(local_folder(found)) == {**both, **variant}
+    assert Source(replace(model, path=found)).checkpoints() == {
+        "unet": local_folder(found) / "unet" / f"{stem}.safetensors.index.fp16.json",
+        "text_encoder": local_folder(found) / "text_encoder" / "model.fp16.safetensors",
+        "vae": local_folder(found) / "vae",
+    }
+    forget()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert pinned("user/toy", variant="fp16", place="model.path") == found
+    assert "has no files of the variant fp8" in failure(variant="fp8")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    requests = server.count("GET .*resolve")
+    with pytest.raises(LoadError, match=r"user/toy: it has no files of the variant fp8, such as .*; leave the variant"):
+        pinned("user/toy", variant="fp8", place="model.path")
+    assert server.count("GET .*resolve") == requests
+    pinned_model(model)
+    assert model.unquantized().variant is None  # the reference is as precise as it can be
+    assert files_of(local_folder(found)) == {**both, **variant, **plain}
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -270,8 +309,14 @@ def test_a_hub_that_does_not_answer(status: int, server: HubServer, capsys: pyte
     server.add("user/toy", MODEL)
     server.fault = lambda request: status
     message = failure()
-    assert (f"{server.url} answered {status}" if status else f"{server.url} cannot be reached (") in message
-    assert "set model.path to a folder" in message and "HF_ENDPOINT" in message and "HF_HUB_OFFLINE=1" in message
+    why = f"answered {status}" if status else r"cannot be reached \(\w+: [^;]*\)"
+    assert re.fullmatch(
+        rf"model\.path=user/toy is no file or folder here, and {re.escape(server.url)} {why}; revision main of a "
+        rf"repository so called is not in the cache {re.escape(constants.HF_HUB_CACHE)}; set model\.path to a folder "
+        r"that holds the model, HF_ENDPOINT to a hub that answers, or HF_HUB_CACHE to a cache that has it "
+        r"\(HF_HUB_OFFLINE=1 then asks no hub\)",
+        message,
+    )
     assert len(server.requests) == 1
     server.fault = lambda request: None
     known = pinned("user/toy", place="model.path")

@@ -25,7 +25,12 @@ INCEPTION_URLS = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
 )
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-CLIP_FILES = ("config.json", "preprocessor_config.json")
+CLIP_FILES = (  # any one of each line; the first is what a message names
+    ("config.json",),
+    ("preprocessor_config.json", "processor_config.json"),
+    ("*.safetensors",),
+    ("tokenizer.json", "vocab.json"),
+)
 
 
 def check_perceptual(metrics: MetricsConfig, source: Any, task: Any) -> None:
@@ -91,10 +96,7 @@ def clip_folder(name: str) -> Path:
         raise LoadError(f"{place}: {error}; {remedy}") from error
     if not folder.is_dir():
         raise LoadError(f"{place}: there is no such folder; {remedy}")
-    names = {path.name for path in folder.iterdir()}
-    missing = [file for file in CLIP_FILES if file not in names]
-    missing += ["*.safetensors"] if not any(file.endswith(".safetensors") for file in names) else []
-    missing += ["tokenizer.json"] if not {"tokenizer.json", "vocab.json"} & names else []
+    missing = [files[0] for files in CLIP_FILES if not any(any(folder.glob(file)) for file in files)]
     if missing:
         raise LoadError(f"{place}: '{folder}' lacks {first_names(missing)}; {remedy}")
     return folder

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.fields import check_known, convert, field_types
 from qexp.hub_download import local_folder
+from qexp.loading.checkpoint import read_object
 from qexp.models.lora import LoraConfig, lora_configs
-from qexp.models.pipeline_folder import INDEX, PipelineFolder, open_pipeline, read_object
+from qexp.models.pipeline_folder import INDEX, PipelineFolder, open_pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,9 @@ class DiffusersConfig:
     def unquantized(self) -> DiffusersConfig:
         """The pipeline to compare with where something is quantized in this one's checkpoints."""
         if self.reference_path is not None:
-            return replace(self, path=self.reference_path, revision=None, checkpoints={}, reference_path=None)
+            return replace(
+                self, path=self.reference_path, revision=None, variant=None, checkpoints={}, reference_path=None
+            )
         return replace(self, checkpoints={})  # the folder's own weights
 
 

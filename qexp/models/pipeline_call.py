@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.errors import ConfigError, choices, did_you_mean, first_names
 
 if TYPE_CHECKING:
     from qexp.tasks.generate import GenerateConfig
@@ -43,6 +43,7 @@ def check_arguments(pipeline: Any, task: GenerateConfig) -> None:
     """Raises: ConfigError for a task that the pipeline's call does not take."""
     known = inspect.signature(pipeline.__call__).parameters
     kind = type(pipeline).__name__
+    _check_kind(kind, task, known)
     for name in task.pipeline_arguments:
         if name in OURS:
             raise ConfigError(f"task.pipeline_arguments.{name}: set {OURS[name]} instead")
@@ -65,6 +66,27 @@ def check_arguments(pipeline: Any, task: GenerateConfig) -> None:
         )
     _check_sizes(pipeline, task)
     _ask_pipeline(pipeline, task, known)
+
+
+def _check_kind(kind: str, task: GenerateConfig, known: Mapping[str, Any]) -> None:
+    """Raises: ConfigError for a pipeline of another kind: not of prompts, not of prompts alone, or without steps."""
+    given = {"prompt", *arguments_of(task, known)}
+    required = [
+        name
+        for name, one in known.items()
+        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) and name not in given
+    ]
+    if "prompt" not in known or required:
+        wants = f"needs {first_names(required)}" if required else "takes no prompt"
+        raise ConfigError(
+            f"model: {kind} {wants}, and task=generate gives it prompts and numbers alone; use a pipeline that "
+            "generates from a text"
+        )
+    if "callback_on_step_end" not in known and "callback" not in known:
+        raise ConfigError(
+            f"model: {kind} tells nobody about its steps (it has no callback_on_step_end), so it cannot be measured "
+            "here; use another pipeline"
+        )
 
 
 def arguments_of(task: GenerateConfig, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,9 +131,7 @@ def run_pipeline(
         first = seed + start * copies
         generators = [torch.Generator("cpu").manual_seed(first + number) for number in range(len(batch) * copies)]
         with torch.no_grad():
-            output = pipeline(
-                prompt=batch, generator=generators, output_type="pt", **fixed, **steps.arguments(pipeline, known)
-            )
+            output = pipeline(prompt=batch, generator=generators, output_type="pt", **fixed, **steps.arguments(known))
         images.append(_as_images(output))
         latents.append(steps.last.to("cpu", torch.float32))
     frames = sum(map(len, images)) // (len(prompts) * copies)
@@ -127,16 +147,11 @@ class _Steps:
     def __init__(self, on_step: Callable[[int, Tensor | None], None]) -> None:
         self.on_step, self.count, self.width = on_step, 0, 0
 
-    def arguments(self, pipeline: Any, known: Mapping[str, Any]) -> dict[str, Any]:
-        """What has a pipeline call us after each step. Raises: ConfigError for a pipeline that calls nobody."""
+    def arguments(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """What has a pipeline call us after each step."""
         if "callback_on_step_end" in known:
             return {"callback_on_step_end": self._after_step, "callback_on_step_end_tensor_inputs": ["latents"]}
-        if "callback" in known:
-            return {"callback": lambda step, time, latents: self._record(latents), "callback_steps": 1}
-        raise ConfigError(
-            f"{type(pipeline).__name__} tells nobody about its steps (it has no callback_on_step_end), so it cannot be "
-            "measured here; use another pipeline"
-        )
+        return {"callback": lambda step, time, latents: self._record(latents), "callback_steps": 1}
 
     def _after_step(self, pipeline: Any, step: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         self._record(tensors["latents"])

@@ -8,7 +8,6 @@ a file of their own (scheduler_config.json, tokenizer_config.json, preprocessor_
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError, LoadError, choices
+from qexp.loading.checkpoint import read_object
 
 INDEX = "model_index.json"
 # what a folder of something else than a model holds; a tokenizer of old has its vocabulary alone
@@ -74,8 +74,7 @@ class PipelineFolder:
     def weights(self, name: str, variant: str | None) -> Path:
         """The folder of a component's weights, or of a variant that it has the file, or the index of the shards."""
         folder = self.path / name
-        stems = ("diffusion_pytorch_model", "model") if variant is not None else ()
-        files = [folder / f"{stem}.{end}" for stem in stems for end in _variant_ends(variant)]
+        files = [folder / file for file in variant_names(variant)]
         return next((file for file in files if file.is_file()), folder)
 
     def side_files(self) -> list[Path]:
@@ -96,8 +95,12 @@ class PipelineFolder:
         )
 
 
-def _variant_ends(variant: str | None) -> tuple[str, str]:
-    return f"{variant}.safetensors", f"safetensors.index.{variant}.json"
+def variant_names(variant: str | None) -> list[str]:
+    """What the file of a variant, or the index of its shards, may be called; the first that is there is taken."""
+    stems = ("diffusion_pytorch_model", "model") if variant is not None else ()
+    return [
+        f"{stem}.{end}" for stem in stems for end in (f"{variant}.safetensors", f"safetensors.index.{variant}.json")
+    ]
 
 
 def open_pipeline(path: Path, place: str) -> PipelineFolder:
@@ -128,15 +131,3 @@ def _what_else(path: Path) -> str:
         f"'{path}' has no {INDEX}, but the config.json of {name}: it is a component (in a pipeline, set "
         f"+model.checkpoints.transformer={path}; alone, qexp.load() loads it)"
     )
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes().decode())
-    except OSError as error:
-        raise LoadError(f"'{file}' cannot be read: {error.strerror}; make it readable") from None
-    except (ValueError, RecursionError) as error:
-        raise LoadError(f"'{file}' is not valid JSON: {error}; download it again") from None
-    if not isinstance(value, dict):
-        raise LoadError(f"'{file}' must hold a JSON object; download it again")
-    return value

@@ -15,7 +15,15 @@ import torch
 from PIL import Image
 from scipy import linalg
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+)
 
 from qexp.errors import ConfigError, LoadError
 from qexp.metrics import perceptual
@@ -183,6 +191,11 @@ def test_clip_score_is_that_of_torchmetrics(
         assert numbers(metrics, ours, None, prompts=PROMPTS)["clip_score"] == pytest.approx(expected, rel=1e-4)
     long = ("543+870=" * 9,)  # longer than the model's 12 positions
     assert numbers(metrics, ours, None, prompts=long)["clip_score"] is not None
+    (clip / "preprocessor_config.json").unlink()
+    CLIPProcessor(processor, tokenizer).save_pretrained(clip)  # which calls the file processor_config.json
+    assert not (clip / "preprocessor_config.json").exists()
+    metrics = MetricsConfig(names=("clip_score",), clip_model=str(clip))
+    assert numbers(metrics, ours, None, prompts=PROMPTS)["clip_score"] == pytest.approx(expected, rel=1e-4)
     assert numbers(metrics, ours[:5], None, prompts=PROMPTS) == {"clip_score": None}  # 5 images of 3 prompts
 
 

@@ -196,6 +196,18 @@ def test_weights_of_a_component_from_elsewhere(pipeline_folder: Folder, tmp_path
     assert torch.equal(call(qexp.load_pipeline(tmp_path / "again", device="cpu"), "flux"), call(quantized, "flux"))
 
 
+def test_a_pipeline_is_never_saved_over_its_source(pipeline_folder: Folder, tmp_path: Path) -> None:
+    """Not in part either, where the weights of its first component are from elsewhere."""
+    folder, elsewhere = copy_of(pipeline_folder("flux"), tmp_path / "pipeline"), tmp_path / "elsewhere"
+    first = Source(DiffusersConfig(path=str(folder))).components()[0]
+    shutil.copytree(folder / first, elsewhere)
+    ours = qexp.load_pipeline(folder, "torchao", quantize=[first], checkpoints={first: elsewhere}, device="cpu")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(ConfigError, match=r"save: '.*' holds the checkpoint that the model comes from.*another folder"):
+        qexp.save(ours, folder)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
 def test_the_same_noise_in_every_dtype_and_batch(pipeline_folder: Folder) -> None:
     """Of the first step: what comes before the network has touched it is the noise of each image's generator."""
     noise: dict[str, Tensor] = {}
@@ -258,6 +270,22 @@ def test_a_task_that_a_pipeline_cannot_do(case: str, pipeline_folder: Folder) ->
     task = GenerateConfig(**{**arguments, "prompt": PROMPTS, **own}).resolved()
     with pytest.raises(ConfigError, match=message):
         check_arguments(source.pipeline(skeletons), task)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("DiTPipeline", "DiTPipeline needs 'class_labels', and task=generate gives it prompts and numbers alone; use"),
+        ("ConsistencyModelPipeline", "ConsistencyModelPipeline takes no prompt, and"),
+        ("WanImageToVideoPipeline", "WanImageToVideoPipeline needs 'image', and"),
+        ("PaintByExamplePipeline", "needs 'example_image', 'image', 'mask_image', and"),
+        ("LongCatImagePipeline", r"LongCatImagePipeline tells nobody about its steps \(it has no callback_on_step_end"),
+    ],
+)
+def test_a_pipeline_of_another_kind_is_refused_before_its_weights_are_read(kind: str, message: str) -> None:
+    pipeline = object.__new__(getattr(diffusers, kind))  # its call is all that is looked at
+    with pytest.raises(ConfigError, match=message):
+        check_arguments(pipeline, GenerateConfig(prompt=PROMPTS).resolved())
 
 
 def copy_of(folder: Path, target: Path, **index: Any) -> Path:
