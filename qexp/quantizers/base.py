@@ -272,7 +272,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 def row_slices(
     spec: WeightSpec, weight: Rows, device: torch.device, rows_multiple: int = 1, check: bool = True
 ) -> Iterator[tuple[slice, Tensor]]:
-    """A dense weight in slices of whole rows, on `device`, in the dtype it is quantized from.
+    """A dense weight in slices of whole rows, on `device`, contiguous, in the dtype it is quantized from.
 
     Every slice but the last has a multiple of `rows_multiple` rows; a slice has one row only if the weight has. A slice
     may lie where the next one will.
@@ -286,7 +286,7 @@ def row_slices(
     start = 0
     while start < rows:
         stop = rows if rows - start <= step + 1 else start + step
-        part = _cast(weight[start:stop].to(device), spec.dtype)
+        part = _cast(weight[start:stop].to(device), spec.dtype).contiguous()  # kernels take addresses, not strides
         if check:
             check_slice(spec, slice(start, stop), part)
         yield slice(start, stop), part
