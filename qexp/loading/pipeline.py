@@ -20,7 +20,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -78,8 +78,7 @@ def stream(
     def worker() -> None:
         torch.set_num_threads(1)  # of this thread: the workers are the parallelism
         try:
-            with torch.no_grad(), ExitStack() as files:  # grad mode is not inherited by threads
-                reader = Reader(files, stop)
+            with torch.no_grad(), closing(Reader(stop)) as reader:  # grad mode is not inherited by threads
                 while (task := take()) is not None:
                     index, item, ticket, room = task
                     if by_rows(item):

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,24 @@ def test_several_files_are_read_each_at_its_offsets(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+def test_of_many_files_few_are_open_at_once(tmp_path: Path) -> None:
+    """20 shards, read in turns: a worker that kept each of them open would have 20."""
+    items, most, before = [], 0, len(os.listdir("/proc/self/fd"))
+    for number in range(20):
+        save_file({f"t{number}": torch.full((100,), number)}, tmp_path / f"{number}.safetensors")
+        items += items_of(tmp_path / f"{number}.safetensors", quantize=True)
+
+    def create(item: WorkItem, dense: Tensor) -> Tensor:
+        nonlocal most
+        most = max(most, len(os.listdir("/proc/self/fd")))
+        return dense.clone()
+
+    for item, result in run(items * 2, create, workers=2):
+        assert torch.equal(result, torch.full((100,), int(item.target[1:])))
+    assert 0 < most - before <= 2 * reading.OPEN_FILES + 2  # and those that list the folder
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_what_is_read_in_place_is_not_in_the_arena(tmp_path: Path) -> None:
     """Unchanged copies keep their bytes while others pass through the arena behind them."""
     tensors = bytes_tensors(*[4096] * 20)
@@ -187,8 +205,8 @@ def test_rows_do_not_lie_just_behind_their_place_in_the_files_pages(offset: int,
     data = torch.randint(0, 256, (9000 + offset,), dtype=torch.uint8)
     (tmp_path / "file").write_bytes(bytes(data.numpy()))
     entry = TensorEntry("t", "U8", (9, 1000), tmp_path / "file", offset, 9000)
-    with ExitStack() as files:
-        rows = reading.Reader(files, threading.Event()).rows(entry)
+    with closing(reading.Reader(threading.Event())) as reader:
+        rows = reader.rows(entry)
         for start in range(9):
             part = rows[start : start + 1]
             assert torch.equal(part, data[offset:].view(9, 1000)[start : start + 1])
