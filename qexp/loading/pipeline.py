@@ -85,7 +85,7 @@ def stream(
                         result = create(item, reader.rows(item.source))
                     else:
                         tensors = [reader.read(entry, part) for entry, part in _parts(item, room)]
-                        result = create(item, *map(_transformed, item.entries, tensors))
+                        result = create(item, *_transformed(item, tensors))
                         del tensors
                     del task, room
                     done.put((index, result))
@@ -144,8 +144,16 @@ def _is_unchanged(item: WorkItem) -> bool:
     return item.stored or (item.spec is None and item.dtype == TORCH_DTYPES.get(item.source.dtype))
 
 
-def _transformed(source: TensorEntry, stored: Tensor) -> Tensor:
-    return stored if source.transform is None else source.transform(stored)
+def _transformed(item: WorkItem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What an item's entries stand for. Parts of a stored weight may become part of the result: where some are made by
+    a transform, all were staged, so they get memory of their own."""
+    made = [
+        tensor if entry.transform is None else entry.transform(tensor)
+        for entry, tensor in zip(item.entries, tensors, strict=True)
+    ]
+    if item.stored and any(entry.transform is not None for entry in item.entries):
+        return [tensor.clone(memory_format=torch.contiguous_format) for tensor in made]
+    return made
 
 
 def _arena_bytes(sizes: Sequence[int], in_flight_bytes: int) -> int:

@@ -21,6 +21,7 @@ from qexp.errors import LoadError
 from qexp.loading import arena as arena_module
 from qexp.loading import pipeline, reading
 from qexp.loading.checkpoint import DTYPE_BYTES, TensorEntry, open_checkpoint
+from qexp.loading.conversion import transposed
 from qexp.loading.dtypes import TORCH_DTYPES
 from qexp.loading.pipeline import stream
 from qexp.loading.plan import WorkItem
@@ -152,6 +153,27 @@ def test_what_is_read_in_place_is_not_in_the_arena(tmp_path: Path) -> None:
     kept_results = [(item, result) for item, result in results if item.spec is None]
     assert all(torch.equal(result, tensors[item.target]) for item, result in kept_results)
     assert len({result.untyped_storage().data_ptr() for _, result in kept_results}) == 10
+
+
+def test_parts_of_a_stored_weight_of_which_one_is_transformed_have_memory_of_their_own(tmp_path: Path) -> None:
+    """They may become part of the parameter, and the next ones are read to where these were."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"{part}{n}": torch.randn(16, 24, generator=generator) for n in range(8) for part in ("data", "scale")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = {item.target: item for item in items_of(tmp_path / "model.safetensors")}
+    items = [
+        replace(
+            found[f"data{n}"],
+            source=transposed(found[f"data{n}"].source),
+            stored=True,
+            companions={"scale": found[f"scale{n}"].source},
+        )
+        for n in range(8)
+    ]
+    results = run(items, lambda item, *parts: parts, workers=1, in_flight_bytes=1, in_place=lambda item: True)
+    for n, (_, (data, scale)) in enumerate(results):
+        assert torch.equal(data, tensors[f"data{n}"].t()) and data.is_contiguous()
+        assert torch.equal(scale, tensors[f"scale{n}"])
 
 
 def by_slices(step: int) -> Any:
