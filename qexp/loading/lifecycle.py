@@ -290,7 +290,9 @@ def stream_plan(
             if unreleased_bytes >= RELEASE_BYTES:
                 release_freed_memory()
                 unreleased_bytes = 0
-            yield item, result
+            held = [result]
+            del result  # the caller may give it up before it asks for the next one
+            yield item, held.pop()
     finally:
         progress.close()
         release_freed_memory()

@@ -23,9 +23,11 @@ from qexp.loading import pipeline, reading
 from qexp.loading.checkpoint import DTYPE_BYTES, TensorEntry, open_checkpoint
 from qexp.loading.conversion import transposed
 from qexp.loading.dtypes import TORCH_DTYPES
+from qexp.loading.lifecycle import stream_plan
 from qexp.loading.pipeline import stream
 from qexp.loading.plan import WorkItem
 from qexp.quantizers.base import WeightSpec
+from qexp.settings import LoaderConfig
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -522,7 +524,16 @@ def test_threads_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.Monk
 # What is kept alive
 
 
-def test_dense_tensors_and_results_are_let_go(tmp_path: Path) -> None:
+def planned_stream(items: list[WorkItem], create: Any) -> Iterator[tuple[WorkItem, Any]]:
+    return stream_plan(items, create, LoaderConfig(in_flight_mib=1, workers=1), "letting go")
+
+
+def plain_stream(items: list[WorkItem], create: Any) -> Iterator[tuple[WorkItem, Any]]:
+    return stream(items, create, workers=1, in_flight_bytes=KIB)
+
+
+@pytest.mark.parametrize("streamed", [plain_stream, planned_stream])
+def test_dense_tensors_and_results_are_let_go(streamed: Any, tmp_path: Path) -> None:
     """While the stream is suspended it holds no result it has handed out, and no dense tensor of one."""
     alive: list[weakref.ref[Tensor]] = []
 
@@ -531,7 +542,7 @@ def test_dense_tensors_and_results_are_let_go(tmp_path: Path) -> None:
         alive.append(weakref.ref(temporary))
         return temporary.clone()
 
-    results = stream(save(tmp_path, bytes_tensors(*[100] * 5)), create, workers=1, in_flight_bytes=KIB)
+    results = streamed(save(tmp_path, bytes_tensors(*[100] * 5)), create)
     handed_out = []
     for _, result in results:
         handed_out.append(weakref.ref(result))
