@@ -53,6 +53,9 @@ class WeightSpec:
 class Rows(Protocol):
     """A dense weight, or one of which rows are read from the checkpoint when they are asked for."""
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
     def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
@@ -286,11 +289,28 @@ def row_slices(
     start = 0
     while start < rows:
         stop = rows if rows - start <= step + 1 else start + step
-        part = _cast(weight[start:stop].to(device), spec.dtype).contiguous()  # kernels take addresses, not strides
+        part = _cast(
+            _rows_on(device, weight, start, stop, columns), spec.dtype
+        ).contiguous()  # kernels take addresses, not strides
         if check:
             check_slice(spec, slice(start, stop), part)
         yield slice(start, stop), part
         start = stop
+
+
+def _rows_on(device: torch.device, weight: Rows, start: int, stop: int, columns: int) -> Tensor:
+    """Rows of a weight on a device. What is read for an accelerator goes there in pieces of the size of a slice on the
+    CPU: its own are large, and each worker would keep a buffer for one."""
+    import torch
+
+    if device.type == "cpu" or isinstance(weight, torch.Tensor):
+        return weight[start:stop].to(device)
+    part = torch.empty((stop - start, columns), dtype=weight.dtype, device=device)
+    step = max(SLICE_WEIGHTS["cpu"] // max(columns, 1), 1)
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        part[first - start : last - start].copy_(weight[first:last])  # done when it returns: it is no pinned memory
+    return part
 
 
 def _cast(part: Tensor, dtype: torch.dtype) -> Tensor:
