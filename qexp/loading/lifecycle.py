@@ -324,7 +324,7 @@ def _load_weights(
 
     def dense_weight(item: WorkItem) -> bool:  # which quantizers take in slices of rows
         is_plain = item.source.block_type is None and item.source.transform is None
-        return item.spec is not None and not item.stored and is_plain
+        return item.spec is not None and not item.stored and is_plain and prepared.quantizer.takes_rows(item.spec)
 
     title, choices = f"{component}: loading", {"in_place": on_cpu, "by_rows": dense_weight}
     for item, tensor in stream_plan(items, create, loader, title, **choices):

@@ -157,6 +157,11 @@ class Quantizer:
         """Exact bytes of the quantized weight, scales and other inner tensors included."""
         raise NotImplementedError
 
+    def takes_rows(self, spec: WeightSpec) -> bool:
+        """Whether a dense weight is quantized in small slices, so that its rows may be read while they are asked for.
+        If not, it is read whole, within the bound of what is in flight."""
+        return True
+
     def create_quantized_param(
         self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
