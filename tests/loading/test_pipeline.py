@@ -343,6 +343,42 @@ def test_many_small_tensors_are_in_flight_together(tmp_path: Path) -> None:
     assert len(run(save(tmp_path, bytes_tensors(*[8] * 8)), together, workers=4)) == 8
 
 
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_results_that_exist_while_the_caller_is_slow(by_rows: bool, workers: int, tmp_path: Path) -> None:
+    """40 results of 4 KiB, and one of 64, for a caller that is slower than the workers; 16 KiB may be ahead of it."""
+    items = save(tmp_path, {f"t{n:02}": torch.full((64 if n == 20 else 4, KIB), n).byte() for n in range(41)})
+    now, most, lock = 0, 0, threading.Lock()
+
+    def count(nbytes: int) -> None:
+        nonlocal now, most
+        with lock:
+            now += nbytes
+            most = max(most, now)
+
+    def create(item: WorkItem, dense: Any) -> Tensor:
+        count(item.result_nbytes)
+        return dense[0 : dense.shape[0]].clone()
+
+    options: dict[str, Any] = {"by_rows": lambda item: by_rows, "ahead_bytes": 16 * KIB, "in_flight_bytes": MIB}
+    for number, (item, result) in enumerate(stream(items, create, workers=workers, **options)):
+        assert result.eq(number).all()
+        if number % 10 == 0:
+            settle(lambda: now, 0.03)
+        if number == 19:
+            assert most == 16 * KIB
+        count(-item.result_nbytes)
+    assert most == 64 * KIB and now == 0  # the large one, by itself
+
+
+def test_an_error_while_a_worker_waits_for_the_caller(tmp_path: Path) -> None:
+    items = save(tmp_path, bytes_tensors(*[4 * KIB] * 20))
+    with pytest.raises(ValueError, match="caller"):
+        for _ in stream(items, clone, workers=3, in_flight_bytes=MIB, ahead_bytes=8 * KIB):
+            time.sleep(0.05)  # the workers wait by now
+            raise ValueError("caller")
+
+
 # Order and threads
 
 
