@@ -1,4 +1,5 @@
-"""A fixed piece of memory that tensors pass through on their way in; it bounds what is in flight, and is reused.
+"""A fixed piece of memory that tensors pass through on their way in; it bounds what is in flight, and is reused. And a
+bound of what has come out of it and waits for its taker.
 
 Fresh memory costs a page fault for every 4 KiB, more than reading the bytes does; memory that is reused costs it once.
 """
@@ -14,7 +15,7 @@ ALIGNMENT = 4096
 
 
 class Stopped(Exception):
-    """The arena was closed while somebody waited for room."""
+    """The load ended while somebody waited for room."""
 
 
 class Arena:
@@ -54,6 +55,40 @@ class Arena:
     def release(self, ticket: int) -> None:
         with self._changed:
             del self._used[ticket]
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+
+class Window:
+    """How far workers may be ahead of whoever takes their results, in bytes of results; one is let in at any size.
+
+    nbytes: None is any number.
+    """
+
+    def __init__(self, nbytes: int | None) -> None:
+        self._room, self._inside = nbytes, 0
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def enter(self, nbytes: int) -> None:
+        """Wait until a result of this size may be made. Raises Stopped after `stop`."""
+        with self._changed:
+            while not (self._stopped or self._fits(nbytes)):
+                self._changed.wait()
+            if self._stopped:
+                raise Stopped
+            self._inside += nbytes
+
+    def _fits(self, nbytes: int) -> bool:
+        return self._room is None or self._inside == 0 or self._inside + nbytes <= self._room
+
+    def leave(self, nbytes: int) -> None:
+        with self._changed:
+            self._inside -= nbytes
             self._changed.notify_all()
 
     def stop(self) -> None:

@@ -278,19 +278,34 @@ def stream_plan(
     *,
     in_place: Choice = nowhere,
     by_rows: Choice = nowhere,
+    is_slow: bool = False,
 ) -> Iterator[tuple[WorkItem, Any]]:
-    """Run work items through the pipeline with the loader's settings, showing progress. The choices: see `stream`."""
+    """Run work items through the pipeline with the loader's settings, showing progress. The choices: see `stream`.
+
+    is_slow: whether the caller does more with a result than to keep it; no more of them than the loader's
+    `in_flight_mib` wait for it then.
+    """
     workers, in_flight_bytes = loader.workers or len(os.sched_getaffinity(0)), loader.in_flight_mib << 20
     progress, unreleased_bytes = Progress(title, len(items), sum(item.nbytes for item in items)), 0
-    choices = {"in_place": in_place, "by_rows": by_rows}
+    results = stream(
+        items,
+        create,
+        workers=workers,
+        in_flight_bytes=in_flight_bytes,
+        in_place=in_place,
+        by_rows=by_rows,
+        ahead_bytes=in_flight_bytes if is_slow else None,
+    )
     try:
-        for item, result in stream(items, create, workers=workers, in_flight_bytes=in_flight_bytes, **choices):
+        for item, result in results:
             progress.advance(item.nbytes)
             unreleased_bytes += item.nbytes
             if unreleased_bytes >= RELEASE_BYTES:
                 release_freed_memory()
                 unreleased_bytes = 0
-            yield item, result
+            held = [result]
+            del result  # the caller may give it up before it asks for the next one
+            yield item, held.pop()
     finally:
         progress.close()
         release_freed_memory()
@@ -322,10 +337,12 @@ def _load_weights(
 
     def dense_weight(item: WorkItem) -> bool:  # which quantizers take in slices of rows
         is_plain = item.source.block_type is None and item.source.transform is None
-        return item.spec is not None and not item.stored and is_plain
+        return item.spec is not None and not item.stored and is_plain and prepared.quantizer.takes_rows(item.spec)
 
-    title, choices = f"{component}: loading", {"in_place": on_cpu, "by_rows": dense_weight}
-    for item, tensor in stream_plan(items, create, loader, title, **choices):
+    title, is_slow = f"{component}: loading", dispatch is not None  # which packs, pins, and writes groups to disk
+    for item, tensor in stream_plan(
+        items, create, loader, title, in_place=on_cpu, by_rows=dense_weight, is_slow=is_slow
+    ):
         _assign(model, item.target, tensor)
         del tensor  # a group that is complete moves away: nobody else may hold it
         if dispatch is not None:

@@ -20,13 +20,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qexp.loading.arena import Arena, Stopped, aligned
+from qexp.loading.arena import Arena, Stopped, Window, aligned
 from qexp.loading.checkpoint import TensorEntry
 from qexp.loading.dtypes import TORCH_DTYPES
 from qexp.loading.plan import WorkItem
@@ -50,6 +50,7 @@ def stream(
     in_flight_bytes: int,
     in_place: Choice = nowhere,
     by_rows: Choice = nowhere,
+    ahead_bytes: int | None = None,
 ) -> Iterator[tuple[WorkItem, Any]]:
     """Read each item's tensor, apply `create` to it on a worker, and yield (item, result) in the order of `items`.
 
@@ -57,6 +58,8 @@ def stream(
     The tensors' memory is used again when it returns, so the result must not share it.
     in_place: whether an item that is kept as it is gets memory of its own, for results that share it (on the CPU).
     by_rows: whether `create` gets a `RowReader` in place of a tensor; of items with one plain entry.
+    ahead_bytes: of results that workers may have made, or be making, before the caller is done with them (at least
+    one), for a caller that is slow; None is any number.
     Raises whatever a stage raised; all threads have ended when it does.
     """
 
@@ -64,6 +67,7 @@ def stream(
         return not (by_rows(item) or (in_place(item) and _is_unchanged(item)))
 
     arena = Arena(_arena_bytes([_room(item) for item in items if is_staged(item)], in_flight_bytes))
+    window = Window(ahead_bytes)
     numbered, turn = iter(enumerate(items)), threading.Lock()
     done, stop = queue.SimpleQueue[Any](), threading.Event()
 
@@ -73,20 +77,20 @@ def stream(
             index, item = next(numbered, (-1, None))
             if item is None or stop.is_set():
                 return None
+            window.enter(item.result_nbytes)
             return index, item, *(arena.acquire(_room(item)) if is_staged(item) else (None, None))
 
     def worker() -> None:
         torch.set_num_threads(1)  # of this thread: the workers are the parallelism
         try:
-            with torch.no_grad(), ExitStack() as files:  # grad mode is not inherited by threads
-                reader = Reader(files, stop)
+            with torch.no_grad(), closing(Reader(stop)) as reader:  # grad mode is not inherited by threads
                 while (task := take()) is not None:
                     index, item, ticket, room = task
                     if by_rows(item):
                         result = create(item, reader.rows(item.source))
                     else:
                         tensors = [reader.read(entry, part) for entry, part in _parts(item, room)]
-                        result = create(item, *map(_transformed, item.entries, tensors))
+                        result = create(item, *_transformed(item, tensors))
                         del tensors
                     del task, room
                     done.put((index, result))
@@ -101,9 +105,10 @@ def stream(
     def halt() -> None:
         stop.set()
         arena.stop()
+        window.stop()
 
     with _running([worker] * workers, halt):
-        yield from _in_order(items, done)
+        yield from _in_order(items, done, window)
 
 
 @contextmanager
@@ -123,7 +128,9 @@ def _running(targets: Iterable[Callable[[], None]], halt: Callable[[], None]) ->
         torch.set_num_threads(torch_threads)  # what workers set is also the default of threads to come
 
 
-def _in_order(items: Sequence[WorkItem], done: queue.SimpleQueue[Any]) -> Iterator[tuple[WorkItem, Any]]:
+def _in_order(
+    items: Sequence[WorkItem], done: queue.SimpleQueue[Any], window: Window
+) -> Iterator[tuple[WorkItem, Any]]:
     early: dict[int, Any] = {}
     for expected, item in enumerate(items):
         while expected not in early:
@@ -136,6 +143,7 @@ def _in_order(items: Sequence[WorkItem], done: queue.SimpleQueue[Any]) -> Iterat
             early[index] = result
             del result
         yield item, early.pop(expected)
+        window.leave(item.result_nbytes)
 
 
 def _is_unchanged(item: WorkItem) -> bool:
@@ -145,8 +153,16 @@ def _is_unchanged(item: WorkItem) -> bool:
     return item.stored or (item.spec is None and item.dtype == TORCH_DTYPES.get(item.source.dtype))
 
 
-def _transformed(source: TensorEntry, stored: Tensor) -> Tensor:
-    return stored if source.transform is None else source.transform(stored)
+def _transformed(item: WorkItem, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What an item's entries stand for. Parts of a stored weight may become part of the result: where some are made by
+    a transform, all were staged, so they get memory of their own."""
+    made = [
+        tensor if entry.transform is None else entry.transform(tensor)
+        for entry, tensor in zip(item.entries, tensors, strict=True)
+    ]
+    if item.stored and any(entry.transform is not None for entry in item.entries):
+        return [tensor.clone(memory_format=torch.contiguous_format) for tensor in made]
+    return made
 
 
 def _arena_bytes(sizes: Sequence[int], in_flight_bytes: int) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import os
 import threading
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,21 @@ from qexp.loading.dtypes import TORCH_DTYPES
 
 READ_BYTES = 32 << 20  # a single read: large enough to be fast, small enough to stop soon
 PAGE_BYTES = 4096
+OPEN_FILES = 4  # at once, of each thread: a process may have 1024, and a checkpoint hundreds
 ALIGNMENT = 64  # of rows in their buffer: a cache line
 
 
 class Reader:
-    """Reads for one thread, from files that it keeps open until `files` is closed. stop: to be asked between reads."""
+    """Reads for one thread, from files of which it keeps the last few open until `close`. stop: asked between reads."""
 
-    def __init__(self, files: ExitStack, stop: threading.Event) -> None:
-        self._files, self._stop = files, stop
-        self._opened: dict[Path, int] = {}
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+        self._opened: dict[Path, int] = {}  # file -> descriptor, in the order in which they were opened
         self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def close(self) -> None:
+        while self._opened:
+            os.close(self._opened.popitem()[1])
 
     def read(self, source: TensorEntry, buffer: Tensor) -> Tensor:
         """One tensor, its bytes read into `buffer`; of GGUF blocks the bytes themselves, uint8 [nbytes]. Of a
@@ -77,15 +81,12 @@ class Reader:
     def _fill_from(self, piece: TensorEntry, skip: int, view: memoryview) -> None:
         position = 0
         try:
-            if piece.file not in self._opened:
-                self._opened[piece.file] = os.open(piece.file, os.O_RDONLY)
-                self._files.callback(os.close, self._opened[piece.file])
-                os.posix_fadvise(self._opened[piece.file], 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads ahead twice as far
+            descriptor = self._descriptor(piece.file)
             while position < len(view):
                 if self._stop.is_set():
                     raise Stopped
                 part = view[position : position + READ_BYTES]
-                count = os.preadv(self._opened[piece.file], [part], piece.offset + skip + position)
+                count = os.preadv(descriptor, [part], piece.offset + skip + position)
                 if count == 0:
                     raise LoadError(
                         f"'{piece.file}' ended within '{piece.name}': it was changed while it was read; load it again"
@@ -96,6 +97,14 @@ class Reader:
                 f"'{piece.file}' cannot be read at '{piece.name}': {error.strerror}; check the disk, or download it "
                 "again"
             ) from error
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._opened:
+            if len(self._opened) == OPEN_FILES:
+                os.close(self._opened.pop(next(iter(self._opened))))
+            self._opened[file] = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(self._opened[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads ahead twice as far
+        return self._opened[file]
 
 
 class RowReader:

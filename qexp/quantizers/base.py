@@ -53,6 +53,9 @@ class WeightSpec:
 class Rows(Protocol):
     """A dense weight, or one of which rows are read from the checkpoint when they are asked for."""
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
     def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
@@ -153,6 +156,11 @@ class Quantizer:
     def quantized_nbytes(self, spec: WeightSpec) -> int:
         """Exact bytes of the quantized weight, scales and other inner tensors included."""
         raise NotImplementedError
+
+    def takes_rows(self, spec: WeightSpec) -> bool:
+        """Whether a dense weight is quantized in small slices, so that its rows may be read while they are asked for.
+        If not, it is read whole, within the bound of what is in flight."""
+        return True
 
     def create_quantized_param(
         self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
@@ -272,7 +280,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 def row_slices(
     spec: WeightSpec, weight: Rows, device: torch.device, rows_multiple: int = 1, check: bool = True
 ) -> Iterator[tuple[slice, Tensor]]:
-    """A dense weight in slices of whole rows, on `device`, in the dtype it is quantized from.
+    """A dense weight in slices of whole rows, on `device`, contiguous, in the dtype it is quantized from.
 
     Every slice but the last has a multiple of `rows_multiple` rows; a slice has one row only if the weight has. A slice
     may lie where the next one will.
@@ -286,11 +294,28 @@ def row_slices(
     start = 0
     while start < rows:
         stop = rows if rows - start <= step + 1 else start + step
-        part = _cast(weight[start:stop].to(device), spec.dtype)
+        part = _cast(
+            _rows_on(device, weight, start, stop, columns), spec.dtype
+        ).contiguous()  # kernels take addresses, not strides
         if check:
             check_slice(spec, slice(start, stop), part)
         yield slice(start, stop), part
         start = stop
+
+
+def _rows_on(device: torch.device, weight: Rows, start: int, stop: int, columns: int) -> Tensor:
+    """Rows of a weight on a device. What is read for an accelerator goes there in pieces of the size of a slice on the
+    CPU: its own are large, and each worker would keep a buffer for one."""
+    import torch
+
+    if device.type == "cpu" or isinstance(weight, torch.Tensor):
+        return weight[start:stop].to(device)
+    part = torch.empty((stop - start, columns), dtype=weight.dtype, device=device)
+    step = max(SLICE_WEIGHTS["cpu"] // max(columns, 1), 1)
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        part[first - start : last - start].copy_(weight[first:last])  # done when it returns: it is no pinned memory
+    return part
 
 
 def _cast(part: Tensor, dtype: torch.dtype) -> Tensor:

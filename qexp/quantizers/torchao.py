@@ -164,6 +164,10 @@ class TorchAoQuantizer(base.Quantizer):
         assert layout is not None, spec
         return layout.nbytes
 
+    def takes_rows(self, spec: base.WeightSpec) -> bool:
+        layout = self._layout(spec)
+        return layout is not None and layout.rows_multiple is not None
+
     def create_quantized_param(
         self, spec: base.WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:

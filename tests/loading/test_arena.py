@@ -1,11 +1,11 @@
-"""The arena hands out disjoint ranges, waits for room, and lets go of whoever waits when it is stopped."""
+"""The arena hands out disjoint ranges, waits for room, as does the window, and lets waiters go when it is stopped."""
 
 import random
 import threading
 
 import pytest
 
-from qexp.loading.arena import ALIGNMENT, Arena, Stopped, aligned
+from qexp.loading.arena import ALIGNMENT, Arena, Stopped, Window, aligned
 
 PAGE = ALIGNMENT
 
@@ -84,3 +84,32 @@ def test_stop_ends_the_waiting_and_everything_after() -> None:
 def test_a_request_that_never_fits_does_not_wait() -> None:
     with pytest.raises(AssertionError):
         Arena(PAGE).acquire(PAGE + 1)
+
+
+def test_a_window_lets_in_what_fits_and_one_of_any_size() -> None:
+    window, let_in = Window(10), threading.Semaphore(0)
+    window.enter(100)
+
+    def enter() -> None:
+        for nbytes in (6, 4, 1):
+            window.enter(nbytes)
+            let_in.release()
+
+    thread = threading.Thread(target=enter, daemon=True)
+    thread.start()
+    assert not let_in.acquire(timeout=0.05)
+    window.leave(100)
+    assert let_in.acquire(timeout=5) and let_in.acquire(timeout=5)
+    assert not let_in.acquire(timeout=0.05)
+    window.leave(6)
+    assert let_in.acquire(timeout=5)
+    thread.join(5)
+
+
+def test_a_window_without_a_bound_lets_in_everything_until_it_is_stopped() -> None:
+    window = Window(None)
+    for _ in range(3):
+        window.enter(1 << 40)
+    window.stop()
+    with pytest.raises(Stopped):
+        window.enter(0)

@@ -21,6 +21,8 @@ from qexp.loading.placement import Placement, place
 from qexp.memory import host_memory, release_freed_memory
 from qexp.offload.payload import leaves, module_nbytes, true_nbytes
 from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
+from qexp.quantizers.torchao import TorchAoConfig
+from qexp.settings import ComponentConfig
 from tests.backends import BACKENDS, CPU, QUANTIZING, Stack, save_stack
 from tests.loading.test_plan import KeepsFp32, Shared, Tied
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
@@ -327,6 +329,30 @@ def test_memory_that_is_freed_is_given_back(tmp_path: Path) -> None:
     left = host_memory().total_bytes - loaded.memory.baseline.total_bytes - result
     assert loaded.memory.peak_bytes < result + 4 * MIB + 40 * MIB
     assert left < 16 * MIB
+
+
+def test_a_weight_with_one_scale_is_read_whole_within_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By rows, it would all be in a buffer that its worker keeps. A type with a scale a row is read by rows."""
+    staged: list[int] = []
+
+    class Watched(arena.Arena):
+        def acquire(self, nbytes: int) -> tuple[int, Tensor]:
+            staged.append(nbytes)
+            return super().acquire(nbytes)
+
+    monkeypatch.setattr(pipeline, "Arena", Watched)
+    shapes = [(256, 512)] * 3
+    saved = save_stack(tmp_path, shapes, dtype=FP32, bias=False)
+    load_toy(tmp_path, settings("torchao"), stack_of(shapes))
+    assert staged == []
+    per_tensor = ComponentConfig(TorchAoConfig(quant_type_kwargs={"granularity": "PerTensor"}))
+    model: Any = load_toy(tmp_path, per_tensor, stack_of(shapes)).model
+    assert staged == [256 * 512 * 4] * 3
+    for name, tensor in saved.state_dict().items():
+        dense = model.hf_quantizer.dequantize_param(model.get_parameter(name), FP32)
+        assert (dense - tensor).abs().max() <= tensor.abs().max() / 127, name
 
 
 def test_the_arena_goes_when_the_load_is_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ from qexp.errors import LoadError
 from qexp.loading import arena as arena_module
 from qexp.loading import pipeline, reading
 from qexp.loading.checkpoint import DTYPE_BYTES, TensorEntry, open_checkpoint
+from qexp.loading.conversion import transposed
 from qexp.loading.dtypes import TORCH_DTYPES
+from qexp.loading.lifecycle import stream_plan
 from qexp.loading.pipeline import stream
 from qexp.loading.plan import WorkItem
 from qexp.quantizers.base import WeightSpec
+from qexp.settings import LoaderConfig
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -120,6 +123,24 @@ def test_several_files_are_read_each_at_its_offsets(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+def test_of_many_files_few_are_open_at_once(tmp_path: Path) -> None:
+    """20 shards, read in turns: a worker that kept each of them open would have 20."""
+    items, most, before = [], 0, len(os.listdir("/proc/self/fd"))
+    for number in range(20):
+        save_file({f"t{number}": torch.full((100,), number)}, tmp_path / f"{number}.safetensors")
+        items += items_of(tmp_path / f"{number}.safetensors", quantize=True)
+
+    def create(item: WorkItem, dense: Tensor) -> Tensor:
+        nonlocal most
+        most = max(most, len(os.listdir("/proc/self/fd")))
+        return dense.clone()
+
+    for item, result in run(items * 2, create, workers=2):
+        assert torch.equal(result, torch.full((100,), int(item.target[1:])))
+    assert 0 < most - before <= 2 * reading.OPEN_FILES + 2  # and those that list the folder
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_what_is_read_in_place_is_not_in_the_arena(tmp_path: Path) -> None:
     """Unchanged copies keep their bytes while others pass through the arena behind them."""
     tensors = bytes_tensors(*[4096] * 20)
@@ -134,6 +155,27 @@ def test_what_is_read_in_place_is_not_in_the_arena(tmp_path: Path) -> None:
     kept_results = [(item, result) for item, result in results if item.spec is None]
     assert all(torch.equal(result, tensors[item.target]) for item, result in kept_results)
     assert len({result.untyped_storage().data_ptr() for _, result in kept_results}) == 10
+
+
+def test_parts_of_a_stored_weight_of_which_one_is_transformed_have_memory_of_their_own(tmp_path: Path) -> None:
+    """They may become part of the parameter, and the next ones are read to where these were."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"{part}{n}": torch.randn(16, 24, generator=generator) for n in range(8) for part in ("data", "scale")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = {item.target: item for item in items_of(tmp_path / "model.safetensors")}
+    items = [
+        replace(
+            found[f"data{n}"],
+            source=transposed(found[f"data{n}"].source),
+            stored=True,
+            companions={"scale": found[f"scale{n}"].source},
+        )
+        for n in range(8)
+    ]
+    results = run(items, lambda item, *parts: parts, workers=1, in_flight_bytes=1, in_place=lambda item: True)
+    for n, (_, (data, scale)) in enumerate(results):
+        assert torch.equal(data, tensors[f"data{n}"].t()) and data.is_contiguous()
+        assert torch.equal(scale, tensors[f"scale{n}"])
 
 
 def by_slices(step: int) -> Any:
@@ -187,8 +229,8 @@ def test_rows_do_not_lie_just_behind_their_place_in_the_files_pages(offset: int,
     data = torch.randint(0, 256, (9000 + offset,), dtype=torch.uint8)
     (tmp_path / "file").write_bytes(bytes(data.numpy()))
     entry = TensorEntry("t", "U8", (9, 1000), tmp_path / "file", offset, 9000)
-    with ExitStack() as files:
-        rows = reading.Reader(files, threading.Event()).rows(entry)
+    with closing(reading.Reader(threading.Event())) as reader:
+        rows = reader.rows(entry)
         for start in range(9):
             part = rows[start : start + 1]
             assert torch.equal(part, data[offset:].view(9, 1000)[start : start + 1])
@@ -299,6 +341,42 @@ def test_many_small_tensors_are_in_flight_together(tmp_path: Path) -> None:
         inside.wait()
 
     assert len(run(save(tmp_path, bytes_tensors(*[8] * 8)), together, workers=4)) == 8
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_results_that_exist_while_the_caller_is_slow(by_rows: bool, workers: int, tmp_path: Path) -> None:
+    """40 results of 4 KiB, and one of 64, for a caller that is slower than the workers; 16 KiB may be ahead of it."""
+    items = save(tmp_path, {f"t{n:02}": torch.full((64 if n == 20 else 4, KIB), n).byte() for n in range(41)})
+    now, most, lock = 0, 0, threading.Lock()
+
+    def count(nbytes: int) -> None:
+        nonlocal now, most
+        with lock:
+            now += nbytes
+            most = max(most, now)
+
+    def create(item: WorkItem, dense: Any) -> Tensor:
+        count(item.result_nbytes)
+        return dense[0 : dense.shape[0]].clone()
+
+    options: dict[str, Any] = {"by_rows": lambda item: by_rows, "ahead_bytes": 16 * KIB, "in_flight_bytes": MIB}
+    for number, (item, result) in enumerate(stream(items, create, workers=workers, **options)):
+        assert result.eq(number).all()
+        if number % 10 == 0:
+            settle(lambda: now, 0.03)
+        if number == 19:
+            assert most == 16 * KIB
+        count(-item.result_nbytes)
+    assert most == 64 * KIB and now == 0  # the large one, by itself
+
+
+def test_an_error_while_a_worker_waits_for_the_caller(tmp_path: Path) -> None:
+    items = save(tmp_path, bytes_tensors(*[4 * KIB] * 20))
+    with pytest.raises(ValueError, match="caller"):
+        for _ in stream(items, clone, workers=3, in_flight_bytes=MIB, ahead_bytes=8 * KIB):
+            time.sleep(0.05)  # the workers wait by now
+            raise ValueError("caller")
 
 
 # Order and threads
@@ -482,7 +560,16 @@ def test_threads_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.Monk
 # What is kept alive
 
 
-def test_dense_tensors_and_results_are_let_go(tmp_path: Path) -> None:
+def planned_stream(items: list[WorkItem], create: Any) -> Iterator[tuple[WorkItem, Any]]:
+    return stream_plan(items, create, LoaderConfig(in_flight_mib=1, workers=1), "letting go")
+
+
+def plain_stream(items: list[WorkItem], create: Any) -> Iterator[tuple[WorkItem, Any]]:
+    return stream(items, create, workers=1, in_flight_bytes=KIB)
+
+
+@pytest.mark.parametrize("streamed", [plain_stream, planned_stream])
+def test_dense_tensors_and_results_are_let_go(streamed: Any, tmp_path: Path) -> None:
     """While the stream is suspended it holds no result it has handed out, and no dense tensor of one."""
     alive: list[weakref.ref[Tensor]] = []
 
@@ -491,7 +578,7 @@ def test_dense_tensors_and_results_are_let_go(tmp_path: Path) -> None:
         alive.append(weakref.ref(temporary))
         return temporary.clone()
 
-    results = stream(save(tmp_path, bytes_tensors(*[100] * 5)), create, workers=1, in_flight_bytes=KIB)
+    results = streamed(save(tmp_path, bytes_tensors(*[100] * 5)), create)
     handed_out = []
     for _, result in results:
         handed_out.append(weakref.ref(result))

@@ -9,6 +9,7 @@ import torch
 
 from qexp.memory import PeakMemory
 from qexp.offload.payload import leaves, module_nbytes, sites
+from qexp.quantizers import base
 from tests.fake_device import memory
 from tests.offload import model_zoo as zoo
 from tests.offload.on_fake_device.harness import DEVICE, live_bytes, run
@@ -29,6 +30,16 @@ def test_a_model_loaded_on_the_device_is_the_one_loaded_on_the_cpu(backend: str)
     assert live_bytes() - before - module_nbytes(model) < 512  # tables that libraries keep
     found = run(model, batches, before).outputs
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_weight_that_reaches_the_device_in_pieces_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = zoo.load("torchao", device=str(DEVICE)).state_dict()
+    monkeypatch.setitem(base.SLICE_WEIGHTS, DEVICE.type, 1 << 24)
+    monkeypatch.setitem(base.SLICE_WEIGHTS, "cpu", 100)
+    found = zoo.load("torchao", device=str(DEVICE)).state_dict()
+    for name, tensor in expected.items():
+        alike = zip(leaves(found[name]), leaves(tensor), strict=True)
+        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in alike), name
 
 
 def test_the_first_use_of_a_device_may_be_to_watch_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
