@@ -1,6 +1,6 @@
 """What published models take, before anything is downloaded: bytes of each component, for each backend.
 
-    python -m qexp.predict                                       # every preset
+    python -m qexp.predict                                       # every one that is known
     python -m qexp.predict flux_dev --backends bitsandbytes gguf_q4_0
     python -m qexp.predict flux_dev --compute-dtype float16 --markdown
 
@@ -23,6 +23,7 @@ from typing import Any
 from qexp.config import backend_of, model_skip_modules
 from qexp.errors import QexpError
 from qexp.models.architectures import architecture, architecture_names, as_checkpoint, component_of, network
+from qexp.models.diffusers import DENOISERS
 from qexp.options import option_names
 from qexp.settings import ComponentConfig
 
@@ -63,7 +64,7 @@ class _Published:
 def predict(
     name: str, component: str, backend: Any, compute_dtype: str, skip_modules: Sequence[str] = ()
 ) -> Prediction:
-    """backend: a backend's config, for this machine's kind of device. Raises: QexpError for what cannot be loaded."""
+    """backend: a backend's config, as resolved for a CPU. Raises: QexpError for what cannot be loaded."""
     import torch
 
     from qexp.loading.lifecycle import prepare
@@ -87,7 +88,7 @@ def predict(
 
 def _gib(name: str, component: str, option: str, compute_dtype: str, known: dict[Any, str]) -> str:
     """The bytes of one cell, or why there are none. known: those of the same network before."""
-    skip = _skip_modules(name) if component in ("transformer", "unet") and option != "none" else ()
+    skip = _skip_modules(name) if component in DENOISERS and option != "none" else ()
     found = component_of(name, component)
     key = (json.dumps(found.config), found.dtype, option, compute_dtype, skip)
     if key not in known:

@@ -37,6 +37,9 @@ OURS = {  # arguments that this program gives itself, and what to set instead
 }
 NOT_OURS = ("output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end")
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
+# They repeat texts one by one, but the texts' masks as a whole: of several prompts, images would have others' masks.
+# https://github.com/huggingface/diffusers/blob/main/src/diffusers/pipelines/qwenimage/pipeline_qwenimage.py
+MIXING_MASKS = ("QwenImage", "HunyuanImage")  # with which the classes' names begin
 
 
 def check_arguments(pipeline: Any, task: GenerateConfig) -> None:
@@ -124,19 +127,34 @@ def run_pipeline(
     copies = task.num_images_per_prompt or 1
     steps, images, latents = _Steps(on_step), list[Tensor](), list[Tensor]()
     negative = list(task.negative_prompt or ())
+    repeats = copies if type(pipeline).__name__.startswith(MIXING_MASKS) else 1
+    if repeats > 1:
+        fixed.update({name: 1 for name in PER_PROMPT if name in fixed})
     for start in range(0, len(prompts), size):
         batch = prompts[start : start + size]
         if negative:
-            fixed["negative_prompt"] = negative[start : start + size] if len(negative) > 1 else negative * len(batch)
+            texts = negative[start : start + size] if len(negative) > 1 else negative * len(batch)
+            fixed["negative_prompt"] = _repeated(texts, repeats)
         first = seed + start * copies
         generators = [torch.Generator("cpu").manual_seed(first + number) for number in range(len(batch) * copies)]
         with torch.no_grad():
-            output = pipeline(prompt=batch, generator=generators, output_type="pt", **fixed, **steps.arguments(known))
+            output = pipeline(
+                prompt=_repeated(batch, repeats),
+                generator=generators,
+                output_type="pt",
+                **fixed,
+                **steps.arguments(known),
+            )
         images.append(_as_images(output))
         latents.append(steps.last.to("cpu", torch.float32))
     frames = sum(map(len, images)) // (len(prompts) * copies)
     labels = torch.arange(len(prompts)).repeat_interleave(copies * frames)
     return {"images": torch.cat(images), "latents": torch.cat(latents), "labels": labels}
+
+
+def _repeated(texts: list[str], copies: int) -> list[str]:
+    """Each text that many times, one behind the other, as pipelines order the images of their prompts."""
+    return [text for text in texts for _ in range(copies)]
 
 
 class _Steps:

@@ -242,6 +242,19 @@ def test_steps_are_reported_with_a_sample_of_latents(pipeline_folder: Folder, mo
         assert len(outputs["images"]) == len(outputs["latents"]) == 3
 
 
+@pytest.mark.parametrize("name", ["qwen_image", "flux"])
+def test_images_of_a_batch_of_prompts_are_those_of_each_alone(name: str, pipeline_folder: Folder) -> None:
+    """Several images of prompts of unequal length, and of negative prompts where it has them."""
+    ours = qexp.load_pipeline(pipeline_folder(name), device="cpu", compute_dtype="fp32")
+    prompts = ("a", "two trees by a lake")
+    changes: dict[str, Any] = {"num_images_per_prompt": 2, "prompt": prompts, "max_sequence_length": 512}
+    changes |= {"negative_prompt": ("blur, and more of it", "b")} if name == "qwen_image" else {}
+    together, alone = (run(ours, name, batch_size=size, **changes) for size in (2, 1))
+    assert together["labels"].tolist() == alone["labels"].tolist() == [0, 0, 1, 1]
+    assert (together["images"] - alone["images"]).abs().max() < 1e-3
+    assert (together["images"][0] - together["images"][2]).abs().max() > 0.05
+
+
 REFUSED_TASKS: dict[str, tuple[str, dict[str, Any], str]] = {
     "unknown": (
         "flux", {"pipeline_arguments": {"guidence_scale": 1}},
