@@ -89,7 +89,8 @@ def load(
         "**.norm"; "@file" has one a line. A pattern that matches nothing is an error. Left unquantized as well is
         what the command line leaves out of the embedded models ("digits": x_embed and proj_out), and of a folder of
         transformers the output embedding (lm_head); `skeleton`, or a model source, leaves out nothing by itself.
-    workers: quantizing threads, None is one a core; in_flight_mib: MiB of tensors read whole and not yet done with.
+    workers: threads that read and quantize, None is one a core; in_flight_mib: MiB of tensors read whole and not yet
+        done with.
 
     Raises: ConfigError (a ValueError), MissingLibraryError (an ImportError), UnsupportedError for what this machine
     cannot run, LoadError for a checkpoint that is damaged or does not fit. Most come before a weight is read.

@@ -97,7 +97,7 @@ class SweepConfig:
 @dataclass(frozen=True)
 class LoaderConfig:
     """in_flight_mib: tensors read whole and not yet done with (never less than the largest such tensor);
-    workers: quantizing threads, null for one a core."""
+    workers: threads that read and quantize, null for one a core."""
 
     in_flight_mib: int = 64
     workers: int | None = None

@@ -8,7 +8,6 @@ takes three times as long (2.1 GiB/s): `rep movsb`, by which Linux copies, does 
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from pathlib import Path
@@ -121,9 +120,6 @@ class RowReader:
         start, stop, step = rows.indices(self.shape[0])
         assert step == 1, rows
         return self._reader.read_rows(self._source, start, stop)
-
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(

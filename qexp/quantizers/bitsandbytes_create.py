@@ -21,7 +21,7 @@ NESTED_BLOCK_SIZE = 256
 
 
 def create_4bit(
-    config: BitsAndBytesConfig, spec: base.WeightSpec, weight: Tensor, device: torch.device
+    config: BitsAndBytesConfig, spec: base.WeightSpec, weight: base.Rows, device: torch.device
 ) -> nn.Parameter:
     import torch
 
@@ -67,7 +67,7 @@ def create_4bit(
     )
 
 
-def create_8bit(spec: base.WeightSpec, weight: Tensor, device: torch.device) -> nn.Parameter:
+def create_8bit(spec: base.WeightSpec, weight: base.Rows, device: torch.device) -> nn.Parameter:
     import torch
 
     from qexp.quantizers.rowwise_8bit import llm_int8
