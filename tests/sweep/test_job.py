@@ -128,12 +128,12 @@ def test_the_traceback_is_in_the_log_and_on_the_console_only_if_asked_for(tmp_pa
 
 
 def test_a_timeout_kills_the_worker_with_its_children_and_what_was_half_written(tmp_path) -> None:
-    config = have_reference(run_config(tmp_path, 15, isolation=IsolationConfig(timeout_minutes=1.0 / 60)))
+    config = have_reference(run_config(tmp_path, 15, isolation=IsolationConfig(timeout_minutes=5.0 / 60)))
     started = time.monotonic()
     row = run(config)
     assert (row.status, row.reason) == ("failed", "timeout")
     assert "isolation.timeout_minutes" in row.message
-    assert 0.9 < time.monotonic() - started < 40
+    assert 4.9 < time.monotonic() - started < 40
     folder = folder_of(config)
     assert not psutil.pid_exists(folder.read_status().pid)
     assert not is_running(int((folder.path / "child.pid").read_text()))
