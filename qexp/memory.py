@@ -141,7 +141,8 @@ def use_huge_pages(tensor: Tensor) -> Tensor:
     """Ask for pages of 2 MiB where a new tensor on the CPU covers whole ones; returns it.
 
     Its first pass over memory then costs a page fault for each 2 MiB in place of each 4 KiB. It takes no more memory,
-    and where the system has no such pages, nothing changes.
+    and where the system has no such pages, nothing changes. The advice belongs to the addresses: of a tensor within the
+    heap (glibc: below some 32 MiB) it stays when that is freed, and whatever is allocated there next has such pages.
     """
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
     start = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
