@@ -16,11 +16,11 @@ from qexp.errors import ConfigError, LoadError, MissingLibraryError, first_names
 from qexp.hub_download import local_folder
 from qexp.settings import PERCEPTUAL_METRICS, MetricsConfig
 
-BACKBONE_URLS = {
-    "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-    "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
+BACKBONE_SOURCES = {
+    "alex": "torchvision's models/alexnet-owt-7be5be79.pth",
+    "vgg": "torchvision's models/vgg16-397923af.pth",
 }
-INCEPTION_URLS = (
+INCEPTION_SOURCES = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
 )
@@ -65,12 +65,12 @@ def torch_hub_folder() -> Path:
 
 def backbone_file(net: str) -> Path:
     """The classifier's weights. Raises: LoadError."""
-    return _downloaded("lpips", (BACKBONE_URLS[net],))
+    return _downloaded("lpips", (BACKBONE_SOURCES[net],))
 
 
 def inception_file() -> Path:
     """The weights of FID's Inception. Raises: LoadError."""
-    return _downloaded("fid", INCEPTION_URLS)
+    return _downloaded("fid", INCEPTION_SOURCES)
 
 
 def heads_file(net: str) -> Path:
@@ -114,15 +114,15 @@ def image_files(folder: str) -> list[Path]:
     return found
 
 
-def _downloaded(metric: str, urls: tuple[str, ...]) -> Path:
-    """The file of one of `urls` in torch.hub's folder."""
+def _downloaded(metric: str, sources: tuple[str, ...]) -> Path:
+    """The file of one of `sources` in torch.hub's folder."""
     folder = torch_hub_folder()
-    for url in urls:
-        path = folder / url.rpartition("/")[2]
+    for source in sources:
+        path = folder / source.rpartition("/")[2]
         if path.is_file():
             return path
-    name = urls[0].rpartition("/")[2]
+    name = sources[0].rpartition("/")[2]
     raise LoadError(
-        f"metrics.names: {metric} needs '{folder / name}', which is not there; download {urls[0]} to that place "
+        f"metrics.names: {metric} needs '{folder / name}', which is not there; download {sources[0]} to that place "
         f"(TORCH_HOME names another than {folder.parents[1]}), or leave {metric} out"
     )

@@ -30,7 +30,7 @@ from qexp.metrics import perceptual
 from qexp.metrics.backbones import Backbone
 from qexp.metrics.inception import SIDE, Inception, resized
 from qexp.metrics.perceptual import perceptual_numbers
-from qexp.metrics.perceptual_files import BACKBONE_URLS, INCEPTION_URLS, heads_file
+from qexp.metrics.perceptual_files import BACKBONE_SOURCES, INCEPTION_SOURCES, heads_file
 from qexp.metrics.score import score
 from qexp.models.arithmetic import ASSETS
 from qexp.settings import MetricsConfig
@@ -57,7 +57,7 @@ def save_backbone(folder: Path, net: str) -> dict[str, Tensor]:
     """Made weights of a classifier under torchvision's name, with a part that LPIPS has no use for."""
     torch.manual_seed(0)
     state = {**Backbone(net).state_dict(), "classifier.1.weight": torch.zeros(3)}
-    torch.save(state, folder / BACKBONE_URLS[net].rpartition("/")[2])
+    torch.save(state, folder / BACKBONE_SOURCES[net].rpartition("/")[2])
     return state
 
 
@@ -241,7 +241,7 @@ def test_fid_against_the_reference_and_against_a_folder(
 ) -> None:
     monkeypatch.setattr(perceptual, "Inception", FewFeatures)
     weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
-    torch.save({"weight": weight}, torch_hub / INCEPTION_URLS[1].rpartition("/")[2])
+    torch.save({"weight": weight}, torch_hub / INCEPTION_SOURCES[1].rpartition("/")[2])
     ours, others = images(40, 1, 8), images(40, 1, 8, seed=1) * 0.5
     real = tmp_path / "real"
     real.mkdir()
@@ -267,7 +267,7 @@ def test_fid_against_the_reference_and_against_a_folder(
 
 
 def test_a_file_of_other_weights_is_refused(torch_hub: Path) -> None:
-    place = torch_hub / BACKBONE_URLS["alex"].rpartition("/")[2]
+    place = torch_hub / BACKBONE_SOURCES["alex"].rpartition("/")[2]
     for content, message in (
         ({"features.0.weight": torch.zeros(1)}, "does not fit Backbone"),
         (b"PK", "is no file of"),
@@ -306,7 +306,7 @@ def test_what_is_missing_is_said_at_once(
 
 
 def test_a_folder_of_real_images_has_images(torch_hub: Path, tmp_path: Path) -> None:
-    (torch_hub / INCEPTION_URLS[0].rpartition("/")[2]).touch()
+    (torch_hub / INCEPTION_SOURCES[0].rpartition("/")[2]).touch()
     with pytest.raises(ConfigError, match=r"metrics\.fid_images=.* holds 0 images .*at least two"):
         run_config("metrics.names=[fid]", f"metrics.fid_images={tmp_path}")
 

@@ -1,6 +1,7 @@
 """task=forward: what is called with what, what is kept, and what is said of inputs that do not fit."""
 
 import csv
+import importlib
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "mynet.py").write_text(CODE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    import mynet  # type: ignore[import-not-found]
+    mynet = importlib.import_module("mynet")
 
     torch.manual_seed(0)
     save_file(mynet.Net().state_dict(), "weights.safetensors")
