@@ -70,9 +70,7 @@ def experiment(folder: Path, name: str, *overrides: str) -> tuple[dict[str, Any]
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10])
 def test_outputs_are_the_networks_own_batch_by_batch(batch_size: int, folder: Path) -> None:
-    import mynet
-
-    network = mynet.Net()
+    network = importlib.import_module("mynet").Net()
     network.load_state_dict(load_file("weights.safetensors"))
     given = load_file("inputs.safetensors")
     with torch.no_grad():
