@@ -86,8 +86,10 @@ def test_offloading_changes_no_bit_and_proves_that_it_happened(backend: str, che
             metrics, outputs = run(checkpoint, tmp_path / strategy / to, *overrides)
             assert all(torch.equal(outputs[name], expected[name]) for name in expected), (strategy, to)
             assert metrics["offload/groups"] >= 2
-            assert metrics["offload/transferred_gib"] == pytest.approx(2 * metrics["offload/payload_gib"])  # two steps
-            assert metrics["offload/copies"] == 2 * metrics["offload/groups"]
+            payload, groups = metrics["offload/payload_gib"], metrics["offload/groups"]
+            ahead = 1 if to == "disk" else 0  # two steps, and from disk what was read for a third
+            assert 2 * payload * 0.999 <= metrics["offload/transferred_gib"] <= (2 + ahead) * payload * 1.001
+            assert 2 * groups <= metrics["offload/copies"] <= (2 + ahead) * groups
             at_rest = 0 if to == "disk" else metrics["offload/payload_gib"]  # on a CPU, its memory is the device's
             assert metrics["offload/at_rest_device_gib"] == at_rest
             assert metrics["offload/payload_gib"] > 0.6 * metrics["memory/weights_gib"]
