@@ -139,13 +139,14 @@ def drop_from_cache(files: Iterable[Path]) -> None:
 
 def read_seconds(files: Iterable[Path]) -> float:
     """Time to read files from beginning to end into a buffer that is used again."""
-    buffer = bytearray(32 * MIB)
-    started = time.perf_counter()
-    for file in files:
-        with file.open("rb", buffering=0) as opened:
-            while opened.readinto(buffer):
-                pass
-    return time.perf_counter() - started
+    with mmap.mmap(-1, 32 * MIB) as buffer:  # begins with a page: Linux copies to some other addresses far slower
+        buffer[:] = bytes(len(buffer))
+        started = time.perf_counter()
+        for file in files:
+            with file.open("rb", buffering=0) as opened:
+                while opened.readinto(buffer):
+                    pass
+        return time.perf_counter() - started
 
 
 def direct_read_seconds(files: Iterable[Path]) -> float:
@@ -173,6 +174,14 @@ def copy_bytes_per_second() -> float:
     target = torch.zeros_like(source)
     best = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
     return 2 * source.nbytes / best
+
+
+def fresh_bytes_per_second() -> float:
+    """Measured bandwidth of writing memory that the process has just got, on all cores: the system clears it first."""
+    import torch
+
+    nbytes = 256 * MIB  # far above what the allocator keeps
+    return nbytes / min(_seconds(lambda: torch.empty(nbytes, dtype=torch.uint8).fill_(1)) for _ in range(5))
 
 
 def _seconds(work: Any) -> float:

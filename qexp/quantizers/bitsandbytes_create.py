@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 from qexp.memory import use_huge_pages
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
 
 NESTED_BLOCK_SIZE = 256
+Quantize = Callable[["Tensor", "Tensor", "Tensor"], None]  # (weights, where to put the packed bytes, and the absmaxes)
 
 
 def create_4bit(
@@ -34,12 +34,11 @@ def create_4bit(
     on_cpu = device.type == "cpu"
     quantize = _quantize_on_cpu(code, block) if on_cpu else _quantize_by_library(quant_type, block)
     for rows, part in base.row_slices(spec, weight, device, rows_a_block, check=not on_cpu):
-        bytes_, largest = quantize(part)
+        first, last = rows.start * spec.shape[1], rows.stop * spec.shape[1]
+        largest = absmax[first // block : math.ceil(last / block)]
+        quantize(part, packed[first // 2 : math.ceil(last / 2), 0], largest)
         if on_cpu:
             base.check_slice(spec, rows, largest)  # of a block that is not finite, neither is the absmax
-        first = rows.start * spec.shape[1]
-        packed[first // 2 : first // 2 + len(bytes_), 0] = bytes_
-        absmax[first // block : first // block + len(largest)] = largest
     offset, state2 = None, None
     if config.bnb_4bit_use_double_quant:
         offset = absmax.mean()
@@ -74,7 +73,7 @@ def create_8bit(spec: base.WeightSpec, weight: base.Rows, device: torch.device) 
 
     half = base.WeightSpec(spec.module, spec.shape, torch.float16)  # the library quantizes from fp16 alone
     rows_of, on_cpu = base.RowAssembler(spec.shape[0]), device.type == "cpu"
-    for rows, part in base.row_slices(half, weight, device, check=not on_cpu):
+    for rows, part in base.row_slices(spec if on_cpu else half, weight, device, check=not on_cpu):
         values, scale = llm_int8(part) if on_cpu else library().functional.int8_vectorwise_quant(part)[:2]
         if on_cpu:
             base.check_slice(half, rows, scale)
@@ -83,16 +82,18 @@ def create_8bit(spec: base.WeightSpec, weight: base.Rows, device: torch.device) 
     return library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
 
 
-def _quantize_on_cpu(code: Tensor, blocksize: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """(packed bytes, absmaxes) of weights, faster than the library and with its bytes."""
+def _quantize_on_cpu(code: Tensor, blocksize: int) -> Quantize:
+    """Faster than the library, with its bytes."""
     from qexp.quantizers.blockwise_4bit import code_table, quantize_4bit
 
-    return partial(quantize_4bit, table=code_table(code), blocksize=blocksize)
+    table = code_table(code)
+    return lambda part, packed, absmax: quantize_4bit(part, table, blocksize, packed, absmax)
 
 
-def _quantize_by_library(quant_type: str, blocksize: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    def quantize(part: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_by_library(quant_type: str, blocksize: int) -> Quantize:
+    def quantize(part: Tensor, packed: Tensor, absmax: Tensor) -> None:
         bytes_, state = library().functional.quantize_4bit(part, blocksize=blocksize, quant_type=quant_type)
-        return bytes_.view(-1), state.absmax
+        packed.copy_(bytes_.view(-1))
+        absmax.copy_(state.absmax)
 
     return quantize

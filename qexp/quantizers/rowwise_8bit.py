@@ -1,9 +1,8 @@
 """8-bit quantization of row slices on the CPU, with the bytes of the libraries and in a fraction of their time.
 
 w ~ scale * q with one scale a row, or one for each group of a row. bitsandbytes, torchao and quanto differ in how they
-round the scale and the quotient, and spend most of their time on operations that PyTorch does not vectorize: a maximum
-with its index, minima and maxima of 16-bit floats, casts from bf16 to fp16. Here the largest magnitude is found among
-the bits of the numbers, as integers, and the rest happens in place; every rounding is that of the library.
+round the scale and the quotient. The scales are computed by PyTorch, from the largest magnitudes; those are found, and
+the weights are rounded, by compiled loops of one pass each. Every rounding is that of the library.
 """
 
 from __future__ import annotations
@@ -11,38 +10,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-INTEGERS = {2: torch.int16, 4: torch.int32}  # bytes of a float -> the integers that its bits are
+from qexp.quantizers import kernels
+
 EPS = torch.finfo(torch.float32).eps  # torchao's lowest scale
+MISSING_BITS = {torch.bfloat16: 16, torch.float16: kernels.HALF_SHIFT, torch.float32: 0}  # of the 23 of float32
 
 
 def absmax(groups: Tensor) -> Tensor:
-    """The largest magnitude of each row, [n, k] -> [n, 1], in its dtype; not finite if the row is not.
-
-    Without their sign bits, floats are in the order of the integers that they are; infinity and NaN come last.
-    """
-    if groups.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return groups.abs().amax(dim=1, keepdim=True)
-    integers = INTEGERS[groups.itemsize]
-    bits = groups.view(integers) & torch.iinfo(integers).max
-    return bits.amax(dim=1, keepdim=True).view(groups.dtype)
+    """The largest magnitude of each row, [n, k] -> [n, 1], in its dtype; not finite if the row is not."""
+    source, shift = kernels.source_bits(groups)
+    largest = torch.empty(len(groups), 1, dtype=torch.float32)
+    kernels.absmax(source, shift, largest.view(-1).numpy())
+    return largest.to(groups.dtype)
 
 
 def llm_int8(part: Tensor) -> tuple[Tensor, Tensor]:
-    """bitsandbytes' (values int8 [n, k], absmaxes float32 [n]) of rows in fp16."""
-    largest = absmax(part).float()
-    scaled = part.float().mul_(127.0 / largest)
-    return scaled.round_().to(torch.int8), largest.squeeze(1)
+    """bitsandbytes' (values int8 [n, k], absmaxes float32 [n]) of rows, which it quantizes from fp16: an absmax is
+    infinite where one of them is."""
+    largest = absmax(part).half().float()  # rounding keeps the order, so this is the largest after rounding, too
+    return _products(part, 127.0 / largest, as_half=part.dtype != torch.float16), largest.squeeze(1)
 
 
 def torchao_int8(part: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """torchao's symmetric (values int8 [n, k], scales float32 [n * k / group_size, 1])."""
-    groups = part.reshape(-1, group_size)
+    groups = part.view(-1, group_size)
     scale = (absmax(groups) / 127.5).clamp_(min=EPS).float()  # the quotient is rounded to the weight's dtype
-    scaled = groups.to(torch.float32, copy=True).mul_(1.0 / scale)
-    return scaled.round_().clamp_(-128, 127).to(torch.int8).view(part.shape), scale
+    return _products(groups, 1.0 / scale).view(part.shape), scale
 
 
 def quanto_int8(part: Tensor) -> tuple[Tensor, Tensor]:
     """quanto's (values int8 [n, k], scales [n, 1]), computed in the weight's own dtype."""
     scale = absmax(part) / 127
-    return (part / scale).round_().clamp_(-128, 127).to(torch.int8), scale
+    source, shift = kernels.source_bits(part)
+    values = torch.empty(part.shape, dtype=torch.int8)
+    kernels.round_quotients(source, shift, scale.float().view(-1).numpy(), MISSING_BITS[part.dtype], values.numpy())
+    return values, scale
+
+
+def _products(part: Tensor, factors: Tensor, as_half: bool = False) -> Tensor:
+    source, shift = kernels.source_bits(part)
+    values = torch.empty(part.shape, dtype=torch.int8)
+    kernels.round_products(source, shift, factors.view(-1).numpy(), as_half, values.numpy())
+    return values

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from qexp.quantizers import blockwise_4bit
 from qexp.quantizers.bitsandbytes_library import library
-from qexp.quantizers.blockwise_4bit import code_table, quantize_4bit
+from qexp.quantizers.blockwise_4bit import code_table
 
 
 def _neighbours(values: Tensor) -> Tensor:
@@ -25,6 +26,14 @@ def _ties(scale: float) -> Tensor:
         near = _neighbours(torch.tensor(code_table(table).midpoints) * scale)
         values.append(torch.cat([torch.tensor([scale]), near, torch.full((63 - len(near),), -scale)]))
     return torch.cat(values)
+
+
+def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    table = code_table(library().functional.get_4bit_type(quant_type, device="cpu"))
+    packed = torch.empty(weight.numel() // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-weight.numel() // blocksize), dtype=torch.float32)
+    blockwise_4bit.quantize_4bit(weight, table, blocksize, packed, absmax)
+    return packed, absmax
 
 
 def _gaussian(dtype: torch.dtype, count: int = 64 * 500 + 26) -> Tensor:
@@ -55,7 +64,7 @@ HARD: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("name", HARD)
 def test_the_bytes_are_the_librarys(name: str, quant_type: str, blocksize: int) -> None:
     functional, weight = library().functional, HARD[name]()
-    packed, absmax = quantize_4bit(weight, code_table(functional.get_4bit_type(quant_type, device="cpu")), blocksize)
+    packed, absmax = quantize_4bit(weight, quant_type, blocksize)
     expected, state = functional.quantize_4bit(weight, blocksize=blocksize, quant_type=quant_type)
     assert torch.equal(packed, expected.flatten())
     assert torch.equal(absmax.view(torch.int32), state.absmax.view(torch.int32))
@@ -64,5 +73,5 @@ def test_the_bytes_are_the_librarys(name: str, quant_type: str, blocksize: int) 
 def test_the_input_is_left_as_it_was() -> None:
     weight = _gaussian(torch.float32)
     before = weight.clone()
-    quantize_4bit(weight, code_table(library().functional.get_4bit_type("nf4", device="cpu")), 64)
+    quantize_4bit(weight, "nf4", 64)
     assert torch.equal(weight, before)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.quantizers import rowwise_8bit
+from qexp.quantizers import kernels, rowwise_8bit
 from qexp.quantizers.base import clear_nan
 from qexp.quantizers.bitsandbytes_library import library as bitsandbytes
 from qexp.quantizers.quanto_library import library as quanto
@@ -51,7 +51,7 @@ HARD: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("name", HARD)
 def test_llm_int8_is_bitsandbytes(name: str, dtype: torch.dtype) -> None:
     weight = HARD[name]().clamp(-65504, 65504).to(dtype)
-    values, scale = rowwise_8bit.llm_int8(weight.half())
+    values, scale = rowwise_8bit.llm_int8(weight)
     expected, largest, _ = bitsandbytes().functional.int8_vectorwise_quant(weight.half())
     assert torch.equal(values, expected)
     assert torch.equal(scale, largest)
@@ -86,7 +86,20 @@ def test_int8_is_quantos(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(values, expected)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_rounding_to_fp16_is_pytorchs() -> None:
+    """Every fp16 number, the middle between it and the next, and the float32 numbers beside both."""
+    every = torch.arange(0x7C01, dtype=torch.int16).view(torch.float16).float()
+    every[-1] = 65536  # where infinity is, in the order of fp16
+    middles = (every[:-1] + every[1:]) / 2
+    values = torch.cat([every, middles, torch.linspace(65504, 65536, 97), torch.tensor([1e30, torch.inf])])
+    bits = values.view(torch.int32)
+    values = torch.cat([bits - 1, bits, bits + 1]).clamp_(0, 0x7F800000).view(torch.float32)
+    values = torch.cat([values, -values])
+    found = [kernels._half(bits) for bits in values.view(torch.int32).numpy().view("uint32")]
+    assert torch.equal(torch.tensor(found).view(torch.int32), values.half().float().view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_absmax_of_what_is_not_finite_is_not_finite(dtype: torch.dtype) -> None:
     weight = torch.tensor([[1, -3, 2], [1, torch.nan, 2], [-torch.inf, 0, 1], [0, -0.0, 0]], dtype=dtype)
     weight[1, 1] = -weight[1, 1]  # NaN with its sign bit set

@@ -1,0 +1,168 @@
+"""The CPU kernels of quantizing, compiled by Numba: one pass over the bits of the weights, no temporaries.
+
+PyTorch makes an array of every step of an expression, and its Python calls hold the GIL between them. These loops read
+a slice where it was put, in bf16 or float32, keep what they need in registers and the first cache, write into the
+result, and hold no GIL, so that workers do not wait for each other. Compiled once for a machine (a second each) and
+kept in a cache beside this file.
+
+A source is given as the unsigned integers that its floats are, `shift` bits below those of float32: uint16 and 16 for
+bfloat16, uint32 and 0 for float32. Every operation is IEEE float32, none is fused or reordered, so results are those
+of the same operations in PyTorch, bit by bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+compiled: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+MAGNITUDE = np.uint32(0x7FFFFFFF)  # all but the sign
+SIGN = np.uint32(0x80000000)
+HALF_NORMAL = np.uint32(0x38800000)  # 2^-14, the lowest normal fp16
+HALF_OVERFLOW = np.uint32(0x477FF000)  # 65520, from which on fp16 is infinite
+INFINITY = np.uint32(0x7F800000)
+HALF_SHIFT = 13  # bits of float32 that fp16 has not
+LOWEST_ABSMAX = np.float32(1e-38)  # what bitsandbytes divides by in place of an absmax of zero
+
+
+def source_bits(weights: Tensor) -> tuple[Any, int]:
+    """(the bits of contiguous weights on the CPU, their shift), for the kernels; fp16 is made float32 before."""
+    if weights.dtype == torch.bfloat16:
+        return weights.view(torch.int16).numpy().view(np.uint16), 16
+    return weights.float().view(torch.int32).numpy().view(np.uint32), 0
+
+
+@compiled
+def absmax(source: Any, shift: int, out: Any) -> None:
+    """The largest magnitude of each row, [n, k] -> [n] float32; infinite or NaN if the row is not finite."""
+    for row in range(source.shape[0]):
+        top = np.uint32(0)  # without their sign, floats are in the order of their bits; infinity and NaN come last
+        for column in range(source.shape[1]):
+            top = max(top, _magnitude(_bits(source[row, column], shift)))
+        out[row] = _float(top)
+
+
+@compiled
+def round_products(source: Any, shift: int, factors: Any, as_half: bool, out: Any) -> None:
+    """int8 of each row [n, k] times its factor [n], rounded to even, in -128..127. as_half: of the row in fp16."""
+    for row in range(source.shape[0]):
+        factor = factors[row]
+        if as_half:
+            for column in range(source.shape[1]):
+                out[row, column] = _int8(_half(_bits(source[row, column], shift)) * factor)
+        else:
+            for column in range(source.shape[1]):
+                out[row, column] = _int8(_float(_bits(source[row, column], shift)) * factor)
+
+
+@compiled
+def round_quotients(source: Any, shift: int, divisors: Any, drop: int, out: Any) -> None:
+    """int8 of each row [n, k] by its divisor [n], the quotient rounded to a float with `drop` bits less than float32,
+    then to even, in -128..127; zero where it is 0 / 0."""
+    for row in range(source.shape[0]):
+        divisor = divisors[row]
+        for column in range(source.shape[1]):
+            quotient = _float(_bits(source[row, column], shift)) / divisor
+            out[row, column] = _int8(_float(_rounded(_as_bits(quotient), drop)) if drop else quotient)
+
+
+@compiled
+def nearest_4bit(source: Any, shift: int, block: int, midpoints: Any, indices: Any, packed: Any, absmaxes: Any) -> None:
+    """Blocks of `block` weights [n], scaled by their absmax, to the index of the nearest of 16 values, two to a byte.
+
+    midpoints: 15 float32 between the values, rising. indices: uint8 [16], by which the values are stored. packed: uint8
+    [n / 2], the first of a pair in the high bits. absmaxes: float32 [ceil(n / block)]. A full block is multiplied by
+    the reciprocal of its absmax, a last one that is not full is divided by it, as bitsandbytes does.
+    """
+    m0, m1, m2, m3, m4, m5, m6, m7, m8, m9, m10, m11, m12, m13, m14 = midpoints
+    is_rank = (indices == np.arange(16)).all()
+    scaled, codes = np.empty(block, np.float32), np.empty(block, np.uint8)
+    pairs = codes.view(np.uint16)
+    for number in range(absmaxes.shape[0]):
+        start = number * block
+        count = min(block, source.shape[0] - start)
+        top = np.uint32(0)
+        for at in range(count):
+            top = max(top, _magnitude(_bits(source[start + at], shift)))
+        largest = _float(top)
+        divisor = LOWEST_ABSMAX if largest < LOWEST_ABSMAX else largest  # NaN stays
+        if count == block:
+            factor = np.float32(1) / divisor
+            absmaxes[number] = largest
+            for at in range(count):
+                scaled[at] = _float(_bits(source[start + at], shift)) * factor
+        else:
+            absmaxes[number] = divisor
+            for at in range(count):
+                scaled[at] = _float(_bits(source[start + at], shift)) / divisor
+        for at in range(count):
+            x = scaled[at]
+            rank = _add(_add(_add(_add(_add(np.int32(0), x > m0), x > m1), x > m2), x > m3), x > m4)
+            rank = _add(_add(_add(_add(_add(rank, x > m5), x > m6), x > m7), x > m8), x > m9)
+            rank = _add(_add(_add(_add(_add(rank, x > m10), x > m11), x > m12), x > m13), x > m14)
+            codes[at] = np.uint8(rank)
+        if not is_rank:  # fp4, whose indices do not rise with its values
+            for at in range(count):
+                codes[at] = indices[codes[at]]
+        for at in range(count // 2):  # the first of a pair is the low byte
+            packed[start // 2 + at] = np.uint8((pairs[at] << 4) | (pairs[at] >> 8))
+
+
+@compiled
+def _bits(raw: Any, shift: int) -> Any:
+    """The bits of the float32 that a number of a source stands for."""
+    return np.uint32(np.uint32(raw) << np.uint32(shift))
+
+
+@compiled
+def _float(bits: Any) -> Any:
+    return np.uint32(bits).view(np.float32)
+
+
+@compiled
+def _as_bits(value: Any) -> Any:
+    return np.float32(value).view(np.uint32)
+
+
+@compiled
+def _magnitude(bits: Any) -> Any:
+    return np.uint32(bits & MAGNITUDE)
+
+
+@compiled
+def _add(count: Any, condition: Any) -> Any:
+    """One more where it holds, in 32 bits: as many as floats fit in a vector."""
+    return np.int32(count + np.int32(1)) if condition else count
+
+
+@compiled
+def _int8(value: Any) -> Any:
+    """Rounded to even and kept in range; NaN is zero."""
+    bounded = min(max(np.rint(value), np.float32(-128)), np.float32(127))
+    return np.int8(np.int32(bounded if bounded == bounded else np.float32(0)))
+
+
+@compiled
+def _rounded(bits: Any, drop: int) -> Any:
+    """The bits of a float32 rounded to even after all but its last `drop` bits."""
+    last = np.uint32(np.uint32(bits >> np.uint32(drop)) & np.uint32(1))
+    half = np.uint32(np.uint32(np.uint32(1) << np.uint32(drop - 1)) - np.uint32(1))
+    kept = np.uint32(~np.uint32(np.uint32(np.uint32(1) << np.uint32(drop)) - np.uint32(1)))
+    return np.uint32(np.uint32(bits + half + last) & kept)
+
+
+@compiled
+def _half(bits: Any) -> Any:
+    """The float32 nearest to one in fp16, from its bits; infinite for what is infinite in fp16, or NaN."""
+    magnitude = np.uint32(bits & MAGNITUDE)
+    normal = _rounded(magnitude, HALF_SHIFT)
+    in_steps = np.float32(_float(magnitude) + np.float32(0.75))  # of 2^-24, as fp16 below its normal numbers
+    denormal = np.float32(in_steps - np.float32(0.75))
+    found = normal if magnitude >= HALF_NORMAL else _as_bits(denormal)
+    found = found if magnitude < HALF_OVERFLOW else INFINITY
+    return _float(np.uint32(found | np.uint32(bits & SIGN)))
