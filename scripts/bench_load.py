@@ -26,10 +26,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench_load_programs import FORMATS
+from bench_load_programs import FORMATS, STORED
 from benching import (
     MIB,
     copy_bytes_per_second,
@@ -46,7 +47,7 @@ from make_checkpoint import write_checkpoint
 ALLOWANCE_BYTES = 128 * MIB
 PROGRAMS = ("qexp", "diffusers", "convert")
 CASES = ("warm", "cold", "shards", "shards-cold")
-READ = ("dense", "nf4", "nf4, stored")  # what is measured in every case
+READ = ("dense", "nf4", *STORED)  # what is measured in every case
 CONVERTIBLE = ("torchao int8wo", "quanto int8")
 RESULT = Path(__file__).parents[1] / "docs" / "bench" / "load.json"
 
@@ -61,23 +62,24 @@ def flux_config(heads: int, layers: tuple[int, int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_stored(source: Path, target: Path) -> None:
-    """The nf4 checkpoint that reloads are measured with, made by qexp."""
+def write_stored(source: Path, target: Path, option: str) -> None:
+    """The quantized checkpoint that reloads are measured with, made by qexp."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from bench_load_programs import *;"
         "from qexp.loading.saving import save_model;"
-        "save_model(load_with_qexp(Path(sys.argv[2]), 'nf4').model, Path(sys.argv[3]))"
+        "save_model(load_with_qexp(Path(sys.argv[2]), sys.argv[4]).model, Path(sys.argv[3]))"
     )
-    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(source), str(target)], check=True)
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(source), str(target), option]
+    subprocess.run(command, check=True)
 
 
-def measure(arguments: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
-    """A row for every (case, format, program), and for every format one of the quantizing alone."""
-    rows, small = list[dict[str, Any]](), root / "small"
+def measure(arguments: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
+    """A row for every (case, format), of all programs."""
+    small = root / "small"
     write_checkpoint(small, flux_config(2, (1, 1)), 1)
-    has_stored = any("stored" in name for name in arguments.formats)
-    if has_stored:
-        write_stored(small, root / "small-stored")
+    stored = {name: option for name, option in STORED.items() if name in arguments.formats}
+    for option in stored.values():
+        write_stored(small, root / f"small-{option}", option)
     for shards in (1, arguments.shards):
         cases = [case for case in arguments.cases if ("shards" in case) == (shards > 1)]
         if not cases:
@@ -85,21 +87,21 @@ def measure(arguments: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
         large = root / f"large-{shards}"
         print(f"writing {large} …", file=sys.stderr)
         write_checkpoint(large, flux_config(arguments.heads, tuple(arguments.layers)), shards)
-        if has_stored:
-            write_stored(large, root / f"large-{shards}-stored")
+        for option in stored.values():
+            write_stored(large, root / f"large-{shards}-{option}", option)
         for case in cases:
             # everything in the first case; of the others, what reading matters to
             formats = arguments.formats if case == arguments.cases[0] else [n for n in arguments.formats if n in READ]
-            rows += [measure_format(arguments, root, case, shards, name) for name in formats]
+            for name in formats:
+                yield measure_format(arguments, root, case, shards, name)
         for folder in root.glob("large*"):
             shutil.rmtree(folder)
-    return rows
 
 
 def measure_format(arguments: argparse.Namespace, root: Path, case: str, shards: int, name: str) -> dict[str, Any]:
-    kind, cold = "-stored" if "stored" in name else "", case.endswith("cold")
+    kind, cold = f"-{STORED[name]}" if name in STORED else "", case.endswith("cold")
     large, small = root / f"large-{shards}{kind}", root / f"small{kind}"
-    files = sorted(large.glob("*.safetensors"))
+    files = sorted(large.glob("*.safetensors")) or sorted(large.glob("*.gguf"))
     options = {"workers": arguments.workers, "slice_weights": arguments.slice_weights}
     programs = [p for p in arguments.programs if p != "convert" or name in CONVERTIBLE]
     runs: dict[str, list[dict[str, Any]]] = {program: [] for program in programs}
@@ -110,7 +112,7 @@ def measure_format(arguments: argparse.Namespace, root: Path, case: str, shards:
             seconds = runs[program][-1]["wall_seconds"]
             print(f"  {case}: {name}: {program}: {seconds:.2f} s", file=sys.stderr, flush=True)
     limits = {"read_seconds": _reading(files, cold), "read_bytes": sum(f.stat().st_size for f in files)}
-    if name not in ("dense", "nf4, stored"):
+    if name != "dense" and name not in STORED:
         kernels = run_watched(load_command("kernels", name, large, small, **options))
         limits["kernel_cpu_seconds"] = kernels["cpu_seconds"]
     cores = len(os.sched_getaffinity(0))
@@ -165,7 +167,7 @@ def describe(row: dict[str, Any]) -> str:
         if mine is None:
             break
         seconds = limits[f"{limit}_seconds"]
-        shown.append(f"{limit}'s limit {seconds:.2f} s, {mine['wall_seconds'] / seconds:.2f} times that")
+        shown.append(f"limit of the {limit} {seconds:.2f} s, {mine['wall_seconds'] / seconds:.2f} times that")
     lines.append(f"  {'; '.join(shown)}")
     return "\n".join(lines)
 
@@ -191,11 +193,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.layers, arguments.repeats, arguments.cases = [0, 2], 1, arguments.cases[:1]
-    about = machine()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
-        rows = measure(arguments, Path(root))
+    about, rows = machine(), list[dict[str, Any]]()
     options = {name: value for name, value in vars(arguments).items() if name not in ("folder", "out")}
-    write_result(arguments.out, {"machine": about, "options": options, "rows": rows})
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
+        for row in measure(arguments, Path(root)):
+            rows.append(row)  # what is measured is kept, whatever comes next
+            write_result(arguments.out, {"machine": about, "options": options, "rows": rows})
     if any(row["qexp"]["peak_total_bytes"] > _bound(row["qexp"]) for row in rows if "qexp" in row):
         raise SystemExit("qexp's peak memory is above its bound")
 

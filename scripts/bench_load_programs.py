@@ -32,7 +32,9 @@ FORMATS = {  # name in the tables -> option of conf/backend
     "torchao int8wo": "torchao",
     "quanto int8": "quanto",
     "nf4, stored": "none",
+    "gguf Q4_0, stored": "none",
 }
+STORED = {"nf4, stored": "bitsandbytes", "gguf Q4_0, stored": "gguf_q4_0"}  # format -> option it was quantized with
 
 
 class FluxSource:
@@ -89,12 +91,16 @@ def load_with_diffusers(folder: Path, name: str) -> nn.Module:
         "torchao int8wo": lambda: diffusers.TorchAoConfig(_int8wo()),
         "quanto int8": lambda: diffusers.QuantoConfig("int8"),
     }
+    if name == "gguf Q4_0, stored":
+        config = diffusers.GGUFQuantizationConfig(compute_dtype=BF16)
+        model: nn.Module = diffusers.FluxTransformer2DModel.from_single_file(
+            str(folder / "model.gguf"), config=str(folder), quantization_config=config, torch_dtype=BF16
+        )
+        return model
     if name not in {*configs, "dense", "nf4, stored"}:
         raise SystemExit(f"diffusers: {name} is not compared; use one of {', '.join(FORMATS)}")
     config = configs[name]() if name in configs else None
-    model: nn.Module = diffusers.FluxTransformer2DModel.from_pretrained(
-        folder, quantization_config=config, torch_dtype=BF16
-    )
+    model = diffusers.FluxTransformer2DModel.from_pretrained(folder, quantization_config=config, torch_dtype=BF16)
     return model
 
 

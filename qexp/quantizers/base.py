@@ -63,6 +63,7 @@ class Quantizer:
     """The hooks, in the order in which a load calls them. The defaults quantize nothing."""
 
     required_packages: ClassVar[Mapping[str, str]] = {}  # package -> lowest version that works
+    has_kernels: ClassVar[bool] = False  # whether it quantizes with those of `kernels.py` on a CPU
     is_trainable: ClassVar[bool] = True  # whether gradients flow through a layer, to what was there before it
     has_backward: ClassVar[bool] = True  # whether the library sees to that; else `loading/backward.py` does
     is_serializable: ClassVar[bool] = False  # whether `stored_parts` reads what is saved
@@ -111,6 +112,10 @@ class Quantizer:
                     f"backend.quant_method={self.quantization_method} needs {package} >= {lowest}; "
                     f"found {found or 'none'}. Install it: pip install '{package}>={lowest}'"
                 )
+        if self.has_kernels and device.type == "cpu":
+            from qexp.quantizers import kernels
+
+            kernels.prepare()  # like the libraries: what it takes is not the model's
 
     def update_torch_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The compute dtype this backend works with, given the one asked for."""

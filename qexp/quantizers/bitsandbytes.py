@@ -124,6 +124,7 @@ class BitsAndBytesConfig(BackendConfig):
 class BitsAndBytesQuantizer(base.Quantizer):
     config: BitsAndBytesConfig
     required_packages: ClassVar[Mapping[str, str]] = {"bitsandbytes": "0.50"}
+    has_kernels = True
     is_serializable = True
 
     @property

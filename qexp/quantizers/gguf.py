@@ -70,6 +70,7 @@ class GGUFConfig(BackendConfig):
 class GGUFQuantizer(base.Quantizer):
     config: GGUFConfig
     required_packages: ClassVar[Mapping[str, str]] = {"gguf": "0.19"}  # has the tables of the IQ types
+    has_kernels = True
     is_serializable: ClassVar[bool] = True
     file_format: ClassVar[str] = "gguf"
 

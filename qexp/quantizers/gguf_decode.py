@@ -49,9 +49,24 @@ def decode(name: str, rows: Tensor, out: Tensor) -> None:
     kind, decoder = TYPES[name], _decoder(name)
     blocks = rows.reshape(-1, kind.block_bytes)
     target = out.view(-1, kind.block)
+    if _is_compiled(name, out):
+        return gguf_kernels().decode(name, blocks, target)
     step = max(TILE_WEIGHTS.get(rows.device.type, 1 << 19) // kind.block, 1)
     for start in range(0, blocks.shape[0], step):
         target[start : start + step] = decoder(blocks[start : start + step])
+
+
+def _is_compiled(name: str, out: Tensor) -> bool:
+    plain = type(out) is Tensor and out.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and name in gguf_kernels().DECODED and out.dtype in gguf_kernels().TARGETS
+
+
+@cache
+def gguf_kernels() -> Any:
+    """The module, which needs this one."""
+    from qexp.quantizers import gguf_kernels
+
+    return gguf_kernels
 
 
 def decode_tensor(name: str, raw: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -171,7 +186,7 @@ def _q3_k(blocks: Tensor) -> Tensor:
     return values.view(-1, 16, 16).mul_(scale[..., None]).flatten(1)
 
 
-def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
+def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Eight scales and eight minima of 6 bits: uint8 [n, 12] -> twice uint8 [n, 8].
 
     The first four bytes hold the low scales, the next four the low minima, each with two high bits of a high one on
@@ -186,14 +201,14 @@ def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 def _q4_k(blocks: Tensor) -> Tensor:
     d, dmin, scales, low = cut(blocks, 2, 2, 12)
-    scale, minimum = _scales_and_minima(scales)
+    scale, minimum = scales_and_minima(scales)
     values = spread(low, 32, (0, 4), 15).view(-1, 8, 32)
     return values.mul_((half(d) * scale)[..., None]).sub_((half(dmin) * minimum)[..., None]).flatten(1)
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
     d, dmin, scales, high, low = cut(blocks, 2, 2, 12, 32)
-    scale, minimum = _scales_and_minima(scales)
+    scale, minimum = scales_and_minima(scales)
     values = spread(low, 32, (0, 4), 15).view(-1, 8, 32)
     values.add_(spread(high, 32, range(8), 1).view(-1, 8, 32), alpha=16)
     return values.mul_((half(d) * scale)[..., None]).sub_((half(dmin) * minimum)[..., None]).flatten(1)

@@ -38,11 +38,16 @@ def encode(name: str, rows: Tensor) -> Tensor:
     Raises: OverflowError if a block's scale or minimum leaves the range of fp16.
     """
     kind = TYPES[name]
+    if rows.device.type == "cpu":
+        from qexp.quantizers import gguf_kernels  # which needs this module
+
+        if name in gguf_kernels.ENCODED:
+            return gguf_kernels.encode(name, rows.contiguous())
     blocks = rows.float().reshape(-1, kind.block)
     return ENCODERS[name](blocks).view(rows.shape[0], -1)
 
 
-def _half(numbers: Tensor) -> Tensor:
+def half_bytes(numbers: Tensor) -> Tensor:
     """fp32 numbers as bytes of fp16: [n, 1] -> uint8 [n, 2]."""
     rounded = numbers.half()
     if bool(rounded.isinf().any()):
@@ -50,7 +55,7 @@ def _half(numbers: Tensor) -> Tensor:
     return rounded.view(torch.uint8)
 
 
-def _inverse(d: Tensor) -> Tensor:
+def inverse_of(d: Tensor) -> Tensor:
     """1 / d; 0 where d is zero, or so small that it will be zero in fp16."""
     inverse = 1 / d
     return inverse.masked_fill_(inverse.isinf(), 0)
@@ -82,21 +87,21 @@ def _extreme(blocks: Tensor) -> Tensor:
 def _around_zero(blocks: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """(scale as fp16 bytes, codes uint8) of Q4_0 and Q5_0; levels = 2^bits."""
     d = _extreme(blocks) / (-levels // 2)
-    codes = (blocks * _inverse(d)).add_(levels // 2 + 0.5).to(torch.int8).clamp_(max=levels - 1)
-    return _half(d), codes.view(torch.uint8)
+    codes = (blocks * inverse_of(d)).add_(levels // 2 + 0.5).to(torch.int8).clamp_(max=levels - 1)
+    return half_bytes(d), codes.view(torch.uint8)
 
 
 def _from_minimum(blocks: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """(scale and minimum as fp16 bytes, codes uint8) of Q4_1 and Q5_1."""
     high, low = blocks.amax(dim=1, keepdim=True), blocks.amin(dim=1, keepdim=True)
     d, low = (high - low) / (levels - 1), low + 0.0  # + 0.0: which zero is the minimum of both is left open
-    codes = (blocks - low).mul_(_inverse(d)).add_(0.5).to(torch.int8).clamp_(max=levels - 1)
-    return torch.cat([_half(d), _half(low)], dim=1), codes.view(torch.uint8)
+    codes = (blocks - low).mul_(inverse_of(d)).add_(0.5).to(torch.int8).clamp_(max=levels - 1)
+    return torch.cat([half_bytes(d), half_bytes(low)], dim=1), codes.view(torch.uint8)
 
 
 def _rounded(blocks: Tensor, d: Tensor) -> Tensor:
     """round(w / d), half away from zero, as int8."""
-    scaled = blocks * _inverse(d)
+    scaled = blocks * inverse_of(d)
     return scaled.add_(torch.full_like(d, BELOW_HALF).copysign(scaled)).to(torch.int8)
 
 
@@ -122,13 +127,13 @@ def _q5_1(blocks: Tensor) -> Tensor:
 
 def _q8_0(blocks: Tensor) -> Tensor:
     d = blocks.abs().amax(dim=1, keepdim=True) / 127
-    return torch.cat([_half(d), _rounded(blocks, d).view(torch.uint8)], dim=1)
+    return torch.cat([half_bytes(d), _rounded(blocks, d).view(torch.uint8)], dim=1)
 
 
 def _ternary(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """(scale as fp16 bytes, codes uint8 0..2)."""
     d = blocks.abs().amax(dim=1, keepdim=True)
-    return _half(d), _rounded(blocks, d).add_(1).view(torch.uint8)
+    return half_bytes(d), _rounded(blocks, d).add_(1).view(torch.uint8)
 
 
 def _tq1_0(blocks: Tensor) -> Tensor:

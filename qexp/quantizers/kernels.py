@@ -12,6 +12,7 @@ of the same operations in PyTorch, bit by bit.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numba
@@ -19,7 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-compiled: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+def compiled(function: Any) -> Any:
+    """The function, compiled when it is first called for types of arguments."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(function, cache=True, **options)
+    except RuntimeError:  # neither this folder nor the user's cache can be written
+        return numba.njit(function, **options)
+
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)  # all but the sign
 SIGN = np.uint32(0x80000000)
@@ -28,6 +37,12 @@ HALF_OVERFLOW = np.uint32(0x477FF000)  # 65520, from which on fp16 is infinite
 INFINITY = np.uint32(0x7F800000)
 HALF_SHIFT = 13  # bits of float32 that fp16 has not
 LOWEST_ABSMAX = np.float32(1e-38)  # what bitsandbytes divides by in place of an absmax of zero
+
+
+@cache
+def prepare() -> None:
+    """Start the compiler, once: most of a second, and memory that stays."""
+    absmax(np.zeros((1, 1), np.uint16), 16, np.empty(1, np.float32))
 
 
 def source_bits(weights: Tensor) -> tuple[Any, int]:
@@ -57,7 +72,7 @@ def round_products(source: Any, shift: int, factors: Any, as_half: bool, out: An
                 out[row, column] = _int8(_half(_bits(source[row, column], shift)) * factor)
         else:
             for column in range(source.shape[1]):
-                out[row, column] = _int8(_float(_bits(source[row, column], shift)) * factor)
+                out[row, column] = _int8(widened(source[row, column], shift) * factor)
 
 
 @compiled
@@ -67,7 +82,7 @@ def round_quotients(source: Any, shift: int, divisors: Any, drop: int, out: Any)
     for row in range(source.shape[0]):
         divisor = divisors[row]
         for column in range(source.shape[1]):
-            quotient = _float(_bits(source[row, column], shift)) / divisor
+            quotient = widened(source[row, column], shift) / divisor
             out[row, column] = _int8(_float(_rounded(_as_bits(quotient), drop)) if drop else quotient)
 
 
@@ -95,11 +110,11 @@ def nearest_4bit(source: Any, shift: int, block: int, midpoints: Any, indices: A
             factor = np.float32(1) / divisor
             absmaxes[number] = largest
             for at in range(count):
-                scaled[at] = _float(_bits(source[start + at], shift)) * factor
+                scaled[at] = widened(source[start + at], shift) * factor
         else:
             absmaxes[number] = divisor
             for at in range(count):
-                scaled[at] = _float(_bits(source[start + at], shift)) / divisor
+                scaled[at] = widened(source[start + at], shift) / divisor
         for at in range(count):
             x = scaled[at]
             rank = _add(_add(_add(_add(_add(np.int32(0), x > m0), x > m1), x > m2), x > m3), x > m4)
@@ -122,6 +137,12 @@ def _bits(raw: Any, shift: int) -> Any:
 @compiled
 def _float(bits: Any) -> Any:
     return np.uint32(bits).view(np.float32)
+
+
+@compiled
+def widened(raw: Any, shift: int) -> Any:
+    """The float32 that a number of a source stands for."""
+    return _float(_bits(raw, shift))
 
 
 @compiled
@@ -154,6 +175,17 @@ def _rounded(bits: Any, drop: int) -> Any:
     half = np.uint32(np.uint32(np.uint32(1) << np.uint32(drop - 1)) - np.uint32(1))
     kept = np.uint32(~np.uint32(np.uint32(np.uint32(1) << np.uint32(drop)) - np.uint32(1)))
     return np.uint32(np.uint32(bits + half + last) & kept)
+
+
+@compiled
+def narrowed(value: Any, drop: int) -> Any:
+    """The bits of a float32 without the last `drop`, rounded to even: those of bfloat16 without 16."""
+    bits = _as_bits(value)
+    if drop == 0:
+        return bits
+    if _magnitude(bits) > INFINITY:
+        return np.uint32(np.uint32(0x7FC00000) >> np.uint32(drop))  # NaN, which rounding might turn into a number
+    return np.uint32(_rounded(bits, drop) >> np.uint32(drop))
 
 
 @compiled

@@ -86,6 +86,7 @@ class QuantoConfig(BackendConfig):
 class QuantoQuantizer(base.Quantizer):
     config: QuantoConfig
     required_packages: ClassVar[Mapping[str, str]] = {"optimum-quanto": "0.2.7"}
+    has_kernels = True
     is_serializable = True
 
     def __init__(self, config: QuantoConfig) -> None:
