@@ -24,7 +24,7 @@ TARGETS = {torch.bfloat16: (torch.int16, np.uint16, 16), torch.float32: (torch.i
 
 
 def decode(name: str, blocks: Tensor, out: Tensor) -> None:
-    """uint8 [n, bytes of a block] -> `out` [n, weights of a block], contiguous, of a dtype in TARGETS; name: of DECODED."""
+    """uint8 [n, bytes of a block] -> `out` [n, weights of a block], contiguous; name: in DECODED, dtype: in TARGETS."""
     integers, unsigned, drop = TARGETS[out.dtype]
     DECODED[name](blocks, out.view(integers).numpy().view(unsigned), drop)
 
