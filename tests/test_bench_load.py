@@ -44,7 +44,7 @@ def test_a_kernel_of_the_library_on_whole_tensors_would_not(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_both_programs_and_the_limits_are_measured(tmp_path: Path) -> None:
     small = ("--heads", "2", "--layers", "1", "1", "--repeats", "1", "--shards", "2", "--cases", "shards-cold")
-    code, rows = bench(tmp_path, *small, "--formats", "nf4", "nf4, stored")
+    code, rows = bench(tmp_path, *small, "--formats", "nf4", "nf4, stored", "gguf Q4_0, stored")
     assert code == 0
     for row in rows:
         assert row["qexp"]["wall_seconds"] > 0 and row["diffusers"]["wall_seconds"] > 0

@@ -58,7 +58,7 @@ def encode(name: str, rows: Tensor) -> Tensor:
     blocks = source.reshape(-1, kind.block)
     out = torch.empty(len(blocks), kind.block_bytes, dtype=torch.uint8)
     find, divisor, fill = ENCODED[name]
-    found = torch.empty(len(blocks), 1)
+    found = torch.empty(len(blocks), 1, dtype=torch.float32)
     find(blocks, shift, found.view(-1).numpy())
     d = found / divisor
     out[:, :2] = half_bytes(d)
