@@ -8,6 +8,7 @@ the same float32, so the bytes and numbers are, too. Layouts: see the functions 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,24 @@ from qexp.quantizers.gguf_types import TYPES
 from qexp.quantizers.kernels import absmax, compiled, narrowed, source_bits, widened
 
 BELOW_HALF = np.float32(0.49999997)  # as in `gguf_encode.py`
+THREAD_WEIGHTS = 1 << 18  # of each thread at least: about a millisecond of work
 TARGETS = {torch.bfloat16: (torch.int16, np.uint16, 16), torch.float32: (torch.int32, np.uint32, 0)}
 
 
 def decode(name: str, blocks: Tensor, out: Tensor) -> None:
     """uint8 [n, bytes of a block] -> `out` [n, weights of a block], contiguous; name: in DECODED, dtype: in TARGETS."""
     integers, unsigned, drop = TARGETS[out.dtype]
-    DECODED[name](blocks, out.view(integers).numpy().view(unsigned), drop)
+    target = out.view(integers).numpy().view(unsigned)
+    threads = min(torch.get_num_threads(), out.numel() // THREAD_WEIGHTS)  # as PyTorch's own operations: 1 in a loader
+    if threads <= 1:
+        DECODED[name](blocks, target, drop)
+        return
+    step = -(-len(blocks) // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        parts = (slice(start, start + step) for start in range(0, len(blocks), step))
+        done = [pool.submit(DECODED[name], blocks[part], target[part], drop) for part in parts]
+    for future in done:
+        future.result()
 
 
 def _q8_0(blocks: Tensor, out: Any, drop: int) -> None:

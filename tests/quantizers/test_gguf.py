@@ -16,7 +16,7 @@ from qexp.errors import ConfigError, LoadError
 from qexp.loading.checkpoint import TensorEntry, open_checkpoint
 from qexp.loading.lifecycle import prepare
 from qexp.offload.payload import true_nbytes
-from qexp.quantizers import gguf_decode
+from qexp.quantizers import gguf_decode, gguf_kernels
 from qexp.quantizers.base import WeightSpec, load_quantizer
 from qexp.quantizers.gguf import GGUFConfig, GGUFQuantizer
 from qexp.quantizers.gguf_decode import decode, decode_tensor
@@ -141,6 +141,18 @@ def test_decoding_depends_on_nothing_but_the_bytes(name: str, monkeypatch: pytes
         torch.set_default_dtype(before)
     for dtype in (torch.bfloat16, torch.float16):
         assert same(decoded(name, raw, dtype), expected.to(dtype))
+
+
+@pytest.mark.parametrize("name", sorted(gguf_kernels.DECODED))
+def test_threads_decode_a_part_each(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = torch.from_numpy(random_bytes(name, rows=7))
+    expected, threads = decoded(name, raw), torch.get_num_threads()
+    monkeypatch.setattr(gguf_kernels, "THREAD_WEIGHTS", 64)
+    torch.set_num_threads(3)
+    try:
+        assert same(decoded(name, raw), expected)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_tables_first_needed_while_something_is_traced_are_real() -> None:
