@@ -26,9 +26,8 @@ def test_every_program_is_measured_beside_the_disk(tmp_path: Path) -> None:
         assert all(row[program][f"{cache}_{count}_seconds"] > 0 for cache in ("cold", "warm") for count in (1, 8))
         assert row[program]["outputs"] == row["resident"]["outputs"]
         assert f"  {program}" in shown
-    assert (
-        row["resident"]["peak_total_bytes"] > 0
-    )  # of a model so small, the others' may be less than a process's noise
+    # of a model so small, the others' may be less than a process's noise
+    assert row["resident"]["peak_total_bytes"] > 0
     assert row["qexp leaf"]["peak_file_bytes"] < 1 << 20  # neither mapped nor left behind
     # reading what the limit reads takes as long at least, whatever computes
     nbytes = row["qexp leaf"]["offload/payload_gib"] * 2**30

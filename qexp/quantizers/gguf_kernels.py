@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qexp.quantizers import gguf_encode
 from qexp.quantizers.gguf_decode import cut, half, scales_and_minima
 from qexp.quantizers.gguf_encode import half_bytes, inverse_of
 from qexp.quantizers.gguf_types import TYPES
 from qexp.quantizers.kernels import absmax, compiled, narrowed, source_bits, widened
 
-BELOW_HALF = np.float32(0.49999997)  # as in `gguf_encode.py`
+BELOW_HALF = np.float32(gguf_encode.BELOW_HALF)  # a loop takes its type for the result's
 THREAD_WEIGHTS = 1 << 18  # of each thread at least: about a millisecond of work
 TARGETS = {torch.bfloat16: (torch.int16, np.uint16, 16), torch.float32: (torch.int32, np.uint32, 0)}
 
