@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import signal
 import subprocess
@@ -24,6 +26,7 @@ from tests.offload import model_zoo as zoo
 
 LEAF = OffloadConfig("leaf", "disk")
 CPU = torch.device("cpu")
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def write(store: DiskStore, name: str = "layer", seed: int = 0) -> tuple[WeightFile, Tensor]:
@@ -41,14 +44,18 @@ def read(file: WeightFile) -> Tensor:
 
 
 def is_cached(path: Path) -> bool:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.preadv(handle, [bytearray(1)], 0, os.RWF_NOWAIT)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(handle)
+    """Whether the page cache has the file's first page. A read would not tell: even with RWF_NOWAIT, it reads ahead.
+
+    Raises: OSError where the system does not tell.
+    """
+    resident = ctypes.c_ubyte(0)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as pages:
+        start = ctypes.c_char.from_buffer(pages)
+        failed = LIBC.mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(1), ctypes.byref(resident))
+        del start  # the mapping cannot be closed before
+    if failed:
+        raise OSError(ctypes.get_errno(), "mincore")
+    return bool(resident.value & 1)
 
 
 def test_files_hold_the_flat_memory_and_say_what_they_are(tmp_path: Path) -> None:
@@ -253,7 +260,8 @@ def test_reading_ahead_brings_a_file_into_the_page_cache(tmp_path: Path) -> None
     store = DiskStore(tmp_path, 1024)
     file, _ = write(store)
     drop(file.path)
-    assert not is_cached(file.path)
+    if is_cached(file.path):
+        pytest.skip("this file system keeps its files in memory")
     file.expect()
     deadline = time.monotonic() + 10
     while not is_cached(file.path) and time.monotonic() < deadline:
