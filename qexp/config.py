@@ -78,10 +78,9 @@ def to_run_config(cfg: Any) -> RunConfig:
     if max_memory is not None and device_map is None:
         device_map = {"": device}  # one device, and a limit to check
     _check_offload(device_map, top.offload.strategy)
-    skip_modules = union(patterns(top.skip_modules, "skip_modules"), model.skip_modules)
     base = ComponentConfig(
         backend=plugin_config("backend", top.backend, "backend"),
-        skip_modules=skip_modules,
+        skip_modules=patterns(top.skip_modules, "skip_modules"),
         keep_in_fp32_modules=union(top.keep_in_fp32_modules),
         compute_dtype=compute_dtype(top.compute_dtype, "compute_dtype"),
     )
@@ -96,6 +95,11 @@ def to_run_config(cfg: Any) -> RunConfig:
     names = source.components()
     quantized = source.quantized_components() if hasattr(source, "quantized_components") else names
     _check_component_names(top.components, names)
+    preset = model.skip_modules
+    if hasattr(source, "preset_patterns"):
+        own = [name for name, values in top.components.items() if isinstance(values, Mapping) and "backend" in values]
+        preset = source.preset_patterns({*quantized, *own})
+    base = replace(base, skip_modules=union(base.skip_modules, preset))
     components = {
         name: _component(base, top.components.get(name, {}), f"components.{name}", is_quantized=name in quantized)
         for name in names

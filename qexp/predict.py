@@ -13,9 +13,11 @@ at most; activations are not included.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,12 +111,18 @@ def rows(names: Sequence[str], backends: Sequence[str], compute_dtype: str) -> l
     """A row for each component of each model: what it is, then GiB: on disk, dense, and for each backend."""
     import torch
 
-    found, known = [], dict[Any, str]()
+    found, known, told = [], dict[Any, str](), set[str]()
     for name in names:
         for component, part in architecture(name).components.items():
             disk = part.parameters * getattr(torch, part.dtype).itemsize / GIB
             options = ("none", *_useful(component, backends))
-            cells = [_gib(name, component, option, compute_dtype, known) for option in options]
+            said = io.StringIO()  # what is said of a network is said once, not for each backend
+            with redirect_stderr(said):
+                cells = [_gib(name, component, option, compute_dtype, known) for option in options]
+            for line in dict.fromkeys(said.getvalue().splitlines()):
+                if line not in told:
+                    print(line, file=sys.stderr)
+                told.add(line)
             cells += ["–"] * (1 + len(backends) - len(cells))  # a decoder of convolutions has nothing to quantize
             found.append([name, component, f"{part.parameters / 1e9:.2f}", f"{disk:.2f}", *cells])
     return found
@@ -150,6 +158,8 @@ def main() -> None:
     try:
         for option in arguments.backends:
             backend_of(option)
+        for name in arguments.models:
+            architecture(name)
         found = rows(arguments.models or architecture_names(), arguments.backends, arguments.compute_dtype)
     except QexpError as error:
         raise SystemExit(str(error)) from None

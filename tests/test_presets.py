@@ -15,8 +15,10 @@ import torch
 import yaml
 
 from qexp.config import backend_of, run_config_from_container
+from qexp.loading.components import plan_components
 from qexp.loading.patterns import unmatched_patterns
 from qexp.models.architectures import architecture, network
+from qexp.models.base import load_source
 from qexp.models.diffusers import DENOISERS
 from qexp.offload.grouping import outermost_lists
 from qexp.options import options_of_plugin
@@ -108,6 +110,30 @@ def test_it_composes_and_the_command_line_wins(preset: str, pipeline_folder: Cal
     assert (changed.num_inference_steps, changed.guidance_scale, changed.height) == (3, 0, expected["height"])
     skipped = {name: part.skip_modules for name, part in config.components.items() if part.skip_modules}
     assert skipped == ({"transformer": ("proj_out",)} if preset == "sd3_medium" else {})
+
+
+@pytest.mark.parametrize(
+    ("quantize", "transformer"),
+    [
+        ("model.quantize=null", ("proj_out",)),
+        ("model.quantize=[text_encoder_2]", ()),
+        ("model.quantize=[text_encoder_2,transformer]", ("proj_out",)),
+    ],
+)
+def test_a_presets_patterns_are_the_denoisers(
+    quantize: str, transformer: tuple[str, ...], pipeline_folder: Callable[[str], Path]
+) -> None:
+    config = run_config("model=sd3_medium", f"model.path={pipeline_folder('sd3')}", "task.prompt=[a]", quantize)
+    assert config.components["transformer"].skip_modules == transformer
+    source = load_source(config.model)
+    planned = plan_components(source, config.components, device=torch.device("cpu"))  # no pattern is without a module
+    assert ("proj_out" in planned["transformer"].prepared.plan.skipped) == bool(transformer)
+
+
+def test_a_denoiser_with_a_backend_of_its_own_has_them_too(pipeline_folder: Callable[[str], Path]) -> None:
+    own = ("model.quantize=[text_encoder_2]", "+backend@components.transformer.backend=quanto")
+    config = run_config("model=sd3_medium", f"model.path={pipeline_folder('sd3')}", "task.prompt=[a]", *own)
+    assert config.components["transformer"].skip_modules == ("proj_out",)
 
 
 def test_flux_on_less_than_16_gb(pipeline_folder: Callable[[str], Path]) -> None:

@@ -7,7 +7,7 @@ libraries, and the pipeline is diffusers' own class around all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -126,6 +126,10 @@ class Source:
         for name in self.config.quantize:
             _check_component(f"model.quantize: {name!r}", name, known)
         return tuple(name for name in known if name in self.config.quantize)
+
+    def preset_patterns(self, quantized: Collection[str]) -> tuple[str, ...]:
+        """A preset's patterns for components that are quantized. They are of the denoiser: none where it is not."""
+        return self.config.skip_modules if any(name in DENOISERS for name in quantized) else ()
 
     def checkpoints(self) -> dict[str, Path]:
         """Component -> its folder or file."""
