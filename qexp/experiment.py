@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,6 +70,8 @@ def _run_model(config: RunConfig, source: ModelSource, device: torch.device, fol
     models = {name: component.prepared.model for name, component in planned.items()}
     if hasattr(source, "check_run"):
         source.check_run(models, config.task)
+    if slow := _slow_dtypes(planned.values()):
+        print(slow, file=sys.stderr)
     if inputs is not None:
         inputs = forward_inputs.in_dtype(inputs, next(iter(planned.values())).prepared.compute_dtype)
     write_json(folder / "plan.json", {name: _plan_of(component) for name, component in planned.items()})
@@ -121,6 +124,18 @@ def _plan(config: RunConfig, source: ModelSource, device: torch.device, folder: 
         store=folder / "offload",
         travels=config.offload.strategy != "none",
     )
+
+
+def _slow_dtypes(planned: Iterable[PlannedComponent]) -> str | None:
+    """What to say of dtypes for which this CPU has no instructions (PyTorch 2.13's kernels need AVX-512 for them)."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in ("AVX2", "DEFAULT") or platform.machine() != "x86_64":
+        return None
+    halves = {part.prepared.compute_dtype for part in planned if part.device.type == "cpu"} - {torch.float32}
+    if not halves:
+        return None
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves))
+    return f"this CPU has no AVX-512, without which {names} is several times slower than compute_dtype=fp32"
 
 
 def _plan_of(component: PlannedComponent) -> dict[str, Any]:

@@ -65,6 +65,31 @@ def test_activations_are_calibrated_before_the_model_is_saved_and_offloaded(chec
         assert torch.equal(outputs["trajectory"], expected["trajectory"])
 
 
+@pytest.mark.parametrize(
+    ("capability", "overrides", "said"),
+    [
+        ("AVX2", (), "without which bfloat16 is several times slower than compute_dtype=fp32"),
+        ("AVX2", ("compute_dtype=fp16",), "without which float16 is"),
+        ("AVX2", ("compute_dtype=fp32",), None),
+        ("AVX512", (), None),
+    ],
+)
+def test_a_dtype_that_the_cpu_has_no_instructions_for_is_named(
+    capability: str,
+    overrides: tuple[str, ...],
+    said: str | None,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    run(checkpoint, tmp_path, "backend=quanto", *overrides)
+    printed = capsys.readouterr().err
+    assert said in printed if said else "AVX" not in printed
+
+
 def test_calibration_is_part_of_the_key_where_it_counts(checkpoint: Path) -> None:
     def key(*overrides: str) -> str:
         return run_key(run_config(checkpoint, "backend=quanto", *overrides))
