@@ -59,7 +59,7 @@ def absmax(source: Any, shift: int, out: Any) -> None:
         top = np.uint32(0)  # without their sign, floats are in the order of their bits; infinity and NaN come last
         for column in range(source.shape[1]):
             top = max(top, _magnitude(_bits(source[row, column], shift)))
-        out[row] = _float(top)
+        out[row] = from_bits(top)
 
 
 @compiled
@@ -83,7 +83,7 @@ def round_quotients(source: Any, shift: int, divisors: Any, drop: int, out: Any)
         divisor = divisors[row]
         for column in range(source.shape[1]):
             quotient = widened(source[row, column], shift) / divisor
-            out[row, column] = _int8(_float(_rounded(_as_bits(quotient), drop)) if drop else quotient)
+            out[row, column] = _int8(from_bits(_rounded(as_bits(quotient), drop)) if drop else quotient)
 
 
 @compiled
@@ -104,7 +104,7 @@ def nearest_4bit(source: Any, shift: int, block: int, midpoints: Any, indices: A
         top = np.uint32(0)
         for at in range(count):
             top = max(top, _magnitude(_bits(source[start + at], shift)))
-        largest = _float(top)
+        largest = from_bits(top)
         divisor = LOWEST_ABSMAX if largest < LOWEST_ABSMAX else largest  # NaN stays
         if count == block:
             factor = np.float32(1) / divisor
@@ -135,18 +135,18 @@ def _bits(raw: Any, shift: int) -> Any:
 
 
 @compiled
-def _float(bits: Any) -> Any:
+def from_bits(bits: Any) -> Any:
     return np.uint32(bits).view(np.float32)
 
 
 @compiled
 def widened(raw: Any, shift: int) -> Any:
     """The float32 that a number of a source stands for."""
-    return _float(_bits(raw, shift))
+    return from_bits(_bits(raw, shift))
 
 
 @compiled
-def _as_bits(value: Any) -> Any:
+def as_bits(value: Any) -> Any:
     return np.float32(value).view(np.uint32)
 
 
@@ -180,7 +180,7 @@ def _rounded(bits: Any, drop: int) -> Any:
 @compiled
 def narrowed(value: Any, drop: int) -> Any:
     """The bits of a float32 without the last `drop`, rounded to even: those of bfloat16 without 16."""
-    bits = _as_bits(value)
+    bits = as_bits(value)
     if drop == 0:
         return bits
     if _magnitude(bits) > INFINITY:
@@ -193,8 +193,8 @@ def _half(bits: Any) -> Any:
     """The float32 nearest to one in fp16, from its bits; infinite for what is infinite in fp16, or NaN."""
     magnitude = np.uint32(bits & MAGNITUDE)
     normal = _rounded(magnitude, HALF_SHIFT)
-    in_steps = np.float32(_float(magnitude) + np.float32(0.75))  # of 2^-24, as fp16 below its normal numbers
+    in_steps = np.float32(from_bits(magnitude) + np.float32(0.75))  # of 2^-24, as fp16 below its normal numbers
     denormal = np.float32(in_steps - np.float32(0.75))
-    found = normal if magnitude >= HALF_NORMAL else _as_bits(denormal)
+    found = normal if magnitude >= HALF_NORMAL else as_bits(denormal)
     found = found if magnitude < HALF_OVERFLOW else INFINITY
-    return _float(np.uint32(found | np.uint32(bits & SIGN)))
+    return from_bits(np.uint32(found | np.uint32(bits & SIGN)))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from qexp.quantizers.packed_bits import pack, unpack
-from qexp.quantizers.qexp_packed import ELEMENTS
+from qexp.quantizers.qexp_packed import ELEMENTS, Element
 
 # bits -> the parts of the range of a group that are tried beside the whole
 SHRINK = {1: (0.6, 0.5, 0.4, 0.3, 0.2), 2: (0.85, 0.75, 0.65, 0.5), 3: (0.9, 0.8, 0.7), 4: (0.95, 0.9, 0.85)}
@@ -121,10 +121,33 @@ def encode(weight: Tensor, quant_type: str, groups: int) -> dict[str, Tensor]:
 
     Returns: qdata uint8 [rows, N ceil(in / 8)], scale bf16 [rows, groups] and, for integers, an offset like it.
     """
+    if weight.device.type == "cpu":
+        return _encode_by_loops(weight, ELEMENTS[quant_type], groups)
+    return encode_by_tensors(weight, quant_type, groups)
+
+
+def encode_by_tensors(weight: Tensor, quant_type: str, groups: int) -> dict[str, Tensor]:
+    """As `encode`, on any device."""
     codes, grouped = codes_of(quant_type), weight.float().view(weight.shape[0], groups, -1)
     best = _best_parameters(codes, grouped, torch.finfo(weight.dtype).max)
     packed = pack(codes.codes(grouped, best).view(weight.shape), codes.bits)
     return {"qdata": packed, **{name: value.squeeze(2).bfloat16() for name, value in best.items()}}
+
+
+def _encode_by_loops(weight: Tensor, element: Element, groups: int) -> dict[str, Tensor]:
+    from qexp.quantizers import packed_kernels
+
+    (rows, columns), shrinks = weight.shape, SHRINK.get(element.bits, ())
+    if element.is_float:
+        found = packed_kernels.encode_floats(weight, element.bits, element.mantissa_bits, columns // groups, shrinks)
+    else:
+        found = packed_kernels.encode_integers(weight, element.bits, columns // groups, shrinks)
+    codes, *parameters = found
+    named = zip(("scale", "offset"), parameters, strict=False)
+    return {
+        "qdata": pack(codes, element.bits),
+        **{name: value.view(rows, groups).bfloat16() for name, value in named},
+    }
 
 
 def _best_parameters(codes: Codes, weight: Tensor, limit: float) -> Parameters:

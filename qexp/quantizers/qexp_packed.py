@@ -93,6 +93,7 @@ class PackedConfig(BackendConfig):
 
 class PackedQuantizer(base.Quantizer):
     config: PackedConfig
+    has_kernels = True
     is_serializable = True
 
     def reason_to_skip(self, spec: base.WeightSpec) -> str | None:

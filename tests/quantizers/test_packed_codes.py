@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qexp.quantizers.packed_codes import SHRINK, bf16_below, decode, encode, float_table
+from qexp.quantizers.packed_codes import SHRINK, bf16_below, decode, encode, encode_by_tensors, float_table
 from qexp.quantizers.qexp_packed import ELEMENTS, Element
 from tests.backends import CPU
 from tests.quantizers.formulas import packed_floats, packed_integers
@@ -106,6 +106,29 @@ def test_errors_are_those_of_the_formula(quant_type: str, group: int) -> None:
     error, formula = (np.square(weight.numpy() - one).sum() for one in (mine, expected))
     assert 10 * np.log10(formula / error) == pytest.approx(0, abs=0.02)
     assert np.isclose(mine, expected, rtol=1e-5, atol=1e-6).mean() > 0.999  # all but where two are equally near
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quant_type", ELEMENTS)
+def test_loops_compute_what_tensors_do(quant_type: str, dtype: torch.dtype) -> None:
+    """Of several ranges that are equally good another one may be taken: its error is the same to the last bits."""
+    top = torch.finfo(dtype).max
+    ties = (torch.arange(-512, 512) / 16).view(2, 512)  # with a range of whole numbers, halfway between codes
+    special = torch.tensor(EXTREMES).clamp(-top, top).repeat(2, 40)[:, :512]
+    same, ramp = torch.full((1, 512), 0.1), torch.linspace(1e-3, 1, 512).view(1, 512)
+    for weight in (gaussian(40, 512), gaussian(8, 512) * 1e-6, ties, special, same, same * -top, ramp, ramp - 5):
+        weight = weight.to(dtype)
+        for groups in (1, 16):
+            loops, tensors = (make(weight, quant_type, groups) for make in (encode, encode_by_tensors))
+            assert loops.keys() == tensors.keys()
+            if all(torch.equal(loops[name], tensors[name]) for name in loops):
+                continue
+            errors = [
+                (decode(one, quant_type, 512) - weight.float()).double().square().view(-1, 512 // groups).sum(1)
+                for one in (loops, tensors)
+            ]
+            torch.testing.assert_close(*errors, rtol=1e-6, atol=0)
+            assert (loops["scale"] != tensors["scale"]).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("bits", SHRINK)
