@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,11 @@ FORMATS = ("dense", "nf4", "int8")
 RESULT = Path(__file__).parents[1] / "docs" / "bench" / "offload.json"
 
 
-def measure(arguments: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
+def measure(arguments: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
     """A row for every format, with the medians of every program and of the disk."""
     print(f"writing {root} …", file=sys.stderr)
     write_checkpoint(root / "large", flux_config(arguments.heads, tuple(arguments.layers)), 1)
     write_checkpoint(root / "small", flux_config(2, (1, 1)), 1)
-    rows = []
     for name in arguments.formats:
         runs: dict[str, list[dict[str, Any]]] = {program: [] for program in arguments.programs}
         disk: list[dict[str, Any]] = []
@@ -61,9 +61,9 @@ def measure(arguments: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
                     disk.append(bandwidths(root / "large"))
                     runs[program].append(_run(program, name, root, arguments))
         row = {"format": name, "disk": medians(disk), **{program: medians(found) for program, found in runs.items()}}
-        rows.append(row | {"limits": limits(row, arguments.tokens)})
-        print(describe(rows[-1], arguments.tokens), flush=True)
-    return rows
+        row["limits"] = limits(row, arguments.tokens)
+        print(describe(row, arguments.tokens), flush=True)
+        yield row
 
 
 def bandwidths(checkpoint: Path) -> dict[str, float]:
@@ -167,11 +167,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.heads, arguments.layers, arguments.steps, arguments.repeats = 2, (1, 1), 1, 1
-    about = machine()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
-        rows = measure(arguments, Path(root))
+    about, rows = machine(), list[dict[str, Any]]()
     options = {name: value for name, value in vars(arguments).items() if name not in ("folder", "out")}
-    write_result(arguments.out, {"machine": about, "options": options, "rows": rows})
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
+        for row in measure(arguments, Path(root)):
+            rows.append(row)  # what is measured is kept, whatever comes next
+            write_result(arguments.out, {"machine": about, "options": options, "rows": rows})
     if found := failures(rows):
         raise SystemExit("\n".join(found))
 

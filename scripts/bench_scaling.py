@@ -42,9 +42,13 @@ def main() -> None:
         write_checkpoint(small, flux_config(2, (1, 1)), 1)
         for billions in arguments.billions:
             write_checkpoint(large, flux_config(24, LAYERS[billions]), 1)
-            rows += [measure(arguments, small, large, workers) for workers in arguments.workers]
+            for workers in arguments.workers:
+                rows.append(measure(arguments, small, large, workers))  # what is measured is kept, whatever comes next
+                found = {"machine": about, "format": arguments.format, "rows": rows}
+                write_result(arguments.out, {**found, "largest_over_smallest": growth(rows)})
             shutil.rmtree(large)
-    write_result(arguments.out, {"machine": about, "format": arguments.format, "rows": rows, **growth(rows)})
+    for workers, times in growth(rows).items():
+        print(f"{workers} workers: {times:.2f} times the seconds a billion, smallest to largest")
 
 
 def measure(arguments: argparse.Namespace, small: Path, large: Path, workers: int) -> dict[str, Any]:
@@ -71,14 +75,13 @@ def measure(arguments: argparse.Namespace, small: Path, large: Path, workers: in
     return row
 
 
-def growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def growth(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Of each number of workers: seconds a billion of the largest model over those of the smallest."""
     found = {}
     for workers in sorted({row["workers"] for row in rows}):
         own = [row for row in rows if row["workers"] == workers]
         found[str(workers)] = own[-1]["per_billion"] / own[0]["per_billion"]
-        print(f"{workers} workers: {found[str(workers)]:.2f} times the seconds a billion, smallest to largest")
-    return {"largest_over_smallest": found}
+    return found
 
 
 if __name__ == "__main__":
