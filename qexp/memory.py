@@ -11,8 +11,11 @@ Source: man 5 proc_pid_statm, proc_pid_status, proc_pid_clear_refs.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -150,3 +153,18 @@ def use_huge_pages(tensor: Tensor) -> Tensor:
     if madvise is not None and tensor.device.type == "cpu" and nbytes > 0:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), MADV_HUGEPAGE)
     return tensor
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Leave garbage that refers to itself where it is for a while.
+
+    Work that makes many objects which stay has them searched again and again: a quarter of the time of planning.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -22,7 +22,7 @@ import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
@@ -164,7 +164,13 @@ def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
         from qexp.loading.gguf_file import read_gguf  # which needs what this module defines
 
         return read_gguf(file)
-    raw = _header_bytes(file)
+    entries, metadata = _parsed(file, _header_bytes(file), _status(file).st_size)
+    return list(entries), dict(metadata)
+
+
+@lru_cache(maxsize=256)  # a run opens a checkpoint several times
+def _parsed(file: Path, raw: bytes, size: int) -> tuple[tuple[TensorEntry, ...], Mapping[str, str]]:
+    """What the header of a safetensors file of `size` bytes says."""
     try:
         header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
@@ -176,7 +182,7 @@ def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(file, "__metadata__ must map names to texts")
-    start, size = 8 + len(raw), _status(file).st_size
+    start = 8 + len(raw)
     entries = sorted(
         (_entry(file, name, info, start) for name, info in header.items()), key=lambda e: (e.offset, e.nbytes)
     )
@@ -188,7 +194,7 @@ def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
     if end != size:
         kind = "truncated" if size < end else "damaged"
         raise LoadError(f"'{file}' is {kind}: its header describes {end} bytes, the file has {size}; download it again")
-    return entries, metadata
+    return tuple(entries), metadata
 
 
 def _entry(file: Path, name: str, info: object, start: int) -> TensorEntry:

@@ -46,7 +46,7 @@ from qexp.loading.plan import (
 from qexp.loading.progress import Progress
 from qexp.loading.registration import register
 from qexp.loading.skeletons import on_meta, without_initialization
-from qexp.memory import GIB, PeakMemory, release_freed_memory
+from qexp.memory import GIB, PeakMemory, release_freed_memory, without_collector
 from qexp.models.interfaces import kept_by_class
 from qexp.offload.dispatch import Dispatch
 from qexp.quantizers.base import Quantizer, WeightSpec, is_finite, load_quantizer, replace_module
@@ -132,6 +132,7 @@ def load_component(
     return load_planned(planned, loader)
 
 
+@without_collector()
 def plan_component(
     source: ModelSource,
     component: str,

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,19 @@ def test_a_folder_with_one_file(tmp_path: Path) -> None:
     content = a_file(tmp_path).read_bytes()
     assert content[a.offset : a.offset + a.nbytes] == bytes(range(24))
     assert content[b.offset : b.offset + b.nbytes] == bytes(range(24, 32))
+
+
+def test_a_file_that_was_opened_before_is_read_again(tmp_path: Path) -> None:
+    """Its header is parsed once, but only as long as it stays as it is, and the file as long as it was."""
+    write_folder(tmp_path, {"model.safetensors": TWO}, {})
+    first = open_checkpoint(tmp_path)
+    first.metadata["own"] = "mine"  # type: ignore[index]
+    assert open_checkpoint(tmp_path) == replace(first, metadata={})
+    with a_file(tmp_path).open("ab") as stream:
+        stream.write(bytes(1))
+    refused(tmp_path, "describes")
+    write_folder(tmp_path, {"model.safetensors": {"a": ("F32", [3, 2]), "b": ("BF16", [4])}}, {})
+    assert open_checkpoint(tmp_path).entries["a"].shape == (3, 2)
 
 
 def test_a_file_has_the_config_beside_it(tmp_path: Path) -> None:

@@ -355,6 +355,18 @@ def test_a_weight_with_one_scale_is_read_whole_within_the_bound(
         assert (dense - tensor).abs().max() <= tensor.abs().max() / 127, name
 
 
+def test_the_collector_rests_while_a_load_is_planned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, make_plan = list[bool](), lifecycle.make_plan
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        seen.append(gc.isenabled())
+        return make_plan(*arguments, **options)
+
+    monkeypatch.setattr(lifecycle, "make_plan", watched)
+    load_toy(folder, settings())
+    assert seen == [False] and gc.isenabled()
+
+
 def test_the_arena_goes_when_the_load_is_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Tensor]] = []
 
