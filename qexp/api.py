@@ -251,7 +251,8 @@ def _component(source: ModelSource, asked: str | None) -> str:
         return str(asked)
     if asked is None and len(names) == 1:
         return names[0]
-    raise ConfigError(f"component={asked!r} is none of this source's: use {choices(names)}")
+    whole = ", or qexp.load_pipeline for all of them" if asked is None else ""
+    raise ConfigError(f"component={asked!r} is none of this source's: use {choices(names)}{whole}")
 
 
 def places_of(device: str | torch.device, device_map: Any, max_memory: Any) -> tuple[torch.device, Any, Any]:

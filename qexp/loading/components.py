@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qexp.errors import ConfigError
+from qexp.loading.fp32 import cast_between
 from qexp.loading.lifecycle import PlannedComponent, Prepared, plan_component
 from qexp.loading.placement import DeviceMap
 
@@ -49,6 +50,8 @@ def plan_components(
             used = planned[name].placement.bytes_by_place()
             max_memory = {place: max(size - used.get(place, 0), 0) for place, size in max_memory.items()}
     check_shared_patterns({name: component.prepared for name, component in planned.items()}, components)
+    if any(settings.compute_dtype is not None for settings in components.values()):  # else they are as published
+        cast_between((component.prepared.model, component.prepared.compute_dtype) for component in planned.values())
     return planned
 
 

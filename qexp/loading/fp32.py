@@ -1,14 +1,16 @@
-"""Modules kept in fp32 inside a model that computes in another dtype.
+"""Where modules of several dtypes meet: what is kept in fp32 in a model, and models of one pipeline.
 
 A model whose class lists `_keep_in_fp32_modules` casts around them in its own code (which of them are in fp32:
-`models/interfaces.py`). Modules that a user keeps in fp32
-are met by activations in the compute dtype: they are cast on the way in, and the answer on the way out.
+`models/interfaces.py`). Modules that a user keeps in fp32 are met by activations in the compute dtype: they are cast on
+the way in, and the answer on the way out. Pipelines hand on what one model gives to the next: a model whose compute
+dtype a user sets gets it in its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -37,9 +39,42 @@ def compute_in_fp32(model: nn.Module, patterns: Sequence[str], compute_dtype: to
             hooked.append(name)
 
 
-def _cast(dtype: torch.dtype, values: Any) -> Any:
-    """`values` with every floating-point tensor in them in `dtype`."""
-    return tree_map_only(Tensor, lambda value: value.to(dtype) if value.is_floating_point() else value, values)
+def cast_between(models: Iterable[tuple[nn.Module, torch.dtype]]) -> None:
+    """Let each of several models take activations in its own compute dtype, if they have different ones.
+
+    An autoencoder is called by its `encode` and `decode`. Times and guidance, numbers without a second dimension, stay
+    as they are: networks embed them in fp32.
+    """
+    models = list(models)
+    if len({dtype for _, dtype in models}) == 1:
+        return
+    for model, dtype in models:
+        model.register_forward_pre_hook(partial(_to_own, dtype), with_kwargs=True)
+        for name in ("encode", "decode"):
+            method = getattr(model, name, None)
+            if inspect.ismethod(method):
+                setattr(model, name, _casting(method, dtype))
+
+
+def _to_own(dtype: torch.dtype, module: nn.Module, arguments: Any, keywords: Any) -> tuple[Any, Any]:
+    return _cast(dtype, arguments, 2), _cast(dtype, keywords, 2)
+
+
+def _casting(method: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    @wraps(method)
+    def cast(*arguments: Any, **keywords: Any) -> Any:
+        return method(*_cast(dtype, arguments, 2), **_cast(dtype, keywords, 2))
+
+    return cast
+
+
+def _cast(dtype: torch.dtype, values: Any, dimensions: int = 0) -> Any:
+    """`values` with every floating-point tensor in them in `dtype`, if it has as many dimensions."""
+
+    def cast(value: Tensor) -> Tensor:
+        return value.to(dtype) if value.is_floating_point() and value.dim() >= dimensions else value
+
+    return tree_map_only(Tensor, cast, values)
 
 
 def _to_fp32(module: nn.Module, arguments: Any, keywords: Any) -> tuple[Any, Any]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qexp.models.lora import Updates
     from qexp.tasks.generate import GenerateConfig
 
+LEGACY = ("Transformer2DModel",)  # a general class of old, which stands for several
 DENOISERS = ("transformer", "transformer_2", "unet")
 DEFAULTED = (  # fields of a task that a preset may give
     "num_inference_steps", "guidance_scale", "true_cfg_scale", "height", "width", "num_frames", "max_sequence_length",
@@ -134,6 +135,12 @@ class Source:
     def checkpoints(self) -> dict[str, Path]:
         """Component -> its folder or file."""
         own = {name: Path(path).expanduser() for name, path in self.config.checkpoints.items()}
+        for name, path in own.items():
+            if not path.exists():
+                raise ConfigError(
+                    f"model.checkpoints.{name}={path} does not exist; give a folder with config.json and safetensors, "
+                    "or a .safetensors or .gguf file"
+                )
         variant = self.config.variant
         found = {name: own.get(name) or self.folder.weights(name, variant) for name in self.components()}
         if variant is not None and all(path == self.folder.path / name for name, path in found.items()):
@@ -152,7 +159,15 @@ class Source:
         return {name: value for name, value in config.items() if name != "quantization_config"}
 
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
-        """The network of the class that model_index.json names. Raises: LoadError for one that is not installed."""
+        """The network of the class that model_index.json names. Raises: LoadError for one that is not installed, or
+        weights from elsewhere that are of another class.
+        """
+        stated, expected = config.get("_class_name"), self.folder.parts[component][1]
+        if component in self.config.checkpoints and stated not in (None, expected, *LEGACY):
+            raise LoadError(
+                f"model.checkpoints.{component}={self.config.checkpoints[component]} holds a {stated}, but the "
+                f"pipeline has a {expected} there; give weights of that class"
+            )
         self._networks[component] = _building().network(self.folder, component, config)
         return self._networks[component]
 

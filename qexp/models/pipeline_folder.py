@@ -127,6 +127,9 @@ def _what_else(path: Path) -> str:
         return f"'{path}' has no {INDEX}" + (f", but its subfolder {choices(subfolders)} has" if subfolders else "")
     kind = read_object(path / "config.json")
     name = kind.get("_class_name") or (kind.get("architectures") or ["one model"])[0]
+    if "model_type" in kind:
+        sources = "model=causal_lm, model=seq2seq or model=transformers"
+        return f"'{path}' has no {INDEX}, but the config.json of {name}, a model of transformers: use {sources}"
     return (
         f"'{path}' has no {INDEX}, but the config.json of {name}: it is a component (in a pipeline, set "
         f"+model.checkpoints.transformer={path}; alone, qexp.load() loads it)"

@@ -196,6 +196,45 @@ def test_weights_of_a_component_from_elsewhere(pipeline_folder: Folder, tmp_path
     assert torch.equal(call(qexp.load_pipeline(tmp_path / "again", device="cpu"), "flux"), call(quantized, "flux"))
 
 
+def test_weights_from_elsewhere_that_do_not_belong_there(pipeline_folder: Folder, tmp_path: Path) -> None:
+    flux, others = pipeline_folder("flux"), pipeline_folder("sd3") / "transformer"
+    with pytest.raises(
+        LoadError, match=r"checkpoints\.transformer=.* holds a SD3Transformer2DModel, but the pipeline has"
+    ):
+        qexp.load_pipeline(flux, checkpoints={"transformer": others}, device="cpu")
+    with pytest.raises(ConfigError, match=r"model\.checkpoints\.vae=.*/nothing does not exist; give a folder"):
+        qexp.load_pipeline(flux, checkpoints={"vae": tmp_path / "nothing"}, device="cpu")
+
+
+@pytest.mark.parametrize("component", ["denoiser", "text_encoder", "vae"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_components_in_several_dtypes(name: str, component: str, pipeline_folder: Folder) -> None:
+    """One in fp32 among those in bf16: what one gives, the next takes in its own dtype."""
+    folder = pipeline_folder(name)
+    if component == "denoiser":
+        component = "unet" if name == "sdxl" else "transformer"
+    mixed = {component: {"compute_dtype": "fp32"}}
+    ours = qexp.load_pipeline(folder, "torchao", device="cpu", components=mixed)
+    models = {part: model for part, model in ours.components.items() if isinstance(model, nn.Module)}
+    assert {part for part, model in models.items() if model.dtype == torch.float32} == {component}
+    images = call(ours, name)
+    same = call(qexp.load_pipeline(folder, "torchao", device="cpu"), name)
+    assert not torch.equal(images.float(), same.float())
+    assert (images.float() - same.float()).abs().mean() < 0.02
+    offloaded = qexp.load_pipeline(folder, "torchao", device="cpu", components=mixed, offload="model")
+    assert torch.equal(call(offloaded, name), images)
+
+
+def test_a_pipeline_stored_in_several_dtypes_is_what_diffusers_loads(pipeline_folder: Folder, tmp_path: Path) -> None:
+    """Wan's autoencoder is published in fp32; the pipeline casts what it gets."""
+    theirs = load_theirs(pipeline_folder("wan"))
+    theirs.vae.to(torch.float32)
+    theirs.save_pretrained(tmp_path)
+    ours = qexp.load_pipeline(tmp_path, device="cpu")
+    assert ours.vae.dtype == torch.float32 and ours.transformer.dtype == BF16
+    assert torch.equal(call(ours, "wan"), call(theirs, "wan"))
+
+
 def test_a_pipeline_is_never_saved_over_its_source(pipeline_folder: Folder, tmp_path: Path) -> None:
     """Not in part either, where the weights of its first component are from elsewhere."""
     folder, elsewhere = copy_of(pipeline_folder("flux"), tmp_path / "pipeline"), tmp_path / "elsewhere"
@@ -321,11 +360,11 @@ INDICES: dict[str, tuple[dict[str, Any], str]] = {
     "was saved by diffusers .*install"),
     "code": ({"_class_name": ["pipeline", "MyPipeline"]}, "pipelines with code of their own are not loaded"),
     "component class": ({"vae": ["diffusers", "AutoencoderXL"]}, r"'vae' is AutoencoderXL of diffusers, which "
-    "diffusers \d.* has not"),
+    r"diffusers \d.* has not"),
     "library": ({"vae": ["flaxers", "AutoencoderKL"]}, "AutoencoderKL of flaxers, a library whose models are not "
     "loaded"),
     "more": ({"refiner": ["diffusers", "AutoencoderKL"]}, r"names the component 'refiner' \(AutoencoderKL of "
-    "diffusers\), but .*does not exist"),
+    r"diffusers\), but .*does not exist"),
     "argument": ({"is_turbo": True}, r"has 'is_turbo', which the FluxPipeline of diffusers \d.* does not take"),
     "less": ({"vae": "-"}, r"cannot open its .* as FluxPipeline"),
 }  # fmt: skip
@@ -357,7 +396,7 @@ def test_what_is_no_pipeline(pipeline_folder: Folder, tmp_path: Path) -> None:
     for path, message in {
         folder / "transformer": r"the config\.json of FluxTransformer2DModel: it is a component \(in a pipeline, set "
         r"\+model\.checkpoints\.transformer=.*; alone, qexp\.load\(\) loads it\)",
-        folder / "text_encoder": "the config.json of CLIPTextModel",
+        folder / "text_encoder": "the config.json of CLIPTextModel, a model of transformers: use model=causal_lm",
         folder.parent: f"but its subfolder .*{folder.name}",
         folder / "model_index.json": "is a file",
         tmp_path / "nothing": "does not exist; give the folder of a pipeline",
@@ -369,7 +408,7 @@ def test_what_is_no_pipeline(pipeline_folder: Folder, tmp_path: Path) -> None:
 def test_one_component_alone(pipeline_folder: Folder) -> None:
     model = qexp.load(pipeline_folder("sdxl"), "torchao", component="unet", device="cpu")
     assert type(model).__name__ == "UNet2DConditionModel" and model.quantization_method == "torchao"
-    with pytest.raises(ConfigError, match=r"component=None is none of this source's: use text_encoder, text_encoder_2"):
+    with pytest.raises(ConfigError, match=r"component=None is none of .*: use text_encoder, .*or qexp\.load_pipeline"):
         qexp.load(pipeline_folder("sdxl"), device="cpu")
 
 
