@@ -62,16 +62,30 @@ def run_experiment(config: RunConfig, folder: Path) -> Metrics:
     return _run_model(config, source, device, folder)
 
 
-def _run_model(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
+def check_experiment(config: RunConfig, folder: Path) -> None:
+    """Raises what `run_experiment` raises before it reads weights. Not of roundtrip, which begins with that."""
+    _prepared(config, load_source(config.model), torch.device(config.device), folder)
+
+
+def _prepared(
+    config: RunConfig, source: ModelSource, device: torch.device, folder: Path
+) -> tuple[RunConfig, dict[str, PlannedComponent], dict[str, Tensor] | None]:
+    """The experiment with the components that it needs, their plans, and given inputs: no weight is read."""
     inputs = None
     if config.task.name == "forward":
         config, inputs = _inputs_of_forward(config, source)
     planned = _plan(config, source, device, folder)
-    models = {name: component.prepared.model for name, component in planned.items()}
     if hasattr(source, "check_run"):
-        source.check_run(models, config.task)
-    if slow := _slow_dtypes(planned.values()):
-        print(slow, file=sys.stderr)
+        source.check_run({name: component.prepared.model for name, component in planned.items()}, config.task)
+    return config, planned, inputs
+
+
+def _run_model(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
+    config, planned, inputs = _prepared(config, source, device, folder)
+    models = {name: component.prepared.model for name, component in planned.items()}
+    for hint in (_slow_dtypes(planned.values()), _other_dtype_than_reference(config, planned)):
+        if hint is not None:
+            print(hint, file=sys.stderr)
     if inputs is not None:
         inputs = forward_inputs.in_dtype(inputs, next(iter(planned.values())).prepared.compute_dtype)
     write_json(folder / "plan.json", {name: _plan_of(component) for name, component in planned.items()})
@@ -136,6 +150,20 @@ def _slow_dtypes(planned: Iterable[PlannedComponent]) -> str | None:
         return None
     names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves))
     return f"this CPU has no AVX-512, without which {names} is several times slower than compute_dtype=fp32"
+
+
+def _other_dtype_than_reference(config: RunConfig, planned: Mapping[str, PlannedComponent]) -> str | None:
+    """What to say if the reference, in the checkpoint's dtype, computes in another one than this experiment."""
+    for name, component in planned.items():
+        own, dtype = component.prepared.own_dtype, component.prepared.compute_dtype
+        is_asked = config.components[name].compute_dtype is not None and config.reference.dtype is None
+        if is_asked and own not in (None, dtype):
+            this, other = (str(each).removeprefix("torch.") for each in (dtype, own))
+            return (
+                f"'{name}' computes in {this}, its reference in {other}, as the checkpoint is stored: what that rounds "
+                f"is part of the difference between them; reference.dtype={this} leaves the quantization's alone"
+            )
+    return None
 
 
 def _plan_of(component: PlannedComponent) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+import qexp
 from qexp.errors import ConfigError, QexpError
 from qexp.sweep.key import reference_key, run_key
 from tests.composing import run_config
@@ -67,7 +70,7 @@ def test_what_is_refused_while_composing(overrides: tuple[str, ...], pipeline_fo
 def test_the_key_is_of_what_changes_the_result(pipeline_folder: Folder) -> None:
     folder = pipeline_folder("flux")
     base = config(folder, *QUICK)
-    same = config(folder, *QUICK, "model.quantize=[transformer]", "task.max_new_tokens=3", "task.num_images=7")
+    same = config(folder, *QUICK, "model.quantize=[transformer]")
     assert run_key(base) == run_key(same)
     for change in ("task.height=64", "task.negative_prompt=blur", "+task.pipeline_arguments.eta=1", "seed=1"):
         assert run_key(config(folder, *QUICK, change)) != run_key(base)
@@ -104,6 +107,28 @@ def test_a_run_from_the_command_line(pipeline_folder: Folder, tmp_path: Path) ->
     assert history[0].split(",")[0] == "step" and len(history) == 1 + 2 * 2
     again = command(tmp_path, "model=diffusers", "model.path=saved", "task=roundtrip", "task.name=roundtrip")
     assert "set model.reference_path" in again.stdout + again.stderr
+
+
+def test_a_run_compared_with_another_model_is_another_run(pipeline_folder: Folder, tmp_path: Path) -> None:
+    original = pipeline_folder("flux")
+    qexp.save(qexp.load_pipeline(original, "torchao", device="cpu"), tmp_path / "saved")
+    for name in ("same", "other"):
+        shutil.copytree(original, tmp_path / name)
+    file = next((tmp_path / "other" / "transformer").glob("*.safetensors"))
+    save_file({name: tensor * 1.1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    keys = [
+        run_key(config(tmp_path / "saved", f"model.reference_path={path}"))
+        for path in (original, tmp_path / "same", tmp_path / "other")
+    ]
+    assert keys[0] == keys[1] != keys[2]
+    with pytest.raises(ConfigError, match=r"set model\.reference_path to the unquantized model"):
+        run_key(config(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("setting", ["task.num_images=3", "task.max_new_tokens=3", "task.temperature=0.5"])
+def test_a_setting_that_pipelines_have_no_use_for_is_refused(setting: str, pipeline_folder: Folder) -> None:
+    with pytest.raises(ConfigError, match=rf"{setting} is of no use to model=diffusers.*; leave it out"):
+        config(pipeline_folder("flux"), setting)
 
 
 def test_an_unknown_argument_is_said_before_weights_are_read(pipeline_folder: Folder, tmp_path: Path) -> None:

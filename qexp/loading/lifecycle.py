@@ -70,6 +70,7 @@ class Prepared:
     chosen: Mapping[str, WeightSpec]
     plan: LoadPlan
     compute_dtype: torch.dtype
+    own_dtype: torch.dtype | None  # the checkpoint's, in which it computes if nothing is asked for
     config: Mapping[str, Any]  # parsed config.json
     path: Path  # of the checkpoint
     carried_files: tuple[str, ...]  # names of what a saved model takes along from there
@@ -202,7 +203,11 @@ def prepare(
 ) -> Prepared:
     """Stages 3 to 6: check the machine, settle the dtype, build the skeleton on meta, swap modules, make the plan."""
     _validate_environment(quantizer, checkpoint, device)  # 3
-    compute_dtype = quantizer.update_torch_dtype(_compute_dtype(settings, checkpoint, quantizer))  # 4
+    own_dtype = _own_dtype(checkpoint, quantizer)
+    dtype = own_dtype if settings.compute_dtype is None else getattr(torch, settings.compute_dtype)
+    if dtype is None:
+        raise ConfigError(f"'{checkpoint.path}' has no unquantized floating-point tensors; set compute_dtype")
+    compute_dtype = quantizer.update_torch_dtype(dtype)  # 4
     model, checkpoint = skeleton_and_names(source, component, checkpoint)  # 5
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     skip = (*settings.skip_modules, *quantizer.skip_modules)
@@ -227,7 +232,7 @@ def prepare(
         print(message, file=sys.stderr)
     carried = source.carried_files() if hasattr(source, "carried_files") else ()
     config, path = dict(checkpoint.config), checkpoint.path
-    return Prepared(model, quantizer, chosen, plan, compute_dtype, config, path, carried, unmatched)
+    return Prepared(model, quantizer, chosen, plan, compute_dtype, own_dtype, config, path, carried, unmatched)
 
 
 def _swap_layers(
@@ -454,12 +459,9 @@ def resolve_quantizer(backend: Any, checkpoint: Checkpoint, component: str) -> Q
     return quantizer
 
 
-def _compute_dtype(settings: ComponentConfig, checkpoint: Checkpoint, quantizer: Quantizer) -> torch.dtype:
-    """The dtype asked for, the one that a stored format comes with, or the one of most floating-point bytes in the
-    checkpoint that are no quantized weight's."""
-    if settings.compute_dtype is not None:
-        dtype: torch.dtype = getattr(torch, settings.compute_dtype)
-        return dtype
+def _own_dtype(checkpoint: Checkpoint, quantizer: Quantizer) -> torch.dtype | None:
+    """The dtype that a stored format comes with, or the one of most floating-point bytes in the checkpoint that are no
+    quantized weight's; None if there are none."""
     if quantizer.stored and (own := quantizer.stored_dtype()) is not None:
         return own
     sizes: dict[torch.dtype, int] = {}
@@ -469,7 +471,7 @@ def _compute_dtype(settings: ComponentConfig, checkpoint: Checkpoint, quantizer:
         if stored in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             sizes[stored] = sizes.get(stored, 0) + entry.nbytes
     if not sizes:
-        raise ConfigError(f"'{checkpoint.path}' has no unquantized floating-point tensors; set compute_dtype")
+        return None
     most = max(sizes, key=lambda stored: sizes[stored])
     return torch.float32 if most == torch.float64 else most  # no format is quantized from, or computes in, float64
 

@@ -20,7 +20,7 @@ from qexp.errors import DiskError, QexpError
 from qexp.report.labels import run_label
 from qexp.report.rows import read_yaml
 from qexp.settings import RunConfig, SweepConfig
-from qexp.sweep.key import run_key, saves_outputs
+from qexp.sweep.key import reference_key, run_key, saves_outputs
 from qexp.sweep.manifest import JobRow, Manifest
 from qexp.sweep.outcome import Outcome, outcome_of
 from qexp.sweep.process import run_worker
@@ -28,7 +28,7 @@ from qexp.sweep.progress import end_line, job_name
 from qexp.sweep.reference import ensure_reference, known_reference, prepare_folder
 from qexp.sweep.resume import Decision, decide, scored_names
 from qexp.sweep.store import RunFolder, Status, check_writable, now_iso, write_bytes
-from qexp.sweep.worker import Work, do_work
+from qexp.sweep.worker import REFUSED, Work, do_work
 
 __all__ = ["JobRow", "refuse_job", "run_job"]
 
@@ -67,14 +67,15 @@ def run_job(
     number: int | None = None,
     experiment: str = Work.experiment,
     score: str = Work.score,
+    check: str = Work.check,
 ) -> JobRow:
     """Run one experiment, or reuse its result. Raises nothing but KeyboardInterrupt; failures are in the row.
 
-    number: place in the sweep from 1, None to ask Hydra. experiment, score: see `worker.py`.
+    number: place in the sweep from 1, None to ask Hydra. experiment, score, check: see `worker.py`.
     """
     number = number if number is not None else _hydra_number()
     sweep = _read_sweep(Manifest(config.paths.outputs, config.sweep.name)) if number is not None else {}
-    work = Work(Path(), experiment=experiment, score=score)
+    work = Work(Path(), experiment=experiment, score=score, check=check)
     job = _Job(config, tuple(overrides), number, sweep.get("total"), sweep.get("started"), work)
     row = job.row
     try:
@@ -126,14 +127,22 @@ def _perform(job: _Job, row: JobRow) -> JobRow:
         if decision.action == "keep":
             status = folder.read_status()
         else:
-            if decision.action == "run" and job.config.save.path is not None:
-                check_writable(Path(job.config.save.path), "save.path=")  # while an earlier result is still there
+            if decision.action == "run":
+                _check(job.config)  # while an earlier result is still there
             job.say(_start_words(decision))
             status = _score(job, folder) if decision.action == "score" else _execute(job, folder, None)
         rescored = decision.action == "score" and status is not None and status.status == "done"
         if status is not None and (decision.action == "run" or rescored or not _is_tracked(job, folder)):
             _track(job, folder)
         return replace(_filled(row, folder, status, reused=decision.action == "keep"), rescored=rescored)
+
+
+def _check(config: RunConfig) -> None:
+    """Raises: QexpError for what can be known before a worker starts."""
+    if config.save.path is not None:
+        check_writable(Path(config.save.path), "save.path=")
+    if saves_outputs(config):
+        reference_key(config)
 
 
 def _score(job: _Job, folder: RunFolder) -> Status:
@@ -174,6 +183,8 @@ def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -
             reference = known_reference(job.config, (previous or {}).get("reference"))
             if reference is None:
                 reference, status = ensure_reference(job.config, work, run, job.say, job.since)
+                if status.reason == REFUSED:
+                    return folder.read_status() or status
                 if status.status != "done":
                     outcome = Outcome(status.status, status.reason, f"its reference: {status.message}")
                     return _mark(folder, outcome, started)

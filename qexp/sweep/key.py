@@ -124,11 +124,8 @@ def _identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _originals(config: RunConfig) -> dict[str, str]:
-    """Content of the unquantized checkpoints that weights stored quantized are compared with, one by one."""
-    path = getattr(config.model, "reference_path", None)
-    if (path is None and not hasattr(config.model, "unquantized")) or saves_outputs(
-        config
-    ):  # what outputs are compared with is the reference
+    """Content of the unquantized checkpoints that a checkpoint which is quantized is compared with."""
+    if getattr(config.model, "reference_path", None) is None and not hasattr(config.model, "unquantized"):
         return {}
     stored = open_components(load_source(config.model))
     if not any(map(is_quantized, stored.values())):

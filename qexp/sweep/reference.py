@@ -12,7 +12,7 @@ from qexp.settings import RunConfig
 from qexp.sweep.key import reference_config, reference_key
 from qexp.sweep.resume import OUTPUTS
 from qexp.sweep.store import RunFolder, Status
-from qexp.sweep.worker import Work
+from qexp.sweep.worker import REFUSED, Work
 
 
 def ensure_reference(
@@ -20,8 +20,9 @@ def ensure_reference(
 ) -> tuple[Path, Status]:
     """(folder, status) of the reference that `config` is compared with, computed now if it is not there yet.
 
-    `resume=none` computes it anew. Neither that nor a failure is repeated for every experiment of a sweep: what is from
-    `since` (when it began) or later stands.
+    Before it runs, its worker checks the candidate, in `work.folder`: if that is refused, the candidate's status says
+    why, and the reason of the reference's is REFUSED. `resume=none` computes it anew. Neither that nor a failure is
+    repeated for every experiment of a sweep: what is from `since` (when it began) or later stands.
     """
     folder = RunFolder(Path(config.paths.outputs, "references", reference_key(config)))
     with folder.locked(say):
@@ -30,12 +31,12 @@ def ensure_reference(
             return folder.path, status
         say(f"the reference (unquantized) is run first, once: {folder.path}")
         prepare_folder(folder, reference_config(config), ())
-        return folder.path, run(replace(work, folder=folder.path, steps="run", reference=None))
+        return folder.path, run(replace(work, folder=folder.path, steps="run", candidate=work.folder))
 
 
 def _stands(folder: RunFolder, status: Status, resume: str, since: str | None) -> bool:
     """Whether a reference is used, or given up, as it is."""
-    of_this_sweep = since is not None and (status.finished or "") >= since
+    of_this_sweep = since is not None and (status.finished or "") >= since and status.reason != REFUSED
     if status.status != "done":
         return of_this_sweep
     return folder.holds(OUTPUTS) and (of_this_sweep or resume != "none")

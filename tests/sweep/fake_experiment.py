@@ -18,6 +18,7 @@ from qexp.errors import ConfigError, LoadError, UnsupportedError
 from qexp.settings import RunConfig
 
 BAD_REFERENCE = 7
+REFUSED = {"heads": ConfigError("skip_modules: 'heads' matches no module"), "tails": RuntimeError("a shape is wrong")}
 METRICS = {"memory/weights_gib": 0.25, "time/step_ms": 1.5, "load/seconds": 0.1}
 
 
@@ -31,6 +32,13 @@ def run(config: RunConfig, folder: Path) -> dict[str, float | None]:
     (folder / "outputs.safetensors").write_text(backend)
     (folder / "memory.csv").write_text("step\n")
     return dict(METRICS)
+
+
+def check(config: RunConfig, folder: Path) -> None:
+    """What is known before weights are read, by the candidate's skip_modules."""
+    for pattern in config.components["transformer"].skip_modules:
+        if pattern in REFUSED:
+            raise REFUSED[pattern]
 
 
 def run_roundtrip(config: RunConfig, folder: Path) -> dict[str, float | None]:

@@ -36,8 +36,13 @@ def job(cfg: DictConfig) -> None:
         sweep=SweepConfig(name=cfg.sweep.name),
         isolation=IsolationConfig(mode="inline"),
     )
-    fakes = {"experiment": "tests.sweep.fake_experiment:run", "score": "tests.sweep.fake_experiment:score"}
-    run_job(config, list(HydraConfig.get().overrides.task), **fakes)
+    run_job(
+        config,
+        list(HydraConfig.get().overrides.task),
+        experiment="tests.sweep.fake_experiment:run",
+        score="tests.sweep.fake_experiment:score",
+        check="tests.sweep.fake_experiment:check",
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,9 @@ from qexp.tasks.roundtrip import RoundtripConfig
 from tests.sweep import fake_experiment
 from tests.sweep.settings import run_config
 
-FAKES = {"experiment": "tests.sweep.fake_experiment:run", "score": "tests.sweep.fake_experiment:score"}
+FAKES = {name: f"tests.sweep.fake_experiment:{name}" for name in ("score", "check")} | {
+    "experiment": "tests.sweep.fake_experiment:run"
+}
 ROOT = Path(__file__).parents[2]
 
 
@@ -79,6 +82,41 @@ def test_a_first_run_runs_its_reference_and_leaves_everything(tmp_path, capfd) -
     reference_result = RunFolder(tmp_path / "outputs/references" / reference_key(config)).read_result()
     assert reference_result["metrics"] == fake_experiment.METRICS  # nothing to compare with: no quality
     assert "done in" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["process", "inline"])
+@pytest.mark.parametrize(
+    ("pattern", "reason", "message"),
+    [("heads", "config", "^skip_modules: 'heads'"), ("tails", "error", "shape is wrong; traceback in")],
+)
+def test_a_mistake_is_found_before_the_reference_runs(pattern, reason, message, mode, tmp_path) -> None:
+    good = run_config(tmp_path, isolation=IsolationConfig(mode=mode))
+    component = replace(good.components["transformer"], skip_modules=(pattern,))
+    config = replace(good, components={"transformer": component})
+    row = run(config)
+    assert (row.status, row.reason) == ("failed", reason) and re.search(message, row.message)
+    assert ran(config) == []
+    stored = folder_of(config).read_status()
+    assert (stored.status, stored.reason, stored.message) == (row.status, row.reason, row.message)
+    assert "Error: " in (folder_of(config).path / "worker.log").read_text()
+    assert reference_key(config) == reference_key(good)
+    assert run(good, number=2).status == "done"  # in the same sweep too
+    assert ran(good) == [f"references/{reference_key(good)}", f"runs/{run_key(good)}"]
+
+
+def test_a_result_survives_what_can_be_known_before(tmp_path, monkeypatch) -> None:
+    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    run(config)
+    before = folder_of(config).read_result()
+
+    def refuse(config: RunConfig) -> str:
+        raise ConfigError("set model.reference_path")
+
+    monkeypatch.setattr(job, "reference_key", refuse)
+    row = run(replace(config, resume="none"))
+    assert (row.status, row.reason, row.message) == ("failed", "config", "set model.reference_path")
+    assert folder_of(config).read_result() == before
+    assert folder_of(config).read_status().status == "done"
 
 
 ENDINGS = {

@@ -15,7 +15,9 @@ from qexp.sweep.store import RunFolder
 from tests.sweep import fake_experiment
 from tests.sweep.settings import run_config, write_checkpoint
 
-FAKES = {"experiment": "tests.sweep.fake_experiment:run", "score": "tests.sweep.fake_experiment:score"}
+FAKES = {name: f"tests.sweep.fake_experiment:{name}" for name in ("score", "check")} | {
+    "experiment": "tests.sweep.fake_experiment:run"
+}
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ from qexp.sweep.worker import Work, do_work, seeded_experiment
 from tests.sweep.settings import run_config
 
 ROOT = Path(__file__).parents[2]
-FAKES = {"experiment": "tests.sweep.fake_experiment:run", "score": "tests.sweep.fake_experiment:score"}
+FAKES = {name: f"tests.sweep.fake_experiment:{name}" for name in ("score", "check")} | {
+    "experiment": "tests.sweep.fake_experiment:run"
+}
 
 
 def prepared(tmp_path: Path, behaviour: int = 1) -> Path:
