@@ -185,7 +185,8 @@ def _unreadable_override(problem: Problem) -> str:
         )
     return (
         f"cannot read {written or 'the command line'}{f' ({reason})' if reason else ''}: an override is key=value "
-        "without spaces around =, and a value with spaces, commas, braces or = is quoted twice: 'sweep.notes=\"a, b\"'"
+        "without spaces around =, and a value with spaces, commas, braces or = is quoted twice: "
+        '\'sweep.notes="a, b"\' or \'task.prompt=["1+1=","a, b"]\''
     )
 
 

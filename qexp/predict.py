@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.config import backend_of, model_skip_modules
-from qexp.errors import QexpError
+from qexp.errors import ConfigError, QexpError
 from qexp.models.architectures import architecture, architecture_names, as_checkpoint, component_of, network
 from qexp.models.diffusers import DENOISERS
 from qexp.options import option_names
@@ -159,6 +159,8 @@ def main() -> None:
         for option in arguments.backends:
             backend_of(option)
         for name in arguments.models:
+            if "=" in name:
+                raise ConfigError(f"{name} is an override; predict takes none, and shows every component")
             architecture(name)
         found = rows(arguments.models or architecture_names(), arguments.backends, arguments.compute_dtype)
     except QexpError as error:

@@ -1,7 +1,9 @@
 """Predictions of published models: what a load of the same architecture then takes, to the byte."""
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import make_checkpoint
 import pytest
@@ -77,3 +79,34 @@ def test_a_format_that_cannot_hold_a_model_says_so(tiny: Path, capsys: pytest.Ca
     rows = predict.rows(["tiny"], ["torchao_nothing"], "bfloat16")
     assert [row[-1] for row in rows] == ["–", "–"]
     assert "backend='torchao_nothing' is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sdxl", "model.quantize=[unet]"], r"model\.quantize=\[unet\] is an override; predict takes none"),
+        (["sdxl", "sdlx"], r"architecture 'sdlx' is unknown \(did you mean sdxl"),
+        (["sdxl", "--backends", "wan"], "backend='wan' is unknown"),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_computed(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["predict", *arguments])
+    monkeypatch.setattr(predict, "rows", lambda *_: pytest.fail("computed"))
+    with pytest.raises(SystemExit, match=message):
+        predict.main()
+
+
+def test_what_is_said_of_a_network_is_said_once(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = predict.predict
+
+    def warned(name: str, component: str, *options: Any) -> Any:
+        print(f"{component}: a warning", file=sys.stderr)
+        return computed(name, component, *options)
+
+    monkeypatch.setattr(predict, "predict", warned)
+    predict.rows(["tiny", "tiny"], ["bitsandbytes", "torchao"], "bfloat16")
+    assert sorted(capsys.readouterr().err.splitlines()) == ["text_encoder: a warning", "transformer: a warning"]

@@ -329,6 +329,8 @@ def only_weights_name(names: Sequence[str], place: str) -> str:
         raise LoadError(f"{place} has several .gguf files ({', '.join(in_gguf)}); set model.path to one of them")
     if len(found + in_gguf) != 1:
         listed = ", ".join(found) or "none"
+        if "model_index.json" in names:
+            raise LoadError(f"{place} is a pipeline of diffusers: use model=diffusers, in Python qexp.load_pipeline")
         raise LoadError(f"{place} needs one .safetensors file (or .gguf), or shards with an index; found: {listed}")
     return (found + in_gguf)[0]
 

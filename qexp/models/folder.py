@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, LoadError
+from qexp.quantizers.base import quiet
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,7 +123,8 @@ def _from_transformers(fields: Mapping[str, Any], path: Path) -> nn.Module:
 
 def _class_of(library: Any, name: object, base: type, entry: str, path: Path) -> Any:
     """The model class that config.json names. Raises LoadError if the library has none so called."""
-    found = getattr(library, str(name), None)
+    with quiet():  # it imports the module of the class, and all that this one may need
+        found = getattr(library, str(name), None)
     if isinstance(found, type) and issubclass(found, base):
         return found
     raise LoadError(

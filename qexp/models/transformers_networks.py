@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, LoadError, did_you_mean
+from qexp.quantizers.base import quiet
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,12 +56,12 @@ def network(config: Mapping[str, Any], folder: Path, class_name: str | None = No
     if not is_auto:
         parsed = _config_for(kind, parsed, folder)
     try:
-        with no_init_weights():
+        with quiet(), no_init_weights():
             model: Any = kind.from_config(parsed) if is_auto else kind._from_config(parsed)
     except ValueError as error:  # the class has no network for this model_type
         raise LoadError(
-            f"'{folder}/config.json': model_type={parsed.model_type!r} is not a model for {kind.__name__}; "
-            "choose the model source that fits the checkpoint"
+            f"'{folder}/config.json': model_type={parsed.model_type!r} is not a model for {kind.__name__}; use "
+            f"model={'seq2seq' if getattr(parsed, 'is_encoder_decoder', False) else 'transformers'}"
         ) from error
     _tie(model)
     return model
@@ -87,7 +88,8 @@ def network_class(config: Mapping[str, Any], folder: Path, class_name: str | Non
             f"'{folder}/config.json' names no architectures, so nothing says which network it is; "
             "set model.auto_class to a class of transformers, such as AutoModel"
         )
-    found = getattr(transformers, str(name), None)
+    with quiet():  # it imports the module of the class, and all that this one may need
+        found = getattr(transformers, str(name), None)
     if isinstance(found, type) and (issubclass(found, transformers.PreTrainedModel) or hasattr(found, "from_config")):
         return found
     if class_name is not None:

@@ -12,8 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qexp.errors import ConfigError, LoadError
+from qexp.loading.checkpoint import open_checkpoint
 from qexp.loading.lifecycle import LoadedComponent, load_component
 from qexp.models.causal_lm import CausalLMConfig, Source
+from qexp.models.transformers_networks import network
 from qexp.offload.config import OffloadConfig
 from qexp.offload.strategies import apply_offload
 from qexp.settings import ComponentConfig, LoaderConfig
@@ -154,3 +156,11 @@ def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
 def test_without_a_folder_it_says_so() -> None:
     with pytest.raises(ConfigError, match=r"model\.path=null names no model; set model\.path to a folder"):
         Source(CausalLMConfig()).checkpoints()
+
+
+def test_a_model_of_another_kind_is_told_what_it_is_for(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"model_type='t5' is not a model for AutoModelForCausalLM; use model=seq2seq"):
+        network({"model_type": "t5"}, tmp_path, "AutoModelForCausalLM")
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(LoadError, match=r"is a pipeline of diffusers: use model=diffusers, in Python qexp\.load_pipe"):
+        open_checkpoint(tmp_path)
