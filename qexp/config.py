@@ -110,9 +110,7 @@ def to_run_config(cfg: Any) -> RunConfig:
     _check_streaming(top.low_cpu_mem_usage, components)
     _check_task(model, task)
     if task.name == "generate" and hasattr(source, "resolve_task"):
-        resolved = source.resolve_task(task)
-        _check_used(task, resolved, model)
-        task = resolved
+        task = source.resolve_task(task)
     if top.save.path is not None:
         _check_save_path(Path(top.save.path), model, components)
     return RunConfig(
@@ -310,16 +308,6 @@ def patterns(value: Any, place: str) -> tuple[str, ...]:
 def union(*lists: tuple[str, ...]) -> tuple[str, ...]:
     """Sorted, since order means nothing: the same patterns are the same experiment."""
     return tuple(sorted({pattern for patterns in lists for pattern in patterns}))
-
-
-def _check_used(task: Any, resolved: Any, model: Any) -> None:
-    """Raises ConfigError for a setting of the task that the model has dropped."""
-    for item in fields(task):
-        value = getattr(task, item.name)
-        if value not in (None, {}) and getattr(resolved, item.name) != value:
-            taken = [name.name for name in fields(task) if getattr(resolved, name.name) not in (None, {})]
-            hint = did_you_mean(item.name, [name for name in taken if name != item.name])
-            raise ConfigError(f"task.{item.name}={value} is of no use to model={model.source}{hint}; leave it out")
 
 
 def _check_component_names(names: Iterable[str], known: tuple[str, ...]) -> None:

@@ -83,7 +83,7 @@ def _prepared(
 def _run_model(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
     config, planned, inputs = _prepared(config, source, device, folder)
     models = {name: component.prepared.model for name, component in planned.items()}
-    for hint in (_slow_dtypes(planned.values()), _other_dtype_than_reference(config, planned)):
+    for hint in (_slow_dtypes(planned.values(), device), _other_dtype_than_reference(config, planned)):
         if hint is not None:
             print(hint, file=sys.stderr)
     if inputs is not None:
@@ -140,12 +140,12 @@ def _plan(config: RunConfig, source: ModelSource, device: torch.device, folder: 
     )
 
 
-def _slow_dtypes(planned: Iterable[PlannedComponent]) -> str | None:
+def _slow_dtypes(planned: Iterable[PlannedComponent], device: torch.device) -> str | None:
     """What to say of dtypes for which this CPU has no instructions (PyTorch 2.13's kernels need AVX-512 for them)."""
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in ("AVX2", "DEFAULT") or platform.machine() != "x86_64":
+    if device.type != "cpu" or capability not in ("AVX2", "DEFAULT") or platform.machine() != "x86_64":
         return None
-    halves = {part.prepared.compute_dtype for part in planned if part.device.type == "cpu"} - {torch.float32}
+    halves = {part.prepared.compute_dtype for part in planned} - {torch.float32}
     if not halves:
         return None
     names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves))
@@ -156,6 +156,8 @@ def _other_dtype_than_reference(config: RunConfig, planned: Mapping[str, Planned
     """What to say if the reference, in the checkpoint's dtype, computes in another one than this experiment."""
     for name, component in planned.items():
         own, dtype = component.prepared.own_dtype, component.prepared.compute_dtype
+        if component.prepared.quantizer.stored:
+            continue  # the reference is another checkpoint
         is_asked = config.components[name].compute_dtype is not None and config.reference.dtype is None
         if is_asked and own not in (None, dtype):
             this, other = (str(each).removeprefix("torch.") for each in (dtype, own))

@@ -111,18 +111,21 @@ def rows(names: Sequence[str], backends: Sequence[str], compute_dtype: str) -> l
     """A row for each component of each model: what it is, then GiB: on disk, dense, and for each backend."""
     import torch
 
-    found, known, told = [], dict[Any, str](), set[str]()
+    found, known = [], dict[Any, str]()
     for name in names:
+        told = set[str]()
         for component, part in architecture(name).components.items():
             disk = part.parameters * getattr(torch, part.dtype).itemsize / GIB
             options = ("none", *_useful(component, backends))
             said = io.StringIO()  # what is said of a network is said once, not for each backend
-            with redirect_stderr(said):
-                cells = [_gib(name, component, option, compute_dtype, known) for option in options]
-            for line in dict.fromkeys(said.getvalue().splitlines()):
-                if line not in told:
-                    print(line, file=sys.stderr)
-                told.add(line)
+            try:
+                with redirect_stderr(said):
+                    cells = [_gib(name, component, option, compute_dtype, known) for option in options]
+            finally:
+                for line in dict.fromkeys(said.getvalue().splitlines()):
+                    if line not in told:
+                        print(f"{name}: {line}", file=sys.stderr)
+                    told.add(line)
             cells += ["–"] * (1 + len(backends) - len(cells))  # a decoder of convolutions has nothing to quantize
             found.append([name, component, f"{part.parameters / 1e9:.2f}", f"{disk:.2f}", *cells])
     return found

@@ -90,6 +90,18 @@ def test_a_dtype_that_the_cpu_has_no_instructions_for_is_named(
     assert said in printed if said else "AVX" not in printed
 
 
+@pytest.mark.parametrize(
+    ("overrides", "is_said"),
+    [(("compute_dtype=fp32",), True), (("compute_dtype=fp32", "reference.dtype=fp32"), False), ((), False)],
+)
+def test_a_reference_in_another_dtype_is_named(
+    overrides: tuple[str, ...], is_said: bool, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(checkpoint, tmp_path, "backend=quanto", *overrides)
+    said = "computes in float32, its reference in bfloat16, as the checkpoint is stored"
+    assert (said in capsys.readouterr().err) == is_said
+
+
 def test_calibration_is_part_of_the_key_where_it_counts(checkpoint: Path) -> None:
     def key(*overrides: str) -> str:
         return run_key(run_config(checkpoint, "backend=quanto", *overrides))

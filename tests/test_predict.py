@@ -108,5 +108,8 @@ def test_what_is_said_of_a_network_is_said_once(
         return computed(name, component, *options)
 
     monkeypatch.setattr(predict, "predict", warned)
-    predict.rows(["tiny", "tiny"], ["bitsandbytes", "torchao"], "bfloat16")
-    assert sorted(capsys.readouterr().err.splitlines()) == ["text_encoder: a warning", "transformer: a warning"]
+    predict.rows(["tiny"], ["bitsandbytes", "torchao"], "bfloat16")
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        "tiny: text_encoder: a warning",
+        "tiny: transformer: a warning",
+    ]

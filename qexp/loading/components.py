@@ -50,8 +50,7 @@ def plan_components(
             used = planned[name].placement.bytes_by_place()
             max_memory = {place: max(size - used.get(place, 0), 0) for place, size in max_memory.items()}
     check_shared_patterns({name: component.prepared for name, component in planned.items()}, components)
-    if any(settings.compute_dtype is not None for settings in components.values()):  # else they are as published
-        cast_between((component.prepared.model, component.prepared.compute_dtype) for component in planned.values())
+    cast_between((component.prepared.model, component.prepared.compute_dtype) for component in planned.values())
     return planned
 
 

@@ -2,15 +2,16 @@
 
 A model whose class lists `_keep_in_fp32_modules` casts around them in its own code (which of them are in fp32:
 `models/interfaces.py`). Modules that a user keeps in fp32 are met by activations in the compute dtype: they are cast on
-the way in, and the answer on the way out. Pipelines hand on what one model gives to the next: a model whose compute
-dtype a user sets gets it in its own.
+the way in, and the answer on the way out. Pipelines hand on what one model gives to the next, which gets it in its own.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial, wraps
+import re
+from collections.abc import Iterable, Sequence
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch.utils._pytree import tree_map_only
 
 from qexp.loading.patterns import covering
 from qexp.offload.grouping import is_called
+
+IN_FP32 = re.compile("timestep|guidance|rotary|freqs")  # in the names of arguments that are so whatever a model's dtype
 
 
 def compute_in_fp32(model: nn.Module, patterns: Sequence[str], compute_dtype: torch.dtype) -> None:
@@ -42,8 +45,8 @@ def compute_in_fp32(model: nn.Module, patterns: Sequence[str], compute_dtype: to
 def cast_between(models: Iterable[tuple[nn.Module, torch.dtype]]) -> None:
     """Let each of several models take activations in its own compute dtype, if they have different ones.
 
-    An autoencoder is called by its `encode` and `decode`. Times and guidance, numbers without a second dimension, stay
-    as they are: networks embed them in fp32.
+    An autoencoder is called by its `encode` and `decode`; a pipeline may have cast it to fp32 before. What networks
+    embed in fp32 stays as it is: times, guidance, and tables of rotations.
     """
     models = list(models)
     if len({dtype for _, dtype in models}) == 1:
@@ -51,21 +54,18 @@ def cast_between(models: Iterable[tuple[nn.Module, torch.dtype]]) -> None:
     for model, dtype in models:
         model.register_forward_pre_hook(partial(_to_own, dtype), with_kwargs=True)
         for name in ("encode", "decode"):
-            method = getattr(model, name, None)
-            if inspect.ismethod(method):
-                setattr(model, name, _casting(method, dtype))
+            if inspect.ismethod(getattr(model, name, None)):
+                setattr(model, name, MethodType(partial(_call_in_own, name, dtype), model))  # a copy's is the copy's
 
 
 def _to_own(dtype: torch.dtype, module: nn.Module, arguments: Any, keywords: Any) -> tuple[Any, Any]:
-    return _cast(dtype, arguments, 2), _cast(dtype, keywords, 2)
+    kept = {name: value for name, value in keywords.items() if IN_FP32.search(name)}
+    return _cast(dtype, arguments, 2), {**_cast(dtype, keywords, 2), **kept}
 
 
-def _casting(method: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
-    @wraps(method)
-    def cast(*arguments: Any, **keywords: Any) -> Any:
-        return method(*_cast(dtype, arguments, 2), **_cast(dtype, keywords, 2))
-
-    return cast
+def _call_in_own(name: str, dtype: torch.dtype, model: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+    own = torch.float32 if getattr(model, "dtype", None) == torch.float32 else dtype
+    return getattr(type(model), name)(model, *_cast(own, arguments, 2), **_cast(own, keywords, 2))
 
 
 def _cast(dtype: torch.dtype, values: Any, dimensions: int = 0) -> Any:

@@ -163,7 +163,8 @@ class Source:
         weights from elsewhere that are of another class.
         """
         stated, expected = config.get("_class_name"), self.folder.parts[component][1]
-        if component in self.config.checkpoints and stated not in (None, expected, *LEGACY):
+        fits = stated in (None, expected, *LEGACY) or expected in LEGACY
+        if component in self.config.checkpoints and not fits:
             raise LoadError(
                 f"model.checkpoints.{component}={self.config.checkpoints[component]} holds a {stated}, but the "
                 f"pipeline has a {expected} there; give weights of that class"

@@ -59,9 +59,10 @@ def network(config: Mapping[str, Any], folder: Path, class_name: str | None = No
         with quiet(), no_init_weights():
             model: Any = kind.from_config(parsed) if is_auto else kind._from_config(parsed)
     except ValueError as error:  # the class has no network for this model_type
+        fitting = "seq2seq" if getattr(parsed, "is_encoder_decoder", False) else "causal_lm"
         raise LoadError(
             f"'{folder}/config.json': model_type={parsed.model_type!r} is not a model for {kind.__name__}; use "
-            f"model={'seq2seq' if getattr(parsed, 'is_encoder_decoder', False) else 'transformers'}"
+            f"model={fitting}, or model=transformers with model.auto_class=AutoModel"
         ) from error
     _tie(model)
     return model

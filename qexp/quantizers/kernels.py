@@ -22,7 +22,11 @@ from torch import Tensor
 
 
 def compiled(function: Any) -> Any:
-    """The function, compiled when it is first called for types of arguments."""
+    """The function, compiled when it is first called for types of arguments.
+
+    The cache knows the file of a function, not those of functions it calls: who changes a helper that others import
+    (`widened`, `narrowed`) must empty it (`__pycache__/*.nbi` here), or touch the files of those.
+    """
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return numba.njit(function, cache=True, **options)

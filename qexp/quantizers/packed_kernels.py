@@ -1,7 +1,8 @@
 """Codes of `packed_codes` by loops compiled by Numba: the formulas' own operations, group by group, in the first cache.
 
-The parameters and codes are those of the formulas in PyTorch, bit by bit, but where two ranges of a group are equally
-good to the last bits: there the order counts in which its squared errors are added up.
+The parameters and codes are those of the formulas in PyTorch, bit by bit, but the sign of an offset that is zero, and
+where two ranges of a group are equally good to the last bits: there the order counts in which its squared errors are
+added up.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _floats(
     for group in range(scales.shape[0]):
         start = group * size
         low, high = _range(source, shift, start, weights)
-        absmax = max(-low, high)
+        absmax = abs(max(-low, high))  # of zeros 0, whatever their signs
         scale, least = np.float32(0), np.float32(np.inf)
         for number in range(factors.shape[0]):
             nearest = narrowed(np.float32(absmax * factors[number]), 16)

@@ -28,7 +28,7 @@ from qexp.sweep.progress import end_line, job_name
 from qexp.sweep.reference import ensure_reference, known_reference, prepare_folder
 from qexp.sweep.resume import Decision, decide, scored_names
 from qexp.sweep.store import RunFolder, Status, check_writable, now_iso, write_bytes
-from qexp.sweep.worker import REFUSED, Work, do_work
+from qexp.sweep.worker import Work, do_work
 
 __all__ = ["JobRow", "refuse_job", "run_job"]
 
@@ -128,7 +128,7 @@ def _perform(job: _Job, row: JobRow) -> JobRow:
             status = folder.read_status()
         else:
             if decision.action == "run":
-                _check(job.config)  # while an earlier result is still there
+                _check(job.config, folder)
             job.say(_start_words(decision))
             status = _score(job, folder) if decision.action == "score" else _execute(job, folder, None)
         rescored = decision.action == "score" and status is not None and status.status == "done"
@@ -137,11 +137,11 @@ def _perform(job: _Job, row: JobRow) -> JobRow:
         return replace(_filled(row, folder, status, reused=decision.action == "keep"), rescored=rescored)
 
 
-def _check(config: RunConfig) -> None:
-    """Raises: QexpError for what can be known before a worker starts."""
+def _check(config: RunConfig, folder: RunFolder) -> None:
+    """Raises: QexpError for what can be known while an earlier result is still there."""
     if config.save.path is not None:
         check_writable(Path(config.save.path), "save.path=")
-    if saves_outputs(config):
+    if saves_outputs(config) and folder.holds("result.json"):
         reference_key(config)
 
 
@@ -182,9 +182,10 @@ def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -
         if saves_outputs(job.config):
             reference = known_reference(job.config, (previous or {}).get("reference"))
             if reference is None:
-                reference, status = ensure_reference(job.config, work, run, job.say, job.since)
-                if status.reason == REFUSED:
-                    return folder.read_status() or status
+                check = partial(_refusal, job, folder, run) if previous is None else lambda: None
+                reference, status = ensure_reference(job.config, work, run, job.say, job.since, check)
+                if reference is None:
+                    return status
                 if status.status != "done":
                     outcome = Outcome(status.status, status.reason, f"its reference: {status.message}")
                     return _mark(folder, outcome, started)
@@ -195,6 +196,15 @@ def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -
         if isinstance(error, KeyboardInterrupt):
             raise
         return status
+
+
+def _refusal(job: _Job, folder: RunFolder, run: Callable[[Work], Status]) -> Status | None:
+    """How an experiment ends that cannot run, as far as that is known before weights are read; None if it can."""
+    status = run(replace(job.work, folder=folder.path, steps="check"))
+    if status.status != "done":
+        return status
+    prepare_folder(folder, job.config, job.overrides)
+    return None
 
 
 def _runner(config: RunConfig) -> Callable[[Work], Status]:

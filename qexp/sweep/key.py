@@ -124,14 +124,21 @@ def _identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _originals(config: RunConfig) -> dict[str, str]:
-    """Content of the unquantized checkpoints that a checkpoint which is quantized is compared with."""
+    """Content of what a checkpoint that is quantized is compared with: its outputs with those of a whole model, its
+    weights with those of the same components."""
     if getattr(config.model, "reference_path", None) is None and not hasattr(config.model, "unquantized"):
         return {}
     stored = open_components(load_source(config.model))
     if not any(map(is_quantized, stored.values())):
         return {}
     source = load_source(unquantized_model(config.model))
-    return {name: open_component(source, name).content_hash() for name in stored if is_quantized(stored[name])}
+    if not saves_outputs(config):
+        return {name: open_component(source, name).content_hash() for name in stored if is_quantized(stored[name])}
+    side_files = source.side_files() if hasattr(source, "side_files") else []
+    return {
+        **{name: found.content_hash() for name, found in open_components(source).items()},
+        **{f"{number} {file.name}": _file_hash(file.name, file) for number, file in enumerate(side_files)},
+    }
 
 
 def _input_files(config: Any) -> dict[str, Path]:

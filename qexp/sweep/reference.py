@@ -12,31 +12,39 @@ from qexp.settings import RunConfig
 from qexp.sweep.key import reference_config, reference_key
 from qexp.sweep.resume import OUTPUTS
 from qexp.sweep.store import RunFolder, Status
-from qexp.sweep.worker import REFUSED, Work
+from qexp.sweep.worker import Work
 
 
 def ensure_reference(
-    config: RunConfig, work: Work, run: Callable[[Work], Status], say: Callable[[str], None], since: str | None
-) -> tuple[Path, Status]:
+    config: RunConfig,
+    work: Work,
+    run: Callable[[Work], Status],
+    say: Callable[[str], None],
+    since: str | None,
+    check: Callable[[], Status | None] = lambda: None,
+) -> tuple[Path | None, Status]:
     """(folder, status) of the reference that `config` is compared with, computed now if it is not there yet.
 
-    Before it runs, its worker checks the candidate, in `work.folder`: if that is refused, the candidate's status says
-    why, and the reason of the reference's is REFUSED. `resume=none` computes it anew. Neither that nor a failure is
-    repeated for every experiment of a sweep: what is from `since` (when it began) or later stands.
+    check: called before it is computed; returns how the experiment ends if it cannot run, else None. The reference then
+    stays as it is, and (None, that status) is returned.
+    `resume=none` computes it anew. Neither that nor a failure is repeated for every experiment of a sweep: what is from
+    `since` (when it began) or later stands.
     """
     folder = RunFolder(Path(config.paths.outputs, "references", reference_key(config)))
     with folder.locked(say):
         status = folder.read_status()
         if status is not None and _stands(folder, status, config.resume, since):
             return folder.path, status
+        if (refused := check()) is not None:
+            return None, refused
         say(f"the reference (unquantized) is run first, once: {folder.path}")
         prepare_folder(folder, reference_config(config), ())
-        return folder.path, run(replace(work, folder=folder.path, steps="run", candidate=work.folder))
+        return folder.path, run(replace(work, folder=folder.path, steps="run", reference=None))
 
 
 def _stands(folder: RunFolder, status: Status, resume: str, since: str | None) -> bool:
     """Whether a reference is used, or given up, as it is."""
-    of_this_sweep = since is not None and (status.finished or "") >= since and status.reason != REFUSED
+    of_this_sweep = since is not None and (status.finished or "") >= since
     if status.status != "done":
         return of_this_sweep
     return folder.holds(OUTPUTS) and (of_this_sweep or resume != "none")

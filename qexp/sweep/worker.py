@@ -5,10 +5,10 @@ short of the process being killed, status.json says how it ended; the traceback 
 
     --score-only    score the outputs of a run that is already there, for the metrics that its result lacks
     --no-score      run only (references are compared with nothing)
-    --candidate     folder of an experiment to check before: if it is refused, nothing runs, and its status says why
+    --check         only find out whether it can run, as far as that is known before weights are read
     --experiment    module:function to run instead of the program's own, `(config, folder) -> metrics`; tests use it
     --score         module:function to score with, `(config, folder, reference) -> metrics`
-    --check         module:function to check a candidate with, `(config, folder) -> None`
+    --checks        module:function to check with, `(config, folder) -> None`
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from qexp.sweep.store import RunFolder, Status, now_iso
 
 Metrics = dict[str, float | None]
 SCHEMA = 1
-REFUSED = "refused"  # reason of a reference that was not run, since its candidate could not be
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -50,19 +49,17 @@ class Work:
     """One worker's orders; `arguments` puts them on its command line."""
 
     folder: Path
-    steps: Literal["all", "run", "score"] = "all"
+    steps: Literal["all", "run", "score", "check"] = "all"
     reference: Path | None = None
-    candidate: Path | None = None
     experiment: str = "qexp.sweep.worker:seeded_experiment"
     score: str = "qexp.metrics.score:score"
     check: str = "qexp.experiment:check_experiment"
 
     def arguments(self) -> list[str]:
-        steps = {"all": [], "run": ["--no-score"], "score": ["--score-only"]}[self.steps]
-        folders = {"--reference": self.reference, "--candidate": self.candidate}
-        named = [text for option, path in folders.items() if path is not None for text in (option, str(path))]
-        functions = ["--experiment", self.experiment, "--score", self.score, "--check", self.check]
-        return [str(self.folder), *steps, *named, *functions]
+        steps = {"all": [], "run": ["--no-score"], "score": ["--score-only"], "check": ["--check"]}[self.steps]
+        reference = ["--reference", str(self.reference)] if self.reference else []
+        functions = ["--experiment", self.experiment, "--score", self.score, "--checks", self.check]
+        return [str(self.folder), *steps, *reference, *functions]
 
 
 def seeded_experiment(config: RunConfig, folder: Path) -> Metrics:
@@ -87,13 +84,17 @@ def do_work(work: Work) -> Status:
     outcome = DONE
     try:
         folder.write_status(running)
-        if work.candidate is None or _is_accepted(work, RunFolder(work.candidate), running):
-            folder.write_json("result.json", _result(work, folder))
+        if work.steps == "check":
+            config = _config_of(folder)
+            folder.write_json("env.json", describe_environment(config))
+            _function(work.check)(config, folder.path)
         else:
-            outcome = Outcome("failed", REFUSED, f"the experiment in {work.candidate} cannot run")
+            folder.write_json("result.json", _result(work, folder))
     except BaseException as error:
-        outcome = _named(outcome_of(error), folder)
+        outcome = outcome_of(error)
         _log_traceback(folder)
+        if outcome.reason == "error":
+            outcome = replace(outcome, message=f"{outcome.message}; traceback in {folder.path / 'worker.log'}")
         if isinstance(error, KeyboardInterrupt):
             raise
     finally:
@@ -102,24 +103,6 @@ def do_work(work: Work) -> Status:
         folder.remove_scratch()
         folder.write_status(status)
     return status
-
-
-def _is_accepted(work: Work, candidate: RunFolder, running: Status) -> bool:
-    """Whether the candidate can run, as far as that is known before weights are read; else its status says why not."""
-    try:
-        _function(work.check)(_config_of(candidate), candidate.path)
-    except Exception as error:
-        _log_traceback(candidate)
-        candidate.write_status(_finished(running, _named(outcome_of(error), candidate), 0.0))
-        return False
-    return True
-
-
-def _named(outcome: Outcome, folder: RunFolder) -> Outcome:
-    """With the place of the traceback, where the message alone does not explain it."""
-    if outcome.reason != "error":
-        return outcome
-    return replace(outcome, message=f"{outcome.message}; traceback in {folder.path / 'worker.log'}")
 
 
 def _config_of(folder: RunFolder) -> RunConfig:
@@ -214,11 +197,11 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="outputs/runs/<key>, with config.yaml in it")
     parser.add_argument("--score-only", dest="steps", action="store_const", const="score", default="all")
     parser.add_argument("--no-score", dest="steps", action="store_const", const="run")
+    parser.add_argument("--check", dest="steps", action="store_const", const="check")
     parser.add_argument("--reference", type=Path, help="folder of the reference to compare with")
     parser.add_argument("--experiment", default=Work.experiment, metavar="MODULE:FUNCTION")
     parser.add_argument("--score", default=Work.score, metavar="MODULE:FUNCTION")
-    parser.add_argument("--candidate", type=Path, help="folder of an experiment to check first")
-    parser.add_argument("--check", default=Work.check, metavar="MODULE:FUNCTION")
+    parser.add_argument("--checks", dest="check", default=Work.check, metavar="MODULE:FUNCTION")
     parser.add_argument("--parent", type=int, help="end when this process does")
     arguments = vars(parser.parse_args())
     parent = arguments.pop("parent")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, choices, did_you_mean
 from qexp.tasks.recorder import Recorder, TaskResult
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ COUNTS = (
     "max_sequence_length",
     "max_new_tokens", "batch_size", "top_k",
 )  # fmt: skip
+OF_IMAGES = ("num_images", "num_inference_steps", "guidance_scale")
+OF_TEXT = ("prompt", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "text", "batch_size")
 OF_PIPELINES = (
     "negative_prompt", "num_images_per_prompt", "height", "width", "num_frames", "max_sequence_length",
     "true_cfg_scale", "pipeline_arguments",
@@ -101,26 +103,40 @@ class GenerateConfig:
 
 
 def for_images(task: GenerateConfig) -> GenerateConfig:
-    """What a model of images takes that is no pipeline, with defaults; the rest as where nothing is set."""
-    return GenerateConfig(
+    """What a model of images takes that is no pipeline, with defaults. Raises: ConfigError for what it does not."""
+    found = GenerateConfig(
         num_images=200 if task.num_images is None else task.num_images,
         num_inference_steps=20 if task.num_inference_steps is None else task.num_inference_steps,
         guidance_scale=1.0 if task.guidance_scale is None else task.guidance_scale,
         batch_size=50,
     )
+    return _complete(task, found, OF_IMAGES)
 
 
 def for_text(task: GenerateConfig) -> GenerateConfig:
-    """What a model of text takes, with defaults; the rest as where nothing is set."""
-    names = ("prompt", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "text")
+    """What a model of text takes, with defaults. Raises: ConfigError for what it does not."""
     batch_size = 50 if task.batch_size is None else task.batch_size
-    return replace(for_images(GenerateConfig()), batch_size=batch_size, **{name: getattr(task, name) for name in names})
+    own = {name: getattr(task, name) for name in OF_TEXT}
+    return _complete(task, replace(for_images(GenerateConfig()), **{**own, "batch_size": batch_size}), OF_TEXT)
 
 
 def for_pipelines(task: GenerateConfig) -> GenerateConfig:
-    """What a pipeline takes; null is its own default."""
-    names = ("prompt", "num_inference_steps", "guidance_scale", *OF_PIPELINES)
-    return GenerateConfig(batch_size=task.batch_size or 1, **{name: getattr(task, name) for name in names})
+    """What a pipeline takes; null is its own default. Raises: ConfigError for what none takes."""
+    names = ("prompt", "num_inference_steps", "guidance_scale", "batch_size", *OF_PIPELINES)
+    own = {name: getattr(task, name) for name in names}
+    return _complete(task, GenerateConfig(**{**own, "batch_size": task.batch_size or 1}), names)
+
+
+def _complete(task: GenerateConfig, found: GenerateConfig, taken: Sequence[str]) -> GenerateConfig:
+    """What was found in a task, if that is all. taken: the fields that the model takes."""
+    for item in fields(task):
+        value = getattr(task, item.name)
+        if item.name not in taken and value not in (None, {}) and value != getattr(found, item.name):
+            raise ConfigError(
+                f"task.{item.name}={value} is of no use to this model{did_you_mean(item.name, taken)}; it takes "
+                f"{choices(taken)}"
+            )
+    return found
 
 
 def read_prompts(value: Any, place: str = "task.prompt", may_be_empty: bool = False) -> tuple[str, ...] | None:

@@ -3,6 +3,7 @@
 diffusers refuses bitsandbytes without a GPU though the library runs on CPUs; that gate is patched open here.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -223,6 +224,33 @@ def test_components_in_several_dtypes(name: str, component: str, pipeline_folder
     assert (images.float() - same.float()).abs().mean() < 0.02
     offloaded = qexp.load_pipeline(folder, "torchao", device="cpu", components=mixed, offload="model")
     assert torch.equal(call(offloaded, name), images)
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder_2", "vae"])
+def test_a_pipeline_in_several_dtypes_is_opened_again(component: str, pipeline_folder: Folder, tmp_path: Path) -> None:
+    mixed = {component: {"compute_dtype": "fp32"}}
+    ours = qexp.load_pipeline(pipeline_folder("flux"), None, device="cpu", components=mixed)
+    qexp.save(ours, tmp_path / "saved")
+    assert torch.equal(call(qexp.load_pipeline(tmp_path / "saved", device="cpu"), "flux"), call(ours, "flux"))
+
+
+def test_an_autoencoder_that_its_pipeline_casts_is_met_in_that_dtype(pipeline_folder: Folder) -> None:
+    """SDXL's overflows in fp16: the pipeline decodes in fp32."""
+    mixed = {"text_encoder": {"compute_dtype": "fp32"}}
+    ours = qexp.load_pipeline(pipeline_folder("sdxl"), None, device="cpu", compute_dtype="fp16", components=mixed)
+    assert torch.isfinite(call(ours, "sdxl").float()).all()
+
+
+def test_a_copy_of_an_autoencoder_answers_for_itself(pipeline_folder: Folder) -> None:
+    mixed = {"vae": {"compute_dtype": "fp32"}}
+    vae = qexp.load_pipeline(pipeline_folder("flux"), None, device="cpu", components=mixed).vae
+    latents = torch.randn(1, vae.config.latent_channels, 4, 4, generator=torch.Generator().manual_seed(0)).to(BF16)
+    expected, twin = vae.decode(latents)[0], copy.deepcopy(vae)
+    assert expected.dtype == torch.float32
+    for parameter in vae.parameters():
+        parameter.zero_()
+    assert torch.equal(twin.decode(latents)[0], expected)
+    assert not torch.equal(vae.decode(latents)[0], expected)
 
 
 def test_a_pipeline_stored_in_several_dtypes_is_what_diffusers_loads(pipeline_folder: Folder, tmp_path: Path) -> None:

@@ -18,7 +18,11 @@ from qexp.errors import ConfigError, LoadError, UnsupportedError
 from qexp.settings import RunConfig
 
 BAD_REFERENCE = 7
-REFUSED = {"heads": ConfigError("skip_modules: 'heads' matches no module"), "tails": RuntimeError("a shape is wrong")}
+REFUSED = {
+    "heads": ConfigError("skip_modules: 'heads' matches no module"),
+    "tails": RuntimeError("a shape is wrong"),
+    "exit": SystemExit(3),
+}
 METRICS = {"memory/weights_gib": 0.25, "time/step_ms": 1.5, "load/seconds": 0.1}
 
 
@@ -37,6 +41,8 @@ def run(config: RunConfig, folder: Path) -> dict[str, float | None]:
 def check(config: RunConfig, folder: Path) -> None:
     """What is known before weights are read, by the candidate's skip_modules."""
     for pattern in config.components["transformer"].skip_modules:
+        if pattern == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         if pattern in REFUSED:
             raise REFUSED[pattern]
 

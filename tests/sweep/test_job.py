@@ -87,9 +87,16 @@ def test_a_first_run_runs_its_reference_and_leaves_everything(tmp_path, capfd) -
 @pytest.mark.parametrize("mode", ["process", "inline"])
 @pytest.mark.parametrize(
     ("pattern", "reason", "message"),
-    [("heads", "config", "^skip_modules: 'heads'"), ("tails", "error", "shape is wrong; traceback in")],
+    [
+        ("heads", "config", "^skip_modules: 'heads'"),
+        ("tails", "error", "shape is wrong; traceback in"),
+        ("exit", "exit", r"sys\.exit\(3\)"),
+        ("killed", "signal", "out-of-memory killer"),
+    ],
 )
 def test_a_mistake_is_found_before_the_reference_runs(pattern, reason, message, mode, tmp_path) -> None:
+    if (pattern, mode) == ("killed", "inline"):
+        pytest.skip("would kill the tests")
     good = run_config(tmp_path, isolation=IsolationConfig(mode=mode))
     component = replace(good.components["transformer"], skip_modules=(pattern,))
     config = replace(good, components={"transformer": component})
@@ -98,10 +105,31 @@ def test_a_mistake_is_found_before_the_reference_runs(pattern, reason, message, 
     assert ran(config) == []
     stored = folder_of(config).read_status()
     assert (stored.status, stored.reason, stored.message) == (row.status, row.reason, row.message)
-    assert "Error: " in (folder_of(config).path / "worker.log").read_text()
+    if pattern != "killed":
+        assert "Traceback" in (folder_of(config).path / "worker.log").read_text()
     assert reference_key(config) == reference_key(good)
     assert run(good, number=2).status == "done"  # in the same sweep too
     assert ran(good) == [f"references/{reference_key(good)}", f"runs/{run_key(good)}"]
+
+
+def test_a_refused_experiment_leaves_the_reference_as_it_is(tmp_path) -> None:
+    good = run_config(tmp_path, isolation=IsolationConfig(mode="inline"))
+    assert run(good).status == "done"
+    component = replace(good.components["transformer"], skip_modules=("heads",))
+    config = replace(good, components={"transformer": component}, resume="none")
+    assert run(config).status == "failed"
+    reference = RunFolder(tmp_path / "outputs/references" / reference_key(good))
+    assert reference.read_status().status == "done" and reference.holds("outputs.safetensors")
+
+
+def test_what_is_scored_again_is_not_checked(tmp_path, monkeypatch) -> None:
+    """Its outputs are there: it need not run any more."""
+    config = run_config(tmp_path, isolation=IsolationConfig(mode="inline"))
+    assert run(config).status == "done"
+    shutil.rmtree(tmp_path / "outputs/references")
+    monkeypatch.setattr(fake_experiment, "check", lambda *_: pytest.fail("checked"))
+    again = run(replace(config, metrics=MetricsConfig(names=("psnr_db", "ssim"))))
+    assert (again.status, again.rescored) == ("done", True)
 
 
 def test_a_result_survives_what_can_be_known_before(tmp_path, monkeypatch) -> None:
