@@ -113,7 +113,6 @@ def rows(names: Sequence[str], backends: Sequence[str], compute_dtype: str) -> l
 
     found, known = [], dict[Any, str]()
     for name in names:
-        told = set[str]()
         for component, part in architecture(name).components.items():
             disk = part.parameters * getattr(torch, part.dtype).itemsize / GIB
             options = ("none", *_useful(component, backends))
@@ -123,9 +122,7 @@ def rows(names: Sequence[str], backends: Sequence[str], compute_dtype: str) -> l
                     cells = [_gib(name, component, option, compute_dtype, known) for option in options]
             finally:
                 for line in dict.fromkeys(said.getvalue().splitlines()):
-                    if line not in told:
-                        print(f"{name}: {line}", file=sys.stderr)
-                    told.add(line)
+                    print(f"{name}: {line}", file=sys.stderr)
             cells += ["–"] * (1 + len(backends) - len(cells))  # a decoder of convolutions has nothing to quantize
             found.append([name, component, f"{part.parameters / 1e9:.2f}", f"{disk:.2f}", *cells])
     return found

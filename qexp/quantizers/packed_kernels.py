@@ -1,8 +1,7 @@
 """Codes of `packed_codes` by loops compiled by Numba: the formulas' own operations, group by group, in the first cache.
 
-The parameters and codes are those of the formulas in PyTorch, bit by bit, but the sign of an offset that is zero, and
-where two ranges of a group are equally good to the last bits: there the order counts in which its squared errors are
-added up.
+The codes and parameters equal those of the formulas in PyTorch (a zero may have the other sign), but where two ranges
+of a group are equally good to the last bits: there the order counts in which its squared errors are added up.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def ensure_reference(
     run: Callable[[Work], Status],
     say: Callable[[str], None],
     since: str | None,
-    check: Callable[[], Status | None] = lambda: None,
+    check: Callable[[], Status | None],
 ) -> tuple[Path | None, Status]:
     """(folder, status) of the reference that `config` is compared with, computed now if it is not there yet.
 

@@ -5,10 +5,10 @@ short of the process being killed, status.json says how it ended; the traceback 
 
     --score-only    score the outputs of a run that is already there, for the metrics that its result lacks
     --no-score      run only (references are compared with nothing)
-    --check         only find out whether it can run, as far as that is known before weights are read
+    --check-only    find out whether it can run, as far as that is known before weights are read
     --experiment    module:function to run instead of the program's own, `(config, folder) -> metrics`; tests use it
     --score         module:function to score with, `(config, folder, reference) -> metrics`
-    --checks        module:function to check with, `(config, folder) -> None`
+    --check         module:function to check with, `(config, folder) -> None`
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Work:
     check: str = "qexp.experiment:check_experiment"
 
     def arguments(self) -> list[str]:
-        steps = {"all": [], "run": ["--no-score"], "score": ["--score-only"], "check": ["--check"]}[self.steps]
+        steps = {"all": [], "run": ["--no-score"], "score": ["--score-only"], "check": ["--check-only"]}[self.steps]
         reference = ["--reference", str(self.reference)] if self.reference else []
-        functions = ["--experiment", self.experiment, "--score", self.score, "--checks", self.check]
+        functions = ["--experiment", self.experiment, "--score", self.score, "--check", self.check]
         return [str(self.folder), *steps, *reference, *functions]
 
 
@@ -197,11 +197,11 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="outputs/runs/<key>, with config.yaml in it")
     parser.add_argument("--score-only", dest="steps", action="store_const", const="score", default="all")
     parser.add_argument("--no-score", dest="steps", action="store_const", const="run")
-    parser.add_argument("--check", dest="steps", action="store_const", const="check")
+    parser.add_argument("--check-only", dest="steps", action="store_const", const="check")
     parser.add_argument("--reference", type=Path, help="folder of the reference to compare with")
     parser.add_argument("--experiment", default=Work.experiment, metavar="MODULE:FUNCTION")
     parser.add_argument("--score", default=Work.score, metavar="MODULE:FUNCTION")
-    parser.add_argument("--checks", dest="check", default=Work.check, metavar="MODULE:FUNCTION")
+    parser.add_argument("--check", default=Work.check, metavar="MODULE:FUNCTION")
     parser.add_argument("--parent", type=int, help="end when this process does")
     arguments = vars(parser.parse_args())
     parent = arguments.pop("parent")

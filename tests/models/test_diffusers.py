@@ -436,7 +436,8 @@ def test_what_is_no_pipeline(pipeline_folder: Folder, tmp_path: Path) -> None:
 def test_one_component_alone(pipeline_folder: Folder) -> None:
     model = qexp.load(pipeline_folder("sdxl"), "torchao", component="unet", device="cpu")
     assert type(model).__name__ == "UNet2DConditionModel" and model.quantization_method == "torchao"
-    with pytest.raises(ConfigError, match=r"component=None is none of .*: use text_encoder, .*or qexp\.load_pipeline"):
+    message = r"component=None is none of this source's: use text_encoder, text_encoder_2.*, or qexp\.load_pipeline"
+    with pytest.raises(ConfigError, match=message):
         qexp.load(pipeline_folder("sdxl"), device="cpu")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from qexp.errors import ConfigError, LoadError, UnsupportedError
 from qexp.settings import RunConfig
 
+FAKES = {"experiment": f"{__name__}:run", "score": f"{__name__}:score", "check": f"{__name__}:check"}
 BAD_REFERENCE = 7
 REFUSED = {
     "heads": ConfigError("skip_modules: 'heads' matches no module"),

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qexp.settings import IsolationConfig, PathsConfig, SweepConfig
 from qexp.sweep.job import run_job
+from tests.sweep.fake_experiment import FAKES
 from tests.sweep.settings import run_config
 
 CONFIG = {
@@ -36,13 +37,7 @@ def job(cfg: DictConfig) -> None:
         sweep=SweepConfig(name=cfg.sweep.name),
         isolation=IsolationConfig(mode="inline"),
     )
-    run_job(
-        config,
-        list(HydraConfig.get().overrides.task),
-        experiment="tests.sweep.fake_experiment:run",
-        score="tests.sweep.fake_experiment:score",
-        check="tests.sweep.fake_experiment:check",
-    )
+    run_job(config, list(HydraConfig.get().overrides.task), **FAKES)
 
 
 if __name__ == "__main__":

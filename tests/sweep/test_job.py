@@ -28,11 +28,9 @@ from qexp.sweep.manifest import Manifest
 from qexp.sweep.store import RunFolder, Status, now_iso
 from qexp.tasks.roundtrip import RoundtripConfig
 from tests.sweep import fake_experiment
+from tests.sweep.fake_experiment import FAKES
 from tests.sweep.settings import run_config
 
-FAKES = {name: f"tests.sweep.fake_experiment:{name}" for name in ("score", "check")} | {
-    "experiment": "tests.sweep.fake_experiment:run"
-}
 ROOT = Path(__file__).parents[2]
 
 

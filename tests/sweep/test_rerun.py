@@ -13,11 +13,8 @@ from qexp.sweep.job import run_job
 from qexp.sweep.key import run_key
 from qexp.sweep.store import RunFolder
 from tests.sweep import fake_experiment
+from tests.sweep.fake_experiment import FAKES
 from tests.sweep.settings import run_config, write_checkpoint
-
-FAKES = {name: f"tests.sweep.fake_experiment:{name}" for name in ("score", "check")} | {
-    "experiment": "tests.sweep.fake_experiment:run"
-}
 
 
 @pytest.fixture

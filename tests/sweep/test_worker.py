@@ -10,12 +10,10 @@ import yaml
 
 from qexp.sweep.store import RunFolder, write_text
 from qexp.sweep.worker import Work, do_work, seeded_experiment
+from tests.sweep.fake_experiment import FAKES
 from tests.sweep.settings import run_config
 
 ROOT = Path(__file__).parents[2]
-FAKES = {name: f"tests.sweep.fake_experiment:{name}" for name in ("score", "check")} | {
-    "experiment": "tests.sweep.fake_experiment:run"
-}
 
 
 def prepared(tmp_path: Path, behaviour: int = 1) -> Path:
