@@ -26,7 +26,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PATTERN = "test_*.py"
-TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = 1800
 
 _registered: list[Path] = []
 

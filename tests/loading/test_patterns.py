@@ -125,7 +125,7 @@ def test_many_wildcards_are_quick() -> None:
     started = time.process_time()
     assert not covers(".".join(["**"] * 4 + ["x"]), ".".join(["a"] * 40))
     assert not covers("a**a***a*x", "a" * 60)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 20  # some 0.4 here
 
 
 def test_covering_is_the_first_that_covers() -> None:

@@ -211,7 +211,7 @@ def test_rows_of_a_tensor_in_pieces(tmp_path: Path) -> None:
 
 
 def test_slices_of_rows_share_a_buffer_and_no_worker_has_anothers(tmp_path: Path) -> None:
-    together = threading.Barrier(2, timeout=10)
+    together = threading.Barrier(2, timeout=60)
 
     def create(item: WorkItem, rows: Any) -> set[int]:
         places = {rows[start : start + 4].untyped_storage().data_ptr() for start in range(0, 64, 4)}
@@ -335,7 +335,7 @@ def test_the_largest_tensor_may_be_larger_than_the_bound(tmp_path: Path) -> None
 
 def test_many_small_tensors_are_in_flight_together(tmp_path: Path) -> None:
     """The arena has room for the page that each of them takes, not just for their bytes."""
-    inside = threading.Barrier(4, timeout=10)
+    inside = threading.Barrier(4, timeout=60)
 
     def together(item: WorkItem, dense: Tensor) -> None:
         inside.wait()
@@ -403,7 +403,7 @@ def test_more_workers_than_items(tmp_path: Path) -> None:
 
 
 def test_workers_run_side_by_side_with_one_thread_each_and_without_grad(tmp_path: Path) -> None:
-    together, seen = threading.Barrier(3, timeout=10), []
+    together, seen = threading.Barrier(3, timeout=60), []
 
     def create(item: WorkItem, dense: Tensor) -> None:
         together.wait()
@@ -482,7 +482,7 @@ def test_an_error_of_a_worker_while_another_waits_for_room(workers: int, tmp_pat
 
 
 def test_of_several_errors_one_is_raised(tmp_path: Path) -> None:
-    together = threading.Barrier(3, timeout=10)
+    together = threading.Barrier(3, timeout=60)
 
     def create(item: WorkItem, dense: Tensor) -> None:
         together.wait()
@@ -518,11 +518,9 @@ def test_an_error_of_the_caller_stops_the_reading(
     monkeypatch.setattr(os, "preadv", slow)
     save(tmp_path, bytes_tensors(4 * KIB, 40 * MIB))
     items = items_of(tmp_path / "model.safetensors", quantize=not in_place)
-    started = time.monotonic()
     with pytest.raises(ValueError, match="caller"):
         for _ in stream(items, clone, workers=2, in_flight_bytes=64 * KIB, in_place=lambda item: in_place):
             raise ValueError("caller")
-    assert time.monotonic() - started < 5
     assert sum(read) < 20 * MIB
 
 

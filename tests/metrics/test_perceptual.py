@@ -299,10 +299,10 @@ def test_what_is_missing_is_said_at_once(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # nothing is asked, whatever it says
     overrides = tuple(one.replace("{tmp}", str(tmp_path)) for one in overrides)
     run_config()  # imports are not what is measured
-    started = time.process_time()
+    started = time.monotonic()
     with pytest.raises((ConfigError, LoadError), match=message):
         run_config(*overrides)
-    assert time.process_time() - started < 1
+    assert time.monotonic() - started < 15  # nothing is retried: that takes a hub's client 25 s
 
 
 def test_a_folder_of_real_images_has_images(torch_hub: Path, tmp_path: Path) -> None:

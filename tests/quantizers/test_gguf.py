@@ -167,7 +167,7 @@ out = torch.empty(1, 32)
 decode("MXFP4", torch.full((1, 17), 130, dtype=torch.uint8), out)
 assert out.tolist() == [[8.0] * 16 + [0.0] * 16], out  # 2^(130 - 128) * (2 of code 2, 0 of code 8)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_types_without_decoder_are_refused() -> None:

@@ -128,4 +128,4 @@ def test_command_stays_light(tmp_path: Path) -> None:
         "import sys; from qexp.report.__main__ import main; assert main(['--outputs', sys.argv[1]]) == 0; "
         "assert not {'torch', 'wandb', 'wandb_workspaces', 'pandas'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60, capture_output=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=300, capture_output=True)

@@ -47,7 +47,7 @@ def test_offline_writes_its_specification(tmp_path: Path) -> None:
     environment |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(Path.cwd())}
     environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "MPLCONFIGDIR": str(tmp_path)}
     command = [sys.executable, "-m", "qexp.report", "first", "--outputs", str(tmp_path), "--wandb"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "sweeps/first"
     assert done.stdout.splitlines()[-1] == f"wrote {folder / 'wandb_report.json'}"

@@ -81,7 +81,7 @@ def _raise(error: BaseException):
 
 def _sleep(folder: Path) -> None:
     (folder / "started").touch()
-    time.sleep(60)
+    time.sleep(600)
 
 
 def _wait_for_go(folder: Path) -> None:
@@ -91,7 +91,7 @@ def _wait_for_go(folder: Path) -> None:
 
 
 def _sleep_with_child(folder: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     (folder / "child.pid").write_text(str(child.pid))
     (folder / ".outputs.safetensors.1.tmp").write_text("half")
     (folder / "offload").mkdir()
@@ -101,7 +101,7 @@ def _sleep_with_child(folder: Path) -> None:
 
 def _leave_child(folder: Path) -> None:
     """The child keeps this process's output open."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     (folder / "child.pid").write_text(str(child.pid))
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def sweep(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tests.sweep.hydra_app", str(tmp_path / "conf"), *arguments]
     command += [f"paths.outputs={tmp_path / 'outputs'}"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_a_sweep_goes_on_after_failures_and_exits_with_one(tmp_path) -> None:

@@ -197,7 +197,7 @@ def test_a_timeout_kills_the_worker_with_its_children_and_what_was_half_written(
     row = run(config)
     assert (row.status, row.reason) == ("failed", "timeout")
     assert "isolation.timeout_minutes" in row.message
-    assert 4.9 < time.monotonic() - started < 40
+    assert 4.9 < time.monotonic() - started < 300
     folder = folder_of(config)
     assert not psutil.pid_exists(folder.read_status().pid)
     assert not is_running(int((folder.path / "child.pid").read_text()))
@@ -209,7 +209,7 @@ def test_a_child_that_keeps_the_output_open_does_not_hold_up_the_sweep(tmp_path)
     config = have_reference(run_config(tmp_path, 17))
     started = time.monotonic()
     assert run(config).status == "done"
-    assert time.monotonic() - started < 40  # the child sleeps for 60
+    assert time.monotonic() - started < 300  # the child sleeps for 600
     os.kill(int((folder_of(config).path / "child.pid").read_text()), signal.SIGKILL)
 
 
@@ -588,7 +588,7 @@ def is_running(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def wait_for(condition, seconds: float = 20.0) -> None:
+def wait_for(condition, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
@@ -602,8 +602,8 @@ def test_two_parents_run_the_same_experiment_once(tmp_path) -> None:
     second = parent(tmp_path, 20, "b")
     assert second.stdout is not None and "being run by another process" in second.stdout.readline()
     Path(config.paths.outputs, "go").touch()
-    assert "row done False" in first.communicate(timeout=60)[0]
-    assert "row done True" in second.communicate(timeout=60)[0]
+    assert "row done False" in first.communicate(timeout=300)[0]
+    assert "row done True" in second.communicate(timeout=300)[0]
     assert ran(config) == [f"runs/{run_key(config)}"]
 
 
@@ -627,7 +627,7 @@ def test_ctrl_c_kills_the_worker_marks_the_run_and_goes_through(tmp_path) -> Non
     wait_for((folder.path / "started").exists)
     worker = folder.read_status().pid
     one.send_signal(signal.SIGINT)
-    output = one.communicate(timeout=20)[0]
+    output = one.communicate(timeout=300)[0]
     assert "KeyboardInterrupt" in output and "\nrow " not in output  # to be turned into exit code 130 by the caller
     assert not is_running(worker)
     status = folder.read_status()
@@ -642,7 +642,7 @@ def test_ctrl_c_while_the_reference_runs_marks_both(tmp_path) -> None:
     one = parent(tmp_path, 16, "a", config.seed)
     wait_for((reference_folder.path / "started").exists)
     one.send_signal(signal.SIGINT)
-    one.communicate(timeout=20)
+    one.communicate(timeout=300)
     for folder in (reference_folder, folder_of(config)):
         status = folder.read_status()
         assert (status.status, status.reason) == ("failed", "signal") and "Ctrl-C" in status.message

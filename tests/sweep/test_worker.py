@@ -25,7 +25,7 @@ def prepared(tmp_path: Path, behaviour: int = 1) -> Path:
 
 def worker(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qexp.sweep.worker", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_its_command_line_says_what_the_parent_ordered(tmp_path) -> None:
