@@ -137,6 +137,6 @@ def cpu_seconds_of_planning(blocks: int) -> float:
 
 
 def test_time_is_linear_in_the_tensors() -> None:
-    """10,000 take some 0.4 s; how long that is elsewhere says nothing, how it grows does."""
+    """10,000 take some 0.1 s; how long that is elsewhere says nothing, how it grows does."""
     with without_collector():  # as a load plans: what it would search is the heap of all tests before this one
         assert cpu_seconds_of_planning(500) < 9 * cpu_seconds_of_planning(125)  # four times; squares would be 16
