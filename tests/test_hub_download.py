@@ -330,7 +330,7 @@ def test_a_hub_that_is_not_there_fails_within_seconds(server: HubServer, monkeyp
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     started = time.monotonic()
     assert "http://127.0.0.1:9 cannot be reached (ConnectError" in failure()
-    assert time.monotonic() - started < 15  # without retries
+    assert time.monotonic() - started < 2
 
 
 def test_a_repository_that_is_not_there(server: HubServer) -> None:

@@ -106,7 +106,7 @@ def test_without_a_key_it_fails_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     started = time.monotonic()
     with pytest.raises(ConfigError, match=r"no API key.*wandb login.*tracking=offline"):
         log(folder, config())
-    assert time.monotonic() - started < wandb_run.INIT_TIMEOUT_SECONDS
+    assert time.monotonic() - started < 5
 
 
 def test_an_unreachable_server_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -131,15 +131,15 @@ def test_a_network_that_goes_away_is_given_up_in_time(monkeypatch: pytest.Monkey
 
 
 def fails_in_time(monkeypatch: pytest.MonkeyPatch, outputs: Path, cause: str) -> None:
-    folder = run_folder(outputs, "abc0", config(), GENERATE)
-    in_time, started = wandb_run.INIT_TIMEOUT_SECONDS, time.monotonic()
     monkeypatch.setattr(wandb_run, "INIT_TIMEOUT_SECONDS", 2.0)
     monkeypatch.setattr(wandb_run, "FINISH_TIMEOUT_SECONDS", 2.0)
+    folder = run_folder(outputs, "abc0", config(), GENERATE)
+    started = time.monotonic()
     with pytest.raises(
         UnsupportedError, match=rf"tracking\.mode=online: the run in .*abc0 is not logged.*{cause}.*tracking=offline"
     ):
         log(folder, config())
-    assert time.monotonic() - started < in_time
+    assert time.monotonic() - started < 15
 
 
 @pytest.mark.parametrize("changes", [{"project": "a/b"}, {"tags": ["x" * 65]}])
