@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests import own_process
+
 ROOT = Path(__file__).parents[1]
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
 ENVIRONMENT = {
@@ -73,6 +75,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     sys.modules["kernels"] = None  # type: ignore[assignment]  # not even from a cache: a hub's kernels are not what we test
     sys.addaudithook(refuse_network)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    return own_process.run_if_marked(pyfuncitem) or None
 
 
 @pytest.fixture

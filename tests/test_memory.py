@@ -17,6 +17,7 @@ from qexp.memory import GIB, PeakMemory, device_memory, host_memory, release_fre
 
 MIB = 1 << 20
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.own_process
 
 
 @pytest.fixture(autouse=True)

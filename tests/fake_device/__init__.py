@@ -19,7 +19,7 @@ accelerator does where bugs hide:
     assert seen.h2d_bytes == payload and seen.host_syncs == 0 and seen.races == []
 
 There is one PrivateUse1 key, and a process that has registered a backend has it until it ends: so tests that use this
-device run in a process of their own (`own_process.py` says how to set a folder of such tests up).
+device run in a process of their own (`tests/own_process.py` says how to set a folder of such tests up).
 
 Not here: torch.Stream and torch.Event (use those of the device module), autograd on side threads, random numbers per
 device, `out=` arguments that have to grow.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_device import own_process
+from tests import own_process
 
 CHECKS = Path(__file__).parent / "checks"
 

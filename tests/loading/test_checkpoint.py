@@ -271,6 +271,7 @@ def test_truncated_data_is_called_so(tmp_path: Path) -> None:
     refused(file, "truncated", f"describes {size + 3} bytes", f"has {size}")
 
 
+@pytest.mark.own_process
 def test_no_memory_is_reserved_for_a_header_that_is_too_long(tmp_path: Path) -> None:
     """Nor is one that is there, in a sparse file, above the format's limit of 100 MB."""
     file = a_file(tmp_path)

@@ -137,8 +137,9 @@ def cpu_seconds_of_planning(blocks: int) -> float:
     return min(seconds)
 
 
+@pytest.mark.own_process
 def test_ten_thousand_tensors_take_less_than_a_second_and_time_is_linear() -> None:
-    with without_collector():  # as a load plans: what it would search is the heap of all tests before this one
+    with without_collector():  # as a load plans
         seconds = cpu_seconds_of_planning(500)
         assert seconds < 1
         assert seconds < 9 * cpu_seconds_of_planning(125)  # four times; squares would be 16

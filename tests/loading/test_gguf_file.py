@@ -263,6 +263,7 @@ def check_places(header: GGUFHeader, size: int) -> None:
     assert not header.entries or end <= size
 
 
+@pytest.mark.own_process
 def test_no_memory_is_reserved_for_what_a_damaged_header_announces(tmp_path: Path) -> None:
     """In a sparse file of 8 GB, so that only the limit of a header stands against the numbers."""
     path = tmp_path / "x.gguf"

@@ -281,6 +281,7 @@ def test_a_file_of_other_weights_is_refused(torch_hub: Path) -> None:
 # Before the run
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 import time
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -45,13 +45,13 @@ def peak_of() -> Iterator[list[int]]:
         thread.join()
 
 
+@pytest.mark.own_process
 def test_resident_memory_falls_to_the_ring(tmp_path: Path) -> None:
     def make() -> nn.Sequential:
         return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(75))).requires_grad_(False)
 
     x = torch.randn(1, WIDTH)
     make()[0](x)  # thread pools, allocator
-    gc.collect()  # what earlier tests left is not to be freed while this one measures
     release_freed_memory()
     baseline = resident_bytes()
     model = make()

@@ -1,10 +1,10 @@
-"""These tests run in a process of their own: see tests/fake_device/own_process.py."""
+"""These tests run in a process of their own: see tests/own_process.py."""
 
 import gc
 
 import pytest
 
-from tests.fake_device import own_process
+from tests import own_process
 
 
 @pytest.hookimpl(trylast=True)  # imports torch: after the environment is set
