@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from qexp.loading.conversion import converted
 from qexp.loading.dtypes import TORCH_DTYPES
 from qexp.loading.fp32 import compute_in_fp32
 from qexp.loading.patterns import patterns_lost, unmatched_patterns
-from qexp.loading.pipeline import Choice, nowhere, stream
+from qexp.loading.pipeline import Choice, nowhere, on_cpu, stream
 from qexp.loading.placement import (
     DeviceMap,
     Placement,
@@ -282,12 +282,14 @@ def stream_plan(
     loader: LoaderConfig,
     title: str,
     *,
+    device_of: Callable[[WorkItem], torch.device] = on_cpu,
     in_place: Choice = nowhere,
     by_rows: Choice = nowhere,
     is_slow: bool = False,
 ) -> Iterator[tuple[WorkItem, Any]]:
-    """Run work items through the pipeline with the loader's settings, showing progress. The choices: see `stream`.
+    """Run work items through the pipeline with the loader's settings, showing progress.
 
+    device_of, in_place, by_rows: see `stream`.
     is_slow: whether the caller does more with a result than to keep it; no more of them than the loader's
     `in_flight_mib` wait for it then.
     """
@@ -298,6 +300,7 @@ def stream_plan(
         create,
         workers=workers,
         in_flight_bytes=in_flight_bytes,
+        device_of=device_of,
         in_place=in_place,
         by_rows=by_rows,
         ahead_bytes=in_flight_bytes if is_slow else None,
@@ -323,8 +326,11 @@ def _load_weights(
     model = prepared.model
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
+    def device_of(item: WorkItem) -> torch.device:  # also of what travels there: it gets the bytes of a resident weight
+        return placement.device_of(item.target)
+
     def create(item: WorkItem, first: Tensor, *others: Tensor) -> Tensor:
-        device = placement.device_of(item.target)  # also of what travels there: it gets the bytes of a resident weight
+        device = device_of(item)
         if item.spec is None:
             copied = _dense(item, first, device)
             if item.target in parameters:  # a buffer may hold a mask of infinities
@@ -338,17 +344,25 @@ def _load_weights(
     if dispatch is not None:
         dispatch.expect([item.target for item in items])
 
-    def on_cpu(item: WorkItem) -> bool:  # where results share what was read
-        return placement.device_of(item.target).type == "cpu"
+    def stays_on_cpu(item: WorkItem) -> bool:  # where results share what was read
+        return device_of(item).type == "cpu"
 
     def dense_weight(item: WorkItem) -> bool:  # which quantizers take in slices of rows
         is_plain = item.source.block_type is None and item.source.transform is None
         return item.spec is not None and not item.stored and is_plain and prepared.quantizer.takes_rows(item.spec)
 
     title, is_slow = f"{component}: loading", dispatch is not None  # which packs, pins, and writes groups to disk
-    for item, tensor in stream_plan(
-        items, create, loader, title, in_place=on_cpu, by_rows=dense_weight, is_slow=is_slow
-    ):
+    results = stream_plan(
+        items,
+        create,
+        loader,
+        title,
+        device_of=device_of,
+        in_place=stays_on_cpu,
+        by_rows=dense_weight,
+        is_slow=is_slow,
+    )
+    for item, tensor in results:
         _assign(model, item.target, tensor)
         del tensor  # a group that is complete moves away: nobody else may hold it
         if dispatch is not None:

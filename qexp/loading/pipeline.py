@@ -4,11 +4,12 @@
              release the GIL
     caller   gets (item, result) in the order of the items, whichever worker was first
 
-An item is read in one of three ways:
+An item is read in one of four ways:
 
     by rows   a weight to quantize, slice by slice, as `create` asks for its rows, into a small buffer that stays in
               the processor's cache
     in place  what is kept as it is in the file, in a load on the CPU: straight into its final memory
+    sent      on an accelerator with streams, anything else, whole, through pinned buffers
     staged    anything else, whole, into an arena of `in_flight_bytes`, or of the largest such tensor if that is
               larger; whoever takes the next item waits while there is no room for it
 
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qexp.loading.accelerator import Lanes, has_streams
 from qexp.loading.arena import Arena, Stopped, Window, aligned
 from qexp.loading.checkpoint import TensorEntry
 from qexp.loading.dtypes import TORCH_DTYPES
@@ -35,11 +37,16 @@ from qexp.memory import use_huge_pages
 
 Create = Callable[..., Any]  # (item, tensor of each entry) -> result
 Choice = Callable[[WorkItem], bool]
+CPU = torch.device("cpu")
 TENSOR_ALIGNMENT = 64  # of tensors that share a place in the arena
 
 
 def nowhere(item: WorkItem) -> bool:
     return False
+
+
+def on_cpu(item: WorkItem) -> torch.device:
+    return CPU
 
 
 def stream(
@@ -48,14 +55,17 @@ def stream(
     *,
     workers: int,
     in_flight_bytes: int,
+    device_of: Callable[[WorkItem], torch.device] = on_cpu,
     in_place: Choice = nowhere,
     by_rows: Choice = nowhere,
     ahead_bytes: int | None = None,
 ) -> Iterator[tuple[WorkItem, Any]]:
     """Read each item's tensor, apply `create` to it on a worker, and yield (item, result) in the order of `items`.
 
-    create: (item, a tensor for each of item.entries, on the CPU as in the checkpoint) -> result, called without grad.
-    The tensors' memory is used again when it returns, so the result must not share it.
+    create: (item, a tensor for each of item.entries, as in the checkpoint) -> result, called without grad. The tensors
+    are on the item's device if that has streams, else on the CPU, where their memory is used again when it returns, so
+    the result must not share it.
+    device_of: where `create` works and its result will be.
     in_place: whether an item that is kept as it is gets memory of its own, for results that share it (on the CPU).
     by_rows: whether `create` gets a `RowReader` in place of a tensor; of items with one plain entry.
     ahead_bytes: of results that workers may have made, or be making, before the caller is done with them (at least
@@ -63,11 +73,14 @@ def stream(
     Raises whatever a stage raised; all threads have ended when it does.
     """
 
+    def is_sent(item: WorkItem) -> bool:
+        return not by_rows(item) and has_streams(device_of(item))
+
     def is_staged(item: WorkItem) -> bool:
-        return not (by_rows(item) or (in_place(item) and _is_unchanged(item)))
+        return not (by_rows(item) or is_sent(item) or (in_place(item) and _is_unchanged(item)))
 
     arena = Arena(_arena_bytes([_room(item) for item in items if is_staged(item)], in_flight_bytes))
-    window = Window(ahead_bytes)
+    sent, window = Window(in_flight_bytes), Window(ahead_bytes)
     numbered, turn = iter(enumerate(items)), threading.Lock()
     done, stop = queue.SimpleQueue[Any](), threading.Event()
 
@@ -78,7 +91,16 @@ def stream(
             if item is None or stop.is_set():
                 return None
             window.enter(item.result_nbytes)
+            if is_sent(item):
+                sent.enter(_room(item))
             return index, item, *(arena.acquire(_room(item)) if is_staged(item) else (None, None))
+
+    def make(reader: Reader, item: WorkItem, room: Tensor | None) -> Any:
+        if by_rows(item):
+            return create(item, reader.rows(item.source))
+        device = device_of(item) if is_sent(item) else CPU
+        tensors = [reader.read(entry, part) for entry, part in _parts(item, room, device)]
+        return create(item, *_transformed(item, tensors))
 
     def worker() -> None:
         torch.set_num_threads(1)  # of this thread: the workers are the parallelism
@@ -86,17 +108,14 @@ def stream(
             with torch.no_grad(), closing(Reader(stop)) as reader:  # grad mode is not inherited by threads
                 while (task := take()) is not None:
                     index, item, ticket, room = task
-                    if by_rows(item):
-                        result = create(item, reader.rows(item.source))
-                    else:
-                        tensors = [reader.read(entry, part) for entry, part in _parts(item, room)]
-                        result = create(item, *_transformed(item, tensors))
-                        del tensors
+                    result = lanes.run(device_of(item), make, reader, item, room)
                     del task, room
                     done.put((index, result))
                     del result
                     if ticket is not None:
                         arena.release(ticket)
+                    if is_sent(item):
+                        sent.leave(_room(item))
         except Stopped:
             pass
         except BaseException as error:
@@ -105,9 +124,10 @@ def stream(
     def halt() -> None:
         stop.set()
         arena.stop()
+        sent.stop()
         window.stop()
 
-    with _running([worker] * workers, halt):
+    with closing(Lanes(map(device_of, items))) as lanes, _running([worker] * workers, halt):
         yield from _in_order(items, done, window)
 
 
@@ -177,12 +197,12 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
 
 
-def _parts(item: WorkItem, room: Tensor | None) -> Iterator[tuple[TensorEntry, Tensor]]:
+def _parts(item: WorkItem, room: Tensor | None, device: torch.device) -> Iterator[tuple[TensorEntry, Tensor]]:
     """Each entry of an item with the uint8 tensor to read it into: a part of `room`, or memory of its own."""
     start = 0
     for entry in item.entries:
         if room is None:
-            yield entry, use_huge_pages(torch.empty(entry.nbytes, dtype=torch.uint8))
+            yield entry, use_huge_pages(torch.empty(entry.nbytes, dtype=torch.uint8, device=device))
         else:
             yield entry, room[start : start + entry.nbytes]
             start += _padded(entry.nbytes)

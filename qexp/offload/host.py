@@ -28,9 +28,7 @@ def aligned_buffer(nbytes: int, device: torch.device, *, pinned: bool = False, a
         try:
             buffer = buffer.pin_memory()
         except RuntimeError as error:
-            log.warning(
-                "offload: %d bytes of host memory stay pageable, copies of them do not overlap: %s", nbytes, error
-            )
+            log.warning("%d bytes of host memory stay pageable, copies of them do not overlap: %s", nbytes, error)
     start = -buffer.data_ptr() % alignment
     return buffer[start : start + nbytes]
 

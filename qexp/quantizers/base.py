@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from qexp.loading.checkpoint import TensorEntry
 
-SLICE_WEIGHTS = {"cpu": 1 << 19, "cuda": 1 << 24}  # weights a library kernel is given at a time
+SLICE_WEIGHTS = {"cpu": 1 << 19, "cuda": 1 << 22}  # weights a library kernel is given at a time
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,15 @@ class WeightSpec:
 
 
 class Rows(Protocol):
-    """A dense weight, or one of which rows are read from the checkpoint when they are asked for."""
+    """A dense weight of which rows are read from the checkpoint when they are asked for."""
 
     @property
     def dtype(self) -> torch.dtype: ...
 
     def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+    def send(self, target: Tensor, start: int, /) -> None:
+        """Read rows from `start` on into memory of an accelerator."""
 
 
 class Quantizer:
@@ -283,7 +286,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def row_slices(
-    spec: WeightSpec, weight: Rows, device: torch.device, rows_multiple: int = 1, check: bool = True
+    spec: WeightSpec, weight: Tensor | Rows, device: torch.device, rows_multiple: int = 1, check: bool = True
 ) -> Iterator[tuple[slice, Tensor]]:
     """A dense weight in slices of whole rows, on `device`, contiguous, in the dtype it is quantized from.
 
@@ -308,18 +311,13 @@ def row_slices(
         start = stop
 
 
-def _rows_on(device: torch.device, weight: Rows, start: int, stop: int, columns: int) -> Tensor:
-    """Rows of a weight on a device. What is read for an accelerator goes there in pieces of the size of a slice on the
-    CPU: its own are large, and each worker would keep a buffer for one."""
+def _rows_on(device: torch.device, weight: Tensor | Rows, start: int, stop: int, columns: int) -> Tensor:
     import torch
 
     if device.type == "cpu" or isinstance(weight, torch.Tensor):
         return weight[start:stop].to(device)
     part = torch.empty((stop - start, columns), dtype=weight.dtype, device=device)
-    step = max(SLICE_WEIGHTS["cpu"] // max(columns, 1), 1)
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        part[first - start : last - start].copy_(weight[first:last])  # done when it returns: it is no pinned memory
+    weight.send(part, start)
     return part
 
 

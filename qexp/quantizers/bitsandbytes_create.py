@@ -21,7 +21,7 @@ Quantize = Callable[["Tensor", "Tensor", "Tensor"], None]  # (weights, where to 
 
 
 def create_4bit(
-    config: BitsAndBytesConfig, spec: base.WeightSpec, weight: base.Rows, device: torch.device
+    config: BitsAndBytesConfig, spec: base.WeightSpec, weight: Tensor | base.Rows, device: torch.device
 ) -> nn.Parameter:
     import torch
 
@@ -66,7 +66,7 @@ def create_4bit(
     )
 
 
-def create_8bit(spec: base.WeightSpec, weight: base.Rows, device: torch.device) -> nn.Parameter:
+def create_8bit(spec: base.WeightSpec, weight: Tensor | base.Rows, device: torch.device) -> nn.Parameter:
     import torch
 
     from qexp.quantizers.rowwise_8bit import llm_int8

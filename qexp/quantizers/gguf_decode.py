@@ -131,8 +131,8 @@ def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @constant
 def _bit_table(device: torch.device) -> Tensor:
     """Byte -> its bits in the eight bytes of an int64."""
-    values = torch.arange(256, device=device)[:, None]
-    return (values >> torch.arange(8, device=device) & 1).to(torch.uint8).view(torch.int64).flatten()
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return bits.to(torch.uint8).view(torch.int64).flatten().to(device)  # there when it returns, for every stream
 
 
 @constant

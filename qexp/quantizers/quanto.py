@@ -174,7 +174,7 @@ class QuantoQuantizer(base.Quantizer):
         create = self._create_8bit if self._bits == 8 else self._create_packed
         return torch.nn.Parameter(create(spec, sources[0], device), requires_grad=False)
 
-    def _create_8bit(self, spec: base.WeightSpec, weight: base.Rows, device: torch.device) -> Tensor:
+    def _create_8bit(self, spec: base.WeightSpec, weight: Tensor | base.Rows, device: torch.device) -> Tensor:
         import torch
 
         from qexp.quantizers.rowwise_8bit import quanto_int8
@@ -202,7 +202,7 @@ class QuantoQuantizer(base.Quantizer):
             self._activation_qtype,
         )
 
-    def _create_packed(self, spec: base.WeightSpec, weight: base.Rows, device: torch.device) -> Tensor:
+    def _create_packed(self, spec: base.WeightSpec, weight: Tensor | base.Rows, device: torch.device) -> Tensor:
         import torch
 
         qtype, rows_of, size = self._qtype, base.RowAssembler(spec.shape[0]), group_size(spec.shape[1])

@@ -1,15 +1,17 @@
 """Every option of conf/backend loaded straight onto the device: memory, bytes, dequantizing, saving and loading again.
 
 The memory bound of a load is the quantized model, the largest dense weight and what the workers' kernels use: a slice
-of at most 2^24 weights at a time, 48 bytes for each. Bytes are compared with those that the CPU makes of the same
-weights; they have to be equal where the kernel is the same formula in PyTorch (`EXACT`), elsewhere the error may differ
-by a twentieth of a decibel, since a library's kernels for CPU and GPU round ties and sum in orders of their own.
+of at most 2^22 weights at a time, 48 bytes for each; with more workers than lanes, that in each lane. Bytes are compared
+with those that the CPU makes of the same weights; they have to be equal where the kernel is the same formula in PyTorch
+(`EXACT`), elsewhere the error may differ by a twentieth of a decibel, since a library's kernels for CPU and GPU round
+ties and sum in orders of their own.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from gpu_checks.accelerator import MIB, Accelerator
 from gpu_checks.checks import Checks, Outcome
 from gpu_checks.subjects import batches, load_net
+from qexp.loading.accelerator import LANES
 from qexp.metrics.tensors import compare
 from qexp.offload.payload import leaves, module_nbytes, sites
 
@@ -26,7 +29,8 @@ GROUP = "loading"
 EXACT = ("none", "gguf")  # quant_method
 MOST_DB = 0.05
 BYTES_A_WEIGHT = 48
-SLICE_WEIGHTS = 1 << 24
+SLICE_WEIGHTS = 1 << 22
+IN_FLIGHT_BYTES = 64 * MIB  # loader.in_flight_mib
 AGREEMENT = 0.08  # relative L2 between the quantized model's answer and the dequantized one's; some round activations
 
 
@@ -50,16 +54,19 @@ def dense_weights(model: Any, option: str) -> dict[str, Tensor]:
     return {name: tensor.float().cpu() for name, tensor in dense.state_dict().items() if tensor.dim() == 2}
 
 
-def memory(option: str, folder: Path, accelerator: Accelerator, dtype: torch.dtype) -> Outcome:
+def memory(option: str, folder: Path, accelerator: Accelerator, dtype: torch.dtype, *, workers: int = 1) -> Outcome:
     accelerator.settle()
     before = accelerator.allocated_bytes()
     with accelerator.peak() as watched:  # which the load starts anew when it has warmed up
-        loaded = load_net(option, folder, accelerator.device, dtype, workers=1)
+        loaded = load_net(option, folder, accelerator.device, dtype, workers=workers)
         peak = max(watched() - before, 0)
     accelerator.settle()
     result_bytes, largest = module_nbytes(loaded.model), loaded.plan.items
     weights = max(item.numel for item in largest)
-    bound = result_bytes + weights * dtype.itemsize + min(weights, SLICE_WEIGHTS) * BYTES_A_WEIGHT + 8 * MIB
+    in_flight, slices = weights * dtype.itemsize, min(weights, SLICE_WEIGHTS) * BYTES_A_WEIGHT
+    if workers > 1:
+        in_flight, slices = max(in_flight, IN_FLIGHT_BYTES), min(workers, LANES) * slices
+    bound = result_bytes + in_flight + slices + 8 * MIB
     held = accelerator.allocated_bytes() - before
     numbers = {
         "result_bytes": result_bytes,
@@ -138,6 +145,7 @@ def saved(option: str, folder: Path, accelerator: Accelerator, dtype: torch.dtyp
 
 CHECKS: dict[str, tuple[str, Callable[[str, Path, Accelerator, torch.dtype], Outcome]]] = {
     "memory": ("large", memory),
+    "memory, 8 workers": ("large", partial(memory, workers=8)),
     "against the CPU": ("net", against_cpu),
     "dequantize": ("net", dequantized),
     "save and load": ("net", saved),

@@ -16,6 +16,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from tests.fake_device import counters, memory, races
 from tests.fake_device.copies import copy_from
+from tests.fake_device.counters import one_at_a_time
 from tests.fake_device.memory import is_on_device
 from tests.fake_device.streams import DeviceModule, Stream, current_stream
 
@@ -39,10 +40,10 @@ def install() -> None:
     for name in KEPT_WHOLE:
         aten.impl(name, partial(run_on_host, getattr(torch.ops.aten, name).default), KEY)
     for name, operation in OPERATIONS.items():
-        aten.impl(name, operation, KEY)
+        aten.impl(name, one_at_a_time(operation), KEY)
     for key in ("CPU", KEY):
         aten.impl("is_pinned", memory.is_pinned, key)
-        aten.impl("_pin_memory", memory.pin, key)
+        aten.impl("_pin_memory", one_at_a_time(memory.pin), key)
     every.fallback(run_on_host, KEY)
     torch.Tensor.record_stream = lambda tensor, stream: races.record_stream(tensor, stream.number)  # type: ignore
 
@@ -142,6 +143,7 @@ class Kernel:
         return new
 
 
+@one_at_a_time
 def run_on_host(operation: Any, *args: Any, **kwargs: Any) -> Any:
     """The fallback for every operation that has no entry above."""
     used = list(_tensors([*args, *kwargs.values()]))

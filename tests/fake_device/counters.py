@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import Any
 
 DEVICES = 3
+
+_lock = threading.RLock()
+
+
+def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The device does what one thread asks of it after the other: its books are simple."""
+
+    @wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with _lock:
+            return function(*args, **kwargs)
+
+    return alone
 
 
 @dataclass

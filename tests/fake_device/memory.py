@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.fake_device import counters, races
+from tests.fake_device.counters import one_at_a_time
 
 NAME = "fake"
 DLPACK_HOST, DLPACK_DEVICE = 1, 12  # kDLCPU, kDLExtDev
@@ -60,6 +61,7 @@ def allocate(tensor: Tensor, index: int, stream: int, clock: races.Clock) -> Ten
     counters.allocated(index, nbytes)
     races.allocate(address, stream, clock)
 
+    @one_at_a_time
     def free() -> None:
         counters.total.live_bytes[index] -= nbytes
         races.free(address)
@@ -85,6 +87,7 @@ def pin(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     _pinned.add(address)
     counters.total.pinned_bytes += nbytes
 
+    @one_at_a_time
     def unpin() -> None:
         _pinned.discard(address)
         counters.total.pinned_bytes -= nbytes

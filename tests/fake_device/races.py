@@ -81,7 +81,8 @@ def free(address: int) -> None:
 
 
 def record_stream(tensor: Tensor, stream: int) -> None:
-    _allocations[tensor.untyped_storage().data_ptr()].recorded.add(stream)
+    if tensor.numel():
+        _allocations[tensor.untyped_storage().data_ptr()].recorded.add(stream)
 
 
 def access(tensor: Tensor, stream: int, clock: Clock, *, write: bool, what: str) -> None:

@@ -2,10 +2,13 @@
 
 Kernels run when they are launched. Copies on a side stream run late, when somebody waits for them: a compute stream
 that waits for an event, or the host. What a stream knows about the others is kept in a vector clock (`races.py`).
+
+Which device and which streams are current is each thread's own affair; what one thread of the host knows, all know.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,6 +18,7 @@ from itertools import count
 import torch
 
 from tests.fake_device import counters, memory, races
+from tests.fake_device.counters import one_at_a_time
 
 Device = torch.device | str | int | None
 
@@ -24,7 +28,7 @@ def index_of(device: Device) -> int:
     if isinstance(device, int):
         return device
     index = None if device is None else torch.device(device).index
-    return _current_device[-1] if index is None else index
+    return _current.devices[-1] if index is None else index
 
 
 class Stream:
@@ -42,6 +46,7 @@ class Stream:
     def device(self) -> torch.device:
         return torch.device(memory.NAME, self.index)
 
+    @one_at_a_time
     def launch(self, work: Callable[[], None], *, late: bool) -> None:
         """Run one operation, after those before it; or leave it until somebody waits."""
         if late:
@@ -56,6 +61,7 @@ class Stream:
             self.delivered += 1
             self._late.pop(0)()
 
+    @one_at_a_time
     def wait_event(self, event: Event) -> None:
         event.deliver()
         races.join(self.clock, event.clock)
@@ -68,6 +74,7 @@ class Stream:
         event.record(self)
         return event
 
+    @one_at_a_time
     def synchronize(self) -> None:
         """Let the host wait for everything on this stream."""
         counters.total.host_syncs += 1
@@ -86,6 +93,7 @@ class Event:
         self.clock: races.Clock = {}
         self.position = 0
 
+    @one_at_a_time
     def record(self, stream: Stream | None = None) -> None:
         self.stream = stream or current_stream()
         races.join(self.stream.clock, races.host)
@@ -98,6 +106,7 @@ class Event:
     def wait(self, stream: Stream | None = None) -> None:
         (stream or current_stream()).wait_event(self)
 
+    @one_at_a_time
     def synchronize(self) -> None:
         counters.total.host_syncs += 1
         self.deliver()
@@ -107,15 +116,24 @@ class Event:
         return self.stream is None or self.stream.delivered >= self.position
 
 
-_current_device = [0]
 _warn_of_syncs = [False]
 _streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 _default = [Stream(index) for index in range(counters.DEVICES)]
-_current = list(_default)
+
+
+class Current(threading.local):
+    """Of a thread: the devices that it made current, the last one valid, and the stream of each device."""
+
+    def __init__(self) -> None:
+        self.devices = [0]
+        self.streams = list(_default)
+
+
+_current = Current()
 
 
 def current_stream(device: Device = None) -> Stream:
-    return _current[index_of(device)]
+    return _current.streams[index_of(device)]
 
 
 def is_default(stream: Stream) -> bool:
@@ -145,32 +163,33 @@ class DeviceModule:
         return counters.DEVICES
 
     def current_device(self) -> int:
-        return _current_device[-1]
+        return _current.devices[-1]
 
     def set_device(self, device: Device) -> None:
-        _current_device[-1] = index_of(device)
+        _current.devices[-1] = index_of(device)
 
     def default_stream(self, device: Device = None) -> Stream:
         return _default[index_of(device)]
 
     @contextmanager
     def device(self, device: Device) -> Iterator[None]:
-        _current_device.append(index_of(device))
+        _current.devices.append(index_of(device))
         try:
             yield
         finally:
-            _current_device.pop()
+            _current.devices.pop()
 
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
         """Make a stream current, and its device."""
-        before, _current[stream.index] = _current[stream.index], stream
+        before, _current.streams[stream.index] = current_stream(stream.index), stream
         try:
             with self.device(stream.index):
                 yield
         finally:
-            _current[stream.index] = before
+            _current.streams[stream.index] = before
 
+    @one_at_a_time
     def synchronize(self, device: Device = None) -> None:
         counters.total.host_syncs += 1
         for stream in list(_streams):

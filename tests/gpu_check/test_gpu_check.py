@@ -47,7 +47,7 @@ def test_on_a_cpu_everything_passes(tmp_path: Path) -> None:
     assert result["versions"]["torch"] == torch.__version__ and result["date"] and result["host"]
     assert set(result["git"]) == {"commit", "dirty"}
     # none; three places × model, sequential, and leaf and block without streams
-    assert len(rows(result, "offload")) == 1 + 3 * 4 and len(rows(result, "loading")) == 4
+    assert len(rows(result, "offload")) == 1 + 3 * 4 and len(rows(result, "loading")) == 5
     peers = [line["mode"] for line in result["speed"]["modes"] if line["mode"].startswith("diffusers")]
     assert peers == ["diffusers leaf no stream", "diffusers block no stream"]
     assert all(line["equal"] for line in result["speed"]["modes"])

@@ -189,15 +189,16 @@ def option(backend: str) -> Any:
     return backend_config(path)
 
 
-def load(backend: str, *, depth: int = 3, device: str = "cpu", **placement: Any) -> nn.Module:
+def load(backend: str, *, depth: int = 3, device: str = "cpu", workers: int = 1, **placement: Any) -> nn.Module:
     """The same model quantized while it is loaded, by an option of conf/backend."""
     with tempfile.TemporaryDirectory() as folder:
-        source: Any = save(Path(folder), depth)
-        settings = ComponentConfig(option(backend))
-        loaded = load_component(
-            source, "net", settings, device=torch.device(device), loader=LoaderConfig(workers=1), **placement
-        )
-    return loaded.model
+        source = save(Path(folder), depth)
+        return load_from(source, backend, device=device, workers=workers, **placement)
+
+
+def load_from(source: Any, backend: str, *, device: str, workers: int = 1, **placement: Any) -> nn.Module:
+    settings, loader = ComponentConfig(option(backend)), LoaderConfig(workers=workers)
+    return load_component(source, "net", settings, device=torch.device(device), loader=loader, **placement).model
 
 
 def make(kind: str, *, depth: int = 3) -> nn.Module:

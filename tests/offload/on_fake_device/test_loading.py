@@ -7,9 +7,9 @@ import gc
 import pytest
 import torch
 
+from qexp.loading import reading
 from qexp.memory import PeakMemory
 from qexp.offload.payload import leaves, module_nbytes, sites
-from qexp.quantizers import base
 from tests.fake_device import memory
 from tests.offload import model_zoo as zoo
 from tests.offload.on_fake_device.harness import DEVICE, live_bytes, run
@@ -34,8 +34,7 @@ def test_a_model_loaded_on_the_device_is_the_one_loaded_on_the_cpu(backend: str)
 
 def test_a_weight_that_reaches_the_device_in_pieces_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = zoo.load("torchao", device=str(DEVICE)).state_dict()
-    monkeypatch.setitem(base.SLICE_WEIGHTS, DEVICE.type, 1 << 24)
-    monkeypatch.setitem(base.SLICE_WEIGHTS, "cpu", 100)
+    monkeypatch.setattr(reading, "PIECE_BYTES", 300)  # no whole number of rows, or of a weight's bytes
     found = zoo.load("torchao", device=str(DEVICE)).state_dict()
     for name, tensor in expected.items():
         alike = zip(leaves(found[name]), leaves(tensor), strict=True)
