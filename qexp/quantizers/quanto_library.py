@@ -6,6 +6,9 @@ site-packages; a few lines of PyTorch that give the same result are put in the e
 nvcc compile another one for minutes, or fail: that is replaced as well, and with it go its kernels for float8 (Marlin)
 and for int4 in fp16 (AWQ). Such layers multiply with the dequantized weight; int4 in bf16 has a kernel in PyTorch.
 
+Its wrappers of whole models (`QuantizedTransformersModel` …) import transformers and diffusers, 8 CPU seconds to the 0.3
+of the rest: they are imported when somebody asks for one.
+
 The library writes shapes as text and parses them with `ast`, which Python 3.11 cannot do on several threads at once:
 there is a lock.
 """
@@ -18,7 +21,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import cache
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from qexp.quantizers import base
@@ -30,12 +33,14 @@ if TYPE_CHECKING:
 INT8_KERNEL_COLUMNS = 16
 INT8_KERNEL_ALIGNMENT = 32
 
+MODELS = "optimum.quanto.models"
+
 
 @cache
 def library() -> Any:
     """The library, with the replacements that the module's text explains."""
-    with base.quiet():  # the library imports diffusers where it is installed
-        from optimum import quanto
+    with base.quiet():
+        quanto = _without_models()
         from optimum.quanto.library.extensions.cpp import ext
 
     ext._lib = SimpleNamespace(unpack=unpack)
@@ -51,6 +56,29 @@ def library() -> Any:
             module.ast = SimpleNamespace(literal_eval=literal_eval)  # type: ignore[attr-defined]
     products: Any = importlib.import_module("optimum.quanto.library.qbytes_mm")
     products.qbytes_int8pack_mm = int8_product(products.qbytes_int8pack_mm, products.qbytes_mm)
+    return quanto
+
+
+def _without_models() -> Any:
+    """The library, which imports the modules of `MODELS` when it is asked for what only they have."""
+    is_imported = "optimum.quanto" in sys.modules
+    if not is_imported:
+        sys.modules[MODELS] = ModuleType(MODELS)
+    try:
+        quanto: Any = importlib.import_module("optimum.quanto")
+    finally:
+        if not is_imported:
+            del sys.modules[MODELS]
+
+    def find(name: str) -> Any:
+        if not name.startswith("_"):
+            models = importlib.import_module(MODELS)
+            if hasattr(models, name):
+                return getattr(models, name)
+        raise AttributeError(f"module {quanto.__name__!r} has no attribute {name!r}")
+
+    if not is_imported:
+        quanto.__getattr__ = find
     return quanto
 
 
