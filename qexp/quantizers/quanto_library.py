@@ -6,8 +6,8 @@ site-packages; a few lines of PyTorch that give the same result are put in the e
 nvcc compile another one for minutes, or fail: that is replaced as well, and with it go its kernels for float8 (Marlin)
 and for int4 in fp16 (AWQ). Such layers multiply with the dequantized weight; int4 in bf16 has a kernel in PyTorch.
 
-Its wrappers of whole models (`QuantizedTransformersModel` …) import transformers and diffusers, 8 CPU seconds to the 0.3
-of the rest: they are imported when somebody asks for one.
+Its wrappers of whole models (`QuantizedTransformersModel` …) import transformers and diffusers, 8 CPU seconds to the
+0.3 of the rest: they are imported when somebody asks for one.
 
 The library writes shapes as text and parses them with `ast`, which Python 3.11 cannot do on several threads at once:
 there is a lock.
