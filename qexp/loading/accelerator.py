@@ -11,8 +11,7 @@ Source: PyTorch's notes on CUDA semantics ("Use pinned memory buffers", "Memory 
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -71,22 +70,25 @@ class Lanes:
 
 
 class PinnedPieces:
-    """Two pinned buffers by which one thread sends bytes to an accelerator: one is filled while the other is copied."""
+    """Two pinned buffers by which one thread sends bytes to an accelerator: one is filled while the other is copied.
+    Where the device has no streams, plain memory, and each copy has ended when it returns."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
         self._copied: list[Any] = [None, None]  # the event after the last copy out of each
 
-    @contextmanager
-    def next(self, device: torch.device) -> Iterator[Tensor]:
-        """A buffer, uint8 [PIECE_BYTES + PAGE_BYTES] from the start of a page, to fill and copy from in the block."""
+    def send(self, target: Tensor, fill: Callable[[Tensor], Tensor]) -> None:
+        """Copy what `fill` puts into a buffer, uint8 [PIECE_BYTES + PAGE_BYTES] from the start of a page, to the memory
+        of an accelerator. `fill` returns the part to copy."""
+        device, host = target.device, torch.device("cpu")
+        asynchronous = has_streams(device)
         if not self._buffers:
             nbytes = PIECE_BYTES + PAGE_BYTES
-            host, pinned = torch.device("cpu"), has_streams(device)
-            self._buffers = [aligned_buffer(nbytes, host, pinned=pinned, alignment=PAGE_BYTES) for _ in range(2)]
+            self._buffers = [aligned_buffer(nbytes, host, pinned=asynchronous, alignment=PAGE_BYTES) for _ in range(2)]
         if self._copied[0] is not None:
             self._copied[0].synchronize()
-        yield self._buffers[0]
-        self._copied[0] = torch.get_device_module(device).current_stream(device).record_event()
+        target.copy_(fill(self._buffers[0]), non_blocking=asynchronous)
+        if asynchronous:
+            self._copied[0] = torch.get_device_module(device).current_stream(device).record_event()
         self._buffers.reverse()
         self._copied.reverse()

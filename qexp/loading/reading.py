@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,7 @@ class Reader:
         first, nbytes = start * row_bytes, (stop - start) * row_bytes
         if nbytes + PAGE_BYTES > len(self._buffer):
             self._buffer = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8)
-        part = _part(self._buffer, nbytes, source.offset + first)
-        self._fill(part, source, first)
+        part = self._fill_part(nbytes, source, first, self._buffer)
         return part.view(TORCH_DTYPES[source.dtype]).view(stop - start, *source.shape[1:])
 
     def send(self, target: Tensor, source: TensorEntry, skip: int) -> None:
@@ -74,10 +74,15 @@ class Reader:
         is room for. Its last copies may still run, in the current stream, when this returns."""
         for start in range(0, len(target), PIECE_BYTES):
             room = target[start : start + PIECE_BYTES]
-            with self._pieces.next(target.device) as buffer:
-                part = _part(buffer, len(room), source.offset + skip + start)
-                self._fill(part, source, skip + start)
-                room.copy_(part, non_blocking=True)
+            self._pieces.send(room, partial(self._fill_part, len(room), source, skip + start))
+
+    def _fill_part(self, nbytes: int, source: TensorEntry, skip: int, buffer: Tensor) -> Tensor:
+        """Read so many bytes of a tensor, from the `skip`th on, to where in a buffer that is fast; returns that."""
+        ahead = (buffer.data_ptr() - source.offset - skip) % PAGE_BYTES  # of the source in its page
+        shift = ALIGNMENT if 0 < ahead < ALIGNMENT else 0
+        part = buffer[shift : shift + nbytes]
+        self._fill(part, source, skip)
+        return part
 
     def _fill(self, buffer: Tensor, source: TensorEntry, skip: int) -> None:
         """Read the bytes of a tensor from the `skip`th on, as many as there is room for."""
@@ -117,13 +122,6 @@ class Reader:
             self._opened[file] = os.open(file, os.O_RDONLY)
             os.posix_fadvise(self._opened[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads ahead twice as far
         return self._opened[file]
-
-
-def _part(buffer: Tensor, nbytes: int, offset: int) -> Tensor:
-    """Where in a buffer to read so many bytes to, from an offset in a file."""
-    ahead = (buffer.data_ptr() - offset) % PAGE_BYTES  # of the source in its page
-    shift = ALIGNMENT if 0 < ahead < ALIGNMENT else 0
-    return buffer[shift : shift + nbytes]
 
 
 class RowReader:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qexp.loading import accelerator
+from qexp.loading import accelerator, reading
 from qexp.loading.accelerator import LANES, PIECE_BYTES
 from qexp.loading.checkpoint import open_checkpoint
 from qexp.loading.dtypes import TORCH_DTYPES
@@ -79,14 +79,24 @@ def test_a_saved_model_is_read_onto_the_device(backend: str, tmp_path: Path) -> 
     assert live_bytes() - before < 512
 
 
+@pytest.mark.parametrize("backend", ["none", "torchao", "gguf"])
+def test_a_device_without_streams(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metal's has none: everything is in order, and waits."""
+    expected = plain(zoo.load(backend, device=str(DEVICE)))
+    for name in ("Stream", "current_stream"):
+        monkeypatch.delattr(streams.DeviceModule, name)
+    monkeypatch.setattr(reading, "PIECE_BYTES", 300)
+    with measure() as seen:
+        model = zoo.load(backend, device=str(DEVICE), workers=3)
+    assert equal(plain(model), expected)
+    assert seen.pinned_bytes == 0 and seen.races == []
+
+
 def test_pinned_memory_is_given_back() -> None:
-    with measure() as before:
-        pass
-    model = zoo.load("torchao", device=str(DEVICE), workers=3)
-    gc.collect()
-    with measure() as after:
-        pass
-    assert after.pinned_bytes == before.pinned_bytes
+    with measure() as seen:
+        model = zoo.load("torchao", device=str(DEVICE), workers=3)
+        gc.collect()
+    assert seen.pinned_bytes == 0
     del model
 
 
