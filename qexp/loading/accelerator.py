@@ -1,9 +1,9 @@
 """How a load uses an accelerator: lanes, in which workers copy and quantize, and pinned memory on the way there.
 
-A lane is a stream beside the one that the model computes on. What a worker makes on an accelerator it makes in a lane:
-its kernels wait for no other worker's, its copies run while the next bytes are read, and the host waits once, for the
-result. Streams share no freed memory, and each lane holds a slice of weights with what quantizing that takes: so there
-are as many as keep a device busy, not one for each worker.
+A lane is a stream beside the one that the model computes on. What a worker makes on an accelerator it makes in a
+lane, whose copies run while the next bytes are read, and while another lane quantizes. Streams share no freed memory,
+and each lane holds a slice of weights with what quantizing that takes: so there are as many as keep a device busy,
+not one for each worker.
 
 Source: PyTorch's notes on CUDA semantics ("Use pinned memory buffers", "Memory management").
 """
@@ -60,8 +60,10 @@ class Lanes:
                     tensor.record_stream(self._users[device])  # until it is done there, no lane gets the memory again
             return result
         finally:
-            lane.synchronize()
-            self._free[device].put(lane)
+            try:
+                lane.synchronize()
+            finally:
+                self._free[device].put(lane)  # also if the device is broken: others wait for it, to find out
 
     def close(self) -> None:
         """Give back the memory that lanes keep for themselves."""

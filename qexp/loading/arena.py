@@ -1,5 +1,5 @@
 """A fixed piece of memory that tensors pass through on their way in; it bounds what is in flight, and is reused. And a
-bound of what is under way elsewhere.
+bound of what has come out of it and waits for its taker.
 
 Fresh memory costs a page fault for every 4 KiB, more than reading the bytes does; memory that is reused costs it once.
 """
@@ -64,8 +64,7 @@ class Arena:
 
 
 class Window:
-    """A bound of what is under way, in bytes: what does not fit waits until others have left; one is let in at any
-    size.
+    """How far workers may be ahead of whoever takes their results, in bytes of results; one is let in at any size.
 
     nbytes: None is any number.
     """
@@ -76,7 +75,7 @@ class Window:
         self._stopped = False
 
     def enter(self, nbytes: int) -> None:
-        """Wait until there is room for this size. Raises Stopped after `stop`."""
+        """Wait until a result of this size may be made. Raises Stopped after `stop`."""
         with self._changed:
             while not (self._stopped or self._fits(nbytes)):
                 self._changed.wait()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import ConfigError, LoadError, first_names
+from qexp.loading.accelerator import has_streams
 from qexp.loading.audit import audit
 from qexp.loading.checkpoint import Checkpoint, open_component
 from qexp.loading.conversion import converted
@@ -344,8 +345,8 @@ def _load_weights(
     if dispatch is not None:
         dispatch.expect([item.target for item in items])
 
-    def stays_on_cpu(item: WorkItem) -> bool:  # where results share what was read
-        return device_of(item).type == "cpu"
+    def shares(item: WorkItem) -> bool:  # whether its result may share what was read
+        return device_of(item).type == "cpu" or has_streams(device_of(item))
 
     def dense_weight(item: WorkItem) -> bool:  # which quantizers take in slices of rows
         is_plain = item.source.block_type is None and item.source.transform is None
@@ -358,7 +359,7 @@ def _load_weights(
         loader,
         title,
         device_of=device_of,
-        in_place=stays_on_cpu,
+        in_place=shares,
         by_rows=dense_weight,
         is_slow=is_slow,
     )

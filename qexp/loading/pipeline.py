@@ -4,12 +4,12 @@
              release the GIL
     caller   gets (item, result) in the order of the items, whichever worker was first
 
-An item is read in one of four ways:
+An item is read in one of three ways:
 
     by rows   a weight to quantize, slice by slice, as `create` asks for its rows, into a small buffer that stays in
               the processor's cache
-    in place  what is kept as it is in the file, in a load on the CPU: straight into its final memory
-    sent      on an accelerator with streams, anything else, whole, through pinned buffers
+    in place  what is kept as it is in the file: straight into its final memory, which on an accelerator takes pinned
+              buffers and streams
     staged    anything else, whole, into an arena of `in_flight_bytes`, or of the largest such tensor if that is
               larger; whoever takes the next item waits while there is no room for it
 
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexp.loading.accelerator import Lanes, has_streams
+from qexp.loading.accelerator import Lanes
 from qexp.loading.arena import Arena, Stopped, Window, aligned
 from qexp.loading.checkpoint import TensorEntry
 from qexp.loading.dtypes import TORCH_DTYPES
@@ -63,24 +63,21 @@ def stream(
     """Read each item's tensor, apply `create` to it on a worker, and yield (item, result) in the order of `items`.
 
     create: (item, a tensor for each of item.entries, as in the checkpoint) -> result, called without grad. The tensors
-    are on the item's device if that has streams, else on the CPU, where their memory is used again when it returns, so
-    the result must not share it.
-    device_of: where `create` works and its result will be.
-    in_place: whether an item that is kept as it is gets memory of its own, for results that share it (on the CPU).
+    are on the CPU, and their memory is used again when it returns, so the result must not share it; but for `in_place`.
+    device_of: where `create` works and its result will be; on an accelerator, in a lane (`accelerator.py`).
+    in_place: whether an item that is kept as it is gets memory of its own on its device, for results that share it; of
+    items on the CPU or a device that has streams.
     by_rows: whether `create` gets a `RowReader` in place of a tensor; of items with one plain entry.
     ahead_bytes: of results that workers may have made, or be making, before the caller is done with them (at least
     one), for a caller that is slow; None is any number.
     Raises whatever a stage raised; all threads have ended when it does.
     """
 
-    def is_sent(item: WorkItem) -> bool:
-        return not by_rows(item) and has_streams(device_of(item))
-
     def is_staged(item: WorkItem) -> bool:
-        return not (by_rows(item) or is_sent(item) or (in_place(item) and _is_unchanged(item)))
+        return not (by_rows(item) or (in_place(item) and _is_unchanged(item)))
 
     arena = Arena(_arena_bytes([_room(item) for item in items if is_staged(item)], in_flight_bytes))
-    sent, window = Window(in_flight_bytes), Window(ahead_bytes)
+    window = Window(ahead_bytes)
     numbered, turn = iter(enumerate(items)), threading.Lock()
     done, stop = queue.SimpleQueue[Any](), threading.Event()
 
@@ -91,15 +88,12 @@ def stream(
             if item is None or stop.is_set():
                 return None
             window.enter(item.result_nbytes)
-            if is_sent(item):
-                sent.enter(_room(item))
             return index, item, *(arena.acquire(_room(item)) if is_staged(item) else (None, None))
 
     def make(reader: Reader, item: WorkItem, room: Tensor | None) -> Any:
         if by_rows(item):
             return create(item, reader.rows(item.source))
-        device = device_of(item) if is_sent(item) else CPU
-        tensors = [reader.read(entry, part) for entry, part in _parts(item, room, device)]
+        tensors = [reader.read(entry, part) for entry, part in _parts(item, room, device_of(item))]
         return create(item, *_transformed(item, tensors))
 
     def worker() -> None:
@@ -114,8 +108,6 @@ def stream(
                     del result
                     if ticket is not None:
                         arena.release(ticket)
-                    if is_sent(item):
-                        sent.leave(_room(item))
         except Stopped:
             pass
         except BaseException as error:
@@ -124,7 +116,6 @@ def stream(
     def halt() -> None:
         stop.set()
         arena.stop()
-        sent.stop()
         window.stop()
 
     with closing(Lanes(map(device_of, items))) as lanes, _running([worker] * workers, halt):

@@ -15,9 +15,11 @@ import importlib
 import importlib.metadata
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from packaging.version import Version
@@ -246,6 +248,24 @@ def load_quantizer(config: Any) -> Quantizer:
     """The quantizer that belongs to a backend config."""
     quantizer: Quantizer = importlib.import_module(f"qexp.quantizers.{config.quant_method}").Quantizer(config)
     return quantizer
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a function once for each of its arguments, on whichever thread comes first; others wait, and get the same.
+
+    With `functools.cache` each makes its own, and one is let go: memory of an accelerator, which streams may still use.
+    """
+    lock, known = threading.RLock(), dict[tuple[Any, ...], Any]()
+
+    @wraps(function)
+    def result(*arguments: Any) -> Any:
+        if arguments not in known:
+            with lock:
+                if arguments not in known:
+                    known[arguments] = function(*arguments)
+        return known[arguments]
+
+    return result
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from qexp.memory import use_huge_pages
 from qexp.quantizers import base
@@ -32,7 +33,7 @@ def create_4bit(
     rows_a_block = block // math.gcd(spec.shape[1], block)
     code = functional.get_4bit_type(quant_type, device=device)
     on_cpu = device.type == "cpu"
-    quantize = _quantize_on_cpu(code, block) if on_cpu else _quantize_by_library(quant_type, block)
+    quantize = _quantize_on_cpu(code, block) if on_cpu else _quantize_by_library(quant_type, block, device)
     for rows, part in base.row_slices(spec, weight, device, rows_a_block, check=not on_cpu):
         first, last = rows.start * spec.shape[1], rows.stop * spec.shape[1]
         largest = absmax[first // block : math.ceil(last / block)]
@@ -42,7 +43,9 @@ def create_4bit(
     offset, state2 = None, None
     if config.bnb_4bit_use_double_quant:
         offset = absmax.mean()
-        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+        centred = absmax - offset
+        with _blockwise(device):
+            absmax, state2 = functional.quantize_blockwise(centred, blocksize=NESTED_BLOCK_SIZE)
     state = functional.QuantState(
         absmax=absmax,
         shape=torch.Size(spec.shape),
@@ -90,10 +93,28 @@ def _quantize_on_cpu(code: Tensor, blocksize: int) -> Quantize:
     return lambda part, packed, absmax: quantize_4bit(part, table, blocksize, packed, absmax)
 
 
-def _quantize_by_library(quant_type: str, blocksize: int) -> Quantize:
+def _quantize_by_library(quant_type: str, blocksize: int, device: torch.device) -> Quantize:
     def quantize(part: Tensor, packed: Tensor, absmax: Tensor) -> None:
-        bytes_, state = library().functional.quantize_4bit(part, blocksize=blocksize, quant_type=quant_type)
+        with _blockwise(device):
+            bytes_, state = library().functional.quantize_4bit(part, blocksize=blocksize, quant_type=quant_type)
         packed.copy_(bytes_.view(-1))
         absmax.copy_(state.absmax)
 
     return quantize
+
+
+@contextmanager
+def _blockwise(device: torch.device) -> Iterator[None]:
+    """The library's kernels that quantize blocks take no stream: on CUDA they run on the device's default one, whatever
+    the current one is (0.50.2; github.com/bitsandbytes-foundation/bitsandbytes/pull/2052). Each waits for the other:
+    for what the current one has made before the block, and for what they make in it."""
+    import torch
+
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+    if not hasattr(module, "default_stream"):
+        yield
+        return
+    default, current = module.default_stream(device), module.current_stream(device)
+    default.wait_stream(current)
+    yield
+    current.wait_stream(default)

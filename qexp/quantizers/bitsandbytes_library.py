@@ -1,8 +1,8 @@
 """The library, imported without what it would fetch, compile and say.
 
-On CPUs with AVX512 it dequantizes blocks of 2048 weights and more in PyTorch, compiled anew by `torch.compile` for
-each shape of a weight: seconds each. The same lines are run as they are written; and to ask for compiling them alone
-would import the compiler, which takes 4 CPU seconds to the library's 0.05.
+On CPUs with AVX512 it dequantizes blocks of 2048 weights and more in PyTorch, compiled anew by `torch.compile` for each
+shape of a weight: seconds each. The same lines are run as they are written. Its other functions are compiled when they
+are first called: to ask for that while it is imported would import the compiler, 4 CPU seconds to the library's 0.05.
 """
 
 from __future__ import annotations
@@ -10,27 +10,23 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 from qexp.quantizers import base
 
-COMPILED = ("_dequantize_4bit_compute", "_dequantize_blockwise_compute")
 
-
-@cache
+@base.once
 def library() -> Any:
     """bitsandbytes, imported without its look-up of kernels on a hub."""
-    with base.quiet(), _no_kernels(), _no_compiler():
+    with base.quiet(), _no_kernels(), _compiled_when_called():
         import bitsandbytes
     # it would say at every call of every layer that inputs are cast to fp16
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     general: Any = importlib.import_module("bitsandbytes.backends.default.ops")
-    for name in COMPILED:  # somebody else may have imported it
-        function = getattr(general, name)
-        setattr(general, name, getattr(function, "__wrapped__", function))
+    compiled = general._dequantize_4bit_compute
+    general._dequantize_4bit_compute = getattr(compiled, "__wrapped__", compiled)
     return bitsandbytes
 
 
@@ -49,15 +45,21 @@ def _no_kernels() -> Iterator[None]:
 
 
 @contextmanager
-def _no_compiler() -> Iterator[None]:
-    """Functions that the block asks torch to compile stay as they are."""
+def _compiled_when_called() -> Iterator[None]:
+    """The library's own functions, and nobody else's, that the block asks torch to compile are compiled when called."""
     import torch
 
-    def leave(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        return function
+    compiler: Any = torch.compile
 
-    before, torch.compile = torch.compile, leave  # type: ignore[assignment]
+    def compile_(*arguments: Any, **options: Any) -> Any:
+        (caller,) = sys._getframe(1).f_globals.get("__name__", "").split(".")[:1]
+        if caller != "bitsandbytes" or len(arguments) != 1 or not callable(arguments[0]):
+            return compiler(*arguments, **options)
+        compiled = base.once(lambda: compiler(*arguments, **options))
+        return lambda *inputs, **named: compiled()(*inputs, **named)
+
+    torch.compile = compile_
     try:
         yield
     finally:
-        torch.compile = before
+        torch.compile = compiler

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from qexp.quantizers.base import once
 from qexp.quantizers.gguf_types import TYPES
 
 Decoder = Callable[[Tensor], Tensor]
@@ -120,7 +121,7 @@ def bits(field: Tensor) -> Tensor:
 def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Remember what a function makes for its arguments: a real tensor, also while something is traced."""
 
-    @cache
+    @once
     def made(*arguments: Any) -> Tensor:
         with _disable_current_modes():
             return make(*arguments)
@@ -131,8 +132,10 @@ def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @constant
 def _bit_table(device: torch.device) -> Tensor:
     """Byte -> its bits in the eight bytes of an int64."""
-    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-    return bits.to(torch.uint8).view(torch.int64).flatten().to(device)  # there when it returns, for every stream
+    values = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return (
+        values.to(torch.uint8).view(torch.int64).flatten().to(device)
+    )  # as a copy from the host it is there, for every stream
 
 
 @constant

@@ -35,8 +35,8 @@ def _sign_patterns(device: torch.device) -> Tensor:
     """fp32 [128, 8] of 1 and -1: seven free signs, and an eighth that makes the number of minuses even."""
     import gguf.quants
 
-    codes = torch.frombuffer(bytearray(gguf.quants.IQ2_XXS.ksigns), dtype=torch.uint8).to(device)
-    return _signs(codes[:, None])
+    codes = torch.frombuffer(bytearray(gguf.quants.IQ2_XXS.ksigns), dtype=torch.uint8)
+    return _signs(codes[:, None]).to(device)  # as a copy from the host it is there, for every stream
 
 
 def _signs(field: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qexp.quantizers.base import once
 from qexp.quantizers.packed_bits import pack, unpack
 from qexp.quantizers.qexp_packed import ELEMENTS, Element
 
@@ -99,7 +100,7 @@ class FloatCodes:
         return table.index_select(0, codes.reshape(-1).int()).view(codes.shape).mul_(parameters["scale"])
 
 
-@cache
+@once
 def float_table(bits: int, mantissa_bits: int, device: torch.device) -> Tensor:
     """The value of every code, fp32 [2^bits]: sign in the highest bit, then exponent, then mantissa."""
     lowest = 2 - 2 ** (bits - 1 - mantissa_bits)

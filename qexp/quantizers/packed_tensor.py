@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from qexp.errors import ConfigError
-from qexp.quantizers.base import SLICE_WEIGHTS
 from qexp.quantizers.packed_codes import decode
 
 aten = torch.ops.aten
+DECODED_WEIGHTS = {"cpu": 1 << 19, "cuda": 1 << 24}  # at a time, by a layer
 
 
 class PackedTensor(Tensor):
@@ -70,7 +70,7 @@ class PackedTensor(Tensor):
 
     def dense_slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """The dense weight in slices of whole rows, [some rows, in]."""
-        step = max(SLICE_WEIGHTS.get(self.device.type, SLICE_WEIGHTS["cpu"]) // self.shape[1], 1)
+        step = max(DECODED_WEIGHTS.get(self.device.type, DECODED_WEIGHTS["cpu"]) // self.shape[1], 1)
         for start in range(0, self.shape[0], step):
             rows = slice(start, start + step)
             part = decode(

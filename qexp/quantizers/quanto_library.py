@@ -20,7 +20,6 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable
-from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +33,18 @@ INT8_KERNEL_COLUMNS = 16
 INT8_KERNEL_ALIGNMENT = 32
 
 MODELS = "optimum.quanto.models"
+OF_MODELS = (  # what `optimum.quanto` has from there
+    "QuantizedDiffusersModel",
+    "QuantizedModelForCausalLM",
+    "QuantizedPixArtTransformer2DModel",
+    "QuantizedTransformersModel",
+    "is_diffusers_available",
+    "is_transformers_available",
+    "models",
+)
 
 
-@cache
+@base.once
 def library() -> Any:
     """The library, with the replacements that the module's text explains."""
     with base.quiet():
@@ -71,14 +79,14 @@ def _without_models() -> Any:
             del sys.modules[MODELS]
 
     def find(name: str) -> Any:
-        if not name.startswith("_"):
-            models = importlib.import_module(MODELS)
-            if hasattr(models, name):
-                return getattr(models, name)
-        raise AttributeError(f"module {quanto.__name__!r} has no attribute {name!r}")
+        if name not in OF_MODELS:
+            raise AttributeError(f"module {quanto.__name__!r} has no attribute {name!r}")
+        models = importlib.import_module(MODELS)
+        return models if name == "models" else getattr(models, name)
 
     if not is_imported:
         quanto.__getattr__ = find
+        quanto.__all__ = [*(name for name in vars(quanto) if not name.startswith("_")), *OF_MODELS]
     return quanto
 
 

@@ -1,10 +1,10 @@
 """Every option of conf/backend loaded straight onto the device: memory, bytes, dequantizing, saving and loading again.
 
 The memory bound of a load is the quantized model, the largest dense weight and what the workers' kernels use: a slice
-of at most 2^22 weights at a time, 48 bytes for each; with more workers than lanes, that in each lane. Bytes are
-compared with those that the CPU makes of the same weights; they have to be equal where the kernel is the same formula
-in PyTorch (`EXACT`), elsewhere the error may differ by a twentieth of a decibel, since a library's kernels for CPU
-and GPU round ties and sum in orders of their own.
+of at most 2^22 weights at a time, 48 bytes for each; with several workers, that in each lane. Bytes are compared with
+those that the CPU makes of the same weights; they have to be equal where the kernel is the same formula in PyTorch
+(`EXACT`), elsewhere the error may differ by a twentieth of a decibel, since a library's kernels for CPU and GPU round
+ties and sum in orders of their own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ EXACT = ("none", "gguf")  # quant_method
 MOST_DB = 0.05
 BYTES_A_WEIGHT = 48
 SLICE_WEIGHTS = 1 << 22
-IN_FLIGHT_BYTES = 64 * MIB  # loader.in_flight_mib
 AGREEMENT = 0.08  # relative L2 between the quantized model's answer and the dequantized one's; some round activations
 
 
@@ -63,10 +62,8 @@ def memory(option: str, folder: Path, accelerator: Accelerator, dtype: torch.dty
     accelerator.settle()
     result_bytes, largest = module_nbytes(loaded.model), loaded.plan.items
     weights = max(item.numel for item in largest)
-    in_flight, slices = weights * dtype.itemsize, min(weights, SLICE_WEIGHTS) * BYTES_A_WEIGHT
-    if workers > 1:
-        in_flight, slices = max(in_flight, IN_FLIGHT_BYTES), min(workers, LANES) * slices
-    bound = result_bytes + in_flight + slices + 8 * MIB
+    lanes, slices = min(workers, LANES), min(weights, SLICE_WEIGHTS) * BYTES_A_WEIGHT
+    bound = result_bytes + lanes * (weights * dtype.itemsize + slices) + 8 * MIB
     held = accelerator.allocated_bytes() - before
     numbers = {
         "result_bytes": result_bytes,

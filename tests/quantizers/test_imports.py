@@ -28,12 +28,54 @@ from qexp.quantizers.quanto_library import library
 quanto = library()
 from optimum.quanto import QuantizedTransformersModel
 import optimum.quanto.models
-names = [name for name in dir(optimum.quanto.models) if not name.startswith("_")]
-assert len(names) > 5 and all(getattr(quanto, name) is getattr(optimum.quanto.models, name) for name in names)
+names = [name for name, value in vars(optimum.quanto.models).items() if "quanto" in getattr(value, "__module__", "")]
+assert len(names) == 6 and all(getattr(quanto, name) is getattr(optimum.quanto.models, name) for name in names)
 for name in ("nonsense", "__wrapped__"):
     assert not hasattr(quanto, name)
 """
     run(code)
+
+
+def test_a_star_import_brings_them_too() -> None:
+    run("""
+from qexp.quantizers.quanto_library import library
+library()
+from optimum.quanto import *
+assert QuantizedTransformersModel and QuantizedDiffusersModel and quantize and qint8 and models
+""")
+
+
+def test_threads_that_import_at_once_leave_all_as_it_was() -> None:
+    run("""
+import sys, threading, torch
+from qexp.quantizers import bitsandbytes_library, quanto_library
+compile, barrier, found = torch.compile, threading.Barrier(4), []
+def work(library):
+    barrier.wait()
+    found.append(library())
+for library in (bitsandbytes_library.library, quanto_library.library):
+    threads = [threading.Thread(target=work, args=(library,)) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+assert len(found) == 8 and len(set(found)) == 2
+assert torch.compile is compile and "kernels" not in sys.modules
+""")
+
+
+def test_the_library_s_other_functions_are_compiled_when_called() -> None:
+    run("""
+import torch
+compiled = []
+real, torch.compile = torch.compile, lambda function, **options: compiled.append(function.__name__) or function
+from qexp.quantizers.bitsandbytes_library import library
+library()
+assert compiled == []
+from bitsandbytes.backends.default import ops
+codes, code = torch.arange(64, dtype=torch.uint8), torch.linspace(-1, 1, 256)
+for _ in range(2):
+    ops._dequantize_blockwise_compute(codes, torch.ones(1), code, 64, torch.float32)
+assert compiled == ["_dequantize_blockwise_compute"]
+""")
 
 
 def test_a_library_that_is_there_already_is_the_same() -> None:
@@ -45,6 +87,6 @@ compile = torch.compile
 assert bitsandbytes_library.library() is bitsandbytes and quanto_library.library() is quanto
 assert torch.compile is compile
 from bitsandbytes.backends.default import ops
-assert not any(hasattr(getattr(ops, name), "__wrapped__") for name in bitsandbytes_library.COMPILED)
+assert not hasattr(ops._dequantize_4bit_compute, "__wrapped__")
 assert quanto.QuantizedTransformersModel
 """)

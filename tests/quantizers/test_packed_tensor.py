@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qexp.offload.payload import flatten, leaves
-from qexp.quantizers import base
+from qexp.quantizers import packed_tensor
 from qexp.quantizers.packed_codes import decode, encode
 from qexp.quantizers.packed_tensor import PackedTensor
 from tests.quantizers.test_contract import gaussian
@@ -34,7 +34,7 @@ def layer(weight: PackedTensor, bias: bool = True) -> nn.Linear:
 
 @pytest.fixture(params=[1000, 1 << 18], ids=["in slices", "whole"])
 def slice_weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setitem(base.SLICE_WEIGHTS, "cpu", request.param)
+    monkeypatch.setitem(packed_tensor.DECODED_WEIGHTS, "cpu", request.param)
     return int(request.param)
 
 
@@ -78,7 +78,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_more_than_a_slice_is_dense_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(base.SLICE_WEIGHTS, "cpu", 5 * COLUMNS)
+    monkeypatch.setitem(packed_tensor.DECODED_WEIGHTS, "cpu", 5 * COLUMNS)
     module, x = layer(packed(kind)), gaussian(2, COLUMNS).requires_grad_()
     with Largest() as largest:
         module(x).sum().backward()
