@@ -43,9 +43,9 @@ def create_4bit(
     offset, state2 = None, None
     if config.bnb_4bit_use_double_quant:
         offset = absmax.mean()
-        centred = absmax - offset
+        centred, nested_code = absmax - offset, _nested_code(device)
         with _blockwise(device):
-            absmax, state2 = functional.quantize_blockwise(centred, blocksize=NESTED_BLOCK_SIZE)
+            absmax, state2 = functional.quantize_blockwise(centred, nested_code, blocksize=NESTED_BLOCK_SIZE)
     state = functional.QuantState(
         absmax=absmax,
         shape=torch.Size(spec.shape),
@@ -103,6 +103,13 @@ def _quantize_by_library(quant_type: str, blocksize: int, device: torch.device) 
     return quantize
 
 
+@base.once
+def _nested_code(device: torch.device) -> Tensor:
+    """The library's own, which it has on the first device alone, and copies to others with every call."""
+    code: Tensor = library().functional.create_dynamic_map().to(device)
+    return code
+
+
 @contextmanager
 def _blockwise(device: torch.device) -> Iterator[None]:
     """The library's kernels that quantize blocks take no stream: on CUDA they run on the device's default one, whatever
@@ -116,5 +123,7 @@ def _blockwise(device: torch.device) -> Iterator[None]:
         return
     default, current = module.default_stream(device), module.current_stream(device)
     default.wait_stream(current)
-    yield
-    current.wait_stream(default)
+    try:
+        yield
+    finally:
+        current.wait_stream(default)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import sys
 import threading
 from collections.abc import Callable
@@ -33,10 +34,10 @@ INT8_KERNEL_COLUMNS = 16
 INT8_KERNEL_ALIGNMENT = 32
 
 MODELS = "optimum.quanto.models"
+OF_DIFFUSERS = ("QuantizedDiffusersModel", "QuantizedPixArtTransformer2DModel")
 OF_MODELS = (  # what `optimum.quanto` has from there
-    "QuantizedDiffusersModel",
+    *OF_DIFFUSERS,
     "QuantizedModelForCausalLM",
-    "QuantizedPixArtTransformer2DModel",
     "QuantizedTransformersModel",
     "is_diffusers_available",
     "is_transformers_available",
@@ -86,7 +87,9 @@ def _without_models() -> Any:
 
     if not is_imported:
         quanto.__getattr__ = find
-        quanto.__all__ = [*(name for name in vars(quanto) if not name.startswith("_")), *OF_MODELS]
+        no_diffusers = importlib.util.find_spec("diffusers") is None
+        names = [name for name in OF_MODELS if not (no_diffusers and name in OF_DIFFUSERS)]
+        quanto.__all__ = [*(name for name in vars(quanto) if not name.startswith("_")), *names]
     return quanto
 
 

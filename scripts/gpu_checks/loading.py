@@ -1,10 +1,10 @@
 """Every option of conf/backend loaded straight onto the device: memory, bytes, dequantizing, saving and loading again.
 
-The memory bound of a load is the quantized model, the largest dense weight and what the workers' kernels use: a slice
-of at most 2^22 weights at a time, 48 bytes for each; with several workers, that in each lane. Bytes are compared with
-those that the CPU makes of the same weights; they have to be equal where the kernel is the same formula in PyTorch
-(`EXACT`), elsewhere the error may differ by a twentieth of a decibel, since a library's kernels for CPU and GPU round
-ties and sum in orders of their own.
+The memory bound of a load is the quantized model, and in each lane the largest dense weight and what the workers'
+kernels use: a slice of at most 2^22 weights at a time, 48 bytes for each. Bytes are compared with those that the CPU
+makes of the same weights; they have to be equal where the kernel is the same formula in PyTorch (`EXACT`), elsewhere
+the error may differ by a twentieth of a decibel, since a library's kernels for CPU and GPU round ties and sum in
+orders of their own.
 """
 
 from __future__ import annotations

@@ -45,6 +45,18 @@ assert QuantizedTransformersModel and QuantizedDiffusersModel and quantize and q
 """)
 
 
+def test_a_star_import_without_diffusers() -> None:
+    run("""
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "diffusers" else find(name, *rest)
+from qexp.quantizers.quanto_library import library
+library()
+from optimum.quanto import *
+assert QuantizedTransformersModel and not is_diffusers_available() and "QuantizedDiffusersModel" not in globals()
+""")
+
+
 def test_threads_that_import_at_once_leave_all_as_it_was() -> None:
     run("""
 import sys, threading, torch

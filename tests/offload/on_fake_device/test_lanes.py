@@ -246,8 +246,11 @@ def test_tables_of_a_format_are_there_for_every_lane(name: str, tmp_path: Path) 
     assert all(torch.equal(result.cpu(), expected) for result in results)
 
 
-def test_kernels_that_ignore_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bitsandbytes' own on CUDA, of 4 bits and of double quantization, stood in for by others on the default stream."""
+@pytest.mark.parametrize("index", [1, 2])
+def test_kernels_that_ignore_the_current_stream(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' own on CUDA, of 4 bits and of double quantization, stood in for by others on the default stream; on
+    the device where the library has its table, and on another."""
+    device = torch.device(DEVICE.type, index)
     functional = library().functional
     module: Any = torch.get_device_module(DEVICE)
     calls = []
@@ -268,22 +271,28 @@ def test_kernels_that_ignore_the_current_stream(monkeypatch: pytest.MonkeyPatch)
 
         monkeypatch.setattr(functional, name, call)
 
-    def quantize_blockwise(values: Tensor, blocksize: int) -> Any:
-        """What the library does on real devices only."""
+    def nearest(values: Tensor, code: Tensor) -> tuple[Tensor, Any]:
         scale = values.abs().max()
-        state = functional.QuantState(
-            absmax=scale[None], code=torch.zeros(256, device=DEVICE), blocksize=blocksize, dtype=values.dtype
-        )
-        return (values / scale * 127).to(torch.uint8), state
+        indices = (values[:, None] / scale - code).abs().argmin(1).to(torch.uint8)
+        return indices, functional.QuantState(absmax=scale[None])
 
+    def quantize_blockwise(values: Tensor, code: Tensor | None = None, *, blocksize: int) -> Any:
+        """What the library does on real devices only, and as it does it: its kernel is `nearest`."""
+        code = (functional.name2qmap["dynamic"] if code is None else code).to(values.device)
+        indices, state = functional.nearest(values, code)
+        code = code.to(values.device, copy=True)
+        return indices, functional.QuantState(state.absmax, code=code, blocksize=blocksize, dtype=values.dtype)
+
+    monkeypatch.setitem(functional.name2qmap, "dynamic", functional.create_dynamic_map().to(DEVICE))
+    monkeypatch.setattr(functional, "nearest", nearest, raising=False)
     monkeypatch.setattr(functional, "quantize_blockwise", quantize_blockwise)
-    for name in ("quantize_4bit", "quantize_blockwise"):
+    for name in ("quantize_4bit", "nearest"):
         on_default_stream(name)
     with measure() as seen:
-        model = zoo.load("bitsandbytes_nf4_dq", device=str(DEVICE), workers=3)
+        model = zoo.load("bitsandbytes_nf4_dq", device=str(device), workers=3)
         del model
         gc.collect()
-    assert {"quantize_4bit", "quantize_blockwise"} == set(calls)
+    assert {"quantize_4bit", "nearest"} == set(calls)
     assert seen.races == []
 
 
