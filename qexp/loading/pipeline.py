@@ -78,13 +78,14 @@ def stream(
 
     arena = Arena(_arena_bytes([_room(item) for item in items if is_staged(item)], in_flight_bytes))
     window = Window(ahead_bytes)
-    numbered, turn = iter(enumerate(items)), threading.Lock()
+    turns = iter(_turns(items, workers if ahead_bytes is None else 1))  # or it could wait for what is not taken
+    turn = threading.Lock()
     done, stop = queue.SimpleQueue[Any](), threading.Event()
 
     def take() -> tuple[int, WorkItem, int | None, Tensor | None] | None:
         """The next item, and its room in the arena; who comes later waits, so that room is given in order."""
         with turn:
-            index, item = next(numbered, (-1, None))
+            index, item = next(turns, (-1, None))
             if item is None or stop.is_set():
                 return None
             window.enter(item.result_nbytes)
@@ -155,6 +156,17 @@ def _in_order(
             del result
         yield item, early.pop(expected)
         window.leave(item.result_nbytes)
+
+
+def _turns(items: Sequence[WorkItem], workers: int) -> list[tuple[int, WorkItem]]:
+    """(number, item) in the order in which workers take them: as the files have them, but the last ones, one large one
+    for each worker, by size. Or one would begin a large one when the others are done."""
+    turns, room = list(enumerate(items)), workers * max((item.nbytes for item in items), default=0)
+    start = len(turns)
+    while workers > 1 and start > 0 and items[start - 1].nbytes <= room:
+        start -= 1
+        room -= items[start].nbytes
+    return turns[:start] + sorted(turns[start:], key=lambda turn: -turn[1].nbytes)
 
 
 def _is_unchanged(item: WorkItem) -> bool:

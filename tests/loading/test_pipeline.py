@@ -520,10 +520,33 @@ def test_an_error_of_the_caller_stops_the_reading(
     items = items_of(tmp_path / "model.safetensors", quantize=not in_place)
     started = time.monotonic()
     with pytest.raises(ValueError, match="caller"):
-        for _ in stream(items, clone, workers=2, in_flight_bytes=64 * KIB, in_place=lambda item: in_place):
+        for _ in stream(  # in the file's order, because the caller might be slow
+            items, clone, workers=2, in_flight_bytes=64 * KIB, in_place=lambda item: in_place, ahead_bytes=1 << 30
+        ):
             raise ValueError("caller")
     assert time.monotonic() - started < 5
     assert sum(read) < 20 * MIB
+
+
+def test_the_last_ones_are_taken_by_size_and_yielded_in_order(tmp_path: Path) -> None:
+    """So many as are one large one for each worker; not where a slow caller bounds how far they may be ahead."""
+    sizes = [90, 10, 100, 20, 30, 40, 10, 60]
+    items, taken = save(tmp_path, bytes_tensors(*sizes)), list[int]()
+
+    def create(item: WorkItem, dense: Tensor) -> int:
+        taken.append(len(dense))
+        return len(dense)
+
+    turns = [item.nbytes for _, item in pipeline._turns(items, 2)]
+    assert turns == [90, 10, 100, 60, 40, 30, 20, 10]  # 160 of 200: with the 100 before them it would be 260
+    assert [item.nbytes for _, item in pipeline._turns(items, 1)] == sizes
+    assert [item.nbytes for _, item in pipeline._turns(items, 9)] == sorted(sizes, reverse=True)
+    assert pipeline._turns([], 2) == []
+    assert [result for _, result in run(items, create, workers=2)] == sizes
+    assert sorted(taken) == sorted(sizes)
+    taken.clear()
+    run(items, create, workers=1, ahead_bytes=KIB)
+    assert taken == sizes
 
 
 def test_an_abandoned_stream_ends_its_threads(tmp_path: Path) -> None:
