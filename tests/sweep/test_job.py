@@ -566,7 +566,8 @@ def test_a_reused_run_is_tracked_if_it_was_not_before(tmp_path, monkeypatch) -> 
 
 
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore it
 from dataclasses import replace
 from pathlib import Path
 from qexp.settings import SweepConfig
