@@ -1,0 +1,426 @@
+"""Try the faults of tests/mutations: put each into a copy of the repository and run the tests that should notice it.
+
+    python scripts/try_mutations.py                                 # every fault
+    python scripts/try_mutations.py --room loading --jobs 1
+    python scripts/try_mutations.py --only arena-ranges-overlap
+    python scripts/try_mutations.py --json after.json --table       # resumable; prints a Markdown table at the end
+    python scripts/try_mutations.py --json before.json --tests-from 1a2b3c4
+
+A fault meets up to four sets of tests, and is done with the first that fails:
+
+    default   the fault's `first` file, then its room, as `scripts/check` runs them: without tests marked as exhaustive
+              or external
+    full      its room, all tests
+    whole     all tests of the repository; only with --whole
+
+The room of a fault in qexp/<room>/ is tests/<room>, unless its `tests` name other files. Each set must pass without a
+fault before it counts; that run is made once. A run that takes much longer than without the fault is stopped, and
+counts as caught. The exit code is 0 if every fault was caught.
+
+The copy holds the files that git tracks, and new ones that it does not ignore, without tests/mutations. It comes
+before an installed qexp on the import path. No bytecode is written, and compiled kernels have a cache of their own:
+two versions of a file may have the same size and time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from tests.mutations.faults import PACKAGE, Fault, read_faults  # noqa: E402
+
+LEFT_OUT = ("exhaustive", "external")  # markers of tests that scripts/check leaves out
+STAGES = ("default", "full", "whole")
+MUTATIONS = "tests/mutations"  # fails with every fault, since the old text is gone
+PYTEST_SETTINGS = re.compile(r"^\[tool\.pytest\.ini_options\]\n.*?(?=^\[|\Z)", re.MULTILINE | re.DOTALL)
+FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?(?:\[.*\])?)(?: - .*)?$", re.MULTILINE)
+SLOWER = 3  # a run of more than so many times the seconds without the fault hangs
+NO_TESTS = 5  # pytest's exit code if none was selected
+
+
+@dataclass(frozen=True)
+class Tests:
+    """A set of tests that run in one process. markers: pytest's -m; empty: all tests."""
+
+    stage: str
+    targets: tuple[str, ...]
+    markers: str
+
+    def __str__(self) -> str:
+        return " ".join(self.targets) + (f" -m '{self.markers}'" if self.markers else "")
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a set of tests ended. test: what failed, in words if pytest named no test; empty: all passed."""
+
+    test: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a fault. stage: of STAGES, or "none" if every test passed; test: what noticed it."""
+
+    file: str
+    old: str
+    new: str
+    stage: str
+    test: str
+    seconds: float
+
+
+class RedBaseline(Exception):
+    """Tests fail without any fault, so that they tell nothing of one."""
+
+
+class Copy:
+    """A copy of the repository, with a temporary folder and a cache for its processes beside it."""
+
+    def __init__(self, source: Path, folder: Path, files: Iterable[str], tests_from: str | None) -> None:
+        self.root, self._temporary, self._caches = folder / "copy", folder / "tmp", folder / "numba"
+        for name in files:
+            target = self.root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, target, follow_symlinks=False)
+        if tests_from is not None:
+            take_tests(source, self.root, tests_from)
+        shutil.rmtree(self.root / MUTATIONS, ignore_errors=True)
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._check_import()
+
+    def environment(self, cache: str = "unchanged") -> dict[str, str]:
+        """For processes in the copy; cache: the name of their cache of compiled kernels."""
+        own = {
+            "PYTHONPATH": str(self.root),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "NUMBA_CACHE_DIR": str(self._caches / cache),
+            "TMPDIR": str(self._temporary),
+            "PYTEST_ADDOPTS": "-n 0" if importlib.util.find_spec("xdist") else "",  # also of pytest within tests
+        }
+        return {**os.environ, **own}
+
+    def _check_import(self) -> None:
+        """Raises: SystemExit if another copy of the package would be tested."""
+        code = f"import importlib.util as u; print(u.find_spec({PACKAGE!r}).submodule_search_locations[0])"
+        command = [sys.executable, "-c", code]
+        found = subprocess.run(
+            command, cwd=os.sep, env=self.environment(), capture_output=True, text=True
+        ).stdout.strip()
+        if Path(found) != self.root / PACKAGE:
+            raise SystemExit(f"the copy in {self.root} is not what is imported, but {found or 'nothing'}")
+
+    def run(self, tests: Tests, limit_seconds: float | None, cache: str = "unchanged") -> Run:
+        """Run tests until one fails. limit_seconds: after which they are stopped, which counts as a failure."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+        command += [*(["-m", tests.markers] if tests.markers else []), *tests.targets]
+        started = time.monotonic()
+        with tempfile.TemporaryFile(dir=self._temporary.parent) as output:
+            process = subprocess.Popen(
+                command,
+                cwd=self.root,
+                env=self.environment(cache),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._processes.add(process)
+            try:
+                code: int | None = process.wait(limit_seconds)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                self.stop()
+                self._processes.discard(process)
+            output.seek(0)
+            said = output.read().decode(errors="replace")
+        return Run(failure(code, said, limit_seconds), time.monotonic() - started)
+
+    def stop(self) -> None:
+        """End what runs in the copy, with the processes that it started."""
+        for process in list(self._processes):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def failure(code: int | None, said: str, limit_seconds: float | None) -> str:
+    """What went wrong in a process of pytest, '' if nothing did. code: its exit code, None for one that was stopped.
+
+    Raises: SystemExit if pytest was called with arguments that it does not take.
+    """
+    if code is None:
+        return f"no end within {limit_seconds:.0f} s"
+    if code in (0, NO_TESTS):
+        return ""
+    if code == 4:
+        raise SystemExit(f"pytest cannot be called so:\n{said[-2000:]}")
+    found = FAILED.search(said)
+    return found[1] if found else f"pytest ended with {f'signal {-code}' if code < 0 else f'code {code}'}"
+
+
+class Trial:
+    """Tries faults in copies of a repository, several at a time."""
+
+    def __init__(self, copies: Sequence[Copy], *, timeout_seconds: float, whole: bool) -> None:
+        self._copies = queue.SimpleQueue[Copy]()
+        for copy in copies:
+            self._copies.put(copy)
+        self._timeout_seconds, self._whole = timeout_seconds, whole
+        self._baselines: dict[Tests, Future[Run]] = {}
+        self._lock = threading.Lock()
+
+    def run(self, fault: Fault) -> Result:
+        """Put a fault into a copy, and take it out again. Raises: RedBaseline if its tests fail without it."""
+        copy = self._copies.get()
+        try:
+            return self._run(fault, copy)
+        finally:
+            self._copies.put(copy)
+
+    def _run(self, fault: Fault, copy: Copy) -> Result:
+        path, seconds = copy.root / fault.file, 0.0
+        source = path.read_text(encoding="utf-8")
+        if source.count(fault.old) != 1:
+            raise SystemExit(f"{fault.name}: its old text occurs {source.count(fault.old)} times in {fault.file}")
+        cache = fault.name if has_compiled_neighbours(path) else "unchanged"
+        for tests in tests_of(fault, copy.root, whole=self._whole):
+            limit = max(self._timeout_seconds, SLOWER * self._baseline(tests, copy).seconds)
+            path.write_text(source.replace(fault.old, fault.new), encoding="utf-8")
+            try:
+                run = copy.run(tests, limit, cache)
+            finally:
+                path.write_text(source, encoding="utf-8")
+            seconds += run.seconds
+            if run.test:
+                return Result(fault.file, fault.old, fault.new, tests.stage, run.test, round(seconds, 1))
+        return Result(fault.file, fault.old, fault.new, "none", "", round(seconds, 1))
+
+    def _baseline(self, tests: Tests, copy: Copy) -> Run:
+        """The run without a fault, made once. Raises: RedBaseline if a test fails."""
+        with self._lock:
+            is_first = tests not in self._baselines
+            future = self._baselines.setdefault(tests, Future())
+        if is_first:
+            try:
+                future.set_result(copy.run(tests, None))
+            except BaseException as error:
+                future.set_exception(error)
+        run = future.result()
+        if is_first:
+            print(f"without a fault: {tests}: {run.test or 'passed'} ({run.seconds:.0f} s)", flush=True)
+        if run.test:
+            raise RedBaseline(f"{run.test} fails without any fault")
+        return run
+
+
+def tests_of(fault: Fault, root: Path, *, whole: bool) -> list[Tests]:
+    """The sets of tests that a fault meets, as far as a repository has them."""
+    first = tuple(path for path in (fault.first,) if path and (root / path).exists())
+    targets, markers = (
+        tuple(path for path in fault.targets if (root / path).exists()) or ("tests",),
+        default_markers(root),
+    )
+    found = [Tests("default", first, markers)] if first else []
+    found += [Tests("default", targets, markers)]
+    found += [Tests("full", targets, "")] if markers else []
+    return [*found, Tests("whole", ("tests",), "")] if whole else found
+
+
+def default_markers(root: Path) -> str:
+    """pytest's -m for the tests that scripts/check runs: pytest refuses markers that a repository does not register."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    registered = {line.partition(":")[0] for line in project["tool"]["pytest"]["ini_options"].get("markers", [])}
+    return " and ".join(f"not {name}" for name in LEFT_OUT if name in registered)
+
+
+def has_compiled_neighbours(path: Path) -> bool:
+    """Whether a file may change what Numba compiles: a kernel's cache knows its own file alone."""
+    return any("numba" in file.read_text(encoding="utf-8") for file in path.parent.glob("*.py"))
+
+
+def take_tests(source: Path, root: Path, revision: str) -> None:
+    """Replace the tests, and pytest's settings, of a copy by those of a revision of the repository `source`."""
+
+    def git(*arguments: str) -> bytes:
+        done = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True)
+        if done.returncode:
+            raise SystemExit(f"git {' '.join(arguments)}: {done.stderr.decode().strip()}")
+        return done.stdout
+
+    shutil.rmtree(root / "tests")
+    archive = git("archive", revision, "tests")
+    subprocess.run(["tar", "-x", "-C", str(root)], input=archive, check=True)
+    settings = PYTEST_SETTINGS.search(git("show", f"{revision}:pyproject.toml").decode())
+    project = root / "pyproject.toml"
+    if settings is None:
+        raise SystemExit(f"pyproject.toml of {revision} has no [tool.pytest.ini_options]")
+    project.write_text(
+        PYTEST_SETTINGS.sub(lambda _: settings[0], project.read_text(encoding="utf-8")), encoding="utf-8"
+    )
+
+
+def files_of(root: Path) -> list[str]:
+    """The files of a repository that git tracks, or would: new ones that it does not ignore."""
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+    return [name for name in dict.fromkeys(names) if name and (root / name).is_file()]
+
+
+class Results:
+    """The results so far, in a file that is whole at any moment. suite: where the tests come from."""
+
+    def __init__(self, path: Path | None, suite: str) -> None:
+        self._path, self._suite, self.by_name = path, suite, dict[str, Result]()
+        self._lock = threading.Lock()
+        if path is not None and path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["suite"] != suite:
+                raise SystemExit(
+                    f"{path} has results of the tests of {stored['suite']}, not of {suite}; name another file"
+                )
+            self.by_name = {name: Result(**values) for name, values in stored["faults"].items()}
+
+    def has(self, fault: Fault) -> bool:
+        """Whether there is a result of this fault, with the texts that it has now."""
+        found = self.by_name.get(fault.name)
+        return found is not None and (found.old, found.new) == (fault.old, fault.new)
+
+    def add(self, name: str, result: Result) -> None:
+        with self._lock:
+            self.by_name[name] = result
+            if self._path is not None:
+                faults = {name: asdict(found) for name, found in sorted(self.by_name.items())}
+                text = json.dumps({"suite": self._suite, "faults": faults}, indent=2, ensure_ascii=False)
+                beside = self._path.with_name(f".{self._path.name}.tmp")
+                beside.write_text(text + "\n", encoding="utf-8")
+                os.replace(beside, self._path)
+
+
+def table(faults: Sequence[Fault], results: dict[str, Result]) -> str:
+    """Markdown: a line for each fault that was tried, and how many were caught by what."""
+    lines = ["| fault | file | caught by |", "| --- | --- | --- |"]
+    tried = [(fault, results[fault.name]) for fault in faults if fault.name in results]
+    for fault, result in tried:
+        stage = "" if result.stage == "default" else f" ({result.stage})"
+        by = "**no test**" if result.stage == "none" else f"`{result.test}`{stage}"
+        lines.append(f"| {fault.name} | {fault.file} | {by} |")
+    return "\n".join([*lines, "", summary([result for _, result in tried])])
+
+
+def summary(results: Sequence[Result]) -> str:
+    counts = Counter(result.stage for result in results)
+    parts = [f"{counts[stage]} caught by the {stage} tests" for stage in STAGES if counts[stage] or stage == "default"]
+    return f"{len(results)} faults: {', '.join(parts)}, {counts['none']} by none."
+
+
+def chosen(faults: Sequence[Fault], names: Sequence[str], rooms: Sequence[str]) -> list[Fault]:
+    """The faults of these names or rooms, all of them without any. Raises: SystemExit for one that is not there."""
+    for asked, known in ((names, [fault.name for fault in faults]), (rooms, sorted({fault.room for fault in faults}))):
+        for name in asked:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise SystemExit(f"there is no {name!r}{f'; did you mean {near[0]}?' if near else ''}")
+    if not names and not rooms:
+        return list(faults)
+    return [fault for fault in faults if fault.name in names or fault.room in rooms]
+
+
+def try_faults(
+    root: Path,
+    faults: Sequence[Fault],
+    results: Results,
+    *,
+    jobs: int,
+    timeout_seconds: float,
+    whole: bool = False,
+    tests_from: str | None = None,
+) -> list[str]:
+    """Try faults of the repository in `root`; returns what could not be judged, a line each."""
+    files, problems = files_of(root), list[str]()
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        count = max(min(jobs, len(faults)), 1)
+        copies = [Copy(root, Path(folder, str(number)), files, tests_from) for number in range(count)]
+        trial = Trial(copies, timeout_seconds=timeout_seconds, whole=whole)
+
+        def attempt(fault: Fault) -> None:
+            try:
+                result = trial.run(fault)
+            except RedBaseline as error:
+                problems.append(f"{fault.name}: {error}")
+                return
+            results.add(fault.name, result)
+            by = f"caught by {result.test}" if result.stage != "none" else "NOT CAUGHT"
+            print(f"{fault.name}: {by} ({result.stage}, {result.seconds:.0f} s)", flush=True)
+
+        pool = ThreadPoolExecutor(count)
+        try:
+            for future in [pool.submit(attempt, fault) for fault in faults]:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for copy in copies:
+                copy.stop()
+            raise
+        finally:
+            pool.shutdown()
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="faults by their names")
+    parser.add_argument("--room", nargs="+", default=[], help="faults by their rooms, such as loading or scripts")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="faults at a time (default: cores)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=300, help="seconds of a run that hangs, at least (default: 300)"
+    )
+    parser.add_argument(
+        "--tests-from", metavar="REF", help="take tests and pytest's settings from another git revision"
+    )
+    parser.add_argument("--whole", action="store_true", help="run all tests on what its room does not catch")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="keep results in a file, and try only what it lacks")
+    parser.add_argument("--again", action="store_true", help="try faults that OUT has results of, too")
+    parser.add_argument("--table", action="store_true", help="print a Markdown table of the results at the end")
+    arguments = parser.parse_args()
+    faults = chosen(read_faults(), arguments.only, arguments.room)
+    results = Results(arguments.json, arguments.tests_from or "the working tree")
+    left = [fault for fault in faults if arguments.again or not results.has(fault)]
+    options: dict[str, Any] = {"jobs": arguments.jobs, "timeout_seconds": arguments.timeout, "whole": arguments.whole}
+    problems = try_faults(ROOT, left, results, tests_from=arguments.tests_from, **options) if left else []
+    tried = [results.by_name[fault.name] for fault in faults if results.has(fault)]
+    print(f"\n{table(faults, results.by_name)}" if arguments.table else f"\n{summary(tried)}")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems or any(result.stage == "none" for result in tried) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
