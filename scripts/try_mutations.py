@@ -58,6 +58,7 @@ PYTEST_SETTINGS = re.compile(r"^\[tool\.pytest\.ini_options\]\n.*?(?=^\[|\Z)", r
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?(?:\[.*\])?)(?: - .*)?$", re.MULTILINE)
 SLOWER = 3  # a run of more than so many times the seconds without the fault hangs
 NO_TESTS = 5  # pytest's exit code if none was selected
+IN_ONE_PROCESS = "-n 0" if importlib.util.find_spec("xdist") else ""  # faults run beside each other already
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Copy:
             "PYTHONDONTWRITEBYTECODE": "1",
             "NUMBA_CACHE_DIR": str(self._caches / cache),
             "TMPDIR": str(self._temporary),
-            "PYTEST_ADDOPTS": "-n 0" if importlib.util.find_spec("xdist") else "",  # also of pytest within tests
+            "PYTEST_ADDOPTS": IN_ONE_PROCESS,  # also of pytest within tests
         }
         return {**os.environ, **own}
 
