@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import mutation_copies
 import pytest
-import try_mutations
-from try_mutations import Result, Results, chosen, failure, table, try_faults
+from mutation_copies import PYTEST_SETTINGS, failure
+from try_mutations import Result, Results, chosen, table, try_faults
 
 from tests.mutations.faults import Fault
 
@@ -62,7 +63,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes of pytest without plugins, whose import takes most of their time."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    monkeypatch.setattr(try_mutations, "IN_ONE_PROCESS", "")
+    monkeypatch.setattr(mutation_copies, "IN_ONE_PROCESS", "")
 
 
 def git(root: Path, *arguments: str) -> None:
@@ -132,5 +133,5 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
 
 
 def test_settings_of_pytest_are_found_in_a_project() -> None:
-    found = try_mutations.PYTEST_SETTINGS.search(PROJECT + "\n[tool.other]\nx = 1\n")
+    found = PYTEST_SETTINGS.search(PROJECT + "\n[tool.other]\nx = 1\n")
     assert found is not None and found[0].startswith("[tool.pytest.ini_options]") and "[tool.other]" not in found[0]
