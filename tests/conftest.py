@@ -8,7 +8,7 @@ import ipaddress
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # sums in the same order on every machine, and processes do not fight over cores
     "MKL_NUM_THREADS": "1",
-    "CI": "1",  # plain output
+    "CI": os.environ.get("CI", "1"),  # plain output
     "MPLBACKEND": "Agg",
     "HF_HUB_OFFLINE": "1",  # also keeps bitsandbytes' import, on CPUs with AVX512-BF16, from asking a hub for kernels
     "WANDB_MODE": "disabled",  # an explicit `mode=` wins over it
@@ -35,6 +35,10 @@ ENVIRONMENT = {
     "NO_PROXY": "127.0.0.1,localhost",
     "no_proxy": "127.0.0.1,localhost",
 }
+
+
+ON_FAKE_DEVICE = "test_on_the_fake_device"
+LONG_FILES = ("test_on_fake_device.py",)
 
 
 class NetworkError(RuntimeError):
@@ -75,6 +79,37 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     sys.modules["kernels"] = None  # type: ignore[assignment]  # not even from a cache: a hub's kernels are not what we test
     sys.addaudithook(refuse_network)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file in one process, which share what they load; those that only wait for a process of
+    their own are spread. Long files begin first, or one process would still be busy when the others have ended."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if ON_FAKE_DEVICE in nodeid else str(super()._split_scope(nodeid))
+
+    config.option.loadscopereorder = False  # by number of tests; pytest_collection_modifyitems has the order
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(LONG_FILES))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In CI, what an external test needs has been installed: that it is skipped is a failure of the set-up."""
+    report = yield
+    if os.environ["CI"] == "true" and report.skipped and item.get_closest_marker("external"):
+        report.outcome = "failed"
+        report.longrepr = f"an external test was skipped in CI: {reason_of(report)}"
+    return report
+
+
+def reason_of(report: pytest.TestReport) -> str:
+    return str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
 
 
 @pytest.hookimpl(tryfirst=True)

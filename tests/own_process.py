@@ -4,6 +4,8 @@
 What earlier tests left behind, heaps with holes and threads that end late, is not theirs. All such tests of a file
 share one process. `pytest -m own_process` runs them where it runs itself.
 
+Either way the process selects tests by the marks that the run itself selects by (`scripts/check --all`).
+
 **By their folder.** The fake device is registered with torch for the rest of a process. A folder of tests that need it
 has a `conftest.py` with
 
@@ -16,7 +18,7 @@ has a `conftest.py` with
 
 `pytest tests/that/folder`, or one of its files or tests, then registers the device and runs them as usual. A run of
 anything else leaves them out; there, a test beside the folder calls `failures` once for each of the files, so that
-they are part of a run of everything too. All files of a folder share one process, which `failures` starts.
+they are part of a run of everything too. Each file gets a process of its own: the files can then run side by side.
 """
 
 from __future__ import annotations
@@ -42,7 +44,6 @@ _registered: list[Path] = []
 class Outcome(NamedTuple):
     """What a process told of one of its tests. problem: empty if it passed or was skipped."""
 
-    module: str  # file name
     name: str  # with its parameters
     problem: str
     skipped: bool
@@ -69,9 +70,9 @@ def modules(folder: Path) -> list[str]:
 
 
 @cache
-def _run(path: Path, *arguments: str) -> tuple[list[Outcome], str]:
-    """Run the tests of a folder or file: (one outcome for each, what pytest printed)."""
-    command = [sys.executable, "-m", "pytest", str(path), *arguments, "-p", "no:cacheprovider"]
+def _run(path: Path, expression: str) -> tuple[list[Outcome], str]:
+    """Run the tests of a file whose marks match: (one outcome for each, what pytest printed)."""
+    command = [sys.executable, "-m", "pytest", str(path), "-m", expression, "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
         [*command, "--junitxml=/dev/stderr"],
         cwd=ROOT,
@@ -85,23 +86,23 @@ def _run(path: Path, *arguments: str) -> tuple[list[Outcome], str]:
     for case in ElementTree.fromstring(done.stderr[start:]).iter("testcase") if start >= 0 else ():
         problems = [*case.findall("failure"), *case.findall("error")]
         text = "\n".join(f"{case.get('name')}:\n{problem.text or problem.get('message')}" for problem in problems)
-        module = case.get("classname", "").rpartition(".")[2] + ".py"
-        outcomes.append(Outcome(module, case.get("name", ""), text, case.find("skipped") is not None))
+        outcomes.append(Outcome(case.get("name", ""), text, case.find("skipped") is not None))
     return outcomes, done.stdout + done.stderr[: max(start, 0)]
 
 
-def failures(folder: Path, module: str) -> str:
-    """What failed in a module of a folder; also if it has no test that ran. Empty if all is well."""
-    outcomes, output = _run(folder)
-    found = [outcome.problem for outcome in outcomes if outcome.module == module]
-    return "\n\n".join(filter(None, found)) if found else f"no test of {module} ran:\n{output[-4000:]}"
+def failures(file: Path, config: pytest.Config) -> str:
+    """What failed in a file of a folder; also if it has no test that ran. Empty if all is well."""
+    outcomes, output = _run(file, config.getoption("markexpr"))
+    found = [outcome.problem for outcome in outcomes]
+    return "\n\n".join(filter(None, found)) if found else f"no test of {file.name} ran:\n{output[-4000:]}"
 
 
 def run_if_marked(item: pytest.Function) -> bool:
     """Run a marked test elsewhere, unless this is the run of marked tests; False: it is to be run here."""
-    if item.get_closest_marker(MARK) is None or item.config.getoption("markexpr") == MARK:
+    expression = str(item.config.getoption("markexpr"))
+    if item.get_closest_marker(MARK) is None or expression.startswith(MARK):
         return False
-    outcomes, output = _run(item.path, "-m", MARK)
+    outcomes, output = _run(item.path, f"{MARK} and ({expression})" if expression else MARK)
     found = [outcome for outcome in outcomes if outcome.name == item.name]
     if not found:
         pytest.fail(f"{item.name} did not run:\n{output[-4000:]}", pytrace=False)

@@ -15,7 +15,7 @@ from tests.test_predict import T5, TRANSFORMER
 PROGRAM = Path(__file__).parents[1] / "scripts" / "bench_full_size_program.py"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("config", "name"), [(TRANSFORMER, "torchao int4wo"), (T5, "int8")])
 def test_a_process_is_watched_through_load_and_forward(tmp_path: Path, config: dict[str, Any], name: str) -> None:
     write_checkpoint(tmp_path / "model", config, 2)

@@ -19,7 +19,7 @@ def bench(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
     return process.returncode, json.loads((folder / "load.json").read_text())["rows"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_loading_stays_within_its_bound(tmp_path: Path) -> None:
     formats = ("nf4", "torchao int8wo", "quanto_int4")
     code, rows = bench(tmp_path, *HALF_GIB, "--programs", "qexp", "--formats", *formats)
@@ -31,7 +31,7 @@ def test_loading_stays_within_its_bound(tmp_path: Path) -> None:
         assert run["peak_file_bytes"] < 16 << 20  # files are read, not mapped
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_kernel_of_the_library_on_whole_tensors_would_not(tmp_path: Path) -> None:
     code, rows = bench(
         tmp_path, *HALF_GIB, "--programs", "qexp", "--formats", "quanto_int4", "--slice-weights", str(1 << 40)
@@ -41,7 +41,7 @@ def test_a_kernel_of_the_library_on_whole_tensors_would_not(tmp_path: Path) -> N
     assert run["peak_total_bytes"] > run["quantized_bytes"] + run["largest_dense_bytes"] + (128 << 20)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_programs_and_the_limits_are_measured(tmp_path: Path) -> None:
     small = ("--heads", "2", "--layers", "1", "1", "--repeats", "1", "--shards", "2", "--cases", "shards-cold")
     code, rows = bench(tmp_path, *small, "--formats", "nf4", "nf4, stored", "gguf Q4_0, stored")

@@ -18,7 +18,7 @@ def bench(folder: Path, *arguments: str) -> tuple[int, str, list[dict[str, Any]]
     return process.returncode, process.stdout, json.loads((folder / "offload.json").read_text())["rows"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_program_is_measured_beside_the_disk(tmp_path: Path) -> None:
     code, shown, (row,) = bench(tmp_path, "--formats", "dense", "--tokens", "1", "8")
     assert code == 0
@@ -36,7 +36,7 @@ def test_every_program_is_measured_beside_the_disk(tmp_path: Path) -> None:
     assert row["limits"]["warm_8_seconds"] >= row["resident"]["warm_8_seconds"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_a_program_refuses_is_recorded(tmp_path: Path) -> None:
     programs = ("resident", "qexp leaf", "diffusers leaf")
     code, shown, (row,) = bench(tmp_path, "--formats", "torchao int8wo", "--tokens", "1", "--programs", *programs)

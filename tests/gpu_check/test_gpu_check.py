@@ -36,7 +36,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert done.returncode == 3 and "no NVIDIA GPU" in done.stderr and result == {}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_on_a_cpu_everything_passes(tmp_path: Path) -> None:
     options = ("--small", "--device", "cpu", "--backends", "quanto_int4", "--folder", str(tmp_path))
     done, result = gpu_check(*options, out=tmp_path / "out.json")
@@ -54,7 +54,7 @@ def test_on_a_cpu_everything_passes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_on_the_fake_accelerator_all_but_the_peer_passes(tmp_path: Path) -> None:
     options = (*FAKE, "tests.fake_device.backend:install", "--backends", "torchao")
     done, result = gpu_check(*options, out=tmp_path / "out.json")
@@ -76,7 +76,7 @@ def test_on_the_fake_accelerator_all_but_the_peer_passes(tmp_path: Path) -> None
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_faults_are_rows_and_the_rest_is_checked(tmp_path: Path) -> None:
     options = (*FAKE, "tests.gpu_check.faults:install", "--backends", "none", "--groups", "speed", "offload")
     done, result = gpu_check(*options, out=tmp_path / "out.json")
