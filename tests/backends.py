@@ -13,10 +13,17 @@ from torch import nn
 from qexp.config import to_run_config
 from qexp.options import conf_folder, option_names
 from qexp.schema import register_schemas
+from tests.products import representatives
 
 BACKENDS = option_names("backend")
 QUANTIZING = [name for name in BACKENDS if name != "none"]
 CPU = torch.device("cpu")
+# One option for each way to hold bytes: none; attributes beside the data, nested ones too; the module's own state; a
+# flat subclass; a subclass in a subclass; blocks of bytes; packed codes. The other options differ from one of these
+# only in their codes, which have tests of their own.
+REPRESENTATIVES = ("none", "bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "quanto_int4", "gguf", "packed_uint4")
+EVERY_WAY = representatives(BACKENDS, REPRESENTATIVES)
+EVERY_WAY_TO_QUANTIZE = representatives(QUANTIZING, REPRESENTATIVES[1:])
 
 
 @cache

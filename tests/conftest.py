@@ -81,6 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.addaudithook(refuse_network)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep the tests of a file in one process, which share what they load; those that only wait for a process of
     their own are spread. Long files begin first, or one process would still be busy when the others have ended."""

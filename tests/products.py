@@ -16,14 +16,14 @@ def exhaustive(*values: Any) -> Any:
 
 
 def representatives(names: Iterable[Any], kept: Collection[Any]) -> list[Any]:
-    """Return a parameter for each name; those that are not kept are exhaustive.
+    """Return a parameter for each name, or tuple of names; those that are not kept are exhaustive.
 
     Raises: ValueError if a kept name is none of the names, as after a renaming.
     """
     names = list(names)
     if unknown := [name for name in kept if name not in names]:
         raise ValueError(f"kept, but not there: {unknown}; there are {names}")
-    return [name if name in kept else exhaustive(name) for name in names]
+    return [name if name in kept else exhaustive(*(name if isinstance(name, tuple) else (name,))) for name in names]
 
 
 def pairwise(*axes: Sequence[Any]) -> list[Any]:

@@ -60,6 +60,7 @@ def test_a_sweep_runs_every_combination_and_keeps_its_name(command: CommandLine,
     assert [path.name for path in Path(tmp_path, "outputs").iterdir()] == ["sweeps"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("preset", "task"), [("backend_pareto", "generate"), ("roundtrip_all", "roundtrip")])
 def test_prepared_sweeps_run_every_backend_without_a_flag(command: CommandLine, preset: str, task: str) -> None:
     command(f"experiment={preset}")

@@ -16,6 +16,7 @@ from qexp.doctor.__main__ import main
 from qexp.fields import to_plain
 from qexp.quantizers.torchao import TorchAoQuantizer
 from tests.backends import BACKENDS, backend_config
+from tests.products import exhaustive
 
 FIRST = """
 import os, time
@@ -62,15 +63,17 @@ def test_types_without_an_option_are_tried_as_they_are_typed() -> None:
     assert list(options.trials(["torchao"])) == ["torchao"]
 
 
-def test_every_option_runs_on_this_cpu() -> None:
-    command = [sys.executable, "-m", "qexp.doctor", "--json"]
+@pytest.mark.parametrize("names", [["none", "bitsandbytes"], exhaustive([])], ids=["two", "every"])
+def test_every_option_runs_on_this_cpu(names: list[str]) -> None:
+    command = [sys.executable, "-m", "qexp.doctor", *names, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert set(report) == {"machine", "rows"} and {"python", "torch", "versions", "cpu"} <= set(report["machine"])
     rows = {row["option"]: row for row in report["rows"] if row["device"] == "cpu"}
-    assert list(rows) == list(options.trials([])) and set(BACKENDS) <= set(rows)
-    assert {name: rows[name]["message"] for name in BACKENDS if rows[name]["status"] != "runs"} == {}
+    wanted = names or BACKENDS
+    assert list(rows) == list(options.trials(names)) and set(wanted) <= set(rows)
+    assert {name: rows[name]["message"] for name in wanted if rows[name]["status"] != "runs"} == {}
     assert {row["message"] for row in rows.values() if row["status"] == "fails"} == set()
     rows = {name: row for name, row in rows.items() if row["status"] == "runs"}
     keys = {"option", "backend", "label", "device", "status", "reason", "message", "measured", "seconds"}

@@ -22,6 +22,7 @@ from qexp.schema import register_schemas
 from qexp.settings import RunConfig
 from qexp.sweep.key import reference_config, reference_key, run_key
 from tests.backends import BACKENDS
+from tests.products import exhaustive, representatives
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_calibration_is_part_of_the_key_where_it_counts(checkpoint: Path) -> Non
     assert few != many
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", representatives(BACKENDS, ("none", "bitsandbytes_int8", "torchao", "quanto_int4")))
 def test_offloading_changes_no_bit_and_proves_that_it_happened(backend: str, checkpoint: Path, tmp_path: Path) -> None:
     resident, expected = run(checkpoint, tmp_path / "none", f"backend={backend}", "offload=none")
     assert resident["offload/groups"] == resident["offload/transferred_gib"] == 0
@@ -220,7 +221,11 @@ def test_a_value_that_is_not_finite_is_an_error_in_any_tensor(
 
 
 @pytest.mark.parametrize(
-    "pattern", ["**.attn", "proj_out", "x_embed", "y_embed", "t_embed", "blocks.0", "blocks.*.mlp.fc1"]
+    "pattern",
+    representatives(
+        ["**.attn", "proj_out", "x_embed", "y_embed", "t_embed", "blocks.0", "blocks.*.mlp.fc1"],
+        ("y_embed", "blocks.*.mlp.fc1"),
+    ),
 )
 def test_modules_kept_in_fp32_compute_in_fp32(pattern: str, checkpoint: Path, tmp_path: Path) -> None:
     _, kept = run(checkpoint, tmp_path / "b", "backend=none", f'keep_in_fp32_modules=["{pattern}"]')
@@ -239,8 +244,19 @@ def test_a_checkpoint_in_fp64_is_computed_in_fp32(checkpoint: Path, tmp_path: Pa
     assert metrics["load/quantized_modules"] > 0
 
 
-@pytest.mark.parametrize("offload", ["none", "leaf"])
-@pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto_int4"])
+@pytest.mark.parametrize(
+    ("backend", "offload"),
+    [
+        ("bitsandbytes", "none"),
+        ("bitsandbytes_int8", "leaf"),
+        ("torchao", "none"),
+        ("quanto_int4", "leaf"),
+        exhaustive("bitsandbytes", "leaf"),
+        exhaustive("bitsandbytes_int8", "none"),
+        exhaustive("torchao", "leaf"),
+        exhaustive("quanto_int4", "none"),
+    ],
+)
 def test_what_was_saved_answers_the_same_without_any_setting(
     backend: str, offload: str, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -272,7 +288,11 @@ def test_the_reference_of_a_quantized_checkpoint_is_the_unquantized_one(checkpoi
 
 
 @pytest.mark.parametrize(
-    "backend", ["bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "quanto_int4", "packed_fp6_e3w2", "gguf"]
+    "backend",
+    representatives(
+        ["bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "quanto_int4", "packed_fp6_e3w2", "gguf"],
+        ("bitsandbytes_nf4_dq", "quanto_int4", "gguf"),
+    ),
 )
 def test_a_roundtrip_of_a_quantized_checkpoint_is_that_of_its_original(
     backend: str, checkpoint: Path, tmp_path: Path
@@ -314,8 +334,17 @@ def test_an_original_of_another_shape(checkpoint: Path, tmp_path: Path) -> None:
     assert run_key(config) != run_key(run_config(saved, f"model.reference_path={checkpoint}", task="roundtrip"))
 
 
-@pytest.mark.parametrize("offload", ["none", "leaf"])
-@pytest.mark.parametrize("backend", ["gguf", "gguf_q4_0", "gguf backend.compute_dtype=fp32"])
+@pytest.mark.parametrize(
+    ("backend", "offload"),
+    [
+        ("gguf_q4_0", "leaf"),
+        ("gguf backend.compute_dtype=fp32", "none"),
+        exhaustive("gguf", "none"),
+        exhaustive("gguf", "leaf"),
+        exhaustive("gguf_q4_0", "none"),
+        exhaustive("gguf backend.compute_dtype=fp32", "leaf"),
+    ],
+)
 def test_a_saved_gguf_file_answers_the_same_without_any_setting(
     backend: str, offload: str, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.exhaustive
 def test_the_commands_of_the_page_run(project: Path) -> None:
     page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
     round_trip, sweep = re.findall(r"^\$ python -m (.*)$", page, re.MULTILINE)

@@ -17,7 +17,7 @@ from qexp.loading.guards import Guarded
 from qexp.offload.config import OffloadConfig
 from qexp.offload.payload import leaves
 from qexp.offload.strategies import apply_offload
-from tests.backends import CPU, QUANTIZING
+from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
 
 BF16 = torch.bfloat16
@@ -56,7 +56,7 @@ def all_leaves(model: nn.Module) -> list[Tensor]:
     return [leaf.clone() for parameter in model.parameters() for leaf in leaves(parameter)]
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_dtype_assignment(backend: str, folder: Path) -> None:
     """Every cast is refused, and has changed nothing by then; `.to(device)` is not one."""
     model = load(folder, backend)
@@ -73,7 +73,7 @@ def test_dtype_assignment(backend: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["loaded", "after a forward"])
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_copies_and_pickles_answer_the_same(backend: str, state: str, folder: Path) -> None:
     model = load(folder, backend)
     if state == "after a forward":
@@ -139,7 +139,7 @@ def test_an_adapter_stays_the_parameter_that_its_optimizer_knows(folder: Path) -
     assert type(model.embed.weight) is type(quantized)
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_memory_footprint(backend: str, folder: Path) -> None:
     """By hand: what the plan says of every tensor, and the buffers that no checkpoint holds."""
     loaded = load_toy(folder, settings(backend, compute_dtype="bfloat16"))

@@ -22,7 +22,7 @@ from qexp.offload.config import OffloadConfig
 from qexp.offload.payload import as_bytes
 from qexp.offload.strategies import apply_offload
 from qexp.settings import LoaderConfig
-from tests.backends import BACKENDS, CPU
+from tests.backends import CPU, EVERY_WAY
 from tests.loading.toys import WIDTH, Block, Toy, ToySource, load_toy, random_state, save_state, settings
 
 EMPTY = LoadPlan((), {}, ())
@@ -202,7 +202,7 @@ def test_classes_that_must_not_be_split() -> None:
     assert no_split_classes(nn.Sequential(Told()), []) == {"Inner", "MultiheadAttention"}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_WAY)
 def test_what_rests_on_disk_answers_as_if_it_were_in_memory(backend: str, folder: Path, tmp_path: Path) -> None:
     resident = load_toy(folder, settings(backend)).model
     x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0), dtype=resident.scale.dtype)

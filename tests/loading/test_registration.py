@@ -16,6 +16,7 @@ from qexp.offload.strategies import apply_offload, offload_of
 from qexp.quantizers.base import Quantizer
 from tests.backends import CPU, QUANTIZING
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
+from tests.products import pairwise
 
 BF16 = torch.bfloat16
 MARKS = ("hf_quantizer", "quantization_method", "_pre_quantization_dtype", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -85,9 +86,14 @@ def test_dequantize_in_another_dtype(folder: Path) -> None:
     assert model.blocks[0].norm.weight.dtype == BF16
 
 
-@pytest.mark.parametrize("strategy", ["leaf", "block", "model"])
-@pytest.mark.parametrize("to", ["cpu", "disk"])
-@pytest.mark.parametrize("backend", ["bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "quanto_int4", "gguf"])
+@pytest.mark.parametrize(
+    ("backend", "to", "strategy"),
+    pairwise(
+        ["bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "quanto_int4", "gguf"],
+        ["cpu", "disk"],
+        ["leaf", "block", "model"],
+    ),
+)
 def test_dequantize_while_offloaded(
     backend: str, to: str, strategy: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

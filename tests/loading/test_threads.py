@@ -15,7 +15,7 @@ from qexp.errors import ConfigError
 from qexp.offload.payload import leaves
 from qexp.quantizers import quanto_library
 from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
-from tests.backends import CPU, QUANTIZING, backend_config
+from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, backend_config
 
 SHAPES = [(16, 64), (48, 128), (7, 96), (64, 130), (1, 256), (9, 256), (33, 34)]
 
@@ -37,7 +37,7 @@ def fits(quantizer: Quantizer, spec: WeightSpec) -> bool:
 
 
 @pytest.mark.usefixtures("restless")
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_quantizing_on_several_threads_at_once(backend: str) -> None:
     quantizer = load_quantizer(backend_config(backend))
     quantizer.validate_environment(CPU)

@@ -16,7 +16,7 @@ from qexp.models.arithmetic import ASSETS, ArithmeticConfig, Source, solution
 from qexp.settings import RunConfig
 from qexp.sweep.key import reference_config, run_key
 from qexp.tasks.generate import GenerateConfig
-from tests.backends import BACKENDS
+from tests.backends import EVERY_WAY
 from tests.composing import run_config
 from tests.language import TEXT, save_language_model
 
@@ -45,7 +45,7 @@ def reference(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_WAY)
 def test_every_backend_runs_it_and_shows_what_it_costs(
     backend: str, text: Path, reference: Path, tmp_path: Path
 ) -> None:

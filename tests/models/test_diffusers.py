@@ -7,6 +7,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qexp.models.pipeline_call import TRAJECTORY_VALUES, check_arguments, run_pi
 from qexp.offload.strategies import offload_of
 from qexp.tasks.generate import GenerateConfig
 from tests.pipelines import ARGUMENTS, PIPELINES
+from tests.products import exhaustive, representatives
 
 BF16 = torch.bfloat16
 PROMPTS = ("a red cube", "two trees")
@@ -118,8 +120,10 @@ LIBRARIES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["flux", "pixart"])
-@pytest.mark.parametrize("backend", LIBRARIES)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*product(["flux"], LIBRARIES), *(exhaustive("pixart", backend) for backend in LIBRARIES)],
+)
 def test_quantized_it_is_what_diffusers_loads_quantized(name: str, backend: str, pipeline_folder: Folder) -> None:
     kind: Any = type(PIPELINES[name]().transformer)
     transformer = kind.from_pretrained(
@@ -132,8 +136,13 @@ def test_quantized_it_is_what_diffusers_loads_quantized(name: str, backend: str,
     assert not torch.equal(expected, call(load_theirs(pipeline_folder(name)), name))
 
 
-@pytest.mark.parametrize("strategy", ["leaf", "block", "sequential", "model"])
-@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    representatives(
+        product(("flux", "wan"), ("leaf", "block", "sequential", "model")),
+        (("flux", "leaf"), ("wan", "model"), ("wan", "block")),
+    ),
+)
 def test_offloading_changes_no_bit(name: str, strategy: str, pipeline_folder: Folder) -> None:
     """The autoencoder is called by `decode`, and encoding prompts comes before it."""
     expected = call(qexp.load_pipeline(pipeline_folder(name), "torchao", device="cpu"), name)
@@ -162,7 +171,9 @@ def files_in(folder: Path) -> set[Path]:
     return {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("backend", ["bitsandbytes", "torchao", "quanto", "gguf"])
+@pytest.mark.parametrize(
+    "backend", representatives(["bitsandbytes", "torchao", "quanto", "gguf"], ("bitsandbytes", "gguf"))
+)
 def test_a_saved_pipeline_is_opened_again(backend: str, pipeline_folder: Folder, tmp_path: Path) -> None:
     own = {"text_encoder_2": "quanto", "text_encoder": {"compute_dtype": "bf16"}}
     ours = qexp.load_pipeline(pipeline_folder("flux"), backend, components=own, device="cpu")
@@ -207,8 +218,13 @@ def test_weights_from_elsewhere_that_do_not_belong_there(pipeline_folder: Folder
         qexp.load_pipeline(flux, checkpoints={"vae": tmp_path / "nothing"}, device="cpu")
 
 
-@pytest.mark.parametrize("component", ["denoiser", "text_encoder", "vae"])
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    ("name", "component"),
+    representatives(
+        product(PIPELINES, ("denoiser", "text_encoder", "vae")),
+        (("sdxl", "vae"), ("flux", "text_encoder"), ("sd3", "denoiser"), ("wan", "vae")),
+    ),
+)
 def test_components_in_several_dtypes(name: str, component: str, pipeline_folder: Folder) -> None:
     """One in fp32 among those in bf16: what one gives, the next takes in its own dtype."""
     folder = pipeline_folder(name)

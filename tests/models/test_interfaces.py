@@ -6,6 +6,7 @@ diffusers refuses bitsandbytes without a GPU though the library runs on CPUs; th
 import copy
 import json
 from collections.abc import Callable
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers.trainer_utils import validate_quantization_for_training
 import qexp
 from qexp.errors import ConfigError
 from qexp.quantizers.base import Quantizer
+from tests.products import representatives
 
 BF16 = torch.bfloat16
 SAVED = ["bitsandbytes", "bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "torchao_float8wo", "quanto"]
@@ -50,6 +52,8 @@ def llama() -> Any:
 
 
 MODELS: dict[str, Callable[[], Any]] = {"flux": flux, "pixart": pixart, "llama": llama}
+# by default, every backend once, and every model with several
+PAIRS = representatives(product(MODELS, BACKENDS), [*zip(cycle(MODELS), BACKENDS, strict=False), ("llama", "quanto")])
 
 
 def answer(model: Any) -> Tensor:
@@ -99,8 +103,7 @@ def close(one: Tensor, other: Tensor, tolerance: float = 0.03) -> bool:
     return bool((one.float() - other.float()).norm() < tolerance * other.float().norm())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_what_their_classes_ask_of_a_model(name: str, backend: str, folders: dict[str, Path]) -> None:
     model: Any = qexp.load(folders[name], backend, device="cpu")
     kind = type(MODELS[name]())
@@ -118,8 +121,7 @@ def test_what_their_classes_ask_of_a_model(name: str, backend: str, folders: dic
     assert torch.equal(answer(copy.deepcopy(model)), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_save_pretrained(name: str, backend: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Their files are ours, to the byte; they and we load them again."""
     model: Any = qexp.load(folders[name], backend, device="cpu")
@@ -148,8 +150,7 @@ def test_save_pretrained(name: str, backend: str, folders: dict[str, Path], tmp_
             assert close(answer(again), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_dequantize(name: str, backend: str, folders: dict[str, Path], tmp_path: Path) -> None:
     model: Any = qexp.load(folders[name], backend, device="cpu")
     kind, expected = type(MODELS[name]()), answer(model)

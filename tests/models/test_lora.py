@@ -22,11 +22,12 @@ from qexp.experiment import run_experiment
 from qexp.models.diffusers import DiffusersConfig, Source
 from qexp.models.lora import LoraConfig, lora_configs, read_updates
 from qexp.sweep.key import reference_config, reference_key, run_key
-from tests.backends import BACKENDS, backend_config
+from tests.backends import EVERY_WAY_TO_QUANTIZE, backend_config
 from tests.composing import composed
 from tests.models.test_diffusers import call as call_theirs
 from tests.models.test_diffusers import load_theirs, task_of
 from tests.pipelines import load_components
+from tests.products import representatives
 
 Folder = Callable[[str], Path]
 LAYERS = {
@@ -141,7 +142,7 @@ def test_text_encoders_have_their_own(pipeline_folder: Folder, tmp_path: Path) -
     assert not torch.equal(ours, call_theirs(pipeline, "sdxl"))
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "none"])
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_on_a_quantized_layer_the_update_is_exact(backend: str, pipeline_folder: Folder, tmp_path: Path) -> None:
     path = save_lora(pipeline_folder, "flux", tmp_path)
     narrow = ("group_size=16",) if backend.startswith("packed") else ()  # the first layer has 16 inputs
@@ -177,7 +178,7 @@ def config_of(model: Path, *overrides: str) -> Any:
     return to_run_config(composed("model=diffusers", f"model.path={model}", "device=cpu", *fields, *overrides))
 
 
-@pytest.mark.parametrize("offload", ["leaf", "block", "model"])
+@pytest.mark.parametrize("offload", representatives(["leaf", "block", "model"], ["block"]))
 def test_what_is_offloaded_gives_the_same_images(offload: str, pipeline_folder: Folder, tmp_path: Path) -> None:
     model, path = pipeline_folder("flux"), save_lora(pipeline_folder, "flux", tmp_path / "lora")
     resident = run(tmp_path / "resident", model, f"model.lora={path}")

@@ -14,6 +14,7 @@ from qexp.offload.config import OffloadConfig
 from qexp.offload.payload import leaves, module_nbytes, sites
 from qexp.offload.strategies import Offload, apply_offload
 from tests.offload import model_zoo as zoo
+from tests.products import pairwise
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -48,9 +49,7 @@ def assert_same(found: list[tuple[str, type, list[Tensor]]], expected: list[tupl
             assert torch.equal(part.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("used_before", [False, True], ids=["fresh", "used"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kind", zoo.QUANTIZERS)
+@pytest.mark.parametrize(("kind", "strategy", "used_before"), pairwise(zoo.QUANTIZERS, STRATEGIES, [False, True]))
 def test_output_is_bit_identical_and_the_way_back_is_exact(
     kind: str, strategy: str, used_before: bool, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from qexp.tasks.roundtrip import LayerRow, measure_layers
 from tests.backends import CPU, QUANTIZING, StackSource, backend_config, save_stack
 from tests.quantizers.formulas import FORMULAS
 
-SIZE = 4096
+ROWS, COLUMNS = 512, 4096
 PUBLISHED_DB = {  # measured with each library that has the format, on N(0, 1) weights, 4096 x 4096, fp32
     "bitsandbytes": 20.73, "bitsandbytes_nf4_dq": 20.72, "bitsandbytes_fp4": 18.28, "bitsandbytes_int8": 41.23,
     "torchao": 41.26, "torchao_int8dq": 41.26, "torchao_float8wo": 31.55, "torchao_float8wo_e5m2": 25.57,
@@ -26,7 +26,7 @@ PUBLISHED_DB = {  # measured with each library that has the format, on N(0, 1) w
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gaussian")
-    save_stack(path, [(SIZE, SIZE)], dtype=torch.float32, bias=False)
+    save_stack(path, [(ROWS, COLUMNS)], dtype=torch.float32, bias=False)
     return path
 
 
@@ -51,7 +51,7 @@ def test_every_backend_has_a_formula() -> None:
 def test_round_trip_has_the_error_and_the_bits_of_the_formula(backend: str, folder: Path) -> None:
     formula, bits = FORMULAS[backend]
     torch.manual_seed(0)
-    weight = torch.nn.init.normal_(torch.empty(SIZE, SIZE)).numpy()
+    weight = torch.nn.init.normal_(torch.empty(ROWS, COLUMNS)).numpy()
     row = round_trip(folder, backend)
     expected = sqnr_db(weight, formula(weight))
     assert row.sqnr_db == pytest.approx(expected, abs=0.1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.offload.payload import leaves
-from tests.backends import QUANTIZING
+from tests.backends import EVERY_WAY_TO_QUANTIZE
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
 
 RANK = 4
@@ -49,7 +49,7 @@ def gradients(model: Any, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_training(backend: str, dtype: torch.dtype, folder: Path) -> None:
     """Gradients are those of the dequantized model, the loss falls, and no quantized byte changes."""
     model, x = with_adapters(folder, backend, dtype), torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(1))
