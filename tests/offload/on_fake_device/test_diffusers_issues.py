@@ -17,6 +17,7 @@ from qexp.offload.config import OffloadConfig
 from qexp.offload.payload import leaves, sites
 from tests.offload import model_zoo as zoo
 from tests.offload.on_fake_device.harness import DEVICE, compare, live_bytes, offload, on_device, problems
+from tests.products import pairwise
 
 ON_DEVICE = (
     "bitsandbytes",
@@ -108,10 +109,10 @@ def test_12610_the_peer_fails_so() -> None:
     assert param._data is inner is not other._data
 
 
-@pytest.mark.parametrize("low_cpu_mem", [False, True], ids=["pinned", "staged"])
-@pytest.mark.parametrize("use_stream", [False, None], ids=["no stream", "stream"])
-@pytest.mark.parametrize("strategy", LEVELS)
-@pytest.mark.parametrize("kind", ["quanto_int8", "quanto_int4", "quanto_int2", "quanto_float8"])
+@pytest.mark.parametrize(
+    ("kind", "strategy", "use_stream", "low_cpu_mem"),
+    pairwise(["quanto_int8", "quanto_int4", "quanto_int2", "quanto_float8"], LEVELS, [False, None], [False, True]),
+)
 def test_14038_quanto_at_both_levels(
     kind: str, strategy: str, use_stream: bool | None, low_cpu_mem: bool, tmp_path: Path
 ) -> None:
@@ -125,10 +126,10 @@ def test_14038_quanto_at_both_levels(
 # pinning meets a device tensor.
 
 
-@pytest.mark.parametrize("low_cpu_mem", [False, True], ids=["13281", "14433"])
-@pytest.mark.parametrize("starts_on_device", [False, True], ids=["host", "device"])
-@pytest.mark.parametrize("strategy", LEVELS)
-@pytest.mark.parametrize("kind", ["torchao_float8wo_e4m3", "torchao_int8wo", "torchao_intx"])
+@pytest.mark.parametrize(
+    ("kind", "strategy", "starts_on_device", "low_cpu_mem"),
+    pairwise(["torchao_float8wo_e4m3", "torchao_int8wo", "torchao_intx"], LEVELS, [False, True], [False, True]),
+)
 def test_13281_and_14433_torchao_with_streams(
     kind: str, strategy: str, starts_on_device: bool, low_cpu_mem: bool
 ) -> None:

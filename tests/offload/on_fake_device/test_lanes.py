@@ -28,7 +28,7 @@ from tests.fake_device import streams
 from tests.fake_device.counters import measure
 from tests.offload import model_zoo as zoo
 from tests.offload.on_fake_device.harness import DEVICE, live_bytes
-from tests.offload.on_fake_device.test_loading import BACKENDS, WITHOUT
+from tests.offload.on_fake_device.test_loading import ON_DEVICE
 
 KIB = 1 << 10
 STORED = ["none", "bitsandbytes", "bitsandbytes_int8", "torchao", "quanto", "packed_fp6_e3w2", "gguf"]
@@ -53,7 +53,7 @@ def equal(some: list[Tensor], others: list[Tensor]) -> bool:
 # Whole loads
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in WITHOUT])
+@pytest.mark.parametrize("backend", ON_DEVICE)
 def test_several_workers_make_what_one_makes_and_nothing_races(backend: str) -> None:
     batches = zoo.inputs(zoo.make("fp32"))
     one = zoo.load(backend, device=str(DEVICE))

@@ -10,15 +10,19 @@ import torch
 from qexp.loading import reading
 from qexp.memory import PeakMemory
 from qexp.offload.payload import leaves, module_nbytes, sites
+from tests.backends import REPRESENTATIVES
 from tests.fake_device import memory
 from tests.offload import model_zoo as zoo
 from tests.offload.on_fake_device.harness import DEVICE, live_bytes, run
+from tests.products import representatives
 
 BACKENDS = [kind.removeprefix("conf/") for kind in zoo.LOADED]
 WITHOUT = {"bitsandbytes_nf4_dq"}  # the library quantizes scales on real devices only
+KEPT = {*REPRESENTATIVES, "bitsandbytes"} - WITHOUT
+ON_DEVICE = representatives([name for name in BACKENDS if name not in WITHOUT], KEPT)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in WITHOUT])
+@pytest.mark.parametrize("backend", ON_DEVICE)
 def test_a_model_loaded_on_the_device_is_the_one_loaded_on_the_cpu(backend: str) -> None:
     batches = zoo.inputs(zoo.make("fp32"))
     expected = zoo.outputs(zoo.load(backend), batches)
