@@ -51,6 +51,12 @@ def offload(model: nn.Module, store: Path, config: OffloadConfig = LEAF) -> Offl
     return apply_offload(model, config, device=CPU, block_lists=["blocks"], store=store)
 
 
+@pytest.fixture(autouse=True)
+def no_garbage() -> None:
+    """A model that another test dropped keeps its reader until it is collected."""
+    gc.collect()
+
+
 def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "qexp-offload-reader"]
 

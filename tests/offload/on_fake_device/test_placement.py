@@ -72,6 +72,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_state(tmp_path_factory.mktemp("net"), random_state(Net))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tables(folder: Path) -> None:
+    """bitsandbytes makes the table of nested scales once for each device; what a model takes is measured after that."""
+    for device in DEVICES:
+        load(folder, "bitsandbytes_nf4_dq", {"": str(device)})
+
+
 def load(
     folder: Path,
     backend: str,
