@@ -17,8 +17,9 @@ has a `conftest.py` with
         return None if own_process.is_registered() else True
 
 `pytest tests/that/folder`, or one of its files or tests, then registers the device and runs them as usual. A run of
-anything else leaves them out; there, a test beside the folder calls `failures` once for each of the files, so that
-they are part of a run of everything too. Each file gets a process of its own: the files can then run side by side.
+anything else leaves them out; there, a test beside the folder calls `failures` with the files, so that
+they are part of a run of everything too. `shares` deals the files out to two processes, which can run side by side;
+more of them would spend their time on imports.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _registered: list[Path] = []
 class Outcome(NamedTuple):
     """What a process told of one of its tests. problem: empty if it passed or was skipped."""
 
+    module: str  # file name
     name: str  # with its parameters
     problem: str
     skipped: bool
@@ -65,14 +67,17 @@ def is_registered() -> bool:
     return bool(_registered)
 
 
-def modules(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob(PATTERN))
+def shares(folder: Path, count: int) -> list[tuple[str, ...]]:
+    """Return the names of the files of a folder dealt out to `count` parts."""
+    files = sorted(folder.glob(PATTERN))
+    return [tuple(path.name for path in files[start::count]) for start in range(count)]
 
 
 @cache
-def _run(path: Path, expression: str) -> tuple[list[Outcome], str]:
-    """Run the tests of a file whose marks match: (one outcome for each, what pytest printed)."""
-    command = [sys.executable, "-m", "pytest", str(path), "-m", expression, "-p", "no:cacheprovider", "-p", "no:xdist"]
+def _run(paths: tuple[Path, ...], expression: str) -> tuple[list[Outcome], str]:
+    """Run the tests of files whose marks match: (one outcome for each, what pytest printed)."""
+    options = ["-m", expression, "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *map(str, paths), *options]
     done = subprocess.run(
         [*command, "--junitxml=/dev/stderr"],
         cwd=ROOT,
@@ -86,15 +91,18 @@ def _run(path: Path, expression: str) -> tuple[list[Outcome], str]:
     for case in ElementTree.fromstring(done.stderr[start:]).iter("testcase") if start >= 0 else ():
         problems = [*case.findall("failure"), *case.findall("error")]
         text = "\n".join(f"{case.get('name')}:\n{problem.text or problem.get('message')}" for problem in problems)
-        outcomes.append(Outcome(case.get("name", ""), text, case.find("skipped") is not None))
+        module = case.get("classname", "").rpartition(".")[2] + ".py"
+        outcomes.append(Outcome(module, case.get("name", ""), text, case.find("skipped") is not None))
     return outcomes, done.stdout + done.stderr[: max(start, 0)]
 
 
-def failures(file: Path, config: pytest.Config) -> str:
-    """What failed in a file of a folder; also if it has no test that ran. Empty if all is well."""
-    outcomes, output = _run(file, config.getoption("markexpr"))
-    found = [outcome.problem for outcome in outcomes]
-    return "\n\n".join(filter(None, found)) if found else f"no test of {file.name} ran:\n{output[-4000:]}"
+def failures(folder: Path, names: tuple[str, ...], config: pytest.Config) -> str:
+    """Run files of a folder in one process; return the failures, also of a file none of whose tests ran."""
+    outcomes, output = _run(tuple(folder / name for name in names), config.getoption("markexpr"))
+    found = [outcome.problem for outcome in outcomes if outcome.problem]
+    for name in set(names) - {outcome.module for outcome in outcomes}:
+        found.append(f"no test of {name} ran:\n{output[-4000:]}")
+    return "\n\n".join(found)
 
 
 def run_if_marked(item: pytest.Function) -> bool:
@@ -102,7 +110,7 @@ def run_if_marked(item: pytest.Function) -> bool:
     expression = str(item.config.getoption("markexpr"))
     if item.get_closest_marker(MARK) is None or expression.startswith(MARK):
         return False
-    outcomes, output = _run(item.path, f"{MARK} and ({expression})" if expression else MARK)
+    outcomes, output = _run((item.path,), f"{MARK} and ({expression})" if expression else MARK)
     found = [outcome for outcome in outcomes if outcome.name == item.name]
     if not found:
         pytest.fail(f"{item.name} did not run:\n{output[-4000:]}", pytrace=False)

@@ -1,4 +1,4 @@
-"""Runs the tests in `checks/`, of the fake device itself, each file in a process of its own."""
+"""Runs the tests in `checks/`, of the fake device itself, in a process of their own."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests import own_process
 CHECKS = Path(__file__).parent / "checks"
 
 
-@pytest.mark.parametrize("module", own_process.modules(CHECKS))
-def test_on_the_fake_device(module: str, request: pytest.FixtureRequest) -> None:
-    if failures := own_process.failures(CHECKS / module, request.config):
+@pytest.mark.parametrize("names", own_process.shares(CHECKS, 1), ids="+".join)
+def test_on_the_fake_device(names: tuple[str, ...], request: pytest.FixtureRequest) -> None:
+    if failures := own_process.failures(CHECKS, names, request.config):
         pytest.fail(failures, pytrace=False)
