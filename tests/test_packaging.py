@@ -77,6 +77,7 @@ def test_the_wheel_is_what_was_tested_above(installed: Path, tmp_path: Path) -> 
     assert run(sys.executable, "-c", code, cwd=tmp_path, path=installed).count(str(installed)) == 2
 
 
+@pytest.mark.exhaustive
 def test_the_wheel_runs_an_experiment(installed: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "qexp", "tracking=none", "task.num_images=2", "task.num_inference_steps=2",
         cwd=tmp_path, path=installed)  # fmt: skip

@@ -24,6 +24,7 @@ from qexp.offload.grouping import outermost_lists
 from qexp.options import options_of_plugin
 from qexp.predict import GIB, predict
 from tests.composing import CONF, run_config
+from tests.products import representatives
 
 PRESETS = [name for name in options_of_plugin("model", "diffusers") if name != "diffusers"]
 TINY = {
@@ -76,7 +77,7 @@ def test_it_says_what_the_download_takes_and_whether_it_is_gated(preset: str) ->
     assert f"model={preset} " in text and "task.prompt=" in text
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", representatives(PRESETS, ("flux_dev", "wan")))
 def test_patterns_and_blocks_are_there_at_true_size(preset: str) -> None:
     model = denoiser(preset)
     names = [name for name, _ in model.named_modules()]

@@ -22,7 +22,7 @@ def test_the_library_comes_without_compilers_and_other_libraries(backend: str) -
     assert HEAVY.isdisjoint(run(code).split())
 
 
-def test_quanto_has_all_its_names_still() -> None:
+def test_quanto_has_all_its_names_still_also_for_a_star_import() -> None:
     code = """
 from qexp.quantizers.quanto_library import library
 quanto = library()
@@ -33,16 +33,13 @@ assert len(names) == 6 and all(getattr(quanto, name) is getattr(optimum.quanto.m
 for name in ("nonsense", "__wrapped__"):
     assert not hasattr(quanto, name)
 """
-    run(code)
-
-
-def test_a_star_import_brings_them_too() -> None:
-    run("""
-from qexp.quantizers.quanto_library import library
-library()
+    run(
+        code
+        + """
 from optimum.quanto import *
 assert QuantizedTransformersModel and QuantizedDiffusersModel and quantize and qint8 and models
-""")
+"""
+    )
 
 
 def test_a_star_import_without_diffusers() -> None:
