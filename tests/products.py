@@ -32,3 +32,11 @@ def pairwise(*axes: Sequence[Any]) -> list[Any]:
         raise ValueError("every pair of two axes is their whole product: name representatives of each instead")
     covering = {tuple(case) for case in AllPairs([list(axis) for axis in axes])}
     return [case if case in covering else exhaustive(*case) for case in product(*axes)]
+
+
+def diagonal(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
+    """Return the product of two axes; by default, a part of it in which every value of either occurs."""
+    rows, columns = list(rows), list(columns)
+    count = max(len(rows), len(columns))
+    kept = [(rows[i % len(rows)], columns[i % len(columns)]) for i in range(count)]
+    return representatives(product(rows, columns), kept)

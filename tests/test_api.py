@@ -18,7 +18,7 @@ from qexp.errors import ConfigError, LoadError, UnsupportedError
 from qexp.offload.config import OffloadConfig
 from qexp.offload.payload import true_nbytes
 from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
-from tests.backends import BACKENDS, Stack, StackSource, backend_config, save_stack
+from tests.backends import BACKENDS, EVERY_WAY, Stack, StackSource, backend_config, save_stack
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 README = Path(__file__).parents[1] / "README.md"
@@ -231,7 +231,7 @@ def test_device_maps_reach_the_load(folder: Path, tmp_path: Path) -> None:
         load(folder, device_map="everywhere")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_WAY)
 def test_memory_footprint(backend: str, folder: Path) -> None:
     """By hand for three layers: what the format says of each weight, and fp32 biases."""
     group = {"group_size": 32} if "packed" in backend else {}

@@ -52,6 +52,7 @@ def test_configs_are_those_that_the_command_line_composes() -> None:
         assert options.backend_config(path) == backend_config(path.stem)
 
 
+@pytest.mark.exhaustive
 def test_types_without_an_option_are_tried_as_they_are_typed() -> None:
     found = options.trials([])
     for name, config in found.items():
@@ -108,10 +109,10 @@ probe.main()
     ("trouble", "status", "reason", "words"),
     [
         ("os.kill(os.getpid(), 11)", "fails", "signal", "its process crashed with SIGSEGV in native code"),
-        ("os._exit(3)", "fails", "exit", "its process exited with code 3 before it had a result"),
-        ("time.sleep(60)", "fails", "timeout", "it did not answer within 2 s"),
+        exhaustive("os._exit(3)", "fails", "exit", "its process exited with code 3 before it had a result"),
+        exhaustive("time.sleep(60)", "fails", "timeout", "it did not answer within 2 s"),
         ("raise RuntimeError('no\\n kernel')", "fails", "error", "RuntimeError: no kernel"),
-        ("import qexp_has_no_such_module", "needs", "library", "No module named 'qexp_has_no_such_module'"),
+        exhaustive("import qexp_has_no_such_module", "needs", "library", "No module named 'qexp_has_no_such_module'"),
         ("from qexp.errors import UnsupportedError; raise UnsupportedError('a GPU')", "needs", "unsupported", "a GPU"),
     ],
 )

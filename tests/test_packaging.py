@@ -14,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.products import exhaustive
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -64,7 +66,8 @@ def test_the_wheel_holds_the_package_its_assets_and_conf(wheel: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("--cfg", "job"), ("backend=quanto", "offload=leaf", "--cfg", "job")]
+    "arguments",
+    [("--help",), exhaustive(("--cfg", "job")), exhaustive(("backend=quanto", "offload=leaf", "--cfg", "job"))],
 )
 def test_the_wheel_answers_like_the_checkout(installed: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     checkout = run(sys.executable, "-m", "qexp", *arguments, cwd=ROOT, path=ROOT)

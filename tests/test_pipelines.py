@@ -133,6 +133,7 @@ def test_a_setting_that_pipelines_have_no_use_for_is_refused(setting: str, pipel
         config(pipeline_folder("flux"), setting)
 
 
+@pytest.mark.exhaustive
 def test_an_unknown_argument_is_said_before_weights_are_read(pipeline_folder: Folder, tmp_path: Path) -> None:
     done = command(
         tmp_path, "model=diffusers", f"model.path={pipeline_folder('flux')}", "task.prompt=a cube", "backend=none",

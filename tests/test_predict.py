@@ -12,6 +12,7 @@ import qexp
 from qexp import predict
 from qexp.config import backend_of
 from qexp.models import architectures
+from tests.products import pairwise
 from tests.test_make_checkpoint import TINY
 
 T5 = {"architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1,
@@ -41,10 +42,13 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "option", ["none", "bitsandbytes", "bitsandbytes_int8", "torchao", "gguf_q4_0", "packed_uint3"]
+    ("option", "component", "dtype"),
+    pairwise(
+        ["none", "bitsandbytes", "bitsandbytes_int8", "torchao", "gguf_q4_0", "packed_uint3"],
+        ["transformer", "text_encoder"],
+        ["bfloat16", "float16"],
+    ),
 )
-@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_it_is_what_a_load_takes(tiny: Path, component: str, option: str, dtype: str) -> None:
     predicted = predict.predict("tiny", component, backend_of(option).resolved("cpu"), dtype)
     model = qexp.load(tiny / component, option, device="cpu", compute_dtype=dtype)

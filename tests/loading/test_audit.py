@@ -13,7 +13,7 @@ from qexp.errors import LoadError
 from qexp.loading.audit import audit
 from qexp.loading.saving import save_model
 from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
-from tests.backends import CPU, QUANTIZING
+from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
 
 
@@ -67,7 +67,7 @@ def test_inner_tensors_on_meta(backend: str, inner: str, tmp_path: Path) -> None
         audit(*loaded)
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_a_layer_left_unquantized(backend: str, tmp_path: Path) -> None:
     loaded = load(tmp_path, backend)
     loaded.model.blocks[1].fc1 = nn.Linear(WIDTH, 2 * WIDTH)
@@ -75,7 +75,7 @@ def test_a_layer_left_unquantized(backend: str, tmp_path: Path) -> None:
         audit(*loaded)
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_a_dense_weight_in_a_layer_that_was_swapped(backend: str, tmp_path: Path) -> None:
     """What assigning a state dict to a skeleton on meta does: the module is there, its weight was never quantized."""
     loaded = load(tmp_path, backend)
@@ -85,7 +85,7 @@ def test_a_dense_weight_in_a_layer_that_was_swapped(backend: str, tmp_path: Path
         audit(*loaded)
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_a_layer_quantized_though_it_was_to_be_skipped(backend: str, tmp_path: Path) -> None:
     loaded = load(tmp_path, backend)
     loaded.model.head = loaded.model.blocks[0].fc1
@@ -93,7 +93,7 @@ def test_a_layer_quantized_though_it_was_to_be_skipped(backend: str, tmp_path: P
         audit(*loaded)
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_a_weight_of_other_bytes_than_planned(backend: str, tmp_path: Path) -> None:
     loaded = load(tmp_path, backend)
     wider = WeightSpec("embed", (WIDTH, 2 * WIDTH), torch.float32)
@@ -104,7 +104,7 @@ def test_a_weight_of_other_bytes_than_planned(backend: str, tmp_path: Path) -> N
         audit(*loaded)
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_nothing_quantized_at_all(backend: str) -> None:
     with pytest.raises(LoadError, match=r"quantized no layer.*backend=none"):
         audit(Toy(), load_quantizer(settings(backend).backend), {})
@@ -117,7 +117,7 @@ def test_nothing_quantized_is_right_without_a_quantizer() -> None:
 # What libraries do without a word (of diffusers, bitsandbytes, torchao, quanto), each under what it does there
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_zero_layers_quantized_as_torchao_does_with_a_device_map(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +210,7 @@ def test_a_stored_scale_that_is_not_finite(backend: str, tmp_path: Path) -> None
             load_toy(damage(tmp_path, bad), settings("none"))
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_a_model_that_is_itself_a_linear_layer(backend: str, tmp_path: Path) -> None:
     """quanto leaves it dense."""
     state = {"weight": torch.randn(WIDTH, WIDTH), "bias": torch.randn(WIDTH)}

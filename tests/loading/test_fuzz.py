@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from qexp.errors import ConfigError, LoadError
 from qexp.loading.saving import save_model
 from qexp.quantizers.base import load_quantizer
-from tests.backends import QUANTIZING, backend_config
+from tests.backends import QUANTIZING, REPRESENTATIVES, backend_config
 from tests.loading import damage, damage_folders, damage_tensors
 from tests.loading.damage import Damage, Files, all_tensors, is_inner
 from tests.loading.damage_tensors import SHAPES
 from tests.loading.toys import load_toy, random_state, save_state, settings
+from tests.products import representatives
 
 QUANTIZERS = {name: load_quantizer(backend_config(name)) for name in QUANTIZING}
 STORABLE = [
@@ -137,7 +138,9 @@ def damaged(good: list[Files], backend: str) -> Iterator[tuple[str, str, Files, 
                 break
 
 
-@pytest.mark.parametrize("backend", ["none", *STORABLE])
+@pytest.mark.parametrize(
+    "backend", representatives(["none", *STORABLE], [name for name in REPRESENTATIVES if name in ("none", *STORABLE)])
+)
 def test_damaged_checkpoints_are_refused_or_loaded_as_they_say(backend: str, tmp_path: Path) -> None:
     good, wrong, refused, cases = saved(tmp_path, backend), [], 0, 0
     x = torch.randn(2, 256, generator=torch.Generator().manual_seed(1))

@@ -22,6 +22,7 @@ from qexp.quantizers.bitsandbytes import QUANT_STORAGES
 from qexp.quantizers.bitsandbytes_stored import BLOCK_SIZES
 from qexp.settings import ComponentConfig, LoaderConfig
 from tests.backends import CPU, backend_config
+from tests.products import diagonal
 
 BF16 = torch.bfloat16
 
@@ -213,8 +214,7 @@ def test_every_quant_storage_is_the_same_both_ways(
     assert embedded(tmp_path / "again") == embedded(tmp_path / "ours")
 
 
-@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double quant"])
-@pytest.mark.parametrize("blocksize", BLOCK_SIZES)
+@pytest.mark.parametrize(("blocksize", "double_quant"), diagonal(BLOCK_SIZES, [False, True]))
 def test_every_block_size_is_the_same_both_ways(
     blocksize: int, double_quant: bool, dense: Path, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ from qexp.offload.payload import leaves, module_nbytes, true_nbytes
 from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
 from qexp.quantizers.torchao import TorchAoConfig
 from qexp.settings import ComponentConfig
-from tests.backends import BACKENDS, CPU, QUANTIZING, Stack, save_stack
+from tests.backends import CPU, EVERY_WAY, EVERY_WAY_TO_QUANTIZE, Stack, save_stack
 from tests.loading.test_plan import KeepsFp32, Shared, Tied
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
 
@@ -83,7 +83,7 @@ def test_without_a_quantizer_a_load_is_exact(folder: Path) -> None:
     assert not hasattr(model, "hf_quantizer")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_WAY)
 def test_what_a_loaded_model_is(backend: str, folder: Path) -> None:
     loaded = load_toy(folder, settings(backend, compute_dtype="bfloat16"))
     tensors, state = names_of(loaded.model), random_state(Toy)
@@ -100,7 +100,7 @@ def test_what_a_loaded_model_is(backend: str, folder: Path) -> None:
     assert loaded.seconds > 0
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_planned_bytes_are_measured_bytes(backend: str, tmp_path: Path) -> None:
     """Over the whole model, of odd shapes: fewer rows than a slice, no bias, a dimension of 1, a narrow layer."""
     for dtype in (FP32, BF16):
@@ -114,7 +114,7 @@ def test_planned_bytes_are_measured_bytes(backend: str, tmp_path: Path) -> None:
         assert sum(true_nbytes(parameter) for parameter in loaded.model.parameters()) == plan["result_bytes"]
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_statistics_of_a_plan(backend: str, folder: Path) -> None:
     loaded = load_toy(folder, settings(backend, skip_modules=("head",)))
     statistics = plan_statistics([loaded.plan], module_nbytes(loaded.model))
@@ -130,7 +130,7 @@ def test_statistics_of_a_plan(backend: str, folder: Path) -> None:
     assert statistics["memory/bits_per_weight"] == pytest.approx(8 * measured / weights)
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_workers_change_no_byte(backend: str, folder: Path) -> None:
     one = names_of(load_toy(folder, settings(backend), workers=1).model)
     many = names_of(load_toy(folder, settings(backend), workers=5).model)
@@ -161,7 +161,7 @@ def test_modules_kept_in_fp32(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [4, 12, 17, 24, 34, 264])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_WAY)
 def test_rows_of_any_length_are_computed_as_they_are_dequantized(backend: str, columns: int, tmp_path: Path) -> None:
     """In bf16, where libraries have kernels of their own; one of them crashes on rows that 16 does not divide."""
     shapes = fitting(backend, [(WIDTH, columns), (24, WIDTH)], BF16)
@@ -179,7 +179,7 @@ def test_rows_of_any_length_are_computed_as_they_are_dequantized(backend: str, c
 # What is left on the model for others
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_registration_and_dequantize(backend: str, folder: Path) -> None:
     model: Any = load_toy(folder, settings(backend, compute_dtype="bfloat16")).model
     assert isinstance(model.hf_quantizer, Quantizer)
@@ -206,7 +206,7 @@ def test_registration_and_dequantize(backend: str, folder: Path) -> None:
 # Two names
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_WAY)
 def test_a_tied_parameter_gets_its_values_under_both_names(backend: str, tmp_path: Path) -> None:
     state = random_state(Tied)
     del state["head.weight"]
@@ -223,7 +223,7 @@ def test_a_tied_parameter_gets_its_values_under_both_names(backend: str, tmp_pat
         assert all(torch.equal(a, b) for a, b in zip(leaves(head.weight), leaves(expected), strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_WAY)
 def test_a_layer_used_twice_is_quantized_under_both_names(backend: str, tmp_path: Path) -> None:
     state = random_state(Shared)
     stored = {name: tensor for name, tensor in state.items() if not name.startswith(("second", "again"))}
@@ -246,7 +246,7 @@ def test_a_layer_used_twice_is_quantized_under_both_names(backend: str, tmp_path
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_a_weight_that_is_not_finite(backend: str, value: float, tmp_path: Path) -> None:
     state = random_state(Toy)
     state["blocks.1.fc1.weight"][77, 3] = value
@@ -287,7 +287,7 @@ def test_the_warm_up_fits_a_format_that_fits_the_model(override: str, tmp_path: 
     assert len(loaded.plan.quantized) == 2
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_the_audit_follows_every_load(backend: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend whose last step undoes a layer is found out."""
     kind = type(load_quantizer(settings(backend).backend))
@@ -386,7 +386,7 @@ def test_the_arena_goes_when_the_load_is_done(folder: Path, monkeypatch: pytest.
     assert loaded.model is not None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_WAY)
 def test_no_tensor_has_more_memory_than_it_shows(backend: str, folder: Path) -> None:
     """A view of something larger would keep all of it."""
     for name, tensor in names_of(load_toy(folder, settings(backend)).model).items():

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from qexp.errors import ConfigError, LoadError
 from qexp.loading.plan import WorkItem
-from tests.backends import QUANTIZING
+from tests.backends import EVERY_WAY_TO_QUANTIZE
 from tests.loading.toys import WIDTH, Toy, prepare_toy, random_state, save_state, settings
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -175,7 +175,7 @@ def root() -> nn.Module:
         (root, r"every linear layer is skipped: '' \(the model itself is a linear layer\)"),
     ],
 )
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_a_backend_with_nothing_to_quantize_is_an_error(
     build: Callable[[], nn.Module], message: str, backend: str, tmp_path: Path
 ) -> None:

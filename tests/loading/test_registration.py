@@ -14,7 +14,7 @@ from qexp.loading.saving import save_model
 from qexp.offload.config import OffloadConfig
 from qexp.offload.strategies import apply_offload, offload_of
 from qexp.quantizers.base import Quantizer
-from tests.backends import CPU, QUANTIZING
+from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
 from tests.products import pairwise
 
@@ -41,7 +41,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_is_quantized(backend: str, folder: Path) -> None:
     model = load(folder, backend)
     assert model.is_quantized is True
@@ -51,7 +51,7 @@ def test_is_quantized(backend: str, folder: Path) -> None:
     assert getattr(model, "is_loaded_in_8bit", False) == getattr(config, "load_in_8bit", False)
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_dequantize_then_save_then_reload(backend: str, folder: Path, tmp_path: Path) -> None:
     model = load(folder, backend)
     answer(model)

@@ -19,6 +19,7 @@ from qexp.models.architectures import (
     network,
     stored_tensors,
 )
+from tests.products import representatives
 
 # What the authors say of their models, in billions of parameters.
 PUBLISHED_BILLIONS = {
@@ -46,7 +47,7 @@ def model_of(component: ComponentArchitecture) -> nn.Module:
     return built(json.dumps(component.config))
 
 
-@pytest.mark.parametrize(("name", "part"), COMPONENTS)
+@pytest.mark.parametrize(("name", "part"), representatives(COMPONENTS, COMPONENTS[::4]))
 def test_a_network_has_the_parameters_of_the_published_one(name: str, part: str) -> None:
     component = component_of(name, part)
     model = model_of(component)

@@ -19,6 +19,7 @@ from qexp.tasks.generate import GenerateConfig
 from tests.backends import EVERY_WAY
 from tests.composing import run_config
 from tests.language import TEXT, save_language_model
+from tests.products import representatives
 
 SMALL = ("model=arithmetic", "model.problems=24", "device=cpu")
 
@@ -70,7 +71,7 @@ def test_its_training_is_on_record() -> None:
     assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 12 << 20
 
 
-@pytest.mark.parametrize("strategy", ["leaf", "block"])
+@pytest.mark.parametrize("strategy", representatives(["leaf", "block"], ["leaf"]))
 def test_offloaded_it_says_the_same(strategy: str, text: Path, tmp_path: Path) -> None:
     for name, offload in (("resident", "none"), ("offloaded", strategy)):
         result = run(tmp_path / name, f"offload={offload}", "offload.to=disk", f"task.text={text}")
@@ -160,7 +161,7 @@ def test_activations_are_calibrated_on_prompts(text: Path, reference: Path, tmp_
         run(tmp_path / "perplexity", *calibrated, "task=perplexity")
 
 
-@pytest.mark.parametrize("backend", ["gguf_q4_0", "torchao"])
+@pytest.mark.parametrize("backend", representatives(["gguf_q4_0", "torchao"], ["gguf_q4_0"]))
 def test_what_was_saved_is_a_whole_language_model(backend: str, text: Path, tmp_path: Path) -> None:
     saved, few = tmp_path / "saved", ("model.problems=4", f"task.text={text}")
     first = run(tmp_path / "one", f"backend={backend}", f"save.path={saved}", *few)

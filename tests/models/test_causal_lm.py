@@ -19,7 +19,7 @@ from qexp.models.transformers_networks import network
 from qexp.offload.config import OffloadConfig
 from qexp.offload.strategies import apply_offload
 from qexp.settings import ComponentConfig, LoaderConfig
-from tests.backends import BACKENDS, CPU, backend_config
+from tests.backends import CPU, EVERY_WAY, backend_config
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -95,7 +95,7 @@ def test_a_tied_embedding_stays_one_parameter(tmp_path: Path) -> None:
     assert type(model.get_input_embeddings().weight) is nn.Parameter
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_WAY)
 def test_every_backend_loads_and_answers(backend: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, ARCHITECTURES["llama"](), torch.float32)
     skip = () if backend == "none" else ("lm_head",)

@@ -222,7 +222,7 @@ def test_weights_from_elsewhere_that_do_not_belong_there(pipeline_folder: Folder
     ("name", "component"),
     representatives(
         product(PIPELINES, ("denoiser", "text_encoder", "vae")),
-        (("sdxl", "vae"), ("flux", "text_encoder"), ("sd3", "denoiser"), ("wan", "vae")),
+        (("sdxl", "vae"), ("flux", "text_encoder"), ("sd3", "denoiser")),
     ),
 )
 def test_components_in_several_dtypes(name: str, component: str, pipeline_folder: Folder) -> None:

@@ -83,7 +83,7 @@ def images_of_theirs(folder: Path, name: str, loras: dict[Path, float]) -> torch
     return call_theirs(pipeline, name)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", representatives(LAYERS, ["flux", "sdxl"]))
 def test_unquantized_it_is_what_diffusers_computes(name: str, pipeline_folder: Folder, tmp_path: Path) -> None:
     folder, path = pipeline_folder(name), save_lora(pipeline_folder, name, tmp_path)
     ours = images_of_ours(folder, name, {"path": str(path), "weight": 0.5})
@@ -200,6 +200,7 @@ def test_it_is_part_of_the_key_by_content_and_of_the_reference(pipeline_folder: 
     assert reference_config(with_lora).model.lora == str(path)
 
 
+@pytest.mark.exhaustive
 def test_it_needs_no_peft(pipeline_folder: Folder, tmp_path: Path) -> None:
     path = save_lora(pipeline_folder, "flux", tmp_path)
     code = (

@@ -17,6 +17,7 @@ from qexp.loading.saving import save_model
 from qexp.models.transformers import Source, TransformersConfig
 from qexp.settings import ComponentConfig, LoaderConfig
 from tests.backends import CPU, backend_config
+from tests.products import diagonal
 
 BF16, FP16 = torch.bfloat16, torch.float16
 DECODER: dict[str, Any] = {
@@ -174,8 +175,7 @@ def without_repacking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)  # or their first forward repacks the weight
 
 
-@pytest.mark.parametrize("backend", THEIRS)
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize(("name", "backend"), diagonal(QUANTIZED, THEIRS))
 def test_quantized_it_is_what_the_library_quantizes(name: str, backend: str, tmp_path: Path) -> None:
     """But for torchao, of which transformers quantizes what T5 keeps in fp32, and quanto and torchao of GPT-2, whose
     layers they do not take for linear."""

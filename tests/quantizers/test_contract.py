@@ -12,7 +12,7 @@ from qexp.errors import ConfigError, LoadError, MissingLibraryError
 from qexp.offload.payload import leaves, true_nbytes
 from qexp.quantizers import base
 from qexp.quantizers.base import WeightSpec, load_quantizer
-from tests.backends import CPU, QUANTIZING, backend_config
+from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, QUANTIZING, backend_config
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # relative error of one layer's output on N(0, 1) weights and inputs: twice what the formats' SQNR leads one to expect
@@ -74,7 +74,7 @@ def test_bytes_are_as_predicted(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_slices_give_the_same_bytes_as_the_whole(
     backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +90,7 @@ def test_slices_give_the_same_bytes_as_the_whole(
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_a_layer_computes_with_its_weights(backend: str, dtype: torch.dtype, bias: bool) -> None:
     weight, x = gaussian(256, 512, dtype=dtype), gaussian(8, 512, dtype=dtype, seed=1)
     offset = gaussian(256, dtype=dtype, seed=2) if bias else None
@@ -107,7 +107,7 @@ def test_a_layer_computes_with_its_weights(backend: str, dtype: torch.dtype, bia
         assert (output - restored(x).float()).norm() / dense.norm() < 0.03  # what quantized activations cost
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_running_changes_no_byte(backend: str) -> None:
     _, model = quantized_layer(backend, gaussian(64, 128, dtype=torch.bfloat16), None)
     before = [leaf.clone() for leaf in leaves(model["layer"].weight)]
@@ -121,7 +121,7 @@ def test_running_changes_no_byte(backend: str) -> None:
     assert true_nbytes(*after) <= size  # LLM.int8 hands its scales to the module
 
 
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_dequantize_works_after_a_forward_and_on_a_copy(backend: str) -> None:
     weight = gaussian(64, 128)
     quantizer, model = quantized_layer(backend, weight, gaussian(64, seed=2))
@@ -135,7 +135,7 @@ def test_dequantize_works_after_a_forward_and_on_a_copy(backend: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_a_weight_that_is_not_finite_is_refused(backend: str, bad: float) -> None:
     weight = gaussian(64, 128)
     weight[40, 3] = bad

@@ -42,6 +42,7 @@ assert QuantizedTransformersModel and QuantizedDiffusersModel and quantize and q
     )
 
 
+@pytest.mark.exhaustive
 def test_a_star_import_without_diffusers() -> None:
     run("""
 import importlib.util
@@ -87,6 +88,7 @@ assert compiled == ["_dequantize_blockwise_compute"]
 """)
 
 
+@pytest.mark.exhaustive
 def test_a_library_that_is_there_already_is_the_same() -> None:
     run("""
 import torch, bitsandbytes

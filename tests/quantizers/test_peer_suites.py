@@ -42,6 +42,7 @@ from qexp.offload.payload import module_nbytes
 from qexp.quantizers.torchao import TorchAoConfig
 from qexp.settings import ComponentConfig, LoaderConfig
 from tests.backends import CPU, backend_config
+from tests.products import representatives
 
 BF16 = torch.bfloat16
 # a type of each kind of weight: bits a weight, scales included, and the share of the answer that its error may be
@@ -52,8 +53,9 @@ BACKENDS = {
     "packed_fp6_e3w2": (6.4, 0.1),
 }  # fmt: skip
 SAFETENSORS = [name for name in BACKENDS if not name.startswith("gguf")]
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-every_saved = pytest.mark.parametrize("backend", SAFETENSORS)
+KEPT = {"bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "quanto_int4", "gguf_q4_0", "packed_uint4"}
+every_backend = pytest.mark.parametrize("backend", representatives(BACKENDS, KEPT))
+every_saved = pytest.mark.parametrize("backend", representatives(SAFETENSORS, KEPT & {*SAFETENSORS}))
 
 
 class Attention(nn.Module):

@@ -9,9 +9,10 @@ import torch
 
 from qexp.offload.config import OffloadConfig
 from qexp.offload.strategies import apply_offload
-from tests.backends import EVERY_WAY
+from tests.backends import BACKENDS
 from tests.fake_device.counters import measure
 from tests.offload.on_fake_device.test_placement import DEVICES, answers, batch, folder, load
+from tests.products import representatives
 
 WAYS = [
     OffloadConfig("leaf", "cpu"),
@@ -24,7 +25,7 @@ WAYS = [
 __all__ = ["folder"]
 
 
-@pytest.mark.parametrize("backend", EVERY_WAY)
+@pytest.mark.parametrize("backend", representatives(BACKENDS, ["bitsandbytes_int8", "quanto_int4", "gguf"]))
 def test_every_strategy(backend: str, folder: Path, tmp_path: Path) -> None:
     model = load(folder, backend).model
     x = batch(model).to(DEVICES[0])
