@@ -7,7 +7,6 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate.utils import get_max_memory
 
 from qexp.devices import PLANNED_DEVICE_MAPS, parse_bytes
 from qexp.errors import ConfigError, choices, did_you_mean
@@ -75,6 +74,8 @@ def limits_of(max_memory: MaxMemory, device: torch.device) -> dict[Key, int]:
     if device.type == "cpu":
         return {"cpu": psutil.virtual_memory().available}
     if device.type == "cuda":
+        from accelerate.utils import get_max_memory
+
         return dict(get_max_memory())
     module = torch.get_device_module(device)
     free: dict[Key, int] = {index: module.mem_get_info(index)[0] for index in range(module.device_count())}

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 INITIALIZERS = tuple(name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_"))
@@ -20,6 +19,8 @@ INITIALIZERS = tuple(name for name in vars(nn.init) if name.endswith("_") and no
 @contextmanager
 def on_meta() -> Iterator[None]:
     """Parameters that are made in the block land on the meta device; buffers, which may be computed, do not."""
+    from accelerate import init_empty_weights
+
     with without_initialization(), init_empty_weights(include_buffers=False):
         yield
 

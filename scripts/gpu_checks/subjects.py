@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -64,6 +63,8 @@ class NetSource:
 
 def save_net(folder: Path, width: int, depth: int) -> int:
     """Write a seeded `Net` in bf16 as a checkpoint; returns its bytes."""
+    from accelerate import init_empty_weights
+
     with init_empty_weights(include_buffers=True):
         skeleton = Net(width, depth).state_dict()
     generator, tensors = torch.Generator().manual_seed(0), {}
@@ -136,6 +137,7 @@ def timed_model(*, small: bool, gib: float, device: torch.device, dtype: torch.d
 
 def _flux(*, small: bool, gib: float, device: torch.device, dtype: torch.dtype) -> Timed:
     """Twice as many single blocks as double ones, as FLUX.1 has; 24 heads of 128 in all of them."""
+    from accelerate import init_empty_weights
     from diffusers import FluxTransformer2DModel
     from diffusers.utils import logging
 
@@ -181,6 +183,8 @@ def _flux(*, small: bool, gib: float, device: torch.device, dtype: torch.dtype) 
 
 
 def _stack(*, small: bool, gib: float, device: torch.device, dtype: torch.dtype) -> Timed:
+    from accelerate import init_empty_weights
+
     width = 64 if small else 4096
     depth = 4 if small else max(round(gib * 2**30 / (8 * width**2 * dtype.itemsize)), 1)
 

@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two accelerators with free memory, as far as planning goes."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("qexp.loading.places.get_max_memory", lambda: {0: 2**20, 1: 2**20, "cpu": 2**30})
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {0: 2**20, 1: 2**20, "cpu": 2**30})
 
 
 @pytest.mark.parametrize("device_map", [None, "cpu", CPU, {"": "cpu"}, {"": CPU}])
