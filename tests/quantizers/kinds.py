@@ -8,7 +8,7 @@ from typing import Any
 from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.qexp_packed import ELEMENTS, PackedConfig
 from qexp.quantizers.torchao import TorchAoConfig
-from tests.backends import QUANTIZING, backend_config
+from tests.backends import QUANTIZING, option_config
 
 
 def ao(quant_type: str, group_size: int | None = None, **arguments: Any) -> TorchAoConfig:
@@ -38,10 +38,11 @@ PACKED = {
     **{name: PackedConfig(quant_type=name) for name in ELEMENTS},
     **{f"{name} row": PackedConfig(quant_type=name, group_size=None) for name in ("uint5wo", "fp6_e3w2")},
 }
+OPTIONS: dict[str, Any] = {name: option_config(name) for name in QUANTIZING}
 KINDS: dict[str, Any] = {
-    **{name: backend_config(name) for name in QUANTIZING},
+    **OPTIONS,
     **{f"torchao {name}": config for name, config in TORCHAO.items()},
-    **{f"packed {name}": config for name, config in PACKED.items() if config not in map(backend_config, QUANTIZING)},
+    **{f"packed {name}": config for name, config in PACKED.items() if config not in OPTIONS.values()},
 }
 SERIALIZABLE = [name for name, config in KINDS.items() if load_quantizer(config).is_serializable]
 
