@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from qexp.models.arithmetic import ASSETS
 
@@ -16,6 +15,8 @@ TEXT = "543+870=3240\n543-870=7620\n000+000=0000\n999+999=8991\n100-100=0000\n" 
 
 def save_language_model(folder: Path, positions: int = 64, **changes: Any) -> Path:
     """A Llama with random weights and the embedded model's tokenizer."""
+    from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

@@ -5,9 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 
 FLOW = {"shift": 3.0}
@@ -27,6 +25,8 @@ QWEN: dict[str, Any] = {
 
 
 def clip_tokenizer() -> Any:
+    import transformers
+
     letters = sorted(ByteLevel.alphabet())  # 256
     vocabulary = {letter: number for number, letter in enumerate(letters)}
     vocabulary |= {"a</w>": 256, "o</w>": 257, "<|startoftext|>": 258, "<|endoftext|>": 259}
@@ -34,27 +34,37 @@ def clip_tokenizer() -> Any:
 
 
 def t5_tokenizer() -> Any:
+    import transformers
+
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz,.0123456789"]
     return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=32)
 
 
 def qwen_tokenizer() -> Any:
+    import transformers
+
     vocabulary = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
     vocabulary |= {"<|endoftext|>": 257, "<|im_start|>": 258, "<|im_end|>": 259}
     return transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=128)
 
 
 def clip(pooled: bool = False) -> Any:
+    import transformers
+
     kind = transformers.CLIPTextModelWithProjection if pooled else transformers.CLIPTextModel
     return kind(transformers.CLIPTextConfig(**CLIP))
 
 
 def t5() -> Any:
+    import transformers
+
     return transformers.T5EncoderModel(transformers.T5Config(**T5))
 
 
 def vae(channels: int, **changes: Any) -> Any:
+    import diffusers
+
     return diffusers.AutoencoderKL(
         in_channels=3, out_channels=3, block_out_channels=(32, 64), layers_per_block=1, latent_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=16,
@@ -63,6 +73,8 @@ def vae(channels: int, **changes: Any) -> Any:
 
 
 def flux() -> Any:
+    import diffusers
+
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4,
         joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
@@ -76,6 +88,8 @@ def flux() -> Any:
 
 def sd3() -> Any:
     """Without the third text encoder, as many run it."""
+    import diffusers
+
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4,
         joint_attention_dim=128, caption_projection_dim=64, pooled_projection_dim=128, out_channels=4,
@@ -89,6 +103,9 @@ def sd3() -> Any:
 
 
 def qwen_image() -> Any:
+    import diffusers
+    import transformers
+
     text = transformers.Qwen2_5_VLConfig(
         text_config=QWEN,
         vision_config={
@@ -112,6 +129,8 @@ def qwen_image() -> Any:
 
 
 def pixart() -> Any:
+    import diffusers
+
     transformer = diffusers.PixArtTransformer2DModel(
         num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=16,
         cross_attention_dim=64, caption_channels=64, norm_type="ada_norm_single", use_additional_conditions=False,
@@ -123,6 +142,8 @@ def pixart() -> Any:
 
 
 def sdxl() -> Any:
+    import diffusers
+
     unet = diffusers.UNet2DConditionModel(
         sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -138,6 +159,9 @@ def sdxl() -> Any:
 
 
 def wan() -> Any:
+    import diffusers
+    import transformers
+
     def transformer() -> Any:
         return diffusers.WanTransformer3DModel(
             patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4,

@@ -10,7 +10,6 @@ from typing import Any
 import make_checkpoint
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from huggingface_hub import split_torch_state_dict_into_shards
 from make_checkpoint import Layout, shortened, write_architecture, write_checkpoint
 from safetensors.torch import load_file
@@ -40,6 +39,8 @@ def flux_answer(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_diffusers_opens_what_is_written_and_its_answer_is_finite(tmp_path: Path, shards: int) -> None:
+    from diffusers import FluxTransformer2DModel
+
     write_checkpoint(tmp_path / "model", TINY, shards)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) == shards
     model = FluxTransformer2DModel.from_pretrained(tmp_path / "model", torch_dtype=torch.bfloat16)

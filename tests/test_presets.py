@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 import yaml
@@ -90,6 +89,8 @@ def test_patterns_and_blocks_are_there_at_true_size(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_its_task_is_one_that_the_pipeline_takes(preset: str) -> None:
+    import diffusers
+
     kind = getattr(diffusers, architecture(preset).model_index["_class_name"])
     assert written(preset)["task_defaults"].keys() <= inspect.signature(kind.__call__).parameters.keys()
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import infer_auto_device_map
-from accelerate.utils import find_tied_parameters, get_balanced_memory
 from torch import nn
 
 from qexp.loading.device_plan import Plan, balanced_limits, build_tree, merge_entries
@@ -65,6 +63,9 @@ def device_of(devices: dict[str, Any], name: str) -> Any:
 @pytest.mark.parametrize("ties", [0, 1, 2])
 @pytest.mark.parametrize("seed", range(60))
 def test_the_plan_is_that_of_accelerate(seed: int, ties: int) -> None:
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import find_tied_parameters
+
     rng = random.Random(f"{seed} {ties}")
     model = random_tree(rng, 4)
     for _ in range(ties):
@@ -93,6 +94,8 @@ def test_the_plan_is_that_of_accelerate(seed: int, ties: int) -> None:
 @pytest.mark.parametrize("low_zero", [False, True])
 @pytest.mark.parametrize("seed", range(40))
 def test_balanced_limits_are_those_of_accelerate(seed: int, low_zero: bool) -> None:
+    from accelerate.utils import get_balanced_memory
+
     rng = random.Random(seed)
     model = random_tree(rng, 3)
     if seed % 2:
@@ -114,6 +117,8 @@ def test_each_tensor_counts_the_bytes_that_it_will_have() -> None:
 
 
 def test_tied_parameters_of_the_model_itself() -> None:
+    from accelerate.utils import find_tied_parameters
+
     model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
     model.register_parameter("own", model[1].weight)
     nbytes = dense_nbytes(model)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
 
 import qexp
 from qexp.loading.fp32 import compute_in_fp32
@@ -77,6 +76,8 @@ def test_what_a_container_holds_is_hooked_in_its_place() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_output_projections_of_t5_are_kept_as_transformers_keeps_them(tmp_path: Path, dtype: torch.dtype) -> None:
+    from transformers import T5Config, T5EncoderModel
+
     torch.manual_seed(0)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
     T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu")).save_pretrained(tmp_path)

@@ -9,7 +9,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig, SD3Transformer2DModel
 from torch import Tensor, nn
 
 from qexp.errors import LoadError
@@ -44,6 +43,8 @@ def load_ours(path: Path, backend: str = "none", *overrides: str, **fields: Any)
 
 
 def load_theirs(kind: Any, path: Path, config: Path, dtype: torch.dtype = FP32) -> Any:
+    from diffusers import GGUFQuantizationConfig
+
     return kind.from_single_file(
         str(path),
         config=str(config),
@@ -89,6 +90,8 @@ def relative(one: Tensor, other: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from diffusers import FluxTransformer2DModel
+
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("flux")
     FluxTransformer2DModel(**cast(Any, FLUX)).to(BF16).save_pretrained(folder)
@@ -100,6 +103,8 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", THEIR_TYPES)
 def test_what_is_saved_here_is_opened_there_and_here(name: str, flux: Path, tmp_path: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
     ours = load_ours(flux, "gguf", f"quant_type={name}", compute_dtype="float32")
     files = save_model(ours, tmp_path)
     assert [file.name for file in files] == ["config.json", "model.gguf"]
@@ -179,6 +184,8 @@ def sd3_original(weight_type: str) -> dict[str, tuple[str, np.ndarray]]:
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_K", "Q6_K", "Q2_K", "IQ4_XS"])
 def test_the_authors_layout_is_converted_without_touching_a_block(name: str, prefix: str, tmp_path: Path) -> None:
+    from diffusers import SD3Transformer2DModel
+
     torch.manual_seed(0)
     SD3Transformer2DModel(**cast(Any, SD3)).save_config(tmp_path)
     tensors = {prefix + key: value for key, value in sd3_original(name).items()}
@@ -234,6 +241,8 @@ def sparse_gguf(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
 
 
 def test_flux_at_its_true_width_is_planned_from_the_header(tmp_path: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
     config = FLUX | {"num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 4096,
                      "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56)}  # fmt: skip
     with torch.device("meta"):
@@ -258,6 +267,8 @@ def test_flux_at_its_true_width_is_planned_from_the_header(tmp_path: Path) -> No
 
 
 def test_a_file_of_another_model_is_refused(flux: Path, tmp_path: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
     FluxTransformer2DModel(**cast(Any, FLUX)).save_config(tmp_path)
     path = write(tmp_path / "x.gguf", sd3_original("Q8_0"))
     with pytest.raises(LoadError, match=r"not those that .* expects \(IndexError.*belongs to another model"):

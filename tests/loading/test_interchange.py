@@ -10,8 +10,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import BitsAndBytesConfig, ConfigMixin, ModelMixin, QuantoConfig, TorchAoConfig
-from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,19 +25,6 @@ from tests.products import diagonal
 BF16 = torch.bfloat16
 
 
-class Tiny(ModelMixin, ConfigMixin):
-    @register_to_config
-    def __init__(self, width: int = 128) -> None:
-        super().__init__()
-        self.first = nn.Linear(width, 2 * width)
-        self.norm = nn.LayerNorm(2 * width)
-        self.second = nn.Linear(2 * width, 64)
-        self.plain = nn.Linear(64, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.plain(self.second(self.norm(self.first(x))))
-
-
 class TinySource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -48,21 +33,28 @@ class TinySource:
         return {"tiny": self.folder}
 
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
+        from tests.loading.tiny_diffusers import Tiny
+
         return Tiny.from_config({name: value for name, value in config.items() if name != "quantization_config"})
 
 
-def bitsandbytes(**fields: Any) -> BitsAndBytesConfig:
+def bitsandbytes(**fields: Any) -> Any:
+    from diffusers import BitsAndBytesConfig
+
     return BitsAndBytesConfig(bnb_4bit_compute_dtype=BF16, llm_int8_skip_modules=["plain"], **fields)
 
 
-def torchao(name: str, **fields: Any) -> TorchAoConfig:
+def torchao(name: str, **fields: Any) -> Any:
     import torchao.quantization
+    from diffusers import TorchAoConfig
 
     config = getattr(torchao.quantization, name)(set_inductor_config=False, **fields)
     return TorchAoConfig(config, modules_to_not_convert=["plain"])
 
 
-def quanto(dtype: str) -> QuantoConfig:
+def quanto(dtype: str) -> Any:
+    from diffusers import QuantoConfig
+
     return QuantoConfig(dtype, modules_to_not_convert=["plain"])
 
 
@@ -97,6 +89,8 @@ def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
+    from tests.loading.tiny_diffusers import Tiny
+
     torch.manual_seed(0)
     model = Tiny()
     for parameter in model.parameters():
@@ -111,6 +105,8 @@ def load_ours(folder: Path, *backend: str, skip: tuple[str, ...] = ()) -> Any:
 
 
 def load_theirs(folder: Path, config: Any = None) -> Any:
+    from tests.loading.tiny_diffusers import Tiny
+
     return Tiny.from_pretrained(folder, quantization_config=config, torch_dtype=BF16)
 
 

@@ -8,26 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import diffusers
 import pytest
 import torch
 from safetensors import safe_open
-from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
-from torchao.quantization import (
-    Float8DynamicActivationFloat8WeightConfig,
-    Float8WeightOnlyConfig,
-    FqnToConfig,
-    Int8DynamicActivationInt8WeightConfig,
-    Int8DynamicActivationIntxWeightConfig,
-    Int8WeightOnlyConfig,
-    IntxWeightOnlyConfig,
-    MappingType,
-    PerAxis,
-    PerGroup,
-    PerRow,
-    PerTensor,
-)
-from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
 from qexp.errors import LoadError, UnsupportedError
 from qexp.loading.lifecycle import load_component
@@ -49,65 +32,83 @@ from tests.quantizers.kinds import DYNAMIC_INTX, INTX, ao
 __all__ = ["dense"]  # a fixture
 
 QUIET = {"set_inductor_config": False}
-ASYMMETRIC, HQQ = MappingType.ASYMMETRIC, IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY
-CASES: dict[str, tuple[TorchAoConfig, Callable[[], Any]]] = {
+
+
+def nvfp4(lib: Any) -> Any:
+    from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
+
+    return NVFP4WeightOnlyConfig()
+
+
+# our config, and the one that `torchao.quantization` (the argument of the functions) has for the same
+CASES: dict[str, tuple[TorchAoConfig, Callable[[Any], Any]]] = {
     "int8wo tensor": (
         ao("int8wo", granularity="PerTensor"),
-        lambda: Int8WeightOnlyConfig(granularity=PerTensor(), **QUIET),
+        lambda lib: lib.Int8WeightOnlyConfig(granularity=lib.PerTensor(), **QUIET),
     ),
-    "int8wo groups": (ao("int8wo", 32), lambda: Int8WeightOnlyConfig(granularity=PerGroup(32), **QUIET)),
+    "int8wo groups": (ao("int8wo", 32), lambda lib: lib.Int8WeightOnlyConfig(granularity=lib.PerGroup(32), **QUIET)),
     "int8dq tensor": (
         ao("int8dq", granularity="PerTensor"),
-        lambda: Int8DynamicActivationInt8WeightConfig(granularity=PerTensor(), **QUIET),
+        lambda lib: lib.Int8DynamicActivationInt8WeightConfig(granularity=lib.PerTensor(), **QUIET),
     ),
     "int8dq mixed, asymmetric": (
         ao("int8dq", granularity=["PerRow", "PerTensor"], act_mapping_type="asymmetric", reduce_range=True),
-        lambda: Int8DynamicActivationInt8WeightConfig(
-            granularity=[PerRow(), PerTensor()], act_mapping_type=ASYMMETRIC, reduce_range=True, **QUIET
+        lambda lib: lib.Int8DynamicActivationInt8WeightConfig(
+            granularity=[lib.PerRow(), lib.PerTensor()],
+            act_mapping_type=lib.MappingType.ASYMMETRIC,
+            reduce_range=True,
+            **QUIET,
         ),
     ),
     "float8wo tensor": (
         ao("float8wo_e4m3", granularity="PerTensor"),
-        lambda: Float8WeightOnlyConfig(granularity=PerTensor(), **QUIET),
+        lambda lib: lib.Float8WeightOnlyConfig(granularity=lib.PerTensor(), **QUIET),
     ),
     "float8wo e5m2 groups": (
         ao("float8wo", 32),
-        lambda: Float8WeightOnlyConfig(torch.float8_e5m2, granularity=PerGroup(32), **QUIET),
+        lambda lib: lib.Float8WeightOnlyConfig(torch.float8_e5m2, granularity=lib.PerGroup(32), **QUIET),
     ),
-    "float8dq tensor": (ao("float8dq"), lambda: Float8DynamicActivationFloat8WeightConfig(**QUIET)),
+    "float8dq tensor": (ao("float8dq"), lambda lib: lib.Float8DynamicActivationFloat8WeightConfig(**QUIET)),
     "float8dq row": (
         ao("float8dq_e4m3_row"),
-        lambda: Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), **QUIET),
+        lambda lib: lib.Float8DynamicActivationFloat8WeightConfig(granularity=lib.PerRow(), **QUIET),
     ),
-    "int4dq": (ao("int4dq"), lambda: Int8DynamicActivationIntxWeightConfig(torch.int4)),
+    "int4dq": (ao("int4dq"), lambda lib: lib.Int8DynamicActivationIntxWeightConfig(torch.int4)),
     "int4dq asymmetric": (
         ao("int8_dynamic_activation_int4_weight", group_size=64, mapping_type="ASYMMETRIC"),
-        lambda: Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(64), ASYMMETRIC),
+        lambda lib: lib.Int8DynamicActivationIntxWeightConfig(torch.int4, lib.PerGroup(64), lib.MappingType.ASYMMETRIC),
     ),
     "int2dq row": (
         ao(DYNAMIC_INTX, weight_dtype="int2", weight_granularity={"_type": "PerAxis", "axis": 0}),
-        lambda: Int8DynamicActivationIntxWeightConfig(torch.int2, PerAxis(0)),
+        lambda lib: lib.Int8DynamicActivationIntxWeightConfig(torch.int2, lib.PerAxis(0)),
     ),
     **{
         f"intx {bits}": (
             ao(INTX, weight_dtype=f"torch.int{bits}", group_size=32),
-            lambda bits=bits: IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), PerGroup(32)),
+            lambda lib, bits=bits: lib.IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), lib.PerGroup(32)),
         )
         for bits in (2, 5, 8)
     },
     "intx row, fp32 scale": (
         ao(INTX, weight_dtype="int4", scale_dtype="float32"),
-        lambda: IntxWeightOnlyConfig(torch.int4, scale_dtype=torch.float32),
+        lambda lib: lib.IntxWeightOnlyConfig(torch.int4, scale_dtype=torch.float32),
     ),
     "intx hqq": (
         ao(INTX, 64, weight_dtype="int4", intx_choose_qparams_algorithm="hqq_scale_only"),
-        lambda: IntxWeightOnlyConfig(torch.int4, PerGroup(64), intx_choose_qparams_algorithm=HQQ),
+        lambda lib: lib.IntxWeightOnlyConfig(
+            torch.int4,
+            lib.PerGroup(64),
+            intx_choose_qparams_algorithm=lib.quant_api.IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY,
+        ),
     ),
-    "nvfp4": (ao("NVFP4WeightOnlyConfig"), lambda: NVFP4WeightOnlyConfig()),
+    "nvfp4": (ao("NVFP4WeightOnlyConfig"), nvfp4),
     "by name": (
         ao("FqnToConfig", fqn_to_config={"first": "int8wo", "re:sec.*": "int4dq"}),
-        lambda: FqnToConfig(
-            {"first": Int8WeightOnlyConfig(**QUIET), "re:sec.*": Int8DynamicActivationIntxWeightConfig(torch.int4)}
+        lambda lib: lib.FqnToConfig(
+            {
+                "first": lib.Int8WeightOnlyConfig(**QUIET),
+                "re:sec.*": lib.Int8DynamicActivationIntxWeightConfig(torch.int4),
+            }
         ),
     ),
 }
@@ -131,9 +132,14 @@ def metadata(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_programs_write_and_read_the_same(case: str, dense: Path, tmp_path: Path) -> None:
+    import diffusers
+    import torchao.quantization
+
     config, upstream = CASES[case]
     ours = load_ours(dense, config, skip=("plain",))
-    theirs = load_theirs(dense, diffusers.TorchAoConfig(upstream(), modules_to_not_convert=["plain"]))
+    theirs = load_theirs(
+        dense, diffusers.TorchAoConfig(upstream(torchao.quantization), modules_to_not_convert=["plain"])
+    )
     save_model(ours, tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     assert_same_files(tmp_path / "ours", tmp_path / "theirs")

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -9,6 +8,8 @@ from qexp.metrics.frechet import frechet_distance, mean_and_covariance
 
 def scipy_distance(a: np.ndarray, b: np.ndarray) -> float:
     """The formula with a general matrix square root of S1 S2."""
+    import scipy.linalg
+
     s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = scipy.linalg.sqrtm(s1 @ s2).real
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * np.trace(root))

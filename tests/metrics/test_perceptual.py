@@ -13,17 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import linalg
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-)
 
 from qexp.errors import ConfigError, LoadError
 from qexp.memory import without_collector
@@ -124,6 +114,8 @@ def test_small_grey_images_are_enlarged_for_lpips(torch_hub: Path) -> None:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
     torch.manual_seed(0)
     size: dict[str, Any] = {
         "hidden_size": 32,
@@ -147,7 +139,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class WithPlainFeatures:
     """transformers' CLIP as torchmetrics expects it: features that are tensors."""
 
-    def __init__(self, model: CLIPModel) -> None:
+    def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config
 
     def to(self, device: torch.device) -> WithPlainFeatures:
@@ -165,6 +157,7 @@ def test_clip_score_is_that_of_torchmetrics(
     sign: int, clip: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from torchmetrics.functional.multimodal.clip_score import _clip_score_update
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
     tokenizer, processor = AutoTokenizer.from_pretrained(clip), CLIPImageProcessorPil.from_pretrained(clip)
 
@@ -240,6 +233,8 @@ class FewFeatures(nn.Module):
 def test_fid_against_the_reference_and_against_a_folder(
     torch_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from scipy import linalg
+
     monkeypatch.setattr(perceptual, "Inception", FewFeatures)
     weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     torch.save({"weight": weight}, torch_hub / INCEPTION_SOURCES[1].rpartition("/")[2])

@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from qexp.errors import ConfigError, LoadError
 from qexp.loading.checkpoint import open_checkpoint
@@ -25,21 +23,40 @@ SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-ARCHITECTURES: dict[str, Any] = {
-    "llama": lambda: transformers.LlamaConfig(**SIZES),
-    "qwen2 tied": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16),
-    "gpt_neox renamed": lambda: transformers.GPTNeoXConfig(
-        **{name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {  # the config's class, and its arguments
+    "llama": ("LlamaConfig", SIZES),
+    "qwen2 tied": ("Qwen2Config", {**SIZES, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {**SIZES, "head_dim": 16}),
+    "gpt_neox renamed": (
+        "GPTNeoXConfig",
+        {name: value for name, value in SIZES.items() if name != "num_key_value_heads"},
     ),
-    "gpt2 without heads": lambda: transformers.GPT2Config(
-        vocab_size=64, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    "gpt2 without heads": (
+        "GPT2Config",
+        {
+            "vocab_size": 64,
+            "n_positions": 64,
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
     ),
 }
 
 
+def config_of(architecture: str) -> Any:
+    import transformers
+
+    kind, arguments = ARCHITECTURES[architecture]
+    return getattr(transformers, kind)(**arguments)
+
+
 def save_model(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
     """A model with random weights as its library saves it, biases and norms too."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
@@ -64,7 +81,9 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_unquantized_it_is_what_the_library_loads(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    save_model(tmp_path, ARCHITECTURES[architecture](), dtype)
+    from transformers import AutoModelForCausalLM
+
+    save_model(tmp_path, config_of(architecture), dtype)
     theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     loaded, _ = load(tmp_path)
     ours: Any = loaded.model
@@ -80,13 +99,15 @@ def test_unquantized_it_is_what_the_library_loads(architecture: str, dtype: torc
 
 
 def test_sharded(tmp_path: Path) -> None:
-    save_model(tmp_path, ARCHITECTURES["llama"](), max_shard_size="50KB")
+    from transformers import AutoModelForCausalLM
+
+    save_model(tmp_path, config_of("llama"), max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert torch.equal(logits(load(tmp_path)[0].model), logits(AutoModelForCausalLM.from_pretrained(tmp_path)))
 
 
 def test_a_tied_embedding_stays_one_parameter(tmp_path: Path) -> None:
-    save_model(tmp_path, ARCHITECTURES["qwen2 tied"]())
+    save_model(tmp_path, config_of("qwen2 tied"))
     for backend in ("none", "torchao"):
         model: Any = load(tmp_path, backend, skip_modules=() if backend == "none" else ("lm_head",))[0].model
         assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -97,7 +118,7 @@ def test_a_tied_embedding_stays_one_parameter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", EVERY_WAY)
 def test_every_backend_loads_and_answers(backend: str, tmp_path: Path) -> None:
-    model = save_model(tmp_path, ARCHITECTURES["llama"](), torch.float32)
+    model = save_model(tmp_path, config_of("llama"), torch.float32)
     skip = () if backend == "none" else ("lm_head",)
     loaded, _ = load(tmp_path, backend, skip_modules=skip)
     assert len(loaded.plan.quantized) == (0 if backend == "none" else 14)
@@ -110,7 +131,7 @@ def test_every_backend_loads_and_answers(backend: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", ["leaf", "block", "sequential", "model"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2 tied"])
 def test_offloading_changes_no_bit(architecture: str, strategy: str, tmp_path: Path) -> None:
-    save_model(tmp_path / "model", ARCHITECTURES[architecture]())
+    save_model(tmp_path / "model", config_of(architecture))
     loaded, source = load(tmp_path / "model", "torchao", skip_modules=("lm_head",))
     assert source.block_lists("model") == ["model.layers"]
     expected = logits(loaded.model)
@@ -128,7 +149,7 @@ def test_offloading_changes_no_bit(architecture: str, strategy: str, tmp_path: P
     ],
 )
 def test_a_config_of_something_else_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    save_model(tmp_path, ARCHITECTURES["llama"]())
+    save_model(tmp_path, config_of("llama"))
     config = json.loads((tmp_path / "config.json").read_text()) | change
     config = {name: value for name, value in config.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -138,7 +159,7 @@ def test_a_config_of_something_else_is_refused(change: dict[str, Any], message: 
 
 def test_a_weight_under_two_names_is_refused(tmp_path: Path) -> None:
     """`lm_head` is `embed_out` in files of GPT-NeoX; they are renamed only if some name of the network is missing."""
-    save_model(tmp_path, ARCHITECTURES["gpt_neox renamed"]())
+    save_model(tmp_path, config_of("gpt_neox renamed"))
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["embed_out.weight"].clone()
     del tensors["gpt_neox.final_layer_norm.bias"]
@@ -148,7 +169,7 @@ def test_a_weight_under_two_names_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
-    save_model(tmp_path, ARCHITECTURES["llama"]())
+    save_model(tmp_path, config_of("llama"))
     with pytest.raises(LoadError, match="has no tokenizer that transformers can open"):
         Source(CausalLMConfig(path=str(tmp_path))).encode("text")
 

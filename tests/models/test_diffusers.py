@@ -11,10 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 import qexp
@@ -44,6 +42,8 @@ def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load_theirs(folder: Path, **options: Any) -> Any:
+    import diffusers
+
     arguments = Source(DiffusersConfig(path=str(folder))).folder.arguments
     absent = {name: None for name, value in arguments.items() if value is None}
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(
@@ -103,20 +103,29 @@ def test_unquantized_it_is_what_diffusers_loads(name: str, pipeline_folder: Fold
 
 
 def bitsandbytes(**fields: Any) -> Any:
+    import diffusers
+
     return diffusers.BitsAndBytesConfig(bnb_4bit_compute_dtype=BF16, **fields)
 
 
 def torchao() -> Any:
+    import diffusers
     from torchao.quantization import Int8WeightOnlyConfig
 
     return diffusers.TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+
+
+def quanto() -> Any:
+    import diffusers
+
+    return diffusers.QuantoConfig("int8")
 
 
 LIBRARIES: dict[str, Callable[[], Any]] = {
     "bitsandbytes": lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "bitsandbytes_int8": lambda: bitsandbytes(load_in_8bit=True),
     "torchao": torchao,
-    "quanto": lambda: diffusers.QuantoConfig("int8"),
+    "quanto": quanto,
 }
 
 
@@ -356,6 +365,8 @@ REFUSED_TASKS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED_TASKS)
 def test_a_task_that_a_pipeline_cannot_do(case: str, pipeline_folder: Folder) -> None:
+    from accelerate import init_empty_weights
+
     name, changes, message = REFUSED_TASKS[case]
     own = {"pipeline_arguments": {}} | changes
     source = Source(DiffusersConfig(path=str(pipeline_folder(name))))
@@ -379,6 +390,8 @@ def test_a_task_that_a_pipeline_cannot_do(case: str, pipeline_folder: Folder) ->
     ],
 )
 def test_a_pipeline_of_another_kind_is_refused_before_its_weights_are_read(kind: str, message: str) -> None:
+    import diffusers
+
     pipeline = object.__new__(getattr(diffusers, kind))  # its call is all that is looked at
     with pytest.raises(ConfigError, match=message):
         check_arguments(pipeline, GenerateConfig(prompt=PROMPTS).resolved())

@@ -12,14 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload_with_hook
-from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
-from diffusers.quantizers.base import DiffusersQuantizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.quantizers.base import HfQuantizer
-from transformers.trainer_utils import validate_quantization_for_training
 
 import qexp
 from qexp.errors import ConfigError
@@ -29,10 +23,11 @@ from tests.products import representatives
 BF16 = torch.bfloat16
 SAVED = ["bitsandbytes", "bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "torchao_float8wo", "quanto"]
 BACKENDS = [*SAVED, "gguf", "packed_fp6_e3w2"]
-INTERFACES: dict[str, Any] = {"flux": DiffusersQuantizer, "pixart": DiffusersQuantizer, "llama": HfQuantizer}
 
 
 def flux() -> Any:
+    from diffusers import FluxTransformer2DModel
+
     return FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=4,
         joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=(4, 4, 8),
@@ -40,6 +35,8 @@ def flux() -> Any:
 
 
 def pixart() -> Any:
+    from diffusers import PixArtTransformer2DModel
+
     return PixArtTransformer2DModel(
         num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
         cross_attention_dim=64, caption_channels=64, norm_type="ada_norm_single", use_additional_conditions=False,
@@ -47,6 +44,8 @@ def pixart() -> Any:
 
 
 def llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2))
 
@@ -56,7 +55,16 @@ MODELS: dict[str, Callable[[], Any]] = {"flux": flux, "pixart": pixart, "llama":
 PAIRS = representatives(product(MODELS, BACKENDS), [*zip(cycle(MODELS), BACKENDS, strict=False), ("llama", "quanto")])
 
 
+def interface_of(name: str) -> Any:
+    from diffusers.quantizers.base import DiffusersQuantizer
+    from transformers.quantizers.base import HfQuantizer
+
+    return HfQuantizer if name == "llama" else DiffusersQuantizer
+
+
 def answer(model: Any) -> Tensor:
+    from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
+
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -107,7 +115,7 @@ def close(one: Tensor, other: Tensor, tolerance: float = 0.03) -> bool:
 def test_what_their_classes_ask_of_a_model(name: str, backend: str, folders: dict[str, Path]) -> None:
     model: Any = qexp.load(folders[name], backend, device="cpu")
     kind = type(MODELS[name]())
-    assert isinstance(model, kind) and isinstance(model.hf_quantizer, INTERFACES[name])
+    assert isinstance(model, kind) and isinstance(model.hf_quantizer, interface_of(name))
     assert isinstance(model.hf_quantizer.quantizer, Quantizer)
     assert model.hf_quantizer.quantization_config.quant_method == model.quantization_method
     assert model.config["quantization_config"] if name != "llama" else model.config.quantization_config
@@ -170,6 +178,8 @@ def test_dequantize(name: str, backend: str, folders: dict[str, Path], tmp_path:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_model_cpu_offload(backend: str, folders: dict[str, Path]) -> None:
     """The hook that a pipeline's `enable_model_cpu_offload` puts on each of its models."""
+    from accelerate import cpu_offload_with_hook
+
     model: Any = qexp.load(folders["flux"], backend, device="cpu")
     expected = answer(model)
     _, hook = cpu_offload_with_hook(model, execution_device=torch.device("cpu"))
@@ -183,6 +193,8 @@ def test_model_cpu_offload(backend: str, folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("backend", [None, "bitsandbytes", "torchao"])
 def test_tied_embeddings_and_other_names(backend: str | None, tmp_path: Path) -> None:
     """A checkpoint with the weight of embedding and head once, and one with the names of the base model alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True)).to(BF16)
     model.save_pretrained(tmp_path)
@@ -196,6 +208,8 @@ def test_tied_embeddings_and_other_names(backend: str | None, tmp_path: Path) ->
 
 
 def test_training_is_what_transformers_checks(folders: dict[str, Path]) -> None:
+    from transformers.trainer_utils import validate_quantization_for_training
+
     model: Any = qexp.load(folders["llama"], "bitsandbytes", device="cpu")
     assert model.hf_quantizer.is_trainable and not model.hf_quantizer.is_qat_trainable
     with pytest.raises(ValueError, match="attach trainable adapters"):

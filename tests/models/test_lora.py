@@ -7,12 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
-from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig as PeftConfig
-from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -45,6 +41,10 @@ def denoiser_of(pipeline: Any) -> str:
 
 def save_lora(pipeline_folder: Folder, name: str, folder: Path, *, seed: int = 0, **config: Any) -> Path:
     """A LoRA as diffusers' training scripts save it, with random weights that change the image."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model_state_dict
+
     torch.manual_seed(seed)
     pipeline = load_theirs(pipeline_folder(name))
     component = denoiser_of(pipeline)
@@ -304,6 +304,8 @@ def skeleton(source: Source, component: str) -> nn.Module:
 
 
 def test_settings_of_every_form() -> None:
+    import diffusers
+
     one, two = LoraConfig("a"), LoraConfig("b", 0.5)
     assert lora_configs(None) == ()
     assert lora_configs("a") == (one,)

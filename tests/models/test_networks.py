@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -39,38 +38,43 @@ DEEPSEEK = {
     "n_group": 2, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
     "v_head_dim": 16, "n_shared_experts": 1,
 }  # fmt: skip
-NETWORKS: dict[str, Callable[[], Any]] = {
-    "T5ForConditionalGeneration": lambda: transformers.T5Config(**T5),
-    "T5ForConditionalGeneration untied": lambda: transformers.T5Config(
-        **T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # by class: its config's class, and the arguments of that
+    "T5ForConditionalGeneration": ("T5Config", T5),
+    "T5ForConditionalGeneration untied": (
+        "T5Config",
+        {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
-    "T5EncoderModel": lambda: transformers.T5Config(**T5),
-    "BartForConditionalGeneration": lambda: transformers.BartConfig(**BART),
-    "BertModel": lambda: transformers.BertConfig(**ENCODER),
-    "BertForMaskedLM": lambda: transformers.BertConfig(**ENCODER),
-    "CLIPTextModel": lambda: transformers.CLIPTextConfig(**ENCODER),
-    "GemmaForCausalLM": lambda: transformers.GemmaConfig(**DECODER, head_dim=16),
-    "GPT2LMHeadModel": lambda: transformers.GPT2Config(vocab_size=64, n_positions=64, n_embd=64, n_layer=2, n_head=4),
-    "LlamaForCausalLM": lambda: transformers.LlamaConfig(**DECODER),
-    "Qwen2ForCausalLM": lambda: transformers.Qwen2Config(**DECODER),
-    "MixtralForCausalLM": lambda: transformers.MixtralConfig(**DECODER, num_local_experts=4),
-    "Qwen2MoeForCausalLM": lambda: transformers.Qwen2MoeConfig(**DECODER, **FEW, shared_expert_intermediate_size=64),
-    "Qwen3MoeForCausalLM": lambda: transformers.Qwen3MoeConfig(**DECODER, **FEW, head_dim=16),
-    "DeepseekV3ForCausalLM": lambda: transformers.DeepseekV3Config(**{**DECODER, **DEEPSEEK, "num_key_value_heads": 4}),
-    "GptOssForCausalLM": lambda: transformers.GptOssConfig(
-        **DECODER, head_dim=16, num_local_experts=4, num_experts_per_tok=2
+    "T5EncoderModel": ("T5Config", T5),
+    "BartForConditionalGeneration": ("BartConfig", BART),
+    "BertModel": ("BertConfig", ENCODER),
+    "BertForMaskedLM": ("BertConfig", ENCODER),
+    "CLIPTextModel": ("CLIPTextConfig", ENCODER),
+    "GemmaForCausalLM": ("GemmaConfig", {**DECODER, "head_dim": 16}),
+    "GPT2LMHeadModel": ("GPT2Config", {"vocab_size": 64, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}),
+    "LlamaForCausalLM": ("LlamaConfig", DECODER),
+    "Qwen2ForCausalLM": ("Qwen2Config", DECODER),
+    "MixtralForCausalLM": ("MixtralConfig", {**DECODER, "num_local_experts": 4}),
+    "Qwen2MoeForCausalLM": ("Qwen2MoeConfig", {**DECODER, **FEW, "shared_expert_intermediate_size": 64}),
+    "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", {**DECODER, **FEW, "head_dim": 16}),
+    "DeepseekV3ForCausalLM": ("DeepseekV3Config", {**DECODER, **DEEPSEEK, "num_key_value_heads": 4}),
+    "GptOssForCausalLM": (
+        "GptOssConfig",
+        {**DECODER, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
 }
 
 
 def class_of(name: str) -> Any:
+    import transformers
+
     return getattr(transformers, name.split()[0])
 
 
 def save_network(name: str, folder: Path, dtype: torch.dtype, **options: Any) -> Path:
     """Random weights, biases and norms too, as the library saves them."""
     torch.manual_seed(0)
-    model = class_of(name)(NETWORKS[name]())
+    kind, arguments = NETWORKS[name]
+    model = class_of(name)(class_of(kind)(**arguments))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     model.to(dtype).save_pretrained(folder, **options)
@@ -126,6 +130,8 @@ def test_sharded_in_another_dtype(name: str, tmp_path: Path) -> None:
 
 def test_experts_lie_one_by_one_in_the_file(tmp_path: Path) -> None:
     """What the rules are for: hubs' layout is not the network's. We save the network's, which the library opens too."""
+    import transformers
+
     save_network("MixtralForCausalLM", tmp_path / "a", BF16)
     assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in load_file(tmp_path / "a" / "model.safetensors")
     model = load(tmp_path / "a")
@@ -150,20 +156,29 @@ def test_a_missing_expert_is_an_error(tmp_path: Path) -> None:
 
 
 def bitsandbytes(skip: list[str], **fields: Any) -> Any:
+    import transformers
+
     return transformers.BitsAndBytesConfig(bnb_4bit_compute_dtype=BF16, llm_int8_skip_modules=skip, **fields)
 
 
 def torchao(skip: list[str]) -> Any:
+    import transformers
     from torchao.quantization import Int8WeightOnlyConfig
 
     return transformers.TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=skip)
+
+
+def quanto(skip: list[str]) -> Any:
+    import transformers
+
+    return transformers.QuantoConfig(weights="int8", modules_to_not_convert=skip)
 
 
 THEIRS: dict[str, Callable[[list[str]], Any]] = {
     "bitsandbytes": lambda skip: bitsandbytes(skip, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "bitsandbytes_int8": lambda skip: bitsandbytes(skip, load_in_8bit=True),
     "torchao": torchao,
-    "quanto": lambda skip: transformers.QuantoConfig(weights="int8", modules_to_not_convert=skip),
+    "quanto": quanto,
 }
 QUANTIZED = ["T5ForConditionalGeneration", "BertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM"]
 
@@ -220,6 +235,8 @@ def test_quantized_it_is_what_the_library_quantizes(name: str, backend: str, tmp
 @pytest.mark.parametrize("backend", ["bitsandbytes", "torchao", "quanto", "gguf", "packed_uint4"])
 def test_conv1d_is_quantized_saved_and_dequantized(backend: str, tmp_path: Path) -> None:
     """GPT-2's square layers are where a weight the wrong way round would not be seen by its shape."""
+    import transformers
+
     save_network("GPT2LMHeadModel", tmp_path / "dense", BF16)
     dense = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "dense", dtype="auto")
     loaded = load_all(tmp_path / "dense", backend)
@@ -263,6 +280,8 @@ def test_what_is_not_linear_is_listed_and_warned_of(tmp_path: Path, capfd: pytes
 
 
 def test_a_part_of_a_model_by_its_class(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import transformers
+
     save_network("T5ForConditionalGeneration", tmp_path, BF16)
     encoder = load(tmp_path, auto_class="T5EncoderModel")
     theirs = transformers.T5EncoderModel.from_pretrained(tmp_path, dtype="auto").eval()

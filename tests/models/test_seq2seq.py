@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from qexp.errors import ConfigError
 from qexp.experiment import run_experiment
@@ -20,6 +19,8 @@ PROMPTS = ("543+870=", "5")
 
 @pytest.fixture(scope="module", params=["T5ForConditionalGeneration", "BartForConditionalGeneration"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import GenerationConfig
+
     folder = save_network(request.param, tmp_path_factory.mktemp("model"), torch.float32)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ASSETS / name, folder / name)
@@ -35,6 +36,8 @@ def config(folder: Path, *overrides: str) -> object:
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_answers_are_the_librarys(beams: int, folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+
     prompts = f"task.prompt=[{','.join(f'{chr(39)}{prompt}{chr(39)}' for prompt in PROMPTS)}]"
     shutil.copytree(folder, tmp_path / "model")
     settings = GenerationConfig.from_pretrained(folder)

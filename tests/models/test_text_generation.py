@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qexp.errors import ConfigError
 from qexp.models.arithmetic import ASSETS, ArithmeticConfig, Source
-from qexp.models.text_generation import DEFAULT_NEW_TOKENS, generation_settings
 from qexp.tasks.generate import GenerateConfig
 from tests.language import save_language_model
 
@@ -22,6 +20,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generate(folder: Path, **task: Any) -> tuple[dict[str, torch.Tensor], list[int], Any]:
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     steps: list[int] = []
     source = Source(ArithmeticConfig(path=str(folder)))
@@ -48,6 +48,8 @@ def test_each_prompt_is_continued_as_if_alone(batch_size: int, folder: Path) -> 
 
 
 def test_beams_are_the_librarys(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     model.generation_config.num_beams = 3
     source = Source(ArithmeticConfig(path=str(folder)))
@@ -66,6 +68,10 @@ def test_it_draws_the_same_numbers_from_the_same_seed(folder: Path) -> None:
 
 
 def test_settings_are_the_models_but_for_what_the_task_sets() -> None:
+    from transformers import GenerationConfig
+
+    from qexp.models.text_generation import DEFAULT_NEW_TOKENS, generation_settings
+
     base = GenerationConfig(temperature=0.3, top_k=7, do_sample=True, eos_token_id=2, pad_token_id=0)
     settings = generation_settings(base, GenerateConfig(top_k=4, max_new_tokens=9), None)
     assert (settings.temperature, settings.top_k, settings.do_sample, settings.max_new_tokens) == (0.3, 4, True, 9)
@@ -78,6 +84,8 @@ def test_settings_are_the_models_but_for_what_the_task_sets() -> None:
 
 def test_a_prompt_ends_with_the_end_token_and_is_padded_behind_it() -> None:
     """The embedded model ends an answer with the line; the short prompt has digits to write before that."""
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(ASSETS).eval()
     task = GenerateConfig(prompt=("543+870=", "54"), max_new_tokens=9)
     outputs = Source(ArithmeticConfig()).generate(

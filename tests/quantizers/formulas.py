@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 Weight = NDArray[np.float32]
 
 
 def nf4_code() -> NDArray[np.float64]:
     """Quantiles of the normal distribution, with an exact zero, scaled to [-1, 1]. Source: arXiv:2305.14314, 3."""
+    from scipy.stats import norm
+
     offset = (1 - 1 / 32 + 1 - 1 / 30) / 2  # the mean of the outermost quantiles of its two halves
     positive = norm.ppf(np.linspace(offset, 0.5, 9)[:-1])
     negative = -norm.ppf(np.linspace(offset, 0.5, 8)[:-1])

@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.quantizers import blockwise_4bit
 from qexp.quantizers.bitsandbytes_library import library
-from qexp.quantizers.blockwise_4bit import code_table
 
 
 def _neighbours(values: Tensor) -> Tensor:
@@ -19,6 +17,8 @@ def _neighbours(values: Tensor) -> Tensor:
 
 def _ties(scale: float) -> Tensor:
     """Blocks of 64 whose absmax is `scale` and whose other values lie on, and one bit beside, every midpoint."""
+    from qexp.quantizers.blockwise_4bit import code_table
+
     code = library().functional.get_4bit_type("nf4", device="cpu")
     fp4 = library().functional.get_4bit_type("fp4", device="cpu")
     values = []
@@ -29,6 +29,9 @@ def _ties(scale: float) -> Tensor:
 
 
 def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    from qexp.quantizers import blockwise_4bit
+    from qexp.quantizers.blockwise_4bit import code_table
+
     table = code_table(library().functional.get_4bit_type(quant_type, device="cpu"))
     packed = torch.empty(weight.numel() // 2, dtype=torch.uint8)
     absmax = torch.empty(-(-weight.numel() // blocksize), dtype=torch.float32)

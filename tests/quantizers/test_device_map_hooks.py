@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import compute_module_sizes
-from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
-from diffusers.quantizers.quantization_config import BitsAndBytesConfig, QuantoConfig
-from diffusers.quantizers.quanto import QuantoQuantizer
 
 from qexp.offload.payload import module_nbytes
 from qexp.quantizers.base import load_quantizer
@@ -20,24 +16,27 @@ from tests.loading.toys import Toy, load_toy, random_state, save_state, settings
 LIMITS = {0: 1000, "cpu": 20_000}
 
 
-def upstream_of(kind: Any, config: Any) -> Any:
+UPSTREAM: dict[str, tuple[str, str, dict[str, Any]]] = {  # classes of a quantizer and its config, and their arguments
+    "bitsandbytes": ("BnB4BitDiffusersQuantizer", "BitsAndBytesConfig", {"load_in_4bit": True}),
+    "bitsandbytes_int8": ("BnB8BitDiffusersQuantizer", "BitsAndBytesConfig", {"load_in_8bit": True}),
+    "quanto": ("QuantoQuantizer", "QuantoConfig", {"weights_dtype": "int8"}),
+    "quanto_int4": ("QuantoQuantizer", "QuantoConfig", {"weights_dtype": "int4"}),
+    "quanto_int2": ("QuantoQuantizer", "QuantoConfig", {"weights_dtype": "int2"}),
+}
+
+
+def upstream_of(name: str) -> Any:
+    from diffusers.quantizers import auto
+
+    kind, config, arguments = UPSTREAM[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return kind(config)
-
-
-UPSTREAM = {
-    "bitsandbytes": lambda: upstream_of(BnB4BitDiffusersQuantizer, BitsAndBytesConfig(load_in_4bit=True)),
-    "bitsandbytes_int8": lambda: upstream_of(BnB8BitDiffusersQuantizer, BitsAndBytesConfig(load_in_8bit=True)),
-    "quanto": lambda: upstream_of(QuantoQuantizer, QuantoConfig("int8")),
-    "quanto_int4": lambda: upstream_of(QuantoQuantizer, QuantoConfig("int4")),
-    "quanto_int2": lambda: upstream_of(QuantoQuantizer, QuantoConfig("int2")),
-}
+        return getattr(auto, kind)(getattr(auto, config)(**arguments))
 
 
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_answers_are_upstream_s(name: str) -> None:
-    ours, theirs = load_quantizer(backend_config(name)), UPSTREAM[name]()
+    ours, theirs = load_quantizer(backend_config(name)), upstream_of(name)
     assert ours.adjust_target_dtype(torch.bfloat16) == theirs.adjust_target_dtype(torch.bfloat16)
     assert ours.adjust_max_memory(LIMITS) == theirs.adjust_max_memory(LIMITS)
     assert ours.update_device_map({"": 0}) == theirs.update_device_map({"": 0}) == {"": 0}
@@ -54,6 +53,8 @@ def test_without_quantization_nothing_changes() -> None:
     "name", ["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto_int4", "packed_uint4", "gguf"]
 )
 def test_accelerate_then_counts_about_the_true_bytes(name: str, tmp_path: Any) -> None:
+    from accelerate.utils import compute_module_sizes
+
     loaded = load_toy(save_state(tmp_path, random_state(Toy)), settings(name, skip_modules=("head",)))
     ours = load_quantizer(backend_config(name))
     dense = Toy().requires_grad_(False)

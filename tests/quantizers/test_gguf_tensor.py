@@ -5,7 +5,6 @@ import io
 import pickle
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 from torch import nn
@@ -184,6 +183,8 @@ def test_inference_mode_gives_the_same() -> None:
 
 
 def test_accelerates_hooks_move_it() -> None:
+    import accelerate
+
     model = nn.Sequential(layer(), nn.ReLU(), nn.Linear(ROWS, 8)).requires_grad_(False)
     expected = model(X)
     accelerate.cpu_offload(model, execution_device=CPU)

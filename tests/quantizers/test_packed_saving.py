@@ -8,8 +8,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -182,14 +180,16 @@ def test_a_config_that_does_not_fit(change: dict[str, Any], message: str, tmp_pa
         load(tmp_path / "packed", backend_config("none"))
 
 
-class Peer(ModelMixin, ConfigMixin):
-    @register_to_config
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(width, width)])
-
-
 def test_diffusers_refuses_the_method(tmp_path: Path) -> None:
+    from diffusers import ConfigMixin, ModelMixin
+    from diffusers.configuration_utils import register_to_config
+
+    class Peer(ModelMixin, ConfigMixin):
+        @register_to_config
+        def __init__(self, width: int = 64) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(width, width)])
+
     saved(tmp_path / "packed", [(64, 64)], quant_type="uint8wo")
     with pytest.raises(ValueError, match="Unknown quantization type, got qexp_packed"):
         Peer.from_pretrained(tmp_path / "packed")

@@ -28,8 +28,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -58,46 +56,6 @@ every_backend = pytest.mark.parametrize("backend", representatives(BACKENDS, KEP
 every_saved = pytest.mark.parametrize("backend", representatives(SAFETENSORS, KEPT & {*SAFETENSORS}))
 
 
-class Attention(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(3))
-        self.to_out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.to_out(nn.functional.scaled_dot_product_attention(self.to_q(x), self.to_k(x), self.to_v(x)))
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.attn = nn.LayerNorm(width), Attention(width)
-        self.ff = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm(x))
-        return x + self.ff(x)
-
-
-class Transformer(ModelMixin, ConfigMixin):
-    @register_to_config
-    def __init__(self, width: int = 128, depth: int = 2) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.proj_out = nn.Linear(width, 64)
-        self.register_buffer("position", torch.linspace(0, 1, width), persistent=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.position.to(x.dtype)
-        for block in self.blocks:
-            x = block(x)
-        return self.proj_out(x.to(self.proj_out.bias.dtype))
-
-
-class Fp32Transformer(Transformer):
-    _keep_in_fp32_modules = ["proj_out"]  # noqa: RUF012  # as upstream declares it
-
-
 class Adapter(nn.Module):
     """A layer with a trainable low-rank part beside it."""
 
@@ -113,7 +71,7 @@ class Adapter(nn.Module):
 
 
 class TransformerSource:
-    def __init__(self, folder: Path, kind: type[Transformer]) -> None:
+    def __init__(self, folder: Path, kind: Any) -> None:
         self.folder, self.kind = folder, kind
 
     def checkpoints(self) -> dict[str, Path]:
@@ -125,16 +83,18 @@ class TransformerSource:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.quantizers.peer_transformer import Transformer
+
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("dense")
     Transformer().to(BF16).save_pretrained(folder)
     return folder
 
 
-def load_all(
-    folder: Path, backend: str, *overrides: str, kind: type[Transformer] = Transformer, **fields: Any
-) -> LoadedComponent:
-    source = cast(ModelSource, TransformerSource(folder, kind))
+def load_all(folder: Path, backend: str, *overrides: str, kind: Any = None, **fields: Any) -> LoadedComponent:
+    from tests.quantizers.peer_transformer import Transformer
+
+    source = cast(ModelSource, TransformerSource(folder, kind or Transformer))
     settings = ComponentConfig(backend_config(backend, *overrides), compute_dtype="bfloat16", **fields)
     return load_component(source, "transformer", settings, device=CPU, loader=LoaderConfig(workers=1))
 
@@ -164,12 +124,16 @@ def quantized_layers(model: nn.Module) -> set[str]:
 
 @every_backend
 def test_quantization_num_parameters(backend: str, dense: Path) -> None:
+    from tests.quantizers.peer_transformer import Transformer
+
     expected = Transformer.from_pretrained(dense).num_parameters()
     assert load(dense, backend).num_parameters() == expected
 
 
 @every_backend
 def test_memory_footprint(backend: str, dense: Path) -> None:
+    from tests.quantizers.peer_transformer import Transformer
+
     unquantized, loaded = Transformer.from_pretrained(dense, torch_dtype=BF16), load_all(dense, backend)
     model: Any = loaded.model
     footprint = model.get_memory_footprint()
@@ -183,12 +147,16 @@ def test_memory_footprint(backend: str, dense: Path) -> None:
 
 @every_backend
 def test_quantized_layers(backend: str, dense: Path) -> None:
+    from tests.quantizers.peer_transformer import Transformer
+
     model = load(dense, backend)
     assert quantized_layers(model) == set(linear_layers(Transformer())) and len(quantized_layers(model)) == 13
 
 
 @every_backend
 def test_quantization_inference(backend: str, dense: Path) -> None:
+    from tests.quantizers.peer_transformer import Transformer
+
     expected, found = answer(Transformer.from_pretrained(dense, torch_dtype=BF16)).float(), answer(load(dense, backend))
     assert found.dtype == BF16
     assert 0 < (found.float() - expected).norm() / expected.norm() < BACKENDS[backend][1]
@@ -196,6 +164,8 @@ def test_quantization_inference(backend: str, dense: Path) -> None:
 
 @every_backend
 def test_dtype_assignment(backend: str, dense: Path) -> None:
+    from tests.quantizers.peer_transformer import Transformer
+
     model = load(dense, backend)
     before = answer(model)
     for cast_ in (
@@ -257,6 +227,8 @@ def test_llm_skip(backend: str, dense: Path) -> None:
 
 @every_backend
 def test_keep_modules_in_fp32(backend: str, dense: Path) -> None:
+    from tests.quantizers.peer_transformer import Fp32Transformer
+
     model = load(dense, backend, kind=Fp32Transformer)
     kept = linear_layers(model)["proj_out"]
     assert type(kept) is nn.Linear and {kept.weight.dtype, kept.bias.dtype} == {torch.float32}
@@ -266,6 +238,8 @@ def test_keep_modules_in_fp32(backend: str, dense: Path) -> None:
 
 @every_backend
 def test_dequantize(backend: str, dense: Path, tmp_path: Path) -> None:
+    from tests.quantizers.peer_transformer import Transformer
+
     model = load(dense, backend)
     before = answer(model).float()
     assert model.dequantize() is model
@@ -304,6 +278,8 @@ def test_training(backend: str, dense: Path) -> None:
 
 @every_backend
 def test_original_dtype(backend: str, dense: Path, tmp_path: Path) -> None:
+    from tests.quantizers.peer_transformer import Transformer
+
     model = load(dense, backend)
     assert model._pre_quantization_dtype == model.config["_pre_quantization_dtype"] == BF16
     assert "_pre_quantization_dtype" not in Transformer.from_pretrained(dense).config
@@ -370,6 +346,8 @@ def test_buffers_device_assignment(backend: str, dense: Path) -> None:
 @every_backend
 def test_dequantized_weights_are_near(backend: str, dense: Path) -> None:
     """As transformers' tests of weights after loading: each layer's weight is that of the dense one, roughly."""
+    from tests.quantizers.peer_transformer import Transformer
+
     layers = linear_layers(Transformer.from_pretrained(dense))
     weights = {name: layer.weight.detach() for name, layer in layers.items()}
     restored = linear_layers(load(dense, backend).dequantize())
@@ -381,6 +359,8 @@ def test_dequantized_weights_are_near(backend: str, dense: Path) -> None:
 @every_backend
 def test_quantization_keeps_outliers_and_zeros(backend: str, dense: Path, tmp_path: Path) -> None:
     """A weight 100 times the largest other stays that large; rows of zeros stay zeros, whatever scale they get."""
+    from tests.quantizers.peer_transformer import Transformer
+
     network = Transformer.from_pretrained(dense)
     name = "blocks.0.attn.to_q"
     with torch.no_grad():

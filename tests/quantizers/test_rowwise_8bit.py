@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.quantizers import kernels, rowwise_8bit
 from qexp.quantizers.base import clear_nan
 from qexp.quantizers.bitsandbytes_library import library as bitsandbytes
 from qexp.quantizers.quanto_library import library as quanto
@@ -50,6 +49,8 @@ HARD: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", HARD)
 def test_llm_int8_is_bitsandbytes(name: str, dtype: torch.dtype) -> None:
+    from qexp.quantizers import rowwise_8bit
+
     weight = HARD[name]().clamp(-65504, 65504).to(dtype)
     values, scale = rowwise_8bit.llm_int8(weight)
     expected, largest, _ = bitsandbytes().functional.int8_vectorwise_quant(weight.half())
@@ -63,6 +64,7 @@ def test_llm_int8_is_bitsandbytes(name: str, dtype: torch.dtype) -> None:
 def test_int8_is_torchaos(name: str, dtype: torch.dtype, group_size: int) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, PerGroup, PerRow
 
+    from qexp.quantizers import rowwise_8bit
     from qexp.quantizers.torchao_library import inner_tensors, quantize
 
     weight = HARD[name]().clamp(-65504, 65504).to(dtype)
@@ -77,6 +79,8 @@ def test_int8_is_torchaos(name: str, dtype: torch.dtype, group_size: int) -> Non
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", HARD)
 def test_int8_is_quantos(name: str, dtype: torch.dtype) -> None:
+    from qexp.quantizers import rowwise_8bit
+
     weight = HARD[name]().clamp(-65504, 65504).to(dtype)
     qtype = quanto().qint8
     scale = quanto().AbsmaxOptimizer()(weight, qtype=qtype, axis=0)
@@ -88,6 +92,8 @@ def test_int8_is_quantos(name: str, dtype: torch.dtype) -> None:
 
 def test_rounding_to_fp16_is_pytorchs() -> None:
     """Every fp16 number, the middle between it and the next, and the float32 numbers beside both."""
+    from qexp.quantizers import kernels
+
     every = torch.arange(0x7C01, dtype=torch.int16).view(torch.float16).float()
     every[-1] = 65536  # where infinity is, in the order of fp16
     middles = (every[:-1] + every[1:]) / 2
@@ -101,6 +107,8 @@ def test_rounding_to_fp16_is_pytorchs() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_absmax_of_what_is_not_finite_is_not_finite(dtype: torch.dtype) -> None:
+    from qexp.quantizers import rowwise_8bit
+
     weight = torch.tensor([[1, -3, 2], [1, torch.nan, 2], [-torch.inf, 0, 1], [0, -0.0, 0]], dtype=dtype)
     weight[1, 1] = -weight[1, 1]  # NaN with its sign bit set
     found = rowwise_8bit.absmax(weight).flatten()

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from torchao.core.config import config_to_dict
-from torchao.quantization import (
-    Float8DynamicActivationFloat8WeightConfig,
-    Float8WeightOnlyConfig,
-    Int4WeightOnlyConfig,
-    Int8DynamicActivationInt8WeightConfig,
-    Int8DynamicActivationIntxWeightConfig,
-    Int8WeightOnlyConfig,
-    IntxWeightOnlyConfig,
-    MappingType,
-    PerGroup,
-    PerRow,
-    PerTensor,
-)
 
 from qexp.errors import ConfigError, UnsupportedError
-from qexp.quantizers import torchao_library, torchao_trial
 from qexp.quantizers.base import WeightSpec, load_quantizer
 from qexp.quantizers.qexp_packed import ELEMENTS, PackedConfig
 from qexp.quantizers.torchao import TorchAoConfig, TorchAoQuantizer
@@ -36,25 +22,41 @@ from tests.quantizers.kinds import DYNAMIC_INTX, INTX, ao
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SPEC = WeightSpec("blocks.0.fc", (64, 256), torch.bfloat16)
-FLOAT8DQ = Float8DynamicActivationFloat8WeightConfig
-INT4DQ = Int8DynamicActivationIntxWeightConfig(torch.int4)
 TILED = {"int4_packing_format": "tile_packed_to_4d"}
-# what diffusers' TorchAoConfig made of each name while it took names, as torchao writes it today
-UPSTREAM: dict[str, Any] = {
-    "int4wo": Int4WeightOnlyConfig(**TILED), "int4_weight_only": Int4WeightOnlyConfig(**TILED),
-    "int4dq": INT4DQ, "int8_dynamic_activation_int4_weight": INT4DQ,
-    "int8wo": Int8WeightOnlyConfig(), "int8_weight_only": Int8WeightOnlyConfig(),
-    "int8dq": Int8DynamicActivationInt8WeightConfig(),
-    "int8_dynamic_activation_int8_weight": Int8DynamicActivationInt8WeightConfig(),
-    "float8wo": Float8WeightOnlyConfig(E5M2), "float8_weight_only": Float8WeightOnlyConfig(E4M3),
-    "float8wo_e5m2": Float8WeightOnlyConfig(E5M2), "float8wo_e4m3": Float8WeightOnlyConfig(E4M3),
-    "float8dq": FLOAT8DQ(), "float8_dynamic_activation_float8_weight": FLOAT8DQ(), "float8dq_e4m3": FLOAT8DQ(),
-    "float8dq_e4m3_tensor": FLOAT8DQ(granularity=PerTensor()), "float8dq_e4m3_row": FLOAT8DQ(granularity=PerRow()),
-}  # fmt: skip
+
+
+@cache
+def upstream() -> dict[str, Any]:
+    """What diffusers' TorchAoConfig made of each name while it took names, as torchao writes it today."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig as Float8DQ
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int4WeightOnlyConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8DynamicActivationIntxWeightConfig,
+        Int8WeightOnlyConfig,
+        PerRow,
+        PerTensor,
+    )
+
+    int4dq = Int8DynamicActivationIntxWeightConfig(torch.int4)
+    return {
+        "int4wo": Int4WeightOnlyConfig(**TILED), "int4_weight_only": Int4WeightOnlyConfig(**TILED),
+        "int4dq": int4dq, "int8_dynamic_activation_int4_weight": int4dq,
+        "int8wo": Int8WeightOnlyConfig(), "int8_weight_only": Int8WeightOnlyConfig(),
+        "int8dq": Int8DynamicActivationInt8WeightConfig(),
+        "int8_dynamic_activation_int8_weight": Int8DynamicActivationInt8WeightConfig(),
+        "float8wo": Float8WeightOnlyConfig(E5M2), "float8_weight_only": Float8WeightOnlyConfig(E4M3),
+        "float8wo_e5m2": Float8WeightOnlyConfig(E5M2), "float8wo_e4m3": Float8WeightOnlyConfig(E4M3),
+        "float8dq": Float8DQ(), "float8_dynamic_activation_float8_weight": Float8DQ(), "float8dq_e4m3": Float8DQ(),
+        "float8dq_e4m3_tensor": Float8DQ(granularity=PerTensor()), "float8dq_e4m3_row": Float8DQ(granularity=PerRow()),
+    }  # fmt: skip
 
 
 def written(config: Any) -> dict[str, Any]:
     """A config as torchao writes it, but for its wish to set up torch.compile, which only we leave out."""
+    from torchao.core.config import config_to_dict
+
     described = config_to_dict(config)
     described["_data"].pop("set_inductor_config", None)
     packing = described["_data"].get("int4_packing_format")
@@ -64,17 +66,21 @@ def written(config: Any) -> dict[str, Any]:
 
 
 def test_the_names_are_those_of_upstream() -> None:
-    assert UPSTREAM.keys() == {*SHORTHANDS, *OTHER_SHORTHANDS, *FUNCTIONS}
+    assert upstream().keys() == {*SHORTHANDS, *OTHER_SHORTHANDS, *FUNCTIONS}
 
 
-@pytest.mark.parametrize("name", UPSTREAM)
+@pytest.mark.parametrize("name", [*SHORTHANDS, *OTHER_SHORTHANDS, *FUNCTIONS])
 def test_names_stand_for_the_classes_of_today(name: str) -> None:
-    assert written(ao(name).library_config()) == written(UPSTREAM[name])
+    assert written(ao(name).library_config()) == written(upstream()[name])
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_arguments_and_defaults_are_the_librarys(name: str) -> None:
     """What the table says without torch; a new version of torchao that disagrees is found here."""
+    from torchao.core.config import config_to_dict
+
+    from qexp.quantizers import torchao_library
+
     known, cls = CLASSES[name], torchao_library.config_classes()[name]
     config = cls(**({"set_inductor_config": False} if "set_inductor_config" in known.defaults else {}))
     described = config_to_dict(config)
@@ -216,6 +222,10 @@ def test_what_this_machine_cannot_run_names_what_would_and_what_does() -> None:
 
 
 def test_the_list_of_what_runs_is_found_by_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    from qexp.quantizers import torchao_trial
+
     right = torchao_trial.quantize
 
     def without_int8(weight: torch.Tensor, config: Any) -> torch.Tensor:
@@ -229,16 +239,22 @@ def test_the_list_of_what_runs_is_found_by_running(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("config", "multiple"),
-    [
-        (Int8WeightOnlyConfig(), 1),
-        (Int8WeightOnlyConfig(granularity=PerGroup(32)), 1),
-        (Int8WeightOnlyConfig(granularity=PerTensor()), None),  # one scale, of the whole weight
-        (IntxWeightOnlyConfig(torch.int4, PerGroup(32)), 1),
-        (IntxWeightOnlyConfig(torch.int4, PerGroup(32), intx_choose_qparams_algorithm="hqq_scale_only"), None),
-    ],
+    ("case", "multiple"),
+    [("int8 rows", 1), ("int8 groups", 1), ("int8 tensor", None), ("int4 groups", 1), ("int4 hqq", None)],
 )
-def test_a_weight_is_sliced_only_where_that_changes_nothing(config: Any, multiple: int | None) -> None:
+def test_a_weight_is_sliced_only_where_that_changes_nothing(case: str, multiple: int | None) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, PerTensor
+
+    from qexp.quantizers import torchao_library, torchao_trial
+
+    hqq = {"intx_choose_qparams_algorithm": "hqq_scale_only"}
+    config: Any = {
+        "int8 rows": Int8WeightOnlyConfig(),
+        "int8 groups": Int8WeightOnlyConfig(granularity=PerGroup(32)),
+        "int8 tensor": Int8WeightOnlyConfig(granularity=PerTensor()),  # one scale, of the whole weight
+        "int4 groups": IntxWeightOnlyConfig(torch.int4, PerGroup(32)),
+        "int4 hqq": IntxWeightOnlyConfig(torch.int4, PerGroup(32), **hqq),
+    }[case]
     layout = torchao_trial.layout_of(config, SPEC.shape, SPEC.dtype, CPU)
     assert layout is not None and layout.rows_multiple == multiple
     made = torchao_library.inner_tensors(torchao_library.quantize(torch.ones(SPEC.shape, dtype=SPEC.dtype), config))
@@ -247,8 +263,12 @@ def test_a_weight_is_sliced_only_where_that_changes_nothing(config: Any, multipl
 
 
 def test_kernels_that_take_sixteen_rows_get_slices_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    from qexp.quantizers import torchao_trial
+
     monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
-    config = FLOAT8DQ(granularity=PerRow())
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     layout = torchao_trial.layout_of(config, (48, 64), torch.bfloat16, CPU)
     assert layout is not None and layout.rows_multiple == 16
     assert torchao_trial.layout_of(config, (40, 64), torch.bfloat16, CPU) is None
@@ -258,6 +278,10 @@ def test_kernels_that_take_sixteen_rows_get_slices_of_them(monkeypatch: pytest.M
 
 
 def test_a_class_that_cannot_be_decoded_is_by_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    from qexp.quantizers import torchao_library
+
     weight = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     tensor = torchao_library.quantize(weight, Int8WeightOnlyConfig())
     exact = torchao_library.dequantize(tensor)
@@ -284,6 +308,9 @@ def test_layers_are_found_by_name() -> None:
 
 
 def test_values_are_written_as_in_a_yaml() -> None:
+    from torchao.core.config import config_to_dict
+    from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup
+
     quantizer = ao(INTX, weight_dtype="int4", mapping_type="ASYMMETRIC", scale_dtype="bfloat16", group_size=64)
     expected = IntxWeightOnlyConfig(torch.int4, PerGroup(64), MappingType.ASYMMETRIC, torch.bfloat16)
     assert quantizer.library_config() == expected
@@ -292,6 +319,9 @@ def test_values_are_written_as_in_a_yaml() -> None:
 
 
 def test_the_config_of_a_checkpoint_is_read_in_either_form() -> None:
+    from torchao.core.config import config_to_dict
+    from torchao.quantization import Int8WeightOnlyConfig, PerGroup
+
     today = {"quant_type": {"default": config_to_dict(Int8WeightOnlyConfig(granularity=PerGroup(32)))}}
     once = {"quant_type": "int8wo", "quant_type_kwargs": {"group_size": 32}, "modules_to_not_convert": ["head"]}
     for values in (today, {**today, "include_input_output_embeddings": False, "untie_embedding_weights": False}):

@@ -3,7 +3,6 @@ import random
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from qexp.report.annotate import Box, Label, boxes_of_line, place_labels
@@ -90,6 +89,8 @@ def test_one_point_no_point_and_only_infinite_points_are_drawn(tmp_path: Path) -
 
 
 def test_labels_cover_neither_points_nor_lines_nor_each_other() -> None:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), dpi=100)
     axes = figure.add_subplot()
     axes.set(xlim=(0, 10), ylim=(0, 10))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 import yaml
 
 from qexp.config import RunConfig, run_config_from_container
@@ -138,6 +137,8 @@ def test_nothing_is_written_elsewhere_and_one_line_is_printed(tmp_path: Path) ->
 
 
 def test_a_run_of_the_caller_stays_open(tmp_path: Path) -> None:
+    import wandb
+
     mine = wandb.init(settings=wandb.Settings(mode="offline", root_dir=str(tmp_path), silent=True, console="off"))
     try:
         logged(tmp_path, config(), GENERATE)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wandb.proto import wandb_internal_pb2 as pb
-
 BLOCK = 32768
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
@@ -28,6 +26,8 @@ class Logged:
 
 
 def records(path: Path) -> Iterator[Any]:
+    from wandb.proto import wandb_internal_pb2 as pb
+
     data, place, parts = path.read_bytes(), 7, b""
     while place + 7 <= len(data):
         if BLOCK - place % BLOCK < 7:  # no room for a header: the rest of the block is padding
