@@ -265,6 +265,7 @@ def qexp(
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.exhaustive
 def test_a_run_is_pushed_downloaded_and_loaded_with_no_quantization_argument(
     digits: Path, tmp_path: Path, server: HubServer
 ) -> None:

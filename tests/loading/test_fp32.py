@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import qexp
 from qexp.loading.fp32 import compute_in_fp32
+from tests.products import exhaustive
 
 
 class Inner(nn.Module):
@@ -74,7 +75,7 @@ def test_what_a_container_holds_is_hooked_in_its_place() -> None:
     assert model.blocks[0].inner.seen[:2] == [torch.float32, torch.float32]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, exhaustive(torch.float16), exhaustive(torch.float32)])
 def test_the_output_projections_of_t5_are_kept_as_transformers_keeps_them(tmp_path: Path, dtype: torch.dtype) -> None:
     from transformers import T5Config, T5EncoderModel
 

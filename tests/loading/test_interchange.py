@@ -184,8 +184,7 @@ def test_diffusers_opens_quantized_activations_as_weights_alone(dense: Path, tmp
     assert_same_answer(load_ours(tmp_path / "ours", "none"), ours)
 
 
-@pytest.mark.parametrize("storage", QUANT_STORAGES)
-@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double quant"])
+@pytest.mark.parametrize(("storage", "double_quant"), diagonal(QUANT_STORAGES, [False, True]))
 def test_every_quant_storage_is_the_same_both_ways(
     double_quant: bool, storage: str, dense: Path, tmp_path: Path
 ) -> None:

@@ -83,7 +83,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", representatives(PIPELINES, ["flux", "sdxl", "qwen_image"]))
 def test_unquantized_it_is_what_diffusers_loads(name: str, pipeline_folder: Folder) -> None:
     theirs, ours = load_theirs(pipeline_folder(name)), qexp.load_pipeline(pipeline_folder(name), device="cpu")
     assert isinstance(ours, type(theirs)) and type(ours).__name__ == type(theirs).__name__
@@ -149,7 +149,7 @@ def test_quantized_it_is_what_diffusers_loads_quantized(name: str, backend: str,
     ("name", "strategy"),
     representatives(
         product(("flux", "wan"), ("leaf", "block", "sequential", "model")),
-        (("flux", "leaf"), ("wan", "model"), ("wan", "block")),
+        (("flux", "leaf"), ("wan", "model")),
     ),
 )
 def test_offloading_changes_no_bit(name: str, strategy: str, pipeline_folder: Folder) -> None:
@@ -231,7 +231,7 @@ def test_weights_from_elsewhere_that_do_not_belong_there(pipeline_folder: Folder
     ("name", "component"),
     representatives(
         product(PIPELINES, ("denoiser", "text_encoder", "vae")),
-        (("sdxl", "vae"), ("flux", "text_encoder"), ("sd3", "denoiser")),
+        (("sdxl", "vae"), ("flux", "text_encoder")),
     ),
 )
 def test_components_in_several_dtypes(name: str, component: str, pipeline_folder: Folder) -> None:

@@ -109,8 +109,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
     assert torch.equal(answer(ours), answer(theirs))
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "dtype"), diagonal(NETWORKS, [BF16, FP16]), ids=str)
 def test_unquantized_it_is_what_the_library_loads(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """In fp16 some keep layers in fp32 (T5's wo), in bf16 none does; experts are merged on the way."""
     save_network(name, tmp_path, dtype)

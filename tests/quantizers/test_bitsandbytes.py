@@ -21,6 +21,7 @@ from qexp.quantizers.bitsandbytes import QUANT_STORAGES, BitsAndBytesConfig
 from qexp.quantizers.bitsandbytes_stored import BLOCK_SIZES
 from qexp.settings import ComponentConfig, LoaderConfig
 from tests.backends import CPU, StackSource, backend_config, save_stack
+from tests.products import diagonal
 from tests.quantizers.test_contract import gaussian, quantize, quantized_layer
 
 
@@ -31,8 +32,9 @@ def test_4bit_has_the_librarys_bytes(quant_type: str, double_quant: bool, dtype:
     assert_4bit_as_the_library(dtype, quant_type, double_quant)
 
 
-@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double quant"])
-@pytest.mark.parametrize("blocksize", [size for size in BLOCK_SIZES if size != 64])
+@pytest.mark.parametrize(
+    ("blocksize", "double_quant"), diagonal([size for size in BLOCK_SIZES if size != 64], [False, True])
+)
 def test_every_block_size_has_the_librarys_bytes(
     blocksize: int, double_quant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ def test_the_library_comes_without_compilers_and_other_libraries(backend: str) -
     assert HEAVY.isdisjoint(run(code).split())
 
 
+@pytest.mark.exhaustive
 def test_quanto_has_all_its_names_still_also_for_a_star_import() -> None:
     code = """
 from qexp.quantizers.quanto_library import library

@@ -17,7 +17,7 @@ from qexp.offload.config import OffloadConfig
 from qexp.offload.payload import leaves, sites
 from tests.offload import model_zoo as zoo
 from tests.offload.on_fake_device.harness import DEVICE, compare, live_bytes, offload, on_device, problems
-from tests.products import pairwise
+from tests.products import diagonal, pairwise
 
 ON_DEVICE = (
     "bitsandbytes",
@@ -41,8 +41,7 @@ def answers(model: nn.Module) -> list[torch.Tensor]:
 # on meta. (Pull request 12799 would turn low-memory loading off.)
 
 
-@pytest.mark.parametrize("strategy", ["model", "sequential", "leaf", "block"])
-@pytest.mark.parametrize("backend", ON_DEVICE)
+@pytest.mark.parametrize(("strategy", "backend"), diagonal(["model", "sequential", "leaf", "block"], ON_DEVICE))
 def test_12719_a_low_memory_load_leaves_nothing_on_meta_that_would_have_to_be_moved(
     backend: str, strategy: str
 ) -> None:
@@ -68,6 +67,7 @@ def test_12719_with_device_map_balanced_the_model_answers_as_on_one_device(backe
     assert all(torch.equal(a, b) for a, b in zip(answers(model), expected, strict=True))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_fp4", "bitsandbytes_nf4_dq"])
 def test_12719_the_peer_fails_so(backend: str) -> None:
     from accelerate import cpu_offload
@@ -138,6 +138,7 @@ def test_13281_and_14433_torchao_with_streams(
     assert problems(pair, config) == []
 
 
+@pytest.mark.exhaustive
 def test_13281_the_peer_fails_so() -> None:
     from diffusers.hooks import apply_group_offloading
 

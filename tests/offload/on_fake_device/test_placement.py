@@ -136,7 +136,7 @@ CROSSED = [
 KEPT = [
     (backend, name)
     for backend, name in CROSSED
-    if backend == "torchao" or (backend in REPRESENTATIVES and (BACKENDS.index(backend) + [*MAPS].index(name)) % 3 == 0)
+    if backend == "torchao" or (backend in REPRESENTATIVES and (BACKENDS.index(backend) + [*MAPS].index(name)) % 6 == 0)
 ]
 
 
