@@ -1,7 +1,7 @@
 """qexp: quantize while loading, offload without changing a bit, and compare.
 
-The functions for notebooks and other programs are those of `qexp.api`; what they do is described there. Importing
-this package imports nothing else: torch comes with the first of them that is used.
+The functions for notebooks and other programs are those of `qexp.api.models`; what they do is described there.
+Importing this package imports nothing else: torch comes with the first of them that is used.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qexp.api import backends, load, memory_footprint, remove_offload, save
-    from qexp.pipelines import load_pipeline
+    from qexp.api.models import backends, load, memory_footprint, remove_offload, save
+    from qexp.api.pipelines import load_pipeline
 
 __all__ = ["backends", "load", "load_pipeline", "memory_footprint", "offload", "remove_offload", "save"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "offload":  # a package that can be called
-        return importlib.import_module("qexp.offload")
+        return importlib.import_module("qexp.offloading")
     if name == "load_pipeline":
-        return importlib.import_module("qexp.pipelines").load_pipeline
+        return importlib.import_module("qexp.api.pipelines").load_pipeline
     if name in __all__:
-        return getattr(importlib.import_module("qexp.api"), name)
+        return getattr(importlib.import_module("qexp.api.models"), name)
     raise AttributeError(f"module 'qexp' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

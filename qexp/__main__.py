@@ -10,12 +10,12 @@ def main() -> None:
     """Run one experiment or a sweep, and exit with 0 only if all of it is done."""
     arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
-        from qexp.help import help_text
+        from qexp.cli.help import help_text
 
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
         print(help_text())
         return
-    from qexp.cli import run
+    from qexp.cli.run import run
 
     sys.exit(run(arguments))
 

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qexp.config import backend_of, model_skip_modules
+from qexp.config.schema import ComponentConfig
+from qexp.config.yaml_options import option_names
 from qexp.errors import ConfigError, QexpError
+from qexp.experiments.resolve import backend_of, model_skip_modules
 from qexp.models.architectures import architecture, architecture_names, as_checkpoint, component_of, network
 from qexp.models.diffusers import DENOISERS
-from qexp.options import option_names
-from qexp.settings import ComponentConfig
 
 GIB = 1 << 30
 BACKENDS = ("bitsandbytes_int8", "torchao", "bitsandbytes", "bitsandbytes_nf4_dq", "gguf_q4_0", "packed_uint3")

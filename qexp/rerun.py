@@ -21,14 +21,14 @@ from typing import Any
 
 import yaml
 
-from qexp.config import run_config_from_container
+from qexp.config.schema import PathsConfig, RunConfig, SaveConfig
 from qexp.errors import ConfigError, LoadError, QexpError
-from qexp.hub_download import pinned_model
-from qexp.settings import PathsConfig, RunConfig, SaveConfig
-from qexp.sweep.environment import differences
+from qexp.experiments.resolve import run_config_from_container
+from qexp.hub.download import pinned_model
+from qexp.results.environment import differences
 from qexp.sweep.job import run_job
-from qexp.sweep.key import run_key
-from qexp.sweep.store import LOCK, RunFolder, disk_error
+from qexp.sweep.run_key import run_key
+from qexp.system.files import LOCK, RunFolder, disk_error
 from qexp.tracking.session import check_login
 
 VARYING = ("seconds", "_ms", "peak", "baseline")  # parts of names of metrics that no two runs share

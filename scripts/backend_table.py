@@ -23,7 +23,7 @@ import torch
 from qexp.doctor.__main__ import describe_machine, rows_of
 from qexp.doctor.options import trials
 from qexp.metrics.tensors import compare
-from qexp.offload.payload import true_nbytes
+from qexp.offloading.payload import true_nbytes
 from qexp.quantizers.base import WeightSpec, load_quantizer
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "backends.md"

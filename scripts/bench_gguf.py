@@ -31,7 +31,7 @@ HALVES = {"Q4_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}  # where a
 
 def blocks(name: str) -> Tensor:
     """uint8 [12288, bytes of a row]."""
-    from qexp.quantizers.gguf_types import TYPES as SIZES
+    from qexp.checkpoints.gguf_types import TYPES as SIZES
 
     kind, generator = SIZES[name], torch.Generator().manual_seed(0)
     count = SHAPE[0] * SHAPE[1] // kind.block
@@ -42,7 +42,7 @@ def blocks(name: str) -> Tensor:
 
 
 def qexp_layer(name: str, raw: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
-    from qexp.quantizers.gguf_tensor import GGUFTensor
+    from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 
     layer = nn.Linear(SHAPE[1], SHAPE[0], bias=False, device="meta")
     weight = GGUFTensor(raw, name, torch.bfloat16)

@@ -57,16 +57,16 @@ class FluxSource:
 
 def backend_config(name: str) -> Any:
     """The backend config of a format: one of `FORMATS`, or any option of conf/backend."""
-    from qexp.config import backend_of
+    from qexp.experiments.resolve import backend_of
 
     return backend_of(FORMATS.get(name, name))
 
 
 def load_with_qexp(folder: Path, name: str, workers: int | None = None, slice_weights: int | None = None) -> Any:
     """A `LoadedComponent`. slice_weights: weights that a kernel is given at a time."""
+    from qexp.config.schema import ComponentConfig, LoaderConfig
     from qexp.loading.lifecycle import load_component
     from qexp.quantizers import base
-    from qexp.settings import ComponentConfig, LoaderConfig
 
     if slice_weights is not None:
         base.SLICE_WEIGHTS["cpu"] = slice_weights
@@ -128,9 +128,9 @@ def _int8wo() -> Any:
 
 def quantize_alone(folder: Path, name: str) -> Callable[[], None]:
     """Prepare; what is returned quantizes every layer that a load would, in its order."""
-    from qexp.loading.checkpoint import open_checkpoint
+    from qexp.checkpoints.checkpoint import open_checkpoint
+    from qexp.config.schema import ComponentConfig
     from qexp.loading.lifecycle import prepare, resolve_quantizer
-    from qexp.settings import ComponentConfig
 
     settings = ComponentConfig(backend_config(name), compute_dtype="bfloat16")
     source: Any = FluxSource(folder)
@@ -152,7 +152,7 @@ def quantize_alone(folder: Path, name: str) -> Callable[[], None]:
 
 def touch(model: nn.Module) -> None:
     """Read a byte of every page of the weights: what a program has only mapped is in memory then."""
-    from qexp.offload.payload import leaves
+    from qexp.offloading.payload import leaves
 
     for tensor in (*model.parameters(), *model.buffers()):
         for leaf in leaves(tensor):

@@ -47,8 +47,8 @@ def offload(program: str, model: nn.Module, store: Path) -> dict[str, float]:
     """Offload a model to a folder; returns what the program knows about it."""
     program, _, level = program.partition(" ")
     if program == "qexp":
-        from qexp.offload.config import OffloadConfig
-        from qexp.offload.strategies import apply_offload
+        from qexp.config.offload import OffloadConfig
+        from qexp.offloading.strategies import apply_offload
 
         config = OffloadConfig(level, "disk").resolved("cpu")
         return apply_offload(model, config, device=CPU, block_lists=BLOCK_LISTS, store=store).statistics()

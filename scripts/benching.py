@@ -217,7 +217,7 @@ def _version(name: str) -> str | None:
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Whole or not at all."""
-    from qexp.sweep.store import write_json
+    from qexp.system.files import write_json
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)

@@ -34,7 +34,6 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import ConfigError, DiskError, QexpError
-from qexp.loading.progress import Progress
 from qexp.models.architectures import (
     SAFETENSORS_NAMES,
     architecture,
@@ -43,6 +42,7 @@ from qexp.models.architectures import (
     network,
     stored_tensors,
 )
+from qexp.system.progress import Progress
 
 STD = 0.02
 SLICE_WEIGHTS = 4 << 20  # drawn at a time

@@ -10,9 +10,9 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 from torch import nn
 
-from qexp.config import backend_of, to_run_config
-from qexp.options import conf_folder, option_names
-from qexp.schema import register_schemas
+from qexp.config.hydra_schema import register_schemas
+from qexp.config.yaml_options import conf_folder, option_names
+from qexp.experiments.resolve import backend_of, to_run_config
 from tests.products import representatives
 
 BACKENDS = option_names("backend")
@@ -29,7 +29,7 @@ EVERY_WAY_TO_QUANTIZE = representatives(QUANTIZING, REPRESENTATIVES[1:])
 @cache
 def option_config(name: str) -> Any:
     """The config of `backend=<name>`, read from its file alone: a tenth of the time that composing takes, for lists
-    that are made when tests are collected. tests/test_api.py compares the two."""
+    that are made when tests are collected. tests/api/test_models.py compares the two."""
     return backend_of(name)
 
 

@@ -16,10 +16,10 @@ from omegaconf import DictConfig
 
 import qexp.__main__
 import qexp.sweep.job
-from qexp import devices
-from qexp.config import RunConfig, to_run_config
-from qexp.schema import register_schemas
-from qexp.sweep.manifest import JobRow
+from qexp.config.hydra_schema import register_schemas
+from qexp.experiments.resolve import RunConfig, to_run_config
+from qexp.results.manifest import JobRow
+from qexp.system import devices
 
 CONF = Path(__file__).parents[1] / "conf"
 

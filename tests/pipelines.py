@@ -215,9 +215,9 @@ def names_in(folder: Path) -> dict[str, Any]:
 
 def load_components(folder: Path | str, backend: Any = None, **config: Any) -> tuple[Any, dict[str, Any]]:
     """(the model source, each component loaded by us), the denoiser quantized as `backend` says."""
+    from qexp.config.schema import ComponentConfig, LoaderConfig
     from qexp.loading.lifecycle import load_component
     from qexp.models.diffusers import DiffusersConfig, Source
-    from qexp.settings import ComponentConfig, LoaderConfig
     from tests.backends import CPU, backend_config
 
     source, dense = Source(DiffusersConfig(path=str(folder), **config)), backend_config("none")

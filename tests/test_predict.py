@@ -10,10 +10,10 @@ import pytest
 
 import qexp
 from qexp import predict
-from qexp.config import backend_of
+from qexp.experiments.resolve import backend_of
 from qexp.models import architectures
 from tests.products import pairwise
-from tests.test_make_checkpoint import TINY
+from tests.scripts.test_make_checkpoint import TINY
 
 T5 = {"architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1,
       "num_heads": 4, "vocab_size": 100, "feed_forward_proj": "gated-gelu"}  # fmt: skip

@@ -21,13 +21,13 @@ from typing import Any
 
 import psutil
 
-from qexp.devices import cuda_device_count
+from qexp.config.dataclass_io import to_plain
+from qexp.config.plugins import plugin_module, plugin_names
 from qexp.doctor.options import trials
 from qexp.doctor.processes import probe
 from qexp.errors import QexpError
-from qexp.fields import to_plain
-from qexp.plugins import plugin_module, plugin_names
-from qexp.sweep.environment import RESULT_PACKAGES, cpu_name, device_name, versions_of
+from qexp.results.environment import RESULT_PACKAGES, cpu_name, device_name, versions_of
+from qexp.system.devices import cuda_device_count
 
 WIDTH = 120
 STATUSES = """\

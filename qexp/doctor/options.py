@@ -13,10 +13,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from qexp.config.hydra_schema import schema_of
+from qexp.config.plugins import plugin_config, plugin_module, plugin_names
+from qexp.config.yaml_options import option_files
 from qexp.errors import ConfigError, choices, did_you_mean
-from qexp.options import option_files
-from qexp.plugins import plugin_config, plugin_module, plugin_names
-from qexp.schema import schema_of
 
 
 def trials(names: list[str]) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qexp.config.plugins import plugin_config
 from qexp.errors import MissingLibraryError
-from qexp.plugins import plugin_config
-from qexp.sweep.outcome import outcome_of
+from qexp.results.outcome import outcome_of
 
 if TYPE_CHECKING:
     import torch
@@ -76,9 +76,9 @@ def measure(config: Any, dtype: str, device: str) -> dict[str, Any]:
     """Load a linear layer through the loader, run it, dequantize it. Raises ArithmeticError for a wrong answer."""
     import torch
 
+    from qexp.config.schema import ComponentConfig, LoaderConfig
     from qexp.loading.lifecycle import load_component
     from qexp.metrics.tensors import compare
-    from qexp.settings import ComponentConfig, LoaderConfig
 
     with tempfile.TemporaryDirectory(prefix="qexp-doctor-") as folder:
         weight = _save_layer(Path(folder), getattr(torch, dtype))

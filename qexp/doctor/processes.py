@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
-from qexp.sweep.outcome import outcome_of_exit
+from qexp.results.outcome import outcome_of_exit
 
 PROBE = [sys.executable, "-m", "qexp.doctor.probe"]
 CHUNK = 1 << 16

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qexp.errors import LoadError, first_names
-from qexp.offload.payload import leaves, true_nbytes
+from qexp.offloading.payload import leaves, true_nbytes
 from qexp.quantizers.base import Quantizer, is_finite
 
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from qexp.errors import ConfigError
+from qexp.loading.device_map import DeviceMap
 from qexp.loading.fp32 import cast_between
 from qexp.loading.lifecycle import PlannedComponent, Prepared, plan_component
-from qexp.loading.placement import DeviceMap
 
 if TYPE_CHECKING:
+    from qexp.config.schema import ComponentConfig
     from qexp.models.base import ModelSource
-    from qexp.settings import ComponentConfig
 
 
 def plan_components(

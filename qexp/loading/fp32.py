@@ -1,8 +1,9 @@
 """Where modules of several dtypes meet: what is kept in fp32 in a model, and models of one pipeline.
 
 A model whose class lists `_keep_in_fp32_modules` casts around them in its own code (which of them are in fp32:
-`models/interfaces.py`). Modules that a user keeps in fp32 are met by activations in the compute dtype: they are cast on
-the way in, and the answer on the way out. Pipelines hand on what one model gives to the next, which gets it in its own.
+`interop/interfaces.py`). Modules that a user keeps in fp32 are met by activations in the compute dtype: they are cast
+on the way in, and the answer on the way out. Pipelines hand on what one model gives to the next, which gets it in its
+own.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from qexp.loading.patterns import covering
-from qexp.offload.grouping import is_called
+from qexp.config.module_patterns import covering
+from qexp.offloading.grouping import is_called
 
 IN_FP32 = re.compile("timestep|guidance|rotary|freqs")  # in the names of arguments that are so whatever a model's dtype
 

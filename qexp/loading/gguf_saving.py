@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.checkpoints.gguf_types import TYPES
+from qexp.checkpoints.gguf_writer import GGUFTensorInfo, write_gguf
 from qexp.errors import ConfigError
-from qexp.loading.dtypes import TORCH_DTYPES
-from qexp.loading.gguf_writer import GGUFTensorInfo, write_gguf
-from qexp.quantizers.gguf_tensor import GGUFTensor
-from qexp.quantizers.gguf_types import TYPES
+from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 
 KINDS = {dtype: name for name, dtype in TORCH_DTYPES.items() if name in TYPES}
 STORED_AS = {torch.bfloat16: torch.float32, torch.bool: torch.int8, torch.uint8: torch.int16}  # of plain tensors

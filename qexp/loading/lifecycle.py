@@ -17,16 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qexp.checkpoints.checkpoint import Checkpoint, open_component
+from qexp.checkpoints.conversion import converted
+from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.config.module_patterns import patterns_lost, unmatched_patterns
 from qexp.errors import ConfigError, LoadError, first_names
-from qexp.loading.accelerator import has_streams
+from qexp.interop.interfaces import kept_by_class
 from qexp.loading.audit import audit
-from qexp.loading.checkpoint import Checkpoint, open_component
-from qexp.loading.conversion import converted
-from qexp.loading.dtypes import TORCH_DTYPES
-from qexp.loading.fp32 import compute_in_fp32
-from qexp.loading.patterns import patterns_lost, unmatched_patterns
-from qexp.loading.pipeline import Choice, nowhere, on_cpu, stream
-from qexp.loading.placement import (
+from qexp.loading.device_map import (
     DeviceMap,
     Placement,
     main_device,
@@ -34,7 +32,7 @@ from qexp.loading.placement import (
     place,
     to_keep_in_fp32,
 )
-from qexp.loading.places import MaxMemory
+from qexp.loading.fp32 import compute_in_fp32
 from qexp.loading.plan import (
     LoadPlan,
     WorkItem,
@@ -44,19 +42,21 @@ from qexp.loading.plan import (
     stored_part_names,
     with_tied_entries,
 )
-from qexp.loading.progress import Progress
 from qexp.loading.registration import register
-from qexp.loading.skeletons import on_meta, without_initialization
-from qexp.memory import GIB, PeakMemory, release_freed_memory, without_collector
-from qexp.models.interfaces import kept_by_class
-from qexp.offload.dispatch import Dispatch
+from qexp.loading.streaming.lanes import has_streams
+from qexp.loading.streaming.stream import Choice, nowhere, on_cpu, stream
+from qexp.models.skeletons import on_meta, without_initialization
+from qexp.offloading.dispatch import Dispatch
 from qexp.quantizers.base import Quantizer, WeightSpec, is_finite, load_quantizer, replace_module
 from qexp.quantizers.embedded import merge, stored_config
-from qexp.quantizers.linear_like import MARK, to_linear
+from qexp.quantizers.layers import MARK, to_linear
+from qexp.system.device_names import MaxMemory
+from qexp.system.memory import GIB, PeakMemory, release_freed_memory, without_collector
+from qexp.system.progress import Progress
 
 if TYPE_CHECKING:
+    from qexp.config.schema import ComponentConfig, LoaderConfig
     from qexp.models.base import ModelSource
-    from qexp.settings import ComponentConfig, LoaderConfig
 
 LARGE_SHARE = 0.2  # of weights that cannot be quantized: more is worth a warning
 RELEASE_BYTES = 64 << 20  # how much is loaded before freed memory is given back; that costs page faults
@@ -383,7 +383,7 @@ def _dense(item: WorkItem, stored: Tensor, device: torch.device) -> Tensor:
         return torch.empty(stored.shape, dtype=item.dtype, device=device).copy_(stored)
     if item.source.block_type is None:
         return stored.to(device=device, dtype=item.dtype)
-    from qexp.quantizers.gguf_decode import decode_tensor
+    from qexp.quantizers.gguf_blocks.decode import decode_tensor
 
     return decode_tensor(item.source.block_type, stored.to(device), item.source.shape, item.dtype)
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from qexp.checkpoints.checkpoint import Checkpoint, TensorEntry, is_gguf
+from qexp.checkpoints.conversion import transposed
+from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.config.module_patterns import covering
 from qexp.errors import ConfigError, LoadError
-from qexp.loading.checkpoint import Checkpoint, TensorEntry, is_gguf
-from qexp.loading.conversion import transposed
-from qexp.loading.dtypes import TORCH_DTYPES
-from qexp.loading.patterns import covering
 from qexp.quantizers.base import Quantizer, WeightSpec
-from qexp.quantizers.linear_like import computes_otherwise, is_transposed, weight_shape
+from qexp.quantizers.layers import computes_otherwise, is_transposed, weight_shape
 
 
 @dataclass(frozen=True)

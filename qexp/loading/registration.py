@@ -1,9 +1,9 @@
 """What a loaded model carries, for other libraries and for saving, and what is taken off when it is dequantized.
 
 Under upstream's names: `hf_quantizer`, `quantization_method`, `is_quantized`, `_pre_quantization_dtype`, and for models
-of diffusers and transformers `quantization_config` in their own config (`qexp/models/interfaces.py`).
+of diffusers and transformers `quantization_config` in their own config (`qexp/interop/interfaces.py`).
 `checkpoint_config` is the parsed config.json of the checkpoint, for the config.json to be saved; `checkpoint_path` is
-where it is, which is no place to save to. A quantized model is also guarded (`guards.py`).
+where it is, which is no place to save to. A quantized model is also guarded (`quantized_model.py`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from qexp.errors import ConfigError
-from qexp.loading.backward import give_backward
-from qexp.loading.guards import guard, unguard
-from qexp.models.interfaces import interface_of
-from qexp.offload.payload import leaves, sites
-from qexp.offload.strategies import resident
+from qexp.interop.interfaces import interface_of
+from qexp.loading.quantized_model import guard, unguard
+from qexp.loading.straight_through import give_backward
+from qexp.offloading.payload import leaves, sites
+from qexp.offloading.strategies import resident
 from qexp.quantizers.base import Quantizer
 
 MARKS = ("hf_quantizer", "quantization_method", "_pre_quantization_dtype")

@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qexp.checkpoints.checkpoint import GGUF_CONFIG_KEY, SAVED_GGUF, SAVED_WEIGHTS, refuse_source
 from qexp.errors import ConfigError, DiskError
-from qexp.loading.checkpoint import GGUF_CONFIG_KEY, SAVED_GGUF, SAVED_WEIGHTS, refuse_source
 from qexp.loading.gguf_saving import save_gguf
 from qexp.loading.registration import registered_quantizer
-from qexp.sweep.store import disk_error, replacing, write_bytes, write_json
+from qexp.system.files import disk_error, replacing, write_bytes, write_json
 
 STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"  # of its own models' files

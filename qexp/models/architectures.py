@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qexp.checkpoints.checkpoint import Checkpoint, TensorEntry
 from qexp.errors import ConfigError, choices, did_you_mean
-from qexp.loading.checkpoint import Checkpoint, TensorEntry
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,8 +78,8 @@ def component_of(name: str, component: str) -> ComponentArchitecture:
 
 def network(config: Mapping[str, Any]) -> nn.Module:
     """The network of a component's config.json, its parameters on the meta device."""
-    from qexp.loading.skeletons import on_meta
     from qexp.models.folder import FolderSource
+    from qexp.models.skeletons import on_meta
 
     with on_meta():
         return FolderSource(ASSETS, None).skeleton("model", dict(config)).eval().requires_grad_(False)

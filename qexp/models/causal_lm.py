@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, LoadError
-from qexp.hub_download import local_folder
+from qexp.hub.download import local_folder
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.loading.conversion import Conversion
+    from qexp.checkpoints.conversion import Conversion
     from qexp.tasks.generate import GenerateConfig
 
 CARRIED_FILES = (  # what a model's folder holds beside config.json and weights: without it, text means nothing

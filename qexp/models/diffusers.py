@@ -13,18 +13,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qexp.checkpoints.checkpoint import read_object
+from qexp.checkpoints.pipeline_folder import INDEX, PipelineFolder, open_pipeline
+from qexp.config.dataclass_io import check_known, convert, field_types
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
-from qexp.fields import check_known, convert, field_types
-from qexp.hub_download import local_folder
-from qexp.loading.checkpoint import read_object
+from qexp.hub.download import local_folder
 from qexp.models.lora import LoraConfig, lora_configs
-from qexp.models.pipeline_folder import INDEX, PipelineFolder, open_pipeline
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.loading.conversion import Conversion
+    from qexp.checkpoints.conversion import Conversion
     from qexp.models.lora import Updates
     from qexp.tasks.generate import GenerateConfig
 
@@ -180,7 +180,7 @@ class Source:
 
     def block_lists(self, component: str) -> list[str]:
         from qexp.models.transformers_networks import block_lists
-        from qexp.offload.grouping import outermost_lists
+        from qexp.offloading.grouping import outermost_lists
 
         network = self._networks[component]
         return block_lists(network) or outermost_lists(network)
@@ -191,7 +191,7 @@ class Source:
 
     def save_side_files(self, folder: Path) -> list[Path]:
         """Put all that has no weights into the folder of a saved pipeline; returns the files."""
-        from qexp.sweep.store import write_bytes
+        from qexp.system.files import write_bytes
 
         sources = sorted(self.side_files(), key=lambda file: file.name == INDEX)  # which says that all is there
         targets = [folder / file.relative_to(self.folder.path) for file in sources]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import LoadError, choices
-from qexp.hub_download import local_folder
+from qexp.hub.download import local_folder
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from qexp.quantizers.base import quiet
 if TYPE_CHECKING:
     from torch import nn
 
-    from qexp.loading.conversion import Conversion
+    from qexp.checkpoints.conversion import Conversion
 
 
 NOT_THE_NETWORKS = ("quantization_config", "torch_dtype", "dtype")  # entries of config.json about the weights
@@ -36,7 +36,7 @@ class FolderSource:
 
     def block_lists(self, component: str) -> list[str]:
         """Of the network that was built."""
-        from qexp.offload.grouping import outermost_lists
+        from qexp.offloading.grouping import outermost_lists
 
         return outermost_lists(self._network)
 
@@ -46,7 +46,7 @@ class FolderSource:
         if self.build is not None:
             return ()
         if type(model).__name__ == "DigitsTransformer":
-            from qexp.config import model_skip_modules
+            from qexp.experiments.resolve import model_skip_modules
 
             return model_skip_modules("digits")
         if not isinstance(getattr(model, "base_model_prefix", None), str):

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qexp.config.dataclass_io import check_known
 from qexp.errors import ConfigError, LoadError, first_names
-from qexp.fields import check_known
 
 if TYPE_CHECKING:
     import torch

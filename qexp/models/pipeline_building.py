@@ -18,10 +18,10 @@ from diffusers.utils import logging
 from torch import nn
 from transformers.initialization import no_init_weights
 
+from qexp.checkpoints.pipeline_folder import INDEX, PipelineFolder
 from qexp.errors import LoadError
 from qexp.models.folder import NOT_THE_NETWORKS
-from qexp.models.pipeline_folder import INDEX, PipelineFolder
-from qexp.offload.strategies import offload_of
+from qexp.offloading.strategies import offload_of
 from qexp.quantizers.base import quiet
 
 

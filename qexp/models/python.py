@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, choices, did_you_mean
-from qexp.hub_download import local_folder
+from qexp.hub.download import local_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,7 +122,7 @@ class Source:
         return network
 
     def block_lists(self, component: str) -> list[str]:
-        from qexp.offload.grouping import outermost_lists
+        from qexp.offloading.grouping import outermost_lists
 
         return outermost_lists(self._network)
 

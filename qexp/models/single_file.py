@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from qexp.loading.conversion import Conversion
+    from qexp.checkpoints.conversion import Conversion
 
 
 def diffusers_conversion(model: Any) -> Conversion:

@@ -3,7 +3,7 @@
 A checkpoint on disk may call a weight by another name than the network does (older names, a base model's prefix).
 transformers renames while loading, by rules of its own (`transformers.conversion_mapping`), and computes: it stacks the
 experts of a mixture, which checkpoints keep one by one, and splits or joins projections. The same rules are asked here,
-and what they compute is recorded (`loading/lazy.py`), to be done while the weights are read.
+and what they compute is recorded (`checkpoints/lazy_tensor.py`), to be done while the weights are read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qexp.quantizers.base import quiet
 if TYPE_CHECKING:
     from torch import nn
 
-    from qexp.loading.conversion import Conversion
+    from qexp.checkpoints.conversion import Conversion
 
 
 # What networks were called inside their class when their checkpoints were published; loading takes both.

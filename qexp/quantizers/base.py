@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from packaging.version import Version
 
 from qexp.errors import LoadError, MissingLibraryError
-from qexp.memory import use_huge_pages
-from qexp.quantizers.linear_like import MARK, to_transposed, weight_shape
+from qexp.quantizers.layers import MARK, to_transposed, weight_shape
+from qexp.system.memory import use_huge_pages
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.loading.checkpoint import TensorEntry
+    from qexp.checkpoints.checkpoint import TensorEntry
 
 SLICE_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 22}  # weights a library kernel is given at a time
 
@@ -68,9 +68,9 @@ class Quantizer:
     """The hooks, in the order in which a load calls them. The defaults quantize nothing."""
 
     required_packages: ClassVar[Mapping[str, str]] = {}  # package -> lowest version that works
-    has_kernels: ClassVar[bool] = False  # whether it quantizes with those of `kernels.py` on a CPU
+    has_kernels: ClassVar[bool] = False  # whether it quantizes with those of `cpu_kernels/kernels.py` on a CPU
     is_trainable: ClassVar[bool] = True  # whether gradients flow through a layer, to what was there before it
-    has_backward: ClassVar[bool] = True  # whether the library sees to that; else `loading/backward.py` does
+    has_backward: ClassVar[bool] = True  # whether the library sees to that; else `loading/straight_through.py` does
     is_serializable: ClassVar[bool] = False  # whether `stored_parts` reads what is saved
     file_format: ClassVar[str] = "safetensors"  # or gguf: what a saved model is stored in
 
@@ -118,7 +118,7 @@ class Quantizer:
                     f"found {found or 'none'}. Install it: pip install '{package}>={lowest}'"
                 )
         if self.has_kernels and device.type == "cpu":
-            from qexp.quantizers import kernels
+            from qexp.quantizers.cpu_kernels import kernels
 
             kernels.prepare()  # like the libraries: what it takes is not the model's
 
@@ -131,7 +131,7 @@ class Quantizer:
         return device_map
 
     # The next three are for planners of other libraries, accelerate's above all, which count elements times a size.
-    # Our own counts the bytes of the plan (loading/placement.py), and quantizing takes a few slices beside them.
+    # Our own counts the bytes of the plan (loading/device_map.py), and quantizing takes a few slices beside them.
 
     def adjust_target_dtype(self, target_dtype: Any) -> Any:
         """The dtype, one of torch's or accelerate's, whose size comes nearest to that of a quantized weight."""

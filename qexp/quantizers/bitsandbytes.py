@@ -11,7 +11,7 @@ fetches from a hub. Both are turned off: a weight's bytes do not depend on the m
 
 Fields carry the names and defaults of upstream's `BitsAndBytesConfig`. Upstream loads such a model with a device_map
 onto the current GPU, and refuses a machine without one; here `device=auto` means the same, and device_map stays null.
-How weights are made: `bitsandbytes_create.py`; how checkpoints hold them: `bitsandbytes_stored.py`.
+How weights are made: `bitsandbytes_support/create.py`; how checkpoints hold them: `bitsandbytes_support/stored.py`.
 Sources: arXiv:2305.14314 (NF4, double quantization), arXiv:2208.07339 (LLM.int8).
 """
 
@@ -25,16 +25,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError, choices
 from qexp.quantizers import base
-from qexp.quantizers import bitsandbytes_stored as stored
-from qexp.quantizers.bitsandbytes_create import NESTED_BLOCK_SIZE, create_4bit, create_8bit
-from qexp.quantizers.bitsandbytes_library import library
+from qexp.quantizers.bitsandbytes_support import stored
+from qexp.quantizers.bitsandbytes_support.create import NESTED_BLOCK_SIZE, create_4bit, create_8bit
+from qexp.quantizers.bitsandbytes_support.library import library
 from qexp.quantizers.configs import BackendConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.loading.checkpoint import TensorEntry
+    from qexp.checkpoints.checkpoint import TensorEntry
 
 NESTED_CODE_BYTES = 256 * 4
 CODE_BYTES = 16 * 4

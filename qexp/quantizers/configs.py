@@ -18,8 +18,8 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any, ClassVar, Self
 
+from qexp.config.dataclass_io import field_types, from_plain
 from qexp.errors import ConfigError, choices, did_you_mean
-from qexp.fields import field_types, from_plain
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # short name -> torch's
 NO_FIELDS = ("quant_method", "label")

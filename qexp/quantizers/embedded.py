@@ -11,14 +11,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qexp.checkpoints.gguf_types import DECODABLE
+from qexp.config.plugins import plugin_module, plugin_names
 from qexp.errors import ConfigError, LoadError, choices
-from qexp.plugins import plugin_module, plugin_names
 from qexp.quantizers.configs import plain
 from qexp.quantizers.gguf import COMPUTE_DTYPE_KEY, GGUFConfig, saved_dtype
-from qexp.quantizers.gguf_types import DECODABLE
 
 if TYPE_CHECKING:
-    from qexp.loading.checkpoint import Checkpoint
+    from qexp.checkpoints.checkpoint import Checkpoint
 
 LOAD_FLAGS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")  # all that old files say
 

@@ -8,7 +8,8 @@ left alone, as llama.cpp does.
 A checkpoint that is a `.gguf` file keeps its blocks, of whatever type; a model in blocks is saved as such a file.
 
 Weights are quantized from the run's compute dtype, with the bytes of gguf-py, and decoded in fp32 to the dtype that
-the layer multiplies in: `compute_dtype`, or the run's. Formats: `gguf_types.py`, `gguf_encode.py`, `gguf_decode.py`.
+the layer multiplies in: `compute_dtype`, or the run's. Formats: `checkpoints/gguf_types.py`, `gguf_blocks/encode.py`,
+`gguf_blocks/decode.py`.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -19,16 +20,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from qexp.checkpoints.gguf_types import BLOCKED_PREFIX, DECODABLE, ENCODABLE, TYPES
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
-from qexp.quantizers.gguf_types import BLOCKED_PREFIX, DECODABLE, ENCODABLE, TYPES
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.loading.checkpoint import TensorEntry
+    from qexp.checkpoints.checkpoint import TensorEntry
 
 
 # metadata of files that this program wrote, without which they would be computed as upstream does, in fp32
@@ -107,7 +108,7 @@ class GGUFQuantizer(base.Quantizer):
     def create_quantized_param(
         self, spec: base.WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
-        from qexp.quantizers.gguf_encode import encode
+        from qexp.quantizers.gguf_blocks.encode import encode
 
         if spec.module in self._stored_types:
             return self.wrap(sources[0].to(device), self._stored_types[spec.module], spec.shape, spec.dtype)
@@ -130,7 +131,7 @@ class GGUFQuantizer(base.Quantizer):
         return {"raw": entry}
 
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        from qexp.quantizers.gguf_tensor import GGUFTensor
+        from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 
         own: Any = self.config.compute_dtype
         dtype = next(tensor.dtype for tensor in state_dict.values() if isinstance(tensor, GGUFTensor))
@@ -153,7 +154,7 @@ class GGUFQuantizer(base.Quantizer):
         """
         import torch
 
-        from qexp.quantizers.gguf_tensor import GGUFTensor
+        from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 
         if quant_type not in DECODABLE:
             raise LoadError(f"GGUF type {quant_type} cannot be decoded, but {choices(DECODABLE)}; convert the file")
@@ -168,7 +169,7 @@ class GGUFQuantizer(base.Quantizer):
         return torch.nn.Parameter(weight, requires_grad=False)
 
     def is_quantized(self, module: nn.Module) -> bool:
-        from qexp.quantizers.gguf_tensor import GGUFTensor
+        from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 
         return isinstance(getattr(module, "weight", None), GGUFTensor)
 

@@ -2,8 +2,8 @@
 
 `uint1wo` … `uint8wo`: unsigned integers with scale and offset (32 bits a group). `int4wo` is `uint4wo`, under the name
 by which four bits and groups are known. `fpX_eAwB`, 3 to 8 bits: floats of a sign, A bits of exponent and B of
-mantissa, with a scale (16 bits a group). Formulas: `packed_codes`; the order of the bits: `packed_bits`; the weight in
-a layer: `packed_tensor`. All of it is PyTorch and runs on any device.
+mantissa, with a scale (16 bits a group). Formulas: `packed/codes.py`; the order of the bits: `packed/bits.py`; the
+weight in a layer: `packed/tensor.py`. All of it is PyTorch and runs on any device.
 
 Layers stay `nn.Linear`. A forward pass turns the weight back slice by slice, so these formats save memory and give up
 speed. Integers with fewer than 3 bits are for measuring: on Gaussian weights their error is a third of the weight.
@@ -11,7 +11,7 @@ The names are those of torchao 0.7, which had both kinds; neither its packing no
 
 On disk, in safetensors, a packed weight of layer X of N bits, [out, in], has in place of its dense tensor
 
-    X.weight         uint8 [out, N, ceil(in / 8)]   the packed rows, cut as `packed_bits` draws them
+    X.weight         uint8 [out, N, ceil(in / 8)]   the packed rows, cut as `packed/bits.py` draws them
     X.weight.scale   bf16 [out, groups]
     X.weight.offset  bf16 [out, groups]             integers only
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.loading.checkpoint import TensorEntry
+    from qexp.checkpoints.checkpoint import TensorEntry
 
 PARAMETER_BYTES = 2  # bf16
 
@@ -129,8 +129,8 @@ class PackedQuantizer(base.Quantizer):
     ) -> nn.Parameter:
         import torch
 
-        from qexp.quantizers.packed_codes import encode
-        from qexp.quantizers.packed_tensor import PackedTensor
+        from qexp.quantizers.packed.codes import encode
+        from qexp.quantizers.packed.tensor import PackedTensor
 
         if companions:
             return torch.nn.Parameter(self._assemble(spec, sources[0], companions, device), requires_grad=False)
@@ -143,7 +143,7 @@ class PackedQuantizer(base.Quantizer):
     def _assemble(
         self, spec: base.WeightSpec, stored: Tensor, companions: Mapping[str, Tensor], device: torch.device
     ) -> Tensor:
-        from qexp.quantizers.packed_tensor import PackedTensor
+        from qexp.quantizers.packed.tensor import PackedTensor
 
         qdata = stored.view(self.inner_shapes(spec.shape)["qdata"])
         inner = {name: tensor.to(device) for name, tensor in {"qdata": qdata, **companions}.items()}
@@ -171,7 +171,7 @@ class PackedQuantizer(base.Quantizer):
         check_parts(spec, parts, expected, f"{self.config.quant_type} in groups of {size}")
 
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        from qexp.quantizers.packed_tensor import PackedTensor
+        from qexp.quantizers.packed.tensor import PackedTensor
 
         tensors: dict[str, Tensor] = {}
         for name, tensor in state_dict.items():
@@ -185,7 +185,7 @@ class PackedQuantizer(base.Quantizer):
         return tensors, {}
 
     def is_quantized(self, module: nn.Module) -> bool:
-        from qexp.quantizers.packed_tensor import PackedTensor
+        from qexp.quantizers.packed.tensor import PackedTensor
 
         return isinstance(getattr(module, "weight", None), PackedTensor)
 

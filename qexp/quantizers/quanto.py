@@ -5,7 +5,8 @@ int8 and float8: symmetric, one scale a row. int4 and int2: affine, a scale and 
 dtype that the weight is quantized from. On a CPU, int4 in bf16 takes the library's layout for its int4 kernel; where
 that kernel cannot run (out_features not divisible by 16) the weight is kept in the general layout instead of failing.
 
-Activations can be quantized, too: `quanto_activations.py`. What the library needs to be used: `quanto_library.py`.
+Activations can be quantized, too: `quanto_support/activations.py`. What the library needs to be used:
+`quanto_support/library.py`.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError, choices
 from qexp.quantizers import base
-from qexp.quantizers import quanto_activations as activations
 from qexp.quantizers.configs import BackendConfig
-from qexp.quantizers.quanto_library import library
+from qexp.quantizers.quanto_support import activations
+from qexp.quantizers.quanto_support.library import library
 from qexp.quantizers.stored import FLOATS, Part, check_parts, lacks
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.loading.checkpoint import TensorEntry
+    from qexp.checkpoints.checkpoint import TensorEntry
 
 STORED_DTYPES = {  # weights_dtype -> safetensors' name for what is stored
     "int8": "I8", "int4": "U8", "int2": "U8",
@@ -144,7 +145,7 @@ class QuantoQuantizer(base.Quantizer):
     def calibrate(self, model: nn.Module, run: Callable[[], object]) -> None:
         if self.config.activations_dtype is None:
             return
-        from qexp.offload.strategies import resident
+        from qexp.offloading.strategies import resident
 
         self._calibrated = False
         with resident(model):  # an offloaded module's scales would be those that are at rest
@@ -177,7 +178,7 @@ class QuantoQuantizer(base.Quantizer):
     def _create_8bit(self, spec: base.WeightSpec, weight: Tensor | base.Rows, device: torch.device) -> Tensor:
         import torch
 
-        from qexp.quantizers.rowwise_8bit import quanto_int8
+        from qexp.quantizers.cpu_kernels.rowwise_8bit import quanto_int8
 
         qtype, rows_of = self._qtype, base.RowAssembler(spec.shape[0])
         axis = None if spec.shape[0] == 1 else 0  # the library's rule

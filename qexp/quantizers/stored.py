@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from qexp.errors import LoadError
 
 if TYPE_CHECKING:
-    from qexp.loading.checkpoint import TensorEntry
+    from qexp.checkpoints.checkpoint import TensorEntry
     from qexp.quantizers.base import WeightSpec
 
 FLOATS = ("F32", "F16", "BF16")

@@ -1,13 +1,13 @@
 """torchao: weights as tensor subclasses on ordinary linear layers.
 
-`quant_type` is any name by which torchao's types are known (`torchao_names`), with `quant_type_kwargs` as its
+`quant_type` is any name by which torchao's types are known (`names.py`), with `quant_type_kwargs` as its
 arguments. The common ones: int8wo, symmetric int8, one fp32 scale a row, or one for `group_size` weights; int8dq, the
 same weights, and activations quantized to int8 token by token at run time; int4dq, 4-bit integers in groups of 32,
 stored a byte each, and int8 activations; float8wo_e4m3 and _e5m2, one fp32 scale a row; float8dq, activations too.
 
 Types that torchao no longer has, and int4wo where there is no GPU, are packed by this program: `resolved` makes the
 config one of `qexp_packed`, under which name the run is then known. A weight is quantized row slice by row slice where
-that gives the bytes of the whole (`torchao_trial`), which is everywhere but with one scale for a whole weight.
+that gives the bytes of the whole (`layout.py`), which is everywhere but with one scale for a whole weight.
 
 On disk: torchao's own safetensors format, which diffusers reads and writes; `X._weight_qdata`, `X._weight_scale` … for
 layer X, described in the file's metadata.
@@ -25,22 +25,22 @@ from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
 from qexp.quantizers.qexp_packed import ELEMENTS, PackedConfig
 from qexp.quantizers.stored import check_parts, lacks
-from qexp.quantizers.torchao_names import CLASSES, SHORTHANDS
-from qexp.quantizers.torchao_types import default_group_size, library_call, settle, spelled
+from qexp.quantizers.torchao_support.names import CLASSES, SHORTHANDS
+from qexp.quantizers.torchao_support.types import default_group_size, library_call, settle, spelled
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.loading.checkpoint import TensorEntry
-    from qexp.quantizers.torchao_trial import Layout
+    from qexp.checkpoints.checkpoint import TensorEntry
+    from qexp.quantizers.torchao_support.layout import Layout
 
 PACKED_INT4_GROUP_SIZE = 128  # torchao's default for int4wo
 
 
 @dataclass(frozen=True)
 class TorchAoConfig(BackendConfig):
-    """quant_type, quant_type_kwargs: see `torchao_names` and `torchao_types`.
+    """quant_type, quant_type_kwargs: see `torchao_support/names.py` and `types.py`.
 
     group_size: weights that share a scale; null is the type's own number of them.
     """
@@ -111,7 +111,7 @@ class TorchAoConfig(BackendConfig):
 
     def library_config(self) -> Any:
         """torchao's config object. Raises ConfigError for what torchao does not have, or refuses."""
-        from qexp.quantizers.torchao_library import build
+        from qexp.quantizers.torchao_support.library import build
 
         return build(*library_call(self.quant_type, self.quant_type_kwargs, self.group_size))
 
@@ -142,7 +142,7 @@ class TorchAoQuantizer(base.Quantizer):
                 f"backend.quant_type={self.config.quant_type} is not of torchao (any more) on {device.type}; use "
                 f"backend.quant_method=qexp_packed with backend.quant_type={self.config.quant_type}"
             )
-        from qexp.quantizers.torchao_trial import check_machine
+        from qexp.quantizers.torchao_support.layout import check_machine
 
         for config in self._each_config():
             check_machine(self.config.quant_type, config, device)
@@ -177,7 +177,7 @@ class TorchAoQuantizer(base.Quantizer):
         if self.stored:
             tensors = [tensor.to(device) for tensor in (sources[0], *companions.values())]
             return torch.nn.Parameter(self._assemble(spec, tensors), requires_grad=False)
-        from qexp.quantizers.torchao_library import inner_tensors, int8_group_size, quantize
+        from qexp.quantizers.torchao_support.library import inner_tensors, int8_group_size, quantize
 
         config, layout, rows_of = self._library_config(spec), self._layout(spec), base.RowAssembler(spec.shape[0])
         assert layout is not None, spec
@@ -203,7 +203,7 @@ class TorchAoQuantizer(base.Quantizer):
         """The inner tensors of rows in symmetric int8, as torchao makes them."""
         import torch
 
-        from qexp.quantizers.rowwise_8bit import torchao_int8
+        from qexp.quantizers.cpu_kernels.rowwise_8bit import torchao_int8
 
         values, scale = torchao_int8(part, group_size)
         base.check_slice(spec, rows, scale)
@@ -212,7 +212,7 @@ class TorchAoQuantizer(base.Quantizer):
 
     def _library_config(self, spec: base.WeightSpec) -> Any:
         """torchao's config for one layer, None if it is left alone."""
-        from qexp.quantizers.torchao_library import config_for
+        from qexp.quantizers.torchao_support.library import config_for
 
         if self._built is None:
             self._built = self.config.library_config()
@@ -227,7 +227,7 @@ class TorchAoQuantizer(base.Quantizer):
     def _layout(self, spec: base.WeightSpec) -> Layout | None:
         import torch
 
-        from qexp.quantizers.torchao_trial import layout_of
+        from qexp.quantizers.torchao_support.layout import layout_of
 
         config = self._library_config(spec)
         key = (id(config), spec.shape, spec.dtype)
@@ -253,7 +253,7 @@ class TorchAoQuantizer(base.Quantizer):
         return description
 
     def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
-        from qexp.quantizers.torchao_trial import stored_layout
+        from qexp.quantizers.torchao_support.layout import stored_layout
 
         config = self._library_config(spec)
         expected = {} if config is None else stored_layout(config, spec.shape, spec.dtype)
@@ -297,19 +297,19 @@ class TorchAoQuantizer(base.Quantizer):
     def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
         """Run one stored layer of each kind: whether this machine can is not known before."""
         if self.stored:
-            from qexp.quantizers.torchao_trial import check_runs
+            from qexp.quantizers.torchao_support.layout import check_runs
 
             layers = [module for module in model.modules() if self.is_quantized(module)]
             for layer in {type(layer.weight): layer for layer in layers}.values():
                 check_runs(layer, self.config.quant_type, device)
 
     def is_quantized(self, module: nn.Module) -> bool:
-        from qexp.quantizers.torchao_library import is_quantized
+        from qexp.quantizers.torchao_support.library import is_quantized
 
         return is_quantized(getattr(module, "weight", None))
 
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
-        from qexp.quantizers.torchao_library import dequantize
+        from qexp.quantizers.torchao_support.library import dequantize
 
         return dequantize(param).to(dtype)
 

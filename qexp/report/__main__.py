@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qexp.errors import QexpError
-from qexp.report.rows import Row, find_sweep, read_manifest, rows_of_sweep
 from qexp.report.table import format_table
-from qexp.sweep.manifest import count_line
-from qexp.sweep.store import write_bytes, write_text
+from qexp.results.manifest import count_line
+from qexp.results.rows import Row, find_sweep, read_manifest, rows_of_sweep
+from qexp.system.files import write_bytes, write_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,9 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qexp.report.rows import Row
 from qexp.report.table import TEXTS, cells, prepare, shown_columns, status_text
-from qexp.sweep.manifest import count_line
+from qexp.results.manifest import count_line
+from qexp.results.rows import Row
 
 MACHINE = ("host", "cpu", "cores", "memory_gib", "device", "device_name", "threads", "platform", "python")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qexp.report.annotate import Box, Label, boxes_of_line, place_labels
-from qexp.report.rows import Row
 from qexp.report.table import MIB, is_exact, prepare
+from qexp.results.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qexp.report.labels import backend_label, offload_label
-from qexp.report.rows import Row
+from qexp.results.labels import backend_label, offload_label
+from qexp.results.rows import Row
 
 FIRST = ("number", "key", "status", "reason", "message", "reused", "seconds", "backend", "offload")
 NOT_SETTINGS = ("tracking", "isolation", "sweep", "paths", "resume", "loader")  # change no result

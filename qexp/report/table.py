@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from qexp.report.labels import SEPARATOR, settings_labels
-from qexp.report.rows import Row, rows_of_sweep
+from qexp.results.labels import SEPARATOR, settings_labels
+from qexp.results.rows import Row, rows_of_sweep
 
 __all__ = ["COLUMNS", "cells", "format_table", "format_value", "prepare", "rows_of_sweep", "shown_columns"]
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from qexp.errors import ConfigError, MissingLibraryError
 from qexp.report.markdown import report_intro
-from qexp.report.rows import Row, read_manifest
-from qexp.sweep.store import read_json, write_json
+from qexp.results.rows import Row, read_manifest
+from qexp.system.files import read_json, write_json
 from qexp.tracking.session import clear_errors, require_login, wandb_session
 
 FILE_NAME = "wandb_report.json"

@@ -17,7 +17,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from qexp.errors import QexpError
-from qexp.sweep.manifest import Manifest, count_line
+from qexp.results.manifest import Manifest, count_line
 
 
 class SweepCallback(Callback):

@@ -16,19 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qexp.config.schema import RunConfig, SweepConfig
 from qexp.errors import DiskError, QexpError
-from qexp.report.labels import run_label
-from qexp.report.rows import read_yaml
-from qexp.settings import RunConfig, SweepConfig
-from qexp.sweep.key import reference_key, run_key, saves_outputs
-from qexp.sweep.manifest import JobRow, Manifest
-from qexp.sweep.outcome import Outcome, outcome_of
-from qexp.sweep.process import run_worker
-from qexp.sweep.progress import end_line, job_name
+from qexp.results.labels import run_label
+from qexp.results.manifest import JobRow, Manifest
+from qexp.results.outcome import Outcome, outcome_of
+from qexp.results.rows import read_yaml
+from qexp.sweep.console_lines import end_line, job_name
 from qexp.sweep.reference import ensure_reference, known_reference, prepare_folder
 from qexp.sweep.resume import Decision, decide, scored_names
-from qexp.sweep.store import RunFolder, Status, check_writable, now_iso, write_bytes
+from qexp.sweep.run_key import reference_key, run_key, saves_outputs
 from qexp.sweep.worker import Work, do_work
+from qexp.sweep.worker_process import run_worker
+from qexp.system.files import RunFolder, Status, check_writable, now_iso, write_bytes
 
 __all__ = ["JobRow", "refuse_job", "run_job"]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import yaml
 
-from qexp.settings import RunConfig
-from qexp.sweep.key import reference_config, reference_key
+from qexp.config.schema import RunConfig
 from qexp.sweep.resume import OUTPUTS
-from qexp.sweep.store import RunFolder, Status
+from qexp.sweep.run_key import reference_config, reference_key
 from qexp.sweep.worker import Work
+from qexp.system.files import RunFolder, Status
 
 
 def ensure_reference(

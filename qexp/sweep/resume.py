@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qexp.models.pipeline_folder import INDEX
-from qexp.settings import PERCEPTUAL_METRICS, MetricsConfig, RunConfig
-from qexp.sweep.environment import differences
-from qexp.sweep.key import saves_outputs
-from qexp.sweep.store import PUSHED, RunFolder, read_json
+from qexp.checkpoints.pipeline_folder import INDEX
+from qexp.config.schema import PERCEPTUAL_METRICS, MetricsConfig, RunConfig
+from qexp.results.environment import differences
+from qexp.sweep.run_key import saves_outputs
+from qexp.system.files import PUSHED, RunFolder, read_json
 
 OUTPUTS = "outputs.safetensors"  # of a run or a reference
 SCORED_FILES = (OUTPUTS, "memory.csv")  # of a run, from which it can be scored

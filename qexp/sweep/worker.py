@@ -31,13 +31,13 @@ from typing import Any, Literal
 
 import yaml
 
-from qexp.config import run_config_from_container
+from qexp.config.schema import PERCEPTUAL_METRICS, RunConfig
 from qexp.errors import DiskError, LoadError
-from qexp.settings import PERCEPTUAL_METRICS, RunConfig
-from qexp.sweep.environment import describe_environment
-from qexp.sweep.outcome import DONE, Outcome, outcome_of
+from qexp.experiments.resolve import run_config_from_container
+from qexp.results.environment import describe_environment
+from qexp.results.outcome import DONE, Outcome, outcome_of
 from qexp.sweep.resume import scored_names
-from qexp.sweep.store import RunFolder, Status, now_iso
+from qexp.system.files import RunFolder, Status, now_iso
 
 Metrics = dict[str, float | None]
 SCHEMA = 1
@@ -52,8 +52,8 @@ class Work:
     steps: Literal["all", "run", "score", "check"] = "all"
     reference: Path | None = None
     experiment: str = "qexp.sweep.worker:seeded_experiment"
-    score: str = "qexp.metrics.score:score"
-    check: str = "qexp.experiment:check_experiment"
+    score: str = "qexp.scoring.score:score"
+    check: str = "qexp.experiments.run:check_experiment"
 
     def arguments(self) -> list[str]:
         steps = {"all": [], "run": ["--no-score"], "score": ["--score-only"], "check": ["--check-only"]}[self.steps]
@@ -67,7 +67,7 @@ def seeded_experiment(config: RunConfig, folder: Path) -> Metrics:
     import numpy as np
     import torch
 
-    from qexp.experiment import run_experiment
+    from qexp.experiments.run import run_experiment
 
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)

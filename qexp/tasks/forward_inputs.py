@@ -52,7 +52,7 @@ def check_file(task: ForwardConfig) -> None:
 
 
 def _stored_shapes(task: ForwardConfig) -> Shapes:
-    from qexp.loading.checkpoint import read_header
+    from qexp.checkpoints.checkpoint import read_header
 
     try:
         return {entry.name: entry.shape for entry in read_header(task.path)[0]}

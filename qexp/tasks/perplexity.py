@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from qexp.checkpoints.row_file import RowFile
     from qexp.models.base import TextSource
-    from qexp.tasks.row_file import RowFile
 
 LOGPROBS = "logprobs.safetensors"
 POSITIONS = 64  # whose logits are in fp32 at a time: a vocabulary of 128k tokens takes 32 MiB
@@ -115,7 +115,7 @@ def evaluate(
     """targets, nll and top1 of every scored token; their log-probabilities go to a file in `folder`."""
     import torch
 
-    from qexp.tasks.row_file import row_file
+    from qexp.checkpoints.row_file import row_file
 
     windows = list(windows_of(len(tokens), *window_sizes(model.config, task, begin_token), begin_token is not None))
     vocabulary = int(model.config.get_text_config().vocab_size)

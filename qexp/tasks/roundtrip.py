@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qexp.loading.checkpoint import Checkpoint
+    from qexp.checkpoints.checkpoint import Checkpoint
+    from qexp.config.schema import LoaderConfig
     from qexp.loading.lifecycle import Prepared
     from qexp.loading.plan import WorkItem
-    from qexp.settings import LoaderConfig
 
 
 ORIGINAL = "original"  # the dense weight, among the parts of a ready-quantized one
@@ -78,9 +78,9 @@ def measure_layers(
 
 def _with_original(item: WorkItem, original: Checkpoint) -> WorkItem:
     """The parts of a ready-quantized weight and, last, the dense weight that it was made from."""
+    from qexp.checkpoints.conversion import transposed
+    from qexp.checkpoints.dtypes import TORCH_DTYPES
     from qexp.errors import LoadError
-    from qexp.loading.conversion import transposed
-    from qexp.loading.dtypes import TORCH_DTYPES
 
     assert item.spec is not None  # such a plan has no other layers
     dense = original.entries.get(item.target)
@@ -97,8 +97,8 @@ def _with_original(item: WorkItem, original: Checkpoint) -> WorkItem:
 
 
 def _linear_weights(prepared: Prepared) -> list[WorkItem]:
-    from qexp.loading.conversion import transposed
-    from qexp.quantizers.linear_like import is_transposed, weight_shape
+    from qexp.checkpoints.conversion import transposed
+    from qexp.quantizers.layers import is_transposed, weight_shape
 
     layers = {f"{name}.weight": layer for name, layer in prepared.model.named_modules() if weight_shape(layer)}
     items = [item for item in prepared.plan.items if item.target in layers]
@@ -112,7 +112,7 @@ def _measure(
 ) -> LayerRow:
     from qexp.loading.lifecycle import check_finite
     from qexp.metrics.tensors import compare
-    from qexp.offload.payload import true_nbytes
+    from qexp.offloading.payload import true_nbytes
 
     if item.spec is not None:
         first, *others = stored or [dense]
@@ -156,6 +156,6 @@ def summarize(rows: list[LayerRow]) -> dict[str, float | None]:
 
 
 def rows_to_csv(rows: list[LayerRow]) -> str:
-    from qexp.sweep.store import to_csv
+    from qexp.system.files import to_csv
 
     return to_csv([field.name for field in fields(LayerRow)], [asdict(row) for row in rows])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qexp.sweep.store import to_csv, write_text
+from qexp.system.files import to_csv, write_text
 from qexp.tasks.perplexity import PerplexityConfig, evaluate
 from qexp.tasks.recorder import Recorder, TaskResult
 

@@ -20,11 +20,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qexp.config.schema import RunConfig, TrackingConfig
 from qexp.errors import ConfigError
-from qexp.report.labels import backend_label, run_label
-from qexp.report.rows import read_yaml
-from qexp.settings import RunConfig, TrackingConfig
-from qexp.sweep.store import RunFolder, read_json
+from qexp.results.labels import backend_label, run_label
+from qexp.results.rows import read_yaml
+from qexp.system.files import RunFolder, read_json
 from qexp.tracking.session import clear_errors, require_login, wandb_session
 
 INIT_TIMEOUT_SECONDS = 20.0  # without an answer, wandb gives up starting an online run

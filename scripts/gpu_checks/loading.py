@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from gpu_checks.accelerator import MIB, Accelerator
 from gpu_checks.checks import Checks, Outcome
 from gpu_checks.subjects import batches, load_net
-from qexp.loading.accelerator import LANES
+from qexp.loading.streaming.lanes import LANES
 from qexp.metrics.tensors import compare
-from qexp.offload.payload import leaves, module_nbytes, sites
+from qexp.offloading.payload import leaves, module_nbytes, sites
 
 GROUP = "loading"
 EXACT = ("none", "gguf")  # quant_method

@@ -25,9 +25,9 @@ from gpu_checks.accelerator import Accelerator
 from gpu_checks.checks import Checks, Numbers, Outcome
 from gpu_checks.subjects import batches, load_net
 from gpu_checks.transfers import Transfers
-from qexp.offload.config import STREAMED, OffloadConfig
-from qexp.offload.payload import flatten, module_nbytes, sites
-from qexp.offload.strategies import Offload, apply_offload
+from qexp.config.offload import STREAMED, OffloadConfig
+from qexp.offloading.payload import flatten, module_nbytes, sites
+from qexp.offloading.strategies import Offload, apply_offload
 
 GROUP = "offload"
 FORWARDS = 3

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from gpu_checks.accelerator import MIB, Accelerator
 from gpu_checks.checks import FAILED, PASSED, SKIPPED, UNSUPPORTED, Checks, Numbers, Outcome, Row
 from gpu_checks.subjects import Forward, Timed, forward_of, timed_model
-from qexp.offload.config import OffloadConfig
-from qexp.offload.strategies import Offload, apply_offload
+from qexp.config.offload import OffloadConfig
+from qexp.offloading.strategies import Offload, apply_offload
 
 GROUP, TARGETS = "speed", "target"
 WITHIN_BOUND, FASTER_THAN_PEER = 1.10, 1.3

@@ -79,16 +79,16 @@ def save_net(folder: Path, width: int, depth: int) -> int:
 
 
 def backend_options() -> list[str]:
-    from qexp.options import option_names
+    from qexp.config.yaml_options import option_names
 
     return list(option_names("backend"))
 
 
 def load_net(option: str, folder: Path, device: torch.device | str, dtype: torch.dtype, *, workers: int = 2) -> Any:
     """The `LoadedComponent` of a saved `Net`, as `python -m qexp backend=<option>` would load it."""
+    from qexp.config.schema import ComponentConfig, LoaderConfig
     from qexp.doctor.options import backend_config, backend_files
     from qexp.loading.lifecycle import load_component
-    from qexp.settings import ComponentConfig, LoaderConfig
 
     (path,) = backend_files([option])
     settings = ComponentConfig(backend_config(path), compute_dtype=str(dtype).removeprefix("torch."))

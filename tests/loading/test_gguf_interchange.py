@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qexp.checkpoints.checkpoint import open_checkpoint
+from qexp.checkpoints.gguf_types import ENCODABLE
+from qexp.config.offload import OffloadConfig
+from qexp.config.schema import LoaderConfig
 from qexp.errors import LoadError
-from qexp.loading.checkpoint import open_checkpoint
 from qexp.loading.lifecycle import load_component, prepare, resolve_quantizer
 from qexp.loading.saving import save_model
 from qexp.models.folder import FolderSource
-from qexp.offload.config import OffloadConfig
-from qexp.offload.strategies import apply_offload
-from qexp.quantizers.gguf_tensor import GGUFTensor
-from qexp.quantizers.gguf_types import ENCODABLE
-from qexp.settings import LoaderConfig
+from qexp.offloading.strategies import apply_offload
+from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 from tests.backends import CPU
 from tests.loading.test_gguf_loading import blocks, write
 from tests.loading.toys import settings

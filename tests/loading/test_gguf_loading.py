@@ -15,18 +15,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qexp.checkpoints.checkpoint import GGUF_CONFIG_KEY, open_checkpoint
+from qexp.checkpoints.gguf_types import DECODABLE, ENCODABLE, TYPES
+from qexp.config.schema import LoaderConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.loading import lifecycle
-from qexp.loading.checkpoint import GGUF_CONFIG_KEY, open_checkpoint
 from qexp.loading.gguf_saving import save_gguf
 from qexp.loading.lifecycle import LoadedComponent, load_component
 from qexp.models.base import ModelSource
-from qexp.offload.payload import leaves, module_nbytes, true_nbytes
-from qexp.quantizers.gguf_tensor import GGUFTensor
-from qexp.quantizers.gguf_types import DECODABLE, ENCODABLE, TYPES
-from qexp.settings import LoaderConfig
+from qexp.offloading.payload import leaves, module_nbytes, true_nbytes
+from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 from tests.backends import CPU
-from tests.loading.test_gguf_file import mutated
+from tests.checkpoints.test_gguf_header import mutated
 from tests.loading.toys import ToySource, load_toy, save_state, settings
 from tests.quantizers.test_contract import gaussian
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qexp.checkpoints.gguf_header import read_gguf_header
 from qexp.errors import ConfigError
-from qexp.loading.gguf_file import read_gguf_header
 from qexp.loading.gguf_saving import save_gguf
 from qexp.quantizers.base import WeightSpec
 from qexp.quantizers.gguf import GGUFConfig, GGUFQuantizer

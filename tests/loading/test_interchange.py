@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
 from qexp.models.base import ModelSource
 from qexp.quantizers.bitsandbytes import QUANT_STORAGES
-from qexp.quantizers.bitsandbytes_stored import BLOCK_SIZES
-from qexp.settings import ComponentConfig, LoaderConfig
+from qexp.quantizers.bitsandbytes_support.stored import BLOCK_SIZES
 from tests.backends import CPU, backend_config
 from tests.products import diagonal
 

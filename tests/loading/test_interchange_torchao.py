@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import LoadError, UnsupportedError
 from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
 from qexp.models.base import ModelSource
 from qexp.quantizers.torchao import TorchAoConfig
-from qexp.settings import ComponentConfig, LoaderConfig
 from tests.backends import CPU, backend_config
 from tests.loading.test_interchange import (
     TinySource,

@@ -14,15 +14,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qexp.config.schema import ComponentConfig
 from qexp.errors import ConfigError, LoadError
-from qexp.loading import arena, lifecycle, pipeline
+from qexp.loading import lifecycle
+from qexp.loading.device_map import Placement, place
 from qexp.loading.lifecycle import plan_statistics
-from qexp.loading.placement import Placement, place
-from qexp.memory import host_memory, release_freed_memory
-from qexp.offload.payload import leaves, module_nbytes, true_nbytes
+from qexp.loading.streaming import arena, stream
+from qexp.offloading.payload import leaves, module_nbytes, true_nbytes
 from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
 from qexp.quantizers.torchao import TorchAoConfig
-from qexp.settings import ComponentConfig
+from qexp.system.memory import host_memory, release_freed_memory
 from tests.backends import CPU, EVERY_WAY, EVERY_WAY_TO_QUANTIZE, Stack, save_stack
 from tests.loading.test_plan import KeepsFp32, Shared, Tied
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
@@ -345,7 +346,7 @@ def test_a_weight_with_one_scale_is_read_whole_within_the_bound(
             staged.append(nbytes)
             return super().acquire(nbytes)
 
-    monkeypatch.setattr(pipeline, "Arena", Watched)
+    monkeypatch.setattr(stream, "Arena", Watched)
     shapes = [(256, 512)] * 3
     saved = save_stack(tmp_path, shapes, dtype=FP32, bias=False)
     load_toy(tmp_path, settings("torchao"), stack_of(shapes))
@@ -378,7 +379,7 @@ def test_the_arena_goes_when_the_load_is_done(folder: Path, monkeypatch: pytest.
             super().__init__(nbytes)
             alive.append(weakref.ref(self._buffer))
 
-    monkeypatch.setattr(pipeline, "Arena", Watched)
+    monkeypatch.setattr(stream, "Arena", Watched)
     gc.collect()
     gc.disable()
     try:

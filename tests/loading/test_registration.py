@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qexp.config.offload import OffloadConfig
 from qexp.errors import ConfigError
 from qexp.loading.registration import registered_quantizer
 from qexp.loading.saving import save_model
-from qexp.offload.config import OffloadConfig
-from qexp.offload.strategies import apply_offload, offload_of
+from qexp.offloading.strategies import apply_offload, offload_of
 from qexp.quantizers.base import Quantizer
 from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from qexp.errors import ConfigError
-from qexp.offload.payload import leaves
-from qexp.quantizers import quanto_library
+from qexp.offloading.payload import leaves
 from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
+from qexp.quantizers.quanto_support import library
 from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, backend_config
 
 SHAPES = [(16, 64), (48, 128), (7, 96), (64, 130), (1, 256), (9, 256), (33, 34)]
@@ -73,7 +73,7 @@ def test_quanto_parses_shapes_on_one_thread_at_a_time(monkeypatch: pytest.Monkey
         inside -= 1
         return [64, 12]
 
-    monkeypatch.setattr(quanto_library, "ast", SimpleNamespace(literal_eval=slow))
+    monkeypatch.setattr(library, "ast", SimpleNamespace(literal_eval=slow))
     kinds = ["weights.qbytes", "weights.qbits", "packed", "weights.tinygemm.packed", "weights.tinygemm.qbits"]
     modules: list[Any] = [sys.modules[f"optimum.quanto.tensor.{kind}"] for kind in kinds]
     with ThreadPoolExecutor(4) as pool:

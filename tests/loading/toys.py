@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qexp.loading.checkpoint import open_checkpoint
+from qexp.checkpoints.checkpoint import open_checkpoint
+from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.loading.lifecycle import LoadedComponent, Prepared, load_component, prepare, resolve_quantizer
 from qexp.models.base import ModelSource
-from qexp.settings import ComponentConfig, LoaderConfig
 from tests.backends import CPU, backend_config
 
 WIDTH = 256  # what the widest block of any format divides

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qexp.config.schema import RunConfig
 from qexp.errors import ConfigError
-from qexp.experiment import run_experiment
-from qexp.metrics.score import score
+from qexp.experiments.run import run_experiment
 from qexp.models.arithmetic import ASSETS, ArithmeticConfig, Source, solution
-from qexp.settings import RunConfig
-from qexp.sweep.key import reference_config, run_key
+from qexp.scoring.score import score
+from qexp.sweep.run_key import reference_config, run_key
 from qexp.tasks.generate import GenerateConfig
 from tests.backends import EVERY_WAY
 from tests.composing import run_config

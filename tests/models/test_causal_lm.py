@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from qexp.checkpoints.checkpoint import open_checkpoint
+from qexp.config.offload import OffloadConfig
+from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError, LoadError
-from qexp.loading.checkpoint import open_checkpoint
 from qexp.loading.lifecycle import LoadedComponent, load_component
 from qexp.models.causal_lm import CausalLMConfig, Source
 from qexp.models.transformers_networks import network
-from qexp.offload.config import OffloadConfig
-from qexp.offload.strategies import apply_offload
-from qexp.settings import ComponentConfig, LoaderConfig
+from qexp.offloading.strategies import apply_offload
 from tests.backends import CPU, EVERY_WAY, backend_config
 
 SIZES: dict[str, Any] = {

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.loading.checkpoint import open_checkpoint
-from qexp.loading.conversion import converted
+from qexp.checkpoints.checkpoint import open_checkpoint
+from qexp.checkpoints.conversion import converted
 from qexp.models.transformers_networks import Target, computed
-from tests.loading.test_conversion import read
+from tests.checkpoints.test_conversion import read
 from tests.loading.toys import save_state
 from tests.quantizers.test_contract import gaussian
 

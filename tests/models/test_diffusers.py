@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import qexp
+from qexp.checkpoints.checkpoint import open_component
 from qexp.errors import ConfigError, LoadError
-from qexp.loading.checkpoint import open_component
 from qexp.models.diffusers import DiffusersConfig, Source
 from qexp.models.pipeline_call import TRAJECTORY_VALUES, check_arguments, run_pipeline
-from qexp.offload.strategies import offload_of
+from qexp.offloading.strategies import offload_of
 from qexp.tasks.generate import GenerateConfig
 from tests.pipelines import ARGUMENTS, PIPELINES
 from tests.products import exhaustive, representatives

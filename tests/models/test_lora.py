@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qexp.config import to_run_config
 from qexp.errors import ConfigError, LoadError
-from qexp.experiment import run_experiment
+from qexp.experiments.resolve import to_run_config
+from qexp.experiments.run import run_experiment
 from qexp.models.diffusers import DiffusersConfig, Source
 from qexp.models.lora import LoraConfig, lora_configs, read_updates
-from qexp.sweep.key import reference_config, reference_key, run_key
+from qexp.sweep.run_key import reference_config, reference_key, run_key
 from tests.backends import EVERY_WAY_TO_QUANTIZE, backend_config
 from tests.composing import composed
 from tests.models.test_diffusers import call as call_theirs
@@ -297,7 +297,7 @@ class TestErrors:
 def skeleton(source: Source, component: str) -> nn.Module:
     from accelerate import init_empty_weights
 
-    from qexp.loading.checkpoint import open_component
+    from qexp.checkpoints.checkpoint import open_component
 
     with init_empty_weights(include_buffers=False):
         return source.skeleton(component, dict(open_component(source, component).config))

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.loading.lifecycle import LoadedComponent, load_component
 from qexp.loading.saving import save_model
 from qexp.models.transformers import Source, TransformersConfig
-from qexp.settings import ComponentConfig, LoaderConfig
 from tests.backends import CPU, backend_config
 from tests.products import diagonal
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
 from qexp.models.python import PythonConfig, Source
-from qexp.settings import ComponentConfig, LoaderConfig
 from qexp.tasks.forward import ForwardConfig
 from qexp.tasks.roundtrip import RoundtripConfig
 from tests.backends import CPU, backend_config

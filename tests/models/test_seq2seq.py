@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from qexp.errors import ConfigError
-from qexp.experiment import run_experiment
+from qexp.experiments.run import run_experiment
 from qexp.models.arithmetic import ASSETS
 from tests.composing import run_config
 from tests.models.test_networks import save_network

@@ -8,18 +8,18 @@ from typing import Any, cast
 import pytest
 import torch
 
+from qexp.config.offload import OffloadConfig
+from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError
 from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
 from qexp.models.base import ModelSource
-from qexp.offload.config import OffloadConfig
-from qexp.offload.payload import true_nbytes
-from qexp.offload.strategies import apply_offload
+from qexp.offloading.payload import true_nbytes
+from qexp.offloading.strategies import apply_offload
 from qexp.quantizers import base
 from qexp.quantizers.base import WeightSpec, load_quantizer
 from qexp.quantizers.bitsandbytes import QUANT_STORAGES, BitsAndBytesConfig
-from qexp.quantizers.bitsandbytes_stored import BLOCK_SIZES
-from qexp.settings import ComponentConfig, LoaderConfig
+from qexp.quantizers.bitsandbytes_support.stored import BLOCK_SIZES
 from tests.backends import CPU, StackSource, backend_config, save_stack
 from tests.products import diagonal
 from tests.quantizers.test_contract import gaussian, quantize, quantized_layer
@@ -154,7 +154,7 @@ import sys, types
 trap = types.ModuleType("kernels")
 trap.get_kernel = lambda *arguments, **options: sys.exit("the library asked a hub for a kernel")
 sys.modules["kernels"] = trap
-from qexp.quantizers.bitsandbytes_library import library
+from qexp.quantizers.bitsandbytes_support.library import library
 library()
 assert sys.modules["kernels"] is trap
 """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import ConfigError, LoadError, MissingLibraryError
-from qexp.offload.payload import leaves, true_nbytes
+from qexp.offloading.payload import leaves, true_nbytes
 from qexp.quantizers import base
 from qexp.quantizers.base import WeightSpec, load_quantizer
 from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, QUANTIZING, backend_config

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qexp.offload.payload import module_nbytes
+from qexp.offloading.payload import module_nbytes
 from qexp.quantizers.base import load_quantizer
 from tests.backends import backend_config
 from tests.loading.toys import Toy, load_toy, random_state, save_state, settings

@@ -17,13 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qexp.config.schema import ComponentConfig
 from qexp.errors import LoadError
 from qexp.loading.plan import LoadPlan
 from qexp.loading.saving import save_model
-from qexp.offload.payload import flatten, leaves, module_nbytes, sites, true_nbytes
+from qexp.offloading.payload import flatten, leaves, module_nbytes, sites, true_nbytes
 from qexp.quantizers import base
 from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
-from qexp.settings import ComponentConfig
 from tests.backends import CPU, QUANTIZING
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
 from tests.products import representatives

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from qexp.loading.checkpoint import open_checkpoint
+from qexp.checkpoints.checkpoint import open_checkpoint
+from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.loading.lifecycle import prepare
 from qexp.quantizers.base import load_quantizer
-from qexp.settings import ComponentConfig, LoaderConfig
 from qexp.tasks.roundtrip import LayerRow, measure_layers
 from tests.backends import CPU, QUANTIZING, StackSource, backend_config, save_stack
 from tests.quantizers.formulas import FORMULAS

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from qexp.checkpoints.checkpoint import TensorEntry, open_checkpoint
+from qexp.checkpoints.gguf_types import DECODABLE, ENCODABLE, TYPES
+from qexp.config.schema import ComponentConfig
 from qexp.errors import ConfigError, LoadError
-from qexp.loading.checkpoint import TensorEntry, open_checkpoint
 from qexp.loading.lifecycle import prepare
-from qexp.offload.payload import true_nbytes
-from qexp.quantizers import gguf_decode
+from qexp.offloading.payload import true_nbytes
 from qexp.quantizers.base import WeightSpec, load_quantizer
 from qexp.quantizers.gguf import GGUFConfig, GGUFQuantizer
-from qexp.quantizers.gguf_decode import decode, decode_tensor
-from qexp.quantizers.gguf_encode import encode
-from qexp.quantizers.gguf_types import DECODABLE, ENCODABLE, TYPES
-from qexp.settings import ComponentConfig
+from qexp.quantizers.gguf_blocks import decode as gguf_decode
+from qexp.quantizers.gguf_blocks.decode import decode, decode_tensor
+from qexp.quantizers.gguf_blocks.encode import encode
 from tests.backends import CPU, StackSource, backend_config, save_stack
 from tests.quantizers.formulas import fp16
 from tests.quantizers.test_contract import gaussian
@@ -146,12 +146,12 @@ def test_decoding_depends_on_nothing_but_the_bytes(name: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_threads_decode_a_part_each(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qexp.quantizers import gguf_kernels
+    from qexp.quantizers.gguf_blocks import kernels
 
-    assert sorted(gguf_kernels.DECODED) == COMPILED
+    assert sorted(kernels.DECODED) == COMPILED
     raw = torch.from_numpy(random_bytes(name, rows=7))
     expected, threads = decoded(name, raw), torch.get_num_threads()
-    monkeypatch.setattr(gguf_kernels, "THREAD_WEIGHTS", 64)
+    monkeypatch.setattr(kernels, "THREAD_WEIGHTS", 64)
     torch.set_num_threads(3)
     try:
         assert same(decoded(name, raw), expected)
@@ -164,7 +164,7 @@ def test_tables_first_needed_while_something_is_traced_are_real() -> None:
 from contextlib import suppress
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from qexp.quantizers.gguf_decode import decode
+from qexp.quantizers.gguf_blocks.decode import decode
 with FakeTensorMode(), suppress(AssertionError):
     decode("MXFP4", torch.full((1, 17), 130, dtype=torch.uint8), torch.empty(1, 32))
 out = torch.empty(1, 32)

@@ -18,14 +18,14 @@ def run(code: str) -> str:
 
 @pytest.mark.parametrize("backend", ["bitsandbytes", "quanto"])
 def test_the_library_comes_without_compilers_and_other_libraries(backend: str) -> None:
-    code = f"from qexp.quantizers.{backend}_library import library; library(); import sys; print(*sys.modules)"
+    code = f"from qexp.quantizers.{backend}_support.library import library; library(); import sys; print(*sys.modules)"
     assert HEAVY.isdisjoint(run(code).split())
 
 
 @pytest.mark.exhaustive
 def test_quanto_has_all_its_names_still_also_for_a_star_import() -> None:
     code = """
-from qexp.quantizers.quanto_library import library
+from qexp.quantizers.quanto_support.library import library
 quanto = library()
 from optimum.quanto import QuantizedTransformersModel
 import optimum.quanto.models
@@ -49,7 +49,7 @@ def test_a_star_import_without_diffusers() -> None:
 import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "diffusers" else find(name, *rest)
-from qexp.quantizers.quanto_library import library
+from qexp.quantizers.quanto_support.library import library
 library()
 from optimum.quanto import *
 assert QuantizedTransformersModel and not is_diffusers_available() and "QuantizedDiffusersModel" not in globals()
@@ -59,7 +59,8 @@ assert QuantizedTransformersModel and not is_diffusers_available() and "Quantize
 def test_threads_that_import_at_once_leave_all_as_it_was() -> None:
     run("""
 import sys, threading, torch
-from qexp.quantizers import bitsandbytes_library, quanto_library
+from qexp.quantizers.bitsandbytes_support import library as bitsandbytes_library
+from qexp.quantizers.quanto_support import library as quanto_library
 compile, barrier, found = torch.compile, threading.Barrier(4), []
 def work(library):
     barrier.wait()
@@ -78,7 +79,7 @@ def test_the_library_s_other_functions_are_compiled_when_called() -> None:
 import torch
 compiled = []
 real, torch.compile = torch.compile, lambda function, **options: compiled.append(function.__name__) or function
-from qexp.quantizers.bitsandbytes_library import library
+from qexp.quantizers.bitsandbytes_support.library import library
 library()
 assert compiled == []
 from bitsandbytes.backends.default import ops
@@ -94,7 +95,8 @@ def test_a_library_that_is_there_already_is_the_same() -> None:
     run("""
 import torch, bitsandbytes
 from optimum import quanto
-from qexp.quantizers import bitsandbytes_library, quanto_library
+from qexp.quantizers.bitsandbytes_support import library as bitsandbytes_library
+from qexp.quantizers.quanto_support import library as quanto_library
 compile = torch.compile
 assert bitsandbytes_library.library() is bitsandbytes and quanto_library.library() is quanto
 assert torch.compile is compile

@@ -6,10 +6,10 @@ transformers 5 (`tests/quantization/`); the ids are name and backend. Where thei
 
 What is shown elsewhere, under these names or as said:
 - device_assignment, moving between devices, model_cpu_offload, sequential_cpu_offload, group_offloading, device_map
-  over several devices: they need an accelerator; on the fake one, `tests/offload/on_fake_device/`, and
-  `tests/loading/test_placement.py`
+  over several devices: they need an accelerator; on the fake one, `tests/offloading/on_fake_device/`, and
+  `tests/loading/test_device_map.py`
 - config_from_pretrained, serialization to and from the peers' own files: `tests/loading/test_interchange.py`
-- pickle, deepcopy: `tests/loading/test_guards.py`
+- pickle, deepcopy: `tests/loading/test_quantized_model.py`
 
 What is not here, and why:
 - model_memory_usage as the peak of device memory: a GPU's allocator; `memory_footprint` and the plan's bytes stand in
@@ -31,14 +31,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.loading.lifecycle import LoadedComponent, load_component
 from qexp.loading.registration import registered_quantizer
 from qexp.loading.saving import save_model
 from qexp.models.base import ModelSource
-from qexp.offload.payload import module_nbytes
+from qexp.offloading.payload import module_nbytes
 from qexp.quantizers.torchao import TorchAoConfig
-from qexp.settings import ComponentConfig, LoaderConfig
 from tests.backends import CPU, backend_config
 from tests.products import representatives
 

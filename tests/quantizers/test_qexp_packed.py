@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from qexp.errors import ConfigError
-from qexp.offload.payload import leaves, true_nbytes
+from qexp.offloading.payload import leaves, true_nbytes
 from qexp.quantizers.base import WeightSpec, load_quantizer
-from qexp.quantizers.packed_tensor import PackedTensor
+from qexp.quantizers.packed.tensor import PackedTensor
 from qexp.quantizers.qexp_packed import ELEMENTS, PackedConfig, PackedQuantizer
 from tests.backends import CPU, backend_config
 from tests.quantizers.test_contract import gaussian

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from qexp.checkpoints.checkpoint import TensorEntry
 from qexp.errors import ConfigError, LoadError
-from qexp.loading.checkpoint import TensorEntry
-from qexp.offload.payload import leaves
+from qexp.offloading.payload import leaves
 from qexp.quantizers.base import WeightSpec, load_quantizer
 from qexp.quantizers.quanto import QuantoConfig, group_size, tinygemm_fits
-from qexp.quantizers.quanto_library import library, unpack
+from qexp.quantizers.quanto_support.library import library, unpack
 from tests.backends import CPU
 from tests.products import representatives
 from tests.quantizers.test_contract import gaussian
@@ -65,7 +65,7 @@ from pathlib import Path
 import torch
 from qexp.quantizers.base import WeightSpec, load_quantizer
 from qexp.quantizers.quanto import QuantoConfig
-from qexp.quantizers.quanto_library import library
+from qexp.quantizers.quanto_support.library import library
 
 def files():
     folder = Path(library().__file__).parent
@@ -101,7 +101,7 @@ def test_int8_products_survive_any_address(moved: str) -> None:
     """PyTorch's kernel ends the process when either starts off its alignment; run in a process of its own."""
     code = f"""
 import torch
-from qexp.quantizers.quanto_library import library
+from qexp.quantizers.quanto_support.library import library
 library()
 def placed(tensor, offset):
     room = torch.empty(tensor.numel() + 64, dtype=tensor.dtype)[offset : offset + tensor.numel()]

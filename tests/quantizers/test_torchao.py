@@ -13,9 +13,9 @@ from qexp.errors import ConfigError, UnsupportedError
 from qexp.quantizers.base import WeightSpec, load_quantizer
 from qexp.quantizers.qexp_packed import ELEMENTS, PackedConfig
 from qexp.quantizers.torchao import TorchAoConfig, TorchAoQuantizer
-from qexp.quantizers.torchao_names import CLASSES, FUNCTIONS, NAMES, OTHER_SHORTHANDS, SHORTHANDS
-from qexp.quantizers.torchao_types import spelled
-from qexp.sweep.key import run_key
+from qexp.quantizers.torchao_support.names import CLASSES, FUNCTIONS, NAMES, OTHER_SHORTHANDS, SHORTHANDS
+from qexp.quantizers.torchao_support.types import spelled
+from qexp.sweep.run_key import run_key
 from tests.backends import CPU
 from tests.composing import run_config
 from tests.quantizers.kinds import DYNAMIC_INTX, INTX, ao
@@ -79,9 +79,9 @@ def test_arguments_and_defaults_are_the_librarys(name: str) -> None:
     """What the table says without torch; a new version of torchao that disagrees is found here."""
     from torchao.core.config import config_to_dict
 
-    from qexp.quantizers import torchao_library
+    from qexp.quantizers.torchao_support import library
 
-    known, cls = CLASSES[name], torchao_library.config_classes()[name]
+    known, cls = CLASSES[name], library.config_classes()[name]
     config = cls(**({"set_inductor_config": False} if "set_inductor_config" in known.defaults else {}))
     described = config_to_dict(config)
     defaults = {key: spelled(value) for key, value in described["_data"].items()}
@@ -224,7 +224,7 @@ def test_what_this_machine_cannot_run_names_what_would_and_what_does() -> None:
 def test_the_list_of_what_runs_is_found_by_running(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchao.quantization import Int8WeightOnlyConfig
 
-    from qexp.quantizers import torchao_trial
+    from qexp.quantizers.torchao_support import layout as torchao_trial
 
     right = torchao_trial.quantize
 
@@ -245,7 +245,8 @@ def test_the_list_of_what_runs_is_found_by_running(monkeypatch: pytest.MonkeyPat
 def test_a_weight_is_sliced_only_where_that_changes_nothing(case: str, multiple: int | None) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, PerTensor
 
-    from qexp.quantizers import torchao_library, torchao_trial
+    from qexp.quantizers.torchao_support import layout as torchao_trial
+    from qexp.quantizers.torchao_support import library
 
     hqq = {"intx_choose_qparams_algorithm": "hqq_scale_only"}
     config: Any = {
@@ -257,7 +258,7 @@ def test_a_weight_is_sliced_only_where_that_changes_nothing(case: str, multiple:
     }[case]
     layout = torchao_trial.layout_of(config, SPEC.shape, SPEC.dtype, CPU)
     assert layout is not None and layout.rows_multiple == multiple
-    made = torchao_library.inner_tensors(torchao_library.quantize(torch.ones(SPEC.shape, dtype=SPEC.dtype), config))
+    made = library.inner_tensors(library.quantize(torch.ones(SPEC.shape, dtype=SPEC.dtype), config))
     assert layout.parts == {name: (tuple(part.shape), part.dtype) for name, part in made.items()}
     assert layout.nbytes == sum(part.nbytes for part in made.values())
 
@@ -265,7 +266,7 @@ def test_a_weight_is_sliced_only_where_that_changes_nothing(case: str, multiple:
 def test_kernels_that_take_sixteen_rows_get_slices_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
-    from qexp.quantizers import torchao_trial
+    from qexp.quantizers.torchao_support import layout as torchao_trial
 
     monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
@@ -280,17 +281,17 @@ def test_kernels_that_take_sixteen_rows_get_slices_of_them(monkeypatch: pytest.M
 def test_a_class_that_cannot_be_decoded_is_by_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchao.quantization import Int8WeightOnlyConfig
 
-    from qexp.quantizers import torchao_library
+    from qexp.quantizers.torchao_support import library
 
     weight = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    tensor = torchao_library.quantize(weight, Int8WeightOnlyConfig())
-    exact = torchao_library.dequantize(tensor)
+    tensor = library.quantize(weight, Int8WeightOnlyConfig())
+    exact = library.dequantize(tensor)
 
     def missing(self: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
     monkeypatch.setattr(type(tensor), "dequantize", missing)
-    assert torch.equal(torchao_library.dequantize(tensor), exact)
+    assert torch.equal(library.dequantize(tensor), exact)
 
 
 def test_layers_are_found_by_name() -> None:

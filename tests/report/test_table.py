@@ -6,8 +6,8 @@ import pytest
 
 from qexp.errors import ConfigError, DiskError
 from qexp.report.__main__ import main
-from qexp.report.rows import find_sweep
 from qexp.report.table import format_table, rows_of_sweep
+from qexp.results.rows import find_sweep
 from tests.report.factory import GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
 
 

@@ -12,8 +12,8 @@ import yaml
 
 from qexp.errors import ConfigError
 from qexp.report.__main__ import main
-from qexp.report.rows import rows_of_sweep
 from qexp.report.wandb_report import publish_report
+from qexp.results.rows import rows_of_sweep
 from tests.report.factory import ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
 from tests.tracking.wandb_server import WandbServer, use_server
 

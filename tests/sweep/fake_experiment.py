@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from qexp.config.schema import RunConfig
 from qexp.errors import ConfigError, LoadError, UnsupportedError
-from qexp.settings import RunConfig
 
 FAKES = {"experiment": f"{__name__}:run", "score": f"{__name__}:score", "check": f"{__name__}:check"}
 BAD_REFERENCE = 7

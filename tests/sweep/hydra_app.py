@@ -10,7 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.settings import IsolationConfig, PathsConfig, SweepConfig
+from qexp.config.schema import IsolationConfig, PathsConfig, SweepConfig
 from qexp.sweep.job import run_job
 from tests.sweep.fake_experiment import FAKES
 from tests.sweep.settings import run_config

@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qexp.models.digits import DigitsModelConfig
-from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
-from qexp.settings import (
+from qexp.config.schema import (
     ComponentConfig,
     IsolationConfig,
     LoaderConfig,
@@ -23,6 +21,8 @@ from qexp.settings import (
     SweepConfig,
     TrackingConfig,
 )
+from qexp.models.digits import DigitsModelConfig
+from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
 from qexp.tasks.generate import GenerateConfig, for_images
 
 BACKEND = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

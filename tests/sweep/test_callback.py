@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from qexp.results.manifest import JobRow, Manifest
 from qexp.sweep.callback import SweepCallback, planned_jobs
-from qexp.sweep.manifest import JobRow, Manifest
 
 ROOT = Path(__file__).parents[2]
 

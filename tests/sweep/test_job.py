@@ -17,15 +17,16 @@ import psutil
 import pytest
 import yaml
 
-from qexp.config import run_config_from_container
+from qexp.config.schema import IsolationConfig, MetricsConfig, RunConfig, SaveConfig, SweepConfig, TrackingConfig
 from qexp.errors import ConfigError
+from qexp.experiments.resolve import run_config_from_container
 from qexp.report.table import rows_of_sweep
-from qexp.settings import IsolationConfig, MetricsConfig, RunConfig, SaveConfig, SweepConfig, TrackingConfig
-from qexp.sweep import job, process, reference, store
+from qexp.results.manifest import Manifest
+from qexp.sweep import job, reference, worker_process
 from qexp.sweep.job import JobRow, refuse_job, run_job
-from qexp.sweep.key import reference_config, reference_key, run_key
-from qexp.sweep.manifest import Manifest
-from qexp.sweep.store import RunFolder, Status, now_iso
+from qexp.sweep.run_key import reference_config, reference_key, run_key
+from qexp.system import files
+from qexp.system.files import RunFolder, Status, now_iso
 from qexp.tasks.roundtrip import RoundtripConfig
 from tests.products import exhaustive
 from tests.sweep import fake_experiment
@@ -465,7 +466,7 @@ def test_ctrl_c_goes_through_inline_too(tmp_path) -> None:
 def test_a_status_of_an_earlier_worker_is_not_taken_for_that_of_one_that_could_not_start(tmp_path, monkeypatch) -> None:
     config = have_reference(run_config(tmp_path))
     run(config)
-    monkeypatch.setattr(process.sys, "executable", "/bin/false")
+    monkeypatch.setattr(worker_process.sys, "executable", "/bin/false")
     row = run(replace(config, metrics=MetricsConfig(names=("ssim",))))
     assert (row.status, row.reason) == ("failed", "exit") and "code 1" in row.message
 
@@ -483,8 +484,8 @@ def test_a_full_disk_is_a_failed_row_and_leaves_nothing_half_written(file, tmp_p
 
         return call
 
-    monkeypatch.setattr(store.os, "replace", full(real_replace, file))
-    monkeypatch.setattr(store.os, "open", full(real_open, file))
+    monkeypatch.setattr(files.os, "replace", full(real_replace, file))
+    monkeypatch.setattr(files.os, "open", full(real_open, file))
     row = run(config, number=1)
     monkeypatch.undo()
     output = "".join(capfd.readouterr())
@@ -499,7 +500,7 @@ def test_a_full_disk_is_a_failed_row_and_leaves_nothing_half_written(file, tmp_p
 
 def test_a_damaged_manifest_costs_the_record_and_not_the_run(tmp_path, capfd) -> None:
     config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
-    store.write_text(Manifest(config.paths.outputs, "test").path, "{")
+    files.write_text(Manifest(config.paths.outputs, "test").path, "{")
     assert run(config, number=1).status == "done"
     assert "missing in the sweep's manifest" in capfd.readouterr().err
 
@@ -571,7 +572,7 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore it
 from dataclasses import replace
 from pathlib import Path
-from qexp.settings import SweepConfig
+from qexp.config.schema import SweepConfig
 from qexp.sweep.job import run_job
 from tests.sweep.settings import run_config
 from tests.sweep.test_job import FAKES

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qexp.sweep.store import RunFolder, write_text
 from qexp.sweep.worker import Work, do_work, seeded_experiment
+from qexp.system.files import RunFolder, write_text
 from tests.sweep.fake_experiment import FAKES
 from tests.sweep.settings import run_config
 
@@ -83,8 +83,8 @@ def test_the_program_s_experiment_starts_from_the_configured_seed(tmp_path, monk
     import numpy as np
     import torch
 
-    monkeypatch.setitem(sys.modules, "qexp.experiment", type(sys)("fake"))
-    sys.modules["qexp.experiment"].run_experiment = lambda config, folder: {
+    monkeypatch.setitem(sys.modules, "qexp.experiments.run", type(sys)("fake"))
+    sys.modules["qexp.experiments.run"].run_experiment = lambda config, folder: {
         "x": random.random() + float(np.random.rand()) + torch.rand(()).item()
     }
     config = run_config(tmp_path)
@@ -94,7 +94,7 @@ def test_the_program_s_experiment_starts_from_the_configured_seed(tmp_path, monk
 
 
 def test_the_worker_s_environment_knows_no_tracker(tmp_path, monkeypatch) -> None:
-    from qexp.sweep.process import run_worker
+    from qexp.sweep.worker_process import run_worker
 
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")

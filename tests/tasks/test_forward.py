@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qexp.errors import ConfigError
-from qexp.experiment import run_experiment
-from qexp.metrics.score import score
-from qexp.sweep.key import reference_config, run_key
+from qexp.experiments.run import run_experiment
+from qexp.scoring.score import score
+from qexp.sweep.run_key import reference_config, run_key
 from qexp.tasks.forward import ForwardConfig, answers, run, tensors_of
 from qexp.tasks.forward_inputs import check_file, in_dtype, read_inputs
 from tests.backends import CPU

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from qexp.config import run_config_from_container
 from qexp.errors import ConfigError, UnsupportedError
+from qexp.experiments.resolve import run_config_from_container
 from qexp.tracking import wandb_run
 from qexp.tracking.wandb_run import log_run
 from tests.products import representatives

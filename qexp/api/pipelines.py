@@ -1,0 +1,120 @@
+"""`qexp.load_pipeline`: a whole pipeline of diffusers, quantized while it is loaded, as diffusers' own object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.api.models import SOURCE, as_list, backend_config, expanded, places_of
+from qexp.api.models import offload as offload_model
+from qexp.config.schema import ComponentConfig, LoaderConfig
+from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.experiments.resolve import patterns, union
+from qexp.hub.download import pinned
+from qexp.models.diffusers import DiffusersConfig, Source
+from qexp.quantizers.configs import compute_dtype as dtype_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from qexp.config.offload import OffloadConfig
+
+
+def load_pipeline(
+    path: str | Path,
+    backend: Any = None,
+    *,
+    quantize: Iterable[str] | None = None,
+    components: Mapping[str, Any] | None = None,
+    checkpoints: Mapping[str, str | Path] | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    device: str | torch.device = "auto",
+    compute_dtype: str | torch.dtype | None = None,
+    skip_modules: str | Iterable[str] = (),
+    keep_in_fp32_modules: Iterable[str] = (),
+    offload: str | OffloadConfig | None = None,
+    workers: int | None = None,
+    in_flight_mib: int = 64,
+) -> Any:
+    """Load a pipeline of diffusers: its components one after the other, each weight quantized as it is read.
+
+    path: a folder with model_index.json, or a name on a hub (user/name) with its revision; variant: of the weights'
+        files, such as "fp16".
+    backend: as of `qexp.load`, for the components in `quantize`: the denoiser if that is None. The others are loaded as
+        they are.
+    components: component -> a backend of its own, or a mapping with some of backend, compute_dtype, skip_modules and
+        keep_in_fp32_modules, which replace those for all.
+    checkpoints: component -> its weights from elsewhere, such as a .gguf file.
+    compute_dtype: of all components; None is each checkpoint's own.
+    skip_modules, keep_in_fp32_modules: patterns for the components that `backend` is for.
+    offload: a strategy of `qexp.offload`, or its config: each component is offloaded before the next one is loaded.
+
+    Returns: diffusers' pipeline, such as a FluxPipeline: `pipe("a red cube").images[0]`. `qexp.save` saves it whole.
+    Raises: as `qexp.load`; what is wrong with any component comes before a weight is read.
+    """
+    from qexp.loading.components import plan_components
+    from qexp.loading.lifecycle import load_planned
+
+    place, _, _ = places_of(device, None, None)
+    source = Source(
+        DiffusersConfig(
+            path=pinned(str(expanded(path, "path")), revision, variant, place="path"),
+            variant=variant,
+            quantize=None if quantize is None else tuple(as_list(quantize)),
+            checkpoints={name: str(file) for name, file in (checkpoints or {}).items()},
+        )
+    )
+    base = ComponentConfig(
+        backend=backend_config(backend),
+        skip_modules=union(patterns(as_list(skip_modules), "skip_modules")),
+        keep_in_fp32_modules=patterns(as_list(keep_in_fp32_modules), "keep_in_fp32_modules"),
+        compute_dtype=dtype_name(compute_dtype, "compute_dtype"),
+    )
+    planned = plan_components(
+        source, _settings(source, base, components or {}), device=place, travels=offload is not None
+    )
+    pipeline = source.pipeline({name: component.prepared.model for name, component in planned.items()})
+    for name, component in planned.items():
+        model = load_planned(component, LoaderConfig(in_flight_mib=in_flight_mib, workers=workers)).model
+        if offload is not None:
+            offload_model(model, offload, place, block_lists=source.block_lists(name))
+    vars(pipeline)[SOURCE] = source
+    return pipeline
+
+
+def _settings(source: Source, base: ComponentConfig, components: Mapping[str, Any]) -> dict[str, ComponentConfig]:
+    """The settings of every component: the base, what is not quantized, or its own."""
+    names, quantized = source.components(), source.quantized_components()
+    for name in components:
+        if name not in names:
+            raise ConfigError(
+                f"components: {name!r} is no component of this pipeline{did_you_mean(name, names)}; it has "
+                f"{choices(names)}"
+            )
+    return {name: _one(base, components.get(name, {}), name, name in quantized) for name in names}
+
+
+def _one(base: ComponentConfig, own: Any, name: str, is_quantized: bool) -> ComponentConfig:
+    if not isinstance(own, Mapping) or "quant_method" in own:
+        own = {"backend": own}
+    known = [item.name for item in fields(ComponentConfig)]
+    for setting in own:
+        if setting not in known:
+            raise ConfigError(
+                f"components[{name!r}]: {setting!r} is no setting{did_you_mean(setting, known)}; use {choices(known)}"
+            )
+    if not is_quantized and "backend" not in own:
+        base = ComponentConfig(backend=backend_config(None), compute_dtype=base.compute_dtype)
+    changes: dict[str, Any] = {
+        setting: union(patterns(as_list(value), setting))
+        for setting, value in own.items()
+        if setting.endswith("modules")
+    }
+    if "backend" in own:
+        changes["backend"] = backend_config(own["backend"])
+    if "compute_dtype" in own:
+        changes["compute_dtype"] = dtype_name(own["compute_dtype"], "compute_dtype")
+    return replace(base, **changes)

@@ -1,0 +1,382 @@
+"""What a checkpoint on disk holds: its config and where each tensor's bytes are. Reads headers only; imports no torch.
+
+A checkpoint is a folder with `config.json` and one `*.safetensors` file, shards with a `*.safetensors.index.json`, or
+(if it has neither) one `*.gguf` file; or a single `.safetensors` or `.gguf` file, or the index of some shards. The
+config of a file is the `config.json` beside it; without one, a `.gguf` file has it in its metadata if this program
+saved it.
+
+A safetensors file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets},
+"__metadata__": {...}}, then the tensors' bytes. Everything a damaged file could lie about is checked here, before
+memory is reserved for it; `gguf_header.py` does that for GGUF.
+
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from reprlib import repr as brief
+from typing import Any
+
+from qexp.checkpoints.gguf_types import BLOCKED_PREFIX
+from qexp.errors import ConfigError, LoadError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_DIMENSIONS = 64  # torch's limit
+GGUF_CONFIG_KEY = "qexp.config"  # metadata of a GGUF file: its config.json
+SHA256 = re.compile("[0-9a-f]{64}")
+STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # win over other files beside them
+SAVED_GGUF = "model.gguf"
+SAVED_WEIGHTS = re.compile(  # what `loading/saving.py` calls the weights of a model
+    r"(diffusion_pytorch_)?model((-\d{5}-of-\d{5})?\.safetensors|\.safetensors\.index\.json)|" + re.escape(SAVED_GGUF)
+)
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: `nbytes` bytes from `offset` of `file`.
+
+    dtype: safetensors' name for it; of GGUF blocks "GGUF_" and their type. shape: of the dense tensor.
+    pieces: the parts of other tensors that it is made of, in their order, if it is none of the file's own; transform:
+    makes the tensor of all their numbers, [n], where these are not its own in their order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+    pieces: tuple[TensorEntry, ...] = ()
+    transform: Callable[[Any], Any] | None = field(default=None, compare=False)
+
+    @property
+    def block_type(self) -> str | None:
+        """The type of the GGUF blocks that hold this tensor; None for plain numbers."""
+        return self.dtype.removeprefix(BLOCKED_PREFIX) if self.dtype.startswith(BLOCKED_PREFIX) else None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """config: parsed config.json ({} for a bare file); entries: tensor name -> where it lies; metadata: the files'."""
+
+    path: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, TensorEntry]
+    files: tuple[Path, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def content_hash(self) -> str:
+        """A hash of config, and of header, size and modification time of each file: it moves with the folder.
+
+        What a hub's cache holds is named by its sha256, which stands for the time: a second download is the same.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in self.files:
+            status = _status(file)
+            digest.update(os.fsencode(file.name) + f":{status.st_size}:{_version(file, status)}:".encode())
+            digest.update(_header_bytes(file))
+        return digest.hexdigest()
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read config and headers of a folder or of one file. Raises LoadError."""
+    path = Path(path)
+    if not os.path.exists(path):
+        raise LoadError(
+            f"checkpoint '{path}' does not exist; set model.path to a folder with config.json and safetensors, or to a "
+            ".gguf file"
+        )
+    files = _files(path) if path.is_dir() else _shards(path) if path.suffix == ".json" else (path,)
+    entries: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        header_entries, header_metadata = read_header(file)
+        metadata.update(header_metadata)
+        for entry in header_entries:
+            if entry.name in entries:
+                raise LoadError(
+                    f"tensor '{entry.name}' is in both '{entries[entry.name].file}' and '{file}'; download both again"
+                )
+            entries[entry.name] = entry
+    _check_index(path, entries)
+    return Checkpoint(path, _config_of(path, metadata), entries, files, metadata)
+
+
+def open_component(source: Any, component: str) -> Checkpoint:
+    """The checkpoint of one component of a model source, with the config that the source knows for it if it has
+    none.
+    """
+    checkpoint = open_checkpoint(source.checkpoints()[component])
+    config = source.component_config(component) if hasattr(source, "component_config") else None
+    return checkpoint if config is None else replace(checkpoint, config=config)
+
+
+def open_components(source: Any) -> dict[str, Checkpoint]:
+    return {name: open_component(source, name) for name in source.checkpoints()}
+
+
+def refuse_source(folder: Path, source: Path, place: str) -> None:
+    """Raises ConfigError if the checkpoint `source` is in `folder`: a model saved there would replace it."""
+    own = source if source.is_dir() else source.parent
+    if os.path.exists(folder) and os.path.exists(own) and os.path.samefile(folder, own):
+        raise ConfigError(
+            f"{place}: '{folder}' holds the checkpoint that the model comes from, and saving there would replace it; "
+            "choose another folder"
+        )
+
+
+def is_gguf(file: Path) -> bool:
+    return file.suffix.lower() == ".gguf"
+
+
+def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """config.json of the folder, or beside the file; else the one in a GGUF file; {} if there is none."""
+    if path.is_dir():
+        return read_object(path / "config.json")
+    if os.path.exists(path.with_name("config.json")):
+        return read_object(path.with_name("config.json"))
+    if not is_gguf(path):
+        return {}
+    return _json_object(metadata.get(GGUF_CONFIG_KEY, "{}"), f"{path}: {GGUF_CONFIG_KEY}")
+
+
+def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
+    """(tensors in the order of their bytes, texts of the metadata) of one file. Raises LoadError if it is damaged."""
+    if is_gguf(file):
+        from qexp.checkpoints.gguf_header import read_gguf  # which needs what this module defines
+
+        return read_gguf(file)
+    entries, metadata = _parsed(file, _header_bytes(file), _status(file).st_size)
+    return list(entries), dict(metadata)
+
+
+@lru_cache(maxsize=256)  # a run opens a checkpoint several times
+def _parsed(file: Path, raw: bytes, size: int) -> tuple[tuple[TensorEntry, ...], Mapping[str, str]]:
+    """What the header of a safetensors file of `size` bytes says."""
+    try:
+        header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise LoadError(
+            f"'{file}' is not a safetensors file: its header is not JSON ({error}); download it again"
+        ) from None
+    if not isinstance(header, dict):
+        raise LoadError(f"'{file}' is not a safetensors file: its header is not a JSON object; download it again")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(file, "__metadata__ must map names to texts")
+    start = 8 + len(raw)
+    entries = sorted(
+        (_entry(file, name, info, start) for name, info in header.items()), key=lambda e: (e.offset, e.nbytes)
+    )
+    end = start
+    for entry in entries:
+        if entry.offset != end:
+            raise _damaged(file, f"tensor '{entry.name}' starts at byte {entry.offset}, not at {end}")
+        end = entry.offset + entry.nbytes
+    if end != size:
+        kind = "truncated" if size < end else "damaged"
+        raise LoadError(f"'{file}' is {kind}: its header describes {end} bytes, the file has {size}; download it again")
+    return tuple(entries), metadata
+
+
+def _entry(file: Path, name: str, info: object, start: int) -> TensorEntry:
+    if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(file, f"tensor '{name}' must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        known = ", ".join(DTYPE_BYTES)
+        raise LoadError(
+            f"tensor '{name}' of '{file}' has dtype {brief(dtype)}; known are {known}: convert it, or download it again"
+        )
+    if not _are_naturals(shape) or not _are_naturals(offsets) or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
+        raise _damaged(
+            file,
+            f"tensor '{name}' has shape {brief(shape)} and data_offsets {brief(offsets)}, which must be a list of at "
+            f"most {MAX_DIMENSIONS} integers >= 0 and one of two",
+        )
+    needed, found = math.prod(shape) * DTYPE_BYTES[dtype], offsets[1] - offsets[0]
+    if needed != found:
+        raise _damaged(file, f"tensor '{name}' of shape {shape} and dtype {dtype} needs {needed} bytes, not {found}")
+    return TensorEntry(name, dtype, tuple(shape), file, start + offsets[0], needed)
+
+
+def _damaged(file: Path, what: str) -> LoadError:
+    return LoadError(f"'{file}' is damaged: {what}; download it again")
+
+
+def _are_naturals(value: object) -> bool:
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**62 for number in value)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name is there twice")
+    "".join(result).encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
+    return result
+
+
+def _version(file: Path, status: os.stat_result) -> str | int:
+    """What tells files of one size and header apart: the sha256 by which a hub's cache stores one, else its time."""
+    stored = file.resolve()
+    is_named_by_content = stored.parent.name == "blobs" and SHA256.fullmatch(stored.name)
+    return stored.name if is_named_by_content else status.st_mtime_ns
+
+
+def _header_bytes(file: Path) -> bytes:
+    size = _status(file).st_size
+    if is_gguf(file):
+        from qexp.checkpoints.gguf_header import gguf_header_bytes
+
+        return gguf_header_bytes(file)
+    try:
+        with file.open("rb") as stream:
+            length_bytes = stream.read(8)
+            length = int.from_bytes(length_bytes, "little")
+            if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise LoadError(
+                    f"'{file}' is not a safetensors file, or truncated: header length {length}, "
+                    f"file size {size}; download it again"
+                )
+            return stream.read(length)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+
+
+def _status(file: Path) -> os.stat_result:
+    """Size and time of a regular file; anything else could keep a reader waiting for ever."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise LoadError(f"'{file}' is not a regular file; put the checkpoint's file there")
+    return status
+
+
+def _unreadable(file: Path, error: OSError) -> LoadError:
+    return LoadError(
+        f"'{file}' cannot be read: {error.strerror}; the checkpoint needs it: put it there, or make it readable"
+    )
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises LoadError."""
+    _status(file)
+    try:
+        return _json_object(file.read_bytes(), str(file))
+    except OSError as error:
+        raise _unreadable(file, error) from None
+
+
+def _json_object(text: str | bytes, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text if isinstance(text, str) else text.decode())
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"'{place}' is not valid JSON: {error}; download it again") from None
+    if not isinstance(value, dict):
+        raise LoadError(f"'{place}' must hold a JSON object; download it again")
+    return value
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    """The files of a folder: those its index names, its only safetensors file, or its only GGUF file."""
+    index = _index_file(folder)
+    if index is None:
+        return (folder / only_weights_name(_names(folder), f"'{folder}'"),)
+    return _shards(index)
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    folder, names = index.parent, shard_names(read_object(index), f"'{index}'")
+    for name in names:
+        if not os.path.isfile(folder / name):
+            raise LoadError(f"'{index}' names the shard {name!r}, which is missing in '{folder}'; download it again")
+    return tuple(folder / name for name in names)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+
+
+def only_weights_name(names: Sequence[str], place: str) -> str:
+    """The weights among the files of a folder that has no index. Raises LoadError unless it is clear which they are."""
+    found = [name for name in names if name.endswith(".safetensors")]
+    found = [name for name in found if name in STANDARD_NAMES] or found
+    in_gguf = [] if found else [name for name in names if name.endswith(".gguf")]
+    if len(in_gguf) > 1:
+        raise LoadError(f"{place} has several .gguf files ({', '.join(in_gguf)}); set model.path to one of them")
+    if len(found + in_gguf) != 1:
+        listed = ", ".join(found) or "none"
+        if "model_index.json" in names:
+            raise LoadError(f"{place} is a pipeline of diffusers: use model=diffusers, in Python qexp.load_pipeline")
+        raise LoadError(f"{place} needs one .safetensors file (or .gguf), or shards with an index; found: {listed}")
+    return (found + in_gguf)[0]
+
+
+def index_name(names: Sequence[str], place: str) -> str | None:
+    """The index of shards among the files of a folder, if it has one. Raises LoadError if it has several."""
+    found = [name for name in names if name.endswith(".safetensors.index.json")]
+    if len(found) > 1:
+        raise LoadError(f"{place} has several indices ({', '.join(found)}); keep one")
+    return found[0] if found else None
+
+
+def shard_names(index: Mapping[str, Any], place: str) -> list[str]:
+    """The files that a parsed index names. Raises LoadError if they are none of its own folder."""
+    names = sorted({*_weight_map(index, place).values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise LoadError(
+                f"{place} names {name!r}; shards must be .safetensors files in the same folder: download it again"
+            )
+    return names
+
+
+def _index_file(folder: Path) -> Path | None:
+    name = index_name(_names(folder), f"'{folder}'")
+    return folder / name if name is not None else None
+
+
+def _weight_map(index: Mapping[str, Any], place: str) -> dict[str, str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LoadError(f"{place} has no weight_map; download it again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise LoadError(f"{place} names {brief(shard)} for '{name}', not a file; download it again")
+    return weight_map
+
+
+def _check_index(path: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """An index and the headers of its shards must agree on which tensor is where."""
+    index = _index_file(path) if path.is_dir() else path if path.suffix == ".json" else None
+    if index is None:
+        return
+    weight_map = _weight_map(read_object(index), f"'{index}'")
+    wrong = [n for n, shard in weight_map.items() if n not in entries or entries[n].file.name != shard]
+    if wrong:
+        raise LoadError(
+            f"'{index}' says that '{wrong[0]}' is in '{weight_map[wrong[0]]}', but it is not; download both again"
+        )

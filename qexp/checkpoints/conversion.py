@@ -1,0 +1,43 @@
+"""A checkpoint under other names: what a library's conversion would do, recorded without reading a byte.
+
+Files of single models often keep their authors' layout: q, k and v in one matrix, shift before scale; checkpoints of
+mixtures keep every expert by itself where the network has one tensor for all. A library has functions that take such
+tensors and return its own: `converted` calls them with tensors that have no data (`lazy_tensor.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import replace
+from typing import Any
+
+from qexp.checkpoints.checkpoint import Checkpoint, TensorEntry
+from qexp.checkpoints.lazy_tensor import Lazy
+from qexp.errors import LoadError
+
+Conversion = Callable[[MutableMapping[str, Any]], Mapping[str, Any]]
+
+
+def converted(checkpoint: Checkpoint, conversion: Conversion) -> Checkpoint:
+    """The checkpoint with the tensors that `conversion` makes of its own; what it leaves over keeps its name.
+
+    conversion: takes a dict, from which it may pop, and returns one.
+    Raises: LoadError if it fails, which it does on tensors of another model.
+    """
+    state: dict[str, Any] = {name: Lazy.of(entry) for name, entry in checkpoint.entries.items()}
+    try:
+        result = conversion(state)
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        name = getattr(conversion, "__name__", "the conversion")
+        raise LoadError(
+            f"the tensors of '{checkpoint.path}' are not those that {name} expects ({type(error).__name__}: {error}); "
+            "the file belongs to another model: check its config.json"
+        ) from error
+    entries = {name: tensor.entry(name) for name, tensor in {**state, **result}.items()}
+    return replace(checkpoint, entries=entries)
+
+
+def transposed(entry: TensorEntry) -> TensorEntry:
+    """A matrix of plain numbers with rows and columns exchanged."""
+    exchanged: Lazy = Lazy.of(entry).t()
+    return exchanged.entry(entry.name)

@@ -1,0 +1,295 @@
+"""Tensors without data, which remember where in a checkpoint's files their numbers lie.
+
+Most of what a conversion does to tensors leaves pieces of the file, read one behind the other into their place: `cat`,
+`stack`, `chunk`, `split`, slices and reshapes. So blocks of quantized formats, of which rows are whole, are converted
+like plain numbers and stay as they are. What is not pieces (a transposition, rows cut into crumbs) is recorded as a
+function of what is read, and computed then: for plain numbers anything that depends on no value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from qexp.checkpoints.checkpoint import DTYPE_BYTES, TensorEntry
+from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.checkpoints.gguf_types import TYPES
+from qexp.errors import LoadError
+
+Transform = Callable[[Tensor], Tensor]  # all numbers of the pieces, [n] -> the tensor
+MANY_PIECES, SMALL_PIECE_BYTES = 256, 16 << 10  # more than so many of less than that are read at once and put in order
+
+
+class Lazy:
+    """A tensor without data: the pieces of a file that its numbers lie in, and what makes the tensor of them.
+
+    pieces: of one dtype; without a transform they are the tensor's numbers in their order. transform: see `Transform`.
+    """
+
+    def __init__(self, pieces: Sequence[TensorEntry], shape: Iterable[int], transform: Transform | None = None) -> None:
+        self.pieces, self.shape, self.transform = list(pieces), torch.Size(shape), transform
+
+    @classmethod
+    def of(cls, entry: TensorEntry) -> Lazy:
+        pieces = entry.pieces or (replace(entry, transform=None),)
+        return cls(pieces, entry.shape, entry.transform)
+
+    @property
+    def name(self) -> str:
+        return self.pieces[0].name
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.pieces[0].dtype]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not callable(getattr(Tensor, name, None)):
+            raise AttributeError(name)
+        return lambda *args, **named: _call(getattr(Tensor, name), (self, *args), named)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _call(Tensor.__getitem__, (self, index), {})
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _call(func, args, dict(kwargs or {}))
+
+    def entry(self, name: str) -> TensorEntry:
+        """Where this tensor lies, under a name."""
+        if len(self.pieces) == 1 and self.transform is None:
+            return replace(self.pieces[0], name=name, shape=tuple(self.shape))
+        return replace(
+            self.pieces[0],
+            name=name,
+            shape=tuple(self.shape),
+            nbytes=sum(piece.nbytes for piece in self.pieces),
+            pieces=tuple(self.pieces),
+            transform=self.transform,
+        )
+
+
+def _call(func: Any, args: Sequence[Any], named: dict[str, Any]) -> Any:
+    """What a function of torch makes of lazy tensors: pieces where they do, else a function of what is read."""
+    by_pieces = BY_PIECES.get(func.__name__)
+    result = by_pieces(*args, **named) if by_pieces is not None else None
+    return _computed(func, args, named) if result is None else result
+
+
+def _contiguous(tensor: Lazy, **_: Any) -> Lazy:
+    return tensor
+
+
+def _cut(tensor: Lazy, start: int, stop: int) -> list[TensorEntry]:
+    """The pieces of the numbers from `start` to `stop`, counted through the whole tensor in its order."""
+    found, position = [], 0
+    for piece in tensor.pieces:
+        count = math.prod(piece.shape)
+        low, high = max(start - position, 0), min(stop - position, count)
+        if low < high:
+            found.append(piece if (low, high) == (0, count) else _part(piece, low, high))
+        position += count
+    return found
+
+
+def _part(piece: TensorEntry, low: int, high: int) -> TensorEntry:
+    """Some numbers of a piece, in one dimension; of blocks, whole ones."""
+    total = math.prod(piece.shape)
+    if piece.block_type is not None:
+        block = TYPES[piece.block_type].block
+        if low % block or high % block:
+            raise LoadError(f"'{piece.name}' would have to be cut at {low} or {high}, inside a block of {block}")
+    first, last = piece.nbytes * low // total, piece.nbytes * high // total
+    return replace(piece, shape=(high - low,), offset=piece.offset + first, nbytes=last - first)
+
+
+def _narrow(tensor: Lazy, dim: int, start: int, length: int) -> Lazy | None:
+    """`length` of dimension `dim` from `start`; None if that is no matter of pieces."""
+    if tensor.transform is not None:
+        return None
+    outer, inner = math.prod(tensor.shape[:dim]), math.prod(tensor.shape[dim + 1 :])
+    if _is_crumbs(tensor, outer, length * inner):
+        return None
+    row = tensor.shape[dim] * inner
+    pieces = [
+        p for o in range(outer) for p in _cut(tensor, o * row + start * inner, o * row + (start + length) * inner)
+    ]
+    shape = (*tensor.shape[:dim], length, *tensor.shape[dim + 1 :])
+    return Lazy(pieces or [_nothing(tensor)], shape)
+
+
+def _nothing(tensor: Lazy) -> TensorEntry:
+    return replace(tensor.pieces[0], shape=(0,), nbytes=0)
+
+
+def _is_crumbs(tensor: Lazy, count: int, numbers: int) -> bool:
+    """Whether `count` pieces of so many numbers are better read in one. Blocks are never: they are read as they lie."""
+    piece = tensor.pieces[0]
+    if piece.block_type is not None:
+        return False
+    return count > MANY_PIECES and numbers * DTYPE_BYTES[piece.dtype] < SMALL_PIECE_BYTES
+
+
+def _getitem(tensor: Lazy, index: Any) -> Lazy | None:
+    """A slice along the first dimension, or one of its items."""
+    if isinstance(index, int):
+        if not -len(tensor) <= index < len(tensor):
+            raise IndexError(f"'{tensor.name}' has no row {index}")
+        part = _getitem(tensor, slice(index, index + 1 or None))
+        return None if part is None else Lazy(part.pieces, tensor.shape[1:])
+    if not isinstance(index, slice) or index.step not in (None, 1) or not tensor.shape:
+        return None
+    start, stop, _ = index.indices(tensor.shape[0])
+    return _narrow(tensor, 0, start, max(stop - start, 0))
+
+
+def _split(tensor: Lazy, split_size: int | Iterable[int], dim: int = 0) -> tuple[Lazy, ...] | None:
+    dim = dim % max(tensor.ndim, 1)
+    total = tensor.shape[dim]
+    if isinstance(split_size, int):
+        lengths = [min(split_size, total - at) for at in range(0, total, split_size)]
+    else:
+        lengths = list(split_size)
+    if sum(lengths) != total:
+        raise ValueError(f"parts of {lengths} are not the {total} of '{tensor.name}'")
+    ends = [sum(lengths[: number + 1]) for number in range(len(lengths))]
+    parts = [_narrow(tensor, dim, end - length, length) for end, length in zip(ends, lengths, strict=True)]
+    return None if None in parts else tuple(part for part in parts if part is not None)
+
+
+def _chunk(tensor: Lazy, chunks: int, dim: int = 0) -> tuple[Lazy, ...] | None:
+    return _split(tensor, max(math.ceil(tensor.shape[dim] / chunks), 1), dim)
+
+
+def _unbind(tensor: Lazy, dim: int = 0) -> tuple[Lazy, ...] | None:
+    dim = dim % tensor.ndim
+    parts = _split(tensor, 1, dim)
+    return parts and tuple(Lazy(part.pieces, (*part.shape[:dim], *part.shape[dim + 1 :])) for part in parts)
+
+
+def _cat(tensors: Sequence[Lazy], dim: int = 0) -> Lazy | None:
+    first = tensors[0]
+    dim = dim % max(first.ndim, 1)
+    for one in tensors:
+        same = one.pieces[0].dtype == first.pieces[0].dtype and one.ndim == first.ndim > 0
+        if not same or any(a != b for d, (a, b) in enumerate(zip(one.shape, first.shape, strict=True)) if d != dim):
+            raise LoadError(f"'{one.name}' and '{first.name}' differ in type or shape; cannot join")
+    outer, inner = math.prod(first.shape[:dim]), math.prod(first.shape[dim + 1 :])
+    rows = [one.shape[dim] * inner for one in tensors]
+    if any(one.transform is not None for one in tensors) or _is_crumbs(first, outer * len(tensors), min(rows)):
+        return None
+    pieces = [
+        p
+        for o in range(outer)
+        for one, row in zip(tensors, rows, strict=True)
+        for p in _cut(one, o * row, (o + 1) * row)
+    ]
+    shape = (*first.shape[:dim], sum(one.shape[dim] for one in tensors), *first.shape[dim + 1 :])
+    return Lazy(pieces or [_nothing(first)], shape)
+
+
+def _stack(tensors: Sequence[Lazy], dim: int = 0) -> Lazy | None:
+    dim = dim % (tensors[0].ndim + 1)
+    longer = [_reshape(one, (*one.shape[:dim], 1, *one.shape[dim:])) for one in tensors]
+    return None if None in longer else _cat([one for one in longer if one is not None], dim)
+
+
+def _reshape(tensor: Lazy, *sizes: Any) -> Lazy | None:
+    """The same numbers in the same order in another shape; blocks stay whole in their rows."""
+    shape = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
+    if -1 in shape:
+        shape[shape.index(-1)] = tensor.numel() // max(-math.prod(shape), 1)
+    if tensor.transform is not None or math.prod(shape) != tensor.numel():
+        return None
+    block = TYPES[kind].block if (kind := tensor.pieces[0].block_type) is not None else 1
+    if shape and shape[-1] % block:
+        raise LoadError(f"'{tensor.name}' would have to be given rows of {shape[-1]}, not of whole blocks of {block}")
+    return Lazy(tensor.pieces, shape)
+
+
+def _squeeze(tensor: Lazy, dim: int | None = None) -> Lazy | None:
+    kept = [s for d, s in enumerate(tensor.shape) if s != 1 or (dim is not None and d != dim % tensor.ndim)]
+    return _reshape(tensor, kept)
+
+
+def _unsqueeze(tensor: Lazy, dim: int) -> Lazy | None:
+    dim = dim % (tensor.ndim + 1)
+    return _reshape(tensor, (*tensor.shape[:dim], 1, *tensor.shape[dim:]))
+
+
+BY_PIECES: Mapping[str, Callable[..., Any]] = {
+    "__getitem__": _getitem, "cat": _cat, "concat": _cat, "stack": _stack, "split": _split, "chunk": _chunk,
+    "unbind": _unbind, "reshape": _reshape, "view": _reshape, "squeeze": _squeeze, "unsqueeze": _unsqueeze,
+    "contiguous": _contiguous, "clone": _contiguous, "detach": _contiguous,
+}  # fmt: skip
+
+
+def _computed(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """Lazy tensors that `func` is applied to when they are read; its shape is what it has on the meta device."""
+    leaves, structure = tree_flatten((tuple(args), dict(named)), is_leaf=lambda leaf: isinstance(leaf, Lazy))
+    inputs = [leaf for leaf in leaves if isinstance(leaf, Lazy)]
+    if any(one.pieces[0].block_type is not None for one in inputs):
+        raise LoadError(f"'{inputs[0].name}' would have to be converted by `{func.__name__}`, which blocks cannot be")
+    if len({one.dtype for one in inputs}) > 1:
+        raise LoadError(f"'{inputs[0].name}' and others differ in type; `{func.__name__}` cannot join them")
+
+    def apply(tensors: Iterable[Tensor]) -> Any:
+        rest = iter(tensors)
+        filled, keywords = tree_unflatten([next(rest) if isinstance(one, Lazy) else one for one in leaves], structure)
+        return func(*filled, **keywords)
+
+    try:
+        outcome = apply(torch.empty(one.shape, dtype=one.dtype, device="meta") for one in inputs)
+    except (RuntimeError, NotImplementedError) as error:
+        raise LoadError(
+            f"'{inputs[0].name}' would have to be converted by `{func.__name__}`, which cannot be planned: {error}"
+        ) from error
+    if isinstance(outcome, Tensor):
+        return _result(inputs, outcome, apply)
+    if isinstance(outcome, tuple | list):
+        return tuple(_result(inputs, one, partial(_one_of, apply, number)) for number, one in enumerate(outcome))
+    return outcome
+
+
+def _one_of(apply: Callable[[Iterable[Tensor]], Any], number: int, tensors: Iterable[Tensor]) -> Tensor:
+    result: Tensor = apply(tensors)[number]
+    return result
+
+
+def _result(inputs: Sequence[Lazy], outcome: Tensor, apply: Callable[[Iterable[Tensor]], Tensor]) -> Lazy:
+    counts = [sum(math.prod(piece.shape) for piece in one.pieces) for one in inputs]
+
+    def transform(numbers: Tensor) -> Tensor:
+        parts = numbers.split(counts)
+        return apply(_made(one, part) for one, part in zip(inputs, parts, strict=True))
+
+    return Lazy([piece for one in inputs for piece in one.pieces], outcome.shape, transform)
+
+
+def _made(tensor: Lazy, numbers: Tensor) -> Tensor:
+    """A tensor from all numbers of its pieces, [n]."""
+    return numbers.view(tensor.shape) if tensor.transform is None else tensor.transform(numbers)

@@ -1,0 +1,235 @@
+"""Hydra's and OmegaConf's errors, retold: value, rule, place and remedy, with the valid choices that they leave out.
+
+Both say what is needed in the text of their messages only, so each known message is a pattern here and the function
+that retells it. What matches none is passed on without the lines that mean nothing to a user.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
+
+from qexp.config.dataclass_io import describe, field_types
+from qexp.config.plugins import PLUGINS, plugin_module, plugin_names
+from qexp.config.schema import TopLevelConfig
+from qexp.config.yaml_options import group_names, option_names, options_of_plugin
+from qexp.errors import QexpError, choices, did_you_mean
+
+MAPPINGS = (
+    "quant_type_kwargs",
+    "model.checkpoints",
+    "model.task_defaults",
+    "task.pipeline_arguments",
+)  # fields that take any names
+NOISE = ("full_key:", "object_type=", "reference_type=", "Config search path:", "provider=", "See https://hydra.cc")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An error's text and that of its cause, the match of the rule that retells it, and the command line."""
+
+    text: str
+    match: re.Match[str]
+    arguments: Sequence[str]
+
+    def __getitem__(self, name: str) -> str:
+        return self.match[name]
+
+    def find(self, pattern: str) -> str:
+        """The first group of a pattern in the text, '' if it is not there."""
+        found = re.search(pattern, self.text, flags=re.MULTILINE)
+        return found[1] if found else ""
+
+    @property
+    def key(self) -> str:
+        return self.find(r"full_key: *(\S*)")
+
+    @property
+    def place(self) -> str:
+        """' (in backend/mine.yaml)' where a yaml and not the command line is at fault, to put behind the value."""
+        name = self.find(r"In '([^']+)'")
+        return f" (in {name}.yaml)" if name not in ("", "config") else ""
+
+    @property
+    def written(self) -> str:
+        """The override as the user wrote it, or the bare key if a yaml set it."""
+        quoted = self.find(r"Error merging override (.*)") or self.find(r"To append to your config use \+(.*)")
+        of_key = [one for one in self.arguments if one.lstrip("+~").partition("=")[0] == self.key]
+        return quoted or (of_key[-1] if of_key else self.key)
+
+
+def explain(error: Exception, arguments: Sequence[str]) -> str:
+    """One message for what went wrong between the command line and the typed configuration."""
+    if isinstance(error, QexpError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}; check the path, or choose another folder with paths.outputs=<folder>"
+    text = f"{error}\n{error.__cause__ or ''}"
+    for pattern, retell in RULES:
+        if match := re.search(pattern, text, flags=re.MULTILINE):
+            return retell(Problem(text, match, arguments))
+    if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf", "yaml"):
+        return _without_noise(text)
+    return f"{type(error).__name__}: {_without_noise(text)} (HYDRA_FULL_ERROR=1 shows where)"
+
+
+def _unknown_option(problem: Problem) -> str:
+    group, _, name = problem["option"].rpartition("/")
+    if group.startswith("schema/"):
+        plugins = plugin_names(group.removeprefix("schema/")) if group.removeprefix("schema/") in PLUGINS else ()
+        return f"/{group}/{name}{problem.place} is no schema{did_you_mean(name, plugins)}; use {choices(plugins)}"
+    names = re.findall(r"^\t(\w+)$", problem.text, flags=re.MULTILINE) or option_names(group)
+    if not names:
+        return _no_group(group, problem.place)
+    return f"{group}={name}{problem.place} is unknown{did_you_mean(name, names)}; use {choices(names)}"
+
+
+def _unknown_group(problem: Problem) -> str:
+    return _no_group(problem["group"], problem.place)
+
+
+def _no_group(name: str, place: str) -> str:
+    groups = group_names()
+    return f"{name}{place} is no group of options{did_you_mean(name, groups)}; use {choices(groups)}"
+
+
+def _unknown_field(problem: Problem) -> str:
+    name, cls = problem["name"], _classes().get(problem["owner"])
+    if cls is None and problem.key.startswith("components"):
+        return f"{problem.written} adds to components: write +{problem.written}"
+    if cls is None and any(name in problem.key for name in MAPPINGS):
+        return f"{problem.written} adds to {problem.key.rpartition('.')[0]}: write +{problem.written}"
+    if cls is None:
+        return f"{problem.written}{problem.place} is not a known field"
+    names = [*field_types(cls), *(["experiment"] if cls is TopLevelConfig else [])]
+    elsewhere = _options_that_have(name, cls)
+    hint = f", only of {elsewhere}: choose from these alone" if elsewhere else did_you_mean(name, names)
+    owner = f" of {_owner(cls)}" if _owner(cls) else ""
+    return f"{problem.written}{problem.place} is not a known field{owner}{hint}; valid here: {choices(names)}"
+
+
+def _options_that_have(name: str, cls: type) -> str:
+    """'backend=torchao or torchao_int8dq': where a field would belong that the plugin of `cls` does not have."""
+    for group in PLUGINS:
+        classes = _plugin_classes(group)
+        having = [plugin for plugin, other in classes.items() if name in field_types(other)]
+        options = [option for plugin in having for option in options_of_plugin(group, plugin)]
+        if cls in classes.values() and options:
+            return f"{group}={choices(options)}"
+    return ""
+
+
+def _wrong_type(problem: Problem) -> str:
+    cls = _classes().get(problem.find(r"object_type=(\w+)"))
+    hint = field_types(cls).get(problem.key.rpartition(".")[2]) if cls else None
+    rule = f"must be {describe(hint)}" if hint is not None else f"does not fit: {problem.match[0]}"
+    return f"{problem.written}{problem.place} {rule}"
+
+
+def _wrong_kind(problem: Problem) -> str:
+    known = _classes()
+    if problem["given"] in known:
+        return f"{problem['given']} and {problem['wanted']} cannot be combined: choose one option of their group"
+    wanted = known.get(problem["wanted"], TopLevelConfig)
+    group, value = _owner(wanted).partition(" ")[0], problem.find(r"\. value: (.*)$")
+    remedy = f"; to choose an option write 'override /{group}: {value}' in the yaml's defaults" if group else ""
+    return f"{value}{problem.place} stands where a group of fields belongs: {choices(field_types(wanted))}{remedy}"
+
+
+def _needs_sweep(problem: Problem) -> str:
+    return f"{problem['override']} gives several values to one experiment; add -m to run one for each"
+
+
+def _sweep_or_list(problem: Problem) -> str:
+    key, _, values = problem["override"].partition("=")
+    if key in group_names():
+        return _needs_sweep(problem)
+    return f"{_needs_sweep(problem)}, or write {key}=[{values}] for a list, or '{key}=\"{values}\"' for a text"
+
+
+def _nothing_chosen(problem: Problem) -> str:
+    given = {key.lstrip("+"): value for key, _, value in (one.partition("=") for one in problem.arguments)}
+    for group in group_names():
+        if given.get(group, "").lower() in ("null", "~"):
+            remedy = "leave it out, or use" if group == "experiment" else "use"
+            return f"{group}={given[group]} chooses nothing; {remedy} {choices(option_names(group))}"
+    return _without_noise(problem.text)
+
+
+def _nothing_to_delete(problem: Problem) -> str:
+    return f"~{problem['key']} deletes nothing{did_you_mean(problem['key'], field_types(TopLevelConfig))}"
+
+
+def _no_interval(problem: Problem) -> str:
+    return "an interval(a,b) has no list of values to run; write values, such as 0,1,2, or range(0,10,2)"
+
+
+def _there_already(problem: Problem) -> str:
+    return f"+{problem['key']} adds what is there already; leave out the +"
+
+
+def _unreadable_override(problem: Problem) -> str:
+    written = problem.find(r"Error parsing override '(.*)'") or problem.find(r"at input '(.*)'")
+    reason = problem.find(r"^(missing .*|extraneous .*|mismatched .*)$")
+    given = [
+        argument
+        for argument in problem.arguments
+        if re.match(r"""\+{0,2}device_map=.*[{,]\s*(""|\'\')\s*:""", argument)
+    ]
+    if given:
+        return (
+            f"cannot read {given[0]}: on the command line, what device_map does not name is '*': "
+            "'device_map={*: cpu}'"
+        )
+    return (
+        f"cannot read {written or 'the command line'}{f' ({reason})' if reason else ''}: an override is key=value "
+        "without spaces around =, and a value with spaces, commas, braces or = is quoted twice: "
+        '\'sweep.notes="a, b"\' or \'task.prompt=["1+1=","a, b"]\''
+    )
+
+
+def _bad_yaml(problem: Problem) -> str:
+    return f"{problem['file']}, line {problem['line']}: {problem.text.splitlines()[0]}; correct the yaml there"
+
+
+RULES: tuple[tuple[str, Callable[[Problem], str]], ...] = (
+    (r"Could not (?:find|load) '(?P<option>[^']+/[^'/]+)'", _unknown_option),
+    (r"Could not override '(?P<group>[^']+)'\. No match in the defaults list", _unknown_group),
+    (r"Key '(?P<name>[^']+)'(?: is)? not in (?:')?(?P<owner>\w+)", _unknown_field),
+    (r"Ambiguous value for argument '(?P<override>.+)'$", _sweep_or_list),
+    (r"Sweep parameters '(?P<override>.+)' requires --multirun", _needs_sweep),
+    (r"does not support sweep type", _no_interval),
+    (r"Config group override must be a string or a list", _nothing_chosen),
+    (r"Could not delete from config\. '(?P<key>[^']+)' does not exist", _nothing_to_delete),
+    (r"An item is already at '(?P<key>[^']+)'", _there_already),
+    (r"Merge error: (?P<given>\w+) is not a subclass of (?P<wanted>\w+)", _wrong_kind),
+    (r"could not be converted to \w+|is not a valid bool|is not Optional", _wrong_type),
+    (r"Cannot (?:convert|merge) .*|Invalid value assigned.*", _wrong_type),
+    (r"Error parsing override|no viable alternative|mismatched input|extraneous input", _unreadable_override),
+    (r'in "(?P<file>[^"]+\.ya?ml)", line (?P<line>\d+)', _bad_yaml),
+)
+
+
+def _plugin_classes(group: str) -> dict[str, type]:
+    return {name: plugin_module(group, name).Config for name in plugin_names(group)}
+
+
+def _classes() -> dict[str, type]:
+    """The dataclasses of the configuration, by the names that their schemas carry in messages."""
+    nested = [hint for hint in field_types(TopLevelConfig).values() if is_dataclass(hint) and isinstance(hint, type)]
+    plugins = [cls for group in PLUGINS for cls in _plugin_classes(group).values()]
+    known: list[type] = [TopLevelConfig, *nested, *plugins]
+    return {cls.__name__: cls for cls in known}
+
+
+def _owner(cls: type) -> str:
+    """'backend none' for a plugin's config, '' for settings that belong to no plugin."""
+    names = [f"{group} {name}" for group in PLUGINS for name, other in _plugin_classes(group).items() if other is cls]
+    return names[0] if names else ""
+
+
+def _without_noise(text: str) -> str:
+    lines = (line.strip() for line in text.splitlines())
+    return "; ".join(dict.fromkeys(line for line in lines if line and line != "None" and not line.startswith(NOISE)))

@@ -1,0 +1,214 @@
+"""Hydra's side of the command line: compose, convert, run each experiment, and answer errors in one message.
+
+Hydra prints the errors it meets itself, without the valid choices, and ends the process. With HYDRA_FULL_ERROR=1 it
+raises them instead; that is set around it here, and taken back for the experiments and for what they start.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from qexp.cli.flags import flags_first
+from qexp.cli.hydra_errors import explain
+from qexp.config.hydra_schema import register_schemas
+from qexp.config.schema import SweepConfig
+from qexp.config.yaml_options import conf_folder
+from qexp.errors import QexpError
+from qexp.experiments.resolve import to_run_config
+from qexp.results.labels import run_label
+from qexp.tracking.session import check_login
+
+if TYPE_CHECKING:
+    from qexp.sweep.job import JobRow
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+DEFAULT_NAME = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"  # of a sweep in conf/sweep/default.yaml: when it began
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run what the command line asks for; returns the exit code, 0 only if every experiment is done.
+
+    A sweep's own end (`sweep/callback.py`) knows better and exits by itself.
+    """
+    wanted = os.environ.get(FULL_ERROR)
+    typed: dict[str, str] = {}  # argument as Hydra gets it -> as it was typed
+    not_done: list[JobRow] = []
+    refusals: list[QexpError] = []  # of a single run; raised through Hydra they would be announced twice
+
+    def job(cfg: DictConfig) -> JobRow | None:
+        with environment(FULL_ERROR, wanted):
+            SweepFolder.unused = None
+            try:
+                row = run_one(cfg)
+            except QexpError as error:
+                refusals.append(error)
+                return None
+            if row.status == "failed" or (row.status != "done" and not in_sweep()):
+                not_done.append(row)
+            return row
+
+    register_schemas()
+    try:
+        sorted_arguments = flags_first(arguments)
+        sys.argv[1:] = defer_to_jobs(sorted_arguments)
+        typed.update(zip(sys.argv[1:], sorted_arguments, strict=True))
+        with environment(FULL_ERROR, "1"):
+            hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)()
+        for refusal in refusals:
+            raise refusal
+    except KeyboardInterrupt:
+        print("interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit:
+        SweepFolder.remove_unused()
+        raise
+    except Exception as error:
+        SweepFolder.remove_unused()
+        if wanted == "1":
+            raise
+        message = explain(error, arguments)
+        for sent, original in typed.items():
+            message = message.replace(sent, original)
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+    return 1 if not_done else 0
+
+
+def run_one(cfg: DictConfig) -> JobRow:
+    """One composed experiment. A setting that is wrong ends a single run here; a sweep goes on with the next."""
+    from qexp.sweep.job import refuse_job, run_job
+
+    overrides = list(HydraConfig.get().overrides.task)
+    try:
+        config = to_run_config(cfg)
+    except QexpError as error:
+        if not in_sweep():
+            raise
+        label = raw_label(cfg)
+        return refuse_job(error, overrides, outputs=cfg.paths.outputs, sweep_name=cfg.sweep.name, label=label)
+    if config.tracking.mode == "online" and not in_sweep():
+        check_login()
+    row = run_job(config, overrides)
+    folder = Path(config.paths.outputs, "runs", row.key)
+    if row.key and folder.exists() and not in_sweep():
+        print(f"  {folder}", flush=True)
+    return row
+
+
+def raw_label(cfg: DictConfig) -> str:
+    """The label of an experiment that does not resolve; '' if not even its parts have names."""
+    try:
+        parts = {
+            name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "backend", "offload", "task")
+        }
+        return run_label({**parts, "components": {"": {"backend": parts["backend"]}}})
+    except (KeyError, TypeError, ValueError, OmegaConfBaseException):
+        return ""
+
+
+def in_sweep() -> bool:
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+class SweepFolder(Callback):
+    """A Hydra callback, ahead of the sweep's own: it has a folder to itself, and W&B an account, before anything runs.
+
+    A sweep that does not compose leaves no folder behind.
+    """
+
+    unused: Path | None = None  # created for this sweep, in which nothing has run yet
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
+        try:
+            SweepConfig(config.sweep.name)
+            if config.tracking.get("mode") == "online":
+                check_login()
+        except QexpError as error:  # Hydra would make it a warning
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        folder = Path(config.hydra.sweep.dir)
+        SweepFolder.unused = None if folder.exists() else folder
+        if re.fullmatch(DEFAULT_NAME, config.sweep.name):
+            _take_free_name(config, folder)
+
+    @classmethod
+    def remove_unused(cls) -> None:
+        if cls.unused is not None:
+            shutil.rmtree(cls.unused, ignore_errors=True)
+
+
+def _take_free_name(config: DictConfig, folder: Path) -> None:
+    """Another sweep that began in the same second has the name: add a number to it, for every experiment."""
+    for number in itertools.count(1):
+        own = folder.with_name(f"{folder.name}_{number}") if number > 1 else folder
+        try:
+            own.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:  # it cannot be written at all: the manifest says so
+            return
+        SweepFolder.unused = own
+        if number > 1:
+            with read_write(config), open_dict(config):
+                config.sweep.name = own.name
+                config.hydra.overrides.task.append(f"sweep.name={own.name}")
+        return
+
+
+def defer_to_jobs(arguments: Sequence[str]) -> list[str]:
+    """Sweep over a group's fields with the group: `backend=a,b backend.x=1` becomes `backend=a,b backend.x=choice(1)`.
+
+    Hydra composes a sweep once without its swept groups, where `backend.x=1` would meet the default backend, which may
+    have no such field. A choice of one is applied in each experiment only.
+    """
+    parser = OverridesParser.create()
+    parsed = {}
+    for argument in arguments:
+        with suppress(HydraException):  # a flag or its value; if it is a mistake, Hydra reports it
+            parsed[argument] = parser.parse_override(argument)
+    swept = {override.key_or_group for override in parsed.values() if override.is_sweep_override()}
+
+    def deferred(argument: str) -> str:
+        override = parsed.get(argument)
+        if override is None or override.is_sweep_override() or override.is_delete():
+            return argument
+        group, dot, _ = override.key_or_group.partition(".")
+        key, _, value = argument.partition("=")
+        return f"{key}=choice({value})" if dot and group in swept else argument
+
+    return [deferred(argument) for argument in arguments]
+
+
+@contextmanager
+def environment(name: str, value: str | None) -> Iterator[None]:
+    """Set a variable, or unset it with None, and put back what was there."""
+    before = os.environ.get(name)
+    _set(name, value)
+    try:
+        yield
+    finally:
+        _set(name, before)
+
+
+def _set(name: str, value: str | None) -> None:
+    os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value

@@ -1,0 +1,51 @@
+"""Hydra's schemas, made from the frozen dataclasses.
+
+A frozen structured config cannot be overridden at all, so each dataclass gets an unfrozen twin without its checks.
+They are stored as `schema/...`, which `conf/` inherits from and which no visible group lists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
+from functools import cache
+from typing import Any
+
+from qexp.config.dataclass_io import field_types
+from qexp.config.plugins import PLUGINS, plugin_module, plugin_names
+from qexp.config.schema import TopLevelConfig
+
+
+@cache
+def schema_of(cls: type) -> type:
+    """The unfrozen twin of a frozen dataclass: the same names, resolved types and defaults, tuples as lists."""
+    types = field_types(cls)
+    twin = [(item.name, _twin_type(types[item.name]), _default(item, types[item.name])) for item in fields(cls)]
+    return make_dataclass(cls.__name__, twin)
+
+
+def register_schemas() -> None:
+    """Store the top-level schema and one for every plugin; calling it again changes nothing."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=schema_of(TopLevelConfig), package="_global_")
+    for group in PLUGINS:
+        for name in plugin_names(group):
+            store.store(group=f"schema/{group}", name=name, node=schema_of(plugin_module(group, name).Config))
+
+
+def _twin_type(hint: Any) -> Any:
+    return schema_of(hint) if is_dataclass(hint) and isinstance(hint, type) else hint
+
+
+def _default(item: Field[Any], hint: Any) -> Any:
+    if is_dataclass(hint) and isinstance(hint, type):
+        return field(default_factory=schema_of(hint))
+    if item.default_factory is not MISSING:
+        return field(default_factory=item.default_factory)
+    if item.default is MISSING:
+        return field(default="???")
+    if isinstance(item.default, tuple):
+        values = list(item.default)
+        return field(default_factory=lambda: list(values))
+    return field(default=item.default)

@@ -1,0 +1,63 @@
+"""Backends, model sources and tasks: a file of the package is an option, and its name is the registry.
+
+A plugin is a module that binds `Config`, a frozen dataclass, at its top level. Files are found by reading their
+syntax tree, so that neighbours which are not plugins (a network, a tensor subclass) are never imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from qexp.config.dataclass_io import from_plain
+from qexp.errors import ConfigError, choices, did_you_mean
+
+PACKAGE_FOLDER = Path(__file__).parents[1]
+# group -> (package whose files are the options, the field that names the file)
+PLUGINS = {
+    "model": ("qexp.models", "source"),
+    "backend": ("qexp.quantizers", "quant_method"),
+    "task": ("qexp.tasks", "name"),
+}
+
+
+@cache
+def plugin_names(group: str) -> tuple[str, ...]:
+    """The options of a plugin group, sorted."""
+    folder = PACKAGE_FOLDER.joinpath(*PLUGINS[group][0].split(".")[1:])
+    return tuple(sorted(path.stem for path in folder.glob("*.py") if _binds_config(path)))
+
+
+def plugin_module(group: str, name: str) -> ModuleType:
+    return importlib.import_module(f"{PLUGINS[group][0]}.{name}")
+
+
+def plugin_config(group: str, values: Any, place: str) -> Any:
+    """Build the frozen config of the plugin that `values` names; `place` is its path in the config, for messages."""
+    names = plugin_names(group)
+    field_name = PLUGINS[group][1]
+    if values is None:
+        raise ConfigError(f"{place}=null chooses nothing; use {choices(names)}")
+    if not isinstance(values, Mapping):
+        remedy = f"write {place}={values} on the command line, or 'override /{group}: {values}' in a yaml's defaults"
+        raise ConfigError(f"{place}={values} is a name where a group of fields belongs; {remedy}")
+    if field_name not in values:
+        raise ConfigError(f"{place}.{field_name} is missing; use {choices(names)}")
+    name = values[field_name]
+    if name not in names:
+        raise ConfigError(f"{place}.{field_name}={name} is unknown{did_you_mean(name, names)}; use {choices(names)}")
+    return from_plain(plugin_module(group, str(name)).Config, values, place)
+
+
+def _binds_config(path: Path) -> bool:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        if "Config" in names or (isinstance(node, ast.ClassDef) and node.name == "Config"):
+            return True
+    return False

@@ -1,0 +1,231 @@
+"""The settings that belong to no plugin, as frozen dataclasses; `RunConfig` is one experiment, completely resolved.
+
+Backends, model sources and tasks declare theirs beside the code that uses them. A field's `__post_init__` checks it
+alone; what depends on several fields is checked in `experiments/resolve.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+from qexp.config.dataclass_io import to_plain
+from qexp.config.offload import STRATEGIES, OffloadConfig
+from qexp.errors import ConfigError, choices, did_you_mean
+
+RESUME_MODES = ("missing", "failed", "stale", "none")
+IMAGE_METRICS = ("psnr_db", "ssim", "relative_l2", "cosine", "latent_relative_l2", "class_accuracy", "frechet_distance")
+TEXT_METRICS = ("perplexity", "kl_divergence", "top1_agreement", "exact_match", "answer_accuracy")
+QUALITY_METRICS = (*IMAGE_METRICS, *TEXT_METRICS)  # of each run, those that its outputs have
+PERCEPTUAL_METRICS = {"lpips": "lpips_net", "clip_score": "clip_model", "fid": "fid_images"}  # and the setting of each
+
+
+def check_choice(place: str, value: object, names: tuple[str, ...]) -> None:
+    if value not in names:
+        raise ConfigError(f"{place}={value} is unknown{did_you_mean(value, names)}; use {choices(names)}")
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """names: the quality metrics to compute from the saved outputs. lpips_net: the classifier of lpips, alex or vgg;
+    clip_model: that of clip_score, a folder or a repository in the cache; fid_images: a folder of real images to
+    compare with, null for the reference's."""
+
+    names: tuple[str, ...] = QUALITY_METRICS
+    lpips_net: str = "alex"
+    clip_model: str = "openai/clip-vit-base-patch16"
+    fid_images: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            check_choice("metrics.names", name, (*QUALITY_METRICS, *PERCEPTUAL_METRICS))
+        check_choice("metrics.lpips_net", self.lpips_net, ("alex", "vgg"))
+
+    def scored(self) -> dict[str, Any]:
+        """What a result says it was scored for: the names, and the settings that change their numbers."""
+        settings = {setting for name, setting in PERCEPTUAL_METRICS.items() if name in self.names}
+        return {"names": list(self.names), **{setting: getattr(self, setting) for setting in sorted(settings)}}
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """mode: offline (a .wandb file in the run folder), online, or none."""
+
+    mode: str = "offline"
+    project: str = "qexp"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("tracking.mode", self.mode, ("offline", "online", "none"))
+
+
+@dataclass(frozen=True)
+class IsolationConfig:
+    """mode: process (each experiment in a process of its own) or inline (in this one, for debuggers)."""
+
+    mode: str = "process"
+    timeout_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("isolation.mode", self.mode, ("process", "inline"))
+        if self.timeout_minutes is None:
+            return
+        if self.timeout_minutes <= 0:
+            raise ConfigError(f"isolation.timeout_minutes={self.timeout_minutes} must be above 0, or null for no limit")
+        if self.mode == "inline":
+            raise ConfigError(
+                f"isolation.timeout_minutes={self.timeout_minutes} needs a process to end, but isolation.mode=inline "
+                "has none; use isolation=process, or isolation.timeout_minutes=null"
+            )
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """name: folder below outputs/sweeps; notes: free text kept in the manifest."""
+
+    name: str = "default"
+    notes: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name.startswith(".") or "/" in self.name:
+            raise ConfigError(f"sweep.name={self.name!r} must be a folder's name: not empty, without /, no . in front")
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """in_flight_mib: tensors read whole and not yet done with (never less than the largest such tensor);
+    workers: threads that read and quantize, null for one a core."""
+
+    in_flight_mib: int = 64
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.in_flight_mib < 1:
+            raise ConfigError(f"loader.in_flight_mib={self.in_flight_mib} must be 1 or more")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"loader.workers={self.workers} must be 1 or more, or null for one a core")
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """dtype: of the unquantized model that outputs are compared with; null is the checkpoint's own.
+    offload: strategy the reference is run with (it changes its memory, not its answer)."""
+
+    dtype: str | None = None
+    offload: str = "none"
+
+    def __post_init__(self) -> None:
+        check_choice("reference.offload", self.offload, STRATEGIES)
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    """path: folder to save the quantized model to; max_shard_gib: of a file of it.
+    push_to_hub: repository to upload it to, user/name; private: of one that is made (null: as its owner's settings
+    say); revision: branch (null: main); commit_message: null names the backend."""
+
+    path: str | None = None
+    max_shard_gib: float = 5.0
+    push_to_hub: str | None = None
+    private: bool | None = None
+    revision: str | None = None
+    commit_message: str | None = None
+
+    @property
+    def wanted(self) -> str:
+        """What was asked for, in the user's words; '' if the model is not to be saved."""
+        places = {name: getattr(self, name) for name in ("path", "push_to_hub")}
+        return " ".join(f"save.{name}={place}" for name, place in places.items() if place is not None)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_shard_gib < inf:
+            raise ConfigError(f"save.max_shard_gib={self.max_shard_gib} must be a number above 0")
+        hub = {name: getattr(self, name) for name in ("private", "revision", "commit_message")}
+        for name, value in hub.items():
+            if value is not None and self.push_to_hub is None:
+                raise ConfigError(
+                    f"save.{name}={value} is about a hub's repository; set save.push_to_hub=user/name too"
+                )
+            if value == "":
+                raise ConfigError(f"save.{name} must not be empty; give it a value, or null")
+
+
+@dataclass(frozen=True)
+class PathsConfig:
+    """outputs: where runs, references and sweeps are kept."""
+
+    outputs: str = "outputs"
+
+
+@dataclass(frozen=True)
+class ComponentConfig:
+    """How one component of a model (a transformer, a text encoder) is quantized."""
+
+    backend: Any
+    skip_modules: tuple[str, ...] = ()
+    keep_in_fp32_modules: tuple[str, ...] = ()
+    compute_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One experiment, completely resolved. `components` has every component that is loaded by our loader."""
+
+    model: Any
+    components: Mapping[str, ComponentConfig]
+    offload: OffloadConfig
+    task: Any
+    metrics: MetricsConfig
+    tracking: TrackingConfig
+    isolation: IsolationConfig
+    sweep: SweepConfig
+    loader: LoaderConfig
+    save: SaveConfig
+    reference: ReferenceConfig
+    paths: PathsConfig
+    device: str
+    seed: int
+    resume: str
+    device_map: Any = None  # auto, …, or module -> device or "disk"; null if everything is on `device`
+    max_memory: Mapping[str, int] | None = None  # bytes by device, "cpu" and "disk"
+
+    def to_container(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars that YAML and JSON can hold; `run_config_from_container` reads them."""
+        container: dict[str, Any] = to_plain(self)
+        return container
+
+
+@dataclass(frozen=True)
+class TopLevelConfig:
+    """The scalars at the top of config.yaml, and a place for every group."""
+
+    model: Any = None
+    backend: Any = None
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    task: Any = None
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    isolation: IsolationConfig = field(default_factory=IsolationConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    components: dict[str, Any] = field(default_factory=dict)
+    compute_dtype: str | None = None
+    device: str = "auto"
+    device_map: Any = None
+    max_memory: Any = None
+    skip_modules: Any = ()
+    keep_in_fp32_modules: tuple[str, ...] = ()
+    low_cpu_mem_usage: bool = True
+    seed: int = 0
+    resume: str = "missing"
+
+    def __post_init__(self) -> None:
+        check_choice("resume", self.resume, RESUME_MODES)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed} must be from 0 to {2**63 - 1}: torch's generators take no other")

@@ -1,0 +1,77 @@
+"""What diffusers' `ModelMixin` asks of its `hf_quantizer`: `save_pretrained`, `dequantize` and the config use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+
+from qexp.interop.interfaces import quantization_config, saves_safetensors
+from qexp.quantizers.base import Quantizer, unquantized_layers
+
+CONFIG_ENTRIES = ("quantization_config", "_pre_quantization_dtype")
+
+
+class InterfaceQuantizer(DiffusersQuantizer):
+    """Our quantizer behind diffusers' interface, for a model that is loaded."""
+
+    def __init__(self, quantizer: Quantizer, quantization_config: Any, modules_to_not_convert: list[str]) -> None:
+        super().__init__(
+            quantization_config, pre_quantized=quantizer.stored, modules_to_not_convert=modules_to_not_convert
+        )
+        self.quantizer = quantizer
+        self.config = quantizer.config
+
+    @property
+    def is_serializable(self) -> bool:
+        return saves_safetensors(self.quantizer)
+
+    @property
+    def is_trainable(self) -> bool:
+        return self.quantizer.is_trainable
+
+    def get_state_dict_and_metadata(
+        self, state_dict: Mapping[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        if not safe_serialization:
+            return dict(state_dict), {}
+        return self.quantizer.get_state_dict_and_metadata(state_dict)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return self.quantizer.update_device_map(device_map)
+
+    def adjust_target_dtype(self, torch_dtype: Any) -> Any:
+        return self.quantizer.adjust_target_dtype(torch_dtype)
+
+    def get_special_dtypes_update(self, model: Any, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return self.quantizer.get_special_dtypes_update(model, torch_dtype)
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        return self.quantizer.adjust_max_memory(max_memory)
+
+    def calibrate(self, model: Any, run: Callable[[], object]) -> None:
+        self.quantizer.calibrate(model, run)
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return self.quantizer.dequantize(model, dtype)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("this quantizer belongs to a model that is loaded; qexp.load() loads models")
+
+    _process_model_after_weight_loading = _process_model_before_weight_loading
+
+
+def attach(model: Any, quantizer: Quantizer) -> InterfaceQuantizer:
+    config = quantization_config(model, quantizer, auto)
+    model.register_to_config(quantization_config=config, _pre_quantization_dtype=model._pre_quantization_dtype)
+    return InterfaceQuantizer(quantizer, config, unquantized_layers(quantizer, model))
+
+
+def detach(model: Any) -> None:
+    model._internal_dict = FrozenDict(
+        {name: value for name, value in model.config.items() if name not in CONFIG_ENTRIES}
+    )

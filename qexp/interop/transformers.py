@@ -1,0 +1,83 @@
+"""What transformers' `PreTrainedModel` asks of its `hf_quantizer`: `save_pretrained`, `dequantize`, training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from qexp.config.module_patterns import anywhere
+from qexp.interop.interfaces import quantization_config, saves_safetensors
+from qexp.quantizers.base import Quantizer
+
+
+class InterfaceQuantizer(HfQuantizer):
+    """Our quantizer behind transformers' interface, for a model that is loaded."""
+
+    def __init__(self, quantizer: Quantizer, quantization_config: Any) -> None:
+        super().__init__(quantization_config, pre_quantized=quantizer.stored)
+        self.quantizer = quantizer
+        self.config = quantizer.config
+
+    def is_serializable(self) -> bool:
+        """Not quanto's: transformers would open it with weights that are not in it, and say so in a report only."""
+        return saves_safetensors(self.quantizer) and self.quantizer.quantization_method != "quanto"
+
+    @property
+    def is_trainable(self) -> bool:
+        return self.quantizer.is_trainable
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self.quantizer.get_state_dict_and_metadata(model.state_dict())
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return self.quantizer.is_quantized(model.get_submodule(param_name.rpartition(".")[0]))
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return self.quantizer.update_device_map(device_map)
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        return self.quantizer.adjust_max_memory(max_memory)
+
+    def calibrate(self, model: Any, run: Callable[[], object]) -> None:
+        self.quantizer.calibrate(model, run)
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return self.quantizer.dequantize(model, dtype)
+
+
+def kept_by_class(model: Any, dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Patterns of what stays (in fp32, unquantized), by transformers' rules.
+
+    `_keep_in_fp32_modules` are in fp32 where the others are in fp16 (their values leave its range), the strict ones in
+    bf16 models as well; an entry is any part of a name. None of them is ever quantized: their callers look at dtypes.
+    """
+    kept, strict = (
+        sorted(getattr(model, name, None) or ()) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    )
+    in_fp32 = (*(kept if dtype == torch.float16 else ()), *strict)
+    return tuple(anywhere(f"*{entry}*") for entry in in_fp32), tuple(map(anywhere, kept))
+
+
+def attach(model: Any, quantizer: Quantizer) -> InterfaceQuantizer:
+    model.config.quantization_config = quantization_config(model, quantizer, auto)
+    _set_quantized(model, True)
+    return InterfaceQuantizer(quantizer, model.config.quantization_config)
+
+
+def detach(model: Any) -> None:
+    vars(model.config).pop("quantization_config", None)
+    _set_quantized(model, False)
+
+
+def _set_quantized(model: Any, is_quantized: bool) -> None:
+    """Of the model and the models in it; attention kernels choose the dtype to compute in by it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and is_quantized:
+            module.config._is_quantized = True
+        elif isinstance(module, PreTrainedModel):
+            vars(module.config).pop("_is_quantized", None)

@@ -1,0 +1,172 @@
+"""What keeps a quantized model from being cast, and moves, copies and measures it right.
+
+`Module.to(dtype)`, `.half()` and their like would cast the packed bytes of some formats and the scales of others, and
+say nothing. `Module.to(device)` and `copy.deepcopy` lose parts of some: the scales that LLM.int8 keeps beside its
+weight after the first forward, the layout of a frozen quanto weight. A guarded model refuses the former and does the
+latter on the plain tensors in which the bytes lie, whatever the format.
+
+The guard is a class put before the model's own (`model.__class__` becomes a subclass of the same name), so that a model
+refers to nothing that refers to it, and is freed when it is let go. `unguard` puts the model's own class back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from qexp.errors import ConfigError
+from qexp.offloading.engine import HOOK_MARK
+from qexp.offloading.payload import Site, converted, is_plain, module_nbytes, sites
+
+CLASSES = "_qexp_parameter_classes"  # entry of a pickled model's state
+PROBES = (torch.float32, torch.float16)  # any cast changes one of them
+
+
+class Guarded(nn.Module):
+    """The guard, as a class in front of a model's own. What it does not define is the model's."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """To a device. Raises: ConfigError for a dtype, or a tensor, which has one."""
+        if torch._C._nn._parse_to(*args, **kwargs)[1] is not None:
+            raise _refusal(self, ".to(dtype)")
+        return super().to(*args, **kwargs)
+
+    def cuda(self, device: int | torch.device | None = None) -> Any:
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda"))
+
+    def half(self) -> Any:
+        raise _refusal(self, ".half()")
+
+    def float(self) -> Any:
+        raise _refusal(self, ".float()")
+
+    def double(self) -> Any:
+        raise _refusal(self, ".double()")
+
+    def bfloat16(self) -> Any:
+        raise _refusal(self, ".bfloat16()")
+
+    def type(self, dst_type: torch.dtype | str) -> Any:
+        raise _refusal(self, ".type(dtype)")
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Put ordinary linear layers back, in place, in the dtype the weights were quantized from, or in `dtype`.
+
+        What says that the model is quantized goes, this guard included: it can be cast, trained and saved like any
+        other. An offloaded model is offloaded again. Raises: ConfigError if hooks of accelerate hold its weights.
+        """
+        from qexp.loading.registration import dequantize, registered_quantizer
+
+        quantizer = registered_quantizer(self)
+        assert quantizer is not None  # what is guarded is registered
+        return dequantize(self, quantizer, dtype)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes that the model's weights really occupy, inner tensors and scales included."""
+        if return_buffers:
+            return module_nbytes(self)
+        buffers = nn.ParameterList(nn.Parameter(buffer, requires_grad=False) for buffer in self.buffers())
+        return module_nbytes(self) - module_nbytes(buffers)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What all of the above come down to, and what a module that holds this one calls."""
+        if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in PROBES):
+            raise _refusal(self, "a cast")
+        _refuse_offloaded(self, "moved")
+        apart = _special_sites(self)
+        before = [store[name] for store, name in apart]
+        after = converted(before, fn)
+        for store, name in apart:
+            store[name] = None
+        try:
+            super()._apply(fn, recurse)
+        except BaseException:
+            after = before
+            raise
+        finally:
+            for (store, name), value in zip(apart, after, strict=True):
+                store[name] = value
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        _refuse_offloaded(self, "copied")
+        values = [store[name] for store, name in _special_sites(self)]
+        memo.update({id(value): twin for value, twin in zip(values, converted(values, Tensor.clone), strict=True)})
+        if hasattr(super(), "__deepcopy__"):
+            return super().__deepcopy__(memo)  # type: ignore[misc]  # a model's class may have one
+        twin = _new(_own_class(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(super().__reduce_ex__(4)[2], memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as its own class and the guard, since nobody could look the class of both up by its name.
+
+        torch pickles a parameter of bitsandbytes' classes as an ordinary one with attributes: the classes go along.
+        """
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, state, *rest = reduced
+        classes = {
+            name: type(parameter)
+            for name, parameter in self.named_parameters(remove_duplicate=False)
+            if not is_plain(parameter) and not is_traceable_wrapper_subclass(parameter)
+        }
+        return (_new, (_own_class(self),), {**state, CLASSES: classes}, *rest)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        classes = state.pop(CLASSES, {})
+        super().__setstate__(state)
+        for name, kind in classes.items():
+            self.get_parameter(name).__class__ = kind
+
+
+def guard(model: nn.Module) -> None:
+    if not isinstance(model, Guarded):
+        model.__class__ = _guarded_class(type(model))  # type: ignore[arg-type]  # mypy: classes are not hashable
+
+
+def unguard(model: nn.Module) -> None:
+    if isinstance(model, Guarded):
+        model.__class__ = _own_class(model)
+
+
+@cache
+def _guarded_class(own: Any) -> Any:
+    names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(own)(own.__name__, (Guarded, own), names)
+
+
+def _own_class(model: nn.Module) -> Any:
+    return type(model).__bases__[1]
+
+
+def _new(own: Any) -> Any:
+    kind = _guarded_class(own)
+    return kind.__new__(kind)
+
+
+def _special_sites(model: nn.Module) -> list[Site]:
+    """Where the model keeps values that are more than their own bytes."""
+    return [(store, name) for part in model.modules() for store, name in sites(part) if not is_plain(store[name])]
+
+
+def _refuse_offloaded(model: nn.Module, what: str) -> None:
+    if any(hasattr(module, HOOK_MARK) for module in model.modules()):
+        raise ConfigError(
+            f"an offloaded model cannot be {what}: its weights travel to the compute device by themselves; "
+            "call qexp.remove_offload(model) first"
+        )
+
+
+def _refusal(model: Any, what: str) -> ConfigError:
+    dtype = str(model._pre_quantization_dtype).removeprefix("torch.")
+    return ConfigError(
+        f"{what} on a model quantized with {model.quantization_method}: its weights cannot be cast. It computes in "
+        f"{dtype}; load it with another compute_dtype (model.to(device) moves it), or call model.dequantize() first"
+    )

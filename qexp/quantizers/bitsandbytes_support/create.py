@@ -1,0 +1,129 @@
+"""Dense weights to bitsandbytes parameters, in slices of rows: the library's bytes, without its temporary memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from qexp.quantizers import base
+from qexp.quantizers.bitsandbytes_support.library import library
+from qexp.system.memory import use_huge_pages
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
+
+NESTED_BLOCK_SIZE = 256
+Quantize = Callable[["Tensor", "Tensor", "Tensor"], None]  # (weights, where to put the packed bytes, and the absmaxes)
+
+
+def create_4bit(
+    config: BitsAndBytesConfig, spec: base.WeightSpec, weight: Tensor | base.Rows, device: torch.device
+) -> nn.Parameter:
+    import torch
+
+    functional, quant_type = library().functional, config.bnb_4bit_quant_type
+    block = config.bnb_4bit_blocksize
+    packed = use_huge_pages(torch.empty(math.ceil(spec.numel / 2), 1, dtype=torch.uint8, device=device))
+    absmax = torch.empty(math.ceil(spec.numel / block), dtype=torch.float32, device=device)
+    rows_a_block = block // math.gcd(spec.shape[1], block)
+    code = functional.get_4bit_type(quant_type, device=device)
+    on_cpu = device.type == "cpu"
+    quantize = _quantize_on_cpu(code, block) if on_cpu else _quantize_by_library(quant_type, block, device)
+    for rows, part in base.row_slices(spec, weight, device, rows_a_block, check=not on_cpu):
+        first, last = rows.start * spec.shape[1], rows.stop * spec.shape[1]
+        largest = absmax[first // block : math.ceil(last / block)]
+        quantize(part, packed[first // 2 : math.ceil(last / 2), 0], largest)
+        if on_cpu:
+            base.check_slice(spec, rows, largest)  # of a block that is not finite, neither is the absmax
+    offset, state2 = None, None
+    if config.bnb_4bit_use_double_quant:
+        offset = absmax.mean()
+        centred, nested_code = absmax - offset, _nested_code(device)
+        with _blockwise(device):
+            absmax, state2 = functional.quantize_blockwise(centred, nested_code, blocksize=NESTED_BLOCK_SIZE)
+    state = functional.QuantState(
+        absmax=absmax,
+        shape=torch.Size(spec.shape),
+        dtype=spec.dtype,
+        blocksize=block,
+        code=code,
+        quant_type=quant_type,
+        offset=offset,
+        state2=state2,
+    )
+    storage: torch.dtype = getattr(torch, config.bnb_4bit_quant_storage)
+    return library().nn.Params4bit(
+        packed.view(-1).view(storage).unsqueeze(1),
+        requires_grad=False,
+        quant_state=state,
+        blocksize=block,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_type=quant_type,
+        quant_storage=storage,
+        bnb_quantized=True,
+    )
+
+
+def create_8bit(spec: base.WeightSpec, weight: Tensor | base.Rows, device: torch.device) -> nn.Parameter:
+    import torch
+
+    from qexp.quantizers.cpu_kernels.rowwise_8bit import llm_int8
+
+    half = base.WeightSpec(spec.module, spec.shape, torch.float16)  # the library quantizes from fp16 alone
+    rows_of, on_cpu = base.RowAssembler(spec.shape[0]), device.type == "cpu"
+    for rows, part in base.row_slices(spec if on_cpu else half, weight, device, check=not on_cpu):
+        values, scale = llm_int8(part) if on_cpu else library().functional.int8_vectorwise_quant(part)[:2]
+        if on_cpu:
+            base.check_slice(half, rows, scale)
+        rows_of.add(rows, {"CB": values, "SCB": scale})
+    values, scale = rows_of.inner["CB"], rows_of.inner["SCB"]
+    return library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
+
+
+def _quantize_on_cpu(code: Tensor, blocksize: int) -> Quantize:
+    """Faster than the library, with its bytes."""
+    from qexp.quantizers.cpu_kernels.blockwise_4bit import code_table, quantize_4bit
+
+    table = code_table(code)
+    return lambda part, packed, absmax: quantize_4bit(part, table, blocksize, packed, absmax)
+
+
+def _quantize_by_library(quant_type: str, blocksize: int, device: torch.device) -> Quantize:
+    def quantize(part: Tensor, packed: Tensor, absmax: Tensor) -> None:
+        with _blockwise(device):
+            bytes_, state = library().functional.quantize_4bit(part, blocksize=blocksize, quant_type=quant_type)
+        packed.copy_(bytes_.view(-1))
+        absmax.copy_(state.absmax)
+
+    return quantize
+
+
+@base.once
+def _nested_code(device: torch.device) -> Tensor:
+    """The library's own, which it has on the first device alone, and copies to others with every call."""
+    code: Tensor = library().functional.create_dynamic_map().to(device)
+    return code
+
+
+@contextmanager
+def _blockwise(device: torch.device) -> Iterator[None]:
+    """The library's kernels that quantize blocks take no stream: on CUDA they run on the device's default one, whatever
+    the current one is (0.50.2; github.com/bitsandbytes-foundation/bitsandbytes/pull/2052). Each waits for the other:
+    for what the current one has made before the block, and for what they make in it."""
+    import torch
+
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+    if not hasattr(module, "default_stream"):
+        yield
+        return
+    default, current = module.default_stream(device), module.current_stream(device)
+    default.wait_stream(current)
+    try:
+        yield
+    finally:
+        current.wait_stream(default)

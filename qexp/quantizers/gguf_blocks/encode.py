@@ -1,0 +1,180 @@
+"""fp32 weights to GGUF blocks: fp32 [blocks, weights of a block] -> uint8 [blocks, bytes of a block].
+
+    Q8_0            q = round(w / d), d = max|w| / 127
+    Q4_0, Q5_0      q = floor(w / d + 2^(b-1) + 1/2) in 0..2^b - 1, where d puts the weight of largest magnitude,
+                    with its sign, on -2^(b-1)
+    Q4_1, Q5_1      q = floor((w - min) / d + 1/2), d = (max - min) / (2^b - 1)
+    TQ1_0, TQ2_0    q = round(w / d) in -1..1, d = max|w|: for models that were trained ternary
+    MXFP4           the nearest E2M1 float, scaled by 2^(floor(log2(max|w|)) - 2)
+
+d and min are then stored in fp16 (MXFP4: the exponent alone). The bytes are those of gguf-py, ties and all: rounding is
+half away from zero, and of two weights with the largest magnitude the first counts. (Blocks below 2^-120 excepted:
+there gguf-py converts infinities and negative numbers to bytes. They are zeros in fp16, MXFP4 apart.)
+
+Floats are converted by way of int8: torch converts them to uint8 one by one.
+
+Source: https://github.com/ggml-org/ggml (ggml-quants.c) and its Python package, quants.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qexp.checkpoints.gguf_types import TYPES
+
+Encoder = Callable[[Tensor], Tensor]
+
+BELOW_HALF = 0.49999997  # the fp32 number before 1/2; adding it and cutting off the fraction rounds half up, exactly
+GATHER_BITS = 0x0102040810204080  # times eight bytes of 0 or 1: their bits come together in the top byte
+E2M1_MIDDLES = (0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0)  # between the magnitudes 0 1 2 3 4 6 8 12; a tie goes down
+
+
+def encode(name: str, rows: Tensor) -> Tensor:
+    """Encoded rows, uint8 [n, bytes of a row], of weights [n, in].
+
+    Raises: OverflowError if a block's scale or minimum leaves the range of fp16.
+    """
+    kind = TYPES[name]
+    if rows.device.type == "cpu":
+        from qexp.quantizers.gguf_blocks import kernels  # which needs this module
+
+        if name in kernels.ENCODED:
+            return kernels.encode(name, rows.contiguous())
+    blocks = rows.float().reshape(-1, kind.block)
+    return ENCODERS[name](blocks).view(rows.shape[0], -1)
+
+
+def half_bytes(numbers: Tensor) -> Tensor:
+    """fp32 numbers as bytes of fp16: [n, 1] -> uint8 [n, 2]."""
+    rounded = numbers.half()
+    if bool(rounded.isinf().any()):
+        raise OverflowError(f"{numbers.abs().max().item():g} is beyond 65504, the largest fp16 number")
+    return rounded.view(torch.uint8)
+
+
+def inverse_of(d: Tensor) -> Tensor:
+    """1 / d; 0 where d is zero, or so small that it will be zero in fp16."""
+    inverse = 1 / d
+    return inverse.masked_fill_(inverse.isinf(), 0)
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """Two to a byte, the second half of a block above the first: uint8 [n, k] -> [n, k / 2]."""
+    low, high = codes.chunk(2, dim=1)
+    return (low & 15) | (high << 4)
+
+
+def _fifth_bits(codes: Tensor) -> Tensor:
+    """Bit 4 of each code: uint8 [n, 32] -> uint8 [n, 4]."""
+    words = (codes >> 4).view(torch.int64)  # [n, 4]
+    return (words * GATHER_BITS >> 56).to(torch.uint8)
+
+
+def _extreme(blocks: Tensor) -> Tensor:
+    """The weight of largest magnitude with its sign, the first if there are two: [n, k] -> [n, 1]."""
+    high, low = blocks.amax(dim=1, keepdim=True), blocks.amin(dim=1, keepdim=True)
+    extreme = torch.where(-low > high, low, high)
+    tied = (-low == high).flatten().nonzero().flatten()
+    if len(tied):
+        few = blocks[tied]
+        extreme[tied] = few.gather(1, few.abs().argmax(dim=1, keepdim=True))
+    return extreme
+
+
+def _around_zero(blocks: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """(scale as fp16 bytes, codes uint8) of Q4_0 and Q5_0; levels = 2^bits."""
+    d = _extreme(blocks) / (-levels // 2)
+    codes = (blocks * inverse_of(d)).add_(levels // 2 + 0.5).to(torch.int8).clamp_(max=levels - 1)
+    return half_bytes(d), codes.view(torch.uint8)
+
+
+def _from_minimum(blocks: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """(scale and minimum as fp16 bytes, codes uint8) of Q4_1 and Q5_1."""
+    high, low = blocks.amax(dim=1, keepdim=True), blocks.amin(dim=1, keepdim=True)
+    d, low = (high - low) / (levels - 1), low + 0.0  # + 0.0: which zero is the minimum of both is left open
+    codes = (blocks - low).mul_(inverse_of(d)).add_(0.5).to(torch.int8).clamp_(max=levels - 1)
+    return torch.cat([half_bytes(d), half_bytes(low)], dim=1), codes.view(torch.uint8)
+
+
+def _rounded(blocks: Tensor, d: Tensor) -> Tensor:
+    """round(w / d), half away from zero, as int8."""
+    scaled = blocks * inverse_of(d)
+    return scaled.add_(torch.full_like(d, BELOW_HALF).copysign(scaled)).to(torch.int8)
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    d, codes = _around_zero(blocks, 16)
+    return torch.cat([d, _nibbles(codes)], dim=1)
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    d, codes = _around_zero(blocks, 32)
+    return torch.cat([d, _fifth_bits(codes), _nibbles(codes)], dim=1)
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    scales, codes = _from_minimum(blocks, 16)
+    return torch.cat([scales, _nibbles(codes)], dim=1)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    scales, codes = _from_minimum(blocks, 32)
+    return torch.cat([scales, _fifth_bits(codes), _nibbles(codes)], dim=1)
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    d = blocks.abs().amax(dim=1, keepdim=True) / 127
+    return torch.cat([half_bytes(d), _rounded(blocks, d).view(torch.uint8)], dim=1)
+
+
+def _ternary(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale as fp16 bytes, codes uint8 0..2)."""
+    d = blocks.abs().amax(dim=1, keepdim=True)
+    return half_bytes(d), _rounded(blocks, d).add_(1).view(torch.uint8)
+
+
+def _tq1_0(blocks: Tensor) -> Tensor:
+    d, codes = _ternary(blocks)
+    parts = [  # the digits of a byte lie 32, 16 or 4 weights apart, the most significant first
+        _base_3(codes[:, :160].view(-1, 5, 32)),
+        _base_3(codes[:, 160:240].view(-1, 5, 16)),
+        _base_3(codes[:, 240:].view(-1, 4, 4)),
+    ]
+    numbers = torch.cat(parts, dim=1).to(torch.int32)
+    return torch.cat([((numbers * 256 + 242) // 243).to(torch.uint8), d], dim=1)
+
+
+def _base_3(digits: Tensor) -> Tensor:
+    """Five digits as a number up to 242, four as one that is divisible by three: uint8 [n, 4 or 5, k] -> [n, k]."""
+    number = torch.zeros_like(digits[:, 0])
+    for index in range(5):
+        number.mul_(3)
+        if index < digits.shape[1]:
+            number.add_(digits[:, index])
+    return number
+
+
+def _tq2_0(blocks: Tensor) -> Tensor:
+    d, codes = _ternary(blocks)
+    first, second, third, fourth = codes.view(-1, 2, 4, 32).unbind(dim=2)
+    return torch.cat([(first | second << 2 | third << 4 | fourth << 6).flatten(1), d], dim=1)
+
+
+def _mxfp4(blocks: Tensor) -> Tensor:
+    largest = blocks.abs().amax(dim=1, keepdim=True)
+    exponent = torch.where(largest > 0, largest.log2().floor() + 125, 0).clamp_(min=0)  # of a block of zeros: 0
+    magnitudes, unit = blocks.abs(), torch.exp2(exponent - 128)
+    codes = torch.zeros(blocks.shape, dtype=torch.uint8, device=blocks.device)
+    for middle in E2M1_MIDDLES:
+        codes += magnitudes > middle * unit
+    codes += ((blocks < 0) & (codes > 0)).to(torch.uint8) << 3
+    return torch.cat([exponent.to(torch.uint8), _nibbles(codes)], dim=1)
+
+
+ENCODERS: dict[str, Encoder] = {
+    "Q8_0": _q8_0, "Q5_1": _q5_1, "Q5_0": _q5_0, "Q4_1": _q4_1, "Q4_0": _q4_0,
+    "MXFP4": _mxfp4, "TQ2_0": _tq2_0, "TQ1_0": _tq1_0,
+}  # fmt: skip

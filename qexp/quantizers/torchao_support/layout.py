@@ -1,0 +1,209 @@
+"""What torchao's types do, found by doing it: how a quantized weight lies in memory, and what runs on this machine.
+
+torchao says neither. The inner tensors of a weight are those of one on meta, which costs no memory; where each grows
+in proportion to the rows, a weight can be quantized in slices of rows and put together. What a machine runs is tried
+on a small layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.errors import ConfigError, UnsupportedError
+from qexp.quantizers.stored import FLOATS, Part
+from qexp.quantizers.torchao_support.library import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8WeightOnlyConfig,
+    build,
+    inner_tensors,
+    is_quantized,
+    quantize,
+)
+from qexp.quantizers.torchao_support.names import SHORTHANDS
+from qexp.quantizers.torchao_support.types import library_call
+
+ROWS, COLUMNS = 64, 512  # of the layer that is tried
+DTYPES = (torch.bfloat16, torch.float32)
+NEEDS = {  # what a machine must have for a class, where torchao's own message does not say it
+    "Float8DynamicActivationFloat8WeightConfig": "compute capability 8.9",
+    "Int4WeightOnlyConfig": "a GPU of compute capability 8.0",
+    "MXDynamicActivationMXWeightConfig": "compute capability 10.0",
+    "NVFP4DynamicActivationNVFP4WeightConfig": "compute capability 10.0",
+}
+REFUSALS = (AssertionError, AttributeError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """parts: inner tensor -> (shape, dtype). rows_multiple: how many rows a slice that is quantized by itself may be a
+    multiple of; None if only the whole weight can be quantized."""
+
+    parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    rows_multiple: int | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.parts.values())
+
+
+def layout_of(config: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Layout | None:
+    """How a weight [out, in] of this dtype is stored; None if torchao would leave it as it is.
+
+    Raises: ConfigError for a weight that torchao refuses.
+    """
+    rows, columns = shape
+    for multiple in (1, 16):  # some kernels take only 16 rows at a time
+        parts = _parts_of_slice(config, multiple, columns, dtype) if rows % multiple == 0 else None
+        if parts is not None:
+            count = rows // multiple
+            grown = {name: ((count * size[0], *size[1:]), kind) for name, (size, kind) in parts.items()}
+            return Layout(grown, multiple)
+    try:
+        found = _parts(config, shape, dtype, torch.device("meta"))
+    except REFUSALS:
+        try:
+            found = _parts(config, shape, dtype, device)  # what looks at the values cannot run on meta
+        except REFUSALS as error:
+            kind = str(dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"torchao's {type(config).__name__} refuses a weight of shape {list(shape)} in {kind}: {_text(error)}; "
+                "add the layer to skip_modules, or use another compute_dtype"
+            ) from None
+    return None if found is None else Layout(found, None)
+
+
+def stored_layout(config: Any, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Part]:
+    """What a file must hold of a weight; nothing for what cannot be made here, which is compared when it is read."""
+    if isinstance(config, Float8DynamicActivationFloat8WeightConfig):  # whose weights are the same, and made anywhere
+        config = Float8WeightOnlyConfig(config.weight_dtype, granularity=config.granularity[1])
+    try:
+        layout = layout_of(config, shape, dtype, torch.device("cpu"))
+    except ConfigError:
+        return {}
+    parts = {} if layout is None else layout.parts
+    return {name: Part(_stored_dtypes(kind), (size,)) for name, (size, kind) in parts.items()}
+
+
+def _stored_dtypes(dtype: torch.dtype) -> tuple[str, ...]:
+    """By safetensors' names; the floats of a scale have been those of another compute dtype, perhaps."""
+    if dtype.is_floating_point and dtype.itemsize > 1:
+        return FLOATS
+    return tuple(name for name, known in TORCH_DTYPES.items() if known == dtype)
+
+
+Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def _parts(config: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Parts | None:
+    tensor = quantize(torch.ones(shape, dtype=dtype, device=device), config)
+    if not is_quantized(tensor):
+        return None
+    return {name: (tuple(part.shape), part.dtype) for name, part in inner_tensors(tensor).items()}
+
+
+def _parts_of_slice(config: Any, rows: int, columns: int, dtype: torch.dtype) -> Parts | None:
+    """The inner tensors of a slice of so many rows, if those of twice and three times as many are as much longer."""
+    try:
+        once, twice, thrice = (_parts(config, (n * rows, columns), dtype, torch.device("meta")) for n in (1, 2, 3))
+    except REFUSALS:
+        return None
+    if once is None or twice is None or thrice is None:
+        return None
+
+    def times(count: int) -> Parts | None:
+        if not all(size for size, _ in once.values()):
+            return None
+        return {name: ((count * size[0], *size[1:]), kind) for name, (size, kind) in once.items()}
+
+    return once if times(2) == twice and times(3) == thrice else None
+
+
+def check_machine(name: str, config: Any, device: torch.device) -> None:
+    """Raises UnsupportedError unless layers of this config can be made and run on `device`; name: what the user typed.
+
+    Raises: ConfigError for a config that would make something worthless.
+    """
+    reason = obstacle(config, device)
+    if reason is None:
+        return
+    need = NEEDS.get(type(config).__name__)
+    why = f"needs {need}; here: {_here(device)}" if need else f"does not run here, on {_here(device)}"
+    raise UnsupportedError(
+        f"backend.quant_type={name} {why} (torchao: {reason}). On this machine: {', '.join(running_types(device))}; "
+        "through qexp_packed also int4wo, uint1wo … uint8wo and fpX_eAwB"
+    )
+
+
+def running_types(device: torch.device) -> list[str]:
+    """The shorthands of torchao's that run on a device."""
+    configs = {name: build(*library_call(name, {}, None)) for name in SHORTHANDS}
+    return [name for name, config in configs.items() if obstacle(config, device) is None]
+
+
+def obstacle(config: Any, device: torch.device) -> str | None:
+    """What keeps a small layer from being quantized and run, in torchao's words; None if nothing does."""
+    reasons = []
+    for dtype in DTYPES:
+        try:
+            _try_layer(config, dtype, device)
+            return None
+        except ConfigError:
+            raise
+        except REFUSALS as error:
+            reasons.append(_text(error))
+    return reasons[0]
+
+
+def _try_layer(config: Any, dtype: torch.dtype, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    group_size = getattr(getattr(config, "granularity", config), "group_size", None)
+    columns = math.lcm(COLUMNS, group_size if isinstance(group_size, int) else 1)
+    dense = torch.randn(ROWS, columns, generator=generator).to(device=device, dtype=dtype)
+    weight = quantize(dense, config)
+    if not is_quantized(weight):
+        raise ConfigError(
+            f"backend.quant_type: torchao's {type(config).__name__} leaves a layer of {ROWS} x {columns} as it is, "
+            "without a word; use other quant_type_kwargs"
+        )
+    stored = sum(part.nbytes for part in inner_tensors(weight).values())
+    if stored >= dense.nbytes:
+        raise ConfigError(
+            f"backend.quant_type: torchao's {type(config).__name__} takes {8 * stored / dense.numel():.1f} bits a "
+            f"weight, where {8 * dtype.itemsize} are enough for the weight itself; use another type"
+        )
+    answer = torch.nn.functional.linear(dense[:2], weight)
+    if not answer.any():
+        raise ConfigError(
+            f"backend.quant_type: torchao's {type(config).__name__} with these quant_type_kwargs makes every weight "
+            "zero; use uint1wo for one bit, or more bits"
+        )
+
+
+def check_runs(layer: Any, quant_type: str, device: torch.device) -> None:
+    """Raises UnsupportedError for a layer of stored weights that cannot be run on `device`."""
+    try:
+        with torch.no_grad():
+            layer(torch.ones(16, layer.weight.shape[1], dtype=layer.weight.dtype, device=device))
+    except REFUSALS as error:
+        raise UnsupportedError(
+            f"the checkpoint holds {quant_type} weights, which do not run on {device}: {_text(error)}; "
+            "use another machine, or dequantize it there and save it"
+        ) from None
+
+
+def _here(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{device}, compute capability {major}.{minor}"
+
+
+def _text(error: BaseException) -> str:
+    """The first line of a message, or its kind if there is none."""
+    return next(iter(str(error).strip().splitlines()), "").rstrip(".") or type(error).__name__

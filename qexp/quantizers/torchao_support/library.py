@@ -1,0 +1,205 @@
+"""torchao's config objects from plain values, and what they make of a weight.
+
+Imported by nothing before a model is loaded: it imports torch and torchao.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.quantizers import base
+from qexp.quantizers.torchao_support.names import SHORTHANDS
+from qexp.quantizers.torchao_support.types import library_call
+
+with base.quiet():  # warns of kernels for other machines
+    from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Float8WeightOnlyConfig,
+        FqnToConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        PerGroup,
+        PerRow,
+        quantize_,
+    )
+    from torchao.utils import TorchAOBaseTensor
+
+__all__ = [
+    "Float8DynamicActivationFloat8WeightConfig",
+    "Float8WeightOnlyConfig",
+    "build",
+    "config_classes",
+    "config_for",
+    "dequantize",
+    "inner_tensors",
+    "int8_group_size",
+    "is_quantized",
+    "quantize",
+]
+VALUES = "torchao.quantization"  # where granularities and the like are, beside the modules that have configs
+
+
+@cache
+def config_classes() -> dict[str, Any]:
+    """Every config class that torchao can read back from a config.json, by name."""
+    found: dict[str, Any] = {}
+    for name in sorted(ALLOWED_AO_MODULES, key=lambda name: (name != VALUES, name)):
+        try:
+            with base.quiet():
+                module = importlib.import_module(name)
+        except ImportError:  # torchao lists modules that it no longer has
+            continue
+        for known, item in vars(module).items():
+            if isinstance(item, type) and issubclass(item, AOBaseConfig) and known == item.__name__:
+                found.setdefault(known, item)
+    return {name: item for name, item in found.items() if item is not AOBaseConfig and name.endswith("Config")}
+
+
+def build(name: str, arguments: Mapping[str, Any]) -> Any:
+    """The config object of torchao's class `name`. Raises ConfigError for what torchao does not have, or refuses."""
+    classes = config_classes()
+    if name not in classes:
+        raise ConfigError(
+            f"backend.quant_type={name} is no config class of torchao that a checkpoint can name"
+            f"{did_you_mean(name, classes)}; use {choices(classes)}"
+        )
+    known = {item.name: item for item in fields(classes[name])} if is_dataclass(classes[name]) else {}
+    needed = [item.name for item in known.values() if item.default is item.default_factory is MISSING]
+    if "act_quant_scale" in known or "step" in needed:
+        raise ConfigError(
+            f"backend.quant_type={name} needs calibration, which there is no data for while a model loads; use a type "
+            "whose activations are scaled as they come, such as int8dq or float8dq_e4m3_tensor"
+        )
+    if lacking := [argument for argument in needed if argument not in arguments]:
+        raise ConfigError(f"backend.quant_type={name} needs quant_type_kwargs.{lacking[0]}")
+    for argument in arguments:
+        if argument not in known:
+            place = f"backend.quant_type_kwargs.{argument} is no argument of {name}"
+            raise ConfigError(f"{place}{did_you_mean(argument, known)}; it takes {choices(known)}")
+    hints = typing.get_type_hints(classes[name])
+    values = {key: _value(value, hints[key], known[key].default, key) for key, value in arguments.items()}
+    if "set_inductor_config" in known:
+        values.setdefault("set_inductor_config", False)  # True changes how torch.compile works everywhere
+    return _call(classes[name], values)
+
+
+def config_for(config: Any, module: str) -> Any:
+    """The config that a FqnToConfig has for one layer, None if it leaves it alone; any other is for all layers.
+
+    The order is that of diffusers: the exact name, of the parameter before the module; patterns; _default.
+    """
+    if not isinstance(config, FqnToConfig):
+        return config
+    by_name, names = config.fqn_to_config, (f"{module}.weight", module)
+    for name in names:
+        if name in by_name:
+            return by_name[name]
+    for name in names:
+        for pattern, value in by_name.items():
+            if pattern.startswith("re:") and re.fullmatch(pattern[3:], name):
+                return value
+    return by_name.get("_default")
+
+
+def quantize(weight: Tensor, config: Any) -> Tensor:
+    """What torchao makes of a weight [out, in] by itself: a tensor subclass, or the weight if it leaves it alone."""
+    holder = torch.nn.Linear(1, 1, bias=False, device="meta")
+    holder.weight = torch.nn.Parameter(weight, requires_grad=False)
+    quantize_(holder, config, filter_fn=lambda module, name: True)
+    quantized = holder.weight.data
+    holder._parameters.clear()  # torchao leaves the layer in a reference cycle, which would keep the weight for a while
+    return quantized
+
+
+def int8_group_size(config: Any, columns: int) -> int | None:
+    """The weights that share a scale in a row of so many, if it is symmetric int8 that `rowwise_8bit` makes too."""
+    if type(config) not in (Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig):
+        return None
+    granularity = config.granularity
+    if isinstance(granularity, PerGroup):
+        size: int = granularity.group_size
+        return size
+    is_rowwise = isinstance(granularity, PerRow) and granularity.dim == -1 and not getattr(config, "reduce_range", None)
+    return columns if is_rowwise else None
+
+
+def dequantize(weight: Tensor) -> Tensor:
+    """The dense weight [out, in], in its own dtype."""
+    try:
+        return weight.dequantize()
+    except NotImplementedError:  # of a class that only has a kernel: what that makes of the unit vectors, exactly
+        units = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        return torch.nn.functional.linear(units, weight).T.contiguous()
+
+
+def inner_tensors(tensor: Any) -> dict[str, Tensor]:
+    return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+
+
+def is_quantized(tensor: Any) -> bool:
+    return isinstance(tensor, TorchAOBaseTensor)
+
+
+def _value(value: Any, hint: Any, default: Any, place: str) -> Any:
+    """A plain value as the object that an argument takes: a dtype, an enum's member, a granularity, a config."""
+    if isinstance(value, Mapping) and "_type" in value:
+        rest = {key: item for key, item in value.items() if key != "_type"}
+        return _object(str(value["_type"]), rest, place)
+    if isinstance(value, Mapping):
+        return {key: _value(item, Any, None, f"{place}.{key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_value(item, hint, default, place) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value in SHORTHANDS:  # of a layer of a FqnToConfig
+        return build(*library_call(value, {}, None))
+    if isinstance(dtype := getattr(torch, value.removeprefix("torch."), None), torch.dtype):
+        return dtype
+    if (enum := _enum(hint, default)) is not None:
+        members = {name.upper(): member for name, member in enum.__members__.items()}
+        members.update({str(member.value).upper(): member for member in enum})
+        if value.upper() not in members:
+            names = [member.name for member in enum]
+            given = f"backend.quant_type_kwargs.{place}={value} is unknown{did_you_mean(value, names)}"
+            raise ConfigError(f"{given}; use {choices(names)}")
+        return members[value.upper()]
+    return _object(value, {}, place) if re.fullmatch(r"[A-Z]\w*", value) else value
+
+
+def _enum(hint: Any, default: Any) -> type[Enum] | None:
+    kinds = [type(default), hint, *typing.get_args(hint)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)), None)
+
+
+def _object(name: str, arguments: Mapping[str, Any], place: str) -> Any:
+    if name in config_classes():
+        return build(name, arguments)
+    modules = (importlib.import_module(module) for module in (VALUES, "torchao.quantization.granularity"))
+    cls = next((getattr(module, name) for module in modules if hasattr(module, name)), None)
+    if cls is None or (not is_dataclass(cls) and not hasattr(cls, "_fields")):
+        granularity = importlib.import_module("torchao.quantization.granularity")
+        known = [key for key, item in vars(granularity).items() if is_dataclass(item) and key.startswith("Per")]
+        raise ConfigError(
+            f"backend.quant_type_kwargs.{place}={name} is unknown{did_you_mean(name, known)}; use {choices(known)}"
+        )
+    return _call(cls, {key: _value(value, Any, None, f"{place}.{key}") for key, value in arguments.items()})
+
+
+def _call(cls: Any, arguments: Mapping[str, Any]) -> Any:
+    try:
+        return cls(**arguments)
+    except (AssertionError, TypeError, ValueError) as error:
+        shown = ", ".join(f"{name}={value}" for name, value in arguments.items() if name != "set_inductor_config")
+        raise ConfigError(f"backend.quant_type: torchao refuses {cls.__name__}({shown}): {error}") from None

@@ -1,0 +1,128 @@
+"""Where a result was made: versions, machine, device and commit, found without importing torch.
+
+`versions` has the packages that can change the result of this experiment, which the plugins name themselves
+(`required_packages` of a backend's `Quantizer` and of a model's `Source`), and those that only handle it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from qexp.config.plugins import PACKAGE_FOLDER, plugin_module
+from qexp.config.schema import RunConfig
+from qexp.system.files import now_iso
+
+RESULT_PACKAGES = ("qexp", "torch", "numpy", "safetensors", "torchmetrics")
+OTHER_PACKAGES = ("hydra-core", "omegaconf", "wandb")
+
+
+def result_packages(config: RunConfig) -> tuple[str, ...]:
+    """The packages whose versions can change the result of this experiment."""
+    backends = {component.backend.quant_method for component in config.components.values()}
+    named = [package for name in sorted(backends) for package in _required(plugin_module("backend", name).Quantizer)]
+    return tuple(dict.fromkeys((*RESULT_PACKAGES, *model_packages(config), *named)))
+
+
+def model_packages(config: RunConfig) -> tuple[str, ...]:
+    """The packages that a model source computes with, beside torch."""
+    return _required(plugin_module("model", config.model.source).Source)
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str | None]:
+    """Installed versions, None for what is not installed."""
+    return {package: _version(package) for package in packages}
+
+
+def describe_environment(config: RunConfig) -> dict[str, Any]:
+    """The contents of env.json, for this process, now."""
+    return {
+        "versions": versions_of((*result_packages(config), *OTHER_PACKAGES)),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 2),
+        "threads": os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0))),
+        "device": config.device,
+        "device_name": device_name(config.device),
+        "commit": git_commit(PACKAGE_FOLDER.parent),
+        "date": now_iso(),
+    }
+
+
+def differences(before: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """What changed since a result with environment `before` and could change it, as 'torch 2.13.0 -> 2.14.0'."""
+    old = before.get("versions", {})
+    changed = [
+        f"{package} {old.get(package)} -> {version}"
+        for package, version in versions_of(result_packages(config)).items()
+        if old.get(package) != version
+    ]
+    name = device_name(config.device)
+    if before.get("device_name") != name:
+        changed.append(f"{config.device} {before.get('device_name')} -> {name}")
+    return changed
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    """The model name of the compute device: of the processor for cpu, of the GPU for cuda:<index>."""
+    kind, _, index = device.partition(":")
+    return _cuda_name(int(index or 0)) if kind == "cuda" else cpu_name()
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit of a checkout, with a + if files differ from it; None for an installed package."""
+    if not (folder / ".git").exists():
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return commit and (f"{commit}+" if changed else commit)
+
+
+def _required(plugin: Any) -> tuple[str, ...]:
+    return tuple(getattr(plugin, "required_packages", ()))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cuda_name(index: int) -> str:
+    """Asks the driver, as torch would; 'cuda' if there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "cuda"
+    device, name = ctypes.c_int(0), ctypes.create_string_buffer(256)
+    calls_failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index)
+    return "cuda" if calls_failed or driver.cuDeviceGetName(name, len(name), device) else name.value.decode()
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

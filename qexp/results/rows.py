@@ -1,0 +1,122 @@
+"""The experiments of a sweep as rows, read back from its manifest and its run folders.
+
+A run folder is the truth about its experiment, and may be newer than the manifest (the same experiment was run again,
+alone or in another sweep); the manifest speaks for experiments that never got a folder, and for a failure that left an
+older result as it was. A file that is damaged costs its own row: status `damaged`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qexp.errors import ConfigError, DiskError, choices, did_you_mean
+from qexp.results.labels import run_label
+from qexp.system.files import RunFolder, read_json
+
+Row = dict[str, Any]
+
+
+def sweep_names(outputs: Path | str) -> list[str]:
+    """Names of the sweeps in an outputs folder, the one that started last at the end."""
+    folders = [path.parent.name for path in Path(outputs, "sweeps").glob("*/manifest.json")]
+    return sorted(folders, key=lambda name: (_started(outputs, name), name))
+
+
+def _started(outputs: Path | str, name: str) -> str:
+    try:
+        return str(read_manifest(outputs, name).get("started"))
+    except DiskError:  # reported when it is the one that is asked for
+        return ""
+
+
+def find_sweep(outputs: Path | str, name: str | None) -> str:
+    """`name` if there is such a sweep, the latest for None. Raises ConfigError that lists those there."""
+    place = Path(outputs, "sweeps")
+    if name is not None and (place / name / "manifest.json").exists():
+        return name
+    names = sweep_names(outputs)
+    if not names:
+        raise ConfigError(f"{place} holds no sweep; run one with python -m qexp -m, or give the right --outputs")
+    if name is not None:
+        raise ConfigError(f"sweep {name!r} is not in {place}{did_you_mean(name, names)}; use {choices(names)}")
+    return names[-1]
+
+
+def read_manifest(outputs: Path | str, name: str) -> dict[str, Any]:
+    return read_json(Path(outputs, "sweeps", name, "manifest.json")) or {"jobs": []}
+
+
+def rows_of_sweep(outputs: Path | str, name: str) -> list[Row]:
+    """One dict per experiment, in the order of the manifest.
+
+    Keys: those of a job in the manifest (number, key, overrides, status, reason, message, reused, seconds), and
+    label, metrics, config (the stored container), env and folder; the last three are None without a run folder.
+    Raises: ConfigError for an unknown sweep, DiskError for a manifest that is damaged.
+    """
+    jobs = read_manifest(outputs, find_sweep(outputs, name))["jobs"]
+    return [_row(job, RunFolder(Path(outputs, "runs", str(job["key"])))) for job in jobs]
+
+
+def _row(job: dict[str, Any], folder: RunFolder) -> Row:
+    row: Row = {"reason": None, "message": "", "reused": False, "seconds": None, **job}
+    row |= {
+        "label": job.get("label") or " ".join(job["overrides"]),
+        "metrics": {},
+        "config": None,
+        "env": None,
+        "folder": None,
+    }
+    if not job["key"] or not folder.path.is_dir():
+        return row | _missing("its run folder") if job["status"] == "done" else row
+    row["folder"] = folder.path
+    try:
+        return row | _labels(folder) | _ending(job, folder)
+    except DiskError as error:
+        return row | _damaged(str(error))
+    except (KeyError, TypeError, AttributeError) as error:
+        return row | _damaged(f"{folder.path}: lacks what a run leaves ({error!r}); delete it, and run it again")
+
+
+def _labels(folder: RunFolder) -> Row:
+    config = read_yaml(folder.path / "config.yaml")
+    return {"config": config, "label": run_label(config)} if config is not None else {}
+
+
+def _ending(job: Row, folder: RunFolder) -> Row:
+    """How the experiment ended, and its numbers if it did well."""
+    status = folder.read_status()
+    if status is None:
+        return _missing("its status.json") if job["status"] == "done" else {}
+    found = {"status": status.status, "reason": status.reason, "message": status.message, "seconds": status.seconds}
+    if status.status != "done":
+        return found
+    if job["status"] == "failed" and (status.finished or "") <= job.get("recorded", ""):
+        return {}  # it was to be scored again, and that failed; the result is from before
+    result = folder.read_result()
+    return found | (
+        {"metrics": result["metrics"], "env": dict(result["env"])} if result else _missing("its result.json")
+    )
+
+
+def _damaged(message: str) -> Row:
+    return {"status": "damaged", "reason": None, "message": message}
+
+
+def _missing(what: str) -> Row:
+    return {"status": "missing", "message": f"{what} is gone; run the experiment again"}
+
+
+def read_yaml(path: Path) -> dict[str, Any] | None:
+    """The mapping in a file, None if there is no file. Raises DiskError if it holds something else."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except FileNotFoundError:
+        return None
+    except (OSError, yaml.YAMLError) as error:
+        raise DiskError(f"{path}: cannot be read ({error}); delete {path.parent} and run it again") from error
+    if not isinstance(content, dict):
+        raise DiskError(f"{path}: must hold a configuration; delete {path.parent} and run it again")
+    return content

@@ -1,0 +1,173 @@
+"""The name of an experiment: a hash of everything that can change its result, and of nothing else.
+
+Run key: 16 hex digits of sha256 over canonical JSON (sorted keys, no spaces, 6.0 written as 6) of the resolved
+configuration without NOT_IN_KEY, names and locations; each component's checkpoint by its content; and the device.
+Fields that other settings make meaningless are dropped: a plugin's config may name its own in an optional method
+`ignored_fields() -> set[str]`.
+
+Reference key: the same of the unquantized model that runs are compared with, by device type only, plus the versions
+of the libraries that compute it; without how it is offloaded, which does not change its answer.
+
+A field added to `RunConfig` is part of the key until it is listed here: a needless second run is cheaper than a wrong
+reuse. Library versions are not in the run key: `resume=stale` looks at them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qexp.checkpoints.checkpoint import open_component, open_components
+from qexp.config.offload import OffloadConfig
+from qexp.config.schema import ComponentConfig, RunConfig, SaveConfig
+from qexp.errors import ConfigError
+from qexp.models.base import load_source
+from qexp.quantizers.embedded import is_quantized
+from qexp.quantizers.none import NoneConfig
+from qexp.results.environment import model_packages, versions_of
+
+KEY_DIGITS = 16
+SCHEMA = 1  # raised when the same settings come to mean something else
+NOT_IN_KEY = {"metrics", "tracking", "resume", "isolation", "sweep", "paths", "loader", "save"}
+NAMES_AND_PLACES = {
+    "label",
+    "path",
+    "reference_path",
+    "revision",
+    "checkpoint",
+}  # of a plugin's config; checkpoints count by their content
+
+
+def run_key(config: RunConfig) -> str:
+    """Raises LoadError if a checkpoint is missing or damaged."""
+    return _digest(_identity(config))
+
+
+def reference_key(config: RunConfig) -> str:
+    """Key of the reference of `config`, the same for all candidates that share one."""
+    identity = _identity(reference_config(config))
+    for name in ("offload", "device_map", "max_memory"):
+        identity.pop(name, None)
+    identity["device"] = config.device.partition(":")[0]
+    identity["versions"] = versions_of(("qexp", "torch", *model_packages(config)))
+    return _digest(identity)
+
+
+def reference_config(config: RunConfig) -> RunConfig:
+    """The same experiment with nothing quantized, in the reference's dtype, offloaded as `reference.offload` says.
+
+    Where the checkpoint is quantized already, the reference is that of `model.reference_path`.
+    """
+    component = ComponentConfig(backend=NoneConfig(), compute_dtype=config.reference.dtype)
+    quantized = any(map(is_quantized, open_components(load_source(config.model)).values()))
+    return replace(
+        config,
+        model=unquantized_model(config.model) if quantized else replace(config.model, reference_path=None),
+        save=SaveConfig(),
+        components={name: component for name in config.components},
+        offload=OffloadConfig(strategy=config.reference.offload).resolved(config.device.partition(":")[0]),
+        # modules of a map may not fit where they are put once they are not quantized
+        device_map="auto" if config.device_map is not None and config.reference.offload == "none" else None,
+    )
+
+
+def unquantized_model(model: Any) -> Any:
+    """The model that a quantized checkpoint is compared with; a model's config may have a method that says which."""
+    if hasattr(model, "unquantized"):
+        other = model.unquantized()
+        for name, checkpoint in open_components(load_source(other)).items():
+            if is_quantized(checkpoint):
+                raise ConfigError(
+                    f"the component '{name}' to compare with, '{checkpoint.path}', is quantized itself; set "
+                    "model.reference_path to the unquantized model"
+                )
+        return other
+    return replace(model, path=model.reference_path, reference_path=None)
+
+
+def saves_outputs(config: RunConfig) -> bool:
+    """Whether the task leaves outputs that are compared with a reference and scored; a task config may say no."""
+    return bool(getattr(config.task, "saves_outputs", True))
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    identity = {item.name: _plain(getattr(config, item.name)) for item in fields(config) if item.name not in NOT_IN_KEY}
+    # how a reference is computed is part of its own settings; here only which one the result is compared with counts
+    identity["reference"] = config.reference.dtype if saves_outputs(config) else None
+    if not saves_outputs(config):  # weights alone are measured: nothing is generated, and nothing travels
+        for name in ("offload", "seed", "device_map", "max_memory"):
+            del identity[name]
+    for name in ("device_map", "max_memory"):  # so that runs from before there were such settings keep their names
+        if identity.get(name, "") is None:
+            del identity[name]
+    for name in _input_files(config.task):
+        del identity["task"][name]  # their content counts, not where they are
+    source = load_source(config.model)
+    identity["checkpoints"] = {name: found.content_hash() for name, found in open_components(source).items()}
+    if hasattr(source, "side_files"):
+        identity["side_files"] = [[file.name, _file_hash(file.name, file)] for file in source.side_files()]
+    if adapters := source.adapters() if hasattr(source, "adapters") else ():
+        identity["adapters"] = [[_file_hash("lora", adapter.file), _plain(adapter.weight)] for adapter in adapters]
+    is_dense = all(component.backend.quant_method == "none" for component in config.components.values())
+    if is_dense and not saves_outputs(config) and hasattr(source, "quantized_components"):
+        identity["measured"] = list(source.quantized_components())  # else those with a backend are
+    originals = _originals(config)
+    if originals:
+        identity["originals"] = originals
+    if files := {**_input_files(config.task), **_input_files(config.model)}:
+        identity["input_files"] = {name: _file_hash(name, path) for name, path in files.items()}
+    identity["schema"] = SCHEMA
+    return identity
+
+
+def _originals(config: RunConfig) -> dict[str, str]:
+    """Content of what a checkpoint that is quantized is compared with: its outputs with those of a whole model, its
+    weights with those of the same components."""
+    if getattr(config.model, "reference_path", None) is None and not hasattr(config.model, "unquantized"):
+        return {}
+    stored = open_components(load_source(config.model))
+    if not any(map(is_quantized, stored.values())):
+        return {}
+    source = load_source(unquantized_model(config.model))
+    if not saves_outputs(config):
+        return {name: open_component(source, name).content_hash() for name in stored if is_quantized(stored[name])}
+    side_files = source.side_files() if hasattr(source, "side_files") else []
+    return {
+        **{name: found.content_hash() for name, found in open_components(source).items()},
+        **{f"{number} {file.name}": _file_hash(file.name, file) for number, file in enumerate(side_files)},
+    }
+
+
+def _input_files(config: Any) -> dict[str, Path]:
+    """The files that a task or a model reads, by the fields that name them, if its config has a method that says so."""
+    return config.input_files() if hasattr(config, "input_files") else {}
+
+
+def _file_hash(name: str, path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{name} {path} cannot be read: {error.strerror}; give a file that is there") from error
+
+
+def _plain(value: Any) -> Any:
+    """Plain values of a config, without what does not count."""
+    if is_dataclass(value) and not isinstance(value, type):
+        ignored = NAMES_AND_PLACES | (value.ignored_fields() if hasattr(value, "ignored_fields") else set())
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value) if item.name not in ignored}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:KEY_DIGITS]

@@ -1,0 +1,158 @@
+"""Run a worker in a process of its own and say how it ended.
+
+The worker leads its own session, so that Ctrl-C reaches only the parent and everything a worker started can be killed
+with it; should the parent be killed, the kernel kills the worker. What it prints goes to worker.log and, as it comes,
+to the console: bytes are passed on unchanged, so progress bars work.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import IO
+
+from qexp.results.outcome import INTERRUPTED, Outcome, outcome_of_exit, timed_out
+from qexp.sweep.worker import Work
+from qexp.system.files import RunFolder, Status, now_iso
+
+POLL_SECONDS = 0.2  # how late an ended worker is noticed whose own children keep its output open
+CHUNK = 1 << 16
+
+
+def run_worker(work: Work, timeout_minutes: float | None) -> Status:
+    """Start a worker, follow it to its end, and return its status, which is on disk as well.
+
+    Raises: KeyboardInterrupt, once the worker is killed and its folder marked; DiskError if that cannot be written.
+    """
+    started, clock = now_iso(), time.monotonic()
+    process = _start(work)
+    try:
+        in_time = _follow(process, work.folder / "worker.log", timeout_minutes)
+    except BaseException:
+        _kill(process)
+        _settle(work, process, INTERRUPTED, started, clock)
+        raise
+    outcome = outcome_of_exit(process.returncode) if in_time else timed_out(timeout_minutes or 0.0)
+    outcome = replace(outcome, message=f"{outcome.message}; its output is in {work.folder / 'worker.log'}")
+    return _settle(work, process, outcome, started, clock)
+
+
+def _start(work: Work) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "qexp.sweep.worker", *work.arguments(), "--parent", str(os.getpid())]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": environment.get("PYTHONHASHSEED", "0")}
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def _follow(process: subprocess.Popen[bytes], log_path: Path, timeout_minutes: float | None) -> bool:
+    """Pass output on until the worker ends; False if it had to be killed for taking too long."""
+    deadline = time.monotonic() + 60 * timeout_minutes if timeout_minutes is not None else float("inf")
+    output = process.stdout
+    assert output is not None
+    with output, selectors.DefaultSelector() as selector, _Tee(log_path) as tee:
+        selector.register(output, selectors.EVENT_READ)
+        while time.monotonic() < deadline:
+            if selector.select(POLL_SECONDS):
+                data = os.read(output.fileno(), CHUNK)
+                if not data:
+                    break
+                tee.write(data)
+            elif process.poll() is not None:
+                break
+        in_time = _ends_before(process, deadline)
+        if not in_time:
+            _kill(process)
+    return in_time
+
+
+def _ends_before(process: subprocess.Popen[bytes], deadline: float) -> bool:
+    """Wait for a process that may have closed its output but still runs."""
+    try:
+        process.wait(None if deadline == float("inf") else max(deadline - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a worker and everything it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _settle(work: Work, process: subprocess.Popen[bytes], otherwise: Outcome, started: str, clock: float) -> Status:
+    """The status that the worker wrote; `otherwise` is written for one that ended without."""
+    folder = RunFolder(work.folder)
+    folder.remove_scratch()
+    status = folder.read_status()
+    # `running` of a process that is gone reads as failed, without the time at which it finished
+    if status is not None and status.pid == process.pid and status.finished is not None:
+        return status
+    seconds = round(time.monotonic() - clock, 3)
+    status = Status(**asdict(otherwise), pid=process.pid, started=started, finished=now_iso(), seconds=seconds)
+    folder.write_status(status)
+    return status
+
+
+class _Tee:
+    """Writes bytes to the log file and to the console."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.log: IO[bytes] | None = None
+        self.ended_line = True
+
+    def __enter__(self) -> _Tee:
+        self._try(self._open)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.ended_line:
+            _to_console(b"\n")
+        if self.log is not None:
+            self._try(self.log.close)
+
+    def write(self, data: bytes) -> None:
+        _to_console(data)
+        self.ended_line = data.endswith(b"\n")
+        if self.log is not None:
+            log = self.log
+            self._try(lambda: log.write(data))
+
+    def _open(self) -> None:
+        self.log = self.path.open("ab", buffering=0)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        """A log that cannot be written costs the log, not the experiment."""
+        try:
+            action()
+        except OSError as error:
+            self.log = None
+            print(f"warning: {self.path} is incomplete: {error.strerror}", file=sys.stderr)
+
+
+def _to_console(data: bytes) -> None:
+    """Unchanged bytes where standard output takes them, else text (notebooks, test runners)."""
+    raw = getattr(sys.stdout, "buffer", None)
+    sys.stdout.flush()
+    if raw is None:
+        sys.stdout.write(data.decode(errors="replace"))
+    else:
+        raw.write(data)
+    sys.stdout.flush()

@@ -1,0 +1,244 @@
+"""The command line as a user meets it: exit codes, sweeps, the environment, and what is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qexp.__main__
+import qexp.sweep.job
+from qexp.cli.flags import flags_first
+from qexp.config import yaml_options
+from qexp.config.schema import RunConfig
+from qexp.errors import ConfigError
+from qexp.results.manifest import JobRow
+from tests.composing import CommandLine, command_line
+from tests.tracking.wandb_server import use_server
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[CommandLine]:
+    with command_line(monkeypatch, tmp_path) as line:
+        yield line
+
+
+def test_one_experiment_prints_its_folder_and_litters_nothing(
+    command: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Path(tmp_path, "outputs/runs/key1").mkdir(parents=True)
+    assert command("backend=torchao", "seed=3") == 0
+    assert [config.seed for config in command.configs] == [3]
+    assert capsys.readouterr().out == "  outputs/runs/key1\n"
+    assert [path.name for path in tmp_path.rglob("*")] == ["outputs", "runs", "key1"]
+    assert command("seed=3") == 0
+    assert capsys.readouterr().out == ""  # there is no outputs/runs/key2
+
+
+@pytest.mark.parametrize("seed", [13, 14], ids=["failed", "unsupported"])
+def test_one_experiment_that_is_not_done_exits_with_1(command: CommandLine, seed: int) -> None:
+    assert command(f"seed={seed}") == 1
+    assert len(command.configs) == 1
+
+
+def test_a_sweep_runs_every_combination_and_keeps_its_name(command: CommandLine, tmp_path: Path) -> None:
+    command("-m", "backend=none,torchao", "offload=none,leaf", "offload.to=disk")
+    shapes = [
+        (config.components["transformer"].backend.quant_method, config.offload.strategy) for config in command.configs
+    ]
+    assert shapes == [("none", "none"), ("none", "leaf"), ("torchao", "none"), ("torchao", "leaf")]
+    (name,) = {config.sweep.name for config in command.configs}
+    assert [path.name for path in Path(tmp_path, "outputs", "sweeps").iterdir()] == [name]
+    assert [path.name for path in Path(tmp_path, "outputs").iterdir()] == ["sweeps"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("preset", "task"), [("backend_pareto", "generate"), ("roundtrip_all", "roundtrip")])
+def test_prepared_sweeps_run_every_backend_without_a_flag(command: CommandLine, preset: str, task: str) -> None:
+    command(f"experiment={preset}")
+    assert {config.task.name for config in command.configs} == {task}
+    labels = [config.components["transformer"].backend for config in command.configs]
+    assert len({(backend.quant_method, backend.label) for backend in labels}) == len(
+        yaml_options.option_names("backend")
+    )
+
+
+def test_a_prepared_sweep_can_be_narrowed(command: CommandLine) -> None:
+    command("experiment=backend_pareto", "backend=none,quanto", "sweep.name=narrow")
+    assert [config.sweep.name for config in command.configs] == ["narrow", "narrow"]
+
+
+def test_fields_of_swept_backends_need_not_be_those_of_the_default(command: CommandLine) -> None:
+    command("-m", "backend=torchao,torchao_float8wo", "backend.quant_type=int8dq", "backend.label='a, b'")
+    backends = [config.components["transformer"].backend for config in command.configs]
+    assert [(backend.quant_type, backend.label) for backend in backends] == [("int8dq", "a, b")] * 2
+
+
+def test_a_wrong_experiment_in_a_sweep_is_a_row_and_the_others_run(command: CommandLine, tmp_path: Path) -> None:
+    code = command("-m", "backend=none,torchao,quanto", "low_cpu_mem_usage=false", "sweep.name=mixed")
+    assert code == 1
+    assert len(command.configs) == 1
+    jobs = json.loads(Path(tmp_path, "outputs/sweeps/mixed/manifest.json").read_text())["jobs"]
+    assert [(job["status"], job["reason"]) for job in jobs] == [("failed", "config")] * 2
+    assert "streaming path" in jobs[0]["message"]
+
+
+def test_a_wrong_experiment_is_shown_like_any_other(
+    command: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command("-m", "backend=none,torchao", "low_cpu_mem_usage=false", "offload=leaf")
+    assert "[2/2] digits · torchao int8wo · leaf→auto · generate: failed (config): low_cpu" in capsys.readouterr().out
+
+
+def test_overrides_stand_on_both_sides_of_a_flag(command: CommandLine) -> None:
+    command("backend=torchao", "offload=leaf", "-m", "seed=1,2", "--config-dir", ".", "task.num_images=20")
+    assert [(config.seed, config.offload.strategy) for config in command.configs] == [(1, "leaf"), (2, "leaf")]
+
+
+FLAGS = {
+    "--multi": "--multi is no flag (did you mean --multirun?); use --cfg, ",
+    "-x": "-x is no flag",
+    "--cfg": "--cfg without a value does not work; use all, hydra or job",
+    "--cfg=jbo": "--cfg jbo does not work; use all, hydra or job",
+    "--config-dir=": "--config-dir without a value does not work; write --config-dir <value>",
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_mistake_in_a_flag_is_one_message(
+    command: CommandLine, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    assert command("-m", "backend=torchao,none", "backend.group_size=64", flag) == 1
+    output = capsys.readouterr()
+    assert output.err.startswith(f"error: {FLAGS[flag]}") and output.err.count("\n") == 1
+
+
+def test_messages_show_what_was_typed(command: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("backend.quant_type=int8dq", "backend=torchao,none") == 1
+    error = capsys.readouterr().err
+    assert "add -m" in error and "choice(" not in error
+
+
+def test_flags_with_values_travel_together() -> None:
+    assert flags_first(["a=1", "-c", "job", "b=-1", "--info", "c=2", "-p=x", "--", "-d"]) == [
+        "--cfg=job", "--info=all", "--package=x", "a=1", "b=-1", "c=2", "-d",
+    ]  # fmt: skip
+    assert flags_first(["-i", "plugins", "a=1"]) == ["--info=plugins", "a=1"]
+
+
+def test_sweeps_that_begin_in_one_second_get_names_of_their_own(
+    command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name = "2026-01-02_03-04-05"
+    for _ in range(3):
+        command("-m", "seed=1", f"sweep.name={name}")
+    assert [config.sweep.name for config in command.configs] == [name, f"{name}_2", f"{name}_3"]
+    assert {path.name for path in Path(tmp_path, "outputs/sweeps").iterdir()} == {name, f"{name}_2", f"{name}_3"}
+    for folder in Path(tmp_path, "outputs/sweeps").iterdir():
+        assert json.loads((folder / "manifest.json").read_text())["name"] == folder.name
+        assert (folder / "multirun.yaml").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["-m", "seed=1,2"]], ids=["single", "sweep"])
+def test_online_without_an_account_is_found_before_anything_runs(
+    arguments: list[str], command: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    use_server(monkeypatch, tmp_path / "home", "http://127.0.0.1:9", key=None)
+    assert command(*arguments, "tracking=online") == 1
+    assert "needs a W&B account" in capsys.readouterr().err
+    assert command.configs == [] and not Path(tmp_path, "outputs").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_that_torch_does_not_take(command: CommandLine, capsys: pytest.CaptureFixture[str], seed: int) -> None:
+    assert command(f"seed={seed}") == 1
+    assert f"seed={seed} must be from 0 to 9223372036854775807" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_sweep_with_its_own_exit_code(
+    command: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(config: RunConfig, overrides: list[str]) -> JobRow:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qexp.sweep.job, "run_job", interrupted)
+    assert command("-m", "seed=1,2") == 130
+    assert capsys.readouterr().err.startswith("interrupted")
+
+
+def test_a_sweep_that_does_not_compose_leaves_an_older_one_of_its_name_alone(
+    command: CommandLine, tmp_path: Path
+) -> None:
+    older = Path(tmp_path, "outputs", "sweeps", "kept", "report.md")
+    older.parent.mkdir(parents=True)
+    older.write_text("report")
+    assert command("-m", "backend=none,nope", "sweep.name=kept") == 1
+    assert older.read_text() == "report"
+
+
+def test_a_traceback_is_shown_if_asked_for(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ConfigError, match="device=gpu"):
+        command("device=gpu")
+
+
+def test_experiments_see_the_users_environment(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+
+    def run_job(config: RunConfig, overrides: list[str]) -> JobRow:
+        seen.append(os.environ.get("HYDRA_FULL_ERROR"))
+        return JobRow(1, "key", (), "label", "done")
+
+    monkeypatch.setattr(qexp.sweep.job, "run_job", run_job)
+    assert command() == 0
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    assert command() == 0
+    assert seen == [None, "0"]
+    assert os.environ["HYDRA_FULL_ERROR"] == "0"
+
+
+def imported_by(code: str, cwd: Path) -> set[str]:
+    """The top-level modules that a fresh interpreter has imported after running some code elsewhere."""
+    ending = "\nimport sys; print('\\nMODULES', *sorted({name.partition('.')[0] for name in sys.modules}))"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", code + ending], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("MODULES ")[2].split())
+
+
+def test_help_is_quick_and_imports_neither_hydra_nor_torch(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    modules = imported_by("import sys; sys.argv = ['qexp', '--help']; from qexp.__main__ import main; main()", tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert modules.isdisjoint({"hydra", "omegaconf", "torch", "yaml", "numpy"})
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 1.5
+
+
+def test_the_parent_of_a_sweep_does_not_import_torch(tmp_path: Path) -> None:
+    code = """
+import sys, qexp.sweep.job
+from qexp.results.manifest import JobRow
+from tests.composing import CommandLine, command_line
+qexp.sweep.job.run_job = lambda config, overrides: JobRow(1, "key", (), "label", "done")
+sys.argv = ["qexp", "-m", "backend=none,bitsandbytes,torchao,quanto", "task=generate,roundtrip", "offload=none,leaf"]
+from qexp.__main__ import main
+try:
+    main()
+except SystemExit:
+    pass
+"""
+    modules = imported_by(code, tmp_path)
+    assert {"hydra", "qexp"} <= modules
+    heavy = {"torch", "bitsandbytes", "torchao", "optimum", "accelerate", "diffusers", "transformers"}
+    assert modules.isdisjoint(heavy)

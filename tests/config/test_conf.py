@@ -1,0 +1,127 @@
+"""conf/: every yaml composes, says what it is, and survives the way to YAML and back; every field can be overridden."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from qexp.config.plugins import plugin_names
+from qexp.config.schema import TopLevelConfig
+from qexp.config.yaml_options import options_of_plugin
+from qexp.experiments.resolve import run_config_from_container
+from qexp.models.arithmetic import ASSETS
+from tests.composing import CONF, composed, run_config
+from tests.products import representatives
+
+HELD_OUT = ASSETS / "held_out.txt"
+NEEDS = {  # what an option does not go without
+    "model=causal_lm": ("model.path=/models/tiny", "task.prompt=[a,b]"),
+    "model=seq2seq": ("model.path=/models/tiny", "task.prompt=[a,b]"),
+    "model=transformers": ("model.path=/models/tiny", "task=roundtrip"),
+    "model=python": ("model.factory=tests.backends:Stack", "model.checkpoint=/models/tiny", "task=roundtrip"),
+    "task=perplexity": ("model=arithmetic",),
+    "task=forward": (f"task.inputs={HELD_OUT}", "model=arithmetic"),
+    "metrics=perceptual": ("task=roundtrip",),  # of images it needs weights
+}
+OF_PIPELINES = [f"model={name}" for name in options_of_plugin("model", "diffusers")]  # see test_presets.py
+OPTIONS = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]
+OPTIONS = [option for option in OPTIONS if option not in (*OF_PIPELINES, "experiment=flux_dev_16gb")]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_yaml_composes_and_survives_the_way_through_yaml_and_json(option: str) -> None:
+    config = run_config(option, *NEEDS.get(option, ()))
+    container = config.to_container()
+    assert run_config_from_container(yaml.safe_load(yaml.safe_dump(container))) == config
+    assert run_config_from_container(json.loads(json.dumps(container))) == config
+    group, name = option.split("=")
+    if group == "backend":
+        backend = config.components["transformer"].backend
+        assert name.startswith(backend.quant_method.removeprefix("qexp_"))
+        assert backend.label and dataclasses.is_dataclass(backend)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("**/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_yaml_opens_with_what_it_is_a_command_and_what_to_expect(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @")]
+    comment = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
+    assert comment[0].endswith((".", "?"))
+    assert any("python -m " in line for line in comment)
+    assert any(line.startswith("# Expect ") for line in comment)
+
+
+def test_every_backend_model_and_task_has_a_yaml_and_a_schema_of_its_own() -> None:
+    for group in ("backend", "model", "task"):
+        inherited = {
+            line.split("@")[0].split("/")[-1]
+            for path in (CONF / group).glob("*.yaml")
+            for line in path.read_text().splitlines()
+            if line.startswith(f"defaults: [/schema/{group}/")
+        }
+        assert inherited == set(plugin_names(group))
+
+
+def test_config_yaml_repeats_the_defaults_of_the_dataclass() -> None:
+    config = composed()
+    groups = {"model", "backend", "task", "sweep"}  # None in the dataclass, or given by now
+    for name, value in dataclasses.asdict(TopLevelConfig()).items():
+        if name not in groups:
+            plain = config[name]
+            plain = OmegaConf.to_container(plain) if OmegaConf.is_config(plain) else plain
+            assert plain == json.loads(json.dumps(value)), name
+
+
+def sample(hint: Any, default: Any) -> Any:
+    """A value of the type that is not the default."""
+    text = str(hint)
+    if "dict" in text:
+        return {"a": "x" if text.endswith("str]") else 1}
+    if "bool" in text:
+        return not default
+    if "int" in text:
+        return 7
+    if "float" in text:
+        return 0.25
+    return ["a", "b"] if "tuple" in text else "other"
+
+
+PLAIN = str.maketrans("", "", " '")  # as the command line writes lists and groups
+FIELD_PLACES = [
+    *[(f"backend={option}", "backend") for option in ("none", "bitsandbytes", "torchao", "quanto", "gguf")],
+    *[(f"task={option}", "task") for option in plugin_names("task")],
+    *[(f"{group}=none", group) for group in ("offload", "tracking")],
+    *[(f"model={option}", "model") for option in plugin_names("model")],
+    ("metrics=default", "metrics"),
+    ("isolation=process", "isolation"),
+    ("sweep=default", "sweep"),
+    ("seed=1", "loader"),
+    ("seed=1", "reference"),
+    ("seed=1", "paths"),
+    ("seed=1", "save"),
+]
+
+
+@pytest.mark.parametrize(("option", "place"), representatives(FIELD_PLACES, [*FIELD_PLACES][::3]), ids=str)
+def test_every_field_of_every_group_can_be_overridden(option: str, place: str) -> None:
+    before = composed(option)[place]
+    cls: Any = OmegaConf.get_type(before)
+    samples = {item.name: sample(item.type, before[item.name]) for item in dataclasses.fields(cls)}
+    overrides = [
+        f"{'+' if isinstance(value, dict) else ''}{place}.{name}={str(value).translate(PLAIN)}"
+        for name, value in samples.items()
+    ]
+    after = OmegaConf.to_container(composed(option, *overrides)[place])
+    assert after == samples
+
+
+def test_labels_follow_the_type_that_is_quantized_to() -> None:
+    assert (
+        run_config("backend=torchao", "backend.quant_type=int8dq").components["transformer"].backend.label == "int8dq"
+    )
+    assert run_config("backend=bitsandbytes_nf4_dq").components["transformer"].backend.label == "nf4+dq"

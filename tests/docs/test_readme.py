@@ -1,0 +1,99 @@
+"""The commands of README.md as a user types them: of sweeps what they compose; of models, tiny ones, that they run."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qexp.config.yaml_options import option_names
+from qexp.models.arithmetic import ASSETS
+from tests.composing import command_line
+from tests.models.test_networks import save_network
+from tests.products import representatives
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("task.height=32", "task.width=32", "task.num_inference_steps=2", "task.max_sequence_length=16")
+NET = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+
+    def forward(self, x):
+        return super().forward(x)
+"""
+
+
+def commands(section: str) -> list[list[str]]:
+    """The words behind `python -m qexp` in the first block of a section."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(rf"^## {section}\n.*?^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    lines = [shlex.split(line, comments=True) for line in block[1].splitlines()]
+    return [words[3:] for words in lines if words[:3] == ["python", "-m", "qexp"]]
+
+
+COUNTS = [1, 12, 1, 4, 2, 1, len(option_names("backend"))]
+
+
+@pytest.mark.parametrize("number", representatives(range(len(COUNTS)), (0, 2, 4, 5)))
+def test_sweeps_compose(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = commands("Sweeps")
+    assert len(found) == len(COUNTS)
+    with command_line(monkeypatch, tmp_path) as command:
+        command(*found[number])
+        assert len(command.configs) == COUNTS[number]
+
+
+@pytest.fixture
+def place(tmp_path: Path, pipeline_folder: Callable[[str], Path]) -> Path:
+    """A folder with all that the commands name."""
+    (tmp_path / "folder").symlink_to(pipeline_folder("flux"))
+    shutil.copytree(ASSETS, tmp_path / "user" / "name")
+    text = "".join((ASSETS / "held_out.txt").read_text().splitlines(keepends=True)[:20])
+    (tmp_path / "text.txt").write_text(text)
+    encoder = save_network("BertModel", tmp_path / "encoder", torch.float32)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSETS / name, encoder / name)
+    (tmp_path / "lines.txt").write_text("1+1=\n20-3=\n")
+    (tmp_path / "nets.py").write_text(NET)
+    names = {"0.weight": (64, 64), "0.bias": (64,), "2.weight": (4, 64), "2.bias": (4,)}
+    torch.manual_seed(0)
+    save_file({name: torch.randn(shape) for name, shape in names.items()}, tmp_path / "w.safetensors")
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(5, 64)))
+    return tmp_path
+
+
+ADDED = [  # to the commands of the section on models: what makes them small, or is here in place of a hub
+    ("model.path=folder", *SMALL),
+    SMALL,
+    (),
+    ("model.path=encoder",),
+    (),
+]
+QUALITY = ["psnr_db", "psnr_db", "kl_divergence", "relative_l2", "relative_l2"]
+
+
+@pytest.mark.parametrize("number", representatives(range(len(ADDED)), (2,)))
+def test_models_run(number: int, place: Path) -> None:
+    found = commands("Models")
+    assert len(found) == len(ADDED)
+    words = [*found[number], *ADDED[number], "tracking=none", "device=cpu", "isolation=inline"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "qexp", *words], cwd=place, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = place.glob("outputs/runs/*/result.json")
+    assert isinstance(json.loads(path.read_text())["metrics"][f"quality/{QUALITY[number]}"], float)

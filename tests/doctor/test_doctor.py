@@ -1,0 +1,166 @@
+"""The table of what runs here: complete, right, and made whatever a backend does to its process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import qexp.doctor.__main__ as command
+from qexp.config.dataclass_io import to_plain
+from qexp.doctor import options, probe, processes
+from qexp.doctor.__main__ import main
+from qexp.quantizers.torchao import TorchAoQuantizer
+from tests.backends import BACKENDS, backend_config
+from tests.products import exhaustive
+
+FIRST = """
+import os, time
+from qexp.doctor import probe
+answer = {"sqnr_db": 1.5, "exact": False, "bits_per_weight": 4.0}
+"""
+# a probe that answers without torch, but for one option
+FAKE = """
+def measure(config, dtype, device):
+    if config.label == {label!r}:
+        {trouble}
+    return answer
+probe.measure = measure
+probe.main()
+"""
+
+
+def fake_probe(monkeypatch: pytest.MonkeyPatch, label: str, trouble: str) -> None:
+    code = FIRST + FAKE.format(label=label, trouble=trouble)
+    monkeypatch.setattr(processes, "PROBE", [sys.executable, "-c", code])
+
+
+def table(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict[str, object]]:
+    """The rows of `--json`, by option."""
+    assert main([*arguments, "--json"]) == 0
+    return {row["option"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+
+
+def test_configs_are_those_that_the_command_line_composes() -> None:
+    files = options.backend_files([])
+    assert [path.stem for path in files] == BACKENDS
+    for path in files:
+        assert options.backend_config(path) == backend_config(path.stem)
+
+
+@pytest.mark.exhaustive
+def test_types_without_an_option_are_tried_as_they_are_typed() -> None:
+    found = options.trials([])
+    for name, config in found.items():
+        option, *fields = name.split(" ")
+        assert config.resolved("cpu") == replace(backend_config(option, *fields), label=config.label), name
+    assert len({(config.quant_method, config.label) for config in found.values()}) == len(found)
+    assert {"packed_uint4 quant_type=uint5wo", "gguf quant_type=MXFP4"} <= set(found)
+    assert found["bitsandbytes_fp4 bnb_4bit_use_double_quant=true"].label == "fp4+dq"
+    assert list(options.trials(["torchao"])) == ["torchao"]
+
+
+@pytest.mark.parametrize("names", [["none", "bitsandbytes"], exhaustive([])], ids=["two", "every"])
+def test_every_option_runs_on_this_cpu(names: list[str]) -> None:
+    command = [sys.executable, "-m", "qexp.doctor", *names, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report) == {"machine", "rows"} and {"python", "torch", "versions", "cpu"} <= set(report["machine"])
+    rows = {row["option"]: row for row in report["rows"] if row["device"] == "cpu"}
+    wanted = names or BACKENDS
+    assert list(rows) == list(options.trials(names)) and set(wanted) <= set(rows)
+    assert {name: rows[name]["message"] for name in wanted if rows[name]["status"] != "runs"} == {}
+    assert {row["message"] for row in rows.values() if row["status"] == "fails"} == set()
+    rows = {name: row for name, row in rows.items() if row["status"] == "runs"}
+    keys = {"option", "backend", "label", "device", "status", "reason", "message", "measured", "seconds"}
+    assert all(set(row) == keys and set(row["measured"]) == {"bfloat16", "float32"} for row in rows.values())
+    assert rows["none"]["measured"]["float32"] == {"sqnr_db": None, "exact": True, "bits_per_weight": 32.0}
+    nf4 = rows["bitsandbytes"]["measured"]["bfloat16"]
+    assert nf4["bits_per_weight"] == 4 + 32 / 64 + 16 * 32 / (64 * 256)  # codes, absmax a block, the 16 levels
+    assert 20 < nf4["sqnr_db"] < 21.5  # 20.7 dB for NF4 of Gaussian weights
+
+
+def test_a_missing_library_is_a_need_with_its_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hide = """
+import importlib.metadata as metadata
+version = metadata.version
+def hidden(name):
+    if name == "torchao":
+        raise metadata.PackageNotFoundError(name)
+    return version(name)
+metadata.version = hidden
+probe.main()
+"""
+    monkeypatch.setattr(processes, "PROBE", [sys.executable, "-c", FIRST + hide])
+    assert main(["torchao"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "torchao on cpu needs (library): backend.quant_method=torchao needs torchao >= 0.18; found none." in text
+    assert "pip install 'torchao>=0.18'" in text and "0 of 1 run" in text
+
+
+@pytest.mark.parametrize(
+    ("trouble", "status", "reason", "words"),
+    [
+        ("os.kill(os.getpid(), 11)", "fails", "signal", "its process crashed with SIGSEGV in native code"),
+        exhaustive("os._exit(3)", "fails", "exit", "its process exited with code 3 before it had a result"),
+        exhaustive("time.sleep(60)", "fails", "timeout", "it did not answer within 2 s"),
+        ("raise RuntimeError('no\\n kernel')", "fails", "error", "RuntimeError: no kernel"),
+        exhaustive("import qexp_has_no_such_module", "needs", "library", "No module named 'qexp_has_no_such_module'"),
+        ("from qexp.errors import UnsupportedError; raise UnsupportedError('a GPU')", "needs", "unsupported", "a GPU"),
+    ],
+)
+def test_trouble_is_the_row_of_its_option_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    trouble: str,
+    status: str,
+    reason: str,
+    words: str,
+) -> None:
+    fake_probe(monkeypatch, "Q4_1", trouble)
+    rows = table(capsys, "gguf_q4_0", "gguf_q4_1", "gguf_q5_0", "--timeout", "2")
+    row = rows["gguf_q4_1"]
+    assert (row["status"], row["reason"]) == (status, reason) and words in str(row["message"])
+    assert [rows[name]["status"] for name in ("gguf_q4_0", "gguf_q5_0")] == ["runs", "runs"]
+
+
+def test_a_probe_that_cannot_start_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processes, "PROBE", [sys.executable, "-c", "raise SystemExit('no interpreter for this')"])
+    row = table(capsys, "gguf_q4_0")["gguf_q4_0"]
+    assert row["reason"] == "exit" and str(row["message"]).endswith(": no interpreter for this")
+
+
+def test_an_unknown_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["torcha"]) == 1
+    assert "torcha is no option of backend (did you mean torchao" in capsys.readouterr().err
+
+
+def test_a_gpu_is_tried_as_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_probe(monkeypatch, "Q4_0", "if device == 'cuda:0': raise RuntimeError('no kernel image')")
+    monkeypatch.setattr(command, "cuda_device_count", lambda: 2)
+    assert main(["gguf_q4_0", "gguf", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["machine"]["devices"]) == ["cpu", "cuda:0", "cuda:1"]
+    assert [(row["option"], row["device"], row["status"]) for row in report["rows"]] == [
+        ("gguf_q4_0", "cpu", "runs"),
+        ("gguf", "cpu", "runs"),
+        ("gguf_q4_0", "cuda:0", "fails"),
+        ("gguf", "cuda:0", "runs"),
+    ]
+
+
+def test_a_wrong_answer_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    right: Any = TorchAoQuantizer.dequantize_param
+    monkeypatch.setattr(TorchAoQuantizer, "dequantize_param", lambda *arguments: 1.1 * right(*arguments))
+    result = probe.attempt(to_plain(backend_config("torchao")), "cpu", probe.measure)
+    assert (result["status"], result["reason"], result["measured"]) == ("fails", "error", {})
+    assert "is not that of its dequantized weight" in result["message"]

@@ -1,0 +1,103 @@
+"""Numbers of language models from saved outputs, against scipy-free formulas written out and torch's own kl_div."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qexp.errors import LoadError
+from qexp.scoring.text import exact_match, kl_divergence, perplexity, text_numbers, write_samples
+from qexp.tasks.perplexity import LOGPROBS
+
+TOKENS, VOCABULARY = 700, 50  # more rows than are read at a time
+
+
+def logprobs(seed: int, scale: float = 2.0) -> Tensor:
+    return (scale * torch.randn(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(seed))).log_softmax(-1)
+
+
+def write(folder: Path, full: Tensor, kept: int = VOCABULARY) -> Path:
+    folder.mkdir()
+    values, ids = full.topk(kept)
+    tensors = {"logprobs": full} if kept == VOCABULARY else {"logprobs": values, "ids": ids.int()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / LOGPROBS)
+    return folder
+
+
+def test_kl_divergence_is_torchs(tmp_path: Path) -> None:
+    p, q = logprobs(0), logprobs(1)
+    ours, reference = write(tmp_path / "ours", q), write(tmp_path / "reference", p)
+    expected = torch.nn.functional.kl_div(q.double(), p.double(), reduction="batchmean", log_target=True).item()
+    divergence, coverage = kl_divergence(ours, reference)
+    assert divergence == pytest.approx(expected, rel=1e-6) and coverage == 1
+    assert kl_divergence(reference, reference) == (0, 1)
+
+
+@pytest.mark.parametrize("kept", [1, 5, 30, 49])
+def test_kl_divergence_of_the_most_probable_tokens(kept: int, tmp_path: Path) -> None:
+    """By hand, token by token: common ids one by one, all the others as one."""
+    p, q = logprobs(0), (logprobs(0) + 0.3 * logprobs(1)).log_softmax(-1)
+    divergence, coverage = kl_divergence(write(tmp_path / "q", q, kept), write(tmp_path / "p", p, kept))
+    total = covered = full = 0.0
+    for row_p, row_q in zip(p.double(), q.double(), strict=True):
+        common = sorted({*row_p.topk(kept).indices.tolist()} & {*row_q.topk(kept).indices.tolist()})
+        rest_p, rest_q = 1 - row_p[common].exp().sum().item(), 1 - row_q[common].exp().sum().item()
+        total += sum((row_p[i].exp() * (row_p[i] - row_q[i])).item() for i in common)
+        total += rest_p * math.log(rest_p / rest_q)
+        covered += 1 - rest_p
+        full += (row_p.exp() * (row_p - row_q)).sum().item()
+    assert divergence == pytest.approx(total / TOKENS, rel=1e-4)
+    assert coverage == pytest.approx(covered / TOKENS, rel=1e-6)
+    assert 0 < total <= full
+
+
+def test_a_probability_that_is_not_finite_leaves_it_undefined(tmp_path: Path) -> None:
+    broken = logprobs(1)
+    broken[600, 3] = torch.nan
+    assert kl_divergence(write(tmp_path / "ours", broken), write(tmp_path / "reference", logprobs(0))) == (None, None)
+
+
+def test_perplexity() -> None:
+    assert perplexity(torch.tensor([math.log(2.0), math.log(8.0)])) == pytest.approx(4)
+    assert perplexity(torch.tensor([1.0, torch.nan])) is None
+    assert perplexity(torch.tensor([1e6])) is None
+
+
+def test_exact_match_does_not_look_behind_the_end() -> None:
+    ours = {"tokens": torch.tensor([[5, 2, 0], [5, 6, 2], [7, 7, 7]]), "lengths": torch.tensor([2, 3, 3])}
+    theirs = {
+        "tokens": torch.tensor([[5, 2, 9, 9], [5, 6, 7, 2], [7, 7, 7, 7]]),
+        "lengths": torch.tensor([2, 4, 3]),
+    }
+    assert exact_match(ours, theirs) == pytest.approx(2 / 3)
+    assert exact_match(theirs, ours) == pytest.approx(2 / 3)
+
+
+def test_numbers_of_a_run(tmp_path: Path) -> None:
+    outputs = {"nll": torch.ones(4), "top1": torch.tensor([1, 2, 3, 4]), "targets": torch.zeros(4)}
+    expected = outputs | {"top1": torch.tensor([1, 2, 3, 5])}
+    ours, reference = write(tmp_path / "ours", logprobs(0)), write(tmp_path / "reference", logprobs(0))
+    names = ("perplexity", "kl_divergence", "top1_agreement", "exact_match")
+    numbers = text_numbers(names, outputs, expected, ours, reference)
+    assert numbers == {
+        "finite": 1, "exact": 0, "perplexity": pytest.approx(math.e), "top1_agreement": 0.75, "kl_divergence": 0,
+        "kl_coverage": 1,
+    }  # fmt: skip
+    assert text_numbers((), outputs, None, ours, None) == {"finite": 1}
+    with pytest.raises(LoadError, match=r"logprobs\.safetensors is missing, and KL divergence needs it"):
+        text_numbers(names, outputs, expected, tmp_path, reference)
+
+
+def test_samples_stand_beside_the_references(tmp_path: Path) -> None:
+    for name, text in (("ours", "a,\nb"), ("reference", "c")):
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "texts.csv").open("w", newline="") as stream:
+            csv.writer(stream).writerows([["prompt", "text"], ["x", text], ["y", "same"]])
+    write_samples(tmp_path / "ours", tmp_path / "reference")
+    with (tmp_path / "ours" / "samples.csv").open(newline="") as stream:
+        rows = list(csv.reader(stream))
+    assert rows == [["prompt", "text", "reference", "same"], ["x", "a,\nb", "c", "0"], ["y", "same", "same", "1"]]

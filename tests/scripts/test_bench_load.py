@@ -1,0 +1,53 @@
+"""Peak memory of loading, seen from outside the process: quantized bytes + largest dense tensor + 128 MiB at most."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_load.py"
+HALF_GIB = ("--layers", "0", "2", "--repeats", "1", "--cases", "warm")
+
+
+def bench(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    command = [sys.executable, str(SCRIPT), "--folder", str(folder), "--out", str(folder / "load.json"), *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert (folder / "load.json").exists(), process.stderr
+    return process.returncode, json.loads((folder / "load.json").read_text())["rows"]
+
+
+@pytest.mark.exhaustive
+def test_loading_stays_within_its_bound(tmp_path: Path) -> None:
+    formats = ("nf4", "torchao int8wo", "quanto_int4")
+    code, rows = bench(tmp_path, *HALF_GIB, "--programs", "qexp", "--formats", *formats)
+    assert code == 0
+    assert [row["format"] for row in rows] == list(formats)
+    for run in (row["qexp"] for row in rows):
+        assert run["peak_total_bytes"] <= run["quantized_bytes"] + run["largest_dense_bytes"] + (128 << 20)
+        assert run["peak_total_bytes"] >= run["quantized_bytes"]  # or the sampler saw nothing
+        assert run["peak_file_bytes"] < 16 << 20  # files are read, not mapped
+
+
+@pytest.mark.exhaustive
+def test_a_kernel_of_the_library_on_whole_tensors_would_not(tmp_path: Path) -> None:
+    code, rows = bench(
+        tmp_path, *HALF_GIB, "--programs", "qexp", "--formats", "quanto_int4", "--slice-weights", str(1 << 40)
+    )
+    run = rows[0]["qexp"]
+    assert code != 0
+    assert run["peak_total_bytes"] > run["quantized_bytes"] + run["largest_dense_bytes"] + (128 << 20)
+
+
+@pytest.mark.exhaustive
+def test_both_programs_and_the_limits_are_measured(tmp_path: Path) -> None:
+    small = ("--heads", "2", "--layers", "1", "1", "--repeats", "1", "--shards", "2", "--cases", "shards-cold")
+    code, rows = bench(tmp_path, *small, "--formats", "nf4", "nf4, stored", "gguf Q4_0, stored")
+    assert code == 0
+    for row in rows:
+        assert row["qexp"]["wall_seconds"] > 0 and row["diffusers"]["wall_seconds"] > 0
+        assert row["limits"]["pipeline_seconds"] > 0
+    assert rows[0]["limits"]["kernel_cpu_seconds"] > 0
+    assert rows[0]["qexp"]["quantized_bytes"] == rows[1]["qexp"]["quantized_bytes"]
