@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qexp.config.backend_options import backend_of, model_skip_modules
 from qexp.config.schema import ComponentConfig
 from qexp.config.yaml_options import option_names
 from qexp.errors import ConfigError, QexpError
-from qexp.experiments.resolve import backend_of, model_skip_modules
 from qexp.models.architectures import architecture, architecture_names, as_checkpoint, component_of, network
 from qexp.models.diffusers import DENOISERS
 
@@ -69,7 +69,7 @@ def predict(
     """backend: a backend's config, as resolved for a CPU. Raises: QexpError for what cannot be loaded."""
     import torch
 
-    from qexp.loading.lifecycle import prepare
+    from qexp.loading.prepare import prepare
     from qexp.quantizers.base import load_quantizer
 
     found = component_of(name, component)

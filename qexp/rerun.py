@@ -23,12 +23,13 @@ import yaml
 
 from qexp.config.schema import PathsConfig, RunConfig, SaveConfig
 from qexp.errors import ConfigError, LoadError, QexpError
-from qexp.experiments.resolve import run_config_from_container
+from qexp.experiments.stored import run_config_from_container
 from qexp.hub.download import pinned_model
 from qexp.results.environment import differences
+from qexp.results.run_folder import LOCK, RunFolder
 from qexp.sweep.job import run_job
 from qexp.sweep.run_key import run_key
-from qexp.system.files import LOCK, RunFolder, disk_error
+from qexp.system.files import disk_error
 from qexp.tracking.session import check_login
 
 VARYING = ("seconds", "_ms", "peak", "baseline")  # parts of names of metrics that no two runs share

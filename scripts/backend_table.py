@@ -24,7 +24,8 @@ from qexp.doctor.__main__ import describe_machine, rows_of
 from qexp.doctor.options import trials
 from qexp.metrics.tensors import compare
 from qexp.offloading.payload import true_nbytes
-from qexp.quantizers.base import WeightSpec, load_quantizer
+from qexp.quantizers.base import load_quantizer
+from qexp.quantizers.rows import WeightSpec
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "backends.md"
 BEGIN, END = "<!-- begin: python scripts/backend_table.py -->", "<!-- end -->"

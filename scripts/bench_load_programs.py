@@ -57,7 +57,7 @@ class FluxSource:
 
 def backend_config(name: str) -> Any:
     """The backend config of a format: one of `FORMATS`, or any option of conf/backend."""
-    from qexp.experiments.resolve import backend_of
+    from qexp.config.backend_options import backend_of
 
     return backend_of(FORMATS.get(name, name))
 
@@ -66,10 +66,10 @@ def load_with_qexp(folder: Path, name: str, workers: int | None = None, slice_we
     """A `LoadedComponent`. slice_weights: weights that a kernel is given at a time."""
     from qexp.config.schema import ComponentConfig, LoaderConfig
     from qexp.loading.lifecycle import load_component
-    from qexp.quantizers import base
+    from qexp.quantizers.rows import SLICE_WEIGHTS
 
     if slice_weights is not None:
-        base.SLICE_WEIGHTS["cpu"] = slice_weights
+        SLICE_WEIGHTS["cpu"] = slice_weights
     settings = ComponentConfig(backend_config(name), compute_dtype="bfloat16")
     source: Any = FluxSource(folder)
     loader = LoaderConfig(workers=workers)
@@ -130,7 +130,7 @@ def quantize_alone(folder: Path, name: str) -> Callable[[], None]:
     """Prepare; what is returned quantizes every layer that a load would, in its order."""
     from qexp.checkpoints.checkpoint import open_checkpoint
     from qexp.config.schema import ComponentConfig
-    from qexp.loading.lifecycle import prepare, resolve_quantizer
+    from qexp.loading.prepare import prepare, resolve_quantizer
 
     settings = ComponentConfig(backend_config(name), compute_dtype="bfloat16")
     source: Any = FluxSource(folder)

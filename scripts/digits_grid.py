@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from qexp.config.generate import GenerateConfig
 from qexp.models.digits import Config, Source
 from qexp.scoring.pictures import image_sheet, save_png
-from qexp.tasks.generate import GenerateConfig
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "digits.png"
 ROWS = 5

@@ -10,9 +10,10 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 from torch import nn
 
+from qexp.config.backend_options import backend_of
 from qexp.config.hydra_schema import register_schemas
 from qexp.config.yaml_options import conf_folder, option_names
-from qexp.experiments.resolve import backend_of, to_run_config
+from qexp.experiments.resolve import to_run_config
 from tests.products import representatives
 
 BACKENDS = option_names("backend")

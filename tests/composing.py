@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 import qexp.__main__
 import qexp.sweep.job
 from qexp.config.hydra_schema import register_schemas
-from qexp.experiments.resolve import RunConfig, to_run_config
+from qexp.config.schema import RunConfig
+from qexp.experiments.resolve import to_run_config
 from qexp.results.manifest import JobRow
 from qexp.system import devices
 

@@ -10,7 +10,7 @@ import pytest
 
 import qexp
 from qexp import predict
-from qexp.experiments.resolve import backend_of
+from qexp.config.backend_options import backend_of
 from qexp.models import architectures
 from tests.products import pairwise
 from tests.scripts.test_make_checkpoint import TINY

@@ -9,9 +9,9 @@ import pytest
 
 from qexp import rerun
 from qexp.config.schema import IsolationConfig
+from qexp.results.run_folder import RunFolder
 from qexp.sweep.job import run_job
 from qexp.sweep.run_key import run_key
-from qexp.system.files import RunFolder
 from tests.sweep import fake_experiment
 from tests.sweep.fake_experiment import FAKES
 from tests.sweep.settings import run_config, write_checkpoint

@@ -18,20 +18,21 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qexp.api.arguments import SOURCE, as_list, backend_config, expanded, named, places_of
 from qexp.checkpoints.checkpoint import refuse_source
 from qexp.checkpoints.pipeline_folder import INDEX
+from qexp.config.backend_options import model_skip_modules
 from qexp.config.dataclass_io import from_plain
+from qexp.config.module_patterns import patterns, union
 from qexp.config.plugins import plugin_module, plugin_names
 from qexp.config.schema import ComponentConfig, LoaderConfig, SaveConfig
 from qexp.config.yaml_options import option_names
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
-from qexp.experiments.resolve import backend_of, model_skip_modules, patterns, union
 from qexp.hub.download import hub_id, local_folder, pinned
 from qexp.models.base import load_source
 from qexp.models.diffusers import DiffusersConfig
-from qexp.quantizers.configs import BackendConfig
 from qexp.quantizers.configs import compute_dtype as dtype_name
-from qexp.system.devices import resolve_device, resolve_device_map, resolve_max_memory
+from qexp.system.devices import resolve_device
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from qexp.offloading.strategies import Offload
 
 GIB = 1 << 30
-SOURCE = "_qexp_source"  # attribute of a pipeline that `load_pipeline` returned: what it was loaded from
 
 
 def backends() -> tuple[str, ...]:
@@ -148,7 +148,7 @@ def offload(
     from qexp.offloading.grouping import outermost_lists
     from qexp.offloading.strategies import apply_offload
 
-    device = _named(device)
+    device = named(device)
     place = torch.device(resolve_device(device) if isinstance(device, str) else device)
     if isinstance(block_lists, str):
         raise ConfigError(f"block_lists={block_lists!r} must be a list of names, such as [{block_lists!r}]")
@@ -237,14 +237,6 @@ def _source(source: Any, skeleton: Any, revision: str | None) -> tuple[Any, tupl
     return FolderSource(path, skeleton), ()
 
 
-def expanded(path: str | Path, name: str) -> Path:
-    """The path with `~` spelled out. Raises ConfigError for one of a user that this machine does not know."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{name}={str(path)!r} names no folder: {error}; write the path in full") from None
-
-
 def _component(source: ModelSource, asked: str | None) -> str:
     names = list(source.checkpoints())
     if asked in names:
@@ -255,49 +247,6 @@ def _component(source: ModelSource, asked: str | None) -> str:
     raise ConfigError(f"component={asked!r} is none of this source's: use {choices(names)}{whole}")
 
 
-def places_of(device: str | torch.device, device_map: Any, max_memory: Any) -> tuple[torch.device, Any, Any]:
-    """What `load_component` takes. A device of another kind than cpu and cuda is believed, with the map beside it."""
-    import torch
-
-    device = _named(device)
-    if isinstance(device, torch.device):
-        return device, device_map, max_memory
-    main, places = resolve_device_map(device, device_map)
-    limits = resolve_max_memory(max_memory, device_map)
-    if limits is not None and places is None:
-        return torch.device(main), {"": main}, limits  # one device, and a limit to check
-    return torch.device(main), places, limits
-
-
-def _named(device: Any) -> Any:
-    """A device as the text that is checked against this machine; one of another kind than cpu and cuda as it is."""
-    kind = getattr(device, "type", None)
-    if kind is None or kind == "cuda":
-        return str(device)
-    return "cpu" if kind == "cpu" else device
-
-
-def backend_config(backend: Any) -> Any:
-    """The config dataclass of a backend, from any of the ways to name one."""
-    if backend is None or isinstance(backend, str):
-        return backend_of(backend or "none")
-    if isinstance(backend, BackendConfig):
-        return backend
-    values = backend if isinstance(backend, Mapping) else getattr(backend, "to_dict", dict)()
-    method = values.get("quant_method")
-    method = getattr(method, "value", method)
-    if method not in plugin_names("backend"):
-        raise ConfigError(
-            f"backend={backend!r} is no backend; use a name ({choices(backends())}), a backend's config, or a mapping "
-            f"whose quant_method is {choices(plugin_names('backend'))}"
-        )
-    if isinstance(backend, Mapping):
-        from qexp.config.plugins import plugin_config
-
-        return plugin_config("backend", backend, "backend")
-    return plugin_module("backend", method).Config.from_dict(values)
-
-
 def _check_known(settings: Mapping[str, Any]) -> None:
     """Raises ConfigError for a keyword of `offload` that is no field of `OffloadConfig`."""
     from qexp.config.offload import OffloadConfig
@@ -306,7 +255,3 @@ def _check_known(settings: Mapping[str, Any]) -> None:
     for name in settings:
         if name not in known:
             raise ConfigError(f"offload: {name} is no setting{did_you_mean(name, known)}; use {choices(known)}")
-
-
-def as_list(names: str | Iterable[str]) -> Any:
-    return names if isinstance(names, str) else list(names)

@@ -7,11 +7,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qexp.api.models import SOURCE, as_list, backend_config, expanded, places_of
+from qexp.api.arguments import SOURCE, as_list, backend_config, expanded, places_of
 from qexp.api.models import offload as offload_model
+from qexp.config.module_patterns import patterns, union
 from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError, choices, did_you_mean
-from qexp.experiments.resolve import patterns, union
 from qexp.hub.download import pinned
 from qexp.models.diffusers import DiffusersConfig, Source
 from qexp.quantizers.configs import compute_dtype as dtype_name

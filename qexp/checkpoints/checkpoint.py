@@ -16,22 +16,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
-from qexp.checkpoints.gguf_types import BLOCKED_PREFIX
+from qexp.checkpoints.safetensors_header import MAX_HEADER_BYTES, parse_header
+from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import ConfigError, LoadError
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_DIMENSIONS = 64  # torch's limit
 GGUF_CONFIG_KEY = "qexp.config"  # metadata of a GGUF file: its config.json
 SHA256 = re.compile("[0-9a-f]{64}")
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # win over other files beside them
@@ -39,34 +37,6 @@ SAVED_GGUF = "model.gguf"
 SAVED_WEIGHTS = re.compile(  # what `loading/saving.py` calls the weights of a model
     r"(diffusion_pytorch_)?model((-\d{5}-of-\d{5})?\.safetensors|\.safetensors\.index\.json)|" + re.escape(SAVED_GGUF)
 )
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: `nbytes` bytes from `offset` of `file`.
-
-    dtype: safetensors' name for it; of GGUF blocks "GGUF_" and their type. shape: of the dense tensor.
-    pieces: the parts of other tensors that it is made of, in their order, if it is none of the file's own; transform:
-    makes the tensor of all their numbers, [n], where these are not its own in their order.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    nbytes: int
-    pieces: tuple[TensorEntry, ...] = ()
-    transform: Callable[[Any], Any] | None = field(default=None, compare=False)
-
-    @property
-    def block_type(self) -> str | None:
-        """The type of the GGUF blocks that hold this tensor; None for plain numbers."""
-        return self.dtype.removeprefix(BLOCKED_PREFIX) if self.dtype.startswith(BLOCKED_PREFIX) else None
 
 
 @dataclass(frozen=True)
@@ -164,74 +134,8 @@ def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
         from qexp.checkpoints.gguf_header import read_gguf  # which needs what this module defines
 
         return read_gguf(file)
-    entries, metadata = _parsed(file, _header_bytes(file), _status(file).st_size)
+    entries, metadata = parse_header(file, _header_bytes(file), _status(file).st_size)
     return list(entries), dict(metadata)
-
-
-@lru_cache(maxsize=256)  # a run opens a checkpoint several times
-def _parsed(file: Path, raw: bytes, size: int) -> tuple[tuple[TensorEntry, ...], Mapping[str, str]]:
-    """What the header of a safetensors file of `size` bytes says."""
-    try:
-        header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise LoadError(
-            f"'{file}' is not a safetensors file: its header is not JSON ({error}); download it again"
-        ) from None
-    if not isinstance(header, dict):
-        raise LoadError(f"'{file}' is not a safetensors file: its header is not a JSON object; download it again")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(file, "__metadata__ must map names to texts")
-    start = 8 + len(raw)
-    entries = sorted(
-        (_entry(file, name, info, start) for name, info in header.items()), key=lambda e: (e.offset, e.nbytes)
-    )
-    end = start
-    for entry in entries:
-        if entry.offset != end:
-            raise _damaged(file, f"tensor '{entry.name}' starts at byte {entry.offset}, not at {end}")
-        end = entry.offset + entry.nbytes
-    if end != size:
-        kind = "truncated" if size < end else "damaged"
-        raise LoadError(f"'{file}' is {kind}: its header describes {end} bytes, the file has {size}; download it again")
-    return tuple(entries), metadata
-
-
-def _entry(file: Path, name: str, info: object, start: int) -> TensorEntry:
-    if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(file, f"tensor '{name}' must have exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        known = ", ".join(DTYPE_BYTES)
-        raise LoadError(
-            f"tensor '{name}' of '{file}' has dtype {brief(dtype)}; known are {known}: convert it, or download it again"
-        )
-    if not _are_naturals(shape) or not _are_naturals(offsets) or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
-        raise _damaged(
-            file,
-            f"tensor '{name}' has shape {brief(shape)} and data_offsets {brief(offsets)}, which must be a list of at "
-            f"most {MAX_DIMENSIONS} integers >= 0 and one of two",
-        )
-    needed, found = math.prod(shape) * DTYPE_BYTES[dtype], offsets[1] - offsets[0]
-    if needed != found:
-        raise _damaged(file, f"tensor '{name}' of shape {shape} and dtype {dtype} needs {needed} bytes, not {found}")
-    return TensorEntry(name, dtype, tuple(shape), file, start + offsets[0], needed)
-
-
-def _damaged(file: Path, what: str) -> LoadError:
-    return LoadError(f"'{file}' is damaged: {what}; download it again")
-
-
-def _are_naturals(value: object) -> bool:
-    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**62 for number in value)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name is there twice")
-    "".join(result).encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
-    return result
 
 
 def _version(file: Path, status: os.stat_result) -> str | int:

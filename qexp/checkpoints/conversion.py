@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any
 
-from qexp.checkpoints.checkpoint import Checkpoint, TensorEntry
+from qexp.checkpoints.checkpoint import Checkpoint
 from qexp.checkpoints.lazy_tensor import Lazy
+from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import LoadError
 
 Conversion = Callable[[MutableMapping[str, Any]], Mapping[str, Any]]

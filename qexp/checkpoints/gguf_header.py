@@ -23,8 +23,8 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, BinaryIO
 
-from qexp.checkpoints.checkpoint import MAX_DIMENSIONS, TensorEntry
 from qexp.checkpoints.gguf_types import BLOCKED_PREFIX, BY_NUMBER, GGMLType
+from qexp.checkpoints.tensor_entry import MAX_DIMENSIONS, TensorEntry
 from qexp.errors import LoadError
 
 MAGIC = b"GGUF"

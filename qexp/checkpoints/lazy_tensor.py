@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from qexp.checkpoints.checkpoint import DTYPE_BYTES, TensorEntry
 from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.checkpoints.gguf_types import TYPES
+from qexp.checkpoints.tensor_entry import DTYPE_BYTES, TensorEntry
 from qexp.errors import LoadError
 
 Transform = Callable[[Tensor], Tensor]  # all numbers of the pieces, [n] -> the tensor

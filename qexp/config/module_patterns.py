@@ -10,8 +10,11 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
+from pathlib import Path
+from typing import Any
 
-from qexp.errors import first_names
+from qexp.config.dataclass_io import convert
+from qexp.errors import ConfigError, first_names
 
 
 @cache
@@ -66,3 +69,24 @@ def patterns_lost(patterns: Sequence[str], quantized: Iterable[str]) -> str | No
     shown = first_names(list(covered))
     asked = ", ".join(sorted(set(covered.values())))
     return f"the checkpoint holds {shown} quantized, so they stay quantized; without effect on them: {asked}"
+
+
+def patterns(value: Any, place: str) -> tuple[str, ...]:
+    """Skip patterns: a list, or "@file" with one pattern a line and # comments."""
+    if not isinstance(value, str):
+        patterns: tuple[str, ...] = convert(tuple[str, ...], value, place)
+        return patterns
+    if not value.startswith("@"):
+        raise ConfigError(f"{place}={value} must be a list, such as [{value}], or @file with one pattern a line")
+    try:
+        lines = Path(value[1:]).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        remedy = f"give a path from {Path.cwd()}, or a list of patterns"
+        raise ConfigError(f"{place}={value} cannot be read: {reason}; {remedy}") from error
+    return tuple(pattern for line in lines if (pattern := line.partition("#")[0].strip()))
+
+
+def union(*lists: tuple[str, ...]) -> tuple[str, ...]:
+    """Sorted, since order means nothing: the same patterns are the same experiment."""
+    return tuple(sorted({pattern for patterns in lists for pattern in patterns}))

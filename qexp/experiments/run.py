@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,40 +13,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qexp.checkpoints.checkpoint import Checkpoint, open_component
+from qexp.checkpoints.checkpoint import open_component
 from qexp.checkpoints.pipeline_folder import INDEX
 from qexp.errors import ConfigError
+from qexp.experiments.roundtrip import run_roundtrip
+from qexp.experiments.statistics import Metrics, load_statistics, offload_statistics, run_peaks
 from qexp.hub.upload import push
-from qexp.loading.components import check_shared_patterns, plan_components
-from qexp.loading.lifecycle import (
-    LoadedComponent,
-    PlannedComponent,
-    load_planned,
-    plan_statistics,
-    prepare,
-    resolve_quantizer,
-    skeleton_and_names,
-    warm_up,
-)
+from qexp.loading.component import LoadedComponent, PlannedComponent, plan_statistics
+from qexp.loading.components import plan_components
+from qexp.loading.lifecycle import load_planned
+from qexp.loading.prepare import skeleton_and_names
 from qexp.loading.saving import save_model, save_tensors
 from qexp.models.base import load_source
 from qexp.offloading.dispatch import Dispatch
 from qexp.offloading.payload import module_nbytes
 from qexp.offloading.strategies import Offload, apply_offload
-from qexp.quantizers.embedded import is_quantized
 from qexp.results.labels import backend_label
-from qexp.sweep.run_key import unquantized_model
-from qexp.system.files import PUSHED, to_csv, write_json, write_text
+from qexp.results.run_folder import PUSHED
+from qexp.system.files import to_csv, write_json, write_text
 from qexp.system.memory import GIB, PeakMemory, device_memory, host_memory
-from qexp.tasks import forward, forward_inputs, generate, perplexity, roundtrip, text
+from qexp.tasks import forward, forward_inputs, generate, perplexity, text
 from qexp.tasks.calibration import calibrate
 from qexp.tasks.recorder import TaskResult
 
 if TYPE_CHECKING:
     from qexp.config.schema import RunConfig
     from qexp.models.base import ModelSource
-
-Metrics = dict[str, float | None]
 
 
 def run_experiment(config: RunConfig, folder: Path) -> Metrics:
@@ -58,7 +49,7 @@ def run_experiment(config: RunConfig, folder: Path) -> Metrics:
     device = torch.device(config.device)
     source = load_source(config.model)
     if config.task.name == "roundtrip":
-        return _roundtrip(config, source, device, folder)
+        return run_roundtrip(config, source, device, folder)
     return _run_model(config, source, device, folder)
 
 
@@ -116,16 +107,16 @@ def _run_model(config: RunConfig, source: ModelSource, device: torch.device, fol
     if config.save.wanted:
         _save(config, source, models, folder)
     metrics: Metrics = {
-        **_load_statistics(list(loaded.values())),
+        **load_statistics(list(loaded.values())),
         **plan_statistics([component.plan for component in loaded.values()], weights_bytes),
     }
     with PeakMemory(device) as peak:
         result = _run_task(config, source, models, device, folder, inputs)
-    metrics |= _offload_statistics(list(offloads.values()))
+    metrics |= offload_statistics(list(offloads.values()))
     save_tensors(folder / "outputs.safetensors", result.outputs)
     write_text(folder / "memory.csv", to_csv(list(result.rows[0]), result.rows))
     baseline = next(iter(loaded.values())).memory.baseline
-    return {**metrics, **result.metrics, **_run_peaks(peak, baseline.total_bytes)}
+    return {**metrics, **result.metrics, **run_peaks(peak, baseline.total_bytes)}
 
 
 def _plan(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> dict[str, PlannedComponent]:
@@ -228,93 +219,6 @@ def _save(config: RunConfig, source: Any, models: Mapping[str, nn.Module], run_f
             pushed = push(folder, files, save, message)
             write_json(run_folder / PUSHED, pushed)
             print(f"pushed to {pushed['url']}", file=sys.stderr)
-
-
-def _roundtrip(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
-    started = time.perf_counter()
-    prepared, originals, rows = {}, dict[str, Checkpoint | None](), []
-    for name in _measured(config, source):
-        settings, checkpoint = config.components[name], open_component(source, name)
-        quantizer = resolve_quantizer(settings.backend, checkpoint, name)
-        originals[name] = _original(config, name) if quantizer.stored else None
-        if quantizer.stored and originals[name] is None:
-            raise ConfigError(
-                f"task=roundtrip compares with the original weights, but '{checkpoint.path}' is quantized already; "
-                "set model.reference_path to the checkpoint that it was made from, or model.path to quantize that one"
-            )
-        prepared[name] = prepare(source, name, settings, checkpoint, quantizer, device=device)
-        warm_up(prepared[name], device)
-    check_shared_patterns(prepared, config.components)
-    with PeakMemory(device) as peak:
-        for name, component in prepared.items():
-            rows += roundtrip.measure_layers(
-                component, name, device=device, loader=config.loader, original=originals[name]
-            )
-    plans = {name: component.plan.to_container() for name, component in prepared.items()}
-    write_json(folder / "plan.json", plans)
-    write_text(folder / "layers.csv", roundtrip.rows_to_csv(rows))
-    weights_bytes = sum(plan["result_bytes"] for plan in plans.values())
-    return {
-        **plan_statistics([component.plan for component in prepared.values()], weights_bytes),
-        **roundtrip.summarize(rows),
-        "time/total_seconds": time.perf_counter() - started,
-        **_run_peaks(peak, peak.baseline.total_bytes),
-    }
-
-
-def _measured(config: RunConfig, source: Any) -> list[str]:
-    """The components whose layers are quantized; with backend=none, those that it is for."""
-    quantized = [name for name, settings in config.components.items() if settings.backend.quant_method != "none"]
-    return quantized or list(getattr(source, "quantized_components", source.components)())
-
-
-def _original(config: RunConfig, component: str) -> Checkpoint | None:
-    """The unquantized checkpoint of a component, in `model.reference_path`. Raises: ConfigError if it is quantized."""
-    path = config.model.reference_path
-    if path is None and not hasattr(config.model, "unquantized"):
-        return None
-    source = load_source(unquantized_model(config.model))
-    checkpoint = open_component(source, component)
-    if is_quantized(checkpoint):
-        raise ConfigError(
-            f"model.reference_path='{path or checkpoint.path}' is quantized itself; set it to the checkpoint with the "
-            f"original weights"
-        )
-    return skeleton_and_names(source, component, checkpoint)[1]
-
-
-def _load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:
-    """The `load/` numbers of components loaded one after the other: times add up; peaks are over the first baseline."""
-    memories = [component.memory for component in loaded]
-    first = memories[0].baseline
-    peaks = {
-        "load/peak_host_gib": max(m.baseline.total_bytes + m.peak_bytes for m in memories) - first.total_bytes,
-        "load/peak_anon_gib": max(m.baseline.anon_bytes + m.peak_anon_bytes for m in memories) - first.anon_bytes,
-        "load/peak_file_gib": max(m.baseline.file_bytes + m.peak_file_bytes for m in memories) - first.file_bytes,
-        "load/peak_device_gib": max(memory.peak_device_bytes for memory in memories),
-    }
-    return {
-        "load/seconds": sum(component.seconds for component in loaded),
-        "load/baseline_host_gib": first.total_bytes / GIB,
-        **{name: nbytes / GIB for name, nbytes in peaks.items()},
-    }
-
-
-def _offload_statistics(offloads: Sequence[Offload | Dispatch]) -> Metrics:
-    """The `offload/` numbers, and bytes by place where there is a device map, added up over components."""
-    total: Metrics = {}
-    for offload in offloads:
-        for name, value in offload.statistics().items():
-            total[name] = (total.get(name) or 0) + value
-    return total
-
-
-def _run_peaks(peak: PeakMemory, baseline_bytes: int) -> Metrics:
-    """Peaks while the task ran: of the host over the baseline from before loading, of the device in all."""
-    return {
-        "memory/run_peak_host_gib": max(peak.baseline.total_bytes + peak.peak_bytes - baseline_bytes, 0) / GIB,
-        "memory/run_peak_device_gib": peak.peak_device_bytes / GIB,
-    }
 
 
 def _now(device: torch.device) -> tuple[float, float]:

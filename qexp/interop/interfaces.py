@@ -15,7 +15,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qexp.config.module_patterns import anywhere
-from qexp.quantizers.base import Quantizer, quiet
+from qexp.quantizers.base import Quantizer
+from qexp.system.imports import quiet
 
 if TYPE_CHECKING:
     import torch

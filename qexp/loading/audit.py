@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qexp.errors import LoadError, first_names
 from qexp.offloading.payload import leaves, true_nbytes
-from qexp.quantizers.base import Quantizer, is_finite
+from qexp.quantizers.base import Quantizer
+from qexp.quantizers.rows import is_finite
 
 
 def audit(model: nn.Module, quantizer: Quantizer, planned: Mapping[str, int]) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from qexp.errors import ConfigError
+from qexp.loading.component import PlannedComponent, Prepared
 from qexp.loading.device_map import DeviceMap
 from qexp.loading.fp32 import cast_between
-from qexp.loading.lifecycle import PlannedComponent, Prepared, plan_component
+from qexp.loading.lifecycle import plan_component
 
 if TYPE_CHECKING:
     from qexp.config.schema import ComponentConfig

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-Key = int | str  # of a device: an accelerator's index, "cpu" or "disk"
+from qexp.system.device_names import Key
 
 
 @dataclass(eq=False, slots=True)

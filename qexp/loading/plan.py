@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from qexp.checkpoints.checkpoint import Checkpoint, TensorEntry, is_gguf
+from qexp.checkpoints.checkpoint import Checkpoint, is_gguf
 from qexp.checkpoints.conversion import transposed
 from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.config.module_patterns import covering
 from qexp.errors import ConfigError, LoadError
-from qexp.quantizers.base import Quantizer, WeightSpec
+from qexp.quantizers.base import Quantizer
 from qexp.quantizers.layers import computes_otherwise, is_transposed, weight_shape
+from qexp.quantizers.rows import WeightSpec
 
 
 @dataclass(frozen=True)

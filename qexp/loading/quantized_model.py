@@ -12,8 +12,9 @@ refers to nothing that refers to it, and is freed when it is let go. `unguard` p
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qexp.errors import ConfigError
+from qexp.interop.interfaces import interface_of
+from qexp.loading.straight_through import give_backward
 from qexp.offloading.engine import HOOK_MARK
-from qexp.offloading.payload import Site, converted, is_plain, module_nbytes, sites
+from qexp.offloading.payload import Site, converted, is_plain, leaves, module_nbytes, sites
+from qexp.offloading.strategies import resident
+from qexp.quantizers.base import Quantizer
 
+MARKS = ("hf_quantizer", "quantization_method", "_pre_quantization_dtype")
 CLASSES = "_qexp_parameter_classes"  # entry of a pickled model's state
 PROBES = (torch.float32, torch.float16)  # any cast changes one of them
 
@@ -61,8 +67,6 @@ class Guarded(nn.Module):
         What says that the model is quantized goes, this guard included: it can be cast, trained and saved like any
         other. An offloaded model is offloaded again. Raises: ConfigError if hooks of accelerate hold its weights.
         """
-        from qexp.loading.registration import dequantize, registered_quantizer
-
         quantizer = registered_quantizer(self)
         assert quantizer is not None  # what is guarded is registered
         return dequantize(self, quantizer, dtype)
@@ -170,3 +174,70 @@ def _refusal(model: Any, what: str) -> ConfigError:
         f"{what} on a model quantized with {model.quantization_method}: its weights cannot be cast. It computes in "
         f"{dtype}; load it with another compute_dtype (model.to(device) moves it), or call model.dequantize() first"
     )
+
+
+def register(
+    model: nn.Module,
+    quantizer: Quantizer,
+    config: Mapping[str, Any],
+    path: Path,
+    compute_dtype: torch.dtype,
+    carried_files: tuple[str, ...] = (),
+) -> None:
+    """Mark a model that was just loaded. config, path: the checkpoint's config.json, and where it is; compute_dtype:
+    quantized from it; carried_files: names of what a saved model takes along from there."""
+    marked: Any = model
+    marked.checkpoint_path, marked.carried_files = path.absolute(), carried_files
+    marked.checkpoint_config = {name: value for name, value in config.items() if name != "quantization_config"}
+    if quantizer.quantization_method == "none":
+        return
+    marked._pre_quantization_dtype = compute_dtype
+    marked.quantization_method = quantizer.quantization_method
+    marked.is_quantized = True
+    for name, value in quantizer.model_attributes.items():
+        setattr(model, name, value)
+    interface = interface_of(model)
+    marked.hf_quantizer = quantizer if interface is None else interface.attach(model, quantizer)
+    if not quantizer.has_backward:
+        give_backward(model, quantizer)
+    guard(model)
+
+
+def registered_quantizer(model: nn.Module) -> Quantizer | None:
+    """The quantizer of a model that was loaded quantized, and was not dequantized since."""
+    found = getattr(model, "hf_quantizer", None)
+    found = getattr(found, "quantizer", found)  # from behind the interface for its class
+    return found if isinstance(found, Quantizer) else None
+
+
+def dequantize(model: nn.Module, quantizer: Quantizer, dtype: torch.dtype | None = None) -> nn.Module:
+    """Put ordinary linear layers back, in place, and take off all that says that the model is quantized.
+
+    dtype: of their weights; None is the dtype that they were quantized from. An offloaded model is offloaded again.
+    Raises: ConfigError if another library has taken the weights out of the model.
+    """
+    _refuse_without_weights(model)
+    marked: Any = model
+    with resident(model):
+        quantizer.restore_linear_layers(model, dtype or marked._pre_quantization_dtype)
+        _unregister(model, quantizer)
+    return model
+
+
+def _refuse_without_weights(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(leaf.is_meta for store, key in sites(module) for leaf in leaves(store[key])):
+            raise ConfigError(
+                f"dequantize: weights of '{name or type(model).__name__}' are held by another library's hooks; remove "
+                "them first, as accelerate.hooks.remove_hook_from_module(model, recurse=True) does"
+            )
+
+
+def _unregister(model: nn.Module, quantizer: Quantizer) -> None:
+    unguard(model)
+    for name in (*MARKS, *quantizer.model_attributes):
+        vars(model).pop(name, None)
+    vars(model)["is_quantized"] = False
+    interface = interface_of(model)
+    if interface is not None:
+        interface.detach(model)

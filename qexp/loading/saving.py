@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from qexp.checkpoints.checkpoint import GGUF_CONFIG_KEY, SAVED_GGUF, SAVED_WEIGHTS, refuse_source
 from qexp.errors import ConfigError, DiskError
 from qexp.loading.gguf_saving import save_gguf
-from qexp.loading.registration import registered_quantizer
+from qexp.loading.quantized_model import registered_quantizer
 from qexp.system.files import disk_error, replacing, write_bytes, write_json
 
 STEM = "diffusion_pytorch_model"

@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qexp.checkpoints.checkpoint import Checkpoint, TensorEntry
+from qexp.checkpoints.checkpoint import Checkpoint
+from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import ConfigError, choices, did_you_mean
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from qexp.models import causal_lm
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qexp.tasks.generate import GenerateConfig
+    from qexp.config.generate import GenerateConfig
 
 ASSETS = Path(__file__).parents[1] / "assets" / "arithmetic"
 HELD_OUT = "held_out.txt"

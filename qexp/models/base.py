@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.tasks.generate import GenerateConfig
+    from qexp.config.generate import GenerateConfig
 
 
 class ModelSource(Protocol):

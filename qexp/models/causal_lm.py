@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qexp.checkpoints.conversion import Conversion
-    from qexp.tasks.generate import GenerateConfig
+    from qexp.config.generate import GenerateConfig
 
 CARRIED_FILES = (  # what a model's folder holds beside config.json and weights: without it, text means nothing
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -80,7 +80,7 @@ class Source:
 
     def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
         """The task with its defaults, and without what it has for images."""
-        from qexp.tasks.generate import for_text
+        from qexp.config.generate import for_text
 
         return for_text(task)
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qexp.checkpoints.conversion import Conversion
+    from qexp.config.generate import GenerateConfig
     from qexp.models.lora import Updates
-    from qexp.tasks.generate import GenerateConfig
 
 LEGACY = ("Transformer2DModel",)  # a general class of old, which stands for several
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -59,7 +59,7 @@ class DiffusersConfig:
     task_defaults: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from qexp.tasks.generate import GenerateConfig
+        from qexp.config.generate import GenerateConfig
 
         lora_configs(self.lora)
         for name in self.task_defaults:
@@ -201,7 +201,7 @@ class Source:
 
     def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
         """The task without what pipelines have no use for, and with this one's defaults."""
-        from qexp.tasks.generate import for_pipelines
+        from qexp.config.generate import for_pipelines
 
         unset = {name: value for name, value in self.config.task_defaults.items() if not getattr(task, name)}
         unset = {name: value for name, value in unset.items() if getattr(task, name) != 0}
@@ -276,7 +276,7 @@ class Source:
 
 def _building() -> Any:
     """What imports diffusers, without the warnings of its import."""
-    from qexp.quantizers.base import quiet
+    from qexp.system.imports import quiet
 
     with quiet():
         from qexp.models import pipeline_building

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from qexp.config.generate import GenerateConfig
     from qexp.models.digits_network import DigitsClassifier
-    from qexp.tasks.generate import GenerateConfig
 
 ASSETS = Path(__file__).parents[1] / "assets" / "digits"
 SAVED_FIELDS = ("quantization_config", "torch_dtype", "dtype")  # of the loader, not of the architecture
@@ -60,7 +60,7 @@ class Source:
 
     def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
         """The task with the defaults of this model, and nothing else than what it uses."""
-        from qexp.tasks.generate import for_images
+        from qexp.config.generate import for_images
 
         return for_images(task)
 

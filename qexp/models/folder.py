@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, LoadError
-from qexp.quantizers.base import quiet
+from qexp.system.imports import quiet
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +46,7 @@ class FolderSource:
         if self.build is not None:
             return ()
         if type(model).__name__ == "DigitsTransformer":
-            from qexp.experiments.resolve import model_skip_modules
+            from qexp.config.backend_options import model_skip_modules
 
             return model_skip_modules("digits")
         if not isinstance(getattr(model, "base_model_prefix", None), str):

@@ -140,7 +140,7 @@ def _state_dict(
     """(tensors, alphas, metadata) as the pipeline's class converts them, the tensors by component and layer."""
     from safetensors import SafetensorError, safe_open
 
-    from qexp.quantizers.base import quiet
+    from qexp.system.imports import quiet
 
     try:
         with safe_open(file, "pt") as opened:

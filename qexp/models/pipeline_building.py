@@ -22,7 +22,7 @@ from qexp.checkpoints.pipeline_folder import INDEX, PipelineFolder
 from qexp.errors import LoadError
 from qexp.models.folder import NOT_THE_NETWORKS
 from qexp.offloading.strategies import offload_of
-from qexp.quantizers.base import quiet
+from qexp.system.imports import quiet
 
 
 def network(folder: PipelineFolder, component: str, config: Mapping[str, Any]) -> nn.Module:

@@ -20,7 +20,7 @@ from torch import Tensor
 from qexp.errors import ConfigError, choices, did_you_mean, first_names
 
 if TYPE_CHECKING:
-    from qexp.tasks.generate import GenerateConfig
+    from qexp.config.generate import GenerateConfig
 
 TRAJECTORY_VALUES = 1 << 16  # of the latents after one step
 NAMED = (  # fields of a task that are arguments of pipelines by the same names

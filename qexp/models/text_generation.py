@@ -14,7 +14,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from qexp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qexp.tasks.generate import GenerateConfig
+    from qexp.config.generate import GenerateConfig
 
 DEFAULT_NEW_TOKENS = 64  # where neither the task nor the model's generation_config says how many
 SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, LoadError, did_you_mean
-from qexp.quantizers.base import quiet
+from qexp.system.imports import quiet
 
 if TYPE_CHECKING:
     from torch import nn

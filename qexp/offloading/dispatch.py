@@ -31,7 +31,7 @@ from qexp.offloading.strategies import HANDLE, Offload
 from qexp.system.memory import GIB
 
 if TYPE_CHECKING:
-    from qexp.loading.device_map import Placement
+    from qexp.offloading.placement import Placement
 
 PADDING_BYTES = 8 * ALIGNMENT  # at most, of a tensor: its leaves start at boundaries
 

@@ -13,55 +13,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import logging
-import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import wraps
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from packaging.version import Version
 
-from qexp.errors import LoadError, MissingLibraryError
-from qexp.quantizers.layers import MARK, to_transposed, weight_shape
-from qexp.system.memory import use_huge_pages
+from qexp.errors import MissingLibraryError
+from qexp.quantizers.layers import dense_linear, replace_module, weight_shape
+from qexp.quantizers.rows import WeightSpec
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.checkpoints.checkpoint import TensorEntry
-
-SLICE_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 22}  # weights a library kernel is given at a time
-
-
-@dataclass(frozen=True)
-class WeightSpec:
-    """A linear weight to quantize: its module's dotted name, its shape [out, in], the dtype it is quantized from;
-    transposed: the network's own layer, and an unquantized checkpoint, have it [in, out]."""
-
-    module: str
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    transposed: bool = False
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-class Rows(Protocol):
-    """A dense weight of which rows are read from the checkpoint when they are asked for."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def __getitem__(self, rows: slice, /) -> Tensor: ...
-
-    def send(self, target: Tensor, start: int, /) -> None:
-        """Read rows from `start` on into memory of an accelerator."""
+    from qexp.checkpoints.tensor_entry import TensorEntry
 
 
 class Quantizer:
@@ -238,8 +203,8 @@ class Quantizer:
             replace_module(model, name, restored[module])
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """`qexp.loading.registration.dequantize`, in the place where other libraries call it."""
-        from qexp.loading.registration import dequantize
+        """`qexp.loading.quantized_model.dequantize`, in the place where other libraries call it."""
+        from qexp.loading.quantized_model import dequantize
 
         return dequantize(model, self, dtype)
 
@@ -250,162 +215,7 @@ def load_quantizer(config: Any) -> Quantizer:
     return quantizer
 
 
-def once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Call a function once for each of its arguments, on whichever thread comes first; others wait, and get the same.
-
-    With `functools.cache` each makes its own, and one is let go: memory of an accelerator, which streams may still use.
-    """
-    lock, known = threading.RLock(), dict[tuple[Any, ...], Any]()
-
-    @wraps(function)
-    def result(*arguments: Any) -> Any:
-        if arguments not in known:
-            with lock:
-                if arguments not in known:
-                    known[arguments] = function(*arguments)
-        return known[arguments]
-
-    return result
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back warnings while a library is imported: they are about kernels and machines that do not matter here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 def unquantized_layers(quantizer: Quantizer, model: nn.Module) -> list[str]:
     """The names of the linear layers that hold no quantized weight, as saved configs list them."""
     linear = [(name, module) for name, module in model.named_modules() if weight_shape(module) is not None]
     return [name for name, module in linear if not quantizer.is_quantized(module)]
-
-
-def dense_linear(module: nn.Module, weight: Tensor) -> nn.Module:
-    """An ordinary linear layer around a dense weight and the bias of `module`; of the class that it stands for."""
-    import torch
-    from torch import nn
-
-    if (kind := vars(module).get(MARK)) is not None:
-        return to_transposed(kind, weight, module.bias).train(module.training)  # type: ignore[arg-type]
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if isinstance(module.bias, torch.Tensor):
-        linear.bias = nn.Parameter(module.bias.to(weight.dtype), requires_grad=False)
-    return linear.train(module.training)
-
-
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the module called `name` (dotted; not the model itself)."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
-
-
-def row_slices(
-    spec: WeightSpec, weight: Tensor | Rows, device: torch.device, rows_multiple: int = 1, check: bool = True
-) -> Iterator[tuple[slice, Tensor]]:
-    """A dense weight in slices of whole rows, on `device`, contiguous, in the dtype it is quantized from.
-
-    Every slice but the last has a multiple of `rows_multiple` rows; a slice has one row only if the weight has. A slice
-    may lie where the next one will.
-    Raises LoadError for a weight that is not finite, also when it leaves the range of `spec.dtype`; with check=False
-    that is left to the caller, who may see it in the scales (`check_slice`).
-    """
-
-    rows, columns = spec.shape
-    step = max(SLICE_WEIGHTS.get(device.type, SLICE_WEIGHTS["cpu"]) // max(columns, 1), 2)
-    step = math.ceil(step / rows_multiple) * rows_multiple
-    start = 0
-    while start < rows:
-        stop = rows if rows - start <= step + 1 else start + step
-        part = _cast(
-            _rows_on(device, weight, start, stop, columns), spec.dtype
-        ).contiguous()  # kernels take addresses, not strides
-        if check:
-            check_slice(spec, slice(start, stop), part)
-        yield slice(start, stop), part
-        start = stop
-
-
-def _rows_on(device: torch.device, weight: Tensor | Rows, start: int, stop: int, columns: int) -> Tensor:
-    import torch
-
-    if device.type == "cpu" or isinstance(weight, torch.Tensor):
-        return weight[start:stop].to(device)
-    part = torch.empty((stop - start, columns), dtype=weight.dtype, device=device)
-    weight.send(part, start)
-    return part
-
-
-def _cast(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """In a dtype; from bf16 to fp16 by way of fp32, which is exact, and four times as fast on a CPU."""
-    is_slow = part.itemsize == 2 and dtype.itemsize == 2 and part.dtype != dtype
-    return part.float().to(dtype) if is_slow and part.device.type == "cpu" else part.to(dtype)
-
-
-def check_slice(spec: WeightSpec, rows: slice, values: Tensor) -> None:
-    """Raises LoadError if these rows of a weight are not finite. values: they, or scales that are
-    finite only if they are."""
-    if not is_finite(values):
-        raise LoadError(
-            f"the weight of '{spec.module}' is not finite in {str(spec.dtype).removeprefix('torch.')} "
-            f"(rows {rows.start} to {rows.stop - 1}); a quantized layer cannot hold it. Repair the checkpoint; if it "
-            f"is this dtype that overflows, use another compute_dtype, or add '{spec.module}' to skip_modules"
-        )
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether every value is; in one pass and without a temporary, unlike `isfinite().all()`."""
-    import torch
-
-    if tensor.numel() == 0 or not tensor.is_floating_point():
-        return True
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def check_parameters(module: str, part: str, tensor: Tensor) -> None:
-    """Raises LoadError for scales or offsets of a stored weight that are not finite."""
-    if tensor.itemsize > 1 and not is_finite(tensor):
-        raise LoadError(
-            f"the {part} of the quantized weight of '{module}' is not finite; download the checkpoint again"
-        )
-
-
-def clear_nan(values: Tensor) -> None:
-    """Make NaN zero in float8 values, in place: the libraries divide a row of zeros by its scale, which is zero."""
-    import torch
-
-    if not values.is_floating_point() or values.numel() == 0:
-        return
-    bits = values.view(torch.uint8)
-    infinity = 0x7C if values.dtype == torch.float8_e5m2 else 0x7E  # e4m3fn has none: its largest number
-    if int((bits & 0x7F).max()) > infinity:  # far faster to tell than which they are
-        bits[values.isnan()] = 0
-
-
-class RowAssembler:
-    """Puts the inner tensors of quantized row slices together, each written into its place at once.
-
-    Every inner tensor must grow along its first dimension in proportion to the rows of the weight.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self.inner: dict[str, Tensor] = {}
-
-    def add(self, part: slice, inner: Mapping[str, Tensor]) -> None:
-        import torch
-
-        count = part.stop - part.start
-        for name, tensor in inner.items():
-            per_row, remainder = divmod(tensor.shape[0], count)
-            assert remainder == 0, (name, tensor.shape, count)
-            if name not in self.inner:
-                shape = (per_row * self.rows, *tensor.shape[1:])
-                self.inner[name] = use_huge_pages(torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
-            self.inner[name][part.start * per_row : part.stop * per_row] = tensor

@@ -24,12 +24,13 @@ from qexp.checkpoints.gguf_types import BLOCKED_PREFIX, DECODABLE, ENCODABLE, TY
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
+from qexp.quantizers.rows import RowAssembler, WeightSpec, row_slices
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.checkpoints.checkpoint import TensorEntry
+    from qexp.checkpoints.tensor_entry import TensorEntry
 
 
 # metadata of files that this program wrote, without which they would be computed as upstream does, in fp32
@@ -91,7 +92,7 @@ class GGUFQuantizer(base.Quantizer):
         dtype: torch.dtype = getattr(torch, name)
         return dtype
 
-    def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
+    def reason_to_skip(self, spec: WeightSpec) -> str | None:
         if self.config.pre_quantized:
             raise ConfigError(
                 "backend.pre_quantized=true, but the checkpoint holds no GGUF blocks; set model.path to a .gguf file, "
@@ -102,18 +103,18 @@ class GGUFQuantizer(base.Quantizer):
             return f"{self.config.quant_type} has blocks of {block} weights, which do not divide {spec.shape[1]}"
         return None
 
-    def quantized_nbytes(self, spec: base.WeightSpec) -> int:
+    def quantized_nbytes(self, spec: WeightSpec) -> int:
         return TYPES[self.config.quant_type].nbytes(spec.shape)
 
     def create_quantized_param(
-        self, spec: base.WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
+        self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
         from qexp.quantizers.gguf_blocks.encode import encode
 
         if spec.module in self._stored_types:
             return self.wrap(sources[0].to(device), self._stored_types[spec.module], spec.shape, spec.dtype)
-        name, rows_of = self.config.quant_type, base.RowAssembler(spec.shape[0])
-        for rows, part in base.row_slices(spec, sources[0], device):
+        name, rows_of = self.config.quant_type, RowAssembler(spec.shape[0])
+        for rows, part in row_slices(spec, sources[0], device):
             try:
                 rows_of.add(rows, {"raw": encode(name, part)})
             except OverflowError as error:
@@ -138,7 +139,7 @@ class GGUFQuantizer(base.Quantizer):
         metadata = {MODEL_DTYPE_KEY: str(dtype).removeprefix("torch.")}
         return dict(state_dict), metadata | ({} if own is None else {COMPUTE_DTYPE_KEY: own})
 
-    def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
+    def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         entry = parts["raw"]
         if entry.shape != spec.shape:
             raise LoadError(

@@ -62,3 +62,23 @@ def to_transposed(kind: Any, weight: Tensor, bias: Tensor) -> nn.Module:
     layer.weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
     layer.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
     return layer
+
+
+def dense_linear(module: nn.Module, weight: Tensor) -> nn.Module:
+    """An ordinary linear layer around a dense weight and the bias of `module`; of the class that it stands for."""
+    import torch
+    from torch import nn
+
+    if (kind := vars(module).get(MARK)) is not None:
+        return to_transposed(kind, weight, module.bias).train(module.training)  # type: ignore[arg-type]
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if isinstance(module.bias, torch.Tensor):
+        linear.bias = nn.Parameter(module.bias.to(weight.dtype), requires_grad=False)
+    return linear.train(module.training)
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the module called `name` (dotted; not the model itself)."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)

@@ -30,38 +30,17 @@ from typing import TYPE_CHECKING, Any
 from qexp.errors import ConfigError, choices, did_you_mean
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
+from qexp.quantizers.packed.elements import ELEMENTS
+from qexp.quantizers.rows import RowAssembler, WeightSpec, check_parameters, row_slices
 from qexp.quantizers.stored import Part, check_parts, lacks
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.checkpoints.checkpoint import TensorEntry
+    from qexp.checkpoints.tensor_entry import TensorEntry
 
 PARAMETER_BYTES = 2  # bf16
-
-
-@dataclass(frozen=True)
-class Element:
-    """What a code stands for: an unsigned integer, or a float of a sign, exponent_bits and what is left as mantissa."""
-
-    bits: int
-    exponent_bits: int = 0
-
-    @property
-    def is_float(self) -> bool:
-        return self.exponent_bits > 0
-
-    @property
-    def mantissa_bits(self) -> int:
-        return self.bits - 1 - self.exponent_bits
-
-
-ELEMENTS = {
-    **{f"uint{bits}wo": Element(bits) for bits in range(1, 9)},
-    "int4wo": Element(4),
-    **{f"fp{bits}_e{e}w{bits - 1 - e}": Element(bits, e) for bits in range(3, 9) for e in range(1, bits)},
-}
 
 
 @dataclass(frozen=True)
@@ -96,7 +75,7 @@ class PackedQuantizer(base.Quantizer):
     has_kernels = True
     is_serializable = True
 
-    def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
+    def reason_to_skip(self, spec: WeightSpec) -> str | None:
         size, columns = self.config.group_size, spec.shape[1]
         if size is None or columns % size == 0:
             return None
@@ -118,14 +97,14 @@ class PackedQuantizer(base.Quantizer):
         per_group = dict.fromkeys(self.parameters, (rows, columns // (self.config.group_size or columns)))
         return {"qdata": (rows, element.bits * math.ceil(columns / 8)), **per_group}
 
-    def quantized_nbytes(self, spec: base.WeightSpec) -> int:
+    def quantized_nbytes(self, spec: WeightSpec) -> int:
         shapes = self.inner_shapes(spec.shape)
         return sum(
             rows * columns * (1 if name == "qdata" else PARAMETER_BYTES) for name, (rows, columns) in shapes.items()
         )
 
     def create_quantized_param(
-        self, spec: base.WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
+        self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
         import torch
 
@@ -134,21 +113,21 @@ class PackedQuantizer(base.Quantizer):
 
         if companions:
             return torch.nn.Parameter(self._assemble(spec, sources[0], companions, device), requires_grad=False)
-        groups, rows_of = spec.shape[1] // (self.config.group_size or spec.shape[1]), base.RowAssembler(spec.shape[0])
-        for rows, part in base.row_slices(spec, sources[0], device):
+        groups, rows_of = spec.shape[1] // (self.config.group_size or spec.shape[1]), RowAssembler(spec.shape[0])
+        for rows, part in row_slices(spec, sources[0], device):
             rows_of.add(rows, encode(part, self.config.quant_type, groups))
         tensor = PackedTensor(rows_of.inner, self.config.quant_type, spec.shape, spec.dtype)
         return torch.nn.Parameter(tensor, requires_grad=False)
 
     def _assemble(
-        self, spec: base.WeightSpec, stored: Tensor, companions: Mapping[str, Tensor], device: torch.device
+        self, spec: WeightSpec, stored: Tensor, companions: Mapping[str, Tensor], device: torch.device
     ) -> Tensor:
         from qexp.quantizers.packed.tensor import PackedTensor
 
         qdata = stored.view(self.inner_shapes(spec.shape)["qdata"])
         inner = {name: tensor.to(device) for name, tensor in {"qdata": qdata, **companions}.items()}
         for name in companions:
-            base.check_parameters(spec.module, name, inner[name])
+            check_parameters(spec.module, name, inner[name])
         return PackedTensor(inner, self.config.quant_type, spec.shape, spec.dtype)
 
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
@@ -162,7 +141,7 @@ class PackedQuantizer(base.Quantizer):
                 raise lacks(f"'{stored[part]}', a part of a packed weight")
         return {part: parts[part] for part in needed}
 
-    def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
+    def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         rows, columns = spec.shape
         size, bits = self.config.group_size or columns, ELEMENTS[self.config.quant_type].bits
         per_group = Part(("BF16",), ((rows, columns // size),) if columns % size == 0 else ())

@@ -19,15 +19,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from qexp.errors import ConfigError, choices
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
+from qexp.quantizers.layers import replace_module
 from qexp.quantizers.quanto_support import activations
 from qexp.quantizers.quanto_support.library import library
+from qexp.quantizers.rows import RowAssembler, Rows, WeightSpec, check_slice, clear_nan, row_slices
 from qexp.quantizers.stored import FLOATS, Part, check_parts, lacks
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.checkpoints.checkpoint import TensorEntry
+    from qexp.checkpoints.tensor_entry import TensorEntry
 
 STORED_DTYPES = {  # weights_dtype -> safetensors' name for what is stored
     "int8": "I8", "int4": "U8", "int2": "U8",
@@ -108,7 +110,7 @@ class QuantoQuantizer(base.Quantizer):
             )
         return dtype
 
-    def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
+    def reason_to_skip(self, spec: WeightSpec) -> str | None:
         if self._bits < 8 and group_count(spec) == 1:
             return f"quanto {self.config.weights_dtype} cannot hold a single group of weights"
         return None
@@ -131,7 +133,7 @@ class QuantoQuantizer(base.Quantizer):
             if self.requires_calibration:
                 activations.refuse_to_run(new)
             new.requires_grad_(False)
-            base.replace_module(model, name, new.train(linear.training))
+            replace_module(model, name, new.train(linear.training))
 
     @property
     def _qtype(self) -> Any:
@@ -153,7 +155,7 @@ class QuantoQuantizer(base.Quantizer):
             activations.calibrate(layers, run)
         self._calibrated = True
 
-    def quantized_nbytes(self, spec: base.WeightSpec) -> int:
+    def quantized_nbytes(self, spec: WeightSpec) -> int:
         scales = spec.shape[0] if self._bits == 8 else 2 * group_count(spec)
         rows = spec.shape[0] if self._bits == 8 else group_count(spec)
         packed_rows = math.ceil(rows * self._bits / 8)
@@ -164,7 +166,7 @@ class QuantoQuantizer(base.Quantizer):
         return {"int4": 4, "int2": 2}.get(self.config.weights_dtype, 8)
 
     def create_quantized_param(
-        self, spec: base.WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
+        self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
         import torch
 
@@ -175,22 +177,22 @@ class QuantoQuantizer(base.Quantizer):
         create = self._create_8bit if self._bits == 8 else self._create_packed
         return torch.nn.Parameter(create(spec, sources[0], device), requires_grad=False)
 
-    def _create_8bit(self, spec: base.WeightSpec, weight: Tensor | base.Rows, device: torch.device) -> Tensor:
+    def _create_8bit(self, spec: WeightSpec, weight: Tensor | Rows, device: torch.device) -> Tensor:
         import torch
 
         from qexp.quantizers.cpu_kernels.rowwise_8bit import quanto_int8
 
-        qtype, rows_of = self._qtype, base.RowAssembler(spec.shape[0])
+        qtype, rows_of = self._qtype, RowAssembler(spec.shape[0])
         axis = None if spec.shape[0] == 1 else 0  # the library's rule
         own = device.type == "cpu" and qtype.dtype == torch.int8
-        for rows, part in base.row_slices(spec, weight, device, check=not own):
+        for rows, part in row_slices(spec, weight, device, check=not own):
             if own:
                 data, scale = quanto_int8(part)
-                base.check_slice(spec, rows, scale)
+                check_slice(spec, rows, scale)
             else:
                 scale = library().AbsmaxOptimizer()(part, qtype=qtype, axis=axis)
                 data = torch.ops.quanto.quantize_symmetric(part, dtype=qtype.dtype, axis=axis, scale=scale)
-                base.clear_nan(data)
+                clear_nan(data)
             rows_of.add(rows, {"data": data, "scale": scale.reshape(-1, 1)})
         inner, scale = rows_of.inner, rows_of.inner["scale"]
         return library().WeightQBytesTensor.create(
@@ -203,15 +205,15 @@ class QuantoQuantizer(base.Quantizer):
             self._activation_qtype,
         )
 
-    def _create_packed(self, spec: base.WeightSpec, weight: Tensor | base.Rows, device: torch.device) -> Tensor:
+    def _create_packed(self, spec: WeightSpec, weight: Tensor | Rows, device: torch.device) -> Tensor:
         import torch
 
-        qtype, rows_of, size = self._qtype, base.RowAssembler(spec.shape[0]), group_size(spec.shape[1])
+        qtype, rows_of, size = self._qtype, RowAssembler(spec.shape[0]), group_size(spec.shape[1])
         kind, shape = library().WeightQBitsTensor, torch.Size(spec.shape)
         fits = tinygemm_fits(spec.shape[0], device)
         tinygemm = fits and (qtype.bits, spec.dtype, size, device.type) == (4, torch.bfloat16, 128, "cpu")
         create = kind.create if fits else kind  # the library would choose its kernel's layout, and raise
-        for rows, part in base.row_slices(spec, weight, device, TINYGEMM_ROWS):
+        for rows, part in row_slices(spec, weight, device, TINYGEMM_ROWS):
             scale, shift = library().MaxOptimizer()(part, qtype=qtype, axis=0, group_size=size)
             data = torch.ops.quanto.quantize_affine(
                 part, bits=qtype.bits, axis=0, group_size=size, scale=scale, shift=shift
@@ -241,7 +243,7 @@ class QuantoQuantizer(base.Quantizer):
             raise lacks(f"'{lacking[0]}', a part of a quantized weight")
         return {part: entries[stored] for part, stored in names.items()}
 
-    def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
+    def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         data, *scales = self._part_names()
         rows = spec.shape[0] if self._bits == 8 else group_count(spec)
         shape = spec.shape if self._bits == 8 else (math.ceil(rows * self._bits / 8), spec.numel // rows)
@@ -250,7 +252,7 @@ class QuantoQuantizer(base.Quantizer):
         expected = {data: Part((STORED_DTYPES[self.config.weights_dtype],), (shape,)), **dict.fromkeys(scales, per_row)}
         check_parts(spec, parts, expected, f"quanto's {self.config.weights_dtype}")
 
-    def _assemble(self, spec: base.WeightSpec, parts: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    def _assemble(self, spec: WeightSpec, parts: Mapping[str, Tensor], device: torch.device) -> Tensor:
         state, stride = {part: tensor.to(device) for part, tensor in parts.items()}, (spec.shape[1], 1)
         missing: list[str] = []
         if self._bits == 8:
@@ -310,7 +312,7 @@ def group_size(in_features: int) -> int | None:
     return next((size for size in sizes if in_features % size == 0), None)
 
 
-def group_count(spec: base.WeightSpec) -> int:
+def group_count(spec: WeightSpec) -> int:
     return spec.numel // (group_size(spec.shape[1]) or spec.shape[1])
 
 

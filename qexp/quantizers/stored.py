@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from qexp.errors import LoadError
 
 if TYPE_CHECKING:
-    from qexp.checkpoints.checkpoint import TensorEntry
-    from qexp.quantizers.base import WeightSpec
+    from qexp.checkpoints.tensor_entry import TensorEntry
+    from qexp.quantizers.rows import WeightSpec
 
 FLOATS = ("F32", "F16", "BF16")
 REMEDY = "the checkpoint is damaged, or another model's: download it again, or check its config.json"

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from qexp.errors import ConfigError, LoadError, UnsupportedError, choices
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
-from qexp.quantizers.qexp_packed import ELEMENTS, PackedConfig
+from qexp.quantizers.packed.elements import ELEMENTS
+from qexp.quantizers.qexp_packed import PackedConfig
+from qexp.quantizers.rows import RowAssembler, WeightSpec, check_parameters, check_slice, clear_nan, row_slices
 from qexp.quantizers.stored import check_parts, lacks
 from qexp.quantizers.torchao_support.names import CLASSES, SHORTHANDS
 from qexp.quantizers.torchao_support.types import default_group_size, library_call, settle, spelled
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.checkpoints.checkpoint import TensorEntry
+    from qexp.checkpoints.tensor_entry import TensorEntry
     from qexp.quantizers.torchao_support.layout import Layout
 
 PACKED_INT4_GROUP_SIZE = 128  # torchao's default for int4wo
@@ -147,7 +149,7 @@ class TorchAoQuantizer(base.Quantizer):
         for config in self._each_config():
             check_machine(self.config.quant_type, config, device)
 
-    def reason_to_skip(self, spec: base.WeightSpec) -> str | None:
+    def reason_to_skip(self, spec: WeightSpec) -> str | None:
         if self._library_config(spec) is None:
             return "FqnToConfig leaves it alone"
         size, columns = self.config.group_size or default_group_size(self.config.quant_type), spec.shape[1]
@@ -160,17 +162,17 @@ class TorchAoQuantizer(base.Quantizer):
             )
         return None if self._layout(spec) else f"torchao leaves a weight of {list(spec.shape)} as it is"
 
-    def quantized_nbytes(self, spec: base.WeightSpec) -> int:
+    def quantized_nbytes(self, spec: WeightSpec) -> int:
         layout = self._layout(spec)
         assert layout is not None, spec
         return layout.nbytes
 
-    def takes_rows(self, spec: base.WeightSpec) -> bool:
+    def takes_rows(self, spec: WeightSpec) -> bool:
         layout = self._layout(spec)
         return layout is not None and layout.rows_multiple is not None
 
     def create_quantized_param(
-        self, spec: base.WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
+        self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
         import torch
 
@@ -179,11 +181,11 @@ class TorchAoQuantizer(base.Quantizer):
             return torch.nn.Parameter(self._assemble(spec, tensors), requires_grad=False)
         from qexp.quantizers.torchao_support.library import inner_tensors, int8_group_size, quantize
 
-        config, layout, rows_of = self._library_config(spec), self._layout(spec), base.RowAssembler(spec.shape[0])
+        config, layout, rows_of = self._library_config(spec), self._layout(spec), RowAssembler(spec.shape[0])
         assert layout is not None, spec
         whole = spec.shape[0] if layout.rows_multiple is None else layout.rows_multiple
         group_size = int8_group_size(config, spec.shape[1]) if device.type == "cpu" else None
-        for rows, part in base.row_slices(spec, sources[0], device, whole, check=group_size is None):
+        for rows, part in row_slices(spec, sources[0], device, whole, check=group_size is None):
             if group_size is not None:
                 if rows.start == 0:
                     quantized: Any = quantize(part[:1], config)  # the library's tensor, to put its parts into
@@ -191,7 +193,7 @@ class TorchAoQuantizer(base.Quantizer):
                 continue
             quantized = quantize(part, config)
             inner = inner_tensors(quantized)
-            base.clear_nan(inner["qdata"])
+            clear_nan(inner["qdata"])
             if layout.rows_multiple is None:
                 return torch.nn.Parameter(quantized, requires_grad=False)
             rows_of.add(rows, inner)
@@ -199,18 +201,18 @@ class TorchAoQuantizer(base.Quantizer):
         tensor = type(quantized).__tensor_unflatten__(rows_of.inner, context, spec.shape, (spec.shape[1], 1))
         return torch.nn.Parameter(tensor, requires_grad=False)
 
-    def _int8_parts(self, spec: base.WeightSpec, rows: slice, part: Tensor, group_size: int) -> dict[str, Tensor]:
+    def _int8_parts(self, spec: WeightSpec, rows: slice, part: Tensor, group_size: int) -> dict[str, Tensor]:
         """The inner tensors of rows in symmetric int8, as torchao makes them."""
         import torch
 
         from qexp.quantizers.cpu_kernels.rowwise_8bit import torchao_int8
 
         values, scale = torchao_int8(part, group_size)
-        base.check_slice(spec, rows, scale)
+        check_slice(spec, rows, scale)
         scale = scale.view(len(part), -1)
         return {"qdata": values, "scale": scale, "zero_point": torch.zeros_like(scale, dtype=torch.int8)}
 
-    def _library_config(self, spec: base.WeightSpec) -> Any:
+    def _library_config(self, spec: WeightSpec) -> Any:
         """torchao's config for one layer, None if it is left alone."""
         from qexp.quantizers.torchao_support.library import config_for
 
@@ -224,7 +226,7 @@ class TorchAoQuantizer(base.Quantizer):
         by_name = getattr(built, "fqn_to_config", None)
         return [built] if by_name is None else [config for config in by_name.values() if config is not None]
 
-    def _layout(self, spec: base.WeightSpec) -> Layout | None:
+    def _layout(self, spec: WeightSpec) -> Layout | None:
         import torch
 
         from qexp.quantizers.torchao_support.layout import layout_of
@@ -252,7 +254,7 @@ class TorchAoQuantizer(base.Quantizer):
             raise LoadError(f"the file's metadata for '{name}.weight' is not a JSON object; download it again")
         return description
 
-    def check_quantized_param_shape(self, spec: base.WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
+    def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         from qexp.quantizers.torchao_support.layout import stored_layout
 
         config = self._library_config(spec)
@@ -260,7 +262,7 @@ class TorchAoQuantizer(base.Quantizer):
         known = {part: entry for part, entry in parts.items() if part in expected}
         check_parts(spec, known, expected, f"torchao's {self.config.quant_type}")
 
-    def _assemble(self, spec: base.WeightSpec, tensors: Sequence[Tensor]) -> Tensor:
+    def _assemble(self, spec: WeightSpec, tensors: Sequence[Tensor]) -> Tensor:
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
         name, description = f"{spec.module}.weight", self._description(spec.module)
@@ -271,7 +273,7 @@ class TorchAoQuantizer(base.Quantizer):
         names = description["_tensor_data_names"]
         flat = {f"{spec.module}._weight_{part}": tensor for part, tensor in zip(names, tensors, strict=True)}
         for part, tensor in zip(names, tensors, strict=True):
-            base.check_parameters(spec.module, part, tensor)
+            check_parameters(spec.module, part, tensor)
         metadata = {"tensor_names": json.dumps([name]), name: json.dumps(description)}
         try:
             weight: Tensor = unflatten_tensor_state_dict(flat, metadata)[0][name]

@@ -20,7 +20,7 @@ import psutil
 
 from qexp.config.plugins import PACKAGE_FOLDER, plugin_module
 from qexp.config.schema import RunConfig
-from qexp.system.files import now_iso
+from qexp.results.run_folder import now_iso
 
 RESULT_PACKAGES = ("qexp", "torch", "numpy", "safetensors", "torchmetrics")
 OTHER_PACKAGES = ("hydra-core", "omegaconf", "wandb")

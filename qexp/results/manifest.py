@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError
-from qexp.system.files import file_lock, is_alive, now_iso, read_json, write_json
+from qexp.results.run_folder import is_alive, now_iso
+from qexp.system.files import file_lock, read_json, write_json
 
 JOB_FIELDS = ("number", "key", "label", "overrides", "status", "reason", "message", "reused", "seconds")
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qexp.errors import ConfigError, DiskError, choices, did_you_mean
 from qexp.results.labels import run_label
-from qexp.system.files import RunFolder, read_json
+from qexp.results.run_folder import RunFolder
+from qexp.system.files import read_json, read_yaml
 
 Row = dict[str, Any]
 
@@ -107,16 +106,3 @@ def _damaged(message: str) -> Row:
 
 def _missing(what: str) -> Row:
     return {"status": "missing", "message": f"{what} is gone; run the experiment again"}
-
-
-def read_yaml(path: Path) -> dict[str, Any] | None:
-    """The mapping in a file, None if there is no file. Raises DiskError if it holds something else."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except FileNotFoundError:
-        return None
-    except (OSError, yaml.YAMLError) as error:
-        raise DiskError(f"{path}: cannot be read ({error}); delete {path.parent} and run it again") from error
-    if not isinstance(content, dict):
-        raise DiskError(f"{path}: must hold a configuration; delete {path.parent} and run it again")
-    return content

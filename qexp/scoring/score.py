@@ -27,7 +27,7 @@ from qexp.models.base import load_source
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qexp.experiments.resolve import RunConfig
+    from qexp.config.schema import RunConfig
 
     Tensors = dict[str, Tensor]
 Numbers = dict[str, float | None]

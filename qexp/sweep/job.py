@@ -18,17 +18,18 @@ from typing import Any
 
 from qexp.config.schema import RunConfig, SweepConfig
 from qexp.errors import DiskError, QexpError
+from qexp.experiments.reference import saves_outputs
 from qexp.results.labels import run_label
 from qexp.results.manifest import JobRow, Manifest
 from qexp.results.outcome import Outcome, outcome_of
-from qexp.results.rows import read_yaml
+from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.console_lines import end_line, job_name
 from qexp.sweep.reference import ensure_reference, known_reference, prepare_folder
 from qexp.sweep.resume import Decision, decide, scored_names
-from qexp.sweep.run_key import reference_key, run_key, saves_outputs
+from qexp.sweep.run_key import reference_key, run_key
 from qexp.sweep.worker import Work, do_work
 from qexp.sweep.worker_process import run_worker
-from qexp.system.files import RunFolder, Status, check_writable, now_iso, write_bytes
+from qexp.system.files import check_writable, read_yaml, write_bytes
 
 __all__ = ["JobRow", "refuse_job", "run_job"]
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import yaml
 
 from qexp.config.schema import RunConfig
+from qexp.experiments.reference import reference_config
+from qexp.results.run_folder import RunFolder, Status
 from qexp.sweep.resume import OUTPUTS
-from qexp.sweep.run_key import reference_config, reference_key
+from qexp.sweep.run_key import reference_key
 from qexp.sweep.worker import Work
-from qexp.system.files import RunFolder, Status
 
 
 def ensure_reference(

@@ -19,9 +19,10 @@ from typing import Any, Literal
 
 from qexp.checkpoints.pipeline_folder import INDEX
 from qexp.config.schema import PERCEPTUAL_METRICS, MetricsConfig, RunConfig
+from qexp.experiments.reference import saves_outputs
 from qexp.results.environment import differences
-from qexp.sweep.run_key import saves_outputs
-from qexp.system.files import PUSHED, RunFolder, read_json
+from qexp.results.run_folder import PUSHED, RunFolder
+from qexp.system.files import read_json
 
 OUTPUTS = "outputs.safetensors"  # of a run or a reference
 SCORED_FILES = (OUTPUTS, "memory.csv")  # of a run, from which it can be scored

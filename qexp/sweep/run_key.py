@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from qexp.checkpoints.checkpoint import open_component, open_components
-from qexp.config.offload import OffloadConfig
-from qexp.config.schema import ComponentConfig, RunConfig, SaveConfig
+from qexp.config.schema import RunConfig
 from qexp.errors import ConfigError
+from qexp.experiments.reference import reference_config, saves_outputs, unquantized_model
 from qexp.models.base import load_source
 from qexp.quantizers.embedded import is_quantized
-from qexp.quantizers.none import NoneConfig
 from qexp.results.environment import model_packages, versions_of
 
 KEY_DIGITS = 16
@@ -54,43 +53,6 @@ def reference_key(config: RunConfig) -> str:
     identity["device"] = config.device.partition(":")[0]
     identity["versions"] = versions_of(("qexp", "torch", *model_packages(config)))
     return _digest(identity)
-
-
-def reference_config(config: RunConfig) -> RunConfig:
-    """The same experiment with nothing quantized, in the reference's dtype, offloaded as `reference.offload` says.
-
-    Where the checkpoint is quantized already, the reference is that of `model.reference_path`.
-    """
-    component = ComponentConfig(backend=NoneConfig(), compute_dtype=config.reference.dtype)
-    quantized = any(map(is_quantized, open_components(load_source(config.model)).values()))
-    return replace(
-        config,
-        model=unquantized_model(config.model) if quantized else replace(config.model, reference_path=None),
-        save=SaveConfig(),
-        components={name: component for name in config.components},
-        offload=OffloadConfig(strategy=config.reference.offload).resolved(config.device.partition(":")[0]),
-        # modules of a map may not fit where they are put once they are not quantized
-        device_map="auto" if config.device_map is not None and config.reference.offload == "none" else None,
-    )
-
-
-def unquantized_model(model: Any) -> Any:
-    """The model that a quantized checkpoint is compared with; a model's config may have a method that says which."""
-    if hasattr(model, "unquantized"):
-        other = model.unquantized()
-        for name, checkpoint in open_components(load_source(other)).items():
-            if is_quantized(checkpoint):
-                raise ConfigError(
-                    f"the component '{name}' to compare with, '{checkpoint.path}', is quantized itself; set "
-                    "model.reference_path to the unquantized model"
-                )
-        return other
-    return replace(model, path=model.reference_path, reference_path=None)
-
-
-def saves_outputs(config: RunConfig) -> bool:
-    """Whether the task leaves outputs that are compared with a reference and scored; a task config may say no."""
-    return bool(getattr(config.task, "saves_outputs", True))
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:

@@ -33,11 +33,11 @@ import yaml
 
 from qexp.config.schema import PERCEPTUAL_METRICS, RunConfig
 from qexp.errors import DiskError, LoadError
-from qexp.experiments.resolve import run_config_from_container
+from qexp.experiments.stored import run_config_from_container
 from qexp.results.environment import describe_environment
 from qexp.results.outcome import DONE, Outcome, outcome_of
+from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.resume import scored_names
-from qexp.system.files import RunFolder, Status, now_iso
 
 Metrics = dict[str, float | None]
 SCHEMA = 1

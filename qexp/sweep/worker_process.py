@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO
 
 from qexp.results.outcome import INTERRUPTED, Outcome, outcome_of_exit, timed_out
+from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.worker import Work
-from qexp.system.files import RunFolder, Status, now_iso
 
 POLL_SECONDS = 0.2  # how late an ended worker is noticed whose own children keep its output open
 CHUNK = 1 << 16

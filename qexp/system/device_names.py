@@ -9,9 +9,9 @@ import psutil
 import torch
 
 from qexp.errors import ConfigError, choices, did_you_mean
-from qexp.loading.device_map_planner import Key
 from qexp.system.devices import PLANNED_DEVICE_MAPS, parse_bytes
 
+Key = int | str  # of a device: an accelerator's index, "cpu" or "disk"
 DISK = "disk"
 CPU = torch.device("cpu")
 

@@ -12,99 +12,15 @@ import fcntl
 import io
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import psutil
+import yaml
 
 from qexp.errors import DiskError
-
-LOCK = ".lock"
-KEPT = (LOCK, "wandb")  # what a new attempt leaves in the folder; W&B appends to its own files
-PUSHED = "hub.json"  # where on a hub the model of an experiment is
-SCRATCH = "offload"  # where an experiment offloads weights to disk
-
-
-@dataclass(frozen=True)
-class Status:
-    """status.json. status: running, done, failed or unsupported; reason: of the last two, see `results/outcome.py`."""
-
-    status: str
-    pid: int
-    started: str
-    reason: str | None = None
-    message: str = ""
-    finished: str | None = None
-    seconds: float = 0.0
-
-
-class RunFolder:
-    """One experiment's folder, `outputs/runs/<key>` or `outputs/references/<key>`; it need not exist yet."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    @property
-    def key(self) -> str:
-        return self.path.name
-
-    def read_status(self, name: str = "status.json") -> Status | None:
-        """The stored status; one that is `running` although its process is gone reads as failed."""
-        values = read_json(self.path / name)
-        if values is None:
-            return None
-        known = {item.name for item in fields(Status)}
-        status = Status(**{key: value for key, value in values.items() if key in known})
-        if status.status == "running" and not is_alive(status.pid, status.started):
-            gone = f"process {status.pid} is gone without a result: it was killed, or the machine restarted"
-            return replace(status, status="failed", reason="signal", message=gone)
-        return status
-
-    def read_result(self) -> dict[str, Any] | None:
-        return read_json(self.path / "result.json")
-
-    def holds(self, *names: str) -> bool:
-        """Whether all these files are there."""
-        return all((self.path / name).is_file() for name in names)
-
-    def write_status(self, status: Status, name: str = "status.json") -> None:
-        self.write_json(name, asdict(status))
-
-    def write_json(self, name: str, value: Any) -> None:
-        write_json(self.path / name, value)
-
-    def write_text(self, name: str, text: str) -> None:
-        write_text(self.path / name, text)
-
-    @contextmanager
-    def locked(self, waiting: Callable[[str], None]) -> Iterator[None]:
-        """Hold this folder alone. `waiting(message)` is called once if another process has it."""
-        message = f"{self.path} is being run by another process; waiting for it to finish"
-        with file_lock(self.path / LOCK, lambda: waiting(message)):
-            yield
-
-    def clear(self) -> None:
-        """Remove what an earlier attempt left; the status first: what it stands for is about to go."""
-        try:
-            (self.path / "status.json").unlink(missing_ok=True)
-            for entry in self.path.iterdir():
-                if entry.name not in KEPT:
-                    _remove(entry)
-        except OSError as error:
-            raise disk_error(self.path, error) from error
-
-    def remove_scratch(self) -> None:
-        """Remove offloaded weights, and files that a killed process was still writing (names with a leading dot)."""
-        with suppress(OSError):  # tidying up: what cannot be removed now goes with the next `clear`
-            for entry in [self.path / SCRATCH, *self.path.rglob(".*")]:
-                if entry.name != LOCK and "wandb" not in entry.relative_to(self.path).parts:
-                    _remove(entry)
 
 
 @contextmanager
@@ -210,23 +126,14 @@ def check_writable(folder: Path, option: str) -> None:
         raise disk_error(folder, error, option) from error
 
 
-def now_iso() -> str:
-    """UTC, in a form that sorts as text."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def is_alive(pid: int, started: str) -> bool:
-    """Whether the process that wrote `pid` at time `started` still runs, and is not a later one with its number."""
+def read_yaml(path: Path) -> dict[str, Any] | None:
+    """The mapping in a file, None if there is no file. Raises DiskError if it holds something else."""
     try:
-        process = psutil.Process(pid)
-        born = process.create_time()
-        return process.status() != psutil.STATUS_ZOMBIE and born <= datetime.fromisoformat(started).timestamp() + 1
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _remove(entry: Path) -> None:
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink(missing_ok=True)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except FileNotFoundError:
+        return None
+    except (OSError, yaml.YAMLError) as error:
+        raise DiskError(f"{path}: cannot be read ({error}); delete {path.parent} and run it again") from error
+    if not isinstance(content, dict):
+        raise DiskError(f"{path}: must hold a configuration; delete {path.parent} and run it again")
+    return content

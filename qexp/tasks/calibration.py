@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.tasks.generate import GenerateConfig
+    from qexp.config.generate import GenerateConfig
 
 
 def calibrate(
@@ -35,7 +35,7 @@ def calibrate(
     inputs: of `task=forward`.
     Raises: ConfigError for a task that generates none.
     """
-    from qexp.loading.registration import registered_quantizer
+    from qexp.loading.quantized_model import registered_quantizer
 
     for model in models.values():
         quantizer = registered_quantizer(model)

@@ -10,53 +10,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, QexpError, choices, did_you_mean
+from qexp.tasks.input_files import ForwardConfig
 from qexp.tasks.recorder import Recorder, TaskResult
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-SUFFIXES = (".safetensors", ".npy", ".txt")
-
-
-@dataclass(frozen=True)
-class ForwardConfig:
-    """inputs: a .safetensors file (tensors by the names of forward's arguments), a .npy file (the first argument), or a
-    .txt file (a line each, through the model's tokenizer); batch_size: rows, along the first dimension, at a time;
-    component: of a model with several, null is the only one."""
-
-    name: str = "forward"
-    inputs: str | None = None
-    batch_size: int = 8
-    component: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"task.batch_size={self.batch_size} must be 1 or more")
-
-    @property
-    def path(self) -> Path:
-        return Path(str(self.inputs)).expanduser()
-
-    @property
-    def is_text(self) -> bool:
-        return self.inputs is not None and self.path.suffix.lower() == ".txt"
-
-    def resolved(self) -> ForwardConfig:
-        """Itself. Raises ConfigError or LoadError for inputs that cannot be read, as far as headers say."""
-        from qexp.tasks.forward_inputs import check_file
-
-        check_file(self)
-        return self
-
-    def input_files(self) -> dict[str, Path]:
-        """Fields that name a file, whose content is what counts."""
-        return {"inputs": self.path} if self.inputs is not None else {}
 
 
 Config = ForwardConfig

@@ -10,87 +10,14 @@ import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qexp.errors import ConfigError, LoadError, choices, did_you_mean
+from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.tasks.input_files import open_array, read_lines
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.tasks.forward import ForwardConfig
-
-Shapes = dict[str, tuple[int, ...]]
-HOW = "a .safetensors file with a tensor for each argument of forward, a .npy file, or a .txt file"
-
-
-def check_file(task: ForwardConfig) -> None:
-    """Raises ConfigError for a file that is missing, of no known kind, empty, or whose tensors do not go together.
-
-    Reads headers alone, and imports no torch.
-    """
-    from qexp.tasks.forward import SUFFIXES
-
-    if task.inputs is None:
-        raise ConfigError(f"task.inputs=null names no inputs to call the network with; set it to {HOW}")
-    suffix = task.path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ConfigError(f"task.inputs={task.inputs} must end with {choices(SUFFIXES)}; give {HOW}")
-    if not task.path.is_file():
-        raise ConfigError(f"task.inputs={task.inputs} is no file; give {HOW}")
-    if suffix == ".txt":
-        read_lines(task)
-        return
-    shapes = _stored_shapes(task) if suffix == ".safetensors" else _array_shape(task)
-    if not shapes:
-        raise ConfigError(f"task.inputs={task.inputs} holds no tensors; give {HOW}")
-    rows = {name: shape[0] for name, shape in shapes.items() if shape}
-    if len(set(rows.values())) > 1 or 0 in rows.values():
-        counts = ", ".join(f"{name} {count}" for name, count in rows.items())
-        raise ConfigError(
-            f"task.inputs={task.inputs}: tensors must have the same number of rows, 1 or more (their first dimension): "
-            f"{counts}"
-        )
-
-
-def _stored_shapes(task: ForwardConfig) -> Shapes:
-    from qexp.checkpoints.checkpoint import read_header
-
-    try:
-        return {entry.name: entry.shape for entry in read_header(task.path)[0]}
-    except LoadError as error:
-        raise ConfigError(f"task.inputs: {error}") from error
-
-
-def _array_shape(task: ForwardConfig) -> Shapes:
-    array = _array(task)
-    if array.dtype.kind not in "fiub":
-        raise ConfigError(
-            f"task.inputs={task.inputs} holds {array.dtype}, which are no numbers for a network; save floats or "
-            "integers"
-        )
-    return {"": tuple(array.shape)}
-
-
-def _array(task: ForwardConfig) -> Any:
-    import numpy as np
-
-    try:
-        return np.load(task.path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ConfigError(
-            f"task.inputs={task.inputs} is no .npy file of numbers: {error}; write it with numpy.save"
-        ) from error
-
-
-def read_lines(task: ForwardConfig) -> list[str]:
-    """The lines of a text that are not empty. Raises ConfigError if there are none."""
-    try:
-        lines = [line for line in task.path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"task.inputs={task.inputs} cannot be read: {reason}; give a text file") from error
-    if not lines:
-        raise ConfigError(f"task.inputs={task.inputs} has no lines of text; write one for each row")
-    return lines
+    from qexp.tasks.input_files import ForwardConfig
 
 
 def read_inputs(task: ForwardConfig, source: Any, skeleton: nn.Module) -> dict[str, Tensor]:
@@ -106,7 +33,7 @@ def read_inputs(task: ForwardConfig, source: Any, skeleton: nn.Module) -> dict[s
     elif task.path.suffix.lower() == ".npy":
         import numpy as np
 
-        array = np.array(_array(task))
+        array = np.array(open_array(task))
         inputs = {_first_argument(skeleton): torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))}
     else:
         from safetensors.torch import load_file

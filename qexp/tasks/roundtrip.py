@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from qexp.checkpoints.checkpoint import Checkpoint
     from qexp.config.schema import LoaderConfig
-    from qexp.loading.lifecycle import Prepared
+    from qexp.loading.component import Prepared
     from qexp.loading.plan import WorkItem
 
 
@@ -64,7 +64,7 @@ def measure_layers(
     original: the dense checkpoint that a checkpoint of ready-quantized weights was made from.
     Raises: LoadError if it has not all of their dense weights.
     """
-    from qexp.loading.lifecycle import stream_plan
+    from qexp.loading.weights import stream_plan
 
     def create(item: WorkItem, *tensors: Tensor) -> LayerRow:
         *stored, dense = tensors  # without an original, the weight is all there is
@@ -110,7 +110,7 @@ def _linear_weights(prepared: Prepared) -> list[WorkItem]:
 def _measure(
     prepared: Prepared, component: str, item: WorkItem, stored: list[Tensor], dense: Tensor, device: torch.device
 ) -> LayerRow:
-    from qexp.loading.lifecycle import check_finite
+    from qexp.loading.weights import check_finite
     from qexp.metrics.tensors import compare
     from qexp.offloading.payload import true_nbytes
 

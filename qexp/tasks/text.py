@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from qexp.config.generate import GenerateConfig
     from qexp.models.base import TextSource
-    from qexp.tasks.generate import GenerateConfig
 
 TEXTS = "texts.csv"  # prompt, text
 

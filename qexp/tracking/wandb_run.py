@@ -23,8 +23,8 @@ from typing import Any
 from qexp.config.schema import RunConfig, TrackingConfig
 from qexp.errors import ConfigError
 from qexp.results.labels import backend_label, run_label
-from qexp.results.rows import read_yaml
-from qexp.system.files import RunFolder, read_json
+from qexp.results.run_folder import RunFolder
+from qexp.system.files import read_json, read_yaml
 from qexp.tracking.session import clear_errors, require_login, wandb_session
 
 INIT_TIMEOUT_SECONDS = 20.0  # without an answer, wandb gives up starting an online run

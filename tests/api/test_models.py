@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import qexp
+from qexp.config.backend_options import backend_of
 from qexp.config.offload import OffloadConfig
 from qexp.errors import ConfigError, LoadError, UnsupportedError
-from qexp.experiments.resolve import backend_of
 from qexp.offloading.payload import true_nbytes
-from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
+from qexp.quantizers.bitsandbytes_support.config import BitsAndBytesConfig
 from tests.backends import BACKENDS, EVERY_WAY, Stack, StackSource, backend_config, save_stack
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"

@@ -17,8 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from qexp.checkpoints.checkpoint import DTYPE_BYTES, open_checkpoint
+from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.checkpoints.tensor_entry import DTYPE_BYTES
 from qexp.errors import LoadError
 from tests.loading.files import header_of, write_file, write_folder, write_index, write_tensors
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.checkpoints.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from qexp.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from qexp.checkpoints.conversion import converted
 from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import LoadError
 from qexp.loading.plan import WorkItem
 from qexp.loading.streaming.stream import stream

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from qexp.config.plugins import plugin_names
 from qexp.config.schema import TopLevelConfig
 from qexp.config.yaml_options import options_of_plugin
-from qexp.experiments.resolve import run_config_from_container
+from qexp.experiments.stored import run_config_from_container
 from qexp.models.arithmetic import ASSETS
 from tests.composing import CONF, composed, run_config
 from tests.products import representatives

@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 
+from qexp.config.backend_options import backend_of
 from qexp.config.module_patterns import unmatched_patterns
 from qexp.config.yaml_options import options_of_plugin
-from qexp.experiments.resolve import backend_of, run_config_from_container
+from qexp.experiments.stored import run_config_from_container
 from qexp.loading.components import plan_components
 from qexp.models.architectures import architecture, network
 from qexp.models.base import load_source

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from qexp.errors import ConfigError, LoadError, QexpError, UnsupportedError
-from qexp.experiments.resolve import run_config_from_container, to_run_config
+from qexp.experiments.resolve import to_run_config
+from qexp.experiments.stored import run_config_from_container
 from qexp.system import devices
 from tests.composing import composed, run_config
 

@@ -16,11 +16,12 @@ from qexp.config.hydra_schema import register_schemas
 from qexp.config.schema import RunConfig
 from qexp.config.yaml_options import conf_folder
 from qexp.errors import ConfigError, LoadError
+from qexp.experiments.reference import reference_config
 from qexp.experiments.resolve import to_run_config
 from qexp.experiments.run import run_experiment
 from qexp.loading.gguf_saving import save_gguf
 from qexp.models.digits_network import DigitsConfig, DigitsTransformer
-from qexp.sweep.run_key import reference_config, reference_key, run_key
+from qexp.sweep.run_key import reference_key, run_key
 from tests.backends import BACKENDS
 from tests.products import exhaustive, representatives
 

@@ -27,8 +27,8 @@ from qexp.hub.download import HubId, hub_id, local_folder, pinned, pinned_model
 from qexp.models.diffusers import DiffusersConfig, Source
 from qexp.models.digits_network import DigitsConfig, DigitsTransformer
 from qexp.rerun import stored_config
+from qexp.results.run_folder import RunFolder
 from qexp.sweep.run_key import run_key
-from qexp.system.files import RunFolder
 from tests.composing import run_config
 from tests.hub.hub_server import TOKEN, HubServer, client_of, environment, serving
 from tests.language import save_language_model

@@ -20,14 +20,15 @@ from safetensors.torch import load_file, save_file
 from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.config.schema import SaveConfig
 from qexp.errors import ConfigError, HubError, MissingLibraryError
+from qexp.experiments.reference import reference_config
 from qexp.experiments.run import run_experiment
 from qexp.hub import upload
 from qexp.loading.saving import save_model
 from qexp.models.digits_network import DigitsConfig, DigitsTransformer
 from qexp.rerun import stored_config
+from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.resume import SCORED_FILES, Decision, decide
-from qexp.sweep.run_key import reference_config, run_key
-from qexp.system.files import RunFolder, Status, now_iso
+from qexp.sweep.run_key import run_key
 from tests.backends import CPU
 from tests.composing import run_config
 from tests.hub.hub_server import PART_BYTES, TOKEN, HubServer, Repository, client_of, environment, serving

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from qexp.checkpoints.checkpoint import DTYPE_BYTES
+from qexp.checkpoints.tensor_entry import DTYPE_BYTES
 
 Files = dict[str, bytes]
 Damage = Callable[[Files, Random], str | None]

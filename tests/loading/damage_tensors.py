@@ -6,7 +6,7 @@ import json
 from random import Random
 from typing import Any
 
-from qexp.checkpoints.checkpoint import DTYPE_BYTES
+from qexp.checkpoints.tensor_entry import DTYPE_BYTES
 from tests.loading.damage import (
     FLOATS,
     FREE,

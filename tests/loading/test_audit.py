@@ -12,7 +12,8 @@ from torch import nn
 from qexp.errors import LoadError
 from qexp.loading.audit import audit
 from qexp.loading.saving import save_model
-from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
+from qexp.quantizers.base import Quantizer, load_quantizer
+from qexp.quantizers.rows import WeightSpec
 from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
 

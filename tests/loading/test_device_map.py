@@ -15,12 +15,14 @@ from torch import nn
 from qexp.config.offload import OffloadConfig
 from qexp.config.schema import LoaderConfig
 from qexp.errors import ConfigError
-from qexp.loading.device_map import Placement, main_device, no_split_classes, place
-from qexp.loading.lifecycle import LoadedComponent, load_component
+from qexp.loading.component import LoadedComponent
+from qexp.loading.device_map import main_device, no_split_classes, place
+from qexp.loading.lifecycle import load_component
 from qexp.loading.plan import LoadPlan
 from qexp.loading.saving import save_model
 from qexp.models.base import ModelSource
 from qexp.offloading.payload import as_bytes
+from qexp.offloading.placement import Placement
 from qexp.offloading.strategies import apply_offload
 from tests.backends import CPU, EVERY_WAY
 from tests.loading.toys import WIDTH, Block, Toy, ToySource, load_toy, random_state, save_state, settings

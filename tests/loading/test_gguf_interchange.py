@@ -17,7 +17,8 @@ from qexp.checkpoints.gguf_types import ENCODABLE
 from qexp.config.offload import OffloadConfig
 from qexp.config.schema import LoaderConfig
 from qexp.errors import LoadError
-from qexp.loading.lifecycle import load_component, prepare, resolve_quantizer
+from qexp.loading.lifecycle import load_component
+from qexp.loading.prepare import prepare, resolve_quantizer
 from qexp.loading.saving import save_model
 from qexp.models.folder import FolderSource
 from qexp.offloading.strategies import apply_offload

@@ -19,9 +19,10 @@ from qexp.checkpoints.checkpoint import GGUF_CONFIG_KEY, open_checkpoint
 from qexp.checkpoints.gguf_types import DECODABLE, ENCODABLE, TYPES
 from qexp.config.schema import LoaderConfig
 from qexp.errors import ConfigError, LoadError
-from qexp.loading import lifecycle
+from qexp.loading import weights
+from qexp.loading.component import LoadedComponent
 from qexp.loading.gguf_saving import save_gguf
-from qexp.loading.lifecycle import LoadedComponent, load_component
+from qexp.loading.lifecycle import load_component
 from qexp.models.base import ModelSource
 from qexp.offloading.payload import leaves, module_nbytes, true_nbytes
 from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
@@ -295,7 +296,7 @@ def test_the_content_hash_follows_the_header(tmp_path: Path) -> None:
 def test_types_that_cannot_be_decoded_are_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lifecycle, "stream", None)
+    monkeypatch.setattr(weights, "stream", None)
     tensors = {"first.weight": ("Q8_1", np.zeros((512, 8 * 40), np.uint8))}
     with pytest.raises(LoadError, match=r"'first\.weight' is Q8_1 in '.*x\.gguf', a type that cannot be decoded"):
         load_file(write(tmp_path / "x.gguf", tensors))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from qexp.checkpoints.gguf_header import read_gguf_header
 from qexp.errors import ConfigError
 from qexp.loading.gguf_saving import save_gguf
-from qexp.quantizers.base import WeightSpec
 from qexp.quantizers.gguf import GGUFConfig, GGUFQuantizer
+from qexp.quantizers.rows import WeightSpec
 from tests.backends import CPU
 from tests.quantizers.test_contract import gaussian
 

@@ -17,7 +17,7 @@ from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
 from qexp.models.base import ModelSource
-from qexp.quantizers.bitsandbytes import QUANT_STORAGES
+from qexp.quantizers.bitsandbytes_support.config import QUANT_STORAGES
 from qexp.quantizers.bitsandbytes_support.stored import BLOCK_SIZES
 from tests.backends import CPU, backend_config
 from tests.products import diagonal

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from qexp.config.schema import ComponentConfig
 from qexp.errors import ConfigError, LoadError
-from qexp.loading import lifecycle
-from qexp.loading.device_map import Placement, place
-from qexp.loading.lifecycle import plan_statistics
+from qexp.loading import lifecycle, prepare
+from qexp.loading import weights as weights_module
+from qexp.loading.component import plan_statistics
+from qexp.loading.device_map import place
 from qexp.loading.streaming import arena, stream
 from qexp.offloading.payload import leaves, module_nbytes, true_nbytes
-from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
+from qexp.offloading.placement import Placement
+from qexp.quantizers.base import Quantizer, load_quantizer
+from qexp.quantizers.rows import WeightSpec
 from qexp.quantizers.torchao import TorchAoConfig
 from qexp.system.memory import host_memory, release_freed_memory
 from tests.backends import CPU, EVERY_WAY, EVERY_WAY_TO_QUANTIZE, Stack, save_stack
@@ -273,7 +276,7 @@ def test_errors_before_reading_read_nothing(folder: Path, monkeypatch: pytest.Mo
     def read(*_: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(lifecycle, "stream", read)
+    monkeypatch.setattr(weights_module, "stream", read)
     with pytest.raises(ConfigError):
         load_toy(folder, settings(skip_modules=("nowhere",)))
     with pytest.raises(LoadError, match="no layer"):
@@ -360,13 +363,13 @@ def test_a_weight_with_one_scale_is_read_whole_within_the_bound(
 
 
 def test_the_collector_rests_while_a_load_is_planned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, make_plan = list[bool](), lifecycle.make_plan
+    seen, make_plan = list[bool](), prepare.make_plan
 
     def watched(*arguments: Any, **options: Any) -> Any:
         seen.append(gc.isenabled())
         return make_plan(*arguments, **options)
 
-    monkeypatch.setattr(lifecycle, "make_plan", watched)
+    monkeypatch.setattr(prepare, "make_plan", watched)
     load_toy(folder, settings())
     assert seen == [False] and gc.isenabled()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qexp.config.offload import OffloadConfig
 from qexp.errors import ConfigError
-from qexp.loading.registration import registered_quantizer
+from qexp.loading.quantized_model import registered_quantizer
 from qexp.loading.saving import save_model
 from qexp.offloading.strategies import apply_offload, offload_of
 from qexp.quantizers.base import Quantizer

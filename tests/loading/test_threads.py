@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qexp.errors import ConfigError
 from qexp.offloading.payload import leaves
-from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
+from qexp.quantizers.base import Quantizer, load_quantizer
 from qexp.quantizers.quanto_support import library
+from qexp.quantizers.rows import WeightSpec
 from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, backend_config
 
 SHAPES = [(16, 64), (48, 128), (7, 96), (64, 130), (1, 256), (9, 256), (33, 34)]

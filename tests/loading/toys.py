@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.config.schema import ComponentConfig, LoaderConfig
-from qexp.loading.lifecycle import LoadedComponent, Prepared, load_component, prepare, resolve_quantizer
+from qexp.loading.component import LoadedComponent, Prepared
+from qexp.loading.lifecycle import load_component
+from qexp.loading.prepare import prepare, resolve_quantizer
 from qexp.models.base import ModelSource
 from tests.backends import CPU, backend_config
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qexp.config.generate import GenerateConfig
 from qexp.config.schema import RunConfig
 from qexp.errors import ConfigError
+from qexp.experiments.reference import reference_config
 from qexp.experiments.run import run_experiment
 from qexp.models.arithmetic import ASSETS, ArithmeticConfig, Source, solution
 from qexp.scoring.score import score
-from qexp.sweep.run_key import reference_config, run_key
-from qexp.tasks.generate import GenerateConfig
+from qexp.sweep.run_key import run_key
 from tests.backends import EVERY_WAY
 from tests.composing import run_config
 from tests.language import TEXT, save_language_model

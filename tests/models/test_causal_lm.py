@@ -13,7 +13,8 @@ from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.config.offload import OffloadConfig
 from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError, LoadError
-from qexp.loading.lifecycle import LoadedComponent, load_component
+from qexp.loading.component import LoadedComponent
+from qexp.loading.lifecycle import load_component
 from qexp.models.causal_lm import CausalLMConfig, Source
 from qexp.models.transformers_networks import network
 from qexp.offloading.strategies import apply_offload

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import qexp
 from qexp.checkpoints.checkpoint import open_component
+from qexp.config.generate import GenerateConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.models.diffusers import DiffusersConfig, Source
 from qexp.models.pipeline_call import TRAJECTORY_VALUES, check_arguments, run_pipeline
 from qexp.offloading.strategies import offload_of
-from qexp.tasks.generate import GenerateConfig
 from tests.pipelines import ARGUMENTS, PIPELINES
 from tests.products import exhaustive, representatives
 

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qexp.config.generate import GenerateConfig
 from qexp.errors import LoadError
 from qexp.models.digits import ASSETS, Config, Source
 from qexp.models.digits_network import NULL_LABEL, DigitsClassifier, DigitsConfig, DigitsTransformer
-from qexp.tasks.generate import GenerateConfig
 
 CPU = torch.device("cpu")
 

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qexp.errors import ConfigError, LoadError
+from qexp.experiments.reference import reference_config
 from qexp.experiments.resolve import to_run_config
 from qexp.experiments.run import run_experiment
 from qexp.models.diffusers import DiffusersConfig, Source
 from qexp.models.lora import LoraConfig, lora_configs, read_updates
-from qexp.sweep.run_key import reference_config, reference_key, run_key
+from qexp.sweep.run_key import reference_key, run_key
 from tests.backends import EVERY_WAY_TO_QUANTIZE, backend_config
 from tests.composing import composed
 from tests.models.test_diffusers import call as call_theirs

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError, LoadError
-from qexp.loading.lifecycle import LoadedComponent, load_component
+from qexp.loading.component import LoadedComponent
+from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
 from qexp.models.transformers import Source, TransformersConfig
 from tests.backends import CPU, backend_config

@@ -14,7 +14,7 @@ from qexp.errors import ConfigError, LoadError
 from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
 from qexp.models.python import PythonConfig, Source
-from qexp.tasks.forward import ForwardConfig
+from qexp.tasks.input_files import ForwardConfig
 from qexp.tasks.roundtrip import RoundtripConfig
 from tests.backends import CPU, backend_config
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from qexp.config.generate import GenerateConfig
 from qexp.errors import ConfigError
 from qexp.models.arithmetic import ASSETS, ArithmeticConfig, Source
-from qexp.tasks.generate import GenerateConfig
 from tests.language import save_language_model
 
 PROMPTS = ("5", "543+870=", "12-", "000+000=0000\n1")

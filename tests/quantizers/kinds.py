@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from qexp.quantizers.base import load_quantizer
-from qexp.quantizers.qexp_packed import ELEMENTS, PackedConfig
+from qexp.quantizers.packed.elements import ELEMENTS
+from qexp.quantizers.qexp_packed import PackedConfig
 from qexp.quantizers.torchao import TorchAoConfig
 from tests.backends import QUANTIZING, option_config
 

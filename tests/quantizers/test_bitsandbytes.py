@@ -16,10 +16,10 @@ from qexp.loading.saving import save_model
 from qexp.models.base import ModelSource
 from qexp.offloading.payload import true_nbytes
 from qexp.offloading.strategies import apply_offload
-from qexp.quantizers import base
-from qexp.quantizers.base import WeightSpec, load_quantizer
-from qexp.quantizers.bitsandbytes import QUANT_STORAGES, BitsAndBytesConfig
+from qexp.quantizers.base import load_quantizer
+from qexp.quantizers.bitsandbytes_support.config import QUANT_STORAGES, BitsAndBytesConfig
 from qexp.quantizers.bitsandbytes_support.stored import BLOCK_SIZES
+from qexp.quantizers.rows import SLICE_WEIGHTS, WeightSpec
 from tests.backends import CPU, StackSource, backend_config, save_stack
 from tests.products import diagonal
 from tests.quantizers.test_contract import gaussian, quantize, quantized_layer
@@ -38,7 +38,7 @@ def test_4bit_has_the_librarys_bytes(quant_type: str, double_quant: bool, dtype:
 def test_every_block_size_has_the_librarys_bytes(
     blocksize: int, double_quant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(base.SLICE_WEIGHTS, "cpu", 5000)  # slices of the fewest rows whose end is a block's
+    monkeypatch.setitem(SLICE_WEIGHTS, "cpu", 5000)  # slices of the fewest rows whose end is a block's
     assert_4bit_as_the_library(torch.bfloat16, "nf4", double_quant, blocksize=blocksize)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qexp.errors import ConfigError, LoadError
-from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
+from qexp.quantizers.bitsandbytes_support.config import BitsAndBytesConfig
 from qexp.quantizers.embedded import embedded_config
 from qexp.quantizers.gguf import GGUFConfig
 from qexp.quantizers.none import NoneConfig

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from qexp.errors import ConfigError, LoadError, MissingLibraryError
 from qexp.offloading.payload import leaves, true_nbytes
 from qexp.quantizers import base
-from qexp.quantizers.base import WeightSpec, load_quantizer
+from qexp.quantizers.base import load_quantizer
+from qexp.quantizers.rows import SLICE_WEIGHTS, WeightSpec
 from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, QUANTIZING, backend_config
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -80,9 +81,9 @@ def test_slices_give_the_same_bytes_as_the_whole(
 ) -> None:
     for rows, columns in [(300, 256), (129, 192), (65, 320)]:
         weight = gaussian(rows, columns, dtype=dtype)
-        monkeypatch.setitem(base.SLICE_WEIGHTS, "cpu", 1 << 30)
+        monkeypatch.setitem(SLICE_WEIGHTS, "cpu", 1 << 30)
         whole = leaves(quantize(backend, weight)[1])
-        monkeypatch.setitem(base.SLICE_WEIGHTS, "cpu", 5000)
+        monkeypatch.setitem(SLICE_WEIGHTS, "cpu", 5000)
         sliced = leaves(quantize(backend, weight)[1])
         assert len(whole) == len(sliced)
         assert all(torch.equal(a, b) for a, b in zip(whole, sliced, strict=True)), (rows, columns)

@@ -22,8 +22,8 @@ from qexp.errors import LoadError
 from qexp.loading.plan import LoadPlan
 from qexp.loading.saving import save_model
 from qexp.offloading.payload import flatten, leaves, module_nbytes, sites, true_nbytes
-from qexp.quantizers import base
-from qexp.quantizers.base import Quantizer, WeightSpec, load_quantizer
+from qexp.quantizers.base import Quantizer, load_quantizer
+from qexp.quantizers.rows import SLICE_WEIGHTS, WeightSpec
 from tests.backends import CPU, QUANTIZING
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
 from tests.products import representatives
@@ -224,7 +224,7 @@ def test_slices_of_every_kind_give_the_bytes_of_the_whole(kind: str, monkeypatch
     if not holds(quantizer, spec):
         pytest.skip("its blocks do not divide this shape")
     for size in (1 << 30, 3000):
-        monkeypatch.setitem(base.SLICE_WEIGHTS, "cpu", size)
+        monkeypatch.setitem(SLICE_WEIGHTS, "cpu", size)
         with torch.no_grad():
             made.append(leaves(quantizer.create_quantized_param(spec, [weight], {}, CPU)))
     whole, sliced = made

@@ -8,7 +8,7 @@ import torch
 
 from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.config.schema import ComponentConfig, LoaderConfig
-from qexp.loading.lifecycle import prepare
+from qexp.loading.prepare import prepare
 from qexp.quantizers.base import load_quantizer
 from qexp.tasks.roundtrip import LayerRow, measure_layers
 from tests.backends import CPU, QUANTIZING, StackSource, backend_config, save_stack

@@ -12,17 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.checkpoints.checkpoint import TensorEntry, open_checkpoint
+from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.checkpoints.gguf_types import DECODABLE, ENCODABLE, TYPES
+from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.config.schema import ComponentConfig
 from qexp.errors import ConfigError, LoadError
-from qexp.loading.lifecycle import prepare
+from qexp.loading.prepare import prepare
 from qexp.offloading.payload import true_nbytes
-from qexp.quantizers.base import WeightSpec, load_quantizer
+from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.gguf import GGUFConfig, GGUFQuantizer
 from qexp.quantizers.gguf_blocks import decode as gguf_decode
 from qexp.quantizers.gguf_blocks.decode import decode, decode_tensor
 from qexp.quantizers.gguf_blocks.encode import encode
+from qexp.quantizers.rows import WeightSpec
 from tests.backends import CPU, StackSource, backend_config, save_stack
 from tests.quantizers.formulas import fp16
 from tests.quantizers.test_contract import gaussian

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError, LoadError
-from qexp.loading.lifecycle import LoadedComponent, load_component
-from qexp.loading.registration import registered_quantizer
+from qexp.loading.component import LoadedComponent
+from qexp.loading.lifecycle import load_component
+from qexp.loading.quantized_model import registered_quantizer
 from qexp.loading.saving import save_model
 from qexp.models.base import ModelSource
 from qexp.offloading.payload import module_nbytes

@@ -6,9 +6,11 @@ from torch import nn
 
 from qexp.errors import ConfigError
 from qexp.offloading.payload import leaves, true_nbytes
-from qexp.quantizers.base import WeightSpec, load_quantizer
+from qexp.quantizers.base import load_quantizer
+from qexp.quantizers.packed.elements import ELEMENTS
 from qexp.quantizers.packed.tensor import PackedTensor
-from qexp.quantizers.qexp_packed import ELEMENTS, PackedConfig, PackedQuantizer
+from qexp.quantizers.qexp_packed import PackedConfig, PackedQuantizer
+from qexp.quantizers.rows import WeightSpec
 from tests.backends import CPU, backend_config
 from tests.quantizers.test_contract import gaussian
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from qexp.checkpoints.checkpoint import TensorEntry
+from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import ConfigError, LoadError
 from qexp.offloading.payload import leaves
-from qexp.quantizers.base import WeightSpec, load_quantizer
+from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.quanto import QuantoConfig, group_size, tinygemm_fits
 from qexp.quantizers.quanto_support.library import library, unpack
+from qexp.quantizers.rows import WeightSpec
 from tests.backends import CPU
 from tests.products import representatives
 from tests.quantizers.test_contract import gaussian
@@ -63,7 +64,8 @@ def test_nothing_is_compiled_and_nothing_is_written_beside_the_library() -> None
 import sys
 from pathlib import Path
 import torch
-from qexp.quantizers.base import WeightSpec, load_quantizer
+from qexp.quantizers.rows import WeightSpec
+from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.quanto import QuantoConfig
 from qexp.quantizers.quanto_support.library import library
 

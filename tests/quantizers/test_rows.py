@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from qexp.quantizers import base
-from qexp.quantizers.base import WeightSpec, row_slices
+from qexp.quantizers.rows import SLICE_WEIGHTS, WeightSpec, row_slices
 from tests.backends import CPU
 
 
@@ -14,7 +13,7 @@ def test_slices_of_a_transposed_weight_lie_row_by_row(
     stored: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Casting and moving keep the order of dimensions in memory, and a kernel is given an address alone."""
-    monkeypatch.setitem(base.SLICE_WEIGHTS, "cpu", 10 * 24)
+    monkeypatch.setitem(SLICE_WEIGHTS, "cpu", 10 * 24)
     weight = torch.randn(24, 33, generator=torch.Generator().manual_seed(0)).to(stored).t()  # [33, 24]
     parts = [part for _, part in row_slices(WeightSpec("layer", (33, 24), dtype), weight, CPU)]
     assert len(parts) == 4 and all(part.is_contiguous() for part in parts)

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from qexp.errors import ConfigError, UnsupportedError
-from qexp.quantizers.base import WeightSpec, load_quantizer
-from qexp.quantizers.qexp_packed import ELEMENTS, PackedConfig
+from qexp.quantizers.base import load_quantizer
+from qexp.quantizers.packed.elements import ELEMENTS
+from qexp.quantizers.qexp_packed import PackedConfig
+from qexp.quantizers.rows import WeightSpec
 from qexp.quantizers.torchao import TorchAoConfig, TorchAoQuantizer
 from qexp.quantizers.torchao_support.names import CLASSES, FUNCTIONS, NAMES, OTHER_SHORTHANDS, SHORTHANDS
 from qexp.quantizers.torchao_support.types import spelled

@@ -15,19 +15,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from qexp.config.generate import GenerateConfig
 from qexp.config.schema import MetricsConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.metrics.backbones import Backbone
 from qexp.metrics.inception import SIDE, Inception, resized
 from qexp.models.arithmetic import ASSETS
+from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.scoring import perceptual
 from qexp.scoring.perceptual import perceptual_numbers
 from qexp.scoring.perceptual_files import BACKBONE_SOURCES, INCEPTION_SOURCES, heads_file
 from qexp.scoring.score import score
 from qexp.sweep.resume import decide, scored_names
-from qexp.system.files import RunFolder, Status, now_iso
 from qexp.system.memory import without_collector
-from qexp.tasks.generate import GenerateConfig
 from tests.composing import run_config
 from tests.language import TOKENIZER
 from tests.scoring.test_score import outputs, write_run

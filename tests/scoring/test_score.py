@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qexp.config.generate import GenerateConfig
 from qexp.config.schema import IMAGE_METRICS, QUALITY_METRICS, TEXT_METRICS
 from qexp.errors import ConfigError, LoadError
 from qexp.models.digits import Config
 from qexp.scoring.score import LATENT_METRICS, REFERENCE_METRICS, SOURCE_METRICS, check_names, score
-from qexp.tasks.generate import GenerateConfig
 from qexp.tasks.roundtrip import RoundtripConfig
 
 STEPS = 3

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qexp.config.generate import GenerateConfig, for_images
 from qexp.config.schema import (
     ComponentConfig,
     IsolationConfig,
@@ -22,8 +23,7 @@ from qexp.config.schema import (
     TrackingConfig,
 )
 from qexp.models.digits import DigitsModelConfig
-from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
-from qexp.tasks.generate import GenerateConfig, for_images
+from qexp.quantizers.bitsandbytes_support.config import BitsAndBytesConfig
 
 BACKEND = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 

@@ -19,14 +19,15 @@ import yaml
 
 from qexp.config.schema import IsolationConfig, MetricsConfig, RunConfig, SaveConfig, SweepConfig, TrackingConfig
 from qexp.errors import ConfigError
-from qexp.experiments.resolve import run_config_from_container
+from qexp.experiments.reference import reference_config
+from qexp.experiments.stored import run_config_from_container
 from qexp.report.table import rows_of_sweep
 from qexp.results.manifest import Manifest
+from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep import job, reference, worker_process
 from qexp.sweep.job import JobRow, refuse_job, run_job
-from qexp.sweep.run_key import reference_config, reference_key, run_key
+from qexp.sweep.run_key import reference_key, run_key
 from qexp.system import files
-from qexp.system.files import RunFolder, Status, now_iso
 from qexp.tasks.roundtrip import RoundtripConfig
 from tests.products import exhaustive
 from tests.sweep import fake_experiment

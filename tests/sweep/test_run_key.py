@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qexp.config.generate import GenerateConfig, for_images
 from qexp.config.schema import (
     IsolationConfig,
     LoaderConfig,
@@ -18,13 +19,13 @@ from qexp.config.schema import (
     TrackingConfig,
 )
 from qexp.errors import LoadError
+from qexp.experiments.reference import reference_config
 from qexp.models.digits import DigitsModelConfig
-from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
+from qexp.quantizers.bitsandbytes_support.config import BitsAndBytesConfig
 from qexp.quantizers.none import NoneConfig
 from qexp.quantizers.torchao import TorchAoConfig
 from qexp.sweep import run_key as key
-from qexp.sweep.run_key import reference_config, reference_key, run_key
-from qexp.tasks.generate import GenerateConfig, for_images
+from qexp.sweep.run_key import reference_key, run_key
 from qexp.tasks.roundtrip import RoundtripConfig
 from tests.sweep.settings import run_config, with_backend, write_checkpoint
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qexp.results.run_folder import RunFolder
 from qexp.sweep.worker import Work, do_work, seeded_experiment
-from qexp.system.files import RunFolder, write_text
+from qexp.system.files import write_text
 from tests.sweep.fake_experiment import FAKES
 from tests.sweep.settings import run_config
 

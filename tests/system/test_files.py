@@ -12,18 +12,9 @@ from pathlib import Path
 import pytest
 
 from qexp.errors import DiskError
+from qexp.results.run_folder import RunFolder, Status, is_alive, now_iso
 from qexp.system import files
-from qexp.system.files import (
-    RunFolder,
-    Status,
-    file_lock,
-    is_alive,
-    now_iso,
-    read_json,
-    replacing,
-    write_json,
-    write_text,
-)
+from qexp.system.files import file_lock, read_json, replacing, write_json, write_text
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qexp.errors import ConfigError
+from qexp.experiments.reference import reference_config
 from qexp.experiments.run import run_experiment
 from qexp.scoring.score import score
-from qexp.sweep.run_key import reference_config, run_key
-from qexp.tasks.forward import ForwardConfig, answers, run, tensors_of
-from qexp.tasks.forward_inputs import check_file, in_dtype, read_inputs
+from qexp.sweep.run_key import run_key
+from qexp.tasks.forward import answers, run, tensors_of
+from qexp.tasks.forward_inputs import in_dtype, read_inputs
+from qexp.tasks.input_files import ForwardConfig, check_file
 from tests.backends import CPU
 from tests.composing import run_config
 from tests.models.test_networks import BF16, save_network

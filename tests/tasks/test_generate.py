@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from qexp.config.generate import GenerateConfig, for_images
 from qexp.errors import ConfigError
 from qexp.models.digits import Config, Source
 from qexp.models.digits_network import DigitsConfig, DigitsTransformer
-from qexp.tasks.generate import GenerateConfig, TaskResult, for_images, run
+from qexp.tasks.generate import TaskResult, run
 
 CPU = torch.device("cpu")
 NO_MEMORY = (0.0, 0.0)

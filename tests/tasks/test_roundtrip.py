@@ -10,7 +10,8 @@ import torch
 
 from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.config.schema import ComponentConfig, LoaderConfig
-from qexp.loading.lifecycle import Prepared, prepare
+from qexp.loading.component import Prepared
+from qexp.loading.prepare import prepare
 from qexp.quantizers.base import load_quantizer
 from qexp.tasks.roundtrip import LayerRow, measure_layers, rows_to_csv, summarize
 from tests.backends import CPU, Stack, StackSource, backend_config, save_stack

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qexp.experiments.resolve import RunConfig, run_config_from_container
+from qexp.config.schema import RunConfig
+from qexp.experiments.stored import run_config_from_container
 from qexp.tracking.wandb_run import log_run
 from tests.report.factory import ENV, GENERATE, ROUNDTRIP, config, run_folder
 from tests.tracking.wandb_file import Logged, read_wandb
@@ -114,7 +115,7 @@ def test_nothing_is_written_elsewhere_and_one_line_is_printed(tmp_path: Path) ->
     run_folder(tmp_path, "abc0", config(), GENERATE)
     code = (
         "import os, sys; from pathlib import Path; import yaml\n"
-        "from qexp.experiments.resolve import run_config_from_container\n"
+        "from qexp.experiments.stored import run_config_from_container\n"
         "from qexp.tracking.wandb_run import log_run\n"
         "assert 'wandb' not in sys.modules\n"
         "folder = Path(sys.argv[1]); before = dict(os.environ)\n"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qexp.errors import ConfigError, UnsupportedError
-from qexp.experiments.resolve import run_config_from_container
+from qexp.experiments.stored import run_config_from_container
 from qexp.tracking import wandb_run
 from qexp.tracking.wandb_run import log_run
 from tests.products import representatives

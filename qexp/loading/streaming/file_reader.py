@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexp.checkpoints.checkpoint import TensorEntry
 from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import LoadError
 from qexp.loading.streaming.arena import Stopped
 from qexp.loading.streaming.lanes import PAGE_BYTES, PIECE_BYTES, PinnedPieces
@@ -146,5 +146,5 @@ class RowReader:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"a weight that is being loaded has no {name!r}, only rows: go through qexp.quantizers.base.row_slices"
+            f"a weight that is being loaded has no {name!r}, only rows: go through qexp.quantizers.rows.row_slices"
         )

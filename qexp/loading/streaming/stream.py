@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexp.checkpoints.checkpoint import TensorEntry
 from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.loading.plan import WorkItem
 from qexp.loading.streaming.arena import Arena, Stopped, Window, aligned
 from qexp.loading.streaming.file_reader import Reader

@@ -7,22 +7,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from qexp.quantizers import base
 from qexp.quantizers.bitsandbytes_support.library import library
+from qexp.quantizers.rows import RowAssembler, Rows, WeightSpec, check_slice, row_slices
+from qexp.system.imports import once
 from qexp.system.memory import use_huge_pages
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.quantizers.bitsandbytes import BitsAndBytesConfig
+    from qexp.quantizers.bitsandbytes_support.config import BitsAndBytesConfig
 
 NESTED_BLOCK_SIZE = 256
 Quantize = Callable[["Tensor", "Tensor", "Tensor"], None]  # (weights, where to put the packed bytes, and the absmaxes)
 
 
 def create_4bit(
-    config: BitsAndBytesConfig, spec: base.WeightSpec, weight: Tensor | base.Rows, device: torch.device
+    config: BitsAndBytesConfig, spec: WeightSpec, weight: Tensor | Rows, device: torch.device
 ) -> nn.Parameter:
     import torch
 
@@ -34,12 +35,12 @@ def create_4bit(
     code = functional.get_4bit_type(quant_type, device=device)
     on_cpu = device.type == "cpu"
     quantize = _quantize_on_cpu(code, block) if on_cpu else _quantize_by_library(quant_type, block, device)
-    for rows, part in base.row_slices(spec, weight, device, rows_a_block, check=not on_cpu):
+    for rows, part in row_slices(spec, weight, device, rows_a_block, check=not on_cpu):
         first, last = rows.start * spec.shape[1], rows.stop * spec.shape[1]
         largest = absmax[first // block : math.ceil(last / block)]
         quantize(part, packed[first // 2 : math.ceil(last / 2), 0], largest)
         if on_cpu:
-            base.check_slice(spec, rows, largest)  # of a block that is not finite, neither is the absmax
+            check_slice(spec, rows, largest)  # of a block that is not finite, neither is the absmax
     offset, state2 = None, None
     if config.bnb_4bit_use_double_quant:
         offset = absmax.mean()
@@ -69,17 +70,17 @@ def create_4bit(
     )
 
 
-def create_8bit(spec: base.WeightSpec, weight: Tensor | base.Rows, device: torch.device) -> nn.Parameter:
+def create_8bit(spec: WeightSpec, weight: Tensor | Rows, device: torch.device) -> nn.Parameter:
     import torch
 
     from qexp.quantizers.cpu_kernels.rowwise_8bit import llm_int8
 
-    half = base.WeightSpec(spec.module, spec.shape, torch.float16)  # the library quantizes from fp16 alone
-    rows_of, on_cpu = base.RowAssembler(spec.shape[0]), device.type == "cpu"
-    for rows, part in base.row_slices(spec if on_cpu else half, weight, device, check=not on_cpu):
+    half = WeightSpec(spec.module, spec.shape, torch.float16)  # the library quantizes from fp16 alone
+    rows_of, on_cpu = RowAssembler(spec.shape[0]), device.type == "cpu"
+    for rows, part in row_slices(spec if on_cpu else half, weight, device, check=not on_cpu):
         values, scale = llm_int8(part) if on_cpu else library().functional.int8_vectorwise_quant(part)[:2]
         if on_cpu:
-            base.check_slice(half, rows, scale)
+            check_slice(half, rows, scale)
         rows_of.add(rows, {"CB": values, "SCB": scale})
     values, scale = rows_of.inner["CB"], rows_of.inner["SCB"]
     return library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
@@ -103,7 +104,7 @@ def _quantize_by_library(quant_type: str, blocksize: int, device: torch.device) 
     return quantize
 
 
-@base.once
+@once
 def _nested_code(device: torch.device) -> Tensor:
     """The library's own, which it has on the first device alone, and copies to others with every call."""
     code: Tensor = library().functional.create_dynamic_map().to(device)

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from qexp.quantizers import base
+from qexp.system.imports import once, quiet
 
 
-@base.once
+@once
 def library() -> Any:
     """bitsandbytes, imported without its look-up of kernels on a hub."""
-    with base.quiet(), _no_kernels(), _compiled_when_called():
+    with quiet(), _no_kernels(), _compiled_when_called():
         import bitsandbytes
     # it would say at every call of every layer that inputs are cast to fp16
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -55,7 +55,7 @@ def _compiled_when_called() -> Iterator[None]:
         (caller,) = sys._getframe(1).f_globals.get("__name__", "").split(".")[:1]
         if caller != "bitsandbytes" or len(arguments) != 1 or not callable(arguments[0]):
             return compiler(*arguments, **options)
-        compiled = base.once(lambda: compiler(*arguments, **options))
+        compiled = once(lambda: compiler(*arguments, **options))
         return lambda *inputs, **named: compiled()(*inputs, **named)
 
     torch.compile = compile_

@@ -15,15 +15,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import LoadError, choices
-from qexp.quantizers.base import WeightSpec
 from qexp.quantizers.bitsandbytes_support.library import library
+from qexp.quantizers.rows import WeightSpec
 from qexp.quantizers.stored import Part, check_parts, lacks
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.checkpoints.checkpoint import TensorEntry
+    from qexp.checkpoints.tensor_entry import TensorEntry
 
 TYPES_4BIT = ("fp4", "nf4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from qexp.checkpoints.gguf_types import TYPES
+from qexp.quantizers.gguf_blocks.fields import BELOW_HALF, half_bytes, inverse_of
 
 Encoder = Callable[[Tensor], Tensor]
 
-BELOW_HALF = 0.49999997  # the fp32 number before 1/2; adding it and cutting off the fraction rounds half up, exactly
 GATHER_BITS = 0x0102040810204080  # times eight bytes of 0 or 1: their bits come together in the top byte
 E2M1_MIDDLES = (0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0)  # between the magnitudes 0 1 2 3 4 6 8 12; a tie goes down
 
@@ -45,20 +45,6 @@ def encode(name: str, rows: Tensor) -> Tensor:
             return kernels.encode(name, rows.contiguous())
     blocks = rows.float().reshape(-1, kind.block)
     return ENCODERS[name](blocks).view(rows.shape[0], -1)
-
-
-def half_bytes(numbers: Tensor) -> Tensor:
-    """fp32 numbers as bytes of fp16: [n, 1] -> uint8 [n, 2]."""
-    rounded = numbers.half()
-    if bool(rounded.isinf().any()):
-        raise OverflowError(f"{numbers.abs().max().item():g} is beyond 65504, the largest fp16 number")
-    return rounded.view(torch.uint8)
-
-
-def inverse_of(d: Tensor) -> Tensor:
-    """1 / d; 0 where d is zero, or so small that it will be zero in fp16."""
-    inverse = 1 / d
-    return inverse.masked_fill_(inverse.isinf(), 0)
 
 
 def _nibbles(codes: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexp.quantizers.gguf_blocks.decode import Decoder, as_type, bits, constant, cut, half, look_up, table
+from qexp.quantizers.gguf_blocks.fields import Decoder, as_type, bits, constant, cut, half, look_up, table
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 IQ1_DELTA = 0.125

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from qexp.checkpoints.gguf_types import TYPES
 from qexp.quantizers.cpu_kernels.kernels import absmax, compiled, narrowed, source_bits, widened
-from qexp.quantizers.gguf_blocks import encode as gguf_encode
-from qexp.quantizers.gguf_blocks.decode import cut, half, scales_and_minima
-from qexp.quantizers.gguf_blocks.encode import half_bytes, inverse_of
+from qexp.quantizers.gguf_blocks import fields
+from qexp.quantizers.gguf_blocks.fields import cut, half, half_bytes, inverse_of, scales_and_minima
 
-BELOW_HALF = np.float32(gguf_encode.BELOW_HALF)  # a loop takes its type for the result's
+BELOW_HALF = np.float32(fields.BELOW_HALF)  # a loop takes its type for the result's
 THREAD_WEIGHTS = 1 << 18  # of each thread at least: about a millisecond of work
 TARGETS = {torch.bfloat16: (torch.int16, np.uint16, 16), torch.float32: (torch.int32, np.uint32, 0)}
 

@@ -24,9 +24,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qexp.quantizers.base import once
 from qexp.quantizers.packed.bits import pack, unpack
-from qexp.quantizers.qexp_packed import ELEMENTS, Element
+from qexp.quantizers.packed.elements import ELEMENTS, Element
+from qexp.system.imports import once
 
 # bits -> the parts of the range of a group that are tried beside the whole
 SHRINK = {1: (0.6, 0.5, 0.4, 0.3, 0.2), 2: (0.85, 0.75, 0.65, 0.5), 3: (0.9, 0.8, 0.7), 4: (0.95, 0.9, 0.85)}

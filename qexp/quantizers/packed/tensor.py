@@ -26,7 +26,7 @@ DECODED_WEIGHTS = {"cpu": 1 << 19, "cuda": 1 << 24}  # at a time, by a layer
 
 
 class PackedTensor(Tensor):
-    """A weight [out, in] in packed form. quant_type: a key of `qexp_packed.ELEMENTS`; inner: see `codes.py`."""
+    """A weight [out, in] in packed form. quant_type: a key of `elements.ELEMENTS`; inner: see `codes.py`."""
 
     qdata: Tensor
     scale: Tensor

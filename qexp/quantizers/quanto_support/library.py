@@ -24,7 +24,7 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from qexp.quantizers import base
+from qexp.system.imports import once, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,10 +45,10 @@ OF_MODELS = (  # what `optimum.quanto` has from there
 )
 
 
-@base.once
+@once
 def library() -> Any:
     """The library, with the replacements that the module's text explains."""
-    with base.quiet():
+    with quiet():
         quanto = _without_models()
         from optimum.quanto.library.extensions.cpp import ext
 

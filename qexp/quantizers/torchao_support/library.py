@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from qexp.errors import ConfigError, choices, did_you_mean
-from qexp.quantizers import base
 from qexp.quantizers.torchao_support.names import SHORTHANDS
 from qexp.quantizers.torchao_support.types import library_call
+from qexp.system.imports import quiet
 
-with base.quiet():  # warns of kernels for other machines
+with quiet():  # warns of kernels for other machines
     from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
@@ -57,7 +57,7 @@ def config_classes() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in sorted(ALLOWED_AO_MODULES, key=lambda name: (name != VALUES, name)):
         try:
-            with base.quiet():
+            with quiet():
                 module = importlib.import_module(name)
         except ImportError:  # torchao lists modules that it no longer has
             continue

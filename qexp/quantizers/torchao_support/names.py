@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qexp.quantizers.qexp_packed import ELEMENTS
+from qexp.quantizers.packed.elements import ELEMENTS
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qexp.errors import ConfigError, choices, did_you_mean
-from qexp.quantizers.qexp_packed import ELEMENTS
+from qexp.quantizers.packed.elements import ELEMENTS
 from qexp.quantizers.torchao_support.names import (
     CLASSES,
     FUNCTIONS,

@@ -17,18 +17,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qexp.checkpoints.checkpoint import DTYPE_BYTES, TensorEntry, open_checkpoint
+from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.checkpoints.conversion import transposed
 from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.checkpoints.tensor_entry import DTYPE_BYTES, TensorEntry
 from qexp.config.schema import LoaderConfig
 from qexp.errors import LoadError
-from qexp.loading.lifecycle import stream_plan
 from qexp.loading.plan import WorkItem
 from qexp.loading.streaming import arena as arena_module
 from qexp.loading.streaming import file_reader
 from qexp.loading.streaming import stream as pipeline
 from qexp.loading.streaming.stream import stream
-from qexp.quantizers.base import WeightSpec
+from qexp.loading.weights import stream_plan
+from qexp.quantizers.rows import WeightSpec
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.checkpoints.checkpoint import TensorEntry
+from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import LoadError
-from qexp.quantizers.base import WeightSpec, load_quantizer
+from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.bitsandbytes_support import stored
+from qexp.quantizers.rows import WeightSpec
 from tests.backends import CPU, backend_config
 from tests.quantizers.test_contract import gaussian, quantize
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.quantizers.base import clear_nan
 from qexp.quantizers.bitsandbytes_support.library import library as bitsandbytes
 from qexp.quantizers.quanto_support.library import library as quanto
+from qexp.quantizers.rows import clear_nan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COLUMNS = 128

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from qexp.offloading.payload import flatten, leaves
-from qexp.quantizers.base import WeightSpec
 from qexp.quantizers.gguf import GGUFConfig, GGUFQuantizer
 from qexp.quantizers.gguf_blocks import tensor
 from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
+from qexp.quantizers.rows import WeightSpec
 from tests.backends import CPU
 from tests.quantizers.test_contract import gaussian
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qexp.quantizers.packed.codes import SHRINK, bf16_below, decode, encode, encode_by_tensors, float_table
-from qexp.quantizers.qexp_packed import ELEMENTS, Element
+from qexp.quantizers.packed.elements import ELEMENTS, Element
 from tests.backends import CPU
 from tests.quantizers.formulas import packed_floats, packed_integers
 from tests.quantizers.test_contract import gaussian

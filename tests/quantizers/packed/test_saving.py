@@ -19,8 +19,9 @@ from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
 from qexp.models.base import ModelSource
 from qexp.offloading.payload import leaves
+from qexp.quantizers.packed.elements import ELEMENTS
 from qexp.quantizers.packed.tensor import PackedTensor
-from qexp.quantizers.qexp_packed import ELEMENTS, PackedConfig
+from qexp.quantizers.qexp_packed import PackedConfig
 from tests.backends import CPU, Stack, StackSource, backend_config, save_stack
 
 FILE = "diffusion_pytorch_model.safetensors"

@@ -1,0 +1,74 @@
+"""Turn the arguments of the Python API into what the rest of the program takes: paths, devices, backend configs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.config.backend_options import backend_of
+from qexp.config.plugins import plugin_module, plugin_names
+from qexp.config.yaml_options import option_names
+from qexp.errors import ConfigError, choices
+from qexp.quantizers.configs import BackendConfig
+from qexp.system.devices import resolve_device_map, resolve_max_memory
+
+if TYPE_CHECKING:
+    import torch
+
+SOURCE = "_qexp_source"  # attribute of a pipeline that `load_pipeline` returned: what it was loaded from
+
+
+def expanded(path: str | Path, name: str) -> Path:
+    """The path with `~` spelled out. Raises ConfigError for one of a user that this machine does not know."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{name}={str(path)!r} names no folder: {error}; write the path in full") from None
+
+
+def places_of(device: str | torch.device, device_map: Any, max_memory: Any) -> tuple[torch.device, Any, Any]:
+    """What `load_component` takes. A device of another kind than cpu and cuda is believed, with the map beside it."""
+    import torch
+
+    device = named(device)
+    if isinstance(device, torch.device):
+        return device, device_map, max_memory
+    main, places = resolve_device_map(device, device_map)
+    limits = resolve_max_memory(max_memory, device_map)
+    if limits is not None and places is None:
+        return torch.device(main), {"": main}, limits  # one device, and a limit to check
+    return torch.device(main), places, limits
+
+
+def named(device: Any) -> Any:
+    """A device as the text that is checked against this machine; one of another kind than cpu and cuda as it is."""
+    kind = getattr(device, "type", None)
+    if kind is None or kind == "cuda":
+        return str(device)
+    return "cpu" if kind == "cpu" else device
+
+
+def backend_config(backend: Any) -> Any:
+    """The config dataclass of a backend, from any of the ways to name one."""
+    if backend is None or isinstance(backend, str):
+        return backend_of(backend or "none")
+    if isinstance(backend, BackendConfig):
+        return backend
+    values = backend if isinstance(backend, Mapping) else getattr(backend, "to_dict", dict)()
+    method = values.get("quant_method")
+    method = getattr(method, "value", method)
+    if method not in plugin_names("backend"):
+        raise ConfigError(
+            f"backend={backend!r} is no backend; use a name ({choices(option_names('backend'))}), a backend's config, "
+            f"or a mapping whose quant_method is {choices(plugin_names('backend'))}"
+        )
+    if isinstance(backend, Mapping):
+        from qexp.config.plugins import plugin_config
+
+        return plugin_config("backend", backend, "backend")
+    return plugin_module("backend", method).Config.from_dict(values)
+
+
+def as_list(names: str | Iterable[str]) -> Any:
+    return names if isinstance(names, str) else list(names)

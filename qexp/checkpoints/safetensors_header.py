@@ -1,0 +1,89 @@
+"""The header of a safetensors file.
+
+A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}, "__metadata__":
+{...}}, then the tensors' bytes. Everything a damaged file could lie about is checked here, before memory is reserved
+for it.
+
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from reprlib import repr as brief
+from typing import Any
+
+from qexp.checkpoints.tensor_entry import DTYPE_BYTES, MAX_DIMENSIONS, TensorEntry
+from qexp.errors import LoadError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+@lru_cache(maxsize=256)  # a run opens a checkpoint several times
+def parse_header(file: Path, raw: bytes, size: int) -> tuple[tuple[TensorEntry, ...], Mapping[str, str]]:
+    """What the header of a safetensors file of `size` bytes says."""
+    try:
+        header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise LoadError(
+            f"'{file}' is not a safetensors file: its header is not JSON ({error}); download it again"
+        ) from None
+    if not isinstance(header, dict):
+        raise LoadError(f"'{file}' is not a safetensors file: its header is not a JSON object; download it again")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(file, "__metadata__ must map names to texts")
+    start = 8 + len(raw)
+    entries = sorted(
+        (_entry(file, name, info, start) for name, info in header.items()), key=lambda e: (e.offset, e.nbytes)
+    )
+    end = start
+    for entry in entries:
+        if entry.offset != end:
+            raise _damaged(file, f"tensor '{entry.name}' starts at byte {entry.offset}, not at {end}")
+        end = entry.offset + entry.nbytes
+    if end != size:
+        kind = "truncated" if size < end else "damaged"
+        raise LoadError(f"'{file}' is {kind}: its header describes {end} bytes, the file has {size}; download it again")
+    return tuple(entries), metadata
+
+
+def _entry(file: Path, name: str, info: object, start: int) -> TensorEntry:
+    if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(file, f"tensor '{name}' must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        known = ", ".join(DTYPE_BYTES)
+        raise LoadError(
+            f"tensor '{name}' of '{file}' has dtype {brief(dtype)}; known are {known}: convert it, or download it again"
+        )
+    if not _are_naturals(shape) or not _are_naturals(offsets) or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
+        raise _damaged(
+            file,
+            f"tensor '{name}' has shape {brief(shape)} and data_offsets {brief(offsets)}, which must be a list of at "
+            f"most {MAX_DIMENSIONS} integers >= 0 and one of two",
+        )
+    needed, found = math.prod(shape) * DTYPE_BYTES[dtype], offsets[1] - offsets[0]
+    if needed != found:
+        raise _damaged(file, f"tensor '{name}' of shape {shape} and dtype {dtype} needs {needed} bytes, not {found}")
+    return TensorEntry(name, dtype, tuple(shape), file, start + offsets[0], needed)
+
+
+def _damaged(file: Path, what: str) -> LoadError:
+    return LoadError(f"'{file}' is damaged: {what}; download it again")
+
+
+def _are_naturals(value: object) -> bool:
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**62 for number in value)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name is there twice")
+    "".join(result).encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
+    return result

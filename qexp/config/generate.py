@@ -1,0 +1,143 @@
+"""The settings of `task=generate`, and which of them each kind of model takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from qexp.errors import ConfigError, choices, did_you_mean
+
+COUNTS = (
+    "num_images", "num_inference_steps", "num_images_per_prompt", "height", "width", "num_frames",
+    "max_sequence_length",
+    "max_new_tokens", "batch_size", "top_k",
+)  # fmt: skip
+OF_IMAGES = ("num_images", "num_inference_steps", "guidance_scale")
+OF_TEXT = ("prompt", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "text", "batch_size")
+OF_PIPELINES = (
+    "negative_prompt", "num_images_per_prompt", "height", "width", "num_frames", "max_sequence_length",
+    "true_cfg_scale", "pipeline_arguments",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Of the digits model: num_images, num_inference_steps, guidance_scale (null: 200, 20, and 1, no guidance).
+
+    Of pipelines (null: the pipeline's own default): prompt, negative_prompt, a text or a list of them, or @file with
+    one a line; num_images_per_prompt (of videos, too); num_inference_steps, guidance_scale, true_cfg_scale, height,
+    width, num_frames, max_sequence_length; pipeline_arguments, any others of its call; batch_size, prompts at a time
+    (1).
+
+    Of text: prompt, a text or a list of them to go on from, or @file with one a line (null: the model's own);
+    max_new_tokens, do_sample, temperature, top_k, top_p as in transformers (null: as the model's generation_config
+    says); batch_size, prompts at a time (50); text, a file to measure perplexity on besides (null: the model's own, if
+    it has one).
+    """
+
+    name: str = "generate"
+    num_images: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    prompt: Any = None
+    negative_prompt: Any = None
+    num_images_per_prompt: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    max_sequence_length: int | None = None
+    true_cfg_scale: float | None = None
+    pipeline_arguments: dict[str, Any] = field(default_factory=dict)
+    max_new_tokens: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    batch_size: int | None = None
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("guidance_scale", "true_cfg_scale"):
+            if (value := getattr(self, name)) is not None and not math.isfinite(value):
+                raise ConfigError(f"task.{name}={value} must be a finite number; 1 is no guidance")
+        for name in COUNTS:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"task.{name}={value} must be 1 or more")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise ConfigError(f"task.temperature={self.temperature} must be above 0; task.do_sample=false is greedy")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"task.top_p={self.top_p} must be above 0, and at most 1")
+
+    def resolved(self) -> GenerateConfig:
+        """With the prompts themselves in place of one, or of a file's name."""
+        negative = read_prompts(self.negative_prompt, "task.negative_prompt", may_be_empty=True)
+        return replace(self, prompt=read_prompts(self.prompt), negative_prompt=negative)
+
+    def ignored_fields(self) -> set[str]:
+        """Of pipelines, what is as the pipeline's own default: other models have no such fields."""
+        return {name for name in OF_PIPELINES if not getattr(self, name) and getattr(self, name) != 0}
+
+    def input_files(self) -> dict[str, Path]:
+        """Fields that name a file, whose content is what counts."""
+        return {"text": Path(self.text).expanduser()} if self.text is not None else {}
+
+
+def for_images(task: GenerateConfig) -> GenerateConfig:
+    """What a model of images takes that is no pipeline, with defaults. Raises: ConfigError for what it does not."""
+    found = GenerateConfig(
+        num_images=200 if task.num_images is None else task.num_images,
+        num_inference_steps=20 if task.num_inference_steps is None else task.num_inference_steps,
+        guidance_scale=1.0 if task.guidance_scale is None else task.guidance_scale,
+        batch_size=50,
+    )
+    return _complete(task, found, OF_IMAGES)
+
+
+def for_text(task: GenerateConfig) -> GenerateConfig:
+    """What a model of text takes, with defaults. Raises: ConfigError for what it does not."""
+    batch_size = 50 if task.batch_size is None else task.batch_size
+    own = {name: getattr(task, name) for name in OF_TEXT}
+    return _complete(task, replace(for_images(GenerateConfig()), **{**own, "batch_size": batch_size}), OF_TEXT)
+
+
+def for_pipelines(task: GenerateConfig) -> GenerateConfig:
+    """What a pipeline takes; null is its own default. Raises: ConfigError for what none takes."""
+    names = ("prompt", "num_inference_steps", "guidance_scale", "batch_size", *OF_PIPELINES)
+    own = {name: getattr(task, name) for name in names}
+    return _complete(task, GenerateConfig(**{**own, "batch_size": task.batch_size or 1}), names)
+
+
+def _complete(task: GenerateConfig, found: GenerateConfig, taken: Sequence[str]) -> GenerateConfig:
+    """What was found in a task, if that is all. taken: the fields that the model takes."""
+    for item in fields(task):
+        value = getattr(task, item.name)
+        if item.name not in taken and value not in (None, {}) and value != getattr(found, item.name):
+            raise ConfigError(
+                f"task.{item.name}={value} is of no use to this model{did_you_mean(item.name, taken)}; it takes "
+                f"{choices(taken)}"
+            )
+    return found
+
+
+def read_prompts(value: Any, place: str = "task.prompt", may_be_empty: bool = False) -> tuple[str, ...] | None:
+    """task.prompt as a tuple: of one text, of a list, or of the lines of @file. Raises ConfigError."""
+    if value is None:
+        return None
+    if isinstance(value, str) and value.startswith("@"):
+        try:
+            value = [line for line in Path(value[1:]).expanduser().read_text(encoding="utf-8").splitlines() if line]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a text file"
+            raise ConfigError(f"{place}={value} cannot be read: {reason}; give a file with a prompt a line") from error
+    prompts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
+    if not prompts or not all(isinstance(prompt, str) and (prompt or may_be_empty) for prompt in prompts):
+        raise ConfigError(
+            f"{place}={value} must be a text, a list of them, or @file with one a line; quote what looks like a number"
+        )
+    return prompts

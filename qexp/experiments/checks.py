@@ -1,0 +1,121 @@
+"""Reject settings that do not go together, before anything is downloaded or loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qexp.checkpoints.checkpoint import open_components, refuse_source
+from qexp.config.schema import ComponentConfig, SaveConfig, TopLevelConfig
+from qexp.errors import ConfigError, LoadError, choices, did_you_mean
+from qexp.hub.download import hub_id
+from qexp.hub.upload import check_ready
+from qexp.models.base import load_source
+
+
+def check_saves(save: SaveConfig, task: Any) -> None:
+    """Raises ConfigError for a model that is to be saved where there will be none, or cannot be sent."""
+    if save.wanted and not getattr(task, "saves_outputs", True):
+        raise ConfigError(
+            f"{save.wanted} with task={task.name}: it goes layer by layer and leaves no model to save; "
+            "use task=generate"
+        )
+    if save.push_to_hub is not None:
+        check_ready(save)
+
+
+def check_before_download(model: Any, task: Any, top: TopLevelConfig) -> None:
+    """What can be said of a hub's model before its files are here; all of it is asked again when they are."""
+    if model.path is None or hub_id(model.path) is None:
+        return
+    with suppress(LoadError):
+        check_task(model, task)
+        if getattr(model, "revision", None) is None:  # else the cache may have the components of another one
+            check_component_names(top.components, load_source(model).components())
+
+
+def check_task(model: Any, task: Any) -> None:
+    """Raises ConfigError for a task that the model cannot do, in general or as it is configured."""
+    source = load_source(model)
+    if task.name not in source.tasks:
+        raise ConfigError(
+            f"task={task.name} is not for model.source={model.source}, which has {choices(source.tasks)}; "
+            "choose another task, or another model"
+        )
+    if hasattr(source, "check_task"):
+        source.check_task(task)
+
+
+def check_save_path(path: Path, model: Any, components: Iterable[str]) -> None:
+    """Raises ConfigError for a folder that holds what the model, or its reference, is loaded from."""
+    places = [path, *(path / name for name in components)]
+    original = getattr(model, "reference_path", None)
+    for config in (model, *([replace(model, path=original)] if original is not None else [])):
+        try:
+            sources = load_source(config).checkpoints().values()
+        except LoadError:
+            continue  # reported where it is opened
+        for source in sources:
+            for place in places:
+                refuse_source(place, source, f"save.path={path}")
+
+
+def check_offload(device_map: Any, strategy: str) -> None:
+    if device_map is not None and strategy != "none":
+        raise ConfigError(
+            f"device_map={device_map} says where each module rests, and so does offload.strategy={strategy}; use "
+            "offload=none (what the map puts on the CPU or on disk is offloaded all the same), or one device"
+        )
+
+
+def check_placed(task: Any, device_map: Any, max_memory: Any) -> None:
+    """Raises ConfigError if there is no model to place as the map says."""
+    if getattr(task, "saves_outputs", True):
+        return
+    given = f"device_map={device_map}" if isinstance(device_map, dict) and device_map.keys() != {""} else None
+    if max_memory is not None:
+        given = "max_memory"
+    if given is not None:
+        raise ConfigError(
+            f"{given} with task={task.name}: it goes layer by layer on one device and places no model; leave it out, "
+            "or use device"
+        )
+
+
+def check_reference_path(model: Any) -> None:
+    path = getattr(model, "reference_path", None)
+    if path is not None and hub_id(path) is None and not Path(path).expanduser().exists():
+        raise ConfigError(
+            f"model.reference_path={path} does not exist; set it to the unquantized checkpoint to compare with, or "
+            "leave it out"
+        )
+
+
+def check_reference_files(model: Any) -> None:
+    """Raises LoadError for a reference checkpoint that cannot be opened, by the setting that names it."""
+    path = getattr(model, "reference_path", None)
+    if path is None:
+        return
+    try:
+        open_components(load_source(replace(model, path=path, reference_path=None)))
+    except LoadError as error:
+        raise LoadError(str(error).replace("model.path", "model.reference_path")) from error
+
+
+def check_component_names(names: Iterable[str], known: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise ConfigError(f"components.{name} is no component of this model{hint}; it has {choices(known)}")
+
+
+def check_streaming(low_cpu_mem_usage: bool, components: Mapping[str, ComponentConfig]) -> None:
+    quantized = [name for name, component in components.items() if component.backend.quant_method != "none"]
+    if quantized and not low_cpu_mem_usage:
+        raise ConfigError(
+            f"low_cpu_mem_usage=false cannot be combined with quantization (of {choices(quantized)}): there is only "
+            "the streaming path, which never holds the dense model; use low_cpu_mem_usage=true, or backend=none"
+        )

@@ -1,0 +1,51 @@
+"""The unquantized experiment that a run is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from qexp.checkpoints.checkpoint import open_components
+from qexp.config.offload import OffloadConfig
+from qexp.config.schema import ComponentConfig, RunConfig, SaveConfig
+from qexp.errors import ConfigError
+from qexp.models.base import load_source
+from qexp.quantizers.embedded import is_quantized
+from qexp.quantizers.none import NoneConfig
+
+
+def reference_config(config: RunConfig) -> RunConfig:
+    """The same experiment with nothing quantized, in the reference's dtype, offloaded as `reference.offload` says.
+
+    Where the checkpoint is quantized already, the reference is that of `model.reference_path`.
+    """
+    component = ComponentConfig(backend=NoneConfig(), compute_dtype=config.reference.dtype)
+    quantized = any(map(is_quantized, open_components(load_source(config.model)).values()))
+    return replace(
+        config,
+        model=unquantized_model(config.model) if quantized else replace(config.model, reference_path=None),
+        save=SaveConfig(),
+        components={name: component for name in config.components},
+        offload=OffloadConfig(strategy=config.reference.offload).resolved(config.device.partition(":")[0]),
+        # modules of a map may not fit where they are put once they are not quantized
+        device_map="auto" if config.device_map is not None and config.reference.offload == "none" else None,
+    )
+
+
+def unquantized_model(model: Any) -> Any:
+    """The model that a quantized checkpoint is compared with; a model's config may have a method that says which."""
+    if hasattr(model, "unquantized"):
+        other = model.unquantized()
+        for name, checkpoint in open_components(load_source(other)).items():
+            if is_quantized(checkpoint):
+                raise ConfigError(
+                    f"the component '{name}' to compare with, '{checkpoint.path}', is quantized itself; set "
+                    "model.reference_path to the unquantized model"
+                )
+        return other
+    return replace(model, path=model.reference_path, reference_path=None)
+
+
+def saves_outputs(config: RunConfig) -> bool:
+    """Whether the task leaves outputs that are compared with a reference and scored; a task config may say no."""
+    return bool(getattr(config.task, "saves_outputs", True))

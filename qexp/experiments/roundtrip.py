@@ -1,0 +1,80 @@
+"""Run `task=roundtrip`: quantize layer by layer, compare with the original weights, keep no model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qexp.checkpoints.checkpoint import Checkpoint, open_component
+from qexp.errors import ConfigError
+from qexp.experiments.reference import unquantized_model
+from qexp.experiments.statistics import Metrics, run_peaks
+from qexp.loading.component import plan_statistics
+from qexp.loading.components import check_shared_patterns
+from qexp.loading.lifecycle import warm_up
+from qexp.loading.prepare import prepare, resolve_quantizer, skeleton_and_names
+from qexp.models.base import load_source
+from qexp.quantizers.embedded import is_quantized
+from qexp.system.files import write_json, write_text
+from qexp.system.memory import PeakMemory
+from qexp.tasks import roundtrip
+
+if TYPE_CHECKING:
+    from qexp.config.schema import RunConfig
+    from qexp.models.base import ModelSource
+
+
+def run_roundtrip(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
+    started = time.perf_counter()
+    prepared, originals, rows = {}, dict[str, Checkpoint | None](), []
+    for name in _measured(config, source):
+        settings, checkpoint = config.components[name], open_component(source, name)
+        quantizer = resolve_quantizer(settings.backend, checkpoint, name)
+        originals[name] = _original(config, name) if quantizer.stored else None
+        if quantizer.stored and originals[name] is None:
+            raise ConfigError(
+                f"task=roundtrip compares with the original weights, but '{checkpoint.path}' is quantized already; "
+                "set model.reference_path to the checkpoint that it was made from, or model.path to quantize that one"
+            )
+        prepared[name] = prepare(source, name, settings, checkpoint, quantizer, device=device)
+        warm_up(prepared[name], device)
+    check_shared_patterns(prepared, config.components)
+    with PeakMemory(device) as peak:
+        for name, component in prepared.items():
+            rows += roundtrip.measure_layers(
+                component, name, device=device, loader=config.loader, original=originals[name]
+            )
+    plans = {name: component.plan.to_container() for name, component in prepared.items()}
+    write_json(folder / "plan.json", plans)
+    write_text(folder / "layers.csv", roundtrip.rows_to_csv(rows))
+    weights_bytes = sum(plan["result_bytes"] for plan in plans.values())
+    return {
+        **plan_statistics([component.plan for component in prepared.values()], weights_bytes),
+        **roundtrip.summarize(rows),
+        "time/total_seconds": time.perf_counter() - started,
+        **run_peaks(peak, peak.baseline.total_bytes),
+    }
+
+
+def _measured(config: RunConfig, source: Any) -> list[str]:
+    """The components whose layers are quantized; with backend=none, those that it is for."""
+    quantized = [name for name, settings in config.components.items() if settings.backend.quant_method != "none"]
+    return quantized or list(getattr(source, "quantized_components", source.components)())
+
+
+def _original(config: RunConfig, component: str) -> Checkpoint | None:
+    """The unquantized checkpoint of a component, in `model.reference_path`. Raises: ConfigError if it is quantized."""
+    path = config.model.reference_path
+    if path is None and not hasattr(config.model, "unquantized"):
+        return None
+    source = load_source(unquantized_model(config.model))
+    checkpoint = open_component(source, component)
+    if is_quantized(checkpoint):
+        raise ConfigError(
+            f"model.reference_path='{path or checkpoint.path}' is quantized itself; set it to the checkpoint with the "
+            f"original weights"
+        )
+    return skeleton_and_names(source, component, checkpoint)[1]

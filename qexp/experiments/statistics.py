@@ -1,0 +1,46 @@
+"""The metrics of loading and offloading, added up over components."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qexp.loading.component import LoadedComponent
+from qexp.offloading.dispatch import Dispatch
+from qexp.offloading.strategies import Offload
+from qexp.system.memory import GIB, PeakMemory
+
+Metrics = dict[str, float | None]
+
+
+def load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:
+    """The `load/` numbers of components loaded one after the other: times add up; peaks are over the first baseline."""
+    memories = [component.memory for component in loaded]
+    first = memories[0].baseline
+    peaks = {
+        "load/peak_host_gib": max(m.baseline.total_bytes + m.peak_bytes for m in memories) - first.total_bytes,
+        "load/peak_anon_gib": max(m.baseline.anon_bytes + m.peak_anon_bytes for m in memories) - first.anon_bytes,
+        "load/peak_file_gib": max(m.baseline.file_bytes + m.peak_file_bytes for m in memories) - first.file_bytes,
+        "load/peak_device_gib": max(memory.peak_device_bytes for memory in memories),
+    }
+    return {
+        "load/seconds": sum(component.seconds for component in loaded),
+        "load/baseline_host_gib": first.total_bytes / GIB,
+        **{name: nbytes / GIB for name, nbytes in peaks.items()},
+    }
+
+
+def offload_statistics(offloads: Sequence[Offload | Dispatch]) -> Metrics:
+    """The `offload/` numbers, and bytes by place where there is a device map, added up over components."""
+    total: Metrics = {}
+    for offload in offloads:
+        for name, value in offload.statistics().items():
+            total[name] = (total.get(name) or 0) + value
+    return total
+
+
+def run_peaks(peak: PeakMemory, baseline_bytes: int) -> Metrics:
+    """Peaks while the task ran: of the host over the baseline from before loading, of the device in all."""
+    return {
+        "memory/run_peak_host_gib": max(peak.baseline.total_bytes + peak.peak_bytes - baseline_bytes, 0) / GIB,
+        "memory/run_peak_device_gib": peak.peak_device_bytes / GIB,
+    }

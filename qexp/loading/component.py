@@ -1,0 +1,91 @@
+"""The three states of a component on its way to a loaded model: prepared, planned, loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qexp.errors import ConfigError
+from qexp.loading.plan import LoadPlan
+from qexp.offloading.dispatch import Dispatch
+from qexp.offloading.placement import Placement
+from qexp.quantizers.base import Quantizer
+from qexp.quantizers.rows import WeightSpec
+from qexp.system.memory import GIB, PeakMemory
+
+if TYPE_CHECKING:
+    from qexp.config.schema import ComponentConfig
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Stages 1 to 6: everything decided, nothing read."""
+
+    model: nn.Module
+    quantizer: Quantizer
+    chosen: Mapping[str, WeightSpec]
+    plan: LoadPlan
+    compute_dtype: torch.dtype
+    own_dtype: torch.dtype | None  # the checkpoint's, in which it computes if nothing is asked for
+    config: Mapping[str, Any]  # parsed config.json
+    path: Path  # of the checkpoint
+    carried_files: tuple[str, ...]  # names of what a saved model takes along from there
+    unmatched: Mapping[str, Mapping[str, str]]  # setting -> pattern that matches no module -> what to say of it
+
+    def check_patterns(self) -> None:
+        """Raises ConfigError for a pattern that matches no module."""
+        for message in (message for found in self.unmatched.values() for message in found.values()):
+            raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class PlannedComponent:
+    """A component that is prepared, and where it will be."""
+
+    name: str
+    settings: ComponentConfig
+    prepared: Prepared
+    device: torch.device
+    placement: Placement
+    no_split: set[str]
+    offload_folder: Path | None
+    has_map: bool
+
+
+@dataclass(frozen=True)
+class LoadedComponent:
+    """A model ready to run, the plan it was loaded by, and what loading it took."""
+
+    model: nn.Module
+    plan: LoadPlan
+    seconds: float
+    memory: PeakMemory
+    placement: Placement
+    compute_dtype: torch.dtype
+    dispatch: Dispatch | None = None  # where the model runs over several devices, or rests where it does not compute
+
+
+def plan_statistics(plans: Sequence[LoadPlan], weights_bytes: int) -> dict[str, float]:
+    """Counts of modules, and the `memory/` numbers of the weights. weights_bytes: true bytes of all components."""
+    items = [item for plan in plans for item in plan.distinct]
+    quantized = [item for plan in plans for item in plan.quantized]
+    numel = sum(item.numel for item in items)
+    statistics: dict[str, float] = {
+        "load/quantized_modules": len(quantized),
+        "load/skipped_modules": sum(len(plan.skipped) for plan in plans),
+        "load/unused_tensors": sum(len(plan.unused) for plan in plans),
+        "memory/weights_gib": weights_bytes / GIB,
+        "memory/dense_weights_gib": sum(item.dense_nbytes for item in items) / GIB,
+        "memory/model_bits_per_weight": 8 * weights_bytes / max(numel, 1),
+    }
+    if quantized:
+        bits = 8 * sum(item.result_nbytes for item in quantized)
+        statistics["memory/bits_per_weight"] = bits / sum(
+            item.spec.numel for item in quantized if item.spec is not None
+        )
+    return statistics

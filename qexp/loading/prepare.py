@@ -1,0 +1,178 @@
+"""Stages 2 to 6 of a load: resolve the quantizer, check the machine, build the skeleton, write the plan."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qexp.checkpoints.checkpoint import Checkpoint
+from qexp.checkpoints.conversion import converted
+from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.config.module_patterns import patterns_lost, unmatched_patterns
+from qexp.errors import ConfigError, LoadError, first_names
+from qexp.interop.interfaces import kept_by_class
+from qexp.loading.component import Prepared
+from qexp.loading.plan import LoadPlan, choose_modules, find_quantized, make_plan, stored_part_names, with_tied_entries
+from qexp.models.skeletons import on_meta, without_initialization
+from qexp.quantizers.base import Quantizer, load_quantizer
+from qexp.quantizers.embedded import merge, stored_config
+from qexp.quantizers.layers import MARK, replace_module, to_linear
+from qexp.quantizers.rows import WeightSpec
+from qexp.system.memory import GIB
+
+if TYPE_CHECKING:
+    from qexp.config.schema import ComponentConfig
+    from qexp.models.base import ModelSource
+
+LARGE_SHARE = 0.2  # of weights that cannot be quantized: more is worth a warning
+
+
+def prepare(
+    source: ModelSource,
+    component: str,
+    settings: ComponentConfig,
+    checkpoint: Checkpoint,
+    quantizer: Quantizer,
+    *,
+    device: torch.device,
+) -> Prepared:
+    """Stages 3 to 6: check the machine, settle the dtype, build the skeleton on meta, swap modules, make the plan."""
+    _validate_environment(quantizer, checkpoint, device)  # 3
+    own_dtype = _own_dtype(checkpoint, quantizer)
+    dtype = own_dtype if settings.compute_dtype is None else getattr(torch, settings.compute_dtype)
+    if dtype is None:
+        raise ConfigError(f"'{checkpoint.path}' has no unquantized floating-point tensors; set compute_dtype")
+    compute_dtype = quantizer.update_torch_dtype(dtype)  # 4
+    model, checkpoint = skeleton_and_names(source, component, checkpoint)  # 5
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    skip = (*settings.skip_modules, *quantizer.skip_modules)
+    asked = {"skip_modules": skip, "keep_in_fp32_modules": settings.keep_in_fp32_modules}
+    unmatched = {name: unmatched_patterns(found, names, f"{name} of '{component}'") for name, found in asked.items()}
+    in_fp32, unquantized = kept_by_class(model, compute_dtype)
+    fp32 = (*settings.keep_in_fp32_modules, *in_fp32)
+    if quantizer.stored:  # 6
+        chosen, skipped = find_quantized(model, quantizer, checkpoint.entries, skip, fp32, compute_dtype)
+        if lost := patterns_lost((*settings.skip_modules, *settings.keep_in_fp32_modules), chosen):
+            print(f"warning: {component}: {lost}", file=sys.stderr)
+    else:
+        own = source.skip_modules(component, model) if hasattr(source, "skip_modules") else ()
+        chosen, skipped = choose_modules(model, quantizer, (*skip, *own), fp32, compute_dtype, unquantized)
+    if not chosen and quantizer.quantization_method != "none":
+        raise LoadError(_nothing_message(component, quantizer, skipped))
+    _swap_layers(model, quantizer, chosen, compute_dtype)
+    plan = make_plan(model, checkpoint, quantizer, chosen, skipped, fp32, compute_dtype)
+    if plan.unused:
+        print(_unused_message(component, plan.unused), file=sys.stderr)
+    if chosen and (message := not_linear_message(component, plan)):
+        print(message, file=sys.stderr)
+    carried = source.carried_files() if hasattr(source, "carried_files") else ()
+    config, path = dict(checkpoint.config), checkpoint.path
+    return Prepared(model, quantizer, chosen, plan, compute_dtype, own_dtype, config, path, carried, unmatched)
+
+
+def _swap_layers(
+    model: nn.Module, quantizer: Quantizer, chosen: Mapping[str, WeightSpec], compute_dtype: torch.dtype
+) -> None:
+    """Put layers that hold quantized weights in the place of the chosen ones, linear by class or by what they do."""
+    transposed = {name: type(model.get_submodule(name)) for name, spec in chosen.items() if spec.transposed}
+    for name in transposed:
+        replace_module(model, name, to_linear(model.get_submodule(name)))
+    with without_initialization():
+        quantizer.preprocess_model(model, list(chosen), compute_dtype)
+    for name, kind in transposed.items():
+        setattr(model.get_submodule(name), MARK, kind)
+
+
+def skeleton_and_names(source: ModelSource, component: str, checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:
+    """The network on the meta device, and the checkpoint under the names of all its tensors."""
+    with on_meta():
+        model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
+    return model, with_tied_entries(_under_model_names(source, component, checkpoint, model), model)
+
+
+def _under_model_names(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """The checkpoint with tensors named as the model's: converted by the source where a name or shape is another."""
+    conversion = source.conversion(component, model) if hasattr(source, "conversion") else None
+    entries = checkpoint.entries
+    fits = all(name in entries and entries[name].shape == t.shape for name, t in model.state_dict().items())
+    if conversion is None or fits:
+        return checkpoint
+    return converted(checkpoint, conversion)
+
+
+def _validate_environment(quantizer: Quantizer, checkpoint: Checkpoint, device: torch.device) -> None:
+    """A setting that is wrong is the checkpoint's where it embeds them."""
+    try:
+        quantizer.validate_environment(device)
+    except ConfigError as error:
+        if not quantizer.stored:
+            raise
+        place = f"the quantization_config of '{checkpoint.path}'"
+        raise LoadError(f"{place} cannot be used: {error}; check its config.json") from error
+
+
+def _unused_message(component: str, unused: Sequence[str]) -> str:
+    places = "tensors of the checkpoint have no place in the model and are not read"
+    return f"{component}: {len(unused)} {places}: {first_names(unused)}"
+
+
+def not_linear_message(component: str, plan: LoadPlan) -> str | None:
+    """A warning, if weights that no format quantizes are a large part of the model."""
+    items = [item for item in plan.distinct if item.target in plan.not_linear]
+    share = sum(item.numel for item in items) / max(sum(item.numel for item in plan.distinct), 1)
+    if share <= LARGE_SHARE:
+        return None
+    items.sort(key=lambda item: -item.result_nbytes)
+    shown = ", ".join(f"'{item.target}' ({plan.not_linear[item.target]})" for item in items[:3])
+    return (
+        f"warning: {component}: {share:.0%} of its weights are not those of linear layers and stay unquantized, "
+        f"{sum(item.result_nbytes for item in items) / GIB:.2f} GiB: {shown}{' …' if len(items) > 3 else ''}"
+    )
+
+
+def _nothing_message(component: str, quantizer: Quantizer, skipped: Mapping[str, str]) -> str:
+    reasons = ", ".join(f"'{name}' ({reason})" for name, reason in list(skipped.items())[:3])
+    if quantizer.stored:
+        return (
+            f"'{component}' is a checkpoint of {quantizer.quantization_method}, but no quantized weight is a linear "
+            f"layer's: {reasons or 'the model has none'}; check that its "
+            "config.json belongs to it, and skip_modules"
+        )
+    why = f"every linear layer is skipped: {reasons}" + (" …" if len(skipped) > 3 else "")
+    return (
+        f"backend {quantizer.quantization_method!r} would have quantized no layer of '{component}': "
+        f"{why if skipped else 'it has no linear layers'}; loosen skip_modules, or use backend=none"
+    )
+
+
+def resolve_quantizer(backend: Any, checkpoint: Checkpoint, component: str) -> Quantizer:
+    """The quantizer of `backend`, or of the config that the checkpoint embeds: that one wins, with a warning."""
+    embedded = stored_config(checkpoint, backend)
+    if embedded is None:
+        return load_quantizer(backend)
+    if lost := merge(backend, embedded):
+        print(f"warning: {component}: the checkpoint is quantized already; unused: {', '.join(lost)}", file=sys.stderr)
+    quantizer = load_quantizer(embedded)
+    quantizer.stored, quantizer.metadata = True, checkpoint.metadata
+    return quantizer
+
+
+def _own_dtype(checkpoint: Checkpoint, quantizer: Quantizer) -> torch.dtype | None:
+    """The dtype that a stored format comes with, or the one of most floating-point bytes in the checkpoint that are no
+    quantized weight's; None if there are none."""
+    if quantizer.stored and (own := quantizer.stored_dtype()) is not None:
+        return own
+    sizes: dict[torch.dtype, int] = {}
+    parts = stored_part_names(quantizer, checkpoint)
+    for entry in (entry for name, entry in checkpoint.entries.items() if name not in parts):
+        stored = TORCH_DTYPES.get(entry.dtype)
+        if stored in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            sizes[stored] = sizes.get(stored, 0) + entry.nbytes
+    if not sizes:
+        return None
+    most = max(sizes, key=lambda stored: sizes[stored])
+    return torch.float32 if most == torch.float64 else most  # no format is quantized from, or computes in, float64

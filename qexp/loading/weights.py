@@ -1,0 +1,156 @@
+"""Stage 7 of a load: stream the weights, quantize them, put each into the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qexp.errors import LoadError
+from qexp.loading.component import Prepared
+from qexp.loading.plan import WorkItem
+from qexp.loading.streaming.lanes import has_streams
+from qexp.loading.streaming.stream import Choice, nowhere, on_cpu, stream
+from qexp.offloading.dispatch import Dispatch
+from qexp.offloading.placement import Placement
+from qexp.quantizers.rows import is_finite
+from qexp.system.memory import release_freed_memory
+from qexp.system.progress import Progress
+
+if TYPE_CHECKING:
+    from qexp.config.schema import LoaderConfig
+
+RELEASE_BYTES = 64 << 20  # how much is loaded before freed memory is given back; that costs page faults
+
+
+def stream_plan(
+    items: list[WorkItem],
+    create: Any,
+    loader: LoaderConfig,
+    title: str,
+    *,
+    device_of: Callable[[WorkItem], torch.device] = on_cpu,
+    in_place: Choice = nowhere,
+    by_rows: Choice = nowhere,
+    is_slow: bool = False,
+) -> Iterator[tuple[WorkItem, Any]]:
+    """Run work items through the pipeline with the loader's settings, showing progress.
+
+    device_of, in_place, by_rows: see `stream`.
+    is_slow: whether the caller does more with a result than to keep it; no more of them than the loader's
+    `in_flight_mib` wait for it then.
+    """
+    workers, in_flight_bytes = loader.workers or len(os.sched_getaffinity(0)), loader.in_flight_mib << 20
+    progress, unreleased_bytes = Progress(title, len(items), sum(item.nbytes for item in items)), 0
+    results = stream(
+        items,
+        create,
+        workers=workers,
+        in_flight_bytes=in_flight_bytes,
+        device_of=device_of,
+        in_place=in_place,
+        by_rows=by_rows,
+        ahead_bytes=in_flight_bytes if is_slow else None,
+    )
+    try:
+        for item, result in results:
+            progress.advance(item.nbytes)
+            unreleased_bytes += item.nbytes
+            if unreleased_bytes >= RELEASE_BYTES:
+                release_freed_memory()
+                unreleased_bytes = 0
+            held = [result]
+            del result  # the caller may give it up before it asks for the next one
+            yield item, held.pop()
+    finally:
+        progress.close()
+        release_freed_memory()
+
+
+def load_weights(
+    prepared: Prepared, component: str, placement: Placement, dispatch: Dispatch | None, loader: LoaderConfig
+) -> None:
+    model = prepared.model
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def device_of(item: WorkItem) -> torch.device:  # also of what travels there: it gets the bytes of a resident weight
+        return placement.device_of(item.target)
+
+    def create(item: WorkItem, first: Tensor, *others: Tensor) -> Tensor:
+        device = device_of(item)
+        if item.spec is None:
+            copied = _dense(item, first, device)
+            if item.target in parameters:  # a buffer may hold a mask of infinities
+                check_finite(item.target, copied)
+            return copied
+        companions = dict(zip(item.companions, others, strict=True))
+        return prepared.quantizer.create_quantized_param(item.spec, [first], companions, device)
+
+    shared = placement.shared()  # groups that travel are loaded one by one, so each has a tied parameter of its own
+    items = [item for item in prepared.plan.items if item.target not in shared]
+    if dispatch is not None:
+        dispatch.expect([item.target for item in items])
+
+    def shares(item: WorkItem) -> bool:  # whether its result may share what was read
+        return device_of(item).type == "cpu" or has_streams(device_of(item))
+
+    def dense_weight(item: WorkItem) -> bool:  # which quantizers take in slices of rows
+        is_plain = item.source.block_type is None and item.source.transform is None
+        return item.spec is not None and not item.stored and is_plain and prepared.quantizer.takes_rows(item.spec)
+
+    title, is_slow = f"{component}: loading", dispatch is not None  # which packs, pins, and writes groups to disk
+    results = stream_plan(
+        items,
+        create,
+        loader,
+        title,
+        device_of=device_of,
+        in_place=shares,
+        by_rows=dense_weight,
+        is_slow=is_slow,
+    )
+    for item, tensor in results:
+        _assign(model, item.target, tensor)
+        del tensor  # a group that is complete moves away: nobody else may hold it
+        if dispatch is not None:
+            dispatch.loaded(item.target)
+    for name, first in shared.items():
+        _assign(model, name, model.get_parameter(first))
+    for name, module in model.named_modules():  # buffers that no checkpoint holds were made on the CPU
+        for own, buffer in module.named_buffers(recurse=False):
+            device = placement.device_of(f"{name}.{own}" if name else own)
+            if buffer.device != device and not buffer.is_meta and (dispatch is None or not dispatch.travels(module)):
+                module._buffers[own] = buffer.to(device)
+
+
+def _dense(item: WorkItem, stored: Tensor, device: torch.device) -> Tensor:
+    """A tensor that stays dense, on `device` in the dtype planned for it."""
+    if item.source.transform is not None:  # of what was read into memory that is used again
+        return torch.empty(stored.shape, dtype=item.dtype, device=device).copy_(stored)
+    if item.source.block_type is None:
+        return stored.to(device=device, dtype=item.dtype)
+    from qexp.quantizers.gguf_blocks.decode import decode_tensor
+
+    return decode_tensor(item.source.block_type, stored.to(device), item.source.shape, item.dtype)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises LoadError for a parameter with a value that is not finite: every answer of the model would be wrong."""
+    if not is_finite(tensor):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise LoadError(f"'{name}' is not finite in {dtype}; repair the checkpoint, or use another compute_dtype")
+
+
+def _assign(model: nn.Module, target: str, tensor: Tensor) -> None:
+    """The one place that puts a loaded tensor into the model."""
+    path, _, name = target.rpartition(".")
+    module = model.get_submodule(path)
+    if name in module._buffers:
+        module._buffers[name] = tensor
+        return
+    if not isinstance(tensor, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    module.register_parameter(name, tensor)

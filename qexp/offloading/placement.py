@@ -1,0 +1,77 @@
+"""Where each module and tensor of a model rests, and where it computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qexp.system.device_names import Place, key_of
+
+
+@dataclass(frozen=True)
+class Placement:
+    """places, computes: map entry -> where it rests, where it computes; an entry is a module, a tensor, or "" for all.
+
+    nbytes: tensor -> its bytes (each name of a tied one); room: device -> bytes that its limit leaves to what travels.
+    """
+
+    main: torch.device
+    places: Mapping[str, Place]
+    computes: Mapping[str, torch.device]
+    nbytes: Mapping[str, int]
+    room: Mapping[torch.device, float]
+    tied: Mapping[str, str] = field(default_factory=dict)  # parameter -> the one that it is the same as
+
+    def entry(self, name: str) -> str:
+        """The entry that a module or tensor belongs to."""
+        while name and name not in self.places:
+            name = name.rpartition(".")[0]
+        return name
+
+    def place_of(self, name: str) -> Place:
+        return self.places[self.entry(name)]
+
+    def device_of(self, name: str) -> torch.device:
+        """Where a module or tensor computes."""
+        return self.computes[self.entry(name)]
+
+    def shared(self) -> dict[str, str]:
+        """The tied parameters that are one in memory: those that stay together on the device that computes them."""
+        return {
+            name: first
+            for name, first in self.tied.items()
+            if self.place_of(name) == self.place_of(first) == self.device_of(name) == self.device_of(first)
+        }
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether anything has to travel."""
+        return len({self.main, *self.places.values(), *self.computes.values()}) > 1
+
+    @property
+    def is_default(self) -> bool:
+        """Whether everything is on one device, as without a map."""
+        return set(self.places) == {""} and not self.is_spread
+
+    def bytes_by_place(self) -> dict[str, int]:
+        counted, shared = Counter[str](), self.shared()
+        for name, nbytes in ((name, nbytes) for name, nbytes in self.nbytes.items() if name not in shared):
+            counted[str(self.place_of(name))] += nbytes
+        return dict(counted)
+
+    def to_container(self) -> dict[str, Any]:
+        """For plan.json."""
+        places = {name: str(place) for name, place in self.places.items()}
+        travelling = {name: str(self.computes[name]) for name, place in self.places.items() if self._travels(name)}
+        return {"device_map": places, "computed_on": travelling, "bytes": self.bytes_by_place()}
+
+    def hf_device_map(self) -> dict[str, int | str]:
+        """The map as other libraries write it: accelerators by their index."""
+        return {name: key_of(place) for name, place in self.places.items()}
+
+    def _travels(self, name: str) -> bool:
+        return self.places[name] != self.computes[name]
