@@ -1,6 +1,6 @@
 """qexp: quantize while loading, offload without changing a bit, and compare.
 
-The functions for notebooks and other programs are those of `qexp.api.models`; what they do is described there.
+The functions for notebooks and other programs are those of `qexp.api`; what they do is described there.
 Importing this package imports nothing else: torch comes with the first of them that is used.
 """
 
@@ -10,15 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qexp.api.models import backends, load, memory_footprint, remove_offload, save
+    from qexp.api.models import backends, load, memory_footprint, offload, remove_offload, save
     from qexp.api.pipelines import load_pipeline
 
 __all__ = ["backends", "load", "load_pipeline", "memory_footprint", "offload", "remove_offload", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "offload":  # a package that can be called
-        return importlib.import_module("qexp.offloading")
     if name == "load_pipeline":
         return importlib.import_module("qexp.api.pipelines").load_pipeline
     if name in __all__:

@@ -1,0 +1,1 @@
+"""The Python API: `qexp.load`, `save`, `offload`, `load_pipeline` and the others, as functions."""

@@ -5,11 +5,8 @@ A checkpoint is a folder with `config.json` and one `*.safetensors` file, shards
 config of a file is the `config.json` beside it; without one, a `.gguf` file has it in its metadata if this program
 saved it.
 
-A safetensors file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets},
-"__metadata__": {...}}, then the tensors' bytes. Everything a damaged file could lie about is checked here, before
-memory is reserved for it; `gguf_header.py` does that for GGUF.
-
-Source: https://github.com/huggingface/safetensors#format
+The headers are read by `safetensors_header.py` and `gguf_header.py`, which check everything a damaged file could lie
+about.
 """
 
 from __future__ import annotations
@@ -26,6 +23,7 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
+from qexp.checkpoints.gguf_header import gguf_header_bytes, read_gguf
 from qexp.checkpoints.safetensors_header import MAX_HEADER_BYTES, parse_header
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import ConfigError, LoadError
@@ -131,8 +129,6 @@ def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
     """(tensors in the order of their bytes, texts of the metadata) of one file. Raises LoadError if it is damaged."""
     if is_gguf(file):
-        from qexp.checkpoints.gguf_header import read_gguf  # which needs what this module defines
-
         return read_gguf(file)
     entries, metadata = parse_header(file, _header_bytes(file), _status(file).st_size)
     return list(entries), dict(metadata)
@@ -148,8 +144,6 @@ def _version(file: Path, status: os.stat_result) -> str | int:
 def _header_bytes(file: Path) -> bytes:
     size = _status(file).st_size
     if is_gguf(file):
-        from qexp.checkpoints.gguf_header import gguf_header_bytes
-
         return gguf_header_bytes(file)
     try:
         with file.open("rb") as stream:

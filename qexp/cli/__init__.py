@@ -1,0 +1,1 @@
+"""The command line: Hydra's run, flags, help and the wording of composition errors."""

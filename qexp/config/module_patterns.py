@@ -1,7 +1,8 @@
 """The one skip rule: dotted patterns over module names, anchored at segment borders.
 
 `*` stands for one segment and `**` for any number of them, none included. A pattern covers the module it names and
-everything below it: `blocks.0.attn` covers `blocks.0.attn.to_q`, and never `extra_blocks.0.attn`.
+everything below it: `blocks.0.attn` covers `blocks.0.attn.to_q`, and never `extra_blocks.0.attn`. Settings give
+patterns as a list, or as `@file` with one a line.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Models of a hub: downloaded file by file, and uploaded."""

@@ -1,0 +1,1 @@
+"""From a checkpoint to a quantized model: the nine stages (`lifecycle.py`), plan, placement, audit, saving."""

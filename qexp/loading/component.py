@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from qexp.quantizers.rows import WeightSpec
 from qexp.system.memory import GIB, PeakMemory
 
 if TYPE_CHECKING:
-    from qexp.config.schema import ComponentConfig
+    from qexp.config.schema import LoaderConfig
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PlannedComponent:
-    """A component that is prepared, and where it will be."""
+    """A component that is prepared, where its parts will be, and the rest of its load."""
 
-    name: str
-    settings: ComponentConfig
     prepared: Prepared
-    device: torch.device
     placement: Placement
-    no_split: set[str]
-    offload_folder: Path | None
-    has_map: bool
+    rest: Generator[PlannedComponent, LoaderConfig, LoadedComponent] | None = None  # stages 7 to 9; runs once
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """The quantize-on-load lifecycle: from a checkpoint on disk to a quantized model, one weight at a time.
 
-The nine stages stand in order in `load_component`. The full-precision model is never in memory: the skeleton has no
-data, and each dense weight exists only until it is quantized.
+The nine stages stand in order in `load_stages`, which pauses once: all components of a pipeline are planned before a
+weight of one is read. The full-precision model is never in memory: the skeleton has no data, and each dense weight
+exists only until it is quantized.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +20,14 @@ from qexp.loading.audit import audit
 from qexp.loading.component import LoadedComponent, PlannedComponent, Prepared
 from qexp.loading.device_map import DeviceMap, main_device, no_split_classes, place, to_keep_in_fp32
 from qexp.loading.fp32 import compute_in_fp32
-from qexp.loading.prepare import prepare, resolve_quantizer
+from qexp.loading.prepare import (
+    check_environment,
+    choose_dtypes,
+    plan_modules,
+    prepare,
+    resolve_quantizer,
+    skeleton_and_names,
+)
 from qexp.loading.quantized_model import register
 from qexp.loading.weights import load_weights
 from qexp.offloading.dispatch import Dispatch
@@ -28,6 +37,57 @@ from qexp.system.memory import PeakMemory, without_collector
 if TYPE_CHECKING:
     from qexp.config.schema import ComponentConfig, LoaderConfig
     from qexp.models.base import ModelSource
+
+
+def load_stages(
+    source: ModelSource,
+    component: str,
+    settings: ComponentConfig,
+    *,
+    device: torch.device,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    store: Path | None = None,
+) -> Generator[PlannedComponent, LoaderConfig, LoadedComponent]:
+    """Load one component of a model in nine stages.
+
+    store: the folder for what goes to disk. Yields once: the plan, before a weight is read; the caller looks at
+    `prepared.unmatched`. Is sent: how to read. Returns: the loaded component.
+    """
+    with without_collector():
+        checkpoint = open_component(source, component)  # 1 read config.json, and headers
+        backend = settings.backend.resolved(main_device(device_map, device).type)
+        quantizer = resolve_quantizer(backend, checkpoint, component)  # 2 the checkpoint's config wins over the user's
+        device_map = quantizer.update_device_map(device_map)
+        device = main_device(device_map, device)
+        check_environment(quantizer, checkpoint, device)  # 3 hardware, library versions
+        dtypes = choose_dtypes(settings, checkpoint, quantizer)  # 4 compute dtype
+        model, named = skeleton_and_names(source, component, checkpoint)  # 5 build the network on the meta device
+        prepared = plan_modules(source, component, settings, named, quantizer, model, *dtypes)  # 6 swap modules, plan
+        blocks = source.block_lists(component) if device_map is not None else ()
+        no_split = no_split_classes(model, blocks)
+        placement = place(model, prepared.plan, device_map, device, max_memory, no_split)
+        if spilled := to_keep_in_fp32(model, quantizer, placement):  # stays dense there: plan again, in the same places
+            settings = _kept_dense(settings, spilled)
+            prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)
+            model, places = prepared.model, placement.places
+            placement = place(model, prepared.plan, places, device, max_memory, no_split, travels=False)
+    loader = yield PlannedComponent(prepared, placement)
+    dispatch = Dispatch(model, placement, no_split, store) if placement.is_spread else None
+    warm_up(prepared, device)
+    started = time.perf_counter()
+    with PeakMemory(device) as memory:
+        load_weights(prepared, component, placement, dispatch, loader)  # 7 stream, quantize, assign
+        quantizer.postprocess_model(model, device)  # 8 finish; the audit below belongs to it, but not to the time taken
+        compute_in_fp32(model, settings.keep_in_fp32_modules, prepared.compute_dtype)
+        register(model, prepared)  # 9 mark the model as quantized
+        if dispatch is not None:
+            dispatch.start()
+    seconds = time.perf_counter() - started
+    audit(model, quantizer, prepared.plan.quantized_nbytes)
+    if device_map is not None:
+        model.hf_device_map = placement.hf_device_map()  # type: ignore[assignment]
+    return LoadedComponent(model, prepared.plan, seconds, memory, placement, prepared.compute_dtype, dispatch)
 
 
 def load_component(
@@ -54,7 +114,6 @@ def load_component(
     return load_planned(planned, loader)
 
 
-@without_collector()
 def plan_component(
     source: ModelSource,
     component: str,
@@ -65,52 +124,31 @@ def plan_component(
     max_memory: MaxMemory = None,
     store: Path | None = None,
 ) -> PlannedComponent:
-    """Stages 1 to 6 of `load_component`, and where everything goes: no weight is read.
-
-    The caller looks at `prepared.unmatched`. store: the folder for what goes to disk.
-    """
-    checkpoint = open_component(source, component)  # 1 config
-    kind = main_device(device_map, device).type
-    quantizer = resolve_quantizer(settings.backend.resolved(kind), checkpoint, component)  # 2 resolve, merge
-    device_map = quantizer.update_device_map(device_map)
-    device = main_device(device_map, device)
-    prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)  # 3 to 6
-    blocks = source.block_lists(component) if device_map is not None else ()
-    no_split = no_split_classes(prepared.model, blocks)
-    placement = place(prepared.model, prepared.plan, device_map, device, max_memory, no_split)
-    if spilled := to_keep_in_fp32(prepared.model, quantizer, placement):
-        settings = replace(
-            settings,
-            skip_modules=(*settings.skip_modules, *spilled),
-            keep_in_fp32_modules=(*settings.keep_in_fp32_modules, *spilled),
-        )
-        prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)
-        places = placement.places
-        placement = place(prepared.model, prepared.plan, places, device, max_memory, no_split, travels=False)
-    return PlannedComponent(component, settings, prepared, device, placement, no_split, store, device_map is not None)
+    """Run stages 1 to 6 of `load_stages`: no weight is read. The caller looks at `prepared.unmatched`."""
+    stages = load_stages(
+        source, component, settings, device=device, device_map=device_map, max_memory=max_memory, store=store
+    )
+    return replace(next(stages), rest=stages)
 
 
 def load_planned(planned: PlannedComponent, loader: LoaderConfig) -> LoadedComponent:
-    """Stages 7 to 9: read the weights of a component that is planned."""
-    prepared, placement, quantizer = planned.prepared, planned.placement, planned.prepared.quantizer
-    device, dispatch = planned.device, None
-    if placement.is_spread:
-        dispatch = Dispatch(prepared.model, placement, planned.no_split, planned.offload_folder)
-    warm_up(prepared, device)
-    started = time.perf_counter()
-    with PeakMemory(device) as memory:
-        load_weights(prepared, planned.name, placement, dispatch, loader)  # 7 stream, quantize, assign
-        quantizer.postprocess_model(prepared.model, device)  # 8 finish, audit
-        compute_in_fp32(prepared.model, planned.settings.keep_in_fp32_modules, prepared.compute_dtype)
-        path, carried = prepared.path, prepared.carried_files
-        register(prepared.model, quantizer, prepared.config, path, prepared.compute_dtype, carried)  # 9
-        if dispatch is not None:
-            dispatch.start()
-    seconds = time.perf_counter() - started
-    audit(prepared.model, quantizer, prepared.plan.quantized_nbytes)
-    if planned.has_map:
-        prepared.model.hf_device_map = placement.hf_device_map()  # type: ignore[assignment]
-    return LoadedComponent(prepared.model, prepared.plan, seconds, memory, placement, prepared.compute_dtype, dispatch)
+    """Run stages 7 to 9 of a component that `plan_component` planned: its weights are read. Works once."""
+    assert planned.rest is not None
+    try:
+        planned.rest.send(loader)
+    except StopIteration as done:
+        loaded: LoadedComponent = done.value
+        return loaded
+    raise AssertionError("a load pauses once")
+
+
+def _kept_dense(settings: ComponentConfig, names: list[str]) -> ComponentConfig:
+    """Settings that neither quantize these modules nor cast them."""
+    return replace(
+        settings,
+        skip_modules=(*settings.skip_modules, *names),
+        keep_in_fp32_modules=(*settings.keep_in_fp32_modules, *names),
+    )
 
 
 def warm_up(prepared: Prepared, device: torch.device) -> None:

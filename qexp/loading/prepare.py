@@ -1,4 +1,4 @@
-"""Stages 2 to 6 of a load: resolve the quantizer, check the machine, build the skeleton, write the plan."""
+"""Stages 2 to 6 of a load, a function for each: quantizer, machine, dtypes, skeleton, and the plan."""
 
 from __future__ import annotations
 
@@ -40,21 +40,56 @@ def prepare(
     *,
     device: torch.device,
 ) -> Prepared:
-    """Stages 3 to 6: check the machine, settle the dtype, build the skeleton on meta, swap modules, make the plan."""
-    _validate_environment(quantizer, checkpoint, device)  # 3
+    """Stages 3 to 6, for a component that is not loaded, or planned again with other settings."""
+    check_environment(quantizer, checkpoint, device)
+    dtypes = choose_dtypes(settings, checkpoint, quantizer)
+    model, named = skeleton_and_names(source, component, checkpoint)
+    return plan_modules(source, component, settings, named, quantizer, model, *dtypes)
+
+
+def check_environment(quantizer: Quantizer, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Stage 3. Raises what `validate_environment` raises; a wrong setting is the checkpoint's where it embeds them."""
+    try:
+        quantizer.validate_environment(device)
+    except ConfigError as error:
+        if not quantizer.stored:
+            raise
+        place = f"the quantization_config of '{checkpoint.path}'"
+        raise LoadError(f"{place} cannot be used: {error}; check its config.json") from error
+
+
+def choose_dtypes(
+    settings: ComponentConfig, checkpoint: Checkpoint, quantizer: Quantizer
+) -> tuple[torch.dtype, torch.dtype | None]:
+    """Stage 4: (the compute dtype, the checkpoint's own). Raises: ConfigError if neither is known."""
     own_dtype = _own_dtype(checkpoint, quantizer)
     dtype = own_dtype if settings.compute_dtype is None else getattr(torch, settings.compute_dtype)
     if dtype is None:
         raise ConfigError(f"'{checkpoint.path}' has no unquantized floating-point tensors; set compute_dtype")
-    compute_dtype = quantizer.update_torch_dtype(dtype)  # 4
-    model, checkpoint = skeleton_and_names(source, component, checkpoint)  # 5
+    return quantizer.update_torch_dtype(dtype), own_dtype
+
+
+def plan_modules(
+    source: ModelSource,
+    component: str,
+    settings: ComponentConfig,
+    checkpoint: Checkpoint,
+    quantizer: Quantizer,
+    model: nn.Module,
+    compute_dtype: torch.dtype,
+    own_dtype: torch.dtype | None,
+) -> Prepared:
+    """Stage 6: choose the modules to quantize, swap them, write down the plan.
+
+    checkpoint: with tensors named as the model's.
+    """
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     skip = (*settings.skip_modules, *quantizer.skip_modules)
     asked = {"skip_modules": skip, "keep_in_fp32_modules": settings.keep_in_fp32_modules}
     unmatched = {name: unmatched_patterns(found, names, f"{name} of '{component}'") for name, found in asked.items()}
     in_fp32, unquantized = kept_by_class(model, compute_dtype)
     fp32 = (*settings.keep_in_fp32_modules, *in_fp32)
-    if quantizer.stored:  # 6
+    if quantizer.stored:
         chosen, skipped = find_quantized(model, quantizer, checkpoint.entries, skip, fp32, compute_dtype)
         if lost := patterns_lost((*settings.skip_modules, *settings.keep_in_fp32_modules), chosen):
             print(f"warning: {component}: {lost}", file=sys.stderr)
@@ -88,7 +123,7 @@ def _swap_layers(
 
 
 def skeleton_and_names(source: ModelSource, component: str, checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:
-    """The network on the meta device, and the checkpoint under the names of all its tensors."""
+    """Stage 5: the network on the meta device, and the checkpoint under the names of all its tensors."""
     with on_meta():
         model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
     return model, with_tied_entries(_under_model_names(source, component, checkpoint, model), model)
@@ -102,17 +137,6 @@ def _under_model_names(source: ModelSource, component: str, checkpoint: Checkpoi
     if conversion is None or fits:
         return checkpoint
     return converted(checkpoint, conversion)
-
-
-def _validate_environment(quantizer: Quantizer, checkpoint: Checkpoint, device: torch.device) -> None:
-    """A setting that is wrong is the checkpoint's where it embeds them."""
-    try:
-        quantizer.validate_environment(device)
-    except ConfigError as error:
-        if not quantizer.stored:
-            raise
-        place = f"the quantization_config of '{checkpoint.path}'"
-        raise LoadError(f"{place} cannot be used: {error}; check its config.json") from error
 
 
 def _unused_message(component: str, unused: Sequence[str]) -> str:
@@ -150,7 +174,7 @@ def _nothing_message(component: str, quantizer: Quantizer, skipped: Mapping[str,
 
 
 def resolve_quantizer(backend: Any, checkpoint: Checkpoint, component: str) -> Quantizer:
-    """The quantizer of `backend`, or of the config that the checkpoint embeds: that one wins, with a warning."""
+    """Stage 2: the quantizer of `backend`, or of the config in the checkpoint, which wins, with a warning."""
     embedded = stored_config(checkpoint, backend)
     if embedded is None:
         return load_quantizer(backend)

@@ -1,4 +1,9 @@
-"""What keeps a quantized model from being cast, and moves, copies and measures it right.
+"""A quantized model: what it carries for other libraries and for saving, and how it is kept from being cast.
+
+It carries, under upstream's names, `hf_quantizer`, `quantization_method`, `is_quantized`, `_pre_quantization_dtype`,
+and for models of diffusers and transformers `quantization_config` in their own config (`interop/interfaces.py`).
+`checkpoint_config` is the parsed config.json of the checkpoint, for the config.json to be saved; `checkpoint_path` is
+where it is, which is no place to save to.
 
 `Module.to(dtype)`, `.half()` and their like would cast the packed bytes of some formats and the scales of others, and
 say nothing. `Module.to(device)` and `copy.deepcopy` lose parts of some: the scales that LLM.int8 keeps beside its
@@ -12,10 +17,9 @@ refers to nothing that refers to it, and is freed when it is let go. `unguard` p
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +27,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qexp.errors import ConfigError
 from qexp.interop.interfaces import interface_of
+from qexp.loading.component import Prepared
 from qexp.loading.straight_through import give_backward
 from qexp.offloading.engine import HOOK_MARK
-from qexp.offloading.payload import Site, converted, is_plain, leaves, module_nbytes, sites
-from qexp.offloading.strategies import resident
+from qexp.offloading.payload import Site, converted, is_plain, module_nbytes, sites
 from qexp.quantizers.base import Quantizer
 
 MARKS = ("hf_quantizer", "quantization_method", "_pre_quantization_dtype")
@@ -69,7 +73,7 @@ class Guarded(nn.Module):
         """
         quantizer = registered_quantizer(self)
         assert quantizer is not None  # what is guarded is registered
-        return dequantize(self, quantizer, dtype)
+        return quantizer.dequantize(self, dtype)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes that the model's weights really occupy, inner tensors and scales included."""
@@ -176,27 +180,20 @@ def _refusal(model: Any, what: str) -> ConfigError:
     )
 
 
-def register(
-    model: nn.Module,
-    quantizer: Quantizer,
-    config: Mapping[str, Any],
-    path: Path,
-    compute_dtype: torch.dtype,
-    carried_files: tuple[str, ...] = (),
-) -> None:
-    """Mark a model that was just loaded. config, path: the checkpoint's config.json, and where it is; compute_dtype:
-    quantized from it; carried_files: names of what a saved model takes along from there."""
-    marked: Any = model
-    marked.checkpoint_path, marked.carried_files = path.absolute(), carried_files
-    marked.checkpoint_config = {name: value for name, value in config.items() if name != "quantization_config"}
+def register(model: nn.Module, prepared: Prepared) -> None:
+    """Stage 9: mark a model that was just loaded."""
+    marked, quantizer = cast(Any, model), prepared.quantizer
+    marked.checkpoint_path, marked.carried_files = prepared.path.absolute(), prepared.carried_files
+    marked.checkpoint_config = {name: value for name, value in prepared.config.items() if name != "quantization_config"}
     if quantizer.quantization_method == "none":
         return
-    marked._pre_quantization_dtype = compute_dtype
+    marked._pre_quantization_dtype = prepared.compute_dtype
     marked.quantization_method = quantizer.quantization_method
     marked.is_quantized = True
     for name, value in quantizer.model_attributes.items():
         setattr(model, name, value)
     interface = interface_of(model)
+    quantizer.unregister = _unregister
     marked.hf_quantizer = quantizer if interface is None else interface.attach(model, quantizer)
     if not quantizer.has_backward:
         give_backward(model, quantizer)
@@ -208,29 +205,6 @@ def registered_quantizer(model: nn.Module) -> Quantizer | None:
     found = getattr(model, "hf_quantizer", None)
     found = getattr(found, "quantizer", found)  # from behind the interface for its class
     return found if isinstance(found, Quantizer) else None
-
-
-def dequantize(model: nn.Module, quantizer: Quantizer, dtype: torch.dtype | None = None) -> nn.Module:
-    """Put ordinary linear layers back, in place, and take off all that says that the model is quantized.
-
-    dtype: of their weights; None is the dtype that they were quantized from. An offloaded model is offloaded again.
-    Raises: ConfigError if another library has taken the weights out of the model.
-    """
-    _refuse_without_weights(model)
-    marked: Any = model
-    with resident(model):
-        quantizer.restore_linear_layers(model, dtype or marked._pre_quantization_dtype)
-        _unregister(model, quantizer)
-    return model
-
-
-def _refuse_without_weights(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if any(leaf.is_meta for store, key in sites(module) for leaf in leaves(store[key])):
-            raise ConfigError(
-                f"dequantize: weights of '{name or type(model).__name__}' are held by another library's hooks; remove "
-                "them first, as accelerate.hooks.remove_hook_from_module(model, recurse=True) does"
-            )
 
 
 def _unregister(model: nn.Module, quantizer: Quantizer) -> None:

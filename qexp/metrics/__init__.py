@@ -1,0 +1,1 @@
+"""Pure numbers: tensors in, a metric out, one file for each."""

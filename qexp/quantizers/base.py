@@ -5,8 +5,8 @@ A backend is one file in this folder. It declares `Config`, a frozen dataclass o
 library at module level: the process that composes experiments reads the configs and must stay light.
 
 Weights reach a quantizer one by one, on worker threads. `create_quantized_param` gets the dense tensors and returns a
-parameter; it never sees the model. Library kernels need several times their input in temporary memory, so it feeds
-them `row_slices` of a million weights: what they make of those stays in the processor's last cache.
+parameter; it never sees the model. It feeds library kernels, which need several times their input in temporary memory,
+with slices of the weight (`rows.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from packaging.version import Version
 
 from qexp.errors import MissingLibraryError
-from qexp.quantizers.layers import dense_linear, replace_module, weight_shape
+from qexp.quantizers.layers import dense_linear, refuse_without_weights, replace_module, weight_shape
 from qexp.quantizers.rows import WeightSpec
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Quantizer:
     has_backward: ClassVar[bool] = True  # whether the library sees to that; else `loading/straight_through.py` does
     is_serializable: ClassVar[bool] = False  # whether `stored_parts` reads what is saved
     file_format: ClassVar[str] = "safetensors"  # or gguf: what a saved model is stored in
+    # set when a model is registered: takes off the model what says that it is quantized
+    unregister: Callable[[nn.Module, Quantizer], None] | None = None
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -203,10 +205,21 @@ class Quantizer:
             replace_module(model, name, restored[module])
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """`qexp.loading.quantized_model.dequantize`, in the place where other libraries call it."""
-        from qexp.loading.quantized_model import dequantize
+        """Put ordinary linear layers back, in place, and take off all that says that the model is quantized.
 
-        return dequantize(model, self, dtype)
+        Other libraries call this method. dtype: of the weights; None is the dtype that they were quantized from. An
+        offloaded model is offloaded again.
+        Raises: ConfigError if another library has taken the weights out of the model.
+        """
+        from qexp.offloading.strategies import resident
+
+        refuse_without_weights(model)
+        loaded: Any = model
+        with resident(model):
+            self.restore_linear_layers(model, dtype or loaded._pre_quantization_dtype)
+            if self.unregister is not None:
+                self.unregister(model, self)
+        return model
 
 
 def load_quantizer(config: Any) -> Quantizer:

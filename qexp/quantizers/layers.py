@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qexp.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -82,3 +84,15 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the module called `name` (dotted; not the model itself)."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
+
+
+def refuse_without_weights(model: nn.Module) -> None:
+    """Raises ConfigError if another library's hooks hold weights of the model, so that they are on meta here."""
+    from qexp.offloading.payload import leaves, sites
+
+    for name, module in model.named_modules():
+        if any(leaf.is_meta for store, key in sites(module) for leaf in leaves(store[key])):
+            raise ConfigError(
+                f"dequantize: weights of '{name or type(model).__name__}' are held by another library's hooks; remove "
+                "them first, as accelerate.hooks.remove_hook_from_module(model, recurse=True) does"
+            )

@@ -1,0 +1,1 @@
+"""The machine: files, memory, devices, progress, imports of heavy libraries."""

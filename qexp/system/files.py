@@ -1,7 +1,7 @@
-"""Results on disk: every file whole or absent, every folder in the hands of one process at a time.
+"""Files on disk, each whole or absent, and locks between processes.
 
 A file is written beside its final name, synced and renamed; a crash, a kill or a full disk leaves the old file or none.
-A folder is guarded by an flock on its `.lock`, which the kernel releases when its owner dies, however it dies.
+A lock is an flock, which the kernel releases when its owner dies, however it dies.
 """
 
 from __future__ import annotations

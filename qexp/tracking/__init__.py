@@ -1,0 +1,1 @@
+"""Weights & Biases runs, logged from a run folder alone."""

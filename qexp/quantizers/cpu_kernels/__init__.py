@@ -1,0 +1,1 @@
+"""Loops compiled for the CPU, which quantize a weight in one pass."""

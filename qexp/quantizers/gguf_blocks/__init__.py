@@ -1,0 +1,1 @@
+"""GGUF's blocks: encoding, decoding, and the tensor that holds them."""

@@ -1,12 +1,8 @@
-"""GGUF blocks to fp32, for every type that a file may hold: uint8 [blocks, bytes of a block] -> fp32 [blocks, weights].
+"""GGUF blocks to weights, for every type that a file may hold, on any device.
 
-Legacy types (Qn_0, Qn_1) scale 32 weights by d, and shift them by m or by half the range. K types have 256 weights with
-one fp16 scale, and small integer scales (and minima) for each 16 or 32 of them. TQ types are ternary. MXFP4 and NVFP4
-hold E2M1 floats with a power of two, or an E4M3 float, for a scale. IQ types, in `iq_decoders.py`, index tables.
-
-Low bits lie together, a byte holding weights that are half (or a quarter of) a group apart; `_spread` takes them out.
-Every operation is that of gguf-py's decoder, in fp32, so that the two agree; what comes of it is cast afterwards. It is
-all elementwise or table look-up, so a tile that stays in the cache costs least, and results do not depend on tiling.
+A decoder takes uint8 [blocks, bytes of a block] to fp32 [blocks, weights] (`decoders.py`, `iq_decoders.py`); the result
+is cast afterwards. Decoders are elementwise or look tables up, so a tile that stays in the cache costs least, and
+results do not depend on tiling. On the CPU, compiled loops decode the types that most files are made of (`kernels.py`).
 
 Source: https://github.com/ggml-org/ggml (ggml-quants.c) and its Python package, quants.py.
 """
@@ -49,10 +45,10 @@ def _is_compiled(name: str, out: Tensor) -> bool:
 
 @cache
 def gguf_kernels() -> Any:
-    """The module, which needs this one."""
-    from qexp.quantizers.gguf_blocks import kernels as gguf_kernels
+    """The compiled loops, imported with the first tensor to decode: importing Numba takes a second."""
+    from qexp.quantizers.gguf_blocks import kernels
 
-    return gguf_kernels
+    return kernels
 
 
 def decode_tensor(name: str, raw: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,13 @@
-"""A decoder for each GGUF type that needs no grid: uint8 [blocks, bytes of a block] -> fp32 [blocks, weights]."""
+"""A decoder for each GGUF type that needs no grid: uint8 [blocks, bytes of a block] -> fp32 [blocks, weights].
+
+Legacy types (Qn_0, Qn_1) scale 32 weights by d, and shift them by m or by half the range. K types have 256 weights with
+one fp16 scale, and small integer scales (and minima) for each 16 or 32 of them. TQ types are ternary. MXFP4 and NVFP4
+hold E2M1 floats with a power of two, or an E4M3 float, for a scale. IQ types, in `iq_decoders.py`, index tables.
+
+Every operation is that of gguf-py's decoder, in fp32, so that the two agree.
+
+Source: https://github.com/ggml-org/ggml (ggml-quants.c) and its Python package, quants.py.
+"""
 
 from __future__ import annotations
 

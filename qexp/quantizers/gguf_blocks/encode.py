@@ -39,7 +39,7 @@ def encode(name: str, rows: Tensor) -> Tensor:
     """
     kind = TYPES[name]
     if rows.device.type == "cpu":
-        from qexp.quantizers.gguf_blocks import kernels  # which needs this module
+        from qexp.quantizers.gguf_blocks import kernels  # here: importing Numba takes a second
 
         if name in kernels.ENCODED:
             return kernels.encode(name, rows.contiguous())

@@ -1,4 +1,7 @@
-"""The fields of GGUF blocks: bytes to numbers, packed bits apart, scales to bytes."""
+"""The fields of GGUF blocks: bytes to numbers and back, and small numbers that share a byte.
+
+Low bits lie together, a byte holding weights that are half (or a quarter of) a group apart; `spread` takes them out.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Packed formats of our own: codes, bits, scales, and the tensor that holds them."""
