@@ -34,8 +34,9 @@ ONLY_IN = {
 HEAVY = {"torch", "bitsandbytes", "torchao", "optimum", "diffusers", "transformers", "accelerate", "torchmetrics"}
 # What the parent process imports; qexp.sweep.worker and what only it imports compute, and may be heavy.
 PARENT = (
-    *("cli/*", "config/*", "experiments/resolve", "rerun", "sweep/*", "results/*", "tracking/*", "report/*"),
-    *("doctor/*", "system/files", "hub/*", "*/__init__"),
+    *("cli/*", "config/*", "hub/*", "rerun", "sweep/*", "results/*", "tracking/*", "report/*", "doctor/*"),
+    *("experiments/resolve", "experiments/checks", "experiments/stored", "experiments/reference"),
+    *("system/files", "**/__init__"),
 )
 PLUGINS = ("models", "quantizers", "tasks")
 
@@ -94,6 +95,11 @@ def test_libraries_stay_in_their_rooms(path: Path) -> None:
 )
 def test_trespasses_are_seen(path: str, source: str, count: int) -> None:
     assert len(trespasses(path, source)) == count
+
+
+def test_the_root_holds_few_files() -> None:
+    files = sorted(path.name for path in PACKAGE.glob("*.py"))
+    assert "__main__.py" in files and len(files) <= 6, files
 
 
 def test_parent_modules_import_nothing_heavy() -> None:
