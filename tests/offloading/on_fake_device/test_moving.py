@@ -10,8 +10,10 @@ from torch import nn
 
 from qexp.loading.quantized_model import guard
 from qexp.offloading.payload import leaves, sites
+from tests.backends import REPRESENTATIVES
 from tests.offloading import model_zoo as zoo
 from tests.offloading.on_fake_device.test_matrix import KINDS
+from tests.products import representatives
 
 FAKE = torch.device("fake", 0)
 
@@ -28,7 +30,9 @@ def moves(model: nn.Module) -> Iterator[tuple[torch.device, nn.Module]]:
     yield torch.device("cpu"), model.to(device="cpu")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", representatives(KINDS, [kind for kind in KINDS if kind.removeprefix("conf/") in REPRESENTATIVES])
+)
 def test_a_model_is_moved_whole(kind: str) -> None:
     model = zoo.make(kind)
     (x,) = zoo.inputs(model, count=1)
