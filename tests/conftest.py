@@ -39,7 +39,7 @@ ENVIRONMENT = {
 
 
 ON_FAKE_DEVICE = "test_on_the_fake_device"
-LONG_FILES = ("test_on_fake_device.py",)
+LONG_FILES = ("test_on_fake_device.py", "test_bench_load.py", "test_bench_offload.py", "test_gpu_check.py")
 
 
 class NetworkError(RuntimeError):

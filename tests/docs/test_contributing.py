@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def test_help_lists_the_backend(project: Path) -> None:
 
 
 def commands(page: str) -> tuple[list[str], list[str], list[str]]:
-    round_trip, sweep, contract = (match["arguments"].split() for match in COMMAND.finditer(page))
+    round_trip, sweep, contract = (shlex.split(match["arguments"]) for match in COMMAND.finditer(page))
     return round_trip, sweep, contract
 
 
