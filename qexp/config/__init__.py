@@ -1,1 +1,1 @@
-"""Settings: every dataclass that no plugin declares, and the yaml files in conf/. Light: nothing here imports torch."""
+"""Settings that belong to no single plugin, as frozen dataclasses, and the yaml files in conf/. Light: no torch."""

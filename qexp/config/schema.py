@@ -1,7 +1,8 @@
 """The settings that belong to no plugin, as frozen dataclasses; `RunConfig` is one experiment, completely resolved.
 
-Backends, model sources and tasks declare theirs beside the code that uses them. A field's `__post_init__` checks it
-alone; what depends on several fields is checked in `experiments/resolve.py`.
+Backends, model sources and tasks declare theirs beside the code that uses them; those of `task=generate`, which several
+models share, are in `config/generate.py`. A field's `__post_init__` checks it alone; what depends on several fields is
+checked in `experiments/resolve.py`.
 """
 
 from __future__ import annotations

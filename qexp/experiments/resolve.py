@@ -1,9 +1,10 @@
-"""From Hydra's composed config to a resolved `RunConfig`: the only place that reads `DictConfig`.
+"""From Hydra's composed config to a resolved `RunConfig`: the only place that turns a `DictConfig` into settings.
 
 Every setting is declared once, as a frozen dataclass beside the code that uses it (`config/schema.py` holds those of no
-plugin). `to_run_config` builds them from the composed config, whatever yaml it came from, and checks (`checks.py`)
-what depends on several fields; what it returns is resolved: devices, dtypes, skip lists, one backend for every
-component. A model of a hub is downloaded here, so that its headers can be read.
+plugin, `config/generate.py` those that several models share). `to_run_config` builds them from the composed config,
+whatever yaml it came from, and checks (`checks.py`) what depends on several fields; what it returns is resolved:
+devices, dtypes, skip lists, one backend for every component. A model of a hub is downloaded here, so that its headers
+can be read.
 Importing this module imports neither torch nor a quantization library.
 """
 

@@ -1,1 +1,1 @@
-"""Pure numbers: tensors in, a metric out, one file for each."""
+"""Pure functions from tensors to a metric, and the networks that perceptual metrics need."""

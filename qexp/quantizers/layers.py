@@ -1,4 +1,4 @@
-"""Which layers are linear, in class or in all but class: y = x Wᵀ + b, and nothing else, in their forward.
+"""Which layers are linear: `nn.Linear`, and classes that compute the same, y = x Wᵀ + b and nothing else.
 
 transformers' `Conv1D` (GPT-2 and its kin) is, with its weight the other way round, [in, out]. To be quantized it
 becomes an `nn.Linear`, whose weight is read transposed; where one is saved quantized it is [out, in], as transformers

@@ -1,6 +1,6 @@
 """Quantize and dequantize every layer on its own and compare it with the weight in the checkpoint.
 
-Layers stream through the loading pipeline one by one: neither the dense nor the quantized model is ever in memory.
+Layers stream through `loading/streaming` one by one: neither the dense nor the quantized model is ever in memory.
 Weights that a checkpoint holds ready quantized are compared with those of the original checkpoint, read beside them.
 `backend=none` casts each linear weight to the compute dtype and back, like any other format.
 """

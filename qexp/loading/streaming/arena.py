@@ -1,5 +1,5 @@
-"""A fixed piece of memory that tensors pass through on their way in; it bounds what is in flight, and is reused. And a
-bound of what has come out of it and waits for its taker.
+"""A fixed piece of memory that tensors pass through on their way in; it bounds what is in flight, and is reused.
+Also a limit on results that wait to be taken.
 
 Fresh memory costs a page fault for every 4 KiB, more than reading the bytes does; memory that is reused costs it once.
 """

@@ -1,4 +1,4 @@
-"""The loading pipeline: workers that read and quantize, one place that assigns.
+"""The stream of weights: workers that read and quantize, one place that assigns.
 
     workers  take the next item, read it with preadv, and call `create` (quantize, or cast) on it, on threads: both
              release the GIL
