@@ -15,7 +15,7 @@ def main() -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
         print(help_text())
         return
-    from qexp.cli.run import run
+    from qexp.cli import run
 
     sys.exit(run(arguments))
 

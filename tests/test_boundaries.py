@@ -24,7 +24,7 @@ ONLY_IN = {
     "diffusers": ("qexp/models/*", "qexp/interop/*"),
     "transformers": ("qexp/models/*", "qexp/interop/*"),
     "hydra": (
-        "qexp/cli/run.py",
+        "qexp/cli/command_line.py",
         "qexp/cli/hydra_errors.py",
         "qexp/config/hydra_schema.py",
         "qexp/sweep/callback.py",
@@ -104,7 +104,7 @@ def test_the_root_holds_few_files() -> None:
 
 def test_parent_modules_import_nothing_heavy() -> None:
     names = parent_modules()
-    assert {"qexp.cli.run", "qexp.sweep.job", "qexp.quantizers.torchao", "qexp.models.digits"} <= set(names)
+    assert {"qexp.cli.command_line", "qexp.sweep.job", "qexp.quantizers.torchao", "qexp.models.digits"} <= set(names)
     code = f"""
 import importlib, json, sys
 blame = {{}}
