@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,13 +22,14 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
-from qexp.checkpoints.gguf_header import gguf_header_bytes, read_gguf
-from qexp.checkpoints.safetensors_header import MAX_HEADER_BYTES, parse_header
+from qexp.checkpoints.content import content_digest
+from qexp.checkpoints.gguf_header import read_gguf, read_gguf_header
+from qexp.checkpoints.regular_file import read_regular, unreadable
+from qexp.checkpoints.safetensors_header import read_safetensors_header
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import ConfigError, LoadError
 
 GGUF_CONFIG_KEY = "qexp.config"  # metadata of a GGUF file: its config.json
-SHA256 = re.compile("[0-9a-f]{64}")
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # win over other files beside them
 SAVED_GGUF = "model.gguf"
 SAVED_WEIGHTS = re.compile(  # what `loading/saving.py` calls the weights of a model
@@ -51,16 +51,17 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
 
-    def content_hash(self) -> str:
-        """A hash of config, and of header, size and modification time of each file: it moves with the folder.
+    def content_hash(self, *, full: bool = False) -> str:
+        """A hash of the config and of what is in the files: a copy has the same one.
 
-        What a hub's cache holds is named by its sha256, which stands for the time: a second download is the same.
+        full: read all of large files; see `content.py`.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in self.files:
-            status = _status(file)
-            digest.update(os.fsencode(file.name) + f":{status.st_size}:{_version(file, status)}:".encode())
-            digest.update(_header_bytes(file))
+            digest.update(content_digest(file, full=full, header=_tensors_and_header_bytes).encode())
+        if len(self.files) > 1:  # an index says from which of them a tensor is read
+            where = sorted((entry.name, self.files.index(entry.file)) for entry in self.entries.values())
+            digest.update(json.dumps(where).encode())
         return digest.hexdigest()
 
 
@@ -130,59 +131,18 @@ def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
     """(tensors in the order of their bytes, texts of the metadata) of one file. Raises LoadError if it is damaged."""
     if is_gguf(file):
         return read_gguf(file)
-    entries, metadata = parse_header(file, _header_bytes(file), _status(file).st_size)
-    return list(entries), dict(metadata)
+    header = read_safetensors_header(file)
+    return list(header.entries), dict(header.metadata)
 
 
-def _version(file: Path, status: os.stat_result) -> str | int:
-    """What tells files of one size and header apart: the sha256 by which a hub's cache stores one, else its time."""
-    stored = file.resolve()
-    is_named_by_content = stored.parent.name == "blobs" and SHA256.fullmatch(stored.name)
-    return stored.name if is_named_by_content else status.st_mtime_ns
-
-
-def _header_bytes(file: Path) -> bytes:
-    size = _status(file).st_size
-    if is_gguf(file):
-        return gguf_header_bytes(file)
-    try:
-        with file.open("rb") as stream:
-            length_bytes = stream.read(8)
-            length = int.from_bytes(length_bytes, "little")
-            if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise LoadError(
-                    f"'{file}' is not a safetensors file, or truncated: header length {length}, "
-                    f"file size {size}; download it again"
-                )
-            return stream.read(length)
-    except OSError as error:
-        raise _unreadable(file, error) from None
-
-
-def _status(file: Path) -> os.stat_result:
-    """Size and time of a regular file; anything else could keep a reader waiting for ever."""
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise _unreadable(file, error) from None
-    if not stat.S_ISREG(status.st_mode):
-        raise LoadError(f"'{file}' is not a regular file; put the checkpoint's file there")
-    return status
-
-
-def _unreadable(file: Path, error: OSError) -> LoadError:
-    return LoadError(
-        f"'{file}' cannot be read: {error.strerror}; the checkpoint needs it: put it there, or make it readable"
-    )
+def _tensors_and_header_bytes(file: Path) -> tuple[Sequence[TensorEntry], int]:
+    header = read_gguf_header(file) if is_gguf(file) else read_safetensors_header(file)
+    return header.entries, header.nbytes
 
 
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises LoadError."""
-    _status(file)
-    try:
-        return _json_object(file.read_bytes(), str(file))
-    except OSError as error:
-        raise _unreadable(file, error) from None
+    return _json_object(read_regular(file), str(file))
 
 
 def _json_object(text: str | bytes, place: str) -> dict[str, Any]:
@@ -215,7 +175,7 @@ def _names(folder: Path) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
-        raise _unreadable(folder, error) from None
+        raise unreadable(folder, error) from None
 
 
 def only_weights_name(names: Sequence[str], place: str) -> str:

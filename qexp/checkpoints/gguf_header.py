@@ -14,7 +14,6 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import math
-import stat
 import struct
 from array import array
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from reprlib import repr as brief
 from typing import Any, BinaryIO
 
 from qexp.checkpoints.gguf_types import BLOCKED_PREFIX, BY_NUMBER, GGMLType
+from qexp.checkpoints.regular_file import FileState, open_regular
 from qexp.checkpoints.tensor_entry import MAX_DIMENSIONS, TensorEntry
 from qexp.errors import LoadError
 
@@ -53,14 +53,8 @@ def read_gguf_header(file: Path) -> GGUFHeader:
     An entry's dtype is safetensors' name for plain numbers, else the type's with GGUF_ before it ("GGUF_Q4_0"); its
     shape is that of the dense tensor, [out, in].
     """
-    try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise LoadError(f"'{file}' is not a regular file; put the checkpoint's file there")
-        with file.open("rb") as stream:
-            return _Header(file, stream, status.st_size).read()
-    except OSError as error:
-        raise LoadError(f"'{file}' cannot be read: {error.strerror}; put it there, or make it readable") from None
+    with open_regular(file) as (stream, state):
+        return _Header(file, stream, state).read()
 
 
 def read_gguf(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
@@ -72,19 +66,12 @@ def read_gguf(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
     return list(header.entries), {name: value for name, value in header.metadata.items() if isinstance(value, str)}
 
 
-def gguf_header_bytes(file: Path) -> bytes:
-    """All that is before the tensors. Raises LoadError as `read_gguf_header` does."""
-    nbytes = read_gguf_header(file).nbytes
-    with file.open("rb") as stream:
-        return stream.read(nbytes)
-
-
 class _Header:
     """One pass over a header. Every method reads on from where the last one stopped."""
 
-    def __init__(self, file: Path, stream: BinaryIO, size: int) -> None:
-        self.file, self.stream, self.size = file, stream, size
-        self.limit = min(size, MAX_HEADER_BYTES)
+    def __init__(self, file: Path, stream: BinaryIO, state: FileState) -> None:
+        self.file, self.stream, self.state, self.size = file, stream, state, state.size
+        self.limit = min(self.size, MAX_HEADER_BYTES)
         self.position = 0
 
     def read(self) -> GGUFHeader:
@@ -201,7 +188,8 @@ class _Header:
             if offset != expected:
                 raise self.damaged(f"tensor {brief(name)} starts at byte {offset} of the data, not at {expected}")
             dtype = kind.name if kind.block == 1 else BLOCKED_PREFIX + kind.name
-            entries.append(TensorEntry(name, dtype, shape, self.file, start + offset, kind.nbytes(shape)))
+            place = (self.file, start + offset, kind.nbytes(shape))
+            entries.append(TensorEntry(name, dtype, shape, *place, state=self.state))
             end = start + offset + entries[-1].nbytes
         if not end <= self.size <= _aligned(end, alignment):
             kind_of_damage = "truncated" if self.size < end else "damaged"

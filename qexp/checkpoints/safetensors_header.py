@@ -15,17 +15,38 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Any
+from typing import Any, NamedTuple
 
+from qexp.checkpoints.regular_file import FileState, open_regular
 from qexp.checkpoints.tensor_entry import DTYPE_BYTES, MAX_DIMENSIONS, TensorEntry
 from qexp.errors import LoadError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
+class SafetensorsHeader(NamedTuple):
+    """entries: in the order of their bytes; nbytes: of all that is before the tensors."""
+
+    entries: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+    nbytes: int
+
+
+def read_safetensors_header(file: Path) -> SafetensorsHeader:
+    """What the header of a file says. Raises LoadError if the file is damaged, or no safetensors file."""
+    with open_regular(file) as (stream, state):
+        length_bytes = stream.read(8)
+        length = int.from_bytes(length_bytes, "little")
+        if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, state.size - 8):
+            raise LoadError(
+                f"'{file}' is not a safetensors file, or truncated: header length {length}, file size {state.size}; "
+                "download it again"
+            )
+        return _parse_header(file, stream.read(length), state)
+
+
 @lru_cache(maxsize=256)  # a run opens a checkpoint several times
-def parse_header(file: Path, raw: bytes, size: int) -> tuple[tuple[TensorEntry, ...], Mapping[str, str]]:
-    """What the header of a safetensors file of `size` bytes says."""
+def _parse_header(file: Path, raw: bytes, state: FileState) -> SafetensorsHeader:
     try:
         header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
@@ -39,20 +60,22 @@ def parse_header(file: Path, raw: bytes, size: int) -> tuple[tuple[TensorEntry, 
         raise _damaged(file, "__metadata__ must map names to texts")
     start = 8 + len(raw)
     entries = sorted(
-        (_entry(file, name, info, start) for name, info in header.items()), key=lambda e: (e.offset, e.nbytes)
+        (_entry(file, name, info, start, state) for name, info in header.items()), key=lambda e: (e.offset, e.nbytes)
     )
     end = start
     for entry in entries:
         if entry.offset != end:
             raise _damaged(file, f"tensor '{entry.name}' starts at byte {entry.offset}, not at {end}")
         end = entry.offset + entry.nbytes
-    if end != size:
-        kind = "truncated" if size < end else "damaged"
-        raise LoadError(f"'{file}' is {kind}: its header describes {end} bytes, the file has {size}; download it again")
-    return tuple(entries), metadata
+    if end != state.size:
+        kind = "truncated" if state.size < end else "damaged"
+        raise LoadError(
+            f"'{file}' is {kind}: its header describes {end} bytes, the file has {state.size}; download it again"
+        )
+    return SafetensorsHeader(tuple(entries), metadata, start)
 
 
-def _entry(file: Path, name: str, info: object, start: int) -> TensorEntry:
+def _entry(file: Path, name: str, info: object, start: int, state: FileState) -> TensorEntry:
     if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(file, f"tensor '{name}' must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
@@ -70,7 +93,7 @@ def _entry(file: Path, name: str, info: object, start: int) -> TensorEntry:
     needed, found = math.prod(shape) * DTYPE_BYTES[dtype], offsets[1] - offsets[0]
     if needed != found:
         raise _damaged(file, f"tensor '{name}' of shape {shape} and dtype {dtype} needs {needed} bytes, not {found}")
-    return TensorEntry(name, dtype, tuple(shape), file, start + offsets[0], needed)
+    return TensorEntry(name, dtype, tuple(shape), file, start + offsets[0], needed, state=state)
 
 
 def _damaged(file: Path, what: str) -> LoadError:

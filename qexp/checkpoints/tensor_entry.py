@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.checkpoints.gguf_types import BLOCKED_PREFIX
+from qexp.checkpoints.regular_file import FileState
 
 MAX_DIMENSIONS = 64  # torch's limit
 DTYPE_BYTES = {
@@ -22,7 +23,8 @@ class TensorEntry:
 
     dtype: safetensors' name for it; of GGUF blocks "GGUF_" and their type. shape: of the dense tensor.
     pieces: the parts of other tensors that it is made of, in their order, if it is none of the file's own; transform:
-    makes the tensor of all their numbers, [n], where these are not its own in their order.
+    makes the tensor of all their numbers, [n], where these are not its own in their order. state: of the file when its
+    header was read.
     """
 
     name: str
@@ -33,6 +35,7 @@ class TensorEntry:
     nbytes: int
     pieces: tuple[TensorEntry, ...] = ()
     transform: Callable[[Any], Any] | None = field(default=None, compare=False)
+    state: FileState | None = field(default=None, compare=False, repr=False)
 
     @property
     def block_type(self) -> str | None:

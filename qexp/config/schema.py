@@ -17,6 +17,7 @@ from qexp.config.offload import STRATEGIES, OffloadConfig
 from qexp.errors import ConfigError, choices, did_you_mean
 
 RESUME_MODES = ("missing", "failed", "stale", "none")
+IDENTITIES = ("sampled", "full")
 IMAGE_METRICS = ("psnr_db", "ssim", "relative_l2", "cosine", "latent_relative_l2", "class_accuracy", "frechet_distance")
 TEXT_METRICS = ("perplexity", "kl_divergence", "top1_agreement", "exact_match", "answer_accuracy")
 QUALITY_METRICS = (*IMAGE_METRICS, *TEXT_METRICS)  # of each run, those that its outputs have
@@ -190,6 +191,7 @@ class RunConfig:
     device: str
     seed: int
     resume: str
+    identity: str = "sampled"  # how large files of a checkpoint are told apart: sampled, full
     device_map: Any = None  # auto, …, or module -> device or "disk"; null if everything is on `device`
     max_memory: Mapping[str, int] | None = None  # bytes by device, "cpu" and "disk"
 
@@ -225,8 +227,10 @@ class TopLevelConfig:
     low_cpu_mem_usage: bool = True
     seed: int = 0
     resume: str = "missing"
+    identity: str = "sampled"
 
     def __post_init__(self) -> None:
         check_choice("resume", self.resume, RESUME_MODES)
+        check_choice("identity", self.identity, IDENTITIES)
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} must be from 0 to {2**63 - 1}: torch's generators take no other")

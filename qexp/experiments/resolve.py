@@ -106,7 +106,7 @@ def to_run_config(cfg: Any) -> RunConfig:
         device_map=device_map,
         max_memory=max_memory,
         **{name: getattr(top, name) for name in ("metrics", "tracking", "isolation", "sweep", "loader")},
-        **{name: getattr(top, name) for name in ("save", "paths", "seed", "resume")},
+        **{name: getattr(top, name) for name in ("save", "paths", "seed", "resume", "identity")},
     )
 
 

@@ -53,6 +53,9 @@ class Source(causal_lm.Source):
     def folder(self) -> Path:
         return ASSETS if self.config.path is None else super().folder
 
+    def side_files(self) -> list[Path]:
+        return [*super().side_files(), ASSETS / HELD_OUT]
+
     def prompts(self, task: GenerateConfig) -> list[str]:
         return list(task.prompt) if task.prompt else [line[:PROMPT] for line in self._lines()[: self.config.problems]]
 

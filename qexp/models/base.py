@@ -38,8 +38,8 @@ class ModelSource(Protocol):
     - `forward_inputs(lines)`, of text: the arguments of the network for lines of text, for `task=forward`;
     - `adapters()`: what is applied to the model besides, each with a `file` and a `weight`; `adapt(component, model,
       dtype)`: applies them to a component that is loaded;
-    - `side_files()`: files beside the checkpoints that change results; `save_side_files(folder)`: puts them, and what
-      else makes the saved components a whole, into a folder, and returns the files.
+    - `save_side_files(folder)`: puts the side files, and what else makes the saved components a whole, into a folder,
+      and returns the files.
     """
 
     tasks: tuple[str, ...]  # those it can do
@@ -52,6 +52,10 @@ class ModelSource(Protocol):
 
     def checkpoints(self) -> dict[str, Path]:
         """Component name -> checkpoint folder or file. Needs no torch. Raises LoadError if one is missing."""
+
+    def side_files(self) -> list[Path]:
+        """All files beside the checkpoints that it reads (a tokenizer's, a scheduler's): they are part of a run's key.
+        Needs no torch."""
 
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         """The network that a parsed config.json describes; called where new tensors land on the meta device."""

@@ -33,6 +33,16 @@ CARRIED_FILES = (  # what a model's folder holds beside config.json and weights:
 )  # fmt: skip
 
 
+SIDE_SUFFIXES = (
+    ".json",
+    ".jinja",
+    ".txt",
+    ".model",
+    ".spm",
+    ".vocab",
+    ".bpe",
+    ".tiktoken",
+)  # of what is read beside weights
 TOKENIZERS = CARRIED_FILES[1:2] + CARRIED_FILES[5:11]  # one of which every tokenizer has
 
 
@@ -86,6 +96,10 @@ class Source:
 
     def checkpoints(self) -> dict[str, Path]:
         return {"model": self.folder}
+
+    def side_files(self) -> list[Path]:
+        """The files of a tokenizer and of generation settings: whatever is there that a library may read."""
+        return side_files(self.folder)
 
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         """transformers' own network, with the folder's generation_config."""
@@ -205,3 +219,10 @@ class Source:
 
     def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
         return {}
+
+
+def side_files(folder: Path) -> list[Path]:
+    """The files beside config.json and weights from which a library reads settings, words and templates."""
+    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")] if folder.is_dir() else []
+    named = [file for file in found if file.suffix in SIDE_SUFFIXES and file.is_file()]
+    return sorted(file for file in named if file.name != "config.json" and not file.name.endswith(".index.json"))

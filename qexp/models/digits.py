@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qexp.models.digits_network import DigitsClassifier
 
 ASSETS = Path(__file__).parents[1] / "assets" / "digits"
+CLASSIFIER = ASSETS / "classifier.safetensors"
 SAVED_FIELDS = ("quantization_config", "torch_dtype", "dtype")  # of the loader, not of the architecture
 
 
@@ -78,6 +79,10 @@ class Source:
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.gguf")):
             raise LoadError(f"{place}: no *.safetensors or *.gguf file there; {remedy}")
         return {"transformer": folder}
+
+    def side_files(self) -> list[Path]:
+        """What images are scored with."""
+        return [CLASSIFIER]
 
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         """A `DigitsTransformer` of the stored architecture. Raises LoadError for a config that does not fit."""
@@ -194,10 +199,9 @@ def _classifier() -> tuple[DigitsClassifier, Tensor, Tensor]:
 
     from qexp.models.digits_network import DigitsClassifier
 
-    path = ASSETS / "classifier.safetensors"
-    if not path.is_file():
-        raise LoadError(f"{path}: the classifier is missing; reinstall qexp, or run scripts/train_digits.py")
-    tensors = load_file(path)
+    if not CLASSIFIER.is_file():
+        raise LoadError(f"{CLASSIFIER}: the classifier is missing; reinstall qexp, or run scripts/train_digits.py")
+    tensors = load_file(CLASSIFIER)
     mean, covariance = tensors.pop("real_features.mean"), tensors.pop("real_features.covariance")
     classifier = DigitsClassifier()
     classifier.load_state_dict(tensors)

@@ -90,6 +90,9 @@ class Source:
             )
         return {"model": _without_config(local_folder(self.config.path))}
 
+    def side_files(self) -> list[Path]:
+        return []  # the factory's own file is an input of the configuration
+
     def check_task(self, task: Any) -> None:
         """Raises ConfigError for a factory that is not there, or inputs that this network has no tokenizer for."""
         module, function = split_name(self.config.factory)

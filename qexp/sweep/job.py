@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.config.schema import RunConfig, SweepConfig
-from qexp.errors import DiskError, QexpError
+from qexp.errors import DiskError, LoadError, QexpError
 from qexp.experiments.reference import saves_outputs
 from qexp.results.labels import run_label
 from qexp.results.manifest import JobRow, Manifest
@@ -34,6 +34,10 @@ from qexp.system.files import check_writable, read_yaml, write_bytes
 __all__ = ["JobRow", "refuse_job", "run_job"]
 
 ORDERS = ("config.yaml", "overrides.txt", "status.json")  # what scoring again replaces, beside the result
+FILES_CHANGED = (
+    "files of the model or of the task were changed while the experiment ran, so that its result is of neither; run it "
+    "again"
+)
 TRACKED = {"offline": "wandb/offline-run-*", "online": "wandb/run-*"}  # what W&B leaves in a run folder, by mode
 
 
@@ -191,7 +195,10 @@ def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -
                     outcome = Outcome(status.status, status.reason, f"its reference: {status.message}")
                     return _mark(folder, outcome, started)
             work = replace(work, reference=reference, steps="all" if previous is None else "score")
-        return run(work)
+        status = run(work)
+        if status.status == "done" and previous is None and run_key(job.config) != folder.key:
+            raise LoadError(FILES_CHANGED)
+        return status
     except BaseException as error:
         status = _mark(folder, _explained(error), started)
         if isinstance(error, KeyboardInterrupt):

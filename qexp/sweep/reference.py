@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import yaml
 
 from qexp.config.schema import RunConfig
 from qexp.experiments.reference import reference_config
+from qexp.results.outcome import Outcome
 from qexp.results.run_folder import RunFolder, Status
 from qexp.sweep.resume import OUTPUTS
 from qexp.sweep.run_key import reference_key
@@ -40,7 +41,12 @@ def ensure_reference(
             return None, refused
         say(f"the reference (unquantized) is run first, once: {folder.path}")
         prepare_folder(folder, reference_config(config), ())
-        return folder.path, run(replace(work, folder=folder.path, steps="run", reference=None))
+        status = run(replace(work, folder=folder.path, steps="run", reference=None))
+        if status.status == "done" and reference_key(config) != folder.key:
+            outcome = Outcome("failed", "load", "files of the model were changed while it ran; run it again")
+            status = replace(status, **asdict(outcome))
+            folder.write_status(status)
+        return folder.path, status
 
 
 def _stands(folder: RunFolder, status: Status, resume: str, since: str | None) -> bool:

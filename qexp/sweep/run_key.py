@@ -1,7 +1,8 @@
 """The name of an experiment: a hash of everything that can change its result, and of nothing else.
 
 Run key: 16 hex digits of sha256 over canonical JSON (sorted keys, no spaces, 6.0 written as 6) of the resolved
-configuration without NOT_IN_KEY, names and locations; each component's checkpoint by its content; and the device.
+configuration without NOT_IN_KEY, names and locations; the content of every file that the model is made of, its
+checkpoints and what lies beside them (a tokenizer, generation_config.json, a scheduler); and the device.
 Fields that other settings make meaningless are dropped: a plugin's config may name its own in an optional method
 `ignored_fields() -> set[str]`.
 
@@ -16,21 +17,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from qexp.checkpoints.checkpoint import open_component, open_components
+from qexp.checkpoints.content import content_digest
 from qexp.config.schema import RunConfig
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, LoadError
 from qexp.experiments.reference import reference_config, saves_outputs, unquantized_model
-from qexp.models.base import load_source
+from qexp.models.base import ModelSource, load_source
 from qexp.quantizers.embedded import is_quantized
 from qexp.results.environment import model_packages, versions_of
 
 KEY_DIGITS = 16
-SCHEMA = 1  # raised when the same settings come to mean something else
-NOT_IN_KEY = {"metrics", "tracking", "resume", "isolation", "sweep", "paths", "loader", "save"}
+SCHEMA = 2  # raised when the same settings come to mean something else; 2: files count by their content
+NOT_IN_KEY = {"metrics", "tracking", "resume", "identity", "isolation", "sweep", "paths", "loader", "save"}
 NAMES_AND_PLACES = {
     "label",
     "path",
@@ -68,24 +71,25 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     for name in _input_files(config.task):
         del identity["task"][name]  # their content counts, not where they are
     source = load_source(config.model)
-    identity["checkpoints"] = {name: found.content_hash() for name, found in open_components(source).items()}
-    if hasattr(source, "side_files"):
-        identity["side_files"] = [[file.name, _file_hash(file.name, file)] for file in source.side_files()]
+    is_full = config.identity == "full"
+    identity["checkpoints"] = _contents(source, is_full)
+    if side_files := source.side_files():
+        identity["side_files"] = _digests(side_files)
     if adapters := source.adapters() if hasattr(source, "adapters") else ():
-        identity["adapters"] = [[_file_hash("lora", adapter.file), _plain(adapter.weight)] for adapter in adapters]
+        identity["adapters"] = [[content_digest(adapter.file), _plain(adapter.weight)] for adapter in adapters]
     is_dense = all(component.backend.quant_method == "none" for component in config.components.values())
     if is_dense and not saves_outputs(config) and hasattr(source, "quantized_components"):
         identity["measured"] = list(source.quantized_components())  # else those with a backend are
-    originals = _originals(config)
+    originals = _originals(config, is_full)
     if originals:
         identity["originals"] = originals
     if files := {**_input_files(config.task), **_input_files(config.model)}:
-        identity["input_files"] = {name: _file_hash(name, path) for name, path in files.items()}
+        identity["input_files"] = {name: _input_digest(name, path) for name, path in files.items()}
     identity["schema"] = SCHEMA
     return identity
 
 
-def _originals(config: RunConfig) -> dict[str, str]:
+def _originals(config: RunConfig, is_full: bool) -> dict[str, Any]:
     """Content of what a checkpoint that is quantized is compared with: its outputs with those of a whole model, its
     weights with those of the same components."""
     if getattr(config.model, "reference_path", None) is None and not hasattr(config.model, "unquantized"):
@@ -95,12 +99,18 @@ def _originals(config: RunConfig) -> dict[str, str]:
         return {}
     source = load_source(unquantized_model(config.model))
     if not saves_outputs(config):
-        return {name: open_component(source, name).content_hash() for name in stored if is_quantized(stored[name])}
-    side_files = source.side_files() if hasattr(source, "side_files") else []
-    return {
-        **{name: found.content_hash() for name, found in open_components(source).items()},
-        **{f"{number} {file.name}": _file_hash(file.name, file) for number, file in enumerate(side_files)},
-    }
+        names = [name for name in stored if is_quantized(stored[name])]
+        return {name: open_component(source, name).content_hash(full=is_full) for name in names}
+    return {"checkpoints": _contents(source, is_full), "side_files": _digests(source.side_files())}
+
+
+def _contents(source: ModelSource, is_full: bool) -> dict[str, str]:
+    """Component -> hash of its checkpoint."""
+    return {name: found.content_hash(full=is_full) for name, found in open_components(source).items()}
+
+
+def _digests(files: Sequence[Path]) -> list[list[str]]:
+    return [[file.name, content_digest(file)] for file in files]
 
 
 def _input_files(config: Any) -> dict[str, Path]:
@@ -108,12 +118,12 @@ def _input_files(config: Any) -> dict[str, Path]:
     return config.input_files() if hasattr(config, "input_files") else {}
 
 
-def _file_hash(name: str, path: Path) -> str:
+def _input_digest(name: str, path: Path) -> str:
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise ConfigError(f"{name} {path} cannot be read: {error.strerror}; give a file that is there") from error
+        return content_digest(path)
+    except LoadError as error:
+        reason = str(error.__context__.strerror) if isinstance(error.__context__, OSError) else "it is no regular file"
+        raise ConfigError(f"{name} {path} cannot be read: {reason}; give a file that is there") from error
 
 
 def _plain(value: Any) -> Any:

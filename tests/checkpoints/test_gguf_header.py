@@ -17,6 +17,7 @@ import pytest
 from qexp.checkpoints.gguf_header import MAX_HEADER_BYTES, GGUFHeader, _Header, read_gguf_header
 from qexp.checkpoints.gguf_types import DECODABLE, TYPES
 from qexp.checkpoints.gguf_writer import write_gguf
+from qexp.checkpoints.regular_file import FileState
 from qexp.errors import LoadError
 
 METADATA_TYPES = {
@@ -212,7 +213,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="became shorter while it was read; download"):
-        _Header(tmp_path / "x.gguf", io.BytesIO(GOOD[:40]), len(GOOD)).read()
+        _Header(tmp_path / "x.gguf", io.BytesIO(GOOD[:40]), FileState(0, 0, len(GOOD), 0, 0)).read()
 
 
 def mutated(good: bytes, described: int, random_: random.Random) -> bytes:
@@ -275,6 +276,8 @@ def test_no_memory_is_reserved_for_what_a_damaged_header_announces(tmp_path: Pat
         file_bytes(None, [struct.pack("<Q", announced)]),
         file_bytes(counts=(announced // 24, 0)),
     ]
+    path.write_bytes(contents[0])
+    refused(path)  # what an error needs is imported, which may take memory of its own
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for content in contents:
         path.write_bytes(content)

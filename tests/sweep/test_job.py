@@ -166,6 +166,18 @@ ENDINGS = {
 }
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_weights_changed_while_an_experiment_runs_are_a_failure(seed: int, tmp_path) -> None:
+    """Of the candidate with seed 0, of its reference with seed 1: neither result is of the files that its key names."""
+    config = run_config(tmp_path, seed=seed)
+    folder = folder_of(config)
+    row = run(config, experiment=f"{fake_experiment.__name__}:run_while_weights_change")
+    assert (row.status, row.reason) == ("failed", "load")
+    assert "were changed while" in row.message and "run it again" in row.message
+    assert run_key(config) != row.key == folder.key
+    assert folder.read_status().status == "failed"
+
+
 @pytest.mark.parametrize("behaviour", ENDINGS)
 def test_every_ending_becomes_a_row_and_a_status(behaviour, tmp_path, capfd) -> None:
     config = have_reference(run_config(tmp_path, behaviour))

@@ -83,10 +83,10 @@ def test_settings_that_can_change_the_result_all_give_keys_of_their_own(tmp_path
 
 def test_a_new_setting_is_part_of_the_key_until_it_is_declared_not_to_be(tmp_path) -> None:
     config = run_config(tmp_path)
-    considered = set(key._identity(config)) - {"checkpoints", "schema"}
+    considered = set(key._identity(config)) - {"checkpoints", "side_files", "schema"}
     assert considered == {"model", "components", "offload", "task", "reference", "device", "seed"}
     placed = replace(config, device_map="auto", max_memory={"cpu": 10**9})  # not in the keys of runs without them
-    considered = set(key._identity(placed)) - {"checkpoints", "schema"}
+    considered = set(key._identity(placed)) - {"checkpoints", "side_files", "schema"}
     assert considered | key.NOT_IN_KEY >= set(config.to_container())
     assert considered > {"device_map", "max_memory"}
     assert run_key(placed) != run_key(replace(placed, max_memory={"cpu": 10**8})) != run_key(config)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.checkpoints.regular_file import open_descriptor, state_of
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import LoadError
 from qexp.loading.streaming.arena import Stopped
@@ -109,6 +110,8 @@ class Reader:
                         f"'{piece.file}' ended within '{piece.name}': it was changed while it was read; load it again"
                     )
                 position += count
+            if piece.state not in (None, state_of(descriptor)):  # asked after reading: what was read is as planned
+                raise LoadError(f"'{piece.file}' was changed since its header was read; load it again")
         except OSError as error:
             raise LoadError(
                 f"'{piece.file}' cannot be read at '{piece.name}': {error.strerror}; check the disk, or download it "
@@ -119,7 +122,7 @@ class Reader:
         if file not in self._opened:
             if len(self._opened) == OPEN_FILES:
                 os.close(self._opened.pop(next(iter(self._opened))))
-            self._opened[file] = os.open(file, os.O_RDONLY)
+            self._opened[file] = open_descriptor(file)
             os.posix_fadvise(self._opened[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads ahead twice as far
         return self._opened[file]
 

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import shutil
 import threading
 import time
 import weakref
@@ -446,8 +447,45 @@ def test_a_file_cut_after_planning(by_rows: bool, tmp_path: Path) -> None:
     items = save(tmp_path, bytes_tensors(1000, 1000, 1000))
     file = items[1].source.file
     os.truncate(file, items[1].source.offset + 10)
-    with pytest.raises(LoadError, match=rf"'{file}' ended within 't00[12]'.*load it again"):
+    with pytest.raises(LoadError, match=rf"'{file}' (ended within 't00[12]'|was changed since).*load it again"):
         run(items, by_slices(100) if by_rows else clone, by_rows=lambda item: by_rows)
+
+
+def _rewrite(file: Path) -> None:
+    status, content = file.stat(), file.read_bytes()
+    with file.open("r+b") as stream:
+        stream.write(content[:-1] + b"!")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _replace(file: Path) -> None:
+    shutil.copy2(file, file.with_name("other"))
+    os.replace(file.with_name("other"), file)
+
+
+def _pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize("change", [_rewrite, _replace, _pipe, lambda file: os.utime(file)])
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_file_changed_after_planning_is_an_error(by_rows: bool, change: Callable[[Path], None], tmp_path: Path) -> None:
+    items = save(tmp_path, bytes_tensors(1000, 1000, 1000))
+    change(items[1].source.file)
+    with pytest.raises(LoadError, match=r"model\.safetensors' (was changed since its header|is not a regular file)"):
+        run(items, by_slices(100) if by_rows else clone, by_rows=lambda item: by_rows)
+
+
+def test_file_changed_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    items = save(tmp_path, bytes_tensors(1000, 1000, 1000))
+
+    def create(item: WorkItem, dense: Tensor) -> Tensor:
+        os.utime(item.source.file)
+        return dense.clone()
+
+    with pytest.raises(LoadError, match="was changed since its header was read; load it again"):
+        run(items, create, workers=1)
 
 
 def test_a_file_gone_after_planning(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""What is in a file, as a digest: the same for a copy, another one for another fine-tune of the same size and date.
+
+Up to FULL_BYTES it is the sha256 of all bytes. A larger checkpoint would take longer to read than some experiments to
+run: of it the header and samples of every tensor are read, from PLACES places, at least SAMPLES_BYTES in all.
+Fine-tunes differ in nearly every value of what they train, so that samples tell them apart; `identity=full` reads
+everything. The cache of a hub names large files by their sha256, which is taken as it is.
+
+A digest is remembered by the file's state (device, inode, size, times), in this process and in the user's cache folder,
+so that a file is read once. A file that was written just now is not remembered: times have a resolution, and a write
+within the same tick would not show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from io import BufferedReader
+from pathlib import Path
+
+from qexp.checkpoints.regular_file import FileState, open_regular
+from qexp.checkpoints.tensor_entry import TensorEntry
+from qexp.system.files import write_text
+
+FULL_BYTES = 256 << 20
+PLACES = 4  # of samples in a tensor: its begin, its end, and evenly between
+PLACE_BYTES = 4 << 10
+SAMPLES_BYTES = 64 << 20  # of all samples of a file together, at least
+FRESH_NS = 2_000_000_000  # FAT has the coarsest times: 2 s
+SHA256 = re.compile("[0-9a-f]{64}")
+REMEMBERED_BYTES = 1 << 20  # a smaller file is read again as fast as its digest
+VERSION = 1  # of how samples are taken
+
+Header = Callable[[Path], tuple[Sequence[TensorEntry], int]]  # (tensors, bytes before them)
+_digests: dict[tuple[FileState, bool], str] = {}
+
+
+def content_digest(file: Path, *, full: bool = False, header: Header | None = None) -> str:
+    """The digest of a file's content.
+
+    full: read all of a large file. header: reads that of a checkpoint; a file without one is always read in full.
+    Raises: LoadError if it cannot be read.
+    """
+    stored = file.resolve()
+    if stored.parent.name == "blobs" and SHA256.fullmatch(stored.name):
+        return stored.name
+    with open_regular(file) as (stream, state):
+        is_sampled = state.size > FULL_BYTES and header is not None and not full
+        known = _recall(state, is_sampled)
+        if known is not None:
+            return known
+        started = time.time_ns()
+        digest = hashlib.file_digest(stream, "sha256").hexdigest() if not is_sampled else ""
+        if header is not None and is_sampled:
+            digest = _sampled_digest(stream, state.size, *header(file))
+        if started - max(state.mtime_ns, state.ctime_ns) > FRESH_NS:
+            _remember(state, is_sampled, digest)
+        return digest
+
+
+def _sampled_digest(stream: BufferedReader, size: int, entries: Sequence[TensorEntry], header_bytes: int) -> str:
+    digest = hashlib.sha256(f"samples {VERSION} {size} {header_bytes}".encode())
+    stream.seek(0)
+    digest.update(stream.read(header_bytes))
+    for start, nbytes in _places(entries):
+        stream.seek(start)
+        digest.update(stream.read(nbytes))
+    return "samples-" + digest.hexdigest()
+
+
+def _places(entries: Sequence[TensorEntry]) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of the samples, in the order of the file."""
+    sizes, nbytes = [entry.nbytes for entry in entries], PLACE_BYTES
+    while sum(min(size, PLACES * nbytes) for size in sizes) < min(SAMPLES_BYTES, sum(sizes)):
+        nbytes *= 2
+    for entry in sorted(entries, key=lambda entry: entry.offset):
+        if entry.nbytes <= PLACES * nbytes:
+            yield entry.offset, entry.nbytes
+        else:
+            last = entry.nbytes - nbytes
+            yield from ((entry.offset + last * place // (PLACES - 1), nbytes) for place in range(PLACES))
+
+
+def _recall(state: FileState, is_sampled: bool) -> str | None:
+    if (state, is_sampled) not in _digests:
+        with suppress(OSError, ValueError):
+            text = _memory(state, is_sampled).read_text(encoding="ascii")
+            if SHA256.fullmatch(text.removeprefix("samples-")):
+                _digests[state, is_sampled] = text
+    return _digests.get((state, is_sampled))
+
+
+def _remember(state: FileState, is_sampled: bool, digest: str) -> None:
+    _digests[state, is_sampled] = digest
+    if state.size > REMEMBERED_BYTES:
+        with suppress(OSError):
+            write_text(_memory(state, is_sampled), digest)
+
+
+def _memory(state: FileState, is_sampled: bool) -> Path:
+    """The file in the user's cache folder that holds a digest."""
+    name = hashlib.sha256(repr((VERSION, tuple(state), is_sampled)).encode()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "qexp" / "digests" / name[:2] / name
