@@ -57,7 +57,7 @@ class _Published:
     def skeleton(self, component: str, config: dict[str, Any]) -> Any:
         return network(self.config)
 
-    def conversion(self, component: str, model: Any) -> Any:
+    def conversion(self, component: str, model: Any, checkpoint: Any) -> Any:
         from qexp.models.transformers_networks import renaming
 
         return renaming(model) if hasattr(model, "base_model_prefix") else None

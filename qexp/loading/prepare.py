@@ -131,7 +131,7 @@ def skeleton_and_names(source: ModelSource, component: str, checkpoint: Checkpoi
 
 def _under_model_names(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     """The checkpoint with tensors named as the model's: converted by the source where a name or shape is another."""
-    conversion = source.conversion(component, model) if hasattr(source, "conversion") else None
+    conversion = source.conversion(component, model, checkpoint) if hasattr(source, "conversion") else None
     entries = checkpoint.entries
     fits = all(name in entries and entries[name].shape == t.shape for name, t in model.state_dict().items())
     if conversion is None or fits:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from qexp.checkpoints.checkpoint import Checkpoint
     from qexp.checkpoints.conversion import Conversion
     from qexp.config.generate import GenerateConfig
 
@@ -113,7 +114,7 @@ class Source:
         """The class of transformers that builds the network; None is the one that config.json names."""
         return "AutoModelForCausalLM"
 
-    def conversion(self, component: str, model: nn.Module) -> Conversion:
+    def conversion(self, component: str, model: nn.Module, checkpoint: Checkpoint) -> Conversion:
         from qexp.models.transformers_networks import renaming
 
         return renaming(model)

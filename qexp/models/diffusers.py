@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from qexp.checkpoints.checkpoint import Checkpoint
     from qexp.checkpoints.conversion import Conversion
     from qexp.config.generate import GenerateConfig
     from qexp.models.lora import Updates
@@ -172,11 +173,11 @@ class Source:
         self._networks[component] = _building().network(self.folder, component, config)
         return self._networks[component]
 
-    def conversion(self, component: str, model: nn.Module) -> Conversion | None:
+    def conversion(self, component: str, model: nn.Module, checkpoint: Checkpoint) -> Conversion | None:
         """What turns other names of tensors into the model's: transformers' rules, or diffusers' for a single file."""
         from qexp.models.folder import library_conversion
 
-        return library_conversion(model)
+        return library_conversion(model, checkpoint)
 
     def block_lists(self, component: str) -> list[str]:
         from qexp.models.transformers_networks import block_lists

@@ -16,6 +16,7 @@ from qexp.system.imports import quiet
 if TYPE_CHECKING:
     from torch import nn
 
+    from qexp.checkpoints.checkpoint import Checkpoint
     from qexp.checkpoints.conversion import Conversion
 
 
@@ -80,8 +81,8 @@ class FolderSource:
             "(architectures), so nothing says how to build the network; pass skeleton=, a class or a function"
         )
 
-    def conversion(self, component: str, model: nn.Module) -> Conversion | None:
-        return library_conversion(model)
+    def conversion(self, component: str, model: nn.Module, checkpoint: Checkpoint) -> Conversion | None:
+        return library_conversion(model, checkpoint)
 
     def _built_by_class(self, kind: type[nn.Module], fields: Mapping[str, Any]) -> nn.Module:
         try:
@@ -93,7 +94,7 @@ class FolderSource:
             ) from error
 
 
-def library_conversion(model: nn.Module) -> Conversion | None:
+def library_conversion(model: nn.Module, checkpoint: Checkpoint) -> Conversion | None:
     """What turns other names of tensors into the model's: transformers' rules, or diffusers' for a single file."""
     if hasattr(model, "base_model_prefix"):
         from qexp.models.transformers_networks import renaming
@@ -102,7 +103,7 @@ def library_conversion(model: nn.Module) -> Conversion | None:
     if type(model).__module__.partition(".")[0] == "diffusers":
         from qexp.models.single_file import diffusers_conversion
 
-        return diffusers_conversion(model)
+        return diffusers_conversion(model, checkpoint)
     return None
 
 
