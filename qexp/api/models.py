@@ -63,6 +63,7 @@ def load(
     compute_dtype: str | torch.dtype | None = None,
     skip_modules: str | Iterable[str] = (),
     keep_in_fp32_modules: Iterable[str] = (),
+    plain_fp8: bool = False,
     offload_folder: str | Path | None = None,
     workers: int | None = None,
     in_flight_mib: int = 64,
@@ -89,6 +90,7 @@ def load(
         "**.norm"; "@file" has one a line. A pattern that matches nothing is an error. Left unquantized as well is
         what the command line leaves out of the embedded models ("digits": x_embed and proj_out), and of a folder of
         transformers the output embedding (lm_head); `skeleton`, or a model source, leaves out nothing by itself.
+    plain_fp8: of a checkpoint with weights in float8 and no scales: they are a plain cast. Else that is an error.
     workers: threads that read and quantize, None is one a core; in_flight_mib: MiB of tensors read whole and not yet
         done with.
 
@@ -104,6 +106,7 @@ def load(
         skip_modules=union(patterns(as_list(skip_modules), "skip_modules"), left_out),
         keep_in_fp32_modules=patterns(as_list(keep_in_fp32_modules), "keep_in_fp32_modules"),
         compute_dtype=dtype_name(compute_dtype, "compute_dtype"),
+        plain_fp8=plain_fp8,
     )
     loaded = load_component(
         model_source,

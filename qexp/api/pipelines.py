@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qexp.api.arguments import SOURCE, as_list, backend_config, expanded, places_of
 from qexp.api.models import offload as offload_model
+from qexp.config.dataclass_io import convert
 from qexp.config.module_patterns import patterns, union
 from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError, choices, did_you_mean
@@ -35,6 +36,7 @@ def load_pipeline(
     compute_dtype: str | torch.dtype | None = None,
     skip_modules: str | Iterable[str] = (),
     keep_in_fp32_modules: Iterable[str] = (),
+    plain_fp8: bool = False,
     offload: str | OffloadConfig | None = None,
     workers: int | None = None,
     in_flight_mib: int = 64,
@@ -50,6 +52,7 @@ def load_pipeline(
     checkpoints: component -> its weights from elsewhere, such as a .gguf file.
     compute_dtype: of all components; None is each checkpoint's own.
     skip_modules, keep_in_fp32_modules: patterns for the components that `backend` is for.
+    plain_fp8: as of `qexp.load`, for all components.
     offload: a strategy of `qexp.offload`, or its config: each component is offloaded before the next one is loaded.
 
     Returns: diffusers' pipeline, such as a FluxPipeline: `pipe("a red cube").images[0]`. `qexp.save` saves it whole.
@@ -72,6 +75,7 @@ def load_pipeline(
         skip_modules=union(patterns(as_list(skip_modules), "skip_modules")),
         keep_in_fp32_modules=patterns(as_list(keep_in_fp32_modules), "keep_in_fp32_modules"),
         compute_dtype=dtype_name(compute_dtype, "compute_dtype"),
+        plain_fp8=plain_fp8,
     )
     planned = plan_components(
         source, _settings(source, base, components or {}), device=place, travels=offload is not None
@@ -107,7 +111,7 @@ def _one(base: ComponentConfig, own: Any, name: str, is_quantized: bool) -> Comp
                 f"components[{name!r}]: {setting!r} is no setting{did_you_mean(setting, known)}; use {choices(known)}"
             )
     if not is_quantized and "backend" not in own:
-        base = ComponentConfig(backend=backend_config(None), compute_dtype=base.compute_dtype)
+        base = replace(base, backend=backend_config(None), skip_modules=(), keep_in_fp32_modules=())
     changes: dict[str, Any] = {
         setting: union(patterns(as_list(value), setting))
         for setting, value in own.items()
@@ -117,4 +121,6 @@ def _one(base: ComponentConfig, own: Any, name: str, is_quantized: bool) -> Comp
         changes["backend"] = backend_config(own["backend"])
     if "compute_dtype" in own:
         changes["compute_dtype"] = dtype_name(own["compute_dtype"], "compute_dtype")
+    if "plain_fp8" in own:
+        changes["plain_fp8"] = convert(bool, own["plain_fp8"], "plain_fp8")
     return replace(base, **changes)

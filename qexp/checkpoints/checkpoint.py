@@ -26,6 +26,7 @@ from qexp.checkpoints.content import content_digest
 from qexp.checkpoints.gguf_header import read_gguf, read_gguf_header
 from qexp.checkpoints.regular_file import read_regular, unreadable
 from qexp.checkpoints.safetensors_header import read_safetensors_header
+from qexp.checkpoints.scaled_weights import with_scales_applied
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import ConfigError, LoadError
 
@@ -39,13 +40,15 @@ SAVED_WEIGHTS = re.compile(  # what `loading/saving.py` calls the weights of a m
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """config: parsed config.json ({} for a bare file); entries: tensor name -> where it lies; metadata: the files'."""
+    """config: parsed config.json ({} for a bare file); entries: tensor name -> where it lies; metadata: the files';
+    converted_names: of tensors in the files that have other names in `entries`."""
 
     path: Path
     config: Mapping[str, Any]
     entries: Mapping[str, TensorEntry]
     files: tuple[Path, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    converted_names: frozenset[str] = frozenset()
 
     @cached_property
     def nbytes(self) -> int:
@@ -86,7 +89,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 )
             entries[entry.name] = entry
     _check_index(path, entries)
-    return Checkpoint(path, _config_of(path, metadata), entries, files, metadata)
+    config, entries = with_scales_applied(_config_of(path, metadata), entries, metadata)
+    return Checkpoint(path, config, entries, files, metadata)
 
 
 def open_component(source: Any, component: str) -> Checkpoint:

@@ -35,7 +35,7 @@ def converted(checkpoint: Checkpoint, conversion: Conversion) -> Checkpoint:
             "the file belongs to another model: check its config.json"
         ) from error
     entries = {name: tensor.entry(name) for name, tensor in {**state, **result}.items()}
-    return replace(checkpoint, entries=entries)
+    return replace(checkpoint, entries=entries, converted_names=frozenset(checkpoint.entries.keys() - entries.keys()))
 
 
 def transposed(entry: TensorEntry) -> TensorEntry:

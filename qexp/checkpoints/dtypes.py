@@ -8,3 +8,4 @@ TORCH_DTYPES = {
     "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
 }  # fmt: skip
+NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.checkpoints.dtypes import NAMES, TORCH_DTYPES
 from qexp.checkpoints.gguf_types import TYPES
 from qexp.checkpoints.tensor_entry import DTYPE_BYTES, TensorEntry
 from qexp.errors import LoadError
@@ -30,16 +30,24 @@ MANY_PIECES, SMALL_PIECE_BYTES = 256, 16 << 10  # more than so many of less than
 class Lazy:
     """A tensor without data: the pieces of a file that its numbers lie in, and what makes the tensor of them.
 
-    pieces: of one dtype; without a transform they are the tensor's numbers in their order. transform: see `Transform`.
+    pieces: of one dtype; without a transform they are the tensor's numbers in their order. transform: see `Transform`;
+    dtype_name: of what it returns, if that is another one than the pieces'.
     """
 
-    def __init__(self, pieces: Sequence[TensorEntry], shape: Iterable[int], transform: Transform | None = None) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[TensorEntry],
+        shape: Iterable[int],
+        transform: Transform | None = None,
+        dtype_name: str | None = None,
+    ) -> None:
         self.pieces, self.shape, self.transform = list(pieces), torch.Size(shape), transform
+        self.dtype_name = dtype_name or self.pieces[0].dtype
 
     @classmethod
     def of(cls, entry: TensorEntry) -> Lazy:
         pieces = entry.pieces or (replace(entry, transform=None),)
-        return cls(pieces, entry.shape, entry.transform)
+        return cls(pieces, entry.shape, entry.transform, entry.dtype)
 
     @property
     def name(self) -> str:
@@ -60,7 +68,7 @@ class Lazy:
 
     @property
     def dtype(self) -> torch.dtype:
-        return TORCH_DTYPES[self.pieces[0].dtype]
+        return TORCH_DTYPES[self.dtype_name]
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -86,6 +94,7 @@ class Lazy:
         return replace(
             self.pieces[0],
             name=name,
+            dtype=self.dtype_name,
             shape=tuple(self.shape),
             nbytes=sum(piece.nbytes for piece in self.pieces),
             pieces=tuple(self.pieces),
@@ -195,7 +204,11 @@ def _cat(tensors: Sequence[Lazy], dim: int = 0) -> Lazy | None:
     first = tensors[0]
     dim = dim % max(first.ndim, 1)
     for one in tensors:
-        same = one.pieces[0].dtype == first.pieces[0].dtype and one.ndim == first.ndim > 0
+        same = (
+            one.dtype_name == first.dtype_name
+            and one.pieces[0].dtype == first.pieces[0].dtype
+            and one.ndim == first.ndim > 0
+        )
         if not same or any(a != b for d, (a, b) in enumerate(zip(one.shape, first.shape, strict=True)) if d != dim):
             raise LoadError(f"'{one.name}' and '{first.name}' differ in type or shape; cannot join")
     outer, inner = math.prod(first.shape[:dim]), math.prod(first.shape[dim + 1 :])
@@ -254,7 +267,7 @@ def _computed(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
     inputs = [leaf for leaf in leaves if isinstance(leaf, Lazy)]
     if any(one.pieces[0].block_type is not None for one in inputs):
         raise LoadError(f"'{inputs[0].name}' would have to be converted by `{func.__name__}`, which blocks cannot be")
-    if len({one.dtype for one in inputs}) > 1:
+    if len({(one.dtype_name, one.pieces[0].dtype) for one in inputs}) > 1:
         raise LoadError(f"'{inputs[0].name}' and others differ in type; `{func.__name__}` cannot join them")
 
     def apply(tensors: Iterable[Tensor]) -> Any:
@@ -287,7 +300,8 @@ def _result(inputs: Sequence[Lazy], outcome: Tensor, apply: Callable[[Iterable[T
         parts = numbers.split(counts)
         return apply(_made(one, part) for one, part in zip(inputs, parts, strict=True))
 
-    return Lazy([piece for one in inputs for piece in one.pieces], outcome.shape, transform)
+    pieces = [piece for one in inputs for piece in one.pieces]
+    return Lazy(pieces, outcome.shape, transform, NAMES.get(outcome.dtype))
 
 
 def _made(tensor: Lazy, numbers: Tensor) -> Tensor:

@@ -38,6 +38,11 @@ class TensorEntry:
     state: FileState | None = field(default=None, compare=False, repr=False)
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether the file holds it in fewer bits, with scales."""
+        return bool(self.pieces) and self.pieces[0].dtype != self.dtype
+
+    @property
     def block_type(self) -> str | None:
         """The type of the GGUF blocks that hold this tensor; None for plain numbers."""
         return self.dtype.removeprefix(BLOCKED_PREFIX) if self.dtype.startswith(BLOCKED_PREFIX) else None

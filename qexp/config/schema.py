@@ -170,6 +170,7 @@ class ComponentConfig:
     skip_modules: tuple[str, ...] = ()
     keep_in_fp32_modules: tuple[str, ...] = ()
     compute_dtype: str | None = None
+    plain_fp8: bool = False  # whether weights in float8 without scales are what they seem
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,7 @@ class TopLevelConfig:
     max_memory: Any = None
     skip_modules: Any = ()
     keep_in_fp32_modules: tuple[str, ...] = ()
+    plain_fp8: bool = False
     low_cpu_mem_usage: bool = True
     seed: int = 0
     resume: str = "missing"

@@ -19,13 +19,16 @@ def reference_config(config: RunConfig) -> RunConfig:
 
     Where the checkpoint is quantized already, the reference is that of `model.reference_path`.
     """
-    component = ComponentConfig(backend=NoneConfig(), compute_dtype=config.reference.dtype)
+    components = {
+        name: ComponentConfig(backend=NoneConfig(), compute_dtype=config.reference.dtype, plain_fp8=component.plain_fp8)
+        for name, component in config.components.items()
+    }
     quantized = any(map(is_quantized, open_components(load_source(config.model)).values()))
     return replace(
         config,
         model=unquantized_model(config.model) if quantized else replace(config.model, reference_path=None),
         save=SaveConfig(),
-        components={name: component for name in config.components},
+        components=components,
         offload=OffloadConfig(strategy=config.reference.offload).resolved(config.device.partition(":")[0]),
         # modules of a map may not fit where they are put once they are not quantized
         device_map="auto" if config.device_map is not None and config.reference.offload == "none" else None,

@@ -66,6 +66,7 @@ def to_run_config(cfg: Any) -> RunConfig:
         skip_modules=patterns(top.skip_modules, "skip_modules"),
         keep_in_fp32_modules=union(top.keep_in_fp32_modules),
         compute_dtype=compute_dtype(top.compute_dtype, "compute_dtype"),
+        plain_fp8=top.plain_fp8,
     )
     task = plugin_config("task", top.task, "task")
     task = task.resolved() if hasattr(task, "resolved") else task
@@ -138,12 +139,14 @@ def _component(base: ComponentConfig, values: Any, place: str, *, is_quantized: 
     if not isinstance(values, Mapping):
         raise ConfigError(f"{place}={values} must be a group of fields, such as {place}.compute_dtype=bf16")
     if not is_quantized and "backend" not in values:
-        base = ComponentConfig(backend=NoneConfig(), compute_dtype=base.compute_dtype)
+        base = ComponentConfig(backend=NoneConfig(), compute_dtype=base.compute_dtype, plain_fp8=base.plain_fp8)
     changes: dict[str, Any] = {}
     for name, value in values.items():
         check_known(f"{place}.{name}", str(name), [item.name for item in fields(ComponentConfig)])
         if name == "backend":
             changes[name] = plugin_config("backend", value, f"{place}.backend")
+        elif name == "plain_fp8":
+            changes[name] = convert(bool, value, f"{place}.{name}")
         elif name == "compute_dtype":
             changes[name] = compute_dtype(convert(str | None, value, f"{place}.{name}"), f"{place}.{name}")
         else:

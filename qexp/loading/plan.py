@@ -60,7 +60,7 @@ class WorkItem:
     @property
     def dense_nbytes(self) -> int:
         """Bytes of the tensor before quantization: as in the checkpoint, or for a ready-quantized one in its dtype."""
-        is_packed = self.stored or self.source.block_type is not None
+        is_packed = self.stored or self.source.block_type is not None or self.source.is_scaled
         return self.numel * (self.dtype if is_packed else TORCH_DTYPES[self.source.dtype]).itemsize
 
 

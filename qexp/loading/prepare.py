@@ -17,6 +17,7 @@ from qexp.errors import ConfigError, LoadError, first_names
 from qexp.interop.interfaces import kept_by_class
 from qexp.loading.component import Prepared
 from qexp.loading.plan import LoadPlan, choose_modules, find_quantized, make_plan, stored_part_names, with_tied_entries
+from qexp.loading.unread import check_meaning
 from qexp.models.skeletons import on_meta, without_initialization
 from qexp.quantizers.base import Quantizer, load_quantizer
 from qexp.quantizers.embedded import merge, stored_config
@@ -100,6 +101,7 @@ def plan_modules(
         raise LoadError(_nothing_message(component, quantizer, skipped))
     _swap_layers(model, quantizer, chosen, compute_dtype)
     plan = make_plan(model, checkpoint, quantizer, chosen, skipped, fp32, compute_dtype)
+    check_meaning(plan, checkpoint, plain_fp8=settings.plain_fp8)
     if plan.unused:
         print(_unused_message(component, plan.unused), file=sys.stderr)
     if chosen and (message := not_linear_message(component, plan)):
@@ -194,7 +196,7 @@ def _own_dtype(checkpoint: Checkpoint, quantizer: Quantizer) -> torch.dtype | No
     parts = stored_part_names(quantizer, checkpoint)
     for entry in (entry for name, entry in checkpoint.entries.items() if name not in parts):
         stored = TORCH_DTYPES.get(entry.dtype)
-        if stored in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        if stored in (torch.float64, torch.float32, torch.float16, torch.bfloat16) and not entry.is_scaled:
             sizes[stored] = sizes.get(stored, 0) + entry.nbytes
     if not sizes:
         return None

@@ -27,8 +27,8 @@ class ModelSource(Protocol):
 
     - `quantized_components()`: those that `backend=` is for; without it, all;
     - `component_config(component)`: the config.json of a checkpoint that has none of its own, else None;
-    - `conversion(component, model, checkpoint)`: the function that turns a dict of tensors in another layout (that of the
-      model's authors) into one with the model's names, or None; see checkpoints/conversion.py;
+    - `conversion(component, model, checkpoint)`: the function that turns a dict of tensors in another layout (that of
+      the model's authors) into one with the model's names, or None; see checkpoints/conversion.py;
     - `skip_modules(component, model)`: the modules that it leaves unquantized, whatever the settings say;
     - `resolve_task(task)`: the task with this source's defaults, and without what it has no use for;
     - `check_task(task)`: raises ConfigError for a task that this model cannot do as it is configured; needs no torch;

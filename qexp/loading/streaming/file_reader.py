@@ -55,7 +55,7 @@ class Reader:
             self.send(buffer, source, 0)
         if source.block_type is not None:
             return buffer
-        numbers = buffer.view(TORCH_DTYPES[source.dtype])
+        numbers = buffer.view(TORCH_DTYPES[source.pieces[0].dtype if source.pieces else source.dtype])
         return numbers if source.transform is not None else numbers.view(source.shape)
 
     def rows(self, source: TensorEntry) -> RowReader:
