@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from qexp.config.backend_options import backend_of
 from qexp.config.hydra_schema import register_schemas
@@ -80,3 +80,10 @@ def save_stack(folder: Path, shapes: list[tuple[int, int]], *, dtype: torch.dtyp
     save_file(dict(model.state_dict()), folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"shapes": shapes, "bias": bias}))
     return model
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, bit by bit: packed weights may be held in a dtype in which some are NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))

@@ -23,6 +23,7 @@ from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.config.module_patterns import covering
 from qexp.errors import ConfigError, LoadError
+from qexp.loading.weight_reads import reason_not_to_pack, weight_reads
 from qexp.quantizers.base import Quantizer
 from qexp.quantizers.layers import computes_otherwise, is_transposed, weight_shape
 from qexp.quantizers.rows import WeightSpec
@@ -123,6 +124,7 @@ def choose_modules(
     skipped: dict[str, str] = {}
     if quantizer.quantization_method == "none":
         return chosen, skipped
+    reads = weight_reads(model)
     for name, module in model.named_modules(remove_duplicate=False):  # a layer used twice has a tensor by either name
         shape = weight_shape(module)
         if shape is None:
@@ -132,6 +134,7 @@ def choose_modules(
         reason = _reason_to_skip(module, name, patterns, fp32_patterns) or (
             f"{type(model).__name__} keeps {kept!r} unquantized" if kept is not None else quantizer.reason_to_skip(spec)
         )
+        reason = reason or reason_not_to_pack(reads.get(name, ()), quantizer.hides(spec))
         if reason is None:
             chosen[name] = spec
         else:
@@ -153,6 +156,7 @@ def find_quantized(
     """
     chosen: dict[str, WeightSpec] = {}
     skipped: dict[str, str] = {}
+    reads = weight_reads(model)
     for name, module in model.named_modules(remove_duplicate=False):
         shape = weight_shape(module)
         if shape is None:
@@ -162,9 +166,16 @@ def find_quantized(
             skipped[name] = "the checkpoint holds it unquantized"
             continue
         in_blocks = any(entry.block_type is not None for entry in parts.values())
-        reason = _reason_to_skip(module, name, patterns, fp32_patterns) if in_blocks else None
+        spec = WeightSpec(name, shape, dtype, is_transposed(module))
+        read = reason_not_to_pack(reads.get(name, ()), quantizer.hides(spec))
+        if read is not None and not in_blocks:
+            raise LoadError(
+                f"'{name}' is stored quantized, but {read}, so that every answer would be wrong; use a checkpoint that "
+                "holds this layer unquantized"
+            )
+        reason = (_reason_to_skip(module, name, patterns, fp32_patterns) or read) if in_blocks else None
         if reason is None:
-            chosen[name] = WeightSpec(name, shape, dtype, is_transposed(module))
+            chosen[name] = spec
         elif is_transposed(module):
             raise ConfigError(
                 f"'{name}': {reason}, but its blocks hold the weight the other way round than {type(module).__name__} "
@@ -182,6 +193,8 @@ def _reason_to_skip(module: nn.Module, name: str, patterns: Sequence[str], fp32:
         return f"kept in fp32 by {pattern!r}"
     if name == "":
         return "the model itself is a linear layer"
+    if any(segment.startswith("lora") for segment in name.split(".")):
+        return "it is a matrix of a LoRA"
     if computes_otherwise(module):
         return f"{type(module).__name__} does not compute as nn.Linear does"
     if module._parameters.get("weight") is None:

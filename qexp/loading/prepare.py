@@ -18,6 +18,7 @@ from qexp.interop.interfaces import kept_by_class
 from qexp.loading.component import Prepared
 from qexp.loading.plan import LoadPlan, choose_modules, find_quantized, make_plan, stored_part_names, with_tied_entries
 from qexp.loading.unread import check_meaning
+from qexp.loading.weight_reads import keep_to_layers
 from qexp.models.skeletons import on_meta, without_initialization
 from qexp.quantizers.base import Quantizer, load_quantizer
 from qexp.quantizers.embedded import merge, stored_config
@@ -118,6 +119,7 @@ def _swap_layers(
     transposed = {name: type(model.get_submodule(name)) for name, spec in chosen.items() if spec.transposed}
     for name in transposed:
         replace_module(model, name, to_linear(model.get_submodule(name)))
+    keep_to_layers(model, chosen.keys())
     with without_initialization():
         quantizer.preprocess_model(model, list(chosen), compute_dtype)
     for name, kind in transposed.items():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from packaging.version import Version
@@ -126,6 +126,10 @@ class Quantizer:
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
         """Why this format cannot hold a weight of this shape, or None. Raises ConfigError where a setting is wrong."""
         return None
+
+    def hides(self, spec: WeightSpec) -> Collection[str]:
+        """What its quantized weight does not answer as the dense one would: of "dtype" and "shape"."""
+        return ()
 
     def preprocess_model(self, model: nn.Module, names: Sequence[str], compute_dtype: torch.dtype) -> None:
         """Swap the modules of these names, all on meta, for ones that hold quantized weights."""

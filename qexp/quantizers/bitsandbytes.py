@@ -18,14 +18,20 @@ Sources: arXiv:2305.14314 (NF4, double quantization), arXiv:2208.07339 (LLM.int8
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError
 from qexp.quantizers import base
 from qexp.quantizers.bitsandbytes_support import stored
 from qexp.quantizers.bitsandbytes_support.config import BitsAndBytesConfig
-from qexp.quantizers.bitsandbytes_support.create import NESTED_BLOCK_SIZE, create_4bit, create_8bit
+from qexp.quantizers.bitsandbytes_support.create import (
+    NESTED_BLOCK_SIZE,
+    create_4bit,
+    create_8bit,
+    show_as_stored,
+    storage_dtype,
+)
 from qexp.quantizers.bitsandbytes_support.library import library
 from qexp.quantizers.layers import replace_module
 from qexp.quantizers.rows import WeightSpec
@@ -75,6 +81,12 @@ class BitsAndBytesQuantizer(base.Quantizer):
             return f"{spec.numel} 4-bit weights do not fill whole numbers of {self.config.bnb_4bit_quant_storage}"
         return None
 
+    def hides(self, spec: WeightSpec) -> Collection[str]:
+        if self.config.load_in_8bit:
+            return ()
+        is_seen = storage_dtype(self.config, spec) == spec.dtype
+        return ("shape",) if is_seen else ("shape", "dtype")
+
     def preprocess_model(self, model: nn.Module, names: Sequence[str], compute_dtype: torch.dtype) -> None:
         import torch
 
@@ -82,11 +94,14 @@ class BitsAndBytesQuantizer(base.Quantizer):
         dtype_4bit = compute_dtype if own is None else getattr(torch, own)
         for name in names:
             linear = model.get_submodule(name)
-            new = self._linear_4bit(linear, dtype_4bit) if self.config.load_in_4bit else self._linear_8bit(linear)
+            if self.config.load_in_4bit:
+                new = self._linear_4bit(linear, dtype_4bit, compute_dtype)
+            else:
+                new = self._linear_8bit(linear)
             new.requires_grad_(False)
             replace_module(model, name, new.train(linear.training))
 
-    def _linear_4bit(self, linear: Any, compute_dtype: torch.dtype) -> nn.Module:
+    def _linear_4bit(self, linear: Any, compute_dtype: torch.dtype, dtype: torch.dtype) -> nn.Module:
         new = library().nn.Linear4bit(
             linear.in_features,
             linear.out_features,
@@ -94,18 +109,13 @@ class BitsAndBytesQuantizer(base.Quantizer):
             compute_dtype=compute_dtype,
             compress_statistics=self.config.bnb_4bit_use_double_quant,
             quant_type=self.config.bnb_4bit_quant_type,
-            quant_storage=self._quant_storage,
+            quant_storage=storage_dtype(self.config, WeightSpec("", (linear.out_features, linear.in_features), dtype)),
             device="meta",
         )
         new.support_avx512bf16_for_cpu = False  # see the module's docstring
+        if self.config.bnb_4bit_quant_storage == "uint8":
+            new.register_state_dict_post_hook(show_as_stored)
         return new
-
-    @property
-    def _quant_storage(self) -> torch.dtype:
-        import torch
-
-        dtype: torch.dtype = getattr(torch, self.config.bnb_4bit_quant_storage)
-        return dtype
 
     def _linear_8bit(self, linear: Any) -> nn.Module:
         return library().nn.Linear8bitLt(
@@ -129,9 +139,10 @@ class BitsAndBytesQuantizer(base.Quantizer):
     def create_quantized_param(
         self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
+        if companions and self.config.load_in_4bit:
+            return stored.assemble_4bit(spec, sources[0], companions, device, storage_dtype(self.config, spec))
         if companions:
-            assemble = stored.assemble_4bit if self.config.load_in_4bit else stored.assemble_8bit
-            return assemble(spec, sources[0], companions, device)
+            return stored.assemble_8bit(spec, sources[0], companions, device)
         if self.config.load_in_4bit:
             return create_4bit(self.config, spec, sources[0], device)
         return create_8bit(spec, sources[0], device)

@@ -57,7 +57,7 @@ def create_4bit(
         offset=offset,
         state2=state2,
     )
-    storage: torch.dtype = getattr(torch, config.bnb_4bit_quant_storage)
+    storage = storage_dtype(config, spec)
     return library().nn.Params4bit(
         packed.view(-1).view(storage).unsqueeze(1),
         requires_grad=False,
@@ -70,9 +70,34 @@ def create_4bit(
     )
 
 
+def storage_dtype(config: BitsAndBytesConfig, spec: WeightSpec) -> torch.dtype:
+    """The dtype in which packed bytes are held: networks that cast to `layer.weight.dtype` get what they compute in.
+
+    Of uint8, upstream's default, such a network would cast its activations to bytes. Files have uint8 all the same
+    (`show_as_stored`), since diffusers reads no other.
+    """
+    import torch
+
+    is_default = config.bnb_4bit_quant_storage == "uint8"
+    if is_default and math.ceil(spec.numel / 2) % spec.dtype.itemsize == 0:
+        return spec.dtype
+    dtype: torch.dtype = getattr(torch, config.bnb_4bit_quant_storage)
+    return dtype
+
+
+def show_as_stored(module: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """A hook on a layer's `state_dict`: its packed weight in the dtype that files have."""
+    import torch
+
+    weight, name = module._parameters["weight"], f"{prefix}weight"
+    if name in state_dict and getattr(weight, "quant_state", None) is not None:
+        state_dict[name] = state_dict[name].data.view(-1).view(torch.uint8).unsqueeze(1)
+
+
 def create_8bit(spec: WeightSpec, weight: Tensor | Rows, device: torch.device) -> nn.Parameter:
     import torch
 
+    from qexp.quantizers.bitsandbytes_support.int8_params import int8_params
     from qexp.quantizers.cpu_kernels.rowwise_8bit import llm_int8
 
     half = WeightSpec(spec.module, spec.shape, torch.float16)  # the library quantizes from fp16 alone
@@ -83,7 +108,7 @@ def create_8bit(spec: WeightSpec, weight: Tensor | Rows, device: torch.device) -
             check_slice(half, rows, scale)
         rows_of.add(rows, {"CB": values, "SCB": scale})
     values, scale = rows_of.inner["CB"], rows_of.inner["SCB"]
-    return library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
+    return int8_params(values, scale, spec.dtype)
 
 
 def _quantize_on_cpu(code: Tensor, blocksize: int) -> Quantize:

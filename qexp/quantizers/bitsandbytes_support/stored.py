@@ -89,21 +89,24 @@ def kept_nbytes(parts: Mapping[str, TensorEntry]) -> int:
 
 
 def assemble_4bit(
-    spec: WeightSpec, packed: Tensor, companions: Mapping[str, Tensor], device: torch.device
+    spec: WeightSpec, packed: Tensor, companions: Mapping[str, Tensor], device: torch.device, storage: torch.dtype
 ) -> nn.Parameter:
     check_quant_state(spec, companions)
+    packed = packed.contiguous().view(-1).view(storage).unsqueeze(1)
     return library().nn.Params4bit.from_prequantized(packed, dict(companions), requires_grad=False, device=device)
 
 
 def assemble_8bit(
     spec: WeightSpec, values: Tensor, companions: Mapping[str, Tensor], device: torch.device
 ) -> nn.Parameter:
+    from qexp.quantizers.bitsandbytes_support.int8_params import int8_params
+
     order = int(companions["weight_format"]) if "weight_format" in companions else 0
     if order != 0:
         remedy = "load and save it with bitsandbytes >= 0.45 first"
         raise _damaged(spec, f"weight_format={order} is not rows in order (0); {remedy}")
     values, scale = values.to(device), companions["SCB"].to(device)
-    return library().nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
+    return int8_params(values, scale, spec.dtype)
 
 
 def check_quant_state(spec: WeightSpec, companions: Mapping[str, Tensor]) -> None:

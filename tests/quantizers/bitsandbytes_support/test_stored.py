@@ -38,7 +38,10 @@ def entry(shape: tuple[int, ...], dtype: str, size: int) -> TensorEntry:
 @pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_fp4", "bitsandbytes_nf4_dq"])
 def test_a_whole_weight_is_put_together_again(backend: str) -> None:
     packed, parts = companions(backend)
-    quantizer, parameter = load_quantizer(backend_config(backend)), stored.assemble_4bit(SPEC, packed, parts, CPU)
+    quantizer, parameter = (
+        load_quantizer(backend_config(backend)),
+        stored.assemble_4bit(SPEC, packed, parts, CPU, torch.uint8),
+    )
     expected = quantizer.dequantize_param(quantize(backend, gaussian(*SPEC.shape))[1], torch.float32)
     assert torch.equal(quantizer.dequantize_param(parameter, torch.float32), expected)
 
@@ -64,7 +67,7 @@ def test_a_quant_state_that_does_not_describe_the_weight_is_refused(changes: dic
     name = "quant_state.bitsandbytes__nf4"
     parts[name] = described(json.loads(bytes(parts[name].tolist())) | changes)
     with pytest.raises(LoadError, match=f"'blocks.3' cannot be used: .*{what}"):
-        stored.assemble_4bit(SPEC, packed, parts, CPU)
+        stored.assemble_4bit(SPEC, packed, parts, CPU, torch.uint8)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff\xfe", b"null", b'{"shape": [64, 128]}'])
@@ -72,7 +75,7 @@ def test_a_quant_state_that_is_no_json_is_refused(text: bytes) -> None:
     packed, parts = companions("bitsandbytes")
     parts["quant_state.bitsandbytes__nf4"] = torch.tensor(list(text), dtype=torch.uint8)
     with pytest.raises(LoadError, match="its quant state cannot be read"):
-        stored.assemble_4bit(SPEC, packed, parts, CPU)
+        stored.assemble_4bit(SPEC, packed, parts, CPU, torch.uint8)
 
 
 @pytest.mark.parametrize("part", ["absmax", "quant_map"])
@@ -80,7 +83,7 @@ def test_a_part_of_another_length_is_refused(part: str) -> None:
     packed, parts = companions("bitsandbytes")
     parts[part] = parts[part][:-1]
     with pytest.raises(LoadError, match=rf"its quant state has {part} of shape \[{len(parts[part])}\]"):
-        stored.assemble_4bit(SPEC, packed, parts, CPU)
+        stored.assemble_4bit(SPEC, packed, parts, CPU, torch.uint8)
 
 
 def test_headers_that_do_not_fit_are_refused_before_anything_is_read() -> None:
