@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qexp.checkpoints.checkpoint import Checkpoint, is_gguf
+from qexp.checkpoints.checkpoint import Checkpoint
 from qexp.checkpoints.conversion import transposed
 from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.checkpoints.tensor_entry import TensorEntry
@@ -328,10 +328,10 @@ def _is_floating_point(entry: TensorEntry) -> bool:
     return entry.block_type is not None or TORCH_DTYPES[entry.dtype].is_floating_point
 
 
-def _copied(name: str, entry: TensorEntry, dtype: torch.dtype, of_model: torch.dtype) -> WorkItem:
-    """Floating-point numbers are decoded or cast to `dtype`, all others kept (but GGUF has no type for all of them)."""
-    kept = of_model if is_gguf(entry.file) else TORCH_DTYPES.get(entry.dtype, dtype)
-    target = dtype if _is_floating_point(entry) else kept
+def _copied(name: str, entry: TensorEntry, dtype: torch.dtype, declared: torch.dtype) -> WorkItem:
+    """A tensor that stays dense. Floating-point numbers become `dtype`; all others what the model declares, as in
+    load_state_dict: files hold masks and positions as whole numbers of any width."""
+    target = dtype if _is_floating_point(entry) else declared
     return WorkItem(name, entry, target, math.prod(entry.shape) * target.itemsize)
 
 

@@ -128,6 +128,8 @@ def load_weights(
 
 def _dense(item: WorkItem, stored: Tensor, device: torch.device) -> Tensor:
     """A tensor that stays dense, on `device` in the dtype planned for it."""
+    if not item.dtype.is_floating_point:
+        _check_range(item, stored)
     if item.source.transform is not None:  # of what was read into memory that is used again
         return torch.empty(stored.shape, dtype=item.dtype, device=device).copy_(stored)
     if item.source.block_type is None:
@@ -135,6 +137,22 @@ def _dense(item: WorkItem, stored: Tensor, device: torch.device) -> Tensor:
     from qexp.quantizers.gguf_blocks.decode import decode_tensor
 
     return decode_tensor(item.source.block_type, stored.to(device), item.source.shape, item.dtype)
+
+
+def _check_range(item: WorkItem, stored: Tensor) -> None:
+    """Raises LoadError for a whole number that the model's dtype cannot hold: a cast would wrap it, and say nothing."""
+    if stored.dtype == item.dtype or stored.numel() == 0:
+        return
+    limits = torch.iinfo(item.dtype) if item.dtype != torch.bool else None
+    low, high = (limits.min, limits.max) if limits else (0, 1)
+    values = stored.cpu().numpy()  # torch has no minimum of unsigned numbers wider than a byte
+    wrong = [value for value in (int(values.min()), int(values.max())) if not low <= value <= high]
+    if wrong:
+        dtype = str(item.dtype).removeprefix("torch.")
+        raise LoadError(
+            f"'{item.target}' is {item.source.dtype} in '{item.source.file}' and holds {wrong[0]}, but the model "
+            f"declares it as {dtype} ({low} to {high}); the checkpoint belongs to another model: check model.path"
+        )
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
