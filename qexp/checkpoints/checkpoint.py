@@ -1,8 +1,8 @@
 """What a checkpoint on disk holds: its config and where each tensor's bytes are. Reads headers only; imports no torch.
 
-A checkpoint is a folder with `config.json` and one `*.safetensors` file, shards with a `*.safetensors.index.json`, or
-(if it has neither) one `*.gguf` file; or a single `.safetensors` or `.gguf` file, or the index of some shards. The
-config of a file is the `config.json` beside it; without one, a `.gguf` file has it in its metadata if this program
+A checkpoint is a folder with `config.json` and weights (`weight_files.py` says which files those are); or a single
+`.safetensors` or `.gguf` file, or the index of some shards. An index decides which of its files a tensor is read from.
+The config of a file is the `config.json` beside it; without one, a `.gguf` file has it in its metadata if this program
 saved it.
 
 The headers are read by `safetensors_header.py` and `gguf_header.py`, which check everything a damaged file could lie
@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from reprlib import repr as brief
 from typing import Any
 
 from qexp.checkpoints.content import content_digest
@@ -28,10 +27,10 @@ from qexp.checkpoints.regular_file import read_regular, unreadable
 from qexp.checkpoints.safetensors_header import read_safetensors_header
 from qexp.checkpoints.scaled_weights import with_scales_applied
 from qexp.checkpoints.tensor_entry import TensorEntry
+from qexp.checkpoints.weight_files import shard_files, weight_files, weight_map
 from qexp.errors import ConfigError, LoadError
 
 GGUF_CONFIG_KEY = "qexp.config"  # metadata of a GGUF file: its config.json
-STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # win over other files beside them
 SAVED_GGUF = "model.gguf"
 SAVED_WEIGHTS = re.compile(  # what `loading/saving.py` calls the weights of a model
     r"(diffusion_pytorch_)?model((-\d{5}-of-\d{5})?\.safetensors|\.safetensors\.index\.json)|" + re.escape(SAVED_GGUF)
@@ -76,19 +75,26 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"checkpoint '{path}' does not exist; set model.path to a folder with config.json and safetensors, or to a "
             ".gguf file"
         )
-    files = _files(path) if path.is_dir() else _shards(path) if path.suffix == ".json" else (path,)
+    files, index = _files(path)
+    placed = {} if index is None else weight_map(read_object(index), f"'{index}'")
     entries: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
     for file in files:
         header_entries, header_metadata = read_header(file)
         metadata.update(header_metadata)
         for entry in header_entries:
+            if placed.get(entry.name, file.name) != file.name:
+                continue  # left in another shard by an earlier save
             if entry.name in entries:
                 raise LoadError(
-                    f"tensor '{entry.name}' is in both '{entries[entry.name].file}' and '{file}'; download both again"
+                    f"tensor '{entry.name}' is in both '{entries[entry.name].file}' and '{file}', and the index does "
+                    "not say which one counts; download both again"
                 )
             entries[entry.name] = entry
-    _check_index(path, entries)
+    if wrong := [name for name in placed if name not in entries]:
+        raise LoadError(
+            f"'{index}' says that '{wrong[0]}' is in '{placed[wrong[0]]}', but it is not; download both again"
+        )
     config, entries = with_scales_applied(_config_of(path, metadata), entries, metadata)
     return Checkpoint(path, config, entries, files, metadata)
 
@@ -159,20 +165,26 @@ def _json_object(text: str | bytes, place: str) -> dict[str, Any]:
     return value
 
 
-def _files(folder: Path) -> tuple[Path, ...]:
-    """The files of a folder: those its index names, its only safetensors file, or its only GGUF file."""
-    index = _index_file(folder)
-    if index is None:
-        return (folder / only_weights_name(_names(folder), f"'{folder}'"),)
-    return _shards(index)
+def _files(path: Path) -> tuple[tuple[Path, ...], Path | None]:
+    """(the files that hold the tensors, their index) of a folder, an index or one file."""
+    if not path.is_dir() and path.suffix != ".json":
+        return (path,), None
+    folder = path if path.is_dir() else path.parent
+    names = _names(folder)
 
+    def read(name: str) -> dict[str, Any]:
+        return read_object(folder / name)
 
-def _shards(index: Path) -> tuple[Path, ...]:
-    folder, names = index.parent, shard_names(read_object(index), f"'{index}'")
-    for name in names:
-        if not os.path.isfile(folder / name):
-            raise LoadError(f"'{index}' names the shard {name!r}, which is missing in '{folder}'; download it again")
-    return tuple(folder / name for name in names)
+    if path.is_dir():
+        found = weight_files(names, read, f"'{folder}'")
+    else:
+        found = [path.name, *shard_files(path.name, names, read, f"'{folder}'")]
+    if not found:
+        if "model_index.json" in names:
+            raise LoadError(f"'{folder}' is a pipeline of diffusers: use model=diffusers, in Python qexp.load_pipeline")
+        raise LoadError(f"'{folder}' needs one .safetensors file (or .gguf), or shards with an index; found: none")
+    index = folder / found[0] if found[0].endswith(".json") else None
+    return tuple(folder / name for name in found if not name.endswith(".json")), index
 
 
 def _names(folder: Path) -> list[str]:
@@ -180,65 +192,3 @@ def _names(folder: Path) -> list[str]:
         return sorted(os.listdir(folder))
     except OSError as error:
         raise unreadable(folder, error) from None
-
-
-def only_weights_name(names: Sequence[str], place: str) -> str:
-    """The weights among the files of a folder that has no index. Raises LoadError unless it is clear which they are."""
-    found = [name for name in names if name.endswith(".safetensors")]
-    found = [name for name in found if name in STANDARD_NAMES] or found
-    in_gguf = [] if found else [name for name in names if name.endswith(".gguf")]
-    if len(in_gguf) > 1:
-        raise LoadError(f"{place} has several .gguf files ({', '.join(in_gguf)}); set model.path to one of them")
-    if len(found + in_gguf) != 1:
-        listed = ", ".join(found) or "none"
-        if "model_index.json" in names:
-            raise LoadError(f"{place} is a pipeline of diffusers: use model=diffusers, in Python qexp.load_pipeline")
-        raise LoadError(f"{place} needs one .safetensors file (or .gguf), or shards with an index; found: {listed}")
-    return (found + in_gguf)[0]
-
-
-def index_name(names: Sequence[str], place: str) -> str | None:
-    """The index of shards among the files of a folder, if it has one. Raises LoadError if it has several."""
-    found = [name for name in names if name.endswith(".safetensors.index.json")]
-    if len(found) > 1:
-        raise LoadError(f"{place} has several indices ({', '.join(found)}); keep one")
-    return found[0] if found else None
-
-
-def shard_names(index: Mapping[str, Any], place: str) -> list[str]:
-    """The files that a parsed index names. Raises LoadError if they are none of its own folder."""
-    names = sorted({*_weight_map(index, place).values()})
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise LoadError(
-                f"{place} names {name!r}; shards must be .safetensors files in the same folder: download it again"
-            )
-    return names
-
-
-def _index_file(folder: Path) -> Path | None:
-    name = index_name(_names(folder), f"'{folder}'")
-    return folder / name if name is not None else None
-
-
-def _weight_map(index: Mapping[str, Any], place: str) -> dict[str, str]:
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise LoadError(f"{place} has no weight_map; download it again")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str):
-            raise LoadError(f"{place} names {brief(shard)} for '{name}', not a file; download it again")
-    return weight_map
-
-
-def _check_index(path: Path, entries: Mapping[str, TensorEntry]) -> None:
-    """An index and the headers of its shards must agree on which tensor is where."""
-    index = _index_file(path) if path.is_dir() else path if path.suffix == ".json" else None
-    if index is None:
-        return
-    weight_map = _weight_map(read_object(index), f"'{index}'")
-    wrong = [n for n, shard in weight_map.items() if n not in entries or entries[n].file.name != shard]
-    if wrong:
-        raise LoadError(
-            f"'{index}' says that '{wrong[0]}' is in '{weight_map[wrong[0]]}', but it is not; download both again"
-        )

@@ -203,7 +203,8 @@ def _bring(
         check_writable(storage.parent, "HF_HUB_CACHE=")
         _check_space(storage, missing, f"{place}={repo}")
         gib = sum(file.nbytes for file in missing) / GIB
-        print(f"{repo}: downloading {len(missing)} files, {gib:.2f} GiB, to {storage}", file=sys.stderr, flush=True)
+        files_text = f"{len(missing)} file" + ("s" if len(missing) > 1 else "")
+        print(f"{repo}: downloading {files_text}, {gib:.2f} GiB, to {storage}", file=sys.stderr, flush=True)
         transfer(missing, storage, commit, repo)
     if revision != commit:
         write_text(storage / "refs" / revision, commit)

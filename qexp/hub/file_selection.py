@@ -1,9 +1,8 @@
 """Which files of a hub's repository a model is made of: pure functions of the list of its files.
 
-A repository of one model is its config.json, its tokenizer's files, and the weights that `checkpoints/checkpoint.py`
-would open in a folder with the same files: the shards of its index, else its one safetensors file, else its one GGUF
-file; or those of a variant (fp16) that is asked for, where it has them. Left behind are weights in other formats (.bin,
-.ckpt, .msgpack, .onnx), other variants of them, and documentation.
+A repository of one model is its config.json, its tokenizer's files, and the weights that are opened in a folder with
+the same files (`checkpoints/weight_files.py`); or those of a variant (fp16) that is asked for, where it has them. Left
+behind are weights in other formats (.bin, .ckpt, .msgpack, .onnx), other variants of them, and documentation.
 
 A pipeline (it has a model_index.json) is that file and a folder for each component that it names; single-file
 checkpoints beside them, such as flux1-dev.safetensors, hold the same weights once more.
@@ -11,20 +10,18 @@ checkpoints beside them, such as flux1-dev.safetensors, hold the same weights on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from qexp.checkpoints.checkpoint import index_name, only_weights_name, shard_names
 from qexp.checkpoints.pipeline_folder import variant_names
+from qexp.checkpoints.weight_files import ReadJson, shard_files, weight_files
 from qexp.errors import LoadError, first_names
 
 PIPELINE_INDEX = "model_index.json"
 SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".spm", ".bpe", ".tiktoken")  # configs, tokenizers
 OPENED = (".safetensors", ".gguf")
 NOT_OPENED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pkl")
-
-ReadJson = Callable[[str], Mapping[str, Any]]  # the object in a file of the repository
 
 
 def needed_files(names: Collection[str], read: ReadJson, place: str, variant: str | None = None) -> list[str]:
@@ -73,25 +70,16 @@ def _model_files(
 def _weights(
     folder: str, here: list[str], read: ReadJson, where: str, variant: str | None, needs_weights: bool
 ) -> list[str]:
+    def read_here(name: str) -> Mapping[str, Any]:
+        return read(folder + name)
+
     of_variant = next((name for name in variant_names(variant) if name in here), None)
-    if of_variant is not None and of_variant.endswith(OPENED):
-        return [of_variant]
-    index = of_variant or index_name(here, where)
-    if index is not None:
-        shards = shard_names(read(folder + index), f"{where}, {index}")
-        if missing := [name for name in shards if name not in here]:
-            raise LoadError(f"{where}: {index} names {first_names(missing)}, which is not there; it is not complete")
-        return [index, *shards]
-    if any(name.endswith(".safetensors") for name in here):
-        return [only_weights_name(here, where)]
-    in_gguf = [name for name in here if name.endswith(".gguf")]
-    if len(in_gguf) > 1:
-        raise LoadError(
-            f"{where}: it has several .gguf files ({first_names(in_gguf)}), a model each; download one of them "
-            "(`hf download user/name file.gguf`), and set the path to that file"
-        )
-    if in_gguf:
-        return in_gguf
+    if of_variant is not None:
+        if of_variant.endswith(OPENED):
+            return [of_variant]
+        return [of_variant, *shard_files(of_variant, here, read_here, where)]
+    if found := weight_files(here, read_here, where):
+        return found
     others = [name for name in here if PurePosixPath(name).suffix in NOT_OPENED]
     if not needs_weights and not others:
         return []

@@ -360,14 +360,15 @@ def test_json_is_read_as_utf8_whatever_the_locale(tmp_path: Path) -> None:
 def test_two_files_without_an_index(tmp_path: Path) -> None:
     write_folder(tmp_path, {"one.safetensors": TWO})
     write_tensors(tmp_path / "two.safetensors", TWO)
-    with pytest.raises(LoadError, match=r"shards with an index; found: one\.safetensors, two\.safetensors"):
+    with pytest.raises(LoadError, match=r"several safetensors files \('one.safetensors', 'two.safetensors'\).*without their index"):
         open_checkpoint(tmp_path)
 
 
 def test_two_indices(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a.safetensors": {"a": ("U8", [1])}, "b.safetensors": {"b": ("U8", [1])}})
-    write_index(tmp_path, {"a": "a.safetensors"}, "model.fp16.safetensors.index.json")
-    refused(tmp_path, "several indices", "model.fp16.safetensors.index.json, model.safetensors.index.json")
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / "one.safetensors.index.json")
+    write_index(tmp_path, {"a": "a.safetensors"}, "two.safetensors.index.json")
+    refused(tmp_path, "several indices", "'one.safetensors.index.json', 'two.safetensors.index.json'")
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
@@ -457,8 +458,10 @@ def test_a_missing_shard(name: str, shards: Path) -> None:
     assert repr(name) in str(caught.value) and str(shards) in str(caught.value)
 
 
-def test_a_tensor_in_two_shards(shards: Path) -> None:
+def test_a_tensor_in_two_shards_without_a_place_in_the_index_is_refused(shards: Path) -> None:
     write_tensors(shards / "x-2.safetensors", {"a": ("F32", [2]), "b": ("BF16", [4])})
+    write_index(shards, {"b": "x-2.safetensors", "c": "x-1.safetensors"})
+    write_tensors(shards / "x-1.safetensors", {"a": ("F32", [2]), "c": ("U8", [1])})
     refused(shards, "'a' is in both", str(shards / "x-1.safetensors"), str(shards / "x-2.safetensors"))
 
 

@@ -207,7 +207,7 @@ def test_of_a_variant_the_files_that_components_have_of_it(server: HubServer, mo
         ({"config.json": b"{}", "pytorch_model.bin": b""}, "no safetensors, only 'pytorch_model.bin'; take"),
         ({"config.json": b"{}"}, "it has no safetensors, and no other weights; take"),
         ({"a.gguf": b"", "b.gguf": b""}, r"several .gguf files \('a.gguf', 'b.gguf'\).*hf download user/name file"),
-        ({"config.json": b"{}", "a.safetensors": b"", "b.safetensors": b""}, "needs one .safetensors file"),
+        ({"config.json": b"{}", "a.safetensors": b"", "b.safetensors": b""}, r"several safetensors files \('a.safetensors', 'b"),
         ({"model.safetensors.index.json": b'{"weight_map": {"a": "b.safetensors"}}'}, "names 'b.safetensors', which"),
         ({"model.safetensors.index.json": b'{"weight_map": {"a": "../b.safetensors"}}'}, "in the same folder"),
         ({"model.safetensors.index.json": b"[]"}, "must hold a JSON object"),
@@ -432,8 +432,8 @@ def test_progress_is_shown_in_files_and_bytes(
     monkeypatch.setattr("qexp.system.progress.time.monotonic", lambda: next(clock))
     pinned("user/toy", place="model.path")
     shown = capsys.readouterr().err
-    assert re.search(r"user/toy: downloading 2 files, 0.00 GiB, to .*models--user--toy", shown)
-    assert re.search(r"user/toy [012]/2 files, 0.00/0.00 GiB, \d+ s", shown)
+    assert re.search(r"user/toy: downloading 1 file, 0.00 GiB, to .*models--user--toy", shown)
+    assert re.search(r"user/toy [01]/1 files, 0.00/0.00 GiB, \d+ s", shown)
 
 
 # The disk
@@ -543,7 +543,7 @@ def test_a_run_from_a_hub_and_its_stored_configuration(
     command = [sys.executable, "-m", "qexp", "model.path=user/digits", *small]
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "user/digits: downloading 2 files" in done.stderr
+    assert "user/digits: downloading 1 file, " in done.stderr
     assert server.count("GET /api/models") == 1 and server.count("GET .*resolve") == 2
     (run,) = (tmp_path / "outputs" / "runs").iterdir()
     assert f"path: user/digits@{commit}" in (run / "config.yaml").read_text()
