@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.config.module_patterns import covering
 from qexp.errors import ConfigError, LoadError
+from qexp.loading.sharing import skip_all_names, tied_targets
 from qexp.loading.weight_reads import reason_not_to_pack, weight_reads
 from qexp.quantizers.base import Quantizer
 from qexp.quantizers.layers import computes_otherwise, is_transposed, weight_shape
@@ -84,7 +85,7 @@ class LoadPlan:
 
     @property
     def quantized(self) -> list[WorkItem]:
-        return [item for item in self.items if item.spec is not None]
+        return [item for item in self.distinct if item.spec is not None]
 
     @property
     def quantized_nbytes(self) -> dict[str, int]:
@@ -139,6 +140,7 @@ def choose_modules(
             chosen[name] = spec
         else:
             skipped[name] = reason
+    skip_all_names(model, chosen, skipped)
     return chosen, skipped
 
 
@@ -157,6 +159,7 @@ def find_quantized(
     chosen: dict[str, WeightSpec] = {}
     skipped: dict[str, str] = {}
     reads = weight_reads(model)
+    decoded: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         shape = weight_shape(module)
         if shape is None:
@@ -182,8 +185,9 @@ def find_quantized(
                 "does; leave it quantized"
             )
         else:
-            skipped[name] = f"{reason}: decoded"
-    return chosen, skipped
+            decoded[name] = f"{reason}: decoded"
+    skip_all_names(model, chosen, decoded)
+    return chosen, skipped | decoded
 
 
 def _reason_to_skip(module: nn.Module, name: str, patterns: Sequence[str], fp32: Sequence[str]) -> str | None:
@@ -202,24 +206,6 @@ def _reason_to_skip(module: nn.Module, name: str, patterns: Sequence[str], fp32:
     return None
 
 
-def with_tied_entries(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
-    """The checkpoint with an entry for every name of a tied parameter, which files keep only once.
-
-    One of them may be quantized where another (an embedding) is not; those that are not stay one parameter.
-    model: the skeleton, before any module of it is swapped.
-    """
-    names_of: dict[Any, list[str]] = {}
-    for name, tensor in _targets(model).items():
-        place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
-        names_of.setdefault(place, []).append(name)
-    entries = dict(checkpoint.entries)
-    for names in names_of.values():
-        stored = next((entries[name] for name in names if name in entries), None)
-        if stored is not None:
-            entries.update({name: stored for name in names if name not in entries})
-    return replace(checkpoint, entries=entries)
-
-
 def make_plan(
     model: nn.Module,
     checkpoint: Checkpoint,
@@ -235,7 +221,7 @@ def make_plan(
     missing = quantizer.update_missing_keys(absent)
     if missing:
         raise LoadError(_missing_message(missing, checkpoint, targets))
-    items, tied, first_of = list(stored.values()), dict[str, str](), dict[Any, str]()
+    items = list(stored.values())
     for name, tensor in targets.items():
         entry = checkpoint.entries.get(name) if name not in stored else None
         if entry is None:
@@ -248,14 +234,11 @@ def make_plan(
             items.append(WorkItem(name, entry, dtype, quantizer.quantized_nbytes(spec), spec))
         else:
             _check_fits(name, entry, tuple(tensor.shape), tensor.is_floating_point(), checkpoint)
-            item = _copied(name, entry, torch.float32 if covering(fp32_patterns, name) else dtype, tensor.dtype)
-            items.append(item)
-            first = first_of.setdefault((entry.file, entry.offset, entry.name, item.dtype), name)
-            if first != name and isinstance(tensor, nn.Parameter):
-                tied[name] = first
+            items.append(_copied(name, entry, torch.float32 if covering(fp32_patterns, name) else dtype, tensor.dtype))
     items.sort(key=lambda item: (str(item.source.file), item.source.offset))
     used = {entry.name for item in items for entry in item.entries} | targets.keys()
-    unused = tuple(name for name in checkpoint.entries if name not in used)
+    unused = tuple(name for name, entry in checkpoint.entries.items() if not {name, entry.name} & used)
+    tied = tied_targets(items, targets, quantizer)
     return LoadPlan(tuple(items), skipped, unused, tied, not_linear_weights(model))
 
 

@@ -16,7 +16,8 @@ from qexp.config.module_patterns import patterns_lost, unmatched_patterns
 from qexp.errors import ConfigError, LoadError, first_names
 from qexp.interop.interfaces import kept_by_class
 from qexp.loading.component import Prepared
-from qexp.loading.plan import LoadPlan, choose_modules, find_quantized, make_plan, stored_part_names, with_tied_entries
+from qexp.loading.plan import LoadPlan, choose_modules, find_quantized, make_plan, stored_part_names
+from qexp.loading.sharing import with_tied_entries
 from qexp.loading.unread import check_meaning
 from qexp.loading.weight_reads import keep_to_layers
 from qexp.models.skeletons import on_meta, without_initialization
@@ -92,6 +93,7 @@ def plan_modules(
     in_fp32, unquantized = kept_by_class(model, compute_dtype)
     fp32 = (*settings.keep_in_fp32_modules, *in_fp32)
     if quantizer.stored:
+        quantizer.metadata = checkpoint.metadata  # under all names of what is shared
         chosen, skipped = find_quantized(model, quantizer, checkpoint.entries, skip, fp32, compute_dtype)
         if lost := patterns_lost((*settings.skip_modules, *settings.keep_in_fp32_modules), chosen):
             print(f"warning: {component}: {lost}", file=sys.stderr)
@@ -115,15 +117,26 @@ def plan_modules(
 def _swap_layers(
     model: nn.Module, quantizer: Quantizer, chosen: Mapping[str, WeightSpec], compute_dtype: torch.dtype
 ) -> None:
-    """Put layers that hold quantized weights in the place of the chosen ones, linear by class or by what they do."""
-    transposed = {name: type(model.get_submodule(name)) for name, spec in chosen.items() if spec.transposed}
+    """Put layers that hold quantized weights in the place of the chosen ones, linear by class or by what they do.
+
+    A layer under several names is swapped once, and stays one.
+    """
+    first_name: dict[nn.Module, str] = {}
+    for name in chosen:
+        first_name.setdefault(model.get_submodule(name), name)
+    names = list(first_name.values())
+    transposed = {name: type(model.get_submodule(name)) for name in names if chosen[name].transposed}
     for name in transposed:
         replace_module(model, name, to_linear(model.get_submodule(name)))
     keep_to_layers(model, chosen.keys())
     with without_initialization():
-        quantizer.preprocess_model(model, list(chosen), compute_dtype)
+        quantizer.preprocess_model(model, names, compute_dtype)
     for name, kind in transposed.items():
         setattr(model.get_submodule(name), MARK, kind)
+    for name in chosen:
+        first = first_name.get(model.get_submodule(name))  # None where it was swapped with the first one
+        if first is not None:
+            replace_module(model, name, model.get_submodule(first))
 
 
 def skeleton_and_names(source: ModelSource, component: str, checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:

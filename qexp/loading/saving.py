@@ -27,6 +27,7 @@ from qexp.checkpoints.checkpoint import GGUF_CONFIG_KEY, SAVED_GGUF, SAVED_WEIGH
 from qexp.errors import ConfigError, DiskError
 from qexp.loading.gguf_saving import save_gguf
 from qexp.loading.quantized_model import registered_quantizer
+from qexp.loading.sharing import distinct_state
 from qexp.system.files import disk_error, replacing, write_bytes, write_json
 
 STEM = "diffusion_pytorch_model"
@@ -75,7 +76,7 @@ def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHA
     refuse_source(folder, model.checkpoint_path, "save")  # type: ignore[arg-type]
     config = {name: value for name, value in config.items() if name not in ("quantization_config", "quantization")}
     quantizer = registered_quantizer(model)
-    tensors, metadata = dict(model.state_dict()), dict[str, str]()
+    tensors, metadata = distinct_state(model, quantizer), dict[str, str]()
     if quantizer is not None:
         if not quantizer.is_serializable:
             raise ConfigError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qexp.errors import LoadError
 from qexp.loading.component import Prepared
 from qexp.loading.plan import WorkItem
+from qexp.loading.sharing import aliases
 from qexp.loading.streaming.lanes import has_streams
 from qexp.loading.streaming.stream import Choice, nowhere, on_cpu, stream
 from qexp.offloading.dispatch import Dispatch
@@ -89,7 +90,8 @@ def load_weights(
         companions = dict(zip(item.companions, others, strict=True))
         return prepared.quantizer.create_quantized_param(item.spec, [first], companions, device)
 
-    shared = placement.shared()  # groups that travel are loaded one by one, so each has a tied parameter of its own
+    # groups that travel are loaded one by one, so each has a tied parameter of its own
+    shared = {**placement.shared(), **aliases(model, prepared.plan.tied)}
     items = [item for item in prepared.plan.items if item.target not in shared]
     if dispatch is not None:
         dispatch.expect([item.target for item in items])

@@ -138,6 +138,10 @@ class Quantizer:
         """Exact bytes of the quantized weight, scales and other inner tensors included."""
         raise NotImplementedError
 
+    def format_key(self, spec: WeightSpec) -> Any:
+        """What tells the formats of two layers of a model apart; layers tied by one weight share it if it is equal."""
+        return None
+
     def takes_rows(self, spec: WeightSpec) -> bool:
         """Whether a dense weight is quantized in small slices, so that its rows may be read while they are asked for.
         If not, it is read whole, within the bound of what is in flight."""
@@ -200,12 +204,15 @@ class Quantizer:
         import torch
 
         restored: dict[nn.Module, nn.Module] = {}  # a layer used twice stays one
+        dense: dict[Any, nn.Parameter] = {}  # and so does a weight of two layers
         for name, module in list(model.named_modules(remove_duplicate=False)):
             if not self.is_quantized(module):
                 continue
             if module not in restored:
                 with torch.no_grad():
-                    restored[module] = dense_linear(module, self.dequantize_param(module.weight, dtype))
+                    new: Any = dense_linear(module, self.dequantize_param(module.weight, dtype))
+                new.weight = dense.setdefault((id(module.weight), new.weight.shape), new.weight)
+                restored[module] = new
             replace_module(model, name, restored[module])
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

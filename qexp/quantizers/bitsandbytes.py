@@ -169,6 +169,13 @@ class BitsAndBytesQuantizer(base.Quantizer):
             return getattr(weight, "quant_state", None) is not None
         return isinstance(module, library().nn.Linear8bitLt) and _int8_state(module)[0] is not None
 
+    def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
+        """Give 8-bit layers that share a weight one state: the first forward takes the values off the weight."""
+        states: dict[int, Any] = {}
+        for module in model.modules():
+            if isinstance(module, library().nn.Linear8bitLt):
+                module.state = states.setdefault(id(module.weight), module.state)
+
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
         functional = library().functional
         if isinstance(param, library().nn.Params4bit):

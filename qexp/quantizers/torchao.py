@@ -167,6 +167,9 @@ class TorchAoQuantizer(base.Quantizer):
         assert layout is not None, spec
         return layout.nbytes
 
+    def format_key(self, spec: WeightSpec) -> Any:
+        return id(self._library_config(spec))  # FqnToConfig has one for each name
+
     def takes_rows(self, spec: WeightSpec) -> bool:
         layout = self._layout(spec)
         return layout is not None and layout.rows_multiple is not None

@@ -377,4 +377,5 @@ def test_a_layer_used_twice_is_chosen_by_either_name(backend: str, tmp_path: Pat
     state = {name: tensor for name, tensor in random_state(Shared).items() if not name.startswith(("second", "again"))}
     prepared = prepare_toy(save_state(tmp_path, state), settings(backend), Shared)
     assert set(prepared.chosen) == {"first", "second", "block.0", "again.0"}
-    assert {item.target for item in prepared.plan.quantized} == {f"{name}.weight" for name in prepared.chosen}
+    assert set(prepared.plan.quantized_nbytes) == set(prepared.chosen)
+    assert {item.target for item in prepared.plan.quantized} == {"first.weight", "block.0.weight"}  # each counts once
