@@ -135,7 +135,7 @@ def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
         raise LoadError(f"{folder.path} is no run folder, its config.yaml cannot be read: {error}") from error
     config = run_config_from_container(container)
     root = outputs or folder.path.parents[1]
-    save = SaveConfig(config.save.path, config.save.max_shard_gib)
+    save = SaveConfig(config.save.path, config.save.max_shard_gib, config.save.interchange)
     model = pinned_model(config.model)  # downloaded again if it is no longer here
     return replace(config, model=model, resume="none", paths=PathsConfig(outputs=str(root)), save=save)
 

@@ -174,11 +174,15 @@ def remove_offload(model: nn.Module) -> nn.Module:
     return model
 
 
-def save(model: Any, folder: str | Path, *, max_shard_gib: float = 5.0) -> list[Path]:
+def save(
+    model: Any, folder: str | Path, *, max_shard_gib: float = 5.0, interchange: bool = False
+) -> list[Path]:
     """Save a model that `load` returned, or a pipeline of `load_pipeline`, wherever its weights rest now.
 
     What is written, `load` opens without a backend; so do diffusers and transformers, for formats that they know.
-    max_shard_gib: of one file of weights. Returns: the files written.
+    max_shard_gib: of one file of weights. interchange: keep the format's own name also where transformers would open
+    the model with other weights (quanto), with a warning; else it is saved under a name that transformers refuses.
+    Returns: the files written.
     Raises: ConfigError for a model that was loaded by something else, DiskError if it cannot be written.
     """
     from qexp.loading.saving import save_model
@@ -187,7 +191,7 @@ def save(model: Any, folder: str | Path, *, max_shard_gib: float = 5.0) -> list[
     place, max_shard_bytes = expanded(folder, "folder"), int(limit * GIB)
     source = vars(model).get(SOURCE)
     if source is None:
-        return save_model(model, place, max_shard_bytes=max_shard_bytes)
+        return save_model(model, place, max_shard_bytes=max_shard_bytes, interchange=interchange)
     for name in source.components():  # before any of them is written
         checkpoint = getattr(getattr(model, name), "checkpoint_path", None)
         if checkpoint is not None:
@@ -195,7 +199,9 @@ def save(model: Any, folder: str | Path, *, max_shard_gib: float = 5.0) -> list[
     files = [
         file
         for name in source.components()
-        for file in save_model(getattr(model, name), place / name, max_shard_bytes=max_shard_bytes)
+        for file in save_model(
+            getattr(model, name), place / name, max_shard_bytes=max_shard_bytes, interchange=interchange
+        )
     ]
     return [*source.save_side_files(place), *files]
 

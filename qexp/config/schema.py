@@ -125,12 +125,14 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class SaveConfig:
-    """path: folder to save the quantized model to; max_shard_gib: of a file of it.
+    """path: folder to save the quantized model to; max_shard_gib: of a file of it; interchange: under the format's own
+    name also where the model's library would misread it (quanto with transformers).
     push_to_hub: repository to upload it to, user/name; private: of one that is made (null: as its owner's settings
     say); revision: branch (null: main); commit_message: null names the backend."""
 
     path: str | None = None
     max_shard_gib: float = 5.0
+    interchange: bool = False
     push_to_hub: str | None = None
     private: bool | None = None
     revision: str | None = None

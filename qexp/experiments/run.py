@@ -209,7 +209,8 @@ def _save(config: RunConfig, source: Any, models: Mapping[str, nn.Module], run_f
             (folder / INDEX).unlink(missing_ok=True)  # of an earlier one: it says that all is there
         for name, model in models.items():
             place = folder / name if hasattr(source, "save_side_files") else folder
-            files += save_model(model, place, max_shard_bytes=int(save.max_shard_gib * GIB))
+            limit = int(save.max_shard_gib * GIB)
+            files += save_model(model, place, max_shard_bytes=limit, interchange=save.interchange)
             if save.path is not None:
                 print(f"saved {name} to {place}", file=sys.stderr)
         if hasattr(source, "save_side_files"):

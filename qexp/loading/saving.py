@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from qexp.errors import ConfigError, DiskError
 from qexp.loading.gguf_saving import save_gguf
 from qexp.loading.quantized_model import registered_quantizer
 from qexp.loading.sharing import distinct_state
+from qexp.quantizers.embedded import refused_name
 from qexp.system.files import disk_error, replacing, write_bytes, write_json
 
 STEM = "diffusion_pytorch_model"
@@ -63,9 +65,12 @@ def _sort_metadata(path: Path) -> None:
         stream.write(ordered.ljust(length))
 
 
-def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Path]:
+def save_model(
+    model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, interchange: bool = False
+) -> list[Path]:
     """Save a model that `load_component` loaded, quantized or dequantized, wherever its weights rest.
 
+    interchange: keep the format's own names also where transformers would misread them, with a warning.
     Returns the files written, config.json first.
     Raises: ConfigError for a format that cannot be stored, a model that was loaded by something else, or the folder
     that it was loaded from; DiskError, which leaves a model that was saved there before as it was.
@@ -86,6 +91,12 @@ def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHA
         if quantizer.file_format == "gguf":
             return _save_as_gguf(folder, tensors, metadata, config, model)
         config["quantization_config"] = quantizer.to_dict(model)
+        if "model_type" in config and quantizer.misread_by_transformers:
+            if interchange:
+                print(f"warning: {folder}: {quantizer.misread_by_transformers}", file=sys.stderr)
+            else:
+                tensors = quantizer.under_refused_names(tensors)
+                config["quantization_config"]["quant_method"] = refused_name(quantizer.quantization_method)
     shards = list(_shards(_without_twins(tensors), max_shard_bytes))
     stem = TRANSFORMERS_STEM if "model_type" in config else STEM
     names = [f"{stem}-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]

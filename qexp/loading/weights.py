@@ -17,6 +17,7 @@ from qexp.loading.streaming.lanes import has_streams
 from qexp.loading.streaming.stream import Choice, nowhere, on_cpu, stream
 from qexp.offloading.dispatch import Dispatch
 from qexp.offloading.placement import Placement
+from qexp.quantizers.in_place import refuse_in_place
 from qexp.quantizers.rows import is_finite
 from qexp.system.memory import release_freed_memory
 from qexp.system.progress import Progress
@@ -88,7 +89,9 @@ def load_weights(
                 check_finite(item.target, copied)
             return copied
         companions = dict(zip(item.companions, others, strict=True))
-        return prepared.quantizer.create_quantized_param(item.spec, [first], companions, device)
+        weight = prepared.quantizer.create_quantized_param(item.spec, [first], companions, device)
+        refuse_in_place(type(weight))
+        return weight
 
     # groups that travel are loaded one by one, so each has a tied parameter of its own
     shared = {**placement.shared(), **aliases(model, prepared.plan.tied)}

@@ -38,6 +38,8 @@ class Quantizer:
     has_backward: ClassVar[bool] = True  # whether the library sees to that; else `loading/straight_through.py` does
     is_serializable: ClassVar[bool] = False  # whether `stored_parts` reads what is saved
     file_format: ClassVar[str] = "safetensors"  # or gguf: what a saved model is stored in
+    # what transformers makes of its own models saved in this format, if it is not what they are; for a warning
+    misread_by_transformers: ClassVar[str] = ""
     # set when a model is registered: takes off the model what says that it is quantized
     unregister: Callable[[nn.Module, Quantizer], None] | None = None
 
@@ -178,6 +180,10 @@ class Quantizer:
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """(tensors, file metadata) by which this format stores a state dict; `stored_parts` finds them again."""
         return dict(state_dict), {}
+
+    def under_refused_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Saved tensors under names or shapes that transformers refuses; `stored_parts` finds them, too."""
+        return dict(tensors)
 
     def to_dict(self, model: nn.Module) -> dict[str, Any]:
         """The `quantization_config` of a saved model: the config's, with every layer that is not quantized."""

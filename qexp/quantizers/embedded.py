@@ -20,7 +20,13 @@ from qexp.quantizers.gguf import COMPUTE_DTYPE_KEY, GGUFConfig, saved_dtype
 if TYPE_CHECKING:
     from qexp.checkpoints.checkpoint import Checkpoint
 
+REFUSED_PREFIX = "qexp_"  # of a quant_method that other libraries do not know
 LOAD_FLAGS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")  # all that old files say
+
+
+def refused_name(method: str) -> str:
+    """The quant_method of a saved model that another library would misread under the format's own name."""
+    return REFUSED_PREFIX + method
 
 
 def stored_config(checkpoint: Checkpoint, asked: Any) -> Any:
@@ -68,6 +74,8 @@ def embedded_config(config: Mapping[str, Any], place: str | Path) -> Any:
     by_flags = any(embedded.get(name) for name in LOAD_FLAGS)
     method = str(plain(embedded.get("quant_method", "bitsandbytes" if by_flags else None)))
     readable = [name for name in plugin_names("backend") if plugin_module("backend", name).Quantizer.is_serializable]
+    refused_names = {refused_name(name): name for name in readable}
+    method = refused_names.get(method, method)
     if method not in readable:
         raise LoadError(
             f"'{place}' is quantized with quant_method={method!r}, which cannot be read; "

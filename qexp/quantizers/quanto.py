@@ -5,6 +5,10 @@ int8 and float8: symmetric, one scale a row. int4 and int2: affine, a scale and 
 dtype that the weight is quantized from. On a CPU, int4 in bf16 takes the library's layout for its int4 kernel; where
 that kernel cannot run (out_features not divisible by 16) the weight is kept in the general layout instead of failing.
 
+transformers opens what diffusers writes as quanto's with random weights: it looks for X.weight, and not for the
+X.weight._data that is there. Its own models are therefore saved as `quant_method: qexp_quanto`, with the data, as
+[..., 1], under the name X.weight, whose shape it refuses; `save.interchange=true` keeps quanto's own names.
+
 Activations can be quantized, too: `quanto_support/activations.py`. What the library needs to be used:
 `quanto_support/library.py`.
 """
@@ -13,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qexp.errors import ConfigError, choices
@@ -91,6 +95,10 @@ class QuantoQuantizer(base.Quantizer):
     required_packages: ClassVar[Mapping[str, str]] = {"optimum-quanto": "0.2.7"}
     has_kernels = True
     is_serializable = True
+    misread_by_transformers = (
+        "transformers opens this folder with random weights, and says so in a report only; qexp reads it, and "
+        "optimum.quanto.requantize with the tensors of its safetensors files"
+    )
 
     def __init__(self, config: QuantoConfig) -> None:
         super().__init__(config)
@@ -236,12 +244,16 @@ class QuantoQuantizer(base.Quantizer):
 
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
         names = {part: f"{name}.weight.{part}" for part in self._part_names()}
-        lacking = [stored for stored in names.values() if stored not in entries]
-        if len(lacking) == len(names):
+        found = {part: entries[stored] for part, stored in names.items() if stored in entries}
+        data, *_ = self._part_names()
+        refused = entries.get(f"{name}.weight")
+        if found and data not in found and refused is not None and refused.shape[-1:] == (1,):
+            found = {data: replace(refused, shape=refused.shape[:-1]), **found}
+        if not found:
             return None
-        if lacking:
+        if lacking := [stored for part, stored in names.items() if part not in found]:
             raise lacks(f"'{lacking[0]}', a part of a quantized weight")
-        return {part: entries[stored] for part, stored in names.items()}
+        return found
 
     def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         data, *scales = self._part_names()
@@ -280,6 +292,14 @@ class QuantoQuantizer(base.Quantizer):
         if self.requires_calibration and not self._calibrated:
             raise ConfigError(f"save: {activations.UNKNOWN}")
         return super().get_state_dict_and_metadata(state_dict)
+
+    def under_refused_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        ending = f".weight.{self._part_names()[0]}"
+        renamed = {}
+        for name, tensor in tensors.items():
+            is_data = name.endswith(ending)
+            renamed[name.removesuffix(ending) + ".weight" if is_data else name] = tensor[..., None] if is_data else tensor
+        return renamed
 
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
         used = ("input_scale",) if self.stored and self.config.activations_dtype else ()  # nothing else would tell it

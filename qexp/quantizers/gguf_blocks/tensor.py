@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from qexp.checkpoints.gguf_types import TYPES
 from qexp.quantizers.gguf_blocks.decode import decode
+from qexp.quantizers.in_place import check_not_in_place
 
 CHUNK_WEIGHTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # dense at a time; smaller chunks make slower matrix products
 
@@ -28,6 +29,7 @@ class GGUFTensor(Tensor):
     raw: Tensor
     quant_type: str
     compute_dtype: torch.dtype | None
+    refuses_in_place = True
 
     @staticmethod
     def __new__(
@@ -84,6 +86,7 @@ class GGUFTensor(Tensor):
     ) -> Any:
         if func is functional.linear:
             return _linear(*args, **(kwargs or {}))
+        check_not_in_place(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from qexp.errors import ConfigError
+from qexp.quantizers.in_place import check_not_in_place
 from qexp.quantizers.packed.codes import decode
 
 aten = torch.ops.aten
@@ -30,6 +31,7 @@ class PackedTensor(Tensor):
 
     qdata: Tensor
     scale: Tensor
+    refuses_in_place = True
 
     @staticmethod
     def __new__(
@@ -91,6 +93,7 @@ class PackedTensor(Tensor):
     ) -> Any:
         if func is linear:
             return _linear(*args, **(kwargs or {}))
+        check_not_in_place(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 

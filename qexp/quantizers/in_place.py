@@ -1,0 +1,131 @@
+"""Quantized weights are not changed in place: `weight += delta`, `weight.data.mul_(2)`, `weight.data = dense`.
+
+Libraries answer such a change each in its own way. quanto changes a dense copy and drops it, so that `fuse_lora` has no
+effect; bitsandbytes changes the packed bytes, which stand for other numbers then; torchao ignores `.data = dense`. So
+the classes of their weights get a check in front of their `__torch_function__`, which every operation passes. Replacing
+a parameter is no such change: it is how PEFT merges a LoRA into weights of bitsandbytes and torchao, quantizing anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from qexp.errors import ConfigError
+
+OPERATORS = {
+    f"__i{name}__" for name in
+    ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+} | {"__setitem__"}  # fmt: skip
+NO_CHANGE = ("requires_grad_", "share_memory_", "detach_", "rename_")  # of the numbers
+COPIES = ("copy_", "set_")
+GET_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
+SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+@cache
+def refuse_in_place(kind: Any) -> None:
+    """Have in-place operations on quantized weights of this class, a subclass of Tensor, raise ConfigError."""
+    if kind in (Tensor, nn.Parameter) or hasattr(kind, "refuses_in_place"):
+        return
+    own = kind.__torch_function__
+    call = getattr(own, "__func__", None)  # of a class method; None for the function that turns it off
+
+    def __torch_function__(
+        cls: Any, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        check_not_in_place(func, args, kwargs)
+        result = own(func, types, args, kwargs or {}) if call is None else call(cls, func, types, args, kwargs or {})
+        if func == GET_DATA and type(result) is Tensor and _is_quantized(args[0]):
+            return result.as_subclass(PackedBytes)
+        return result
+
+    kind.__torch_function__ = classmethod(__torch_function__)
+
+
+def check_not_in_place(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:
+    """Raises ConfigError for an operation that would change a quantized weight among its arguments in place."""
+    name = getattr(func, "__name__", "")
+    if name in NO_CHANGE:
+        return
+    if func == SET_DATA:
+        if _is_quantized(args[0]) and _is_dense(args[1], args[0]):
+            raise _refusal(name, args[0])
+    elif name in COPIES:
+        if len(args) > 1 and _is_quantized(args[0]) and not _has_same_format(args[0], args[1]):
+            raise _refusal(name, args[0])
+    elif name in OPERATORS or (name.endswith("_") and not name.endswith("__")):
+        for target in _tensors(args[:1] or [(kwargs or {}).get("tensor")]):
+            if _is_quantized(target):
+                raise _refusal(name, target)
+    for target in _tensors([kwargs.get("out")] if kwargs else ()):
+        if _is_quantized(target):
+            raise _refusal(name, target)
+
+
+class PackedBytes(Tensor):
+    """The packed bytes of a weight, to be read; what is computed from them is an ordinary tensor."""
+
+    refuses_in_place = True
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        check_not_in_place(func, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        yield from (part for part in (value if isinstance(value, (list, tuple)) else [value]) if _is_tensor(part))
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _is_quantized(value: Any) -> bool:
+    """Whether a tensor holds a quantized weight; those of bitsandbytes are dense before they are quantized."""
+    if isinstance(value, PackedBytes) or is_traceable_wrapper_subclass(value):
+        return True
+    if type(value) in (Tensor, nn.Parameter) or not isinstance(value, Tensor):
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        if not getattr(value, "bnb_quantized", True):  # PEFT gives a dense weight the state of the one that it replaces
+            return False
+        return getattr(value, "quant_state", None) is not None or not value.is_floating_point()
+
+
+def _is_dense(value: Tensor, weight: Any) -> bool:
+    """Whether a value is no bytes of a weight's format, which libraries do set."""
+    if is_traceable_wrapper_subclass(weight):
+        return not is_traceable_wrapper_subclass(value)
+    state = getattr(weight, "quant_state", None)
+    return value.is_floating_point() if state is None else value.shape == state.shape
+
+
+def _has_same_format(target: Any, source: Any) -> bool:
+    """Whether one replaces the bytes of the other as they are, as load_state_dict does."""
+    if is_traceable_wrapper_subclass(target):
+        return isinstance(source, Tensor) and is_traceable_wrapper_subclass(source)
+    with torch._C.DisableTorchFunctionSubclass():
+        return isinstance(source, Tensor) and (source.dtype, source.shape) == (target.dtype, target.shape)
+
+
+def _refusal(name: str, weight: Tensor) -> ConfigError:
+    what = ".data = …" if name == "__set__" else name
+    return ConfigError(
+        f"{what} on a quantized weight ({type(weight).__name__}): its numbers cannot be changed in place. Keep a LoRA "
+        "beside it, unfused; to change the weights, call model.dequantize() first, or change the dense checkpoint"
+    )
