@@ -2,8 +2,8 @@
 
 A model whose class lists `_keep_in_fp32_modules` casts around them in its own code (which of them are in fp32:
 `interop/interfaces.py`). Modules that a user keeps in fp32 are met by activations in the compute dtype: they are cast
-on the way in, and the answer on the way out. Pipelines hand on what one model gives to the next, which gets it in its
-own.
+on the way in, and the answer on the way out. Pipelines hand the output of one model to the next, which casts it to its
+own dtype. What a pipeline computes itself (times, coordinates, rotations) stays in the dtype that it was computed in.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import zip_longest
 from types import MethodType
 from typing import Any
 
@@ -22,7 +23,13 @@ from torch.utils._pytree import tree_map_only
 from qexp.config.module_patterns import covering
 from qexp.offloading.grouping import is_called
 
-IN_FP32 = re.compile("timestep|guidance|rotary|freqs")  # in the names of arguments that are so whatever a model's dtype
+# Names of arguments that hold outputs of models, or latents. Coordinates and times stay in fp32: bf16 has 8 bits, which
+# move a pixel by several. An unlisted name is not cast: if its dtype does not fit, torch raises an error.
+ACTIVATIONS = re.compile(
+    "hidden|latent|samples?$|residual|embed|pooled|projection|feats|mask|cond$|conditioning$|controls?$|context$|"
+    "tokens|pixel|^image$|hint|clip_|effnet|text_bth|encoder_layers|class_labels"
+)
+POSITIONS = re.compile("rotary|rope|pos_embed|freqs|guidance|coord|_ids$|grid|indices|time$|timesteps?$|plucker")
 
 
 def compute_in_fp32(model: nn.Module, patterns: Sequence[str], compute_dtype: torch.dtype) -> None:
@@ -46,8 +53,8 @@ def compute_in_fp32(model: nn.Module, patterns: Sequence[str], compute_dtype: to
 def cast_between(models: Iterable[tuple[nn.Module, torch.dtype]]) -> None:
     """Let each of several models take activations in its own compute dtype, if they have different ones.
 
-    An autoencoder is called by its `encode` and `decode`; a pipeline may have cast it to fp32 before. What networks
-    embed in fp32 stays as it is: times, guidance, and tables of rotations.
+    An autoencoder is called by its `encode` and `decode`; a pipeline may have cast it to fp32 before. Of a network's
+    arguments the first is cast, and those that `ACTIVATIONS` names.
     """
     models = list(models)
     if len({dtype for _, dtype in models}) == 1:
@@ -60,8 +67,16 @@ def cast_between(models: Iterable[tuple[nn.Module, torch.dtype]]) -> None:
 
 
 def _to_own(dtype: torch.dtype, module: nn.Module, arguments: Any, keywords: Any) -> tuple[Any, Any]:
-    kept = {name: value for name, value in keywords.items() if IN_FP32.search(name)}
-    return _cast(dtype, arguments, 2), {**_cast(dtype, keywords, 2), **kept}
+    names = [*inspect.signature(type(module).forward).parameters][1:]  # without self
+    named = zip_longest(names[: len(arguments)], arguments, fillvalue="")  # fewer names than arguments: *args
+
+    def cast(name: str, value: Any) -> Any:
+        if isinstance(value, dict):  # added_cond_kwargs and the like
+            return {key: cast(str(key), inner) for key, inner in value.items()}
+        is_activation = ACTIVATIONS.search(name) and not POSITIONS.search(name)
+        return _cast(dtype, value, 2) if is_activation or name in names[:1] else value
+
+    return tuple(cast(name, value) for name, value in named), {key: cast(key, value) for key, value in keywords.items()}
 
 
 def _call_in_own(name: str, dtype: torch.dtype, model: nn.Module, *arguments: Any, **keywords: Any) -> Any:
