@@ -8,14 +8,15 @@ a file of their own (scheduler_config.json, tokenizer_config.json, preprocessor_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qexp.checkpoints.checkpoint import read_object
-from qexp.errors import ConfigError, LoadError, choices
+from qexp.errors import ConfigError, LoadError, choices, first_names
 
 INDEX = "model_index.json"
 # what a folder of something else than a model holds; a tokenizer of old has its vocabulary alone
@@ -74,8 +75,9 @@ class PipelineFolder:
     def weights(self, name: str, variant: str | None) -> Path:
         """The folder of a component's weights, or of a variant that it has the file, or the index of the shards."""
         folder = self.path / name
-        files = [folder / file for file in variant_names(variant)]
-        return next((file for file in files if file.is_file()), folder)
+        files = [file.name for file in folder.iterdir() if file.is_file()] if variant is not None else []
+        found = variant_file(files, variant, f"'{folder}'")
+        return folder if found is None else folder / found
 
     def side_files(self) -> list[Path]:
         """All files that are no model's: the index, and those of the other components."""
@@ -96,11 +98,30 @@ class PipelineFolder:
 
 
 def variant_names(variant: str | None) -> list[str]:
-    """What the file of a variant, or the index of its shards, may be called; the first that is there is taken."""
+    """What the file of a variant, or the index of its shards, may be called; the first that is there is taken.
+
+    The last ones are of diffusers before 0.32. Source: `variant_compatible_siblings` of diffusers.
+    """
     stems = ("diffusion_pytorch_model", "model") if variant is not None else ()
-    return [
-        f"{stem}.{end}" for stem in stems for end in (f"{variant}.safetensors", f"safetensors.index.{variant}.json")
-    ]
+    ends = (f"{variant}.safetensors", f"safetensors.index.{variant}.json", f"safetensors.{variant}.index.json")
+    return [f"{stem}.{end}" for stem in stems for end in ends]
+
+
+def variant_file(names: Collection[str], variant: str | None, place: str) -> str | None:
+    """The file to open of a variant among those of a component, or None if it has none of the variant.
+
+    Raises: LoadError for files of the variant that nothing says how to open.
+    """
+    found = next((name for name in variant_names(variant) if name in names), None)
+    if variant is None or found is not None:
+        return found
+    other = [name for name in names if name.endswith(".safetensors") and {variant} & {*re.split("[.-]", name)}]
+    if other:
+        raise LoadError(
+            f"{place} has {first_names(sorted(other))} of the variant {variant}, but neither of the files that open "
+            f"them: {choices(variant_names(variant))}; download it again, or leave the variant out"
+        )
+    return None
 
 
 def open_pipeline(path: Path, place: str) -> PipelineFolder:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from qexp.checkpoints.pipeline_folder import variant_names
+from qexp.checkpoints.pipeline_folder import variant_file, variant_names
 from qexp.checkpoints.weight_files import ReadJson, shard_files, weight_files
 from qexp.errors import LoadError, first_names
 
@@ -73,7 +73,7 @@ def _weights(
     def read_here(name: str) -> Mapping[str, Any]:
         return read(folder + name)
 
-    of_variant = next((name for name in variant_names(variant) if name in here), None)
+    of_variant = variant_file(here, variant, where)
     if of_variant is not None:
         if of_variant.endswith(OPENED):
             return [of_variant]

@@ -7,6 +7,7 @@ libraries, and the pipeline is diffusers' own class around all of them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -45,7 +46,8 @@ class DiffusersConfig:
     checkpoints: a component's weights from elsewhere, a folder, a .safetensors or a .gguf file, in diffusers' or their
     authors' layout.
     reference_path: the unquantized pipeline to compare with where `path` is quantized already.
-    lora: a file or folder of a LoRA, {path, weight}, or a list of those: applied to this pipeline and to its reference.
+    lora: a file or folder of a LoRA, {path, weight, component}, or a list of those: applied to this pipeline and its
+    reference; component: transformer_2, say, in a pipeline that has two.
     task_defaults: what fields of the task are where they are null, such as num_inference_steps."""
 
     source: str = "diffusers"
@@ -152,7 +154,9 @@ class Source:
         return found
 
     def component_config(self, component: str) -> dict[str, Any] | None:
-        """A file of weights from elsewhere is of the architecture that the pipeline has there."""
+        """A file of weights from elsewhere is of the architecture that the pipeline has there, if nothing beside it or
+        in it says more.
+        """
         own = self.config.checkpoints.get(component)
         if own is None or not Path(own).expanduser().is_file():
             return None
@@ -170,8 +174,18 @@ class Source:
                 f"model.checkpoints.{component}={self.config.checkpoints[component]} holds a {stated}, but the "
                 f"pipeline has a {expected} there; give weights of that class"
             )
+        self._tell_of_variant(component)
         self._networks[component] = _building().network(self.folder, component, config)
         return self._networks[component]
+
+    def _tell_of_variant(self, component: str) -> None:
+        variant, folder = self.config.variant, self.folder.path / component
+        if variant is not None and self.checkpoints()[component] == folder:
+            print(
+                f"warning: {component}: '{folder}' has no files of model.variant={variant}; read are those without a "
+                "variant",
+                file=sys.stderr,
+            )
 
     def conversion(self, component: str, model: nn.Module, checkpoint: Checkpoint) -> Conversion | None:
         """What turns other names of tensors into the model's: transformers' rules, or diffusers' for a single file."""
@@ -213,7 +227,9 @@ class Source:
         if task.name == "generate":
             self.prompts(task)
         for lora in self.adapters():
-            _ = lora.file
+            lora.files()
+            if lora.component is not None:
+                _check_component(f"model.lora: component={lora.component}", lora.component, self.components())
             if task.name == "roundtrip":
                 raise ConfigError(
                     f"model.lora={lora.path} with task=roundtrip, which compares the model's own weights; leave it out"
@@ -248,7 +264,7 @@ class Source:
 
     def adapt(self, component: str, model: nn.Module, dtype: torch.dtype) -> None:
         """Apply what LoRAs have for a component that is loaded; `check_run` has read them."""
-        from qexp.models.lora import apply_updates
+        from qexp.models.lora_layers import apply_updates
 
         apply_updates(model, self._updates.get(component, {}), dtype)
 

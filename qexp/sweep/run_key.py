@@ -76,7 +76,9 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     if side_files := source.side_files():
         identity["side_files"] = _digests(side_files)
     if adapters := source.adapters() if hasattr(source, "adapters") else ():
-        identity["adapters"] = [[content_digest(adapter.file), _plain(adapter.weight)] for adapter in adapters]
+        identity["adapters"] = [
+            [*map(content_digest, adapter.files()), _plain(adapter.weight), adapter.component] for adapter in adapters
+        ]
     is_dense = all(component.backend.quant_method == "none" for component in config.components.values())
     if is_dense and not saves_outputs(config) and hasattr(source, "quantized_components"):
         identity["measured"] = list(source.quantized_components())  # else those with a backend are

@@ -163,7 +163,10 @@ def test_a_pipeline_is_its_index_and_its_components(server: HubServer) -> None:
     assert files_of(local_folder(pinned("user/toy", place="model.path"))) == wanted
 
 
-def test_of_a_variant_the_files_that_components_have_of_it(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("index", ["index.fp16", "fp16.index"])
+def test_of_a_variant_the_files_that_components_have_of_it(
+    index: str, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parts = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
     stem = "diffusion_pytorch_model"
     shards = {"a": f"{stem}-00001-of-00002.fp16.safetensors", "b": f"{stem}-00002-of-00002.fp16.safetensors"}
@@ -173,7 +176,7 @@ def test_of_a_variant_the_files_that_components_have_of_it(server: HubServer, mo
         f"vae/{stem}.safetensors": weights(0),  # it has no files of the variant
     }
     variant = {
-        f"unet/{stem}.safetensors.index.fp16.json": json.dumps({"weight_map": shards}).encode(),
+        f"unet/{stem}.safetensors.{index}.json": json.dumps({"weight_map": shards}).encode(),
         **{f"unet/{name}": weights(number) for number, name in enumerate(shards.values(), 1)},
         "text_encoder/model.fp16.safetensors": weights(3),
     }
@@ -183,7 +186,7 @@ def test_of_a_variant_the_files_that_components_have_of_it(server: HubServer, mo
     found = pinned(model.path or "", variant="fp16", place="model.path")
     assert files_of(local_folder(found)) == {**both, **variant}
     assert Source(replace(model, path=found)).checkpoints() == {
-        "unet": local_folder(found) / "unet" / f"{stem}.safetensors.index.fp16.json",
+        "unet": local_folder(found) / "unet" / f"{stem}.safetensors.{index}.json",
         "text_encoder": local_folder(found) / "text_encoder" / "model.fp16.safetensors",
         "vae": local_folder(found) / "vae",
     }

@@ -217,6 +217,27 @@ def test_weights_of_a_component_from_elsewhere(pipeline_folder: Folder, tmp_path
     assert torch.equal(call(qexp.load_pipeline(tmp_path / "again", device="cpu"), "flux"), call(quantized, "flux"))
 
 
+def test_weights_from_elsewhere_are_of_the_config_beside_them(pipeline_folder: Folder, tmp_path: Path) -> None:
+    """Three of them: another network of the class, quantized weights, and weights of another class."""
+    import diffusers
+
+    folder = pipeline_folder("flux")
+    other = diffusers.AutoencoderKL.from_config(
+        dict(diffusers.AutoencoderKL.load_config(folder / "vae")) | {"shift_factor": 0.3}
+    )
+    other.save_pretrained(tmp_path / "vae")
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    assert qexp.load_pipeline(folder, checkpoints={"vae": file}, device="cpu").vae.config.shift_factor == 0.3
+    quantized = qexp.load_pipeline(folder, "torchao", device="cpu")
+    qexp.save(quantized.transformer, tmp_path / "int8")
+    file = tmp_path / "int8" / "diffusion_pytorch_model.safetensors"
+    ours = qexp.load_pipeline(folder, None, checkpoints={"transformer": file}, device="cpu")
+    assert torch.equal(call(ours, "flux"), call(quantized, "flux"))
+    file = pipeline_folder("sd3") / "transformer" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(LoadError, match=r"holds a SD3Transformer2DModel, but the pipeline has a FluxTransformer2DMod"):
+        qexp.load_pipeline(folder, checkpoints={"transformer": file}, device="cpu")
+
+
 def test_weights_from_elsewhere_that_do_not_belong_there(pipeline_folder: Folder, tmp_path: Path) -> None:
     flux, others = pipeline_folder("flux"), pipeline_folder("sd3") / "transformer"
     with pytest.raises(
@@ -470,7 +491,7 @@ def test_one_component_alone(pipeline_folder: Folder) -> None:
         qexp.load(pipeline_folder("sdxl"), device="cpu")
 
 
-def test_variants_and_old_names(pipeline_folder: Folder, tmp_path: Path) -> None:
+def test_variants_and_old_names(pipeline_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Files of a variant are taken where they are; attention layers of old files are renamed."""
     from safetensors.torch import load_file, save_file
 
@@ -486,5 +507,7 @@ def test_variants_and_old_names(pipeline_folder: Folder, tmp_path: Path) -> None
     (folder / "vae" / f"{name}.safetensors").unlink()
     save_file(tensors, folder / "vae" / f"{name}.safetensors", {"format": "pt"})
     assert torch.equal(call(qexp.load_pipeline(folder, device="cpu", variant="fp16"), "sdxl"), expected)
+    said = [line for line in capsys.readouterr().err.splitlines() if "model.variant=fp16" in line]
+    assert [line.split(":")[1].strip() for line in said] == ["text_encoder", "text_encoder_2", "vae"]
     with pytest.raises(LoadError, match=r"variant=fp8: no component .* has files of this variant"):
         qexp.load_pipeline(folder, device="cpu", variant="fp8")

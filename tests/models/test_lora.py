@@ -1,6 +1,8 @@
 """LoRA on pipelines: on unquantized ones diffusers' answer, bit for bit; on quantized ones exact beside the base."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,25 +110,175 @@ def test_ranks_and_alphas_of_single_layers(pipeline_folder: Folder, tmp_path: Pa
     assert torch.equal(ours, images_of_theirs(folder, "flux", {path: 1.0}))
 
 
-def kohya(path: Path, target: Path) -> Path:
-    """The same updates as kohya's scripts name them, each with an alpha of its own."""
+def kohya(path: Path, target: Path, alphas: tuple[float, ...]) -> Path:
+    """The same updates as kohya's scripts name them, with these alphas in turn."""
     tensors = {}
     for number, (name, tensor) in enumerate(load_file(path).items()):
         layer, _, part = name.removeprefix("transformer.").removeprefix("unet.").rpartition(".lora_")
         prefix = "lora_unet_" + layer.replace(".", "_")
         tensors[f"{prefix}.lora_{'down' if part.startswith('A') else 'up'}.weight"] = tensor
-        tensors[f"{prefix}.alpha"] = torch.tensor(1.0 + number // 2 % 3)
+        tensors[f"{prefix}.alpha"] = torch.tensor(alphas[number // 2 % len(alphas)])
     save_file(tensors, target)
     return target
 
 
 def test_a_file_of_kohya(pipeline_folder: Folder, tmp_path: Path) -> None:
-    path = kohya(
-        save_lora(pipeline_folder, "sdxl", tmp_path, target_modules=["to_q", "to_v"]), tmp_path / "k.safetensors"
-    )
+    path = save_lora(pipeline_folder, "sdxl", tmp_path, target_modules=["to_q", "to_v"])
+    path = kohya(path, tmp_path / "k.safetensors", (3.0,))
     ours = images_of_ours(pipeline_folder("sdxl"), "sdxl", str(path))
     assert torch.equal(ours, images_of_theirs(pipeline_folder("sdxl"), "sdxl", {path: 1.0}))
     assert not torch.equal(ours, call_theirs(load_theirs(pipeline_folder("sdxl")), "sdxl"))
+
+
+def scales_of(pipeline_folder: Folder, name: str, lora: Any) -> dict[str, float]:
+    """component.layer -> the factor of its update."""
+    source = Source(DiffusersConfig(path=str(pipeline_folder(name)), lora=lora))
+    source.check_run({part: skeleton(source, part) for part in source.components()}, task_of(name))
+    return {
+        f"{component}.{layer}": update.scale
+        for component, layers in source._updates.items()
+        for layer, (update,) in layers.items()
+    }
+
+
+def test_alphas_of_single_layers_of_kohya_are_each_layers_own(pipeline_folder: Folder, tmp_path: Path) -> None:
+    """diffusers gives all layers the most common one, because its alphas have other names than its layers."""
+    path = save_lora(pipeline_folder, "sdxl", tmp_path, target_modules=["to_q", "ff.net.2"])
+    expected, alphas = {}, (1.0, 5.0, 8.0)
+    for number, name in enumerate(load_file(path)):
+        expected[name.rpartition(".lora_")[0]] = alphas[number // 2 % 3] / 4
+    path = kohya(path, tmp_path / "k.safetensors", alphas)
+    assert scales_of(pipeline_folder, "sdxl", str(path)) == expected
+
+
+def test_a_layer_without_an_alpha_beside_others_with_one_has_its_rank(pipeline_folder: Folder, tmp_path: Path) -> None:
+    path = save_lora(pipeline_folder, "sdxl", tmp_path, target_modules=["to_q"])
+    stored = load_file(kohya(path, tmp_path / "k.safetensors", (8.0,)))
+    bare = next(name for name in stored if name.endswith(".alpha"))
+    del stored[bare]
+    save_file(stored, tmp_path / "k.safetensors")
+    scales = scales_of(pipeline_folder, "sdxl", str(tmp_path / "k.safetensors"))
+    assert sorted(scales.values()) == [1.0, *[2.0] * (len(scales) - 1)]
+
+
+def peft_folder(pipeline_folder: Folder, name: str, folder: Path, **options: Any) -> Path:
+    """A LoRA on a denoiser as peft itself saves it: the alpha is in adapter_config.json alone."""
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    pipeline = load_theirs(pipeline_folder(name))
+    values = {"r": 4, "lora_alpha": 32, "target_modules": LAYERS[name], "init_lora_weights": False, **options}
+    wrapped = get_peft_model(getattr(pipeline, denoiser_of(pipeline)), PeftConfig(**values))
+    for key, parameter in wrapped.named_parameters():
+        if "lora_" in key:
+            parameter.data = torch.randn_like(parameter) * 0.1
+    wrapped.save_pretrained(str(folder))
+    return folder
+
+
+PEFT: dict[str, tuple[str, dict[str, Any]]] = {
+    "one scale": ("sdxl", {}),
+    "rsLoRA": ("flux", {"use_rslora": True}),
+    "ranks of single layers": ("flux", {"rank_pattern": {"proj_mlp": 2}, "target_modules": ["to_q", "proj_mlp"]}),
+    "alphas of single layers": ("sdxl", {"alpha_pattern": {"attn2.to_q": 8}, "target_modules": ["to_q", "ff.net.2"]}),
+    "biases": ("sd3", {"lora_bias": True, "target_modules": ["to_q"]}),
+}
+
+
+@pytest.mark.parametrize("case", PEFT)
+def test_peft_folder_is_what_peft_computes(case: str, pipeline_folder: Folder, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    name, options = PEFT[case]
+    path = peft_folder(pipeline_folder, name, tmp_path, **options)
+    pipeline = load_theirs(pipeline_folder(name))
+    component = denoiser_of(pipeline)
+    wrapped = PeftModel.from_pretrained(getattr(pipeline, component), path, autocast_adapter_dtype=False)
+    wrapped.requires_grad_(False)
+    setattr(pipeline, component, wrapped.get_base_model())
+    expected = call_theirs(pipeline, name)
+    ours = images_of_ours(pipeline_folder(name), name, str(path))
+    # where scales differ they are multiplied into B before it is rounded to bf16
+    assert (ours - expected).abs().max() <= (0.03 if "single" in case else 0)
+    assert (expected - call_theirs(load_theirs(pipeline_folder(name)), name)).abs().max() > 0.05
+
+
+PEFT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "kind": ({"peft_type": "LOHA"}, r"adapter_config\.json': peft_type=LOHA is no LoRA"),
+    "base": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4 changes the weights"),
+    "biases": ({"bias": "all"}, "bias=all trains biases of the model"),
+    "modules": ({"modules_to_save": ["proj_out"]}, r"modules_to_save=\['proj_out'\] is not applied here"),
+    "layers": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication=.* is not applied here"),
+    "unknown": ({"use_qalora": True}, "use_qalora=True is not applied here; use a plain LoRA"),
+    "rank": ({"r": 8}, r"says that the rank of '\S+' is 8, but in '.*adapter_model.safetensors' it is 4"),
+    "alpha": ({"lora_alpha": None}, "has lora_alpha=None, which is no number"),
+}
+
+
+@pytest.mark.parametrize("case", PEFT_REFUSED)
+def test_adapter_config_that_says_more_than_is_applied_is_refused(
+    case: str, pipeline_folder: Folder, tmp_path: Path
+) -> None:
+    changes, message = PEFT_REFUSED[case]
+    path = peft_folder(pipeline_folder, "flux", tmp_path, target_modules=["to_q"])
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(LoadError, match=message):
+        scales_of(pipeline_folder, "flux", str(path))
+
+
+def test_adapter_config_beside_a_file_with_alphas_of_its_own_is_refused(
+    pipeline_folder: Folder, tmp_path: Path
+) -> None:
+    path = kohya(save_lora(pipeline_folder, "sdxl", tmp_path), tmp_path / "k.safetensors", (2.0,))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    for file in (path, tmp_path / "pytorch_lora_weights.safetensors"):
+        with pytest.raises(LoadError, match="has alphas of its own; put the file into a folder without"):
+            scales_of(pipeline_folder, "sdxl", str(file))
+    shutil.copy(path, tmp_path / "adapter_model.safetensors")
+    assert set(scales_of(pipeline_folder, "sdxl", str(path)).values()) == {0.5}  # it is of the other one
+
+
+def test_adapter_config_is_part_of_the_key(pipeline_folder: Folder, tmp_path: Path) -> None:
+    path = peft_folder(pipeline_folder, "flux", tmp_path, target_modules=["to_q"])
+    model, before = pipeline_folder("flux"), run_key(config_of(pipeline_folder("flux"), f"model.lora={path}"))
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
+    assert run_key(config_of(model, f"model.lora={path}")) != before
+
+
+def test_lora_for_one_of_two_transformers_is_applied_to_it(pipeline_folder: Folder, tmp_path: Path) -> None:
+    path = save_lora(pipeline_folder, "wan", tmp_path)
+    layers = [name.removeprefix("transformer.").rpartition(".lora_")[0] for name in load_file(path)]
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    save_file(bare, tmp_path / "bare.safetensors")
+    authors = {f"diffusion_model.{name}": tensor for name, tensor in wan_of_the_authors().items()}
+    save_file(authors, tmp_path / "authors.safetensors")
+    for entry, component in (
+        ({"path": str(path)}, "transformer"),  # its names say so
+        ({"path": str(path), "component": "transformer_2"}, "transformer_2"),
+        ({"path": str(tmp_path / "bare.safetensors"), "component": "transformer_2"}, "transformer_2"),
+    ):
+        assert {*scales_of(pipeline_folder, "wan", entry)} == {f"{component}.{layer}" for layer in layers}
+    entry = {"path": str(tmp_path / "authors.safetensors"), "component": "transformer_2"}
+    assert {*scales_of(pipeline_folder, "wan", entry)} == {"transformer_2.blocks.0.attn1.to_q"}
+    for name in ("bare", "authors"):
+        with pytest.raises(
+            ConfigError, match=r"does not say which of transformer or transformer_2 it is for; name it.*component: tr"
+        ):
+            scales_of(pipeline_folder, "wan", str(tmp_path / f"{name}.safetensors"))
+    with pytest.raises(ConfigError, match=r"component=transformr_2 .*did you mean transformer_2"):
+        scales_of(pipeline_folder, "wan", {"path": str(path), "component": "transformr_2"})
+    with pytest.raises(ConfigError, match=r"model.lora: component=unet is no component of this pipeline"):
+        config_of(pipeline_folder("wan"), f"model.lora={{path: {path}, component: unet}}")
+
+
+def wan_of_the_authors() -> dict[str, torch.Tensor]:
+    return {
+        "blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 64),
+        "blocks.0.self_attn.q.lora_B.weight": torch.ones(64, 4),
+    }
 
 
 def test_text_encoders_have_their_own(pipeline_folder: Folder, tmp_path: Path) -> None:
@@ -285,6 +437,7 @@ class TestErrors:
             (3, "model.lora=3 must be a path, or a list of them; with weights: "),
             ({"weight": 1}, "must be a path"),
             ({"path": "a", "wieght": 1}, "model.lora.wieght .*did you mean weight"),
+            ({"path": "a", "component": 3}, "component=3 of 'a' must be a component's name"),
             ({"path": "a", "weight": "x"}, "weight=x of 'a' must be a finite number"),
             ({"path": "a", "weight": float("nan")}, "weight=nan of 'a' must be a finite number"),
             ("", "must be a path"),
