@@ -1,8 +1,8 @@
 """Calling a pipeline for a task: its arguments, checked before anything is loaded, and images in batches of prompts.
 
 The noise of image number i is that of a CPU generator seeded with seed + i, so it depends neither on the device nor on
-the batch that the image is in; in half precision it is the same noise, rounded (torch draws in fp32 there). Pipelines
-whose denoising draws more noise take it from the same generators.
+the batch that the image is in; in half precision it is the same noise, rounded (torch draws in fp32 there). All that is
+drawn during a call is from the same generators (`pipeline_noise.py`).
 
 What is recorded after a step are some thousand values of the latents, evenly spaced, and not all of them: trajectories
 of videos would take gigabytes. The last latents are kept whole.
@@ -11,13 +11,16 @@ of videos would take gigabytes. The last latents are kept whole.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qexp.errors import ConfigError, choices, did_you_mean, first_names
+from qexp.models.pipeline_noise import MixedNoiseError, noise_of_samples
 
 if TYPE_CHECKING:
     from qexp.config.generate import GenerateConfig
@@ -37,9 +40,14 @@ OURS = {  # arguments that this program gives itself, and what to set instead
 }
 NOT_OURS = ("output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end")
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
-# They repeat texts one by one, but the texts' masks as a whole: of several prompts, images would have others' masks.
-# https://github.com/huggingface/diffusers/blob/main/src/diffusers/pipelines/qwenimage/pipeline_qwenimage.py
-MIXING_MASKS = ("QwenImage", "HunyuanImage")  # with which the classes' names begin
+# Pipelines that give a prompt the same sample beside other prompts (tests/models/test_batches.py runs each of them). Others
+# pad texts to the longest without a mask, repeat masks in another order than texts, or draw one field of noise for all
+# samples: of those, and of any that is not listed, each call has one prompt.
+BATCHED = (
+    "FluxPipeline", "PixArtSigmaPipeline", "QwenImagePipeline", "StableDiffusion3Pipeline", "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline", "WanPipeline",
+)  # fmt: skip
+SAMPLES = ("images", "frames")  # fields of outputs
 
 
 def check_arguments(pipeline: Any, task: GenerateConfig) -> None:
@@ -107,7 +115,44 @@ def number_of_steps(pipeline: Any, task: GenerateConfig, prompts: int) -> int | 
     known = inspect.signature(pipeline.__call__).parameters
     default = known["num_inference_steps"].default if "num_inference_steps" in known else None
     steps = task.num_inference_steps or default
-    return steps * -(-prompts // (task.batch_size or 1)) if isinstance(steps, int) else None
+    return steps * -(-prompts // _prompts_of_call(pipeline, task)) if isinstance(steps, int) else None
+
+
+def _prompts_of_call(pipeline: Any, task: GenerateConfig) -> int:
+    return task.batch_size or 1 if type(pipeline).__name__ in BATCHED else 1
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a pipeline. copies: images of each prompt; seeds: of each image."""
+
+    prompts: list[str]
+    negative: list[str] | None
+    copies: int
+    seeds: list[int]
+
+    def alone(self) -> list[_Call]:
+        """The same images, each in a call of its own."""
+        prompts, negative = (_repeated(texts, self.copies) for texts in (self.prompts, self.negative or []))
+        return [
+            _Call([prompts[number]], [negative[number]] if negative else None, 1, [seed])
+            for number, seed in enumerate(self.seeds)
+        ]
+
+
+def _calls(pipeline: Any, prompts: list[str], task: GenerateConfig, seed: int) -> Iterator[_Call]:
+    """The calls of a task. Prompts are repeated here where there are several: pipelines repeat masks in another order.
+
+    https://github.com/huggingface/diffusers/issues/13634
+    """
+    size, copies = _prompts_of_call(pipeline, task), task.num_images_per_prompt or 1
+    negative = list(task.negative_prompt or ())
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
+        texts = negative[start : start + size] if len(negative) > 1 else negative * len(batch)
+        seeds = [seed + start * copies + number for number in range(len(batch) * copies)]
+        repeats = copies if len(batch) > 1 else 1
+        yield _Call(_repeated(batch, repeats), _repeated(texts, repeats) or None, copies // repeats, seeds)
 
 
 def run_pipeline(
@@ -120,36 +165,47 @@ def run_pipeline(
 ) -> dict[str, Tensor]:
     """Images of every prompt: "images" [n, channels, height, width] in [-1, 1], "latents" [images or videos, ...] of
     the end, and "labels" [n], the number of each one's prompt. The frames of a video are images, one behind the
-    other.
+    other. What a pipeline says of each sample (nsfw_content_detected) is there by the pipeline's name, bool.
     """
+    steps, found = _Steps(on_step), list[dict[str, Tensor]]()
+    for call in _calls(pipeline, prompts, task, seed):
+        try:
+            found.append(_outputs_of(pipeline, call, task, steps))
+        except MixedNoiseError:
+            found += [_outputs_of(pipeline, one, task, steps) for one in call.alone()]
+    outputs = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    of_prompt = len(outputs["images"]) // len(prompts)
+    return {**outputs, "labels": torch.arange(len(prompts)).repeat_interleave(of_prompt)}
+
+
+def _outputs_of(pipeline: Any, call: _Call, task: GenerateConfig, steps: _Steps) -> dict[str, Tensor]:
     known = inspect.signature(pipeline.__call__).parameters
-    fixed, size = arguments_of(task, known), task.batch_size or 1
-    copies = task.num_images_per_prompt or 1
-    steps, images, latents = _Steps(on_step), list[Tensor](), list[Tensor]()
-    negative = list(task.negative_prompt or ())
-    repeats = copies if type(pipeline).__name__.startswith(MIXING_MASKS) else 1
-    if repeats > 1:
-        fixed.update({name: 1 for name in PER_PROMPT if name in fixed})
-    for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
-        if negative:
-            texts = negative[start : start + size] if len(negative) > 1 else negative * len(batch)
-            fixed["negative_prompt"] = _repeated(texts, repeats)
-        first = seed + start * copies
-        generators = [torch.Generator("cpu").manual_seed(first + number) for number in range(len(batch) * copies)]
-        with torch.no_grad():
-            output = pipeline(
-                prompt=_repeated(batch, repeats),
-                generator=generators,
-                output_type="pt",
-                **fixed,
-                **steps.arguments(known),
-            )
-        images.append(_as_images(output))
-        latents.append(steps.last.to("cpu", torch.float32))
-    frames = sum(map(len, images)) // (len(prompts) * copies)
-    labels = torch.arange(len(prompts)).repeat_interleave(copies * frames)
-    return {"images": torch.cat(images), "latents": torch.cat(latents), "labels": labels}
+    arguments = arguments_of(task, known)
+    arguments.update({name: call.copies for name in PER_PROMPT if name in arguments})
+    if call.negative is not None:
+        arguments["negative_prompt"] = call.negative
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in call.seeds]
+    with torch.no_grad(), noise_of_samples(generators):
+        output = pipeline(
+            prompt=call.prompts,
+            generator=generators if len(generators) > 1 else generators[0],  # some take no list
+            output_type="pt",
+            **arguments,
+            **steps.arguments(known),
+        )
+    latents = steps.last.to("cpu", torch.float32)
+    return {"images": _as_images(output), "latents": latents, **_said(output, len(call.seeds))}
+
+
+def _said(output: Any, samples: int) -> dict[str, Tensor]:
+    """What an output says of each of its samples: fields of as many booleans."""
+    fields = {name: value for name, value in dict(output).items() if name not in SAMPLES}
+    lists = {name: list(value) for name, value in fields.items() if isinstance(value, list | tuple | np.ndarray)}
+    return {
+        name: torch.tensor([bool(one) for one in values])
+        for name, values in lists.items()
+        if len(values) == samples and all(isinstance(one, bool | np.bool_) for one in values)
+    }
 
 
 def _repeated(texts: list[str], copies: int) -> list[str]:

@@ -7,6 +7,8 @@ folder; the numbers depend on nothing but those files and `config`. Beside the m
     quality/finite   1 if every value of the images (of text: every probability) is finite. If not, comparisons with the
                      reference are None (null in JSON), and the pixels are magenta in the pictures
     quality/exact    with a reference: 1 if all outputs are identical to it (then psnr_db, which is infinite, is None)
+    quality/nsfw_content_detected   images that a pipeline's safety checker put black ones in place of, by the name that
+                     the pipeline has for it; see `detected.py`
 
 Importing this module imports no torch, so that `check_names` can run while the configuration is composed.
 """
@@ -71,19 +73,20 @@ def score(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, 
 def _score_images(
     config: RunConfig, folder: Path, outputs: Tensors, reference: Path | None, expected: Tensors | None
 ) -> Numbers:
-    from qexp.metrics.images import compare_images
     from qexp.metrics.tensors import is_finite, relative_l2
+    from qexp.scoring.detected import compare_shown, shown_images
 
     if expected is not None:
         _check_fit(("images", "latents", "trajectory"), outputs, expected, folder, reference)
     _write_pictures(config, outputs, expected, folder)
     _write_history(outputs, expected, folder)
     made = [outputs[name] for name in ("images", "latents") if name in outputs]
-    numbers: Numbers = {"finite": float(all(map(is_finite, made)))}
+    shown, detected = shown_images(outputs, expected)
+    numbers: Numbers = {"finite": float(all(map(is_finite, made))), **detected}
     if expected is not None:
         if not is_finite(expected["images"]):
             print("warning: the reference has values that are not finite; nothing to compare with", file=sys.stderr)
-        compared = compare_images(outputs["images"], expected["images"])
+        compared = compare_shown(outputs["images"], expected["images"], shown)
         names = [name for name in REFERENCE_METRICS if name in config.metrics.names]
         numbers |= {name: compared[name] for name in (*names, "exact")}
         if "latents" in outputs and "latent_relative_l2" in config.metrics.names:
@@ -91,8 +94,9 @@ def _score_images(
     if any(name in config.metrics.names for name in PERCEPTUAL_METRICS):
         from qexp.scoring.perceptual import perceptual_numbers
 
-        others = expected["images"] if expected is not None else None
-        numbers |= perceptual_numbers(config.metrics, config.task.prompt, outputs["images"], others)
+        others = expected["images"][shown] if expected is not None else None
+        texts = config.task.prompt and [config.task.prompt[label] for label in outputs["labels"][shown].tolist()]
+        numbers |= perceptual_numbers(config.metrics, texts, outputs["images"][shown], others)
     return numbers
 
 

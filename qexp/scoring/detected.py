@@ -1,0 +1,44 @@
+"""Images that a pipeline replaced: those that its safety checker found something in are black, whatever was generated.
+
+Pipelines say so beside their images, in a list of booleans (`nsfw_content_detected`, `watermark_detected`). Two black
+images are no match: comparisons are over the images that neither side replaced, and `exact` is 0 if there are others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qexp.metrics.images import compare_images
+
+
+def shown_images(
+    outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor] | None
+) -> tuple[Tensor, dict[str, float | None]]:
+    """(which images neither side replaced, bool [n]; how many samples of `outputs` were, by the pipeline's name)."""
+    own = {name: value for name, value in outputs.items() if value.dtype == torch.bool}
+    theirs = {name: value for name, value in (expected or {}).items() if value.dtype == torch.bool}
+    count, shown = len(outputs["images"]), torch.ones(len(outputs["images"]), dtype=torch.bool)
+    for side, flags in (("this run", own), ("the reference", theirs)):
+        for name, value in flags.items():
+            shown &= ~value.repeat_interleave(count // len(value))  # of a video, all frames
+            if value.any():
+                print(
+                    f"warning: {int(value.sum())} of {len(value)} images of {side} are black in place of what was "
+                    f"generated ({name}); they match nothing. Open the pipeline without its safety checker to compare "
+                    'them: "safety_checker": [null, null] in model_index.json',
+                    file=sys.stderr,
+                )
+    return shown, {name: float(value.sum()) for name, value in own.items()}
+
+
+def compare_shown(images: Tensor, reference: Tensor, shown: Tensor) -> dict[str, float | None]:
+    """`compare_images` of those that are shown; if there are none, all is None but exact, which is 0."""
+    if bool(shown.all()):
+        return compare_images(images, reference)
+    if not bool(shown.any()):
+        return {"psnr_db": None, "ssim": None, "relative_l2": None, "cosine": None, "exact": 0.0}
+    return {**compare_images(images[shown], reference[shown]), "exact": 0.0}
