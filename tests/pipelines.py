@@ -181,9 +181,112 @@ def wan() -> Any:
     )  # fmt: skip
 
 
+def sd() -> Any:
+    import diffusers
+
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=16, cross_attention_dim=64,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    )  # fmt: skip
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(4), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def gemma_tokenizer() -> Any:
+    import transformers
+
+    letters = {letter: 4 + number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    special = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
+    return transformers.GemmaTokenizer(vocab={**special, **letters, "▁": 270}, merges=[])
+
+
+def gemma() -> Any:
+    import transformers
+
+    return transformers.Gemma2Model(
+        transformers.Gemma2Config(
+            vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16,
+        )
+    )  # fmt: skip
+
+
+def lumina2() -> Any:
+    import diffusers
+
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=4, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=4, num_kv_heads=2, multiple_of=16, ffn_dim_multiplier=None, norm_eps=1e-5,
+        scaling_factor=1.0, axes_dim_rope=(4, 2, 2), axes_lens=(300, 128, 128), cap_feat_dim=64,
+    )  # fmt: skip
+    return diffusers.Lumina2Pipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=vae(4, shift_factor=0.1),
+        text_encoder=gemma(), tokenizer=gemma_tokenizer(),
+    )  # fmt: skip
+
+
+def sana() -> Any:
+    import diffusers
+
+    transformer = diffusers.SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=64,
+        sample_size=32,
+    )  # fmt: skip
+    blocks = ("ResBlock", "EfficientViTBlock")
+    autoencoder = diffusers.AutoencoderDC(
+        in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=blocks, decoder_block_types=blocks,
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv", upsample_block_type="interpolate", decoder_norm_types="rms_norm",
+        decoder_act_fns="silu", scaling_factor=0.41407,
+    )  # fmt: skip
+    return diffusers.SanaPipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0), vae=autoencoder,
+        text_encoder=gemma(), tokenizer=gemma_tokenizer(),
+    )  # fmt: skip
+
+
+def ltx() -> Any:
+    """With a decoder that adds one field of noise to all samples, as those of LTX 0.9.1 and later do."""
+    import diffusers
+
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, num_attention_heads=4, attention_head_dim=8,
+        cross_attention_dim=32, num_layers=2, caption_channels=64,
+    )  # fmt: skip
+    four, five = (8,) * 4, (1,) * 5
+    autoencoder = diffusers.AutoencoderKLLTXVideo(
+        in_channels=3, out_channels=3, latent_channels=8, block_out_channels=four, decoder_block_out_channels=four,
+        layers_per_block=five, decoder_layers_per_block=five, spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False), decoder_inject_noise=(True,) * 5,
+        upsample_residual=(False,) * 4, upsample_factor=(1,) * 4, timestep_conditioning=False, patch_size=1,
+        patch_size_t=1, encoder_causal=True, decoder_causal=False,
+    )  # fmt: skip
+    for name, parameter in autoencoder.named_parameters():
+        if "per_channel_scale" in name:
+            parameter.data.fill_(0.5)  # 0 when new: the noise then changes nothing
+    return diffusers.LTXPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=autoencoder, text_encoder=t5(),
+        tokenizer=t5_tokenizer(), transformer=transformer,
+    )  # fmt: skip
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
-    "flux": flux, "sd3": sd3, "qwen_image": qwen_image, "pixart": pixart, "sdxl": sdxl, "wan": wan,
-}  # fmt: skip
+    "flux": flux,
+    "sd3": sd3,
+    "qwen_image": qwen_image,
+    "pixart": pixart,
+    "sdxl": sdxl,
+    "wan": wan,
+}
+MORE_PIPELINES: dict[str, Callable[[], Any]] = {"sd": sd, "lumina2": lumina2, "sana": sana, "ltx": ltx}  # fmt: skip
 ARGUMENTS: dict[str, dict[str, Any]] = {  # of a call that takes no time
     "flux": {"height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 16},
     "sd3": {"height": 32, "width": 32, "num_inference_steps": 2},
@@ -196,13 +299,22 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # of a call that takes no time
     },
     "sdxl": {"height": 32, "width": 32, "num_inference_steps": 2},
     "wan": {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "max_sequence_length": 16},
+    "sd": {"height": 32, "width": 32, "num_inference_steps": 2},
+    "lumina2": {
+        "height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 64, "system_prompt": "s",
+    },
+    "sana": {
+        "height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 64,
+        "use_resolution_binning": False, "complex_human_instruction": None,
+    },
+    "ltx": {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "max_sequence_length": 32},
 }  # fmt: skip
 
 
 def save_pipeline(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """A pipeline as its library saves it, with the weights of its seed in one dtype."""
     torch.manual_seed(0)
-    pipeline = PIPELINES[name]()
+    pipeline = {**PIPELINES, **MORE_PIPELINES}[name]()
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(dtype=dtype).save_pretrained(folder)
     return folder

@@ -40,7 +40,7 @@ OURS = {  # arguments that this program gives itself, and what to set instead
 }
 NOT_OURS = ("output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end")
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
-# Pipelines that give a prompt the same sample beside other prompts (tests/models/test_batches.py runs each of them). Others
+# Pipelines that give a prompt the same sample beside other prompts (each runs in tests/models/test_batches.py). Others
 # pad texts to the longest without a mask, repeat masks in another order than texts, or draw one field of noise for all
 # samples: of those, and of any that is not listed, each call has one prompt.
 BATCHED = (

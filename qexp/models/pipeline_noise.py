@@ -1,9 +1,9 @@
 """Random numbers of a pipeline's call from the generators of its samples, wherever they are drawn.
 
-Pipelines take generators for the noise that they start from. Schedulers, autoencoders and language models draw more, and
+Pipelines take generators for the noise that they start from. Schedulers, autoencoders and language models draw more,
 some of it from torch's global generator (`FlowMatchEulerDiscreteScheduler` with stochastic_sampling, LTX's decoder):
-what a sample gets then depends on the samples beside it, and on what was drawn before. Inside `noise_of_samples` torch's
-functions draw row i of a batch from generator i.
+what a sample gets then depends on the samples beside it, and on what was drawn before. Inside `noise_of_samples`
+torch's functions draw row i of a batch from generator i.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Generator, Tensor
-from torch.utils._pytree import tree_map_only
 
 OF_SIZES = ("randn", "rand", "randint", "randperm", "normal")
 OF_TENSORS = ("multinomial", "bernoulli", "poisson")
