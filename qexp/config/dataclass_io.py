@@ -6,6 +6,7 @@ reach the program only through here.
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -51,6 +52,7 @@ def convert(hint: Any, value: Any, place: str, rule: str = "") -> Any:
     """`value` as the type `hint` (scalars, unions with None, tuples, dicts, dataclasses), or ConfigError by `rule`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
+        check_finite(value, place)
         return value
     if origin in (typing.Union, types.UnionType):
         return None if value is None else convert(_only_type(arguments), value, place, rule=describe(hint))
@@ -63,8 +65,25 @@ def convert(hint: Any, value: Any, place: str, rule: str = "") -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is hint:
+        check_finite(value, place)
         return value
     raise ConfigError(f"{place}={value!r} must be {rule or describe(hint)}")
+
+
+def check_finite(value: Any, place: str) -> None:
+    """Raise ConfigError for NaN or infinity, at any depth of a plain value.
+
+    Comparisons with NaN are false, so that limits let it through, and no JSON holds either: a finished run would be
+    lost when its result is written.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            check_finite(item, f"{place}.{key}")
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            check_finite(item, f"{place}[{number}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{place}={value} must be a finite number; give one (a text that reads so goes in quotes)")
 
 
 def describe(hint: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qexp.checkpoints.checkpoint import Checkpoint, open_component
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, first_names
 from qexp.experiments.reference import unquantized_model
 from qexp.experiments.statistics import Metrics, run_peaks
 from qexp.loading.component import plan_statistics
@@ -47,6 +48,12 @@ def run_roundtrip(config: RunConfig, source: ModelSource, device: torch.device, 
             rows += roundtrip.measure_layers(
                 component, name, device=device, loader=config.loader, original=originals[name]
             )
+    if broken := roundtrip.nonfinite_layers(rows):
+        print(
+            f"warning: {len(broken)} layers are not finite once they are dequantized, and not in the means: "
+            f"{first_names(broken)}; skip them (skip_modules), or use another backend",
+            file=sys.stderr,
+        )
     plans = {name: component.plan.to_container() for name, component in prepared.items()}
     write_json(folder / "plan.json", plans)
     write_text(folder / "layers.csv", roundtrip.rows_to_csv(rows))

@@ -99,5 +99,10 @@ def max_abs_error(original: Tensor, restored: Tensor) -> float | None:
     return compare(original, restored).max_abs_error
 
 
+def count_nonfinite(tensor: Tensor) -> int:
+    """Return how many elements are NaN or infinite."""
+    return int((~torch.isfinite(tensor)).sum())
+
+
 def is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    return count_nonfinite(tensor) == 0

@@ -76,7 +76,8 @@ class ModelSource(Protocol):
 
         Images: "images" [n, channels, height, width] fp32 in [-1, 1] and "labels" [n]; a value that was not finite is
         NaN. `on_step(step, state)` is called after each integration step, step = 1, 2, ...; states are of one shape.
-        Text: "tokens" [prompts, longest], the new ones, and "lengths" [prompts], how many of them count.
+        Text: "tokens" [prompts, longest], the new ones, "lengths" [prompts], how many of them count, and "nonfinite"
+        [prompts], how many of those follow from probabilities that are not finite.
         `on_step(step, None)` is called after each new token of a batch, step = 1, 2, ...
         """
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, LoadError
 
 if TYPE_CHECKING:
     from qexp.config.generate import GenerateConfig
@@ -30,26 +31,29 @@ def continue_prompts(
     device: torch.device,
     on_step: Callable[[int, Tensor | None], None],
 ) -> dict[str, Tensor]:
-    """Of every prompt: "tokens" [prompts, longest], the new ones, padded behind their end, and "lengths" [prompts];
-    "prompts" are its own tokens, padded in front."""
+    """Of every prompt: "tokens" [prompts, longest], the new ones, padded behind their end, "lengths" [prompts], and
+    "nonfinite" [prompts], how many new tokens have probabilities that are not finite; "prompts" are its own tokens,
+    padded in front."""
     settings, steps = generation_settings(model.generation_config, task, tokenizer), _Steps(on_step)
     writes_answers = bool(getattr(model.config, "is_encoder_decoder", False))  # behind one token, not behind the prompt
     asked, parts = tokenizer(prompts, return_tensors="pt", padding=True), []
     torch.manual_seed(seed)
-    size = task.batch_size or len(prompts)
+    size, counts = task.batch_size or len(prompts), list[Tensor]()
     for start in range(0, len(prompts), size):
         rows = slice(start, start + size)
         inputs = {name: asked[name][rows].to(device) for name in ("input_ids", "attention_mask")}
-        with torch.no_grad():
+        with torch.no_grad(), _watching(model, draws=bool(settings.do_sample)) as broken:
             tokens = model.generate(
                 **inputs, generation_config=settings, stopping_criteria=StoppingCriteriaList([steps])
             )
         parts.append(tokens[:, 1 if writes_answers else inputs["input_ids"].shape[1] :].cpu())
+        counts.append(_count_nonfinite(broken, _lengths(parts[-1], settings.eos_token_id)))
     longest = max(part.shape[1] for part in parts)
     padding: Any = settings.pad_token_id
     padded = [torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=padding) for part in parts]
     lengths = torch.cat([_lengths(part, settings.eos_token_id) for part in parts])
     tensors = {"prompts": asked["input_ids"], "tokens": torch.cat(padded), "lengths": lengths}
+    tensors["nonfinite"] = torch.cat(counts)
     return {name: tensor.to(torch.int32) for name, tensor in tensors.items()}
 
 
@@ -72,6 +76,41 @@ def _lengths(tokens: Tensor, end_tokens: int | list[int] | None) -> Tensor:
     ends = torch.tensor([end_tokens] if isinstance(end_tokens, int) else end_tokens or [], dtype=tokens.dtype)
     is_end = torch.isin(tokens, ends)
     return torch.where(is_end.any(-1), is_end.int().argmax(-1) + 1, tokens.shape[1])
+
+
+@contextmanager
+def _watching(model: Any, draws: bool) -> Iterator[list[Tensor]]:
+    """Collect, for each forward of the model, which rows have no probabilities for the next token, [rows].
+
+    Greedy search and beams go on with NaN as if it were the least token: only the logits tell. A single logit of minus
+    infinity is a token that the model rules out; so a row is judged by the sum of its exponentials.
+    draws: stop at once, since nothing can be drawn from such a row.
+    """
+    broken: list[Tensor] = []
+
+    def look(module: Any, inputs: Any, output: Any) -> None:
+        broken.append(~output.logits[:, -1].float().logsumexp(-1).isfinite())
+        if draws and bool(broken[-1].any()):
+            raise LoadError(
+                f"the probabilities of token {len(broken)} are not finite, so none can be drawn; use another "
+                "compute_dtype, repair the checkpoint, or set task.do_sample=false to see where it begins"
+            )
+
+    handle = model.register_forward_hook(look)
+    try:
+        yield broken
+    finally:
+        handle.remove()
+
+
+def _count_nonfinite(broken: list[Tensor], lengths: Tensor) -> Tensor:
+    """How many of each prompt's new tokens follow from probabilities that are not finite, [prompts].
+
+    broken: for each token, [rows], where a prompt has several rows if there are beams; what comes behind the prompt's
+    end does not count.
+    """
+    per_token = torch.stack(broken).cpu().view(len(broken), len(lengths), -1).any(-1)  # [tokens, prompts]
+    return (per_token & (torch.arange(len(broken))[:, None] < lengths)).sum(0)
 
 
 def generation_settings(base: GenerationConfig, task: GenerateConfig, tokenizer: Any) -> GenerationConfig:

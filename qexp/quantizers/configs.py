@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any, ClassVar, Self
 
-from qexp.config.dataclass_io import field_types, from_plain
+from qexp.config.dataclass_io import check_finite, field_types, from_plain
 from qexp.errors import ConfigError, choices, did_you_mean
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # short name -> torch's
@@ -39,6 +39,7 @@ class BackendConfig:
 
     def __post_init__(self) -> None:
         for item in fields(self):
+            check_finite(getattr(self, item.name), f"backend.{item.name}")
             if item.name.endswith("compute_dtype"):
                 object.__setattr__(self, item.name, compute_dtype(getattr(self, item.name), f"backend.{item.name}"))
 

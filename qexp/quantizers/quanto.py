@@ -298,7 +298,8 @@ class QuantoQuantizer(base.Quantizer):
         renamed = {}
         for name, tensor in tensors.items():
             is_data = name.endswith(ending)
-            renamed[name.removesuffix(ending) + ".weight" if is_data else name] = tensor[..., None] if is_data else tensor
+            stored = name.removesuffix(ending) + ".weight" if is_data else name
+            renamed[stored] = tensor[..., None] if is_data else tensor
         return renamed
 
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:

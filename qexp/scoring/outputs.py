@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qexp.metrics.tensors import compare, compare_all, is_finite
+from qexp.metrics.tensors import compare, compare_all
 from qexp.system.files import to_csv, write_text
 
 OUTPUTS = "outputs.csv"
@@ -21,10 +21,9 @@ REFERENCE_METRICS = ("relative_l2", "cosine")
 def output_numbers(
     names: Sequence[str], outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor] | None, folder: Path
 ) -> dict[str, float | None]:
-    """finite, and with a reference exact and the metrics among `names` that outputs have; writes outputs.csv then."""
-    numbers: dict[str, float | None] = {"finite": float(all(map(is_finite, outputs.values())))}
+    """With a reference, exact and the metrics among `names` that outputs have; writes outputs.csv then."""
     if expected is None:
-        return numbers
+        return {}
     rows = []
     for name, output in outputs.items():
         one = compare(expected[name], output)
@@ -33,5 +32,4 @@ def output_numbers(
         rows.append({"output": name, "shape": shape, **values, "exact": int(one.exact)})
     write_text(folder / OUTPUTS, to_csv(list(COLUMNS), rows))
     both = compare_all((expected[name], output) for name, output in outputs.items())
-    numbers |= {name: getattr(both, name) for name in REFERENCE_METRICS if name in names}
-    return {**numbers, "exact": float(both.exact)}
+    return {name: getattr(both, name) for name in REFERENCE_METRICS if name in names} | {"exact": float(both.exact)}

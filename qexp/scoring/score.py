@@ -4,8 +4,10 @@ Reads outputs.safetensors (and memory.csv) of the run and of its reference; writ
 are prompts each image; of text: samples.csv, of a network's outputs: outputs.csv) and history.csv into the run's
 folder; the numbers depend on nothing but those files and `config`. Beside the metrics that were asked for:
 
-    quality/finite   1 if every value of the images (of text: every probability) is finite. If not, comparisons with the
-                     reference are None (null in JSON), and the pixels are magenta in the pictures
+    quality/finite   1 if every value of the images (of text: every probability) is finite. If not, a warning says how
+                     many are not, comparisons with the reference are None (null in JSON), and the pixels are magenta
+                     in the pictures
+    quality/nonfinite    how many values (of text: tokens) are not finite, if any
     quality/exact    with a reference: 1 if all outputs are identical to it (then psnr_db, which is infinite, is None)
     quality/nsfw_content_detected   images that a pipeline's safety checker put black ones in place of, by the name that
                      the pipeline has for it; see `detected.py`
@@ -60,9 +62,12 @@ def score(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, 
     expected = _read_outputs(reference) if reference is not None else None
     kind = "outputs" if config.task.name == "forward" else "images" if "images" in outputs else "text"
     score_kind = {"images": _score_images, "text": _score_text, "outputs": _score_outputs}[kind]
-    numbers = score_kind(config, folder, outputs, reference, expected)
+    broken = _count_nonfinite(kind, outputs, expected)
+    numbers: Numbers = {"finite": float(not broken), **({"nonfinite": broken} if broken else {})}
+    numbers |= score_kind(config, folder, outputs, reference, expected)
     if names := [name for name in SOURCE_METRICS.get(kind, ()) if name in config.metrics.names]:
-        scores = load_source(config.model).scores(outputs)
+        is_text_broken = kind == "text" and broken  # of images, each one that is broken counts as wrong
+        scores = {} if is_text_broken else load_source(config.model).scores(outputs)
         numbers |= {name: scores.get(name) for name in names}
     return {
         f"quality/{name}": value if value is not None and math.isfinite(value) else None
@@ -70,22 +75,44 @@ def score(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, 
     }
 
 
+def _count_nonfinite(kind: str, outputs: Tensors, expected: Tensors | None) -> int:
+    """How many of a run's outputs are not finite. Warns of them, and of the reference's."""
+    from qexp.metrics.tensors import count_nonfinite
+
+    def count(made: Tensors) -> int:
+        if kind == "text":
+            from qexp.scoring.text import count_nonfinite_tokens
+
+            return count_nonfinite_tokens(made)
+        return sum(count_nonfinite(made[name]) for name in made if kind == "outputs" or name in ("images", "latents"))
+
+    what = "probabilities of tokens" if kind == "text" else "values"
+    if broken := count(outputs):
+        print(
+            f"warning: {broken} {what} are not finite, so nothing is compared with the reference; use another "
+            "compute_dtype or backend, or repair the checkpoint",
+            file=sys.stderr,
+        )
+    if expected is not None and (theirs := count(expected)):
+        print(
+            f"warning: the reference has {theirs} {what} that are not finite; nothing to compare with", file=sys.stderr
+        )
+    return broken
+
+
 def _score_images(
     config: RunConfig, folder: Path, outputs: Tensors, reference: Path | None, expected: Tensors | None
 ) -> Numbers:
-    from qexp.metrics.tensors import is_finite, relative_l2
+    from qexp.metrics.tensors import relative_l2
     from qexp.scoring.detected import compare_shown, shown_images
 
     if expected is not None:
         _check_fit(("images", "latents", "trajectory"), outputs, expected, folder, reference)
     _write_pictures(config, outputs, expected, folder)
     _write_history(outputs, expected, folder)
-    made = [outputs[name] for name in ("images", "latents") if name in outputs]
     shown, detected = shown_images(outputs, expected)
-    numbers: Numbers = {"finite": float(all(map(is_finite, made))), **detected}
+    numbers: Numbers = dict(detected)
     if expected is not None:
-        if not is_finite(expected["images"]):
-            print("warning: the reference has values that are not finite; nothing to compare with", file=sys.stderr)
         compared = compare_shown(outputs["images"], expected["images"], shown)
         names = [name for name in REFERENCE_METRICS if name in config.metrics.names]
         numbers |= {name: compared[name] for name in (*names, "exact")}

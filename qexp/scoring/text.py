@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qexp.errors import LoadError
+from qexp.metrics.tensors import count_nonfinite
 from qexp.system.files import to_csv, write_text
 from qexp.tasks.perplexity import LOGPROBS
 from qexp.tasks.text import TEXTS
@@ -46,6 +47,12 @@ def exact_match(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> flo
         for side in (ours, theirs)
     ]
     return (rows[0] == rows[1]).all(-1).double().mean().item()
+
+
+def count_nonfinite_tokens(outputs: Mapping[str, Tensor]) -> int:
+    """How many tokens, new ones and those of a text, have probabilities that are not finite."""
+    new = int(outputs["nonfinite"].sum()) if "nonfinite" in outputs else 0
+    return new + (count_nonfinite(outputs["nll"]) if "nll" in outputs else 0)
 
 
 def kl_divergence(folder: Path, reference: Path) -> tuple[float | None, float | None]:
@@ -117,18 +124,24 @@ def text_numbers(
     folder: Path,
     reference: Path | None,
 ) -> dict[str, float | None]:
-    """The metrics among `names` that these outputs have, and finite, exact and kl_coverage."""
+    """The metrics among `names` that these outputs have, exact and kl_coverage.
+
+    Comparisons are None if probabilities of either side are not finite: the most probable token of NaN is always 0.
+    """
     numbers: dict[str, float | None] = {}
     if "nll" in outputs:
-        numbers["finite"] = float(torch.isfinite(outputs["nll"]).all())
         numbers["perplexity"] = perplexity(outputs["nll"])
     if expected is not None and reference is not None:
-        numbers["exact"] = float(all(torch.equal(outputs[name], expected[name]) for name in expected))
+        comparable = not count_nonfinite_tokens(outputs) + count_nonfinite_tokens(expected)
+        same = all(torch.equal(outputs[name], expected[name]) for name in expected if name in outputs)
+        numbers["exact"] = float(comparable and same)
         if "tokens" in outputs:
-            numbers["exact_match"] = exact_match(outputs, expected)
+            numbers["exact_match"] = exact_match(outputs, expected) if comparable else None
         if "nll" in outputs:
-            numbers["top1_agreement"] = (outputs["top1"] == expected["top1"]).double().mean().item()
+            agreement = (outputs["top1"] == expected["top1"]).double().mean().item()
+            numbers["top1_agreement"] = agreement if comparable else None
         if "nll" in outputs and "kl_divergence" in names:
-            numbers["kl_divergence"], numbers["kl_coverage"] = kl_divergence(folder, reference)
-    always = ("finite", "exact", "kl_coverage")
+            divergence = kl_divergence(folder, reference)
+            numbers["kl_divergence"], numbers["kl_coverage"] = divergence if comparable else (None, None)
+    always = ("exact", "kl_coverage")
     return {name: value for name, value in numbers.items() if name in names or name in always}

@@ -48,10 +48,13 @@ def _ending(row: JobRow) -> str:
 
 
 def _quality(metrics: Mapping[str, float | None]) -> str | None:
+    if metrics.get("quality/finite") == 0:
+        count = metrics.get("quality/nonfinite")
+        return f"not finite ({count:.0f} values)" if count else "not finite"
+    if metrics.get("roundtrip/nonfinite_layers"):
+        return f"{metrics['roundtrip/nonfinite_layers']:.0f} layers not finite"
     if metrics.get("quality/exact") == 1:
         return "identical to the reference"
-    if metrics.get("quality/finite") == 0:
-        return "not finite"
     shown = ((style, metrics.get(name)) for name, style in QUALITY.items())
     return next((style.format(value) for style, value in shown if value is not None), None)
 

@@ -138,6 +138,11 @@ def _measure(
     )
 
 
+def nonfinite_layers(rows: list[LayerRow]) -> list[str]:
+    """The layers whose restored weights are not finite: they have no error, and take no part in means."""
+    return [row.layer for row in rows if row.max_abs_error is None]
+
+
 def summarize(rows: list[LayerRow]) -> dict[str, float | None]:
     """The `roundtrip/` metrics: means and worst cases over layers; None where every layer is exact."""
     sqnr = [row.sqnr_db for row in rows if row.sqnr_db is not None]
@@ -145,6 +150,7 @@ def summarize(rows: list[LayerRow]) -> dict[str, float | None]:
     return {
         "roundtrip/layers": len(rows),
         "roundtrip/exact_layers": sum(row.max_abs_error == 0 for row in rows),
+        "roundtrip/nonfinite_layers": len(nonfinite_layers(rows)),
         "roundtrip/sqnr_db_mean": statistics.fmean(sqnr) if sqnr else None,
         "roundtrip/sqnr_db_min": min(sqnr, default=None),
         "roundtrip/relative_l2_mean": statistics.fmean(errors) if errors else None,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qexp.config.generate import GenerateConfig
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, LoadError
 from qexp.models.arithmetic import ASSETS, ArithmeticConfig, Source
 from tests.language import save_language_model
 
@@ -93,3 +93,44 @@ def test_a_prompt_ends_with_the_end_token_and_is_padded_behind_it() -> None:
     )
     assert outputs["lengths"].tolist() == [5, 9]
     assert outputs["tokens"][0, 4:].tolist() == [2, 0, 0, 0, 0]
+
+
+def broken_model(kind: str) -> Any:
+    """A tiny model whose input embedding of the character 5 is beyond fp32 as soon as anything is computed with it."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes: dict[str, dict[str, Any]] = {
+        "GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64},
+        "Llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "T5": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0},
+    }
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 32}
+    config = getattr(transformers, f"{kind}Config")(**sizes[kind], **tokens, tie_word_embeddings=False)
+    auto = transformers.AutoModelForSeq2SeqLM if kind == "T5" else transformers.AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    row = Source(ArithmeticConfig()).tokenizer("5", add_special_tokens=False)["input_ids"][0]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[row] = 3e38
+    return model
+
+
+@pytest.mark.parametrize(("kind", "beams"), [("GPT2", 1), ("Llama", 1), ("Llama", 3), ("T5", 1)])
+def test_tokens_that_follow_from_nan_are_counted_prompt_by_prompt(kind: str, beams: int) -> None:
+    model, source = broken_model(kind), Source(ArithmeticConfig())
+    model.generation_config.update(num_beams=beams, do_sample=False)
+    task = GenerateConfig(prompt=("12", "5", "345+1=", "000"), max_new_tokens=3, batch_size=2)
+    outputs = source.generate({"model": model}, task, seed=0, device=torch.device("cpu"), on_step=lambda step, _: None)
+    counts, lengths = outputs["nonfinite"].tolist(), outputs["lengths"].tolist()
+    assert counts[1:3] == lengths[1:3]  # each of their tokens comes behind a 5
+    assert counts[0] < lengths[0] and counts[3] < lengths[3]
+    assert not model._forward_hooks
+
+
+def test_nothing_is_drawn_from_nan() -> None:
+    source = Source(ArithmeticConfig())
+    task = GenerateConfig(prompt=("5",), max_new_tokens=3, do_sample=True)
+    with pytest.raises(LoadError, match=r"token 1 are not finite, so none can be drawn.*do_sample=false"):
+        source.generate(
+            {"model": broken_model("Llama")}, task, seed=0, device=torch.device("cpu"), on_step=lambda step, _: None
+        )

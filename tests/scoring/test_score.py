@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from qexp.config.generate import GenerateConfig
 from qexp.config.schema import IMAGE_METRICS, QUALITY_METRICS, TEXT_METRICS
 from qexp.errors import ConfigError, LoadError
 from qexp.models.digits import Config
-from qexp.scoring.score import LATENT_METRICS, REFERENCE_METRICS, SOURCE_METRICS, check_names, score
+from qexp.scoring.score import LATENT_METRICS, REFERENCE_METRICS, SOURCE_METRICS, _count_nonfinite, check_names, score
 from qexp.tasks.roundtrip import RoundtripConfig
 
 STEPS = 3
@@ -139,7 +140,7 @@ def test_broken_reference_is_not_the_runs_fault(tmp_path: Path, capsys: pytest.C
     reference = write_run(tmp_path / "reference", values)
     result = score(config(), write_run(tmp_path / "run", outputs()), reference)
     assert result["quality/finite"] == 1 and result["quality/psnr_db"] is None
-    assert "the reference has values that are not finite" in capsys.readouterr().err
+    assert "the reference has 64 values that are not finite" in capsys.readouterr().err
 
 
 def test_other_tasks_have_nothing_to_score(tmp_path: Path) -> None:
@@ -171,3 +172,23 @@ def test_files_that_do_not_fit_each_other(tmp_path: Path) -> None:
         score(config(), write_run(tmp_path / "run", outputs()), reference)
     with pytest.raises(LoadError, match=r"memory\.csv has 2 rows, but the saved trajectory 3 steps"):
         score(config(), write_run(tmp_path / "other", outputs(), rows=2), None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "outputs", "count"),
+    [
+        ("images", {"images": [0.0, math.nan], "latents": [math.inf, 1.0], "trajectory": [math.nan, 1.0]}, 2),
+        ("text", {"nonfinite": [0, 3], "nll": [1.0, -math.inf], "tokens": [1, 2]}, 4),
+        ("outputs", {"hidden": [0.0, math.nan], "logits.0": [math.nan, math.nan]}, 3),
+    ],
+)
+def test_what_is_not_finite_is_counted_and_said(
+    kind: str, outputs: dict[str, list[float]], count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {name: torch.tensor(values) for name, values in outputs.items()}
+    good = {name: torch.zeros(2) for name in outputs}
+    assert _count_nonfinite(kind, good, None) == 0 and capsys.readouterr().err == ""
+    assert _count_nonfinite(kind, tensors, None) == count
+    assert f"warning: {count} " in capsys.readouterr().err
+    assert _count_nonfinite(kind, good, tensors) == 0
+    assert f"the reference has {count} " in capsys.readouterr().err

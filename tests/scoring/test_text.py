@@ -10,7 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qexp.errors import LoadError
-from qexp.scoring.text import exact_match, kl_divergence, perplexity, text_numbers, write_samples
+from qexp.scoring.text import (
+    count_nonfinite_tokens,
+    exact_match,
+    kl_divergence,
+    perplexity,
+    text_numbers,
+    write_samples,
+)
 from qexp.tasks.perplexity import LOGPROBS
 
 TOKENS, VOCABULARY = 700, 50  # more rows than are read at a time
@@ -84,10 +91,9 @@ def test_numbers_of_a_run(tmp_path: Path) -> None:
     names = ("perplexity", "kl_divergence", "top1_agreement", "exact_match")
     numbers = text_numbers(names, outputs, expected, ours, reference)
     assert numbers == {
-        "finite": 1, "exact": 0, "perplexity": pytest.approx(math.e), "top1_agreement": 0.75, "kl_divergence": 0,
-        "kl_coverage": 1,
+        "exact": 0, "perplexity": pytest.approx(math.e), "top1_agreement": 0.75, "kl_divergence": 0, "kl_coverage": 1,
     }  # fmt: skip
-    assert text_numbers((), outputs, None, ours, None) == {"finite": 1}
+    assert text_numbers((), outputs, None, ours, None) == {}
     with pytest.raises(LoadError, match=r"logprobs\.safetensors is missing, and KL divergence needs it"):
         text_numbers(names, outputs, expected, tmp_path, reference)
 
@@ -101,3 +107,23 @@ def test_samples_stand_beside_the_references(tmp_path: Path) -> None:
     with (tmp_path / "ours" / "samples.csv").open(newline="") as stream:
         rows = list(csv.reader(stream))
     assert rows == [["prompt", "text", "reference", "same"], ["x", "a,\nb", "c", "0"], ["y", "same", "same", "1"]]
+
+
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("nll", [1.0, math.nan]), ("nll", [math.inf, 1.0]), ("nonfinite", [0, 1])], ids=str
+)
+def test_probabilities_that_are_not_finite_agree_with_nothing(
+    name: str, value: list[float], side: str, tmp_path: Path
+) -> None:
+    good = {
+        "nll": torch.ones(2), "top1": torch.zeros(2), "tokens": torch.zeros(2, 3), "lengths": torch.tensor([3, 3]),
+        "nonfinite": torch.zeros(2),
+    }  # fmt: skip
+    bad = good | {name: torch.tensor(value)}
+    ours, theirs = (bad, good) if side == "ours" else (good, bad)
+    places = [write(tmp_path / place, logprobs(0)) for place in ("a", "b")]
+    names = ("exact_match", "top1_agreement", "kl_divergence")
+    numbers = text_numbers(names, ours, theirs, *places)
+    assert numbers == {"exact": 0, **dict.fromkeys((*names, "kl_coverage"))}
+    assert count_nonfinite_tokens(bad) == 1 and count_nonfinite_tokens(good) == 0

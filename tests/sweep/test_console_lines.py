@@ -33,6 +33,10 @@ def test_what_is_not_known_is_left_out() -> None:
     exact = {"quality/psnr_db": None, "quality/exact": 1.0}
     broken = {"quality/psnr_db": None, "quality/exact": 0.0, "quality/finite": 0.0}
     assert end_line("x", replace(ROW, metrics=broken), None) == "x: done in 8.1 s, not finite"
+    counted = broken | {"quality/exact": 1.0, "quality/nonfinite": 12}
+    assert end_line("x", replace(ROW, metrics=counted), None) == "x: done in 8.1 s, not finite (12 values)"
+    layers = {"roundtrip/nonfinite_layers": 2, "roundtrip/sqnr_db_mean": 20.73}
+    assert end_line("x", replace(ROW, metrics=layers), None) == "x: done in 8.1 s, 2 layers not finite"
     assert end_line("x", replace(ROW, metrics={}, rescored=True), None) == "x: scored again"
     assert end_line("x", replace(ROW, metrics=exact), None) == "x: done in 8.1 s, identical to the reference"
 

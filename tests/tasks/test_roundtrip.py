@@ -13,7 +13,7 @@ from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.loading.component import Prepared
 from qexp.loading.prepare import prepare
 from qexp.quantizers.base import load_quantizer
-from qexp.tasks.roundtrip import LayerRow, measure_layers, rows_to_csv, summarize
+from qexp.tasks.roundtrip import LayerRow, measure_layers, nonfinite_layers, rows_to_csv, summarize
 from tests.backends import CPU, Stack, StackSource, backend_config, save_stack
 from tests.quantizers.formulas import symmetric_int8
 
@@ -67,6 +67,7 @@ def test_the_summary_has_means_and_worst_cases() -> None:
     assert summary == {
         "roundtrip/layers": 2,
         "roundtrip/exact_layers": 0,
+        "roundtrip/nonfinite_layers": 0,
         "roundtrip/sqnr_db_mean": 25.0,
         "roundtrip/sqnr_db_min": 20.0,
         "roundtrip/relative_l2_mean": pytest.approx(0.065),
@@ -80,3 +81,11 @@ def test_the_csv_reads_back(stack: Stack, tmp_path: Path) -> None:
     read = list(csv.DictReader(io.StringIO(rows_to_csv(rows))))
     assert [row["layer"] for row in read] == [row.layer for row in rows]
     assert [float(row["sqnr_db"]) for row in read] == [row.sqnr_db for row in rows]
+
+
+def test_a_layer_that_is_not_finite_is_counted_and_in_no_mean() -> None:
+    good = LayerRow("c", "a", 1, 1, "float32", 1, 8.0, 20.0, 0.1, 0.9, 0.5)
+    bad = LayerRow("c", "b", 1, 1, "float32", 1, 8.0, None, None, None, None)
+    summary = summarize([good, bad])
+    assert (summary["roundtrip/nonfinite_layers"], summary["roundtrip/sqnr_db_mean"]) == (1, 20.0)
+    assert nonfinite_layers([good, bad]) == ["b"]
