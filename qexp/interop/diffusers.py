@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,6 +64,12 @@ class InterfaceQuantizer(DiffusersQuantizer):
         raise NotImplementedError("this quantizer belongs to a model that is loaded; qexp.load() loads models")
 
     _process_model_after_weight_loading = _process_model_before_weight_loading
+
+
+def saved_config(model: Any) -> dict[str, Any]:
+    """Return what `save_pretrained` writes into config.json, without quantization_config: the caller adds that."""
+    values: dict[str, Any] = json.loads(model.to_json_string())
+    return {name: value for name, value in values.items() if name not in CONFIG_ENTRIES}
 
 
 def attach(model: Any, quantizer: Quantizer) -> InterfaceQuantizer:

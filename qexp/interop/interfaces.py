@@ -2,7 +2,8 @@
 
 `interface_of(model)` is the module of this package that speaks to the model's library. Its `attach(model, quantizer)`
 enters the quantization in the model's own config and returns an `hf_quantizer`, ours inside an object of the library's
-own base class; `detach(model)` takes it out of the config again.
+own base class; `detach(model)` takes it out of the config again. `saved_config(model)` is the config.json that the
+library would write.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +63,19 @@ def kept_by_class(model: Any, dtype: torch.dtype) -> tuple[tuple[str, ...], tupl
     )
     in_fp32 = (*(kept if dtype == torch.float16 else ()), *strict)
     return tuple(anywhere(f"*{entry}*") for entry in in_fp32), tuple(map(anywhere, kept))
+
+
+def saved_config(model: Any) -> dict[str, Any]:
+    """Return what `save_pretrained` writes into config.json, of the model as it is: its own class, and dtype.
+
+    The library's writer encodes infinity, which JSON has not. The caller adds the quantization_config.
+    """
+    config, dtype = copy.copy(model.config), getattr(model, "_pre_quantization_dtype", model.dtype)
+    config.architectures, config.dtype = [type(model).__name__], str(dtype).removeprefix("torch.")
+    vars(config).pop("quantization_config", None)
+    values: dict[str, Any] = json.loads(config.to_json_string())
+    values.pop("_is_quantized", None)
+    return values
 
 
 def attach(model: Any, quantizer: Quantizer) -> InterfaceQuantizer:

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from qexp.checkpoints.checkpoint import GGUF_CONFIG_KEY, SAVED_GGUF, SAVED_WEIGHTS, refuse_source
 from qexp.errors import ConfigError, DiskError
+from qexp.interop.interfaces import interface_of
 from qexp.loading.gguf_saving import save_gguf
 from qexp.loading.quantized_model import registered_quantizer
 from qexp.loading.sharing import distinct_state
 from qexp.quantizers.embedded import refused_name
-from qexp.system.files import disk_error, replacing, write_bytes, write_json
+from qexp.system.files import disk_error, replacing, write_bytes, write_json, write_text
 
 STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"  # of its own models' files
@@ -79,6 +80,8 @@ def save_model(
     if config is None:
         raise ConfigError(f"save: this {type(model).__name__} was not loaded by qexp, so its config.json is unknown")
     refuse_source(folder, model.checkpoint_path, "save")  # type: ignore[arg-type]
+    interface = interface_of(model)
+    config = interface.saved_config(model) if interface is not None else config
     config = {name: value for name, value in config.items() if name not in ("quantization_config", "quantization")}
     quantizer = registered_quantizer(model)
     tensors, metadata = distinct_state(model, quantizer), dict[str, str]()
@@ -109,8 +112,13 @@ def save_model(
             write_json(beside / index, _index(dict(zip(names, shards, strict=True))))
             names.append(index)
         sides = _copy_carried_files(model, beside)
-        write_json(beside / "config.json", config)
+        _write_config(beside / "config.json", config)
     return [folder / name for name in ("config.json", *sides, *names)]
+
+
+def _write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """As the libraries write one; infinity, which some networks have there, is a word that their readers take."""
+    write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _copy_carried_files(model: Any, beside: Path) -> list[str]:
@@ -160,7 +168,7 @@ def _save_as_gguf(
     with _beside(folder) as beside:
         save_gguf(beside / SAVED_GGUF, tensors, architecture=architecture, metadata=texts)
         sides = _copy_carried_files(model, beside)
-        write_json(beside / "config.json", config)
+        _write_config(beside / "config.json", config)
     return [folder / name for name in ("config.json", *sides, SAVED_GGUF)]
 
 

@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 from qexp.checkpoints.pipeline_folder import INDEX, PipelineFolder
 from qexp.errors import LoadError
 from qexp.models.folder import NOT_THE_NETWORKS
+from qexp.models.transformers_networks import transformers_config
 from qexp.offloading.strategies import offload_of
 from qexp.system.imports import quiet
 
@@ -40,17 +41,9 @@ def network(folder: PipelineFolder, component: str, config: Mapping[str, Any]) -
             f"or transformers"
         )
     with no_init_weights():
-        model: Any = kind(_transformers_config(kind, fields))
+        model: Any = kind(transformers_config(fields, folder.path / component, kind.config_class))
     model.tie_weights()  # part of what was left out
     return model
-
-
-def _transformers_config(kind: Any, fields: Mapping[str, Any]) -> Any:
-    """The architecture's config object; of a model of text and images, for a class that is one half, that half's."""
-    own = kind.config_class
-    if fields.get("model_type") != own.model_type and isinstance(fields.get(own.base_config_key), Mapping):
-        fields = fields[own.base_config_key]
-    return own.from_dict(dict(fields))
 
 
 def _component_class(folder: PipelineFolder, component: str) -> Any:

@@ -8,9 +8,11 @@ and what they compute is recorded (`checkpoints/lazy_tensor.py`), to be done whi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, LoadError, did_you_mean
@@ -26,21 +28,52 @@ if TYPE_CHECKING:
 PREFIXES_IN_FILES = {"CLIPTextModel": "text_model."}
 
 
-def transformers_config(config: Mapping[str, Any], folder: Path) -> Any:
-    """The architecture's config object from a parsed config.json, without how the checkpoint is quantized."""
+def transformers_config(config: Mapping[str, Any], folder: Path, kind: Any = None) -> Any:
+    """Return the library's config object for a parsed config.json, without how the checkpoint is quantized.
+
+    The library reads it from a file, since what it does there is more than its class of configs does: it picks another
+    architecture for some entries, resolves parts of composite models, and decodes infinity.
+
+    Args:
+        config: the parsed config.json.
+        folder: the model's folder, for messages, and where other files that config.json names are.
+        kind: a class of configs; None is the one that the library finds by model_type.
+
+    Raises: LoadError if the library does not know the architecture, or refuses a value.
+    """
     from transformers import AutoConfig
 
     values = {name: value for name, value in config.items() if name != "quantization_config"}
-    model_type = values.pop("model_type", None)
-    if model_type is None:
-        raise LoadError(f"'{folder}/config.json' has no model_type: it is not a transformers model's; check model.path")
+    options = {} if kind is not None else {"trust_remote_code": False}
     try:
-        return AutoConfig.for_model(model_type, **values)
-    except ValueError as error:
-        raise LoadError(
+        with TemporaryDirectory() as place, quiet():
+            (Path(place) / "config.json").write_text(json.dumps(values), encoding="utf-8")
+            is_elsewhere = "configuration_files" in values and (folder / "config.json").is_file()
+            read_from = folder if is_elsewhere else place
+            parsed = (kind or AutoConfig).from_pretrained(read_from, local_files_only=True, **options)
+    except Exception as error:  # of the library's own checks there are many kinds
+        raise LoadError(_config_message(config, folder, error)) from error
+    vars(parsed).pop("quantization_config", None)
+    parsed._name_or_path = str(folder)
+    return parsed
+
+
+def _config_message(config: Mapping[str, Any], folder: Path, error: Exception) -> str:
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type is None:
+        return f"'{folder}/config.json' has no model_type: it is not a transformers model's; check model.path"
+    if model_type not in CONFIG_MAPPING:
+        return (
             f"'{folder}/config.json': model_type={model_type!r} is unknown to transformers {_version()} "
             "(models with code of their own are not loaded); install a version that knows it"
-        ) from error
+        )
+    reason = " ".join(str(error).split())[:300]
+    return (
+        f"'{folder}/config.json' cannot be read as that of a {model_type!r} by transformers {_version()}: {reason}; "
+        "download it again, or install the version that wrote it"
+    )
 
 
 def network(config: Mapping[str, Any], folder: Path, class_name: str | None = None) -> Any:
@@ -54,6 +87,7 @@ def network(config: Mapping[str, Any], folder: Path, class_name: str | None = No
     kind, parsed = network_class(config, folder, class_name), transformers_config(config, folder)
     is_auto = hasattr(kind, "from_config")
     if not is_auto:
+        kind = _class_for(kind, parsed) if class_name is None else kind
         parsed = _config_for(kind, parsed, folder)
     try:
         with quiet(), no_init_weights():
@@ -103,6 +137,34 @@ def network_class(config: Mapping[str, Any], folder: Path, class_name: str | Non
         f"'{folder}': config.json has architectures={name!r}, which transformers {_version()} has not; install "
         "a version that has it, or pass skeleton=, a class or a function that builds the network"
     )
+
+
+def _class_for(kind: Any, config: Any) -> Any:
+    """The class with the job of `kind` for the architecture that the library reads config.json as.
+
+    That may be another one than architectures says: a Mistral with layer_types is a Ministral. The job is that of the
+    Auto class which lists `kind`.
+    """
+    from transformers.models.auto import modeling_auto
+
+    if isinstance(config, kind.config_class) or kind.config_class in _part_classes(config):
+        return kind
+    for auto in vars(modeling_auto).values():
+        known = getattr(auto, "_model_mapping", None)
+        if known is not None and type(config) in known and kind in _listed(known, kind.config_class):
+            return _listed(known, type(config))[0]
+    return kind
+
+
+def _listed(classes: Any, config_class: Any) -> tuple[Any, ...]:
+    """The networks that an Auto class has for a class of configs."""
+    found = classes.get(config_class, ())
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _part_classes(config: Any) -> set[type]:
+    """The classes of a composite model's parts."""
+    return {type(getattr(config, name, None)) for name in getattr(config, "sub_configs", {})}
 
 
 def _config_for(kind: Any, config: Any, folder: Path) -> Any:

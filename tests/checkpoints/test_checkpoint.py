@@ -360,7 +360,8 @@ def test_json_is_read_as_utf8_whatever_the_locale(tmp_path: Path) -> None:
 def test_two_files_without_an_index(tmp_path: Path) -> None:
     write_folder(tmp_path, {"one.safetensors": TWO})
     write_tensors(tmp_path / "two.safetensors", TWO)
-    with pytest.raises(LoadError, match=r"several safetensors files \('one.safetensors', 'two.safetensors'\).*without their index"):
+    several = r"several safetensors files \('one.safetensors', 'two.safetensors'\).*without their index"
+    with pytest.raises(LoadError, match=several):
         open_checkpoint(tmp_path)
 
 

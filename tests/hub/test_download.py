@@ -210,7 +210,7 @@ def test_of_a_variant_the_files_that_components_have_of_it(
         ({"config.json": b"{}", "pytorch_model.bin": b""}, "no safetensors, only 'pytorch_model.bin'; take"),
         ({"config.json": b"{}"}, "it has no safetensors, and no other weights; take"),
         ({"a.gguf": b"", "b.gguf": b""}, r"several .gguf files \('a.gguf', 'b.gguf'\).*hf download user/name file"),
-        ({"config.json": b"{}", "a.safetensors": b"", "b.safetensors": b""}, r"several safetensors files \('a.safetensors', 'b"),
+        ({"config.json": b"{}", "a.safetensors": b"", "b.safetensors": b""}, r"several safetensors files \('a.safe"),
         ({"model.safetensors.index.json": b'{"weight_map": {"a": "b.safetensors"}}'}, "names 'b.safetensors', which"),
         ({"model.safetensors.index.json": b'{"weight_map": {"a": "../b.safetensors"}}'}, "in the same folder"),
         ({"model.safetensors.index.json": b"[]"}, "must hold a JSON object"),

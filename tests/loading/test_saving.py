@@ -114,7 +114,7 @@ def test_a_failed_save_keeps_the_model_that_was_there(
     with files_of_at_most(50_000), pytest.raises(DiskError, match=r"saved: .*another folder with save\.path="):
         save_model(model, tmp_path / "saved")
     assert content(tmp_path / "saved") == before
-    monkeypatch.setattr(saving, "write_json", lambda *_: 1 / 0)  # the very last file
+    monkeypatch.setattr(saving, "_write_config", lambda *_: 1 / 0)  # the very last file
     with pytest.raises(ZeroDivisionError):
         save_model(model, tmp_path / "saved")
     assert content(tmp_path / "saved") == before
