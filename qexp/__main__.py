@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 
@@ -9,6 +10,8 @@ import sys
 def main() -> None:
     """Run one experiment or a sweep, and exit with 0 only if all of it is done."""
     arguments = sys.argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a prompt or an arrow that the locale has no letter for
     if "--help" in arguments or "-h" in arguments:
         from qexp.cli.help import help_text
 

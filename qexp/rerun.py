@@ -68,7 +68,7 @@ def rerun(path: Path, outputs: Path | None) -> int:
     if config.tracking.mode == "online":
         check_login()
     with old_kept(folder):
-        row = run_job(config, (folder.path / "overrides.txt").read_text().splitlines())
+        row = run_job(config, (folder.path / "overrides.txt").read_text(encoding="utf-8").splitlines())
         done = row.status == "done"
         if done:
             shutil.rmtree(aside(folder), ignore_errors=True)
@@ -130,7 +130,7 @@ def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
     Raises LoadError if there is none.
     """
     try:
-        container = yaml.safe_load((folder.path / "config.yaml").read_text())
+        container = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise LoadError(f"{folder.path} is no run folder, its config.yaml cannot be read: {error}") from error
     config = run_config_from_container(container)

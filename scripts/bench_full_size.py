@@ -67,7 +67,7 @@ def measure(component: str, root: Path, arguments: argparse.Namespace) -> Iterat
 
 def merged(rows: list[dict[str, Any]], path: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
     """These rows, and those of a result with the same options that they do not replace."""
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     kept = before["rows"] if before.get("options") == options else []
     new = {(row["component"], row["format"]): row for row in rows}
     return [*(row for row in kept if (row["component"], row["format"]) not in new), *rows]

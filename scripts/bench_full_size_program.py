@@ -76,7 +76,7 @@ def main() -> None:
         return qexp.load(folder, BACKENDS[arguments.format], device="cpu", compute_dtype=arguments.compute_dtype)
 
     def forward(model: nn.Module, folder: Path) -> Tensor:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         run = FORWARDS[config.get("_class_name") or config["architectures"][0]]
         with torch.no_grad():
             return run(model, config, dtype, arguments.image_tokens, arguments.text_tokens)

@@ -29,7 +29,9 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", 
 
 def resident_bytes(pid: int | str = "self") -> dict[str, int]:
     """Anonymous, file and all resident bytes of a process."""
-    _, resident, shared, *_ = (int(field) * PAGE_BYTES for field in Path(f"/proc/{pid}/statm").read_text().split())
+    _, resident, shared, *_ = (
+        int(field) * PAGE_BYTES for field in Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()
+    )
     return {"anon": resident - shared, "file": shared, "total": resident}
 
 
@@ -61,8 +63,10 @@ class Sampler(threading.Thread):
 
 def run_watched(command: Sequence[str]) -> dict[str, Any]:
     """What the program printed, and its peaks. Exits if it fails."""
-    with tempfile.TemporaryFile("w+") as messages:  # what libraries say while they are imported
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as messages:  # what libraries say while they are imported
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True, encoding="utf-8"
+        )
         assert process.stdin is not None and process.stdout is not None
         line, peaks = "", dict[str, int]()
         if process.stdout.readline().strip() == "ready":
@@ -204,7 +208,7 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 

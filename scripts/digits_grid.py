@@ -29,7 +29,9 @@ def main() -> None:
 
     source = Source(Config())
     folder = source.checkpoints()["transformer"]
-    model = source.skeleton("transformer", json.loads((folder / "config.json").read_text())).to(torch.bfloat16)
+    model = source.skeleton("transformer", json.loads((folder / "config.json").read_text(encoding="utf-8"))).to(
+        torch.bfloat16
+    )
     model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
     outputs = source.generate(
         {"transformer": model.eval()},

@@ -86,7 +86,7 @@ class Copy:
         code = f"import importlib.util as u; print(u.find_spec({PACKAGE!r}).submodule_search_locations[0])"
         command = [sys.executable, "-c", code]
         found = subprocess.run(
-            command, cwd=os.sep, env=self.environment(), capture_output=True, text=True
+            command, cwd=os.sep, env=self.environment(), capture_output=True, text=True, encoding="utf-8"
         ).stdout.strip()
         if Path(found) != self.root / PACKAGE:
             raise SystemExit(f"the copy in {self.root} is not what is imported, but {found or 'nothing'}")
@@ -182,7 +182,7 @@ def take_tests(source: Path, root: Path, revision: str) -> None:
 def files_of(root: Path) -> list[str]:
     """The files of a repository that git tracks, or would: new ones that it does not ignore."""
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+    names = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout.split("\0")
     return [name for name in dict.fromkeys(names) if name and (root / name).is_file()]
 
 

@@ -184,7 +184,7 @@ def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, lin
 
 
 def processor_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
@@ -213,7 +213,7 @@ def main() -> None:
 
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
-    (arguments.out / "held_out.txt").write_text("".join(lines))
+    (arguments.out / "held_out.txt").write_text("".join(lines), encoding="utf-8")
     report = {
         "parameters": model.num_parameters(),
         "held_out_exact_match": accuracy,
@@ -225,7 +225,7 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    (arguments.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    (arguments.out / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))
 
 

@@ -134,7 +134,7 @@ def main() -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(contiguous, arguments.out / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     (arguments.out / "config.json").write_text(
-        json.dumps({"_class_name": "DigitsTransformer", **asdict(DigitsConfig())}, indent=2) + "\n"
+        json.dumps({"_class_name": "DigitsTransformer", **asdict(DigitsConfig())}, indent=2) + "\n", encoding="utf-8"
     )
     statistics = {"real_features.mean": features.mean(0), "real_features.covariance": features.T.cov()}
     save_file({**classifier.state_dict(), **statistics}, arguments.out / "classifier.safetensors", {"format": "pt"})
@@ -148,7 +148,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    (arguments.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    (arguments.out / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))
 
 

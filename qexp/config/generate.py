@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.system.text_files import read_lines
 
 COUNTS = (
     "num_images", "num_inference_steps", "num_images_per_prompt", "height", "width", "num_frames",
@@ -130,11 +131,8 @@ def read_prompts(value: Any, place: str = "task.prompt", may_be_empty: bool = Fa
     if value is None:
         return None
     if isinstance(value, str) and value.startswith("@"):
-        try:
-            value = [line for line in Path(value[1:]).expanduser().read_text(encoding="utf-8").splitlines() if line]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not a text file"
-            raise ConfigError(f"{place}={value} cannot be read: {reason}; give a file with a prompt a line") from error
+        lines = read_lines(value[1:], f"{place}={value}", "give a UTF-8 file with a prompt a line")
+        value = [line for line in lines if line]
     prompts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
     if not prompts or not all(isinstance(prompt, str) and (prompt or may_be_empty) for prompt in prompts):
         raise ConfigError(

@@ -16,6 +16,7 @@ from typing import Any
 
 from qexp.config.dataclass_io import convert
 from qexp.errors import ConfigError, first_names
+from qexp.system.text_files import read_lines
 
 
 @cache
@@ -79,12 +80,7 @@ def patterns(value: Any, place: str) -> tuple[str, ...]:
         return patterns
     if not value.startswith("@"):
         raise ConfigError(f"{place}={value} must be a list, such as [{value}], or @file with one pattern a line")
-    try:
-        lines = Path(value[1:]).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        remedy = f"give a path from {Path.cwd()}, or a list of patterns"
-        raise ConfigError(f"{place}={value} cannot be read: {reason}; {remedy}") from error
+    lines = read_lines(value[1:], f"{place}={value}", f"give a path from {Path.cwd()}, or a list of patterns")
     return tuple(pattern for line in lines if (pattern := line.partition("#")[0].strip()))
 
 

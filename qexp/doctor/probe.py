@@ -132,7 +132,7 @@ def _save_layer(folder: Path, dtype: torch.dtype) -> torch.Tensor:
     weight = torch.randn(ROWS, COLUMNS, generator=generator).to(dtype)
     bias = torch.randn(ROWS, generator=generator).to(dtype)
     save_file({"0.weight": weight, "0.bias": bias}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text("{}", encoding="utf-8")
     return weight
 
 

@@ -116,7 +116,11 @@ def _storage(repo: str) -> Path:
 def _cached_commit(storage: Path, revision: str) -> str | None:
     """The commit of a revision whose snapshot is in the cache, or None."""
     try:
-        commit = revision if COMMIT.fullmatch(revision) else (storage / "refs" / revision).read_text().strip()
+        commit = (
+            revision
+            if COMMIT.fullmatch(revision)
+            else (storage / "refs" / revision).read_text(encoding="utf-8").strip()
+        )
     except OSError:
         return None
     return commit if (storage / "snapshots" / commit).is_dir() else None

@@ -72,13 +72,13 @@ class Source(causal_lm.Source):
 
     def _characters(self, tokens: Tensor) -> list[str]:
         """Rows of tokens as text, without the line's end and special tokens: the tokenizer, but nothing is imported."""
-        vocabulary = json.loads((self.folder / "tokenizer.json").read_text())["model"]["vocab"]
+        vocabulary = json.loads((self.folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
         characters = {index: token if len(token) == 1 else "" for token, index in vocabulary.items()}
         return ["".join(characters.get(token, "?") for token in row).strip("\n") for row in tokens.tolist()]
 
     def _lines(self) -> list[str]:
         try:
-            return (ASSETS / HELD_OUT).read_text().splitlines()
+            return (ASSETS / HELD_OUT).read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise LoadError(f"{ASSETS / HELD_OUT}: {error.strerror}; reinstall qexp") from error
 

@@ -10,7 +10,7 @@ the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, LoadError
 from qexp.hub.download import local_folder
+from qexp.system.text_files import read_text
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,24 @@ class CausalLMConfig:
 
 
 Config = CausalLMConfig
+
+
+def _tokenizer_message(folder: Path, error: Exception) -> str:
+    """What to say of a tokenizer that cannot be opened: it is not there, damaged, or of another version."""
+    from importlib.metadata import version
+
+    reason = (str(error) or type(error).__name__).splitlines()[0][:300]
+    found = next((name for name in TOKENIZERS if (folder / name).is_file()), None)
+    if found is None:
+        return (
+            f"'{folder}' has no tokenizer that transformers can open: {reason}; "
+            "put the model's tokenizer files (tokenizer.json, tokenizer_config.json) there"
+        )
+    return (
+        f"'{folder / found}': transformers {version('transformers')} with tokenizers {version('tokenizers')} cannot "
+        f"open this tokenizer: {reason}; download it again, or save it with these versions, or install those that "
+        "wrote it"
+    )
 
 
 class Source:
@@ -133,11 +152,8 @@ class Source:
             tokenizer = AutoTokenizer.from_pretrained(
                 self.folder, local_files_only=True, padding_side=self.padding_side
             )
-        except (OSError, ValueError) as error:
-            raise LoadError(
-                f"'{self.folder}' has no tokenizer that transformers can open: {str(error).splitlines()[0]}; "
-                "put the model's tokenizer files (tokenizer.json, tokenizer_config.json) there"
-            ) from error
+        except Exception as error:  # the library of tokenizers raises plain ones
+            raise LoadError(_tokenizer_message(self.folder, error)) from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
         return tokenizer
@@ -177,22 +193,35 @@ class Source:
         """The text to measure perplexity on. Raises ConfigError if it cannot be read."""
         if path is None:
             raise ConfigError("task.text=null names no text to measure perplexity on; set task.text to a text file")
-        try:
-            return Path(path).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise ConfigError(f"task.text={path} cannot be read: {reason}; give a text file") from error
+        return read_text(path, f"task.text={path}", "give a text file")
 
     def encode(self, text: str) -> Tensor:
-        """The tokens of a text, [n], without special ones."""
+        """The tokens of a text, [n], without special ones: not the one that it begins with either, if it is written."""
         import torch
 
         tokens = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if tokens and tokens[0] == self.begin_token:
+            tokens = tokens[1:]
         return torch.tensor(tokens, dtype=torch.int64)
+
+    def check_run(self, models: Mapping[str, nn.Module], task: Any) -> None:
+        """Raises ConfigError or LoadError for what this model cannot do with its tokenizer, before weights are read."""
+        from qexp.models.prompt_tokens import check_tokens, encode_prompts
+        from qexp.models.text_generation import generation_settings, string_stops
+
+        model: Any = models["model"]
+        if task.name == "generate":
+            check_tokens(model, self.tokenizer, encode_prompts(self.tokenizer, self.prompts(task)), "task.prompt")
+            settings = generation_settings(model.generation_config, self.resolve_task(task), self.tokenizer, model)
+            string_stops(settings, self.tokenizer)
+        if task.name == "perplexity" or (task.name == "generate" and (task.text is not None or self.has_text)):
+            tokens = self.encode(self.text(task.text))[: getattr(task, "max_tokens", None)].tolist()
+            begin = [] if self.begin_token is None else [self.begin_token]
+            check_tokens(model, self.tokenizer, [begin + tokens], f"task.text={task.text}")
 
     def forward_inputs(self, lines: list[str]) -> dict[str, Tensor]:
         """What the network is called with for lines of text, [lines, longest], padded behind them."""
-        from qexp.models.text_generation import encode_lines
+        from qexp.models.prompt_tokens import encode_lines
 
         return encode_lines(self._network, self.tokenizer, lines)
 

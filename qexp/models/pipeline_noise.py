@@ -82,7 +82,7 @@ def _draw_like(original: Callable[..., Tensor], generators: list[Generator], arg
     keywords = {key: value for key, value in keywords.items() if key != "memory_format"}
     options = {"dtype": like.dtype, "device": like.device, **keywords}
     of_sizes = getattr(torch, LIKE[original.__name__])
-    return of_sizes(*limits, size=tuple(like.shape), generator=generators, **options)  # type: ignore[no-any-return]
+    return of_sizes(*limits, size=tuple(like.shape), generator=generators, **options)
 
 
 def _draw_from(original: Callable[..., Tensor], generators: list[Generator], arguments: Any, keywords: Any) -> Tensor:
@@ -112,4 +112,4 @@ def _draw_in_place(
     rows = tensor.split(1) if len(generators) > 1 else [tensor]
     for row, generator in zip(rows, generators, strict=True):
         row.copy_(original(torch.empty_like(row, device="cpu"), *parameters, generator=generator, **keywords))
-    return tensor  # type: ignore[no-any-return]
+    return tensor

@@ -211,7 +211,7 @@ def _write_history(outputs: Tensors, expected: Tensors | None, folder: Path) -> 
 
     path = folder / "memory.csv"
     try:
-        rows = list(csv.DictReader(path.read_text().splitlines()))
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     except FileNotFoundError:
         raise LoadError(f"{path} is missing, so there is no history; run it again with resume=none") from None
     if len(rows) != len(outputs["trajectory"]):

@@ -106,7 +106,7 @@ def do_work(work: Work) -> Status:
 
 
 def _config_of(folder: RunFolder) -> RunConfig:
-    return run_config_from_container(yaml.safe_load((folder.path / "config.yaml").read_text()))
+    return run_config_from_container(yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8")))
 
 
 def _result(work: Work, folder: RunFolder) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _log_traceback(folder: RunFolder) -> None:
     if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
         print(text, file=sys.stderr)
     try:
-        with (folder.path / "worker.log").open("a") as log:
+        with (folder.path / "worker.log").open("a", encoding="utf-8") as log:
             log.write(text)
     except OSError as error:
         print(f"warning: no traceback in worker.log: {error}", file=sys.stderr)

@@ -48,7 +48,8 @@ def run_worker(work: Work, timeout_minutes: float | None) -> Status:
 def _start(work: Work) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "qexp.sweep.worker", *work.arguments(), "--parent", str(os.getpid())]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": environment.get("PYTHONHASHSEED", "0")}
+    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": ":backslashreplace"}  # a locale may lack a letter
+    environment |= {"PYTHONHASHSEED": environment.get("PYTHONHASHSEED", "0")}
     return subprocess.Popen(
         command,
         env=environment,

@@ -109,14 +109,14 @@ class PeakMemory:
 def _reset_high_water_mark() -> bool:
     """Start VmHWM anew; False where the kernel does not allow it."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return False
     return True
 
 
 def _high_water_mark() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0

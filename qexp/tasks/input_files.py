@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError, LoadError, choices
+from qexp.system import text_files
 
 Shapes = dict[str, tuple[int, ...]]
 HOW = "a .safetensors file with a tensor for each argument of forward, a .npy file, or a .txt file"
@@ -105,11 +106,8 @@ def open_array(task: ForwardConfig) -> Any:
 
 def read_lines(task: ForwardConfig) -> list[str]:
     """The lines of a text that are not empty. Raises ConfigError if there are none."""
-    try:
-        lines = [line for line in task.path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"task.inputs={task.inputs} cannot be read: {reason}; give a text file") from error
+    place = f"task.inputs={task.inputs}"
+    lines = [line for line in text_files.read_lines(task.path, place, "give a text file") if line.strip()]
     if not lines:
         raise ConfigError(f"task.inputs={task.inputs} has no lines of text; write one for each row")
     return lines

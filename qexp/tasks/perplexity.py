@@ -18,6 +18,7 @@ divergence from the unquantized model's saved logits).
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -195,8 +196,11 @@ def _logits(model: Any, tokens: Tensor, batch: list[Window], begin_token: int | 
     if begin_token is not None:
         inputs = torch.nn.functional.pad(inputs, (1, 0), value=begin_token)
     scored = batch[0].stop - batch[0].scored
-    logits: Tensor = model(inputs[:, :-1].to(device), use_cache=False, logits_to_keep=scored).logits
-    return logits
+    taken = inspect.signature(type(model).forward).parameters
+    options = {"use_cache": False, "logits_to_keep": scored}
+    options = {name: value for name, value in options.items() if name in taken}
+    logits: Tensor = model(inputs[:, :-1].to(device), **options).logits
+    return logits[:, -scored:]  # some models give those of all positions, whatever they are asked for
 
 
 def _keep(part: Tensor, start: int, outputs: dict[str, Tensor], file: RowFile, kept: int) -> None:

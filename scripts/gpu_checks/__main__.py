@@ -108,7 +108,7 @@ class Collector:
             "failed": [f"{row['group']}: {row['name']}" for row in self.rows if row["status"] == FAILED],
         }
         command = [sys.executable, "-m", "gpu_checks.worker"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps(task) + "\n")
         process.stdin.close()
@@ -173,7 +173,9 @@ def git_state() -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False
+            )
         except OSError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -118,7 +118,7 @@ class Accelerator:
 def _driver_version() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = done.stdout.split()

@@ -74,7 +74,7 @@ def save_net(folder: Path, width: int, depth: int) -> int:
         tensors[name] = (noise * width**-0.5 if meta.dim() == 2 else around_one + 0.02 * noise).to(BF16)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"width": width, "depth": depth}))
+    (folder / "config.json").write_text(json.dumps({"width": width, "depth": depth}), encoding="utf-8")
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

@@ -198,7 +198,7 @@ def test_skip_patterns_come_from_a_file_with_comments(tmp_path: Path) -> None:
     patterns = run_config(f"skip_modules=@{path}").components["transformer"].skip_modules
     assert patterns == ("**.modulation", "blocks.0.attn", "proj_out", "x_embed")
     path.write_bytes(b"\xff\xfe\x00")
-    assert "not a text file" in message_of(f"skip_modules=@{path}")
+    assert "it is not UTF-8 text" in message_of(f"skip_modules=@{path}")
 
 
 def test_the_same_patterns_in_another_place_are_the_same_experiment() -> None:

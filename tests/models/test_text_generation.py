@@ -1,6 +1,8 @@
 """Continuing prompts: transformers' own `generate`, one prompt at a time, gives the same tokens."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,7 +98,7 @@ def test_a_prompt_ends_with_the_end_token_and_is_padded_behind_it() -> None:
 
 
 def broken_model(kind: str) -> Any:
-    """A tiny model whose input embedding of the character 5 is beyond fp32 as soon as anything is computed with it."""
+    """A tiny model whose input embedding of the character 5 has overflown."""
     import transformers
 
     torch.manual_seed(0)
@@ -110,8 +112,9 @@ def broken_model(kind: str) -> Any:
     auto = transformers.AutoModelForSeq2SeqLM if kind == "T5" else transformers.AutoModelForCausalLM
     model = auto.from_config(config).eval()
     row = Source(ArithmeticConfig()).tokenizer("5", add_special_tokens=False)["input_ids"][0]
+    model.set_output_embeddings(torch.nn.Linear(32, 32, bias=False))  # not tied to it
     with torch.no_grad():
-        model.get_input_embeddings().weight[row] = 3e38
+        model.get_input_embeddings().weight[row] = torch.inf
     return model
 
 
@@ -134,3 +137,199 @@ def test_nothing_is_drawn_from_nan() -> None:
         source.generate(
             {"model": broken_model("Llama")}, task, seed=0, device=torch.device("cpu"), on_step=lambda step, _: None
         )
+
+
+def own_answers(model: Any, tokenizer: Any, prompts: Any, **settings: Any) -> list[list[int]]:
+    """Each prompt by itself, by transformers: without padding."""
+    answers = []
+    for prompt in prompts:
+        tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            found = model.generate(tokens, do_sample=False, pad_token_id=0, **settings)[0]
+        answers.append(found[1 if model.config.is_encoder_decoder else tokens.shape[1] :].tolist())
+    return answers
+
+
+def our_answers(model: Any, source: Any, prompts: Any, **task: Any) -> list[list[int]]:
+    config = GenerateConfig(prompt=tuple(prompts), **task)
+    outputs = source.generate(
+        {"model": model}, config, seed=0, device=torch.device("cpu"), on_step=lambda step, _: None
+    )
+    return [row[:length].tolist() for row, length in zip(outputs["tokens"], outputs["lengths"], strict=True)]
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Rwkv": {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2, "context_length": 64},
+    "CTRL": {"n_embd": 32, "n_layer": 2, "n_head": 2, "dff": 64, "n_positions": 64},
+    "Mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "OPT": {
+        "hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64,
+    },
+    "Bart": {
+        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_start_token_id": 2,
+        "forced_eos_token_id": None,
+    },
+}  # fmt: skip
+LONE = ("Rwkv",)  # that read padding, as if it were text
+
+
+def random_model(family: str) -> Any:
+    import transformers
+
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, **FAMILIES[family]
+    )
+    auto = transformers.AutoModelForSeq2SeqLM if family == "Bart" else transformers.AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() == 2 else 1)
+    return model
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_does_not_depend_on_the_other_prompts(
+    family: str, batch_size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, source = random_model(family), Source(ArithmeticConfig())
+    source.padding_side = "right" if family == "Bart" else "left"
+    expected = own_answers(model, source.tokenizer, PROMPTS, max_new_tokens=12)
+    assert our_answers(model, source, PROMPTS, max_new_tokens=12, batch_size=batch_size) == expected
+    assert ("one at a time: this model reads" in capsys.readouterr().err) == (family in LONE and batch_size > 1)
+
+
+def test_a_batch_is_padded_to_its_own_longest() -> None:
+    from qexp.models.prompt_tokens import padded_inputs
+
+    model = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=False))
+    inputs = padded_inputs([[1, 5], [1, 5, 6]], 0, model)
+    assert inputs["input_ids"].tolist() == [[0, 1, 5], [1, 5, 6]]
+    assert inputs["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
+    model.config.is_encoder_decoder = True
+    assert padded_inputs([[1, 5], [1, 5, 6]], None, model)["input_ids"].tolist() == [[1, 5, 0], [1, 5, 6]]
+
+
+def test_draws_of_a_batch_do_not_depend_on_those_before() -> None:
+    model, source = random_model("OPT"), Source(ArithmeticConfig())
+    settings = {"do_sample": True, "temperature": 2.0, "batch_size": 1}
+    long, short = (our_answers(model, source, ("12", "34"), max_new_tokens=n, **settings)[1] for n in (9, 4))
+    assert long[:4] == short
+
+
+@pytest.mark.parametrize(
+    ("row", "own", "expected"),
+    [
+        ([1, 1, 7, 8], [1, 7, 8], [1, 7, 8]),  # a begin that the text has already
+        ([101, 101, 7, 102, 102], [101, 7, 102], [101, 7, 102]),  # BERT's at both ends
+        ([7, 2, 2], [7, 2], [7, 2]),  # T5's end
+        ([1, 7, 1], [7, 1], [1, 7, 1]),  # elsewhere it is text
+        ([1, 1, 1, 7], [1, 1, 7], [1, 1, 7]),  # written twice
+        ([7, 8], [7, 8], [7, 8]),  # none are added
+        ([1], [], [1]),
+    ],
+)
+def test_a_special_token_that_is_written_is_not_added(row: list[int], own: list[int], expected: list[int]) -> None:
+    from qexp.models.prompt_tokens import once_each
+
+    assert once_each(row, own) == expected
+
+
+@pytest.mark.parametrize(
+    "entry", [{"return_dict_in_generate": True}, {"output_scores": True, "return_dict_in_generate": True}], ids=str
+)
+def test_what_generate_returns_besides_tokens_is_left_out(entry: dict[str, Any]) -> None:
+    model, source = random_model("OPT"), Source(ArithmeticConfig())
+    expected = own_answers(model, source.tokenizer, PROMPTS, max_new_tokens=8)
+    model.generation_config.update(**entry)
+    assert our_answers(model, source, PROMPTS, max_new_tokens=8) == expected
+
+
+def letters_tokenizer() -> Any:
+    """One with a token for each of 29 letters, as transformers needs it to look for stop strings."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", ".", " ", "1"]
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    made.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("letters", [slice(1, 3), slice(0, 1), slice(2, 5)], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_answer_ends_with_a_stop_string(batch_size: int, letters: slice) -> None:
+    """One that is made of some letters of the first prompt's own answer."""
+    model, source, prompts = random_model("OPT"), Source(ArithmeticConfig()), ("ab", "once upon", "x.")
+    source.__dict__["tokenizer"] = tokenizer = letters_tokenizer()
+    model.generation_config.eos_token_id = 2
+    own = own_answers(model, tokenizer, prompts, max_new_tokens=8)
+    stop = tokenizer.decode(own[0][letters])
+    model.generation_config.stop_strings = [stop]
+    answers = our_answers(model, source, prompts, max_new_tokens=8, batch_size=batch_size)
+    for answer, whole in zip(answers, own, strict=True):
+        ends = [n for n in range(1, len(whole) + 1) if stop in tokenizer.decode(whole[:n])]
+        assert answer == whole[: min(ends, default=len(whole))]
+    assert len(answers[0]) < 8
+
+
+def test_stop_strings_that_the_library_cannot_look_for_are_refused() -> None:
+    """The embedded tokenizer has no letters."""
+    source, model = Source(ArithmeticConfig()), random_model("OPT")
+    model.generation_config.stop_strings = ["12"]
+    with pytest.raises(ConfigError, match=r"generation_config\.json has stop_strings=\['12'\], which .*remove"):
+        source.check_run({"model": model}, GenerateConfig(prompt=("12",)))
+
+
+@pytest.mark.parametrize(
+    "entry", [{"prompt_lookup_num_tokens": 3}, {"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "high"}], ids=str
+)
+def test_searches_whose_tokens_cannot_be_compared_are_refused(entry: dict[str, Any]) -> None:
+    from transformers import GenerationConfig
+
+    from qexp.models.text_generation import generation_settings
+
+    base = GenerationConfig(pad_token_id=0, **entry)
+    with pytest.raises(ConfigError, match=r"generation_config\.json asks for .*cannot be compared token by token"):
+        generation_settings(base, GenerateConfig(), None)
+
+
+@pytest.mark.parametrize("prompts", [("12",), ("12", "34"), PROMPTS])
+def test_without_tokens_to_pad_with_prompts_are_continued_all_the_same(prompts: tuple[str, ...]) -> None:
+    model, source = random_model("OPT"), Source(ArithmeticConfig())
+    expected = own_answers(model, source.tokenizer, prompts, max_new_tokens=6)
+    source.tokenizer.pad_token = source.tokenizer.eos_token = None
+    model.generation_config.update(eos_token_id=None, pad_token_id=None)
+    ours = our_answers(model, source, prompts, max_new_tokens=6)
+    assert [answer[: len(own)] for answer, own in zip(ours, expected, strict=True)] == expected
+
+
+@pytest.mark.parametrize("task", ["generate", "perplexity"])
+def test_a_token_beyond_the_vocabulary_is_refused_before_weights(task: str, folder: Path, tmp_path: Path) -> None:
+    from qexp.tasks.perplexity import PerplexityConfig
+
+    source, model = Source(ArithmeticConfig(path=str(folder))), random_model("OPT")
+    source.tokenizer.add_tokens(["new"])
+    (tmp_path / "text").write_text("12new")
+    text = str(tmp_path / "text")
+    config: Any = GenerateConfig(prompt=("12new",)) if task == "generate" else PerplexityConfig(text=text)
+    model.resize_token_embeddings(source.tokenizer.convert_tokens_to_ids("new"))  # one too few
+    with pytest.raises(LoadError, match=r"task\.(prompt|text).*makes token \d+ of it \('new'\), but the network has"):
+        source.check_run({"model": model}, config)
+
+
+@pytest.mark.parametrize("change", [('"type": "', '"type": "Newer'), ("{", ""), ('"vocab"', '"words"')], ids=str)
+def test_a_tokenizer_that_cannot_be_opened_is_named_with_a_remedy(
+    change: tuple[str, str], folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8").replace(*change), encoding="utf-8")
+    source = Source(ArithmeticConfig(path=str(tmp_path / "model")))
+    with pytest.raises(
+        LoadError, match=r"tokenizer\.json': transformers 5.* cannot open this tokenizer: .*download it"
+    ):
+        source.check_run({"model": random_model("OPT")}, GenerateConfig(prompt=("12",)))

@@ -119,3 +119,40 @@ def test_a_text_that_is_too_short_or_missing(tmp_path: Path) -> None:
         list(windows_of(0, 8, 4, True))
     with pytest.raises(ConfigError, match=r"task\.text=.*nowhere cannot be read: No such file"):
         Source(ArithmeticConfig()).text(str(tmp_path / "nowhere"))
+
+
+class WholeLogits(torch.nn.Module):
+    """A model whose forward takes neither logits_to_keep nor use_cache; `Heedless` takes them, and answers as it does."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner, self.config = model, model.config
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.inner(input_ids)
+
+
+class Heedless(WholeLogits):
+    def forward(self, input_ids: Tensor, use_cache: bool = True, logits_to_keep: int = 0) -> Any:
+        return self.inner(input_ids)
+
+
+class Keywords(WholeLogits):
+    def forward(self, input_ids: Tensor, **options: Any) -> Any:
+        assert not options  # they would reach layers that take no such thing
+        return self.inner(input_ids)
+
+
+@pytest.mark.parametrize("kind", [WholeLogits, Heedless, Keywords])
+def test_models_that_give_all_logits_are_measured_alike(kind: Any, folder: Path, model: Any, tmp_path: Path) -> None:
+    outputs, _, _ = measure(folder, kind(model), tmp_path, window=14, stride=5, batch_size=3)
+    (tmp_path / "right").mkdir()
+    expected, _, _ = measure(folder, model, tmp_path / "right", window=14, stride=5, batch_size=3)
+    assert torch.equal(outputs["top1"], expected["top1"]) and torch.allclose(outputs["nll"], expected["nll"])
+
+
+@pytest.mark.parametrize("text", ["12+34", "", "<s>x"])
+def test_a_begin_that_is_written_is_not_scored(text: str, folder: Path) -> None:
+    source = Source(ArithmeticConfig(path=str(folder)))
+    begin = source.tokenizer.bos_token
+    assert source.encode(begin + text).tolist() == source.tokenizer(text, add_special_tokens=False)["input_ids"]

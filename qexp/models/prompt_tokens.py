@@ -1,0 +1,102 @@
+"""Prompts and lines as tokens of a network: encoded, checked against its vocabulary, and padded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexp.errors import LoadError
+
+
+def encode_prompts(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
+    """The tokens of prompts, with the tokenizer's special ones, but none of these twice.
+
+    A prompt out of a chat template begins with the text of the token that the tokenizer puts in front of it.
+    """
+    encoded = tokenizer(prompts)["input_ids"]
+    plain = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [once_each(row, own) for row, own in zip(encoded, plain, strict=True)]
+
+
+def once_each(row: list[int], own: list[int]) -> list[int]:
+    """A text's tokens without the special ones that were added where the text has the same already.
+
+    row: with special tokens; own: the text's, without.
+    """
+    before = next((n for n in range(len(row) - len(own) + 1) if row[n : n + len(own)] == own), 0)
+    first, last = row[:before], row[before + len(own) :]
+    if first and own[: len(first)] == first:
+        row = row[before:]
+    if last and own[len(own) - len(last) :] == last:
+        row = row[: len(row) - len(last)]
+    return row
+
+
+def padded_inputs(rows: list[list[int]], padding: int | None, model: Any) -> dict[str, Tensor]:
+    """input_ids and attention_mask of prompts, [prompts, longest]: padded in front, so that the new tokens follow on
+    each of them; an encoder's behind.
+    """
+    longest, ids, mask = max(map(len, rows)), [], []
+    for row in rows:
+        pads = longest - len(row)
+        parts = ([padding or 0] * pads, row), ([0] * pads, [1] * len(row))
+        first, second = (1, 0) if writes_answers(model) else (0, 1)
+        ids.append(parts[0][first] + parts[0][second])
+        mask.append(parts[1][first] + parts[1][second])
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def encode_lines(model: Any, tokenizer: Any, lines: list[str]) -> dict[str, Tensor]:
+    """The arguments of a forward for lines of text, [lines, longest], padded behind them.
+
+    A decoder that answers them begins with its start token, so that its outputs are those of the first token to come.
+    """
+    encoded = tokenizer(lines)
+    plain = tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]
+    for number, (row, own) in enumerate(zip(encoded["input_ids"], plain, strict=True)):
+        first = len(row) - len(once_each(row, own))
+        for values in encoded.values() if first else ():
+            values[number] = values[number][: len(row) - first]
+        encoded["input_ids"][number] = once_each(row, own)
+    check_tokens(model, tokenizer, encoded["input_ids"], "task.inputs")
+    encoded = tokenizer.pad(encoded, padding=tokenizer.pad_token is not None, padding_side="right", return_tensors="pt")
+    taken = inspect.signature(type(model).forward).parameters
+    inputs = {name: tensor for name, tensor in encoded.items() if name in taken}
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if writes_answers(model) and "decoder_input_ids" in taken and start is not None:
+        inputs["decoder_input_ids"] = torch.full((len(lines), 1), start)
+    return inputs
+
+
+def check_tokens(model: Any, tokenizer: Any, rows: Iterable[list[int]], place: str) -> None:
+    """Raises LoadError for a token that the network has no embedding for: the tokenizer is another model's."""
+    wrong = next((token for row in rows for token in row if not is_in_vocabulary(token, model)), None)
+    if wrong is not None:
+        raise LoadError(
+            f"{place}: the tokenizer in '{tokenizer.name_or_path}' makes token {wrong} of it "
+            f"({tokenizer.convert_ids_to_tokens(wrong)!r}), but the network has {vocabulary_size(model)} tokens; put "
+            "the files of the model's own tokenizer (tokenizer.json, tokenizer_config.json) there"
+        )
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """How many tokens a network has embeddings for; None if it has no table of them."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        return None
+    return None if weight is None else int(weight.shape[0])
+
+
+def is_in_vocabulary(token: int, model: Any) -> bool:
+    """Whether a network has an embedding for a token; tokenizers may have more tokens than it was resized for."""
+    size = None if model is None else vocabulary_size(model)
+    return size is None or 0 <= token < size
+
+
+def writes_answers(model: Any) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
