@@ -204,7 +204,11 @@ def resolve_quantizer(backend: Any, checkpoint: Checkpoint, component: str) -> Q
 
 def _own_dtype(checkpoint: Checkpoint, quantizer: Quantizer) -> torch.dtype | None:
     """The dtype that a stored format comes with, or the one of most floating-point bytes in the checkpoint that are no
-    quantized weight's; None if there are none."""
+    quantized weight's; None if there are none.
+
+    In a quantized checkpoint fp32 counts only where it is alone. Beside 16 bits it belongs to modules that a class, or
+    a user, keeps in fp32; they may well outweigh the norms and biases that are left of the rest.
+    """
     if quantizer.stored and (own := quantizer.stored_dtype()) is not None:
         return own
     sizes: dict[torch.dtype, int] = {}
@@ -215,5 +219,7 @@ def _own_dtype(checkpoint: Checkpoint, quantizer: Quantizer) -> torch.dtype | No
             sizes[stored] = sizes.get(stored, 0) + entry.nbytes
     if not sizes:
         return None
+    if quantizer.stored:
+        sizes = {stored: nbytes for stored, nbytes in sizes.items() if stored.itemsize == 2} or sizes
     most = max(sizes, key=lambda stored: sizes[stored])
     return torch.float32 if most == torch.float64 else most  # no format is quantized from, or computes in, float64

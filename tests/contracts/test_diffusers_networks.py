@@ -1,0 +1,119 @@
+"""Every denoiser of diffusers, quantized while loading, comes back from its file as it was: to this program, and to
+diffusers where that has the format.
+
+The right values are diffusers' own: what a checkpoint holds dense is what `from_pretrained` makes of it.
+"""
+
+import inspect
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qexp
+from qexp.loading.quantized_model import registered_quantizer
+from qexp.quantizers.base import Quantizer
+from tests.backends import backend_config
+from tests.contracts.comparing import assert_same_tensors, relative_error
+from tests.contracts.diffusers_networks import NETWORKS
+from tests.products import representatives
+
+BF16 = torch.bfloat16
+# Backend -> the largest relative error of a weight. N(0, 1) weights with rows of 16 to 256: 4 bits are good for 0.1,
+# 8 bits for 0.01.
+BACKENDS = {
+    "torchao": 0.02, "quanto": 0.02, "bitsandbytes": 0.15, "bitsandbytes_int8": 0.02, "packed_uint4": 0.15, "gguf": 0.02,
+}  # fmt: skip
+OVERRIDES = {"packed_uint4": ("group_size=null",)}  # it refuses a group that does not divide every width
+READ_BY_DIFFUSERS = ("torchao", "quanto", "bitsandbytes", "bitsandbytes_int8")
+KEPT = [
+    *(("FluxTransformer2DModel", backend) for backend in BACKENDS),
+]
+Dense = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True)
+def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes.nn.modules as modules
+    import diffusers.quantizers.bitsandbytes.bnb_quantizer as gated
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)  # or their first forward repacks the weight
+    for quantizer in (gated.BnB4BitDiffusersQuantizer, gated.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(quantizer, "validate_environment", lambda self, *arguments, **fields: None)
+        monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: device_map or {"": "cpu"})
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Dense:
+    """The folder of a network with weights that nothing initializes to zero, made once."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            torch.manual_seed(0)
+            model = class_of(name)(**NETWORKS[name])
+            for parameter in model.parameters():
+                nn.init.normal_(parameter, std=0.5)
+            made[name] = tmp_path_factory.mktemp(name)
+            model.to(BF16).save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+def class_of(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)
+
+
+def load_theirs(name: str, folder: Path) -> Any:
+    return class_of(name).from_pretrained(folder, torch_dtype=BF16)
+
+
+def test_every_transformer_that_diffusers_exports_is_here() -> None:
+    import diffusers
+
+    exported = [name for name in dir(diffusers) if "Transformer" in name and inspect.isclass(getattr(diffusers, name))]
+    networks = {name for name in exported if issubclass(getattr(diffusers, name), diffusers.ModelMixin)}
+    assert networks <= NETWORKS.keys()
+
+
+@pytest.mark.parametrize("name", representatives(NETWORKS, ["FluxTransformer2DModel"]))
+def test_unquantized_it_is_what_diffusers_loads(name: str, dense: Dense) -> None:
+    assert_same_tensors(qexp.load(dense(name), device="cpu", workers=1), load_theirs(name, dense(name)))
+
+
+@pytest.mark.parametrize(("name", "backend"), representatives(product(NETWORKS, BACKENDS), KEPT))
+def test_what_is_saved_is_reloaded_bit_for_bit(name: str, backend: str, dense: Dense, tmp_path: Path) -> None:
+    ours: Any = qexp.load(dense(name), backend_config(backend, *OVERRIDES.get(backend, ())), device="cpu", workers=1)
+    qexp.save(ours, tmp_path)
+    again: Any = qexp.load(tmp_path, device="cpu", workers=1)
+    assert type(again).__name__ == name
+    assert_same_tensors(again, ours)
+    if backend in READ_BY_DIFFUSERS:
+        assert_same_tensors(load_theirs(name, tmp_path), ours)
+    quantized = [path for path, module in again.named_modules() if quantizer_of(again).is_quantized(module)]
+    assert quantized
+    assert_close(again.dequantize(), load_theirs(name, dense(name)), quantized, BACKENDS[backend])
+
+
+def quantizer_of(model: nn.Module) -> Quantizer:
+    quantizer = registered_quantizer(model)
+    assert quantizer is not None
+    return quantizer
+
+
+def assert_close(ours: nn.Module, theirs: nn.Module, quantized: list[str], bound: float) -> None:
+    """Quantized weights are near the dense ones, all else is equal."""
+    found, expected = ours.state_dict(), theirs.state_dict()
+    assert found.keys() == expected.keys()
+    weights = {f"{path}.weight" for path in quantized}
+    wrong = {name: error for name in weights if (error := relative_error(found[name], expected[name])) > bound}
+    assert not wrong
+    different = [name for name in expected.keys() - weights if not torch.equal(found[name], expected[name])]
+    assert not different
