@@ -62,7 +62,8 @@ def load_stages(
         device = main_device(device_map, device)
         check_environment(quantizer, checkpoint, device)  # 3 hardware, library versions
         dtypes = choose_dtypes(settings, checkpoint, quantizer)  # 4 compute dtype
-        model, named = skeleton_and_names(source, component, checkpoint)  # 5 build the network on the meta device
+        # 5 build the network on the meta device
+        model, named = skeleton_and_names(source, component, checkpoint, compute_dtype=dtypes[0])
         prepared = plan_modules(source, component, settings, named, quantizer, model, *dtypes)  # 6 swap modules, plan
         blocks = source.block_lists(component) if device_map is not None else ()
         no_split = no_split_classes(model, blocks)

@@ -46,7 +46,7 @@ def prepare(
     """Stages 3 to 6, for a component that is not loaded, or planned again with other settings."""
     check_environment(quantizer, checkpoint, device)
     dtypes = choose_dtypes(settings, checkpoint, quantizer)
-    model, named = skeleton_and_names(source, component, checkpoint)
+    model, named = skeleton_and_names(source, component, checkpoint, dtypes[0])
     return plan_modules(source, component, settings, named, quantizer, model, *dtypes)
 
 
@@ -139,9 +139,11 @@ def _swap_layers(
             replace_module(model, name, model.get_submodule(first))
 
 
-def skeleton_and_names(source: ModelSource, component: str, checkpoint: Checkpoint) -> tuple[nn.Module, Checkpoint]:
+def skeleton_and_names(
+    source: ModelSource, component: str, checkpoint: Checkpoint, compute_dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Checkpoint]:
     """Stage 5: the network on the meta device, and the checkpoint under the names of all its tensors."""
-    with on_meta():
+    with on_meta(compute_dtype):
         model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
     return model, with_tied_entries(_under_model_names(source, component, checkpoint, model), model)
 

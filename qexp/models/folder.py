@@ -110,8 +110,11 @@ def library_conversion(model: nn.Module, checkpoint: Checkpoint) -> Conversion |
 def _from_diffusers(fields: Mapping[str, Any], path: Path) -> nn.Module:
     import diffusers
 
+    from qexp.models.skeletons import as_from_pretrained
+
     kind = _class_of(diffusers, fields["_class_name"], diffusers.ModelMixin, "_class_name", path)
-    network: nn.Module = kind.from_config(dict(fields))
+    with as_from_pretrained():
+        network: nn.Module = kind.from_config(dict(fields))
     return network
 
 

@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 from qexp.checkpoints.pipeline_folder import INDEX, PipelineFolder
 from qexp.errors import LoadError
 from qexp.models.folder import NOT_THE_NETWORKS
+from qexp.models.skeletons import as_from_pretrained
 from qexp.models.transformers_networks import transformers_config
 from qexp.offloading.strategies import offload_of
 from qexp.system.imports import quiet
@@ -33,14 +34,15 @@ def network(folder: PipelineFolder, component: str, config: Mapping[str, Any]) -
     if issubclass(kind, diffusers.ModelMixin):
         if issubclass(kind, LegacyModelMixin):  # a general class of old; which one it stands for, its norm says
             kind = _fetch_remapped_cls_from_config(fields, kind)
-        built: nn.Module = kind.from_config(fields)
+        with as_from_pretrained():
+            built: nn.Module = kind.from_config(fields)
         return built
     if not issubclass(kind, transformers.PreTrainedModel):
         raise LoadError(
             f"'{folder.path / INDEX}' says that '{component}' is {kind.__name__}, which is no model class of diffusers "
             f"or transformers"
         )
-    with no_init_weights():
+    with no_init_weights(), as_from_pretrained():
         model: Any = kind(transformers_config(fields, folder.path / component, kind.config_class))
     model.tie_weights()  # part of what was left out
     return model

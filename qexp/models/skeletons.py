@@ -8,21 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 INITIALIZERS = tuple(name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_"))
 
+COMPUTE_DTYPE: ContextVar[torch.dtype | None] = ContextVar("COMPUTE_DTYPE", default=None)
+
 
 @contextmanager
-def on_meta() -> Iterator[None]:
-    """Parameters that are made in the block land on the meta device; buffers, which may be computed, do not."""
+def on_meta(compute_dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Parameters that are made in the block land on the meta device; buffers, which may be computed, do not.
+
+    compute_dtype: what the network is built for; None if it is only looked at.
+    """
     from accelerate import init_empty_weights
 
-    with without_initialization(), init_empty_weights(include_buffers=False):
+    token = COMPUTE_DTYPE.set(compute_dtype)
+    try:
+        with without_initialization(), init_empty_weights(include_buffers=False):
+            yield
+    finally:
+        COMPUTE_DTYPE.reset(token)
+
+
+@contextmanager
+def as_from_pretrained() -> Iterator[None]:
+    """Have the compute dtype be torch's default dtype, as diffusers and transformers have it while they build a network.
+
+    Buffers that no file holds (position tables, masks, scales of embeddings) are computed in the default dtype where
+    the class names none: in fp32 they would meet activations in 16 bits, which some networks cannot take.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(COMPUTE_DTYPE.get() or before)
+    try:
         yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -84,13 +84,15 @@ def network(config: Mapping[str, Any], folder: Path, class_name: str | None = No
     """
     from transformers.initialization import no_init_weights
 
+    from qexp.models.skeletons import as_from_pretrained
+
     kind, parsed = network_class(config, folder, class_name), transformers_config(config, folder)
     is_auto = hasattr(kind, "from_config")
     if not is_auto:
         kind = _class_for(kind, parsed) if class_name is None else kind
         parsed = _config_for(kind, parsed, folder)
     try:
-        with quiet(), no_init_weights():
+        with quiet(), no_init_weights(), as_from_pretrained():
             model: Any = kind.from_config(parsed) if is_auto else kind._from_config(parsed)
     except ValueError as error:  # the class has no network for this model_type
         fitting = "seq2seq" if getattr(parsed, "is_encoder_decoder", False) else "causal_lm"
