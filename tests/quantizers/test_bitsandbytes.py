@@ -140,6 +140,18 @@ def test_8bit_has_the_librarys_bytes() -> None:
     assert torch.equal(parameter.SCB, scales)
 
 
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (2, 3, 5, 64), (2, 1, 3, 2, 64), (0, 3, 2, 64)], ids=str)
+@pytest.mark.parametrize("bias", [None, gaussian(24)], ids=["without bias", "with bias"])
+@pytest.mark.parametrize("backend", ["bitsandbytes_int8", "bitsandbytes"])
+def test_inputs_have_any_number_of_dimensions(backend: str, bias: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    """As for nn.Linear. Eight-bit rows of activations are quantized one by one, whatever they are arranged in."""
+    model: Any = quantized_layer(backend, gaussian(24, 64), bias)[1]
+    x = gaussian(*shape)
+    rows = [model["layer"](row[None])[0] for row in x.reshape(-1, 64)]
+    expected = torch.stack(rows).reshape(*shape[:-1], 24) if rows else torch.empty(*shape[:-1], 24)
+    torch.testing.assert_close(model["layer"](x), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_the_threshold_keeps_outliers_in_16_bits() -> None:
     """Source: arXiv:2208.07339, section 3: with outliers in the input, int8 alone loses them."""
     weight, x = gaussian(256, 512), gaussian(8, 512, seed=1)

@@ -6,6 +6,7 @@ are first called: to ask for that while it is imported would import the compiler
 
 Its 4-bit kernel for CPUs begins a new block with every row, while its quantizers, its other kernels and its files let
 blocks run on into the next row: a weight whose in_features is no multiple of the block size would be garbage.
+Its 8-bit layers fail on inputs of one, four or more dimensions. Both are made right when it is imported.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from qexp.system.imports import once, quiet
@@ -39,7 +41,23 @@ def library() -> Any:
     compiled = general._dequantize_4bit_compute
     general._dequantize_4bit_compute = getattr(compiled, "__wrapped__", compiled)
     _let_blocks_span_rows(general)
+    bitsandbytes.matmul = _of_any_dimensions(bitsandbytes.matmul)
     return bitsandbytes
+
+
+def _of_any_dimensions(matmul: Any) -> Any:
+    """The library's product with 8-bit weights, which takes inputs of two and three dimensions, for all inputs that
+    `nn.Linear` takes: attention with latent keys and values calls layers with four."""
+
+    @wraps(matmul)
+    def flattened(A: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if A.dim() in (2, 3):
+            same: Tensor = matmul(A, *arguments, **options)
+            return same
+        result: Tensor = matmul(A.reshape(-1, A.shape[-1]), *arguments, **options)
+        return result.reshape(*A.shape[:-1], result.shape[-1])
+
+    return flattened
 
 
 def _let_blocks_span_rows(general: Any) -> None:
