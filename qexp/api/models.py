@@ -174,9 +174,7 @@ def remove_offload(model: nn.Module) -> nn.Module:
     return model
 
 
-def save(
-    model: Any, folder: str | Path, *, max_shard_gib: float = 5.0, interchange: bool = False
-) -> list[Path]:
+def save(model: Any, folder: str | Path, *, max_shard_gib: float = 5.0, interchange: bool = False) -> list[Path]:
     """Save a model that `load` returned, or a pipeline of `load_pipeline`, wherever its weights rest now.
 
     What is written, `load` opens without a backend; so do diffusers and transformers, for formats that they know.

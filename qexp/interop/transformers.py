@@ -57,13 +57,13 @@ def kept_by_class(model: Any, dtype: torch.dtype) -> tuple[tuple[str, ...], tupl
 
     `_keep_in_fp32_modules` are in fp32 where the others are in fp16 (their values leave its range), the strict ones in
     bf16 models as well; an entry is any part of a name. None of them is ever quantized: their callers look at dtypes.
-    So stay parameters that a class makes in fp32 by name (routers of experts, decays), where the rest is in `dtype`.
+    So stay tensors that a class makes in fp32 itself (routers of experts, decays), where the rest is in `dtype`.
     """
     kept, strict = (
         sorted(getattr(model, name, None) or ()) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     )
     in_fp32 = (*(kept if dtype == torch.float16 else ()), *strict)
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     made = (name for name, own in dtypes.items() if own == torch.float32 != dtype and dtype in dtypes.values())
     return (*(anywhere(f"*{entry}*") for entry in in_fp32), *made), tuple(map(anywhere, kept))
 

@@ -100,8 +100,25 @@ def network(config: Mapping[str, Any], folder: Path, class_name: str | None = No
             f"'{folder}/config.json': model_type={parsed.model_type!r} is not a model for {kind.__name__}; use "
             f"model={fitting}, or model=transformers with model.auto_class=AutoModel"
         ) from error
+    compute_buffers(model, model)
     _tie(model)
     return model
+
+
+def compute_buffers(module: Any, owner: Any) -> None:
+    """Compute the buffers that no file holds as transformers does after loading: in fp32, rounded to their dtype.
+
+    owner: the model, outermost or inside of another, whose class says how `module` is initialized. Parameters are on
+    the meta device, where that changes nothing.
+    """
+    import torch
+
+    owner = module if hasattr(module, "_init_weights") else owner
+    for child in module.children():
+        compute_buffers(child, owner)
+    if module._non_persistent_buffers_set:
+        with torch.no_grad():
+            owner._init_weights(module)
 
 
 def _tie(model: Any) -> None:

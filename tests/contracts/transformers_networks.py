@@ -21,7 +21,7 @@ BigBirdForMaskedLM BigBirdPegasusForConditionalGeneration BioGptForCausalLM BitN
 BlenderbotForConditionalGeneration BloomForCausalLM Cohere2ForCausalLM CohereForCausalLM ConvBertForMaskedLM
 Data2VecTextForMaskedLM DebertaV2ForMaskedLM DeepseekV2ForCausalLM DiffLlamaForCausalLM DogeForCausalLM
 ElectraForMaskedLM Ernie4_5_MoeForCausalLM ErnieForMaskedLM EsmForMaskedLM EuroBertForMaskedLM Exaone4ForCausalLM
-FalconForCausalLM FalconMambaForCausalLM FlaubertWithLMHeadModel FlexOlmoForCausalLM GPT2LMHeadModel
+FalconForCausalLM FalconMambaForCausalLM FlaubertWithLMHeadModel GPT2LMHeadModel
 GPTBigCodeForCausalLM GPTNeoXForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM GemmaForCausalLM Glm4ForCausalLM
 GlmForCausalLM GptOssForCausalLM GraniteForCausalLM GraniteMoeForCausalLM GteForMaskedLM HeliumForCausalLM
 HunYuanMoEV1ForCausalLM JetMoeForCausalLM LagunaForCausalLM Lfm2ForCausalLM Llama4ForCausalLM LlamaForCausalLM
@@ -40,6 +40,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "CTRLLMHeadModel": {"dff": 64},
     "CodeGenForCausalLM": {"rotary_dim": 8},
     "DistilBertForMaskedLM": {"dim": 64, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
+    "FlexOlmoForCausalLM": {"num_experts_per_tok": 4},
     "FSMTForConditionalGeneration": {"src_vocab_size": 64, "tgt_vocab_size": 64, "langs": ["en", "de"]},
     "GPTJForCausalLM": {"rotary_dim": 8},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
@@ -54,9 +55,8 @@ CHANGED: dict[str, dict[str, Any]] = {
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 1},
     "SwitchTransformersForConditionalGeneration": {
         "num_layers": 1, "num_decoder_layers": 1, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
-        "expert_capacity": 8,
+        "num_experts": 1,
     },
-    "XLNetLMHeadModel": {"d_inner": 64, "d_head": 16},
 }  # fmt: skip
 NETWORKS = {**{name: {} for name in AS_COMMON.split()}, **CHANGED}
 

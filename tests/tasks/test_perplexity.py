@@ -122,7 +122,7 @@ def test_a_text_that_is_too_short_or_missing(tmp_path: Path) -> None:
 
 
 class WholeLogits(torch.nn.Module):
-    """A model whose forward takes neither logits_to_keep nor use_cache; `Heedless` takes them, and answers as it does."""
+    """A model whose forward takes neither logits_to_keep nor use_cache; `Heedless` takes them, to no effect."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
