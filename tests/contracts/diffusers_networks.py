@@ -100,7 +100,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "EasyAnimateTransformer3DModel": {
         **HEADS, "in_channels": 4, "out_channels": 4, "patch_size": 2, "sample_width": 8, "sample_height": 8,
-        "num_layers": 1, "mmdit_layers": 1, "time_embed_dim": 16, "text_embed_dim": 32, "add_noise_in_inpaint_model": True,
+        "num_layers": 1, "mmdit_layers": 1, "time_embed_dim": 16, "text_embed_dim": 32,
+        "add_noise_in_inpaint_model": True,
     },
     "ErnieImageTransformer2DModel": {
         "hidden_size": 64, "num_attention_heads": 4, "num_layers": 1, "ffn_hidden_size": 64, "in_channels": 8,
@@ -165,7 +166,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "LTX2VideoTransformer3DModel": LTX2,
     "LTXVideoTransformer3DModel": {
-        "in_channels": 8, "out_channels": 8, **HEADS, "cross_attention_dim": 64, "num_layers": 1, "caption_channels": 32,
+        "in_channels": 8, "out_channels": 8, **HEADS, "cross_attention_dim": 64, "num_layers": 1,
+        "caption_channels": 32,
     },
     "LatteTransformer3DModel": {
         **HEADS, "in_channels": 4, "out_channels": 8, "num_layers": 1, "cross_attention_dim": 64, "sample_size": 8,

@@ -26,7 +26,8 @@ BF16 = torch.bfloat16
 # Backend -> the largest relative error of a weight. N(0, 1) weights with rows of 16 to 256: 4 bits are good for 0.1,
 # 8 bits for 0.01.
 BACKENDS = {
-    "torchao": 0.02, "quanto": 0.02, "bitsandbytes": 0.15, "bitsandbytes_int8": 0.02, "packed_uint4": 0.15, "gguf": 0.02,
+    "torchao": 0.02, "quanto": 0.02, "bitsandbytes": 0.15, "bitsandbytes_int8": 0.02, "packed_uint4": 0.15,
+    "gguf": 0.02,
 }  # fmt: skip
 OVERRIDES = {"packed_uint4": ("group_size=null",)}  # it refuses a group that does not divide every width
 READ_BY_DIFFUSERS = ("torchao", "quanto", "bitsandbytes", "bitsandbytes_int8")
