@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from qexp.checkpoints.checkpoint import Checkpoint
+from qexp.loading.work_item import WorkItem
 from qexp.quantizers.base import Quantizer
 from qexp.quantizers.layers import weight_shape
 from qexp.quantizers.rows import WeightSpec
-
-if TYPE_CHECKING:
-    from qexp.loading.plan import WorkItem
 
 
 def with_tied_entries(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:

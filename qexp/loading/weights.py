@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from qexp.errors import LoadError
 from qexp.loading.component import Prepared
-from qexp.loading.plan import WorkItem
 from qexp.loading.sharing import aliases
 from qexp.loading.streaming.lanes import has_streams
 from qexp.loading.streaming.stream import Choice, nowhere, on_cpu, stream
+from qexp.loading.work_item import WorkItem
 from qexp.offloading.dispatch import Dispatch
 from qexp.offloading.placement import Placement
 from qexp.quantizers.in_place import refuse_in_place

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qexp.checkpoints.checkpoint import Checkpoint
     from qexp.config.schema import LoaderConfig
     from qexp.loading.component import Prepared
-    from qexp.loading.plan import WorkItem
+    from qexp.loading.work_item import WorkItem
 
 
 ORIGINAL = "original"  # the dense weight, among the parts of a ready-quantized one

@@ -13,8 +13,8 @@ from qexp.checkpoints.conversion import converted
 from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import LoadError
-from qexp.loading.plan import WorkItem
 from qexp.loading.streaming.stream import stream
+from qexp.loading.work_item import WorkItem
 from tests.loading.toys import save_state
 from tests.quantizers.test_contract import gaussian
 

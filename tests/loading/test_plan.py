@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrizations import weight_norm
 
 from qexp.errors import ConfigError, LoadError
-from qexp.loading.plan import WorkItem
+from qexp.loading.work_item import WorkItem
 from tests.backends import EVERY_WAY_TO_QUANTIZE
 from tests.loading.toys import WIDTH, Toy, prepare_toy, random_state, save_state, settings
 

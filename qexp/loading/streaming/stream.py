@@ -29,10 +29,10 @@ from torch import Tensor
 
 from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.checkpoints.tensor_entry import TensorEntry
-from qexp.loading.plan import WorkItem
 from qexp.loading.streaming.arena import Arena, Stopped, Window, aligned
 from qexp.loading.streaming.file_reader import Reader
 from qexp.loading.streaming.lanes import Lanes
+from qexp.loading.work_item import WorkItem
 from qexp.system.memory import use_huge_pages
 
 Create = Callable[..., Any]  # (item, tensor of each entry) -> result

@@ -24,12 +24,12 @@ from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.checkpoints.tensor_entry import DTYPE_BYTES, TensorEntry
 from qexp.config.schema import LoaderConfig
 from qexp.errors import LoadError
-from qexp.loading.plan import WorkItem
 from qexp.loading.streaming import arena as arena_module
 from qexp.loading.streaming import file_reader
 from qexp.loading.streaming import stream as pipeline
 from qexp.loading.streaming.stream import stream
 from qexp.loading.weights import stream_plan
+from qexp.loading.work_item import WorkItem
 from qexp.quantizers.rows import WeightSpec
 
 KIB, MIB = 1 << 10, 1 << 20

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.checkpoints.dtypes import TORCH_DTYPES
-from qexp.loading.plan import WorkItem
 from qexp.loading.saving import save_model
 from qexp.loading.streaming import file_reader, lanes
 from qexp.loading.streaming.lanes import LANES, PIECE_BYTES
 from qexp.loading.streaming.stream import stream
+from qexp.loading.work_item import WorkItem
 from qexp.offloading.payload import leaves, sites
 from qexp.quantizers.bitsandbytes_support.library import library
 from tests.fake_device import streams

@@ -1,0 +1,49 @@
+"""One tensor of a model that is loaded: where it is read, and what becomes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.checkpoints.tensor_entry import TensorEntry
+from qexp.quantizers.rows import WeightSpec
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """One tensor of the model: `target` from `source`; quantized if it has a spec, else decoded or cast to `dtype`.
+
+    stored: the checkpoint holds this weight ready quantized; `source` is then the first of its inner tensors, and
+    companions the others, by what its format calls them.
+    """
+
+    target: str
+    source: TensorEntry
+    dtype: torch.dtype
+    result_nbytes: int
+    spec: WeightSpec | None = None
+    stored: bool = False
+    companions: Mapping[str, TensorEntry] = field(default_factory=dict)
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """Everything that is read for this item."""
+        return (self.source, *self.companions.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.source.shape) if self.spec is None else self.spec.numel
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the tensor before quantization: as in the checkpoint, or for a ready-quantized one in its dtype."""
+        is_packed = self.stored or self.source.block_type is not None or self.source.is_scaled
+        return self.numel * (self.dtype if is_packed else TORCH_DTYPES[self.source.dtype]).itemsize
