@@ -70,9 +70,12 @@ def plan_statistics(plans: Sequence[LoadPlan], weights_bytes: int) -> dict[str, 
     items = [item for plan in plans for item in plan.distinct]
     quantized = [item for plan in plans for item in plan.quantized]
     numel = sum(item.numel for item in items)
+    left = sum(plan.left_dense_share * sum(item.numel for item in plan.distinct) for plan in plans)
     statistics: dict[str, float] = {
         "load/quantized_modules": len(quantized),
         "load/skipped_modules": sum(len(plan.skipped) for plan in plans),
+        "load/left_dense_modules": sum(len(plan.left_dense) for plan in plans),
+        "load/left_dense_share": left / max(numel, 1),
         "load/unused_tensors": sum(len(plan.unused) for plan in plans),
         "memory/weights_gib": weights_bytes / GIB,
         "memory/dense_weights_gib": sum(item.dense_nbytes for item in items) / GIB,

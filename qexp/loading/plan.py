@@ -35,13 +35,15 @@ from qexp.quantizers.rows import WeightSpec
 class LoadPlan:
     """items in file order; skipped: linear layer -> why it is not quantized; unused: tensors without a place;
     tied: parameter -> the one with another item that it is the same as, if nothing keeps them apart; not_linear: weight
-    that no format quantizes, of two dimensions or more -> what it is instead."""
+    that no format quantizes, of two dimensions or more -> what it is instead; left_dense: the skipped layers for whose
+    reason nobody asked."""
 
     items: tuple[WorkItem, ...]
     skipped: Mapping[str, str]
     unused: tuple[str, ...]
     tied: Mapping[str, str] = field(default_factory=dict)
     not_linear: Mapping[str, str] = field(default_factory=dict)
+    left_dense: tuple[str, ...] = ()
 
     @property
     def distinct(self) -> list[WorkItem]:
@@ -57,6 +59,13 @@ class LoadPlan:
         """Layer -> bytes of its quantized weight."""
         return {item.spec.module: item.result_nbytes for item in self.items if item.spec is not None}
 
+    @property
+    def left_dense_share(self) -> float:
+        """Of all weights, those of layers that stay dense though nobody asked for it; from 0 to 1."""
+        targets = {f"{name}.weight" for name in self.left_dense}
+        left = sum(item.numel for item in self.distinct if item.target in targets)
+        return left / max(sum(item.numel for item in self.distinct), 1)
+
     def to_container(self) -> dict[str, Any]:
         """The plan as JSON-able data, for plan.json."""
         return {
@@ -65,6 +74,7 @@ class LoadPlan:
             "dense_bytes": sum(item.dense_nbytes for item in self.distinct),
             "quantized": self.quantized_nbytes,
             "skipped": dict(self.skipped),
+            "left_dense": list(self.left_dense),
             "not_linear": {
                 item.target: {"reason": self.not_linear[item.target], "bytes": item.result_nbytes}
                 for item in self.distinct

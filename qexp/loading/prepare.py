@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import nn
 from qexp.checkpoints.checkpoint import Checkpoint
 from qexp.checkpoints.conversion import converted
 from qexp.checkpoints.dtypes import TORCH_DTYPES
-from qexp.config.module_patterns import patterns_lost, unmatched_patterns
-from qexp.errors import ConfigError, LoadError, first_names
+from qexp.config.module_patterns import covering, patterns_lost, unmatched_patterns
+from qexp.errors import ConfigError, LoadError
 from qexp.interop.interfaces import kept_by_class
 from qexp.loading.component import Prepared
-from qexp.loading.plan import LoadPlan, choose_modules, find_quantized, make_plan, stored_part_names
+from qexp.loading.notices import nothing_message, notices
+from qexp.loading.plan import choose_modules, find_quantized, make_plan, stored_part_names
 from qexp.loading.sharing import with_tied_entries
 from qexp.loading.unread import check_meaning
 from qexp.loading.weight_reads import keep_to_layers
@@ -25,13 +27,10 @@ from qexp.quantizers.base import Quantizer, load_quantizer
 from qexp.quantizers.embedded import merge, stored_config
 from qexp.quantizers.layers import MARK, replace_module, to_linear
 from qexp.quantizers.rows import WeightSpec
-from qexp.system.memory import GIB
 
 if TYPE_CHECKING:
     from qexp.config.schema import ComponentConfig
     from qexp.models.base import ModelSource
-
-LARGE_SHARE = 0.2  # of weights that cannot be quantized: more is worth a warning
 
 
 def prepare(
@@ -101,14 +100,15 @@ def plan_modules(
         own = source.skip_modules(component, model) if hasattr(source, "skip_modules") else ()
         chosen, skipped = choose_modules(model, quantizer, (*skip, *own), fp32, compute_dtype, unquantized)
     if not chosen and quantizer.quantization_method != "none":
-        raise LoadError(_nothing_message(component, quantizer, skipped))
+        raise LoadError(nothing_message(component, quantizer, skipped))
     _swap_layers(model, quantizer, chosen, compute_dtype)
     plan = make_plan(model, checkpoint, quantizer, chosen, skipped, fp32, compute_dtype)
     check_meaning(plan, checkpoint, plain_fp8=settings.plain_fp8)
-    if plan.unused:
-        print(_unused_message(component, plan.unused), file=sys.stderr)
-    if chosen and (message := not_linear_message(component, plan)):
-        print(message, file=sys.stderr)
+    meant = (*skip, *settings.keep_in_fp32_modules)
+    if chosen:
+        plan = replace(plan, left_dense=tuple(name for name in skipped if covering(meant, name) is None))
+    for notice in notices(component, plan):
+        print(notice, file=sys.stderr)
     carried = source.carried_files() if hasattr(source, "carried_files") else ()
     config, path = dict(checkpoint.config), checkpoint.path
     return Prepared(model, quantizer, chosen, plan, compute_dtype, own_dtype, config, path, carried, unmatched)
@@ -156,40 +156,6 @@ def _under_model_names(source: ModelSource, component: str, checkpoint: Checkpoi
     if conversion is None or fits:
         return checkpoint
     return converted(checkpoint, conversion)
-
-
-def _unused_message(component: str, unused: Sequence[str]) -> str:
-    places = "tensors of the checkpoint have no place in the model and are not read"
-    return f"{component}: {len(unused)} {places}: {first_names(unused)}"
-
-
-def not_linear_message(component: str, plan: LoadPlan) -> str | None:
-    """A warning, if weights that no format quantizes are a large part of the model."""
-    items = [item for item in plan.distinct if item.target in plan.not_linear]
-    share = sum(item.numel for item in items) / max(sum(item.numel for item in plan.distinct), 1)
-    if share <= LARGE_SHARE:
-        return None
-    items.sort(key=lambda item: -item.result_nbytes)
-    shown = ", ".join(f"'{item.target}' ({plan.not_linear[item.target]})" for item in items[:3])
-    return (
-        f"warning: {component}: {share:.0%} of its weights are not those of linear layers and stay unquantized, "
-        f"{sum(item.result_nbytes for item in items) / GIB:.2f} GiB: {shown}{' …' if len(items) > 3 else ''}"
-    )
-
-
-def _nothing_message(component: str, quantizer: Quantizer, skipped: Mapping[str, str]) -> str:
-    reasons = ", ".join(f"'{name}' ({reason})" for name, reason in list(skipped.items())[:3])
-    if quantizer.stored:
-        return (
-            f"'{component}' is a checkpoint of {quantizer.quantization_method}, but no quantized weight is a linear "
-            f"layer's: {reasons or 'the model has none'}; check that its "
-            "config.json belongs to it, and skip_modules"
-        )
-    why = f"every linear layer is skipped: {reasons}" + (" …" if len(skipped) > 3 else "")
-    return (
-        f"backend {quantizer.quantization_method!r} would have quantized no layer of '{component}': "
-        f"{why if skipped else 'it has no linear layers'}; loosen skip_modules, or use backend=none"
-    )
 
 
 def resolve_quantizer(backend: Any, checkpoint: Checkpoint, component: str) -> Quantizer:
