@@ -1,7 +1,6 @@
 """Modules under several names, and weights of several layers: one in memory and in the file, with the same outputs."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def folders(kind: Any, tmp_path: Path) -> tuple[Path, Path]:
     )
 
 
-def load(folder: Path, backend: str | None, build: Callable[[], nn.Module], **options: Any) -> Any:
+def load(folder: Path, backend: str | None, build: Any, **options: Any) -> Any:
     return qexp.load(folder, backend, skeleton=build, device="cpu", compute_dtype="fp32", **options)
 
 

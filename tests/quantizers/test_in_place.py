@@ -131,7 +131,7 @@ def test_a_lora_is_fused_where_peft_quantizes_anew_and_refused_elsewhere(tmp_pat
         "timestep": torch.tensor([5]), "return_dict": False,
     }  # fmt: skip
     for backend in ("bitsandbytes_int8", "torchao", "quanto", "bitsandbytes"):
-        model = qexp.load(tmp_path, backend, device="cpu", compute_dtype="fp32")
+        model: Any = qexp.load(tmp_path, backend, device="cpu", compute_dtype="fp32")
         model.load_lora_adapter(dict(lora))
         expected = model(**inputs)[0]
         if backend == "quanto":
