@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexp.errors import LoadError
+from qexp.errors import ConfigError, LoadError
 
 
 def encode_prompts(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
@@ -62,9 +62,16 @@ def encode_lines(model: Any, tokenizer: Any, lines: list[str]) -> dict[str, Tens
         for values in encoded.values() if first else ():
             values[number] = values[number][: len(row) - first]
         encoded["input_ids"][number] = once_each(row, own)
-    check_tokens(model, tokenizer, encoded["input_ids"], "task.inputs")
+    rows = encoded["input_ids"]
+    check_tokens(model, tokenizer, rows, "task.inputs")
     encoded = tokenizer.pad(encoded, padding=tokenizer.pad_token is not None, padding_side="right", return_tensors="pt")
     taken = inspect.signature(type(model).forward).parameters
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1 and "attention_mask" not in taken:
+        raise ConfigError(
+            f"task.inputs: {type(model).__name__} takes no attention_mask, so it would read the padding of lines of "
+            f"{lengths[0]} to {lengths[-1]} tokens as text; give lines of one length, or a file for each length"
+        )
     inputs = {name: tensor for name, tensor in encoded.items() if name in taken}
     start = getattr(model.config, "decoder_start_token_id", None)
     if writes_answers(model) and "decoder_input_ids" in taken and start is not None:

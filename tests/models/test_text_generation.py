@@ -333,3 +333,28 @@ def test_a_tokenizer_that_cannot_be_opened_is_named_with_a_remedy(
         LoadError, match=r"tokenizer\.json': transformers 5.* cannot open this tokenizer: .*download it"
     ):
         source.check_run({"model": random_model("OPT")}, GenerateConfig(prompt=("12",)))
+
+
+def test_lines_are_not_padded_for_a_network_that_cannot_be_told_of_it() -> None:
+    from transformers import BertConfig, BertModel, FNetConfig, FNetModel
+
+    from qexp.models.prompt_tokens import encode_lines
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 32}
+    tokenizer, network = Source(ArithmeticConfig()).tokenizer, FNetModel(FNetConfig(**sizes))
+    for lines in (["1", "12"], ["12", "345", "6"], ["", "1"]):
+        with pytest.raises(ConfigError, match=r"FNetModel takes no attention_mask.*give lines of one length"):
+            encode_lines(network, tokenizer, lines)
+        encoded = encode_lines(BertModel(BertConfig(**sizes, num_attention_heads=2)), tokenizer, lines)
+        assert encoded["attention_mask"].sum(1).tolist() == [len(line) + 1 for line in lines]
+    assert set(encode_lines(network, tokenizer, ["12", "34"])) == {"input_ids"}
+
+
+def test_special_tokens_that_a_line_has_written_are_not_added_to_it() -> None:
+    from qexp.models.prompt_tokens import encode_lines
+
+    tokenizer = Source(ArithmeticConfig()).tokenizer
+    begin = tokenizer.bos_token
+    encoded = encode_lines(random_model("OPT"), tokenizer, [begin + "12", "12", "345"])
+    assert encoded["input_ids"][0].tolist() == encoded["input_ids"][1].tolist()
+    assert encoded["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
