@@ -42,13 +42,13 @@ def continue_prompts(
     "nonfinite" [prompts], how many new tokens have probabilities that are not finite; "prompts" are its own tokens,
     padded in front.
 
-    A prompt is padded to the longest of its batch, not of all; where padding would change its answer, it has a batch
-    of its own. Draws of a batch begin from a seed of its own, whatever was drawn for those before.
+    A prompt is padded to the longest of its batch, not of all; where padding would change its answer, or tokens are
+    drawn, it has a batch, and a seed, of its own.
     """
     settings, steps = generation_settings(model.generation_config, task, tokenizer, model), _Steps(on_step)
     rows, stops = encode_prompts(tokenizer, prompts), string_stops(settings, tokenizer)
     size = task.batch_size or len(prompts)
-    if size > 1 and (reason := reason_not_to_pad(model, tokenizer, settings, rows, size, device)):
+    if size > 1 and (reason := reason_not_to_batch(model, tokenizer, settings, rows, size, device)):
         print(f"prompts are continued one at a time: {reason}", file=sys.stderr)
         size = 1
     parts, lengths, counts = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -80,14 +80,18 @@ def _stacked(parts: list[Tensor], padding: int) -> Tensor:
     return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=padding) for part in parts])
 
 
-def reason_not_to_pad(
+def reason_not_to_batch(
     model: Any, tokenizer: Any, settings: GenerationConfig, rows: list[list[int]], size: int, device: torch.device
 ) -> str | None:
-    """Return why prompts of different lengths must not be padded for this model; None if they may be, or need not.
+    """Return why prompts must not share a batch with this model; None if they may.
+
+    transformers draws the tokens of a batch from one generator, so that a draw depends on those before it.
 
     A recurrent network reads padding whatever the mask says, and others count positions from it. Which do is not
     declared anywhere, so it is measured: the shortest prompt is asked for one token, alone and padded to the longest.
     """
+    if settings.do_sample:
+        return "their tokens are drawn, and draws in a batch depend on each other"
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     if all(len({len(row) for row in batch}) == 1 for batch in batches):
         return None

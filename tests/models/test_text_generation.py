@@ -212,9 +212,15 @@ def test_a_batch_is_padded_to_its_own_longest() -> None:
     assert padded_inputs([[1, 5], [1, 5, 6]], None, model)["input_ids"].tolist() == [[1, 5, 0], [1, 5, 6]]
 
 
-def test_draws_of_a_batch_do_not_depend_on_those_before() -> None:
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_draws_of_a_prompt_do_not_depend_on_the_others(batch_size: int) -> None:
+    """Of the same length, too, and whatever is drawn for the prompt before."""
     model, source = random_model("OPT"), Source(ArithmeticConfig())
-    settings = {"do_sample": True, "temperature": 2.0, "batch_size": 1}
+    settings = {"do_sample": True, "temperature": 2.0, "batch_size": batch_size}
+    first, second = (
+        our_answers(model, source, (other, "34"), max_new_tokens=6, **settings)[1] for other in ("12", "99")
+    )
+    assert first == second
     long, short = (our_answers(model, source, ("12", "34"), max_new_tokens=n, **settings)[1] for n in (9, 4))
     assert long[:4] == short
 
