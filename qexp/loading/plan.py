@@ -178,6 +178,8 @@ def _reason_to_skip(module: nn.Module, name: str, patterns: Sequence[str], fp32:
         return f"{type(module).__name__} does not compute as nn.Linear does"
     if module._parameters.get("weight") is None:
         return "its weight is computed from other parameters"
+    if module._parameters["weight"].numel() == 0:
+        return "it has no weights"
     return None
 
 

@@ -38,7 +38,7 @@ def on_meta(compute_dtype: torch.dtype | None = None) -> Iterator[None]:
 
 @contextmanager
 def as_from_pretrained() -> Iterator[None]:
-    """Have the compute dtype be torch's default dtype, as diffusers and transformers do while they build a network.
+    """Make the compute dtype torch's default dtype, as diffusers and transformers do while they build a network.
 
     Buffers that no file holds (position tables, masks, scales of embeddings) are computed in the default dtype where
     the class names none: in fp32 they would meet activations in 16 bits, which some networks cannot take.

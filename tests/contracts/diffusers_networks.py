@@ -206,7 +206,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "NucleusMoEImageTransformer2DModel": {
         "in_channels": 16, "out_channels": 4, "num_layers": 5, "attention_head_dim": 16, "num_attention_heads": 2,
-        "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6), "mlp_ratio": 1.0, "num_experts": 2,
+        "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6), "mlp_ratio": 6.0, "num_experts": 2,
         "moe_intermediate_dim": 32, "capacity_factors": 2.0,
     },
     "OmniGenTransformer2DModel": {
