@@ -176,9 +176,10 @@ def _reason_to_skip(module: nn.Module, name: str, patterns: Sequence[str], fp32:
         return "it is a matrix of a LoRA"
     if computes_otherwise(module):
         return f"{type(module).__name__} does not compute as nn.Linear does"
-    if module._parameters.get("weight") is None:
+    weight = module._parameters.get("weight")
+    if weight is None:
         return "its weight is computed from other parameters"
-    if module._parameters["weight"].numel() == 0:
+    if weight.numel() == 0:
         return "it has no weights"
     return None
 
