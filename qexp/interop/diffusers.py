@@ -20,16 +20,20 @@ CONFIG_ENTRIES = ("quantization_config", "_pre_quantization_dtype")
 class InterfaceQuantizer(DiffusersQuantizer):
     """Our quantizer behind diffusers' interface, for a model that is loaded."""
 
-    def __init__(self, quantizer: Quantizer, quantization_config: Any, modules_to_not_convert: list[str]) -> None:
+    def __init__(
+        self, quantizer: Quantizer, quantization_config: Any, modules_to_not_convert: list[str], is_readable: bool
+    ) -> None:
         super().__init__(
             quantization_config, pre_quantized=quantizer.stored, modules_to_not_convert=modules_to_not_convert
         )
         self.quantizer = quantizer
         self.config = quantizer.config
+        self._is_readable = is_readable
 
     @property
     def is_serializable(self) -> bool:
-        return saves_safetensors(self.quantizer)
+        """Not where diffusers would open what it saves with weights that are not in it."""
+        return saves_safetensors(self.quantizer) and self._is_readable
 
     @property
     def is_trainable(self) -> bool:
@@ -75,7 +79,8 @@ def saved_config(model: Any) -> dict[str, Any]:
 def attach(model: Any, quantizer: Quantizer) -> InterfaceQuantizer:
     config = quantization_config(model, quantizer, auto)
     model.register_to_config(quantization_config=config, _pre_quantization_dtype=model._pre_quantization_dtype)
-    return InterfaceQuantizer(quantizer, config, unquantized_layers(quantizer, model))
+    is_readable = quantizer.misread(model, False) is None
+    return InterfaceQuantizer(quantizer, config, unquantized_layers(quantizer, model), is_readable)
 
 
 def detach(model: Any) -> None:

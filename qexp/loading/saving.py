@@ -71,7 +71,7 @@ def save_model(
 ) -> list[Path]:
     """Save a model that `load_component` loaded, quantized or dequantized, wherever its weights rest.
 
-    interchange: keep the format's own names also where transformers would misread them, with a warning.
+    interchange: keep the format's own names also where their own library would misread them, with a warning.
     Returns the files written, config.json first.
     Raises: ConfigError for a format that cannot be stored, a model that was loaded by something else, or the folder
     that it was loaded from; DiskError, which leaves a model that was saved there before as it was.
@@ -94,9 +94,10 @@ def save_model(
         if quantizer.file_format == "gguf":
             return _save_as_gguf(folder, tensors, metadata, config, model)
         config["quantization_config"] = quantizer.to_dict(model)
-        if "model_type" in config and quantizer.misread_by_transformers:
+        misread = quantizer.misread(model, "model_type" in config) if interface is not None else None
+        if misread is not None:
             if interchange:
-                print(f"warning: {folder}: {quantizer.misread_by_transformers}", file=sys.stderr)
+                print(f"warning: {folder}: {misread}", file=sys.stderr)
             else:
                 tensors = quantizer.under_refused_names(tensors)
                 config["quantization_config"]["quant_method"] = refused_name(quantizer.quantization_method)

@@ -38,8 +38,6 @@ class Quantizer:
     has_backward: ClassVar[bool] = True  # whether the library sees to that; else `loading/straight_through.py` does
     is_serializable: ClassVar[bool] = False  # whether `stored_parts` reads what is saved
     file_format: ClassVar[str] = "safetensors"  # or gguf: what a saved model is stored in
-    # what transformers makes of its own models saved in this format, if it is not what they are; for a warning
-    misread_by_transformers: ClassVar[str] = ""
     # set when a model is registered: takes off the model what says that it is quantized
     unregister: Callable[[nn.Module, Quantizer], None] | None = None
 
@@ -181,8 +179,12 @@ class Quantizer:
         """(tensors, file metadata) by which this format stores a state dict; `stored_parts` finds them again."""
         return dict(state_dict), {}
 
+    def misread(self, model: nn.Module, is_of_transformers: bool) -> str | None:
+        """What the model's own library makes of this model saved in this format, if it is not what it is."""
+        return None
+
     def under_refused_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Saved tensors under names or shapes that transformers refuses; `stored_parts` finds them, too."""
+        """Saved tensors under names or shapes that other libraries refuse; `stored_parts` finds them, too."""
         return dict(tensors)
 
     def to_dict(self, model: nn.Module) -> dict[str, Any]:

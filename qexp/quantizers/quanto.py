@@ -95,10 +95,6 @@ class QuantoQuantizer(base.Quantizer):
     required_packages: ClassVar[Mapping[str, str]] = {"optimum-quanto": "0.2.7"}
     has_kernels = True
     is_serializable = True
-    misread_by_transformers = (
-        "transformers opens this folder with random weights, and says so in a report only; qexp reads it, and "
-        "optimum.quanto.requantize with the tensors of its safetensors files"
-    )
 
     def __init__(self, config: QuantoConfig) -> None:
         super().__init__(config)
@@ -292,6 +288,33 @@ class QuantoQuantizer(base.Quantizer):
         if self.requires_calibration and not self._calibrated:
             raise ConfigError(f"save: {activations.UNKNOWN}")
         return super().get_state_dict_and_metadata(state_dict)
+
+    def to_dict(self, model: nn.Module) -> dict[str, Any]:
+        """With the last parts of the names of unquantized layers, too: they are all that diffusers looks at."""
+        values = super().to_dict(model)
+        names = values[self.config.skip_field]
+        if self._mistaken_by_diffusers(model) is None:
+            names = [*names, *sorted({name.rpartition(".")[2] for name in names} - {*names})]
+        return {**values, self.config.skip_field: names}
+
+    def misread(self, model: nn.Module, is_of_transformers: bool) -> str | None:
+        if is_of_transformers:
+            return (
+                "transformers opens this folder with random weights, and says so in a report only; qexp reads it, and "
+                "optimum.quanto.requantize with the tensors of its safetensors files"
+            )
+        layer = self._mistaken_by_diffusers(model)
+        if layer is None:
+            return None
+        return (
+            f"diffusers goes by the last part of a layer's name, and opens '{layer}' with random weights; qexp reads it"
+        )
+
+    def _mistaken_by_diffusers(self, model: nn.Module) -> str | None:
+        """A dense layer that is called as a quantized one is, but for where it stands; None if there is none."""
+        dense = base.unquantized_layers(self, model)
+        quantized = {name.rpartition(".")[2] for name, module in model.named_modules() if self.is_quantized(module)}
+        return next((name for name in dense if name.rpartition(".")[2] in quantized), None)
 
     def under_refused_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ending = f".weight.{self._part_names()[0]}"

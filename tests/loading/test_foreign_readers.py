@@ -91,15 +91,42 @@ def test_a_refused_name_is_read_for_known_methods_only(tmp_path: Path) -> None:
         qexp.load(tmp_path / "saved", device="cpu")
 
 
-def test_a_model_of_diffusers_keeps_the_formats_own_name(tmp_path: Path) -> None:
+def saved_dit(folder: Path, skip: list[str]) -> tuple[Any, dict[str, Any]]:
+    """(a DiT of two blocks in quanto's int8, saved; its quantization_config)."""
     from diffusers import DiTTransformer2DModel
 
-    shape: Any = {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "num_layers": 1}
-    DiTTransformer2DModel(**shape, sample_size=8, norm_num_groups=4).save_pretrained(tmp_path / "dense")
-    model: Any = qexp.load(tmp_path / "dense", "quanto", device="cpu", compute_dtype="fp32")
-    qexp.save(model, tmp_path / "saved")
-    config = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "quanto"
+    shape: Any = {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "num_layers": 2}
+    DiTTransformer2DModel(**shape, sample_size=8, norm_num_groups=4).save_pretrained(folder / "dense")
+    model = qexp.load(folder / "dense", "quanto", device="cpu", compute_dtype="fp32", skip_modules=skip)
+    qexp.save(model, folder / "saved")
+    return model, json.loads((folder / "saved" / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize("skip", [[], ["proj_out_2"], ["**.to_q", "**.to_v"]])
+def test_a_model_of_diffusers_keeps_the_formats_own_name(skip: list[str], tmp_path: Path) -> None:
+    from diffusers import DiTTransformer2DModel
+
+    model, config = saved_dit(tmp_path, skip)
+    assert config["quant_method"] == "quanto"
     theirs = DiTTransformer2DModel.from_pretrained(tmp_path / "saved")
-    name = "transformer_blocks.0.attn1.to_q"
-    assert torch.equal(theirs.get_submodule(name).weight.dequantize(), model.get_submodule(name).weight.dequantize())
+    assert type(theirs.transformer_blocks[0].attn1.to_q) is type(model.transformer_blocks[0].attn1.to_q)
+    want, got = (model.state_dict(), theirs.state_dict())
+    assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+
+
+@pytest.mark.parametrize("skip", [["transformer_blocks.0.attn1.to_q"], ["transformer_blocks.1"]])
+def test_a_dense_layer_that_diffusers_takes_for_a_quantized_one_has_a_name_that_it_refuses(
+    skip: list[str], tmp_path: Path
+) -> None:
+    """It goes by the last part of a layer's name alone."""
+    from diffusers import DiTTransformer2DModel
+
+    model, config = saved_dit(tmp_path, skip)
+    assert config["quant_method"] == "qexp_quanto"
+    with pytest.raises(ValueError, match="qexp_quanto"):
+        DiTTransformer2DModel.from_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "theirs")
+    again: Any = qexp.load(tmp_path / "saved", device="cpu", compute_dtype="fp32")
+    want, got = model.state_dict(), again.state_dict()
+    assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
