@@ -40,13 +40,15 @@ OURS = {  # arguments that this program gives itself, and what to set instead
 }
 NOT_OURS = ("output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end")
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
-# Pipelines that give a prompt the same sample beside other prompts (each runs in tests/models/test_batches.py). Others
-# pad texts to the longest without a mask, repeat masks in another order than texts, or draw one field of noise for all
-# samples: of those, and of any that is not listed, each call has one prompt.
+# Pipelines whose samples do not depend on those beside them (each runs in tests/models/test_batches.py), and pipelines
+# whose samples do not depend on others of the same prompt. Others pad texts to the longest without a mask (CogView4),
+# give frames the embeddings of another sample (Latte), or take num_videos_per_prompt and make one (AnimateDiff,
+# CogVideoX): of those, and of any that is not listed, each image or video is a call of its own.
 BATCHED = (
     "FluxPipeline", "PixArtSigmaPipeline", "QwenImagePipeline", "StableDiffusion3Pipeline", "StableDiffusionPipeline",
     "StableDiffusionXLPipeline", "WanPipeline",
 )  # fmt: skip
+BATCHED_BY_PROMPT = ("LTXPipeline", "Lumina2Pipeline", "SanaPipeline")  # they repeat masks in another order than texts
 SAMPLES = ("images", "frames")  # fields of outputs
 
 
@@ -115,11 +117,8 @@ def number_of_steps(pipeline: Any, task: GenerateConfig, prompts: int) -> int | 
     known = inspect.signature(pipeline.__call__).parameters
     default = known["num_inference_steps"].default if "num_inference_steps" in known else None
     steps = task.num_inference_steps or default
-    return steps * -(-prompts // _prompts_of_call(pipeline, task)) if isinstance(steps, int) else None
-
-
-def _prompts_of_call(pipeline: Any, task: GenerateConfig) -> int:
-    return task.batch_size or 1 if type(pipeline).__name__ in BATCHED else 1
+    calls = [*_calls(pipeline, [""] * prompts, task, seed=0)]
+    return steps * len(calls) if isinstance(steps, int) else None
 
 
 @dataclass(frozen=True)
@@ -145,14 +144,16 @@ def _calls(pipeline: Any, prompts: list[str], task: GenerateConfig, seed: int) -
 
     https://github.com/huggingface/diffusers/issues/13634
     """
-    size, copies = _prompts_of_call(pipeline, task), task.num_images_per_prompt or 1
+    kind, copies = type(pipeline).__name__, task.num_images_per_prompt or 1
+    size = task.batch_size or 1 if kind in BATCHED else 1
     negative = list(task.negative_prompt or ())
     for start in range(0, len(prompts), size):
         batch = prompts[start : start + size]
         texts = negative[start : start + size] if len(negative) > 1 else negative * len(batch)
         seeds = [seed + start * copies + number for number in range(len(batch) * copies)]
         repeats = copies if len(batch) > 1 else 1
-        yield _Call(_repeated(batch, repeats), _repeated(texts, repeats) or None, copies // repeats, seeds)
+        call = _Call(_repeated(batch, repeats), _repeated(texts, repeats) or None, copies // repeats, seeds)
+        yield from [call] if kind in (*BATCHED, *BATCHED_BY_PROMPT) else call.alone()
 
 
 def run_pipeline(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import qexp
 from qexp.config.generate import GenerateConfig
-from qexp.models.pipeline_call import BATCHED, number_of_steps, run_pipeline
+from qexp.models.pipeline_call import BATCHED, BATCHED_BY_PROMPT, number_of_steps, run_pipeline
 from tests.models.test_diffusers import run, task_of
 from tests.pipelines import ARGUMENTS, MORE_PIPELINES, PIPELINES
 from tests.products import representatives
@@ -52,7 +52,7 @@ def test_batch_of_prompts_is_each_prompt_alone(name: str, pipeline_folder: Folde
 
 @pytest.mark.exhaustive
 def test_every_batched_pipeline_is_one_of_those_above() -> None:
-    assert set(BATCHED) <= {type(make()).__name__ for make in (PIPELINES | MORE_PIPELINES).values()}
+    assert {*BATCHED, *BATCHED_BY_PROMPT} <= {type(make()).__name__ for make in (PIPELINES | MORE_PIPELINES).values()}
 
 
 SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # pipeline, scheduler, its configuration
@@ -123,9 +123,13 @@ DRAWS: dict[str, tuple[Callable[[int], Tensor], bool]] = {  # what is drawn, and
 }
 
 
+@pytest.mark.parametrize("is_listed", [False, True])
 @pytest.mark.parametrize("case", DRAWS)
-def test_unlisted_pipeline_gets_one_prompt_a_call(case: str) -> None:
+def test_unlisted_pipeline_makes_one_image_a_call(case: str, is_listed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is listed does so where it draws for all samples of a call together."""
     draw, is_mixed = DRAWS[case]
+    if is_listed:
+        monkeypatch.setattr("qexp.models.pipeline_call.BATCHED_BY_PROMPT", ("Unlisted",))
     task = GenerateConfig(prompt=("ab", "c"), num_images_per_prompt=2, batch_size=4, num_inference_steps=1).resolved()
 
     def outputs(prompts: list[str], copies: int, seed: int) -> tuple[dict[str, Tensor], Unlisted]:
@@ -133,13 +137,16 @@ def test_unlisted_pipeline_gets_one_prompt_a_call(case: str) -> None:
         return run_pipeline(pipeline, prompts, own, seed=seed, on_step=lambda step, state: None), pipeline
 
     found, pipeline = outputs(["ab", "c"], 2, 5)
-    assert all(len(prompts) == 1 for prompts, _ in pipeline.calls)
-    assert len(pipeline.calls) == (6 if is_mixed else 2)  # two in vain
-    alone = [outputs([prompt], 1, 5 + number)[0] for number, prompt in enumerate(("ab", "ab", "c", "c"))]
+    alone = [(["ab"], 1), (["ab"], 1), (["c"], 1), (["c"], 1)]
+    if is_listed:  # those that are repeated are in vain
+        both = [(["ab"], 2), (["c"], 2)]
+        alone = [both[0], *alone[:2], both[1], *alone[2:]] if is_mixed else both
+    assert pipeline.calls == alone
+    each = [outputs([prompt], 1, 5 + number)[0] for number, prompt in enumerate(("ab", "ab", "c", "c"))]
     for key in ("images", "latents", "nsfw_content_detected"):
-        assert torch.equal(found[key], torch.cat([one[key] for one in alone]))
+        assert torch.equal(found[key], torch.cat([one[key] for one in each]))
     assert found["nsfw_content_detected"].tolist() == [False, False, True, True]
-    assert number_of_steps(pipeline, task, 2) == 2
+    assert number_of_steps(pipeline, task, 2) == (2 if is_listed else 4)
 
 
 def test_safety_checker_of_a_pipeline_is_heard(pipeline_folder: Folder) -> None:
