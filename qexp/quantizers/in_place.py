@@ -25,6 +25,7 @@ OPERATORS = {
 NO_CHANGE = ("requires_grad_", "share_memory_", "detach_", "rename_")  # of the numbers
 COPIES = ("copy_", "set_")
 GET_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
+STORED_DTYPE: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]  # whatever a subclass shows
 SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
@@ -77,6 +78,14 @@ class PackedBytes(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return memo.setdefault(id(self), self.as_subclass(Tensor).clone())
+
+    def detach(self) -> Tensor:
+        """Of the same class, as `nn.Parameter` demands."""
+        return super().detach().as_subclass(PackedBytes)
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -120,7 +129,10 @@ def _has_same_format(target: Any, source: Any) -> bool:
     if is_traceable_wrapper_subclass(target):
         return isinstance(source, Tensor) and is_traceable_wrapper_subclass(source)
     with torch._C.DisableTorchFunctionSubclass():
-        return isinstance(source, Tensor) and (source.dtype, source.shape) == (target.dtype, target.shape)
+        return isinstance(source, Tensor) and (STORED_DTYPE(source), source.shape) == (
+            STORED_DTYPE(target),
+            target.shape,
+        )
 
 
 def _refusal(name: str, weight: Tensor) -> ConfigError:

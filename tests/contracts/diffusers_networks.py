@@ -1,4 +1,4 @@
-"""Arguments that build every denoiser of diffusers small: at most 200 thousand parameters.
+"""Arguments that build every denoiser of diffusers small: mostly below 400 thousand parameters (HunyuanVideo15: 4.4 M).
 
 Widths are 64 where a class allows it, so that every format has layers that it can hold.
 """

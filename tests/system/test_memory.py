@@ -32,10 +32,10 @@ def no_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     """A system on which /proc/self/clear_refs cannot be written."""
     write = Path.write_text
 
-    def refuse(path: Path, *arguments: object) -> int:
+    def refuse(path: Path, *arguments: object, **named: object) -> int:
         if path.name == "clear_refs":
             raise PermissionError(13, "Permission denied")
-        return write(path, *arguments)  # type: ignore[arg-type]
+        return write(path, *arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Path, "write_text", refuse)
 
