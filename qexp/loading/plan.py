@@ -26,6 +26,7 @@ from qexp.errors import ConfigError, LoadError
 from qexp.loading.sharing import skip_all_names, tied_targets
 from qexp.loading.weight_reads import reason_not_to_pack, weight_reads
 from qexp.loading.work_item import WorkItem
+from qexp.models.skeletons import COMPUTED
 from qexp.quantizers.base import Quantizer
 from qexp.quantizers.layers import computes_otherwise, is_transposed, weight_shape
 from qexp.quantizers.rows import WeightSpec
@@ -196,6 +197,7 @@ def make_plan(
     """Match the preprocessed skeleton with the checkpoint. Raises LoadError for missing keys and wrong shapes."""
     targets, stored = _targets(model), _stored_items(quantizer, checkpoint, chosen, dtype)
     absent = [name for name in targets if name not in checkpoint.entries and name not in stored]
+    absent = [name for name in absent if not hasattr(targets[name], COMPUTED)]
     missing = quantizer.update_missing_keys(absent)
     if missing:
         raise LoadError(_missing_message(missing, checkpoint, targets))

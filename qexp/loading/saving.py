@@ -30,7 +30,7 @@ from qexp.interop.interfaces import interface_of
 from qexp.loading.gguf_saving import save_gguf
 from qexp.loading.quantized_model import registered_quantizer
 from qexp.loading.sharing import distinct_state
-from qexp.quantizers.embedded import refused_name
+from qexp.quantizers.embedded import refused_config
 from qexp.system.files import disk_error, replacing, write_bytes, write_json, write_text
 
 STEM = "diffusion_pytorch_model"
@@ -100,7 +100,7 @@ def save_model(
                 print(f"warning: {folder}: {misread}", file=sys.stderr)
             else:
                 tensors = quantizer.under_refused_names(tensors)
-                config["quantization_config"]["quant_method"] = refused_name(quantizer.quantization_method)
+                config["quantization_config"] = refused_config(config["quantization_config"])
     shards = list(_shards(_without_twins(tensors), max_shard_bytes))
     stem = TRANSFORMERS_STEM if "model_type" in config else STEM
     names = [f"{stem}-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]

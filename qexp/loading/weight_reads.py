@@ -145,8 +145,13 @@ def _binding(node: ast.AST) -> tuple[str | None, ast.AST, tuple[str, ...]]:
     """(the name that a statement binds, to what, and what of it): an assignment, or a loop over children."""
     if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
         return node.targets[0].id, node.value, ()
-    if isinstance(node, ast.For | ast.comprehension) and isinstance(node.target, ast.Name):
-        return node.target.id, node.iter, (ANY,)
+    if isinstance(node, ast.For | ast.comprehension):
+        target, values = node.target, node.iter
+        is_counted = isinstance(values, ast.Call) and getattr(values.func, "id", None) == "enumerate" and values.args
+        if is_counted and isinstance(target, ast.Tuple):
+            target, values = target.elts[-1], values.args[0]  # type: ignore[attr-defined]
+        if isinstance(target, ast.Name):
+            return target.id, values, (ANY,)
     return None, node, ()
 
 

@@ -15,6 +15,7 @@ from qexp.loading.sharing import aliases
 from qexp.loading.streaming.lanes import has_streams
 from qexp.loading.streaming.stream import Choice, nowhere, on_cpu, stream
 from qexp.loading.work_item import WorkItem
+from qexp.models.skeletons import COMPUTED
 from qexp.offloading.dispatch import Dispatch
 from qexp.offloading.placement import Placement
 from qexp.quantizers.in_place import refuse_in_place
@@ -125,6 +126,10 @@ def load_weights(
     for name, first in shared.items():
         _assign(model, name, model.get_parameter(first))
     for name, module in model.named_modules():  # buffers that no checkpoint holds were made on the CPU
+        for own, computed in module.named_parameters(recurse=False):
+            device = placement.device_of(f"{name}.{own}" if name else own)
+            if hasattr(computed, COMPUTED) and computed.device != device:
+                computed.data = computed.data.to(device)
         for own, buffer in module.named_buffers(recurse=False):
             device = placement.device_of(f"{name}.{own}" if name else own)
             if buffer.device != device and not buffer.is_meta and (dispatch is None or not dispatch.travels(module)):

@@ -22,7 +22,7 @@ from qexp.checkpoints.pipeline_folder import INDEX, PipelineFolder
 from qexp.errors import LoadError
 from qexp.models.folder import NOT_THE_NETWORKS
 from qexp.models.skeletons import as_from_pretrained
-from qexp.models.transformers_networks import compute_buffers, transformers_config
+from qexp.models.transformers_networks import compute_buffers, compute_positions, transformers_config
 from qexp.offloading.strategies import offload_of
 from qexp.system.imports import quiet
 
@@ -45,6 +45,7 @@ def network(folder: PipelineFolder, component: str, config: Mapping[str, Any]) -
     with no_init_weights(), as_from_pretrained():
         model: Any = kind(transformers_config(fields, folder.path / component, kind.config_class))
     compute_buffers(model, model)
+    compute_positions(model)
     model.tie_weights()  # part of what was left out
     return model
 

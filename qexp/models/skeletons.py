@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 INITIALIZERS = tuple(name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_"))
 
+COMPUTED = "_qexp_computed"  # mark of a parameter that a class computes, and a file need not have
 COMPUTE_DTYPE: ContextVar[torch.dtype | None] = ContextVar("COMPUTE_DTYPE", default=None)
 
 

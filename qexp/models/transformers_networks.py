@@ -101,6 +101,7 @@ def network(config: Mapping[str, Any], folder: Path, class_name: str | None = No
             f"model={fitting}, or model=transformers with model.auto_class=AutoModel"
         ) from error
     compute_buffers(model, model)
+    compute_positions(model)
     _tie(model)
     return model
 
@@ -119,6 +120,22 @@ def compute_buffers(module: Any, owner: Any) -> None:
     if module._non_persistent_buffers_set:
         with torch.no_grad():
             owner._init_weights(module)
+
+
+def compute_positions(model: Any) -> None:
+    """Compute the sinusoidal positions that are parameters, and which files need not have (Marian's, Pegasus')."""
+    import torch
+
+    from qexp.models.skeletons import COMPUTED
+
+    for module in model.modules():
+        if hasattr(module, "create_weight") and module.weight.is_meta:
+            positions = torch.empty(module.weight.shape, dtype=module.weight.dtype, device="cpu")
+            with torch.no_grad():
+                positions.copy_(module.create_weight())
+            parameter = torch.nn.Parameter(positions, requires_grad=False)
+            setattr(parameter, COMPUTED, True)
+            module._parameters["weight"] = parameter  # registered, it would become one on the meta device
 
 
 def _tie(model: Any) -> None:

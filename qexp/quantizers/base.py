@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from qexp.checkpoints.tensor_entry import TensorEntry
 
+FP32_MODULES = "_keep_in_fp32_modules"  # of a class of diffusers, which it skips by the same rule
+
 
 class Quantizer:
     """The hooks, in the order in which a load calls them. The defaults quantize nothing."""
@@ -181,6 +183,19 @@ class Quantizer:
 
     def misread(self, model: nn.Module, is_of_transformers: bool) -> str | None:
         """What the model's own library makes of this model saved in this format, if it is not what it is."""
+        if is_of_transformers:
+            return None
+        kept = [*(self.to_dict(model).get(self.config.skip_field) or ()), *(getattr(model, FP32_MODULES, None) or ())]
+        for name, module in model.named_modules():
+            taken = self.taken_by_diffusers(name, kept) if weight_shape(module) is not None else None
+            if taken is not None and taken != self.is_quantized(module):
+                kind = "a quantized layer" if taken else "a dense layer"
+                return f"diffusers takes '{name}' for {kind}, by the names of others, and reads other weights than qexp"
+        return None
+
+    def taken_by_diffusers(self, layer: str, kept: Sequence[str]) -> bool | None:
+        """Whether diffusers takes a linear layer of a saved model for a quantized one, given the list of unquantized
+        ones; None where it goes by the file."""
         return None
 
     def under_refused_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

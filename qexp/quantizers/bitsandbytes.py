@@ -163,6 +163,11 @@ class BitsAndBytesQuantizer(base.Quantizer):
         dtype = self.config.bnb_4bit_compute_dtype or str(model._pre_quantization_dtype).removeprefix("torch.")
         return {**super().to_dict(model), "bnb_4bit_compute_dtype": dtype}
 
+    def taken_by_diffusers(self, layer: str, kept: Sequence[str]) -> bool | None:
+        """Not if its last part is the whole name of another, or a name is anywhere in its own."""
+        is_named = layer.rpartition(".")[2] in kept or layer in kept
+        return not is_named and not any(f"{name}." in layer for name in kept)
+
     def is_quantized(self, module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
         if isinstance(module, library().nn.Linear4bit):

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from qexp.checkpoints.checkpoint import Checkpoint
 
 REFUSED_PREFIX = "qexp_"  # of a quant_method that other libraries do not know
+REFUSED_FIELDS = "config"
 LOAD_FLAGS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")  # all that old files say
 
 
-def refused_name(method: str) -> str:
-    """The quant_method of a saved model that another library would misread under the format's own name."""
-    return REFUSED_PREFIX + method
+def refused_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The `quantization_config` of a saved model that another library would misread: it knows no field of it."""
+    return {"quant_method": REFUSED_PREFIX + str(plain(values["quant_method"])), REFUSED_FIELDS: dict(values)}
 
 
 def stored_config(checkpoint: Checkpoint, asked: Any) -> Any:
@@ -71,11 +72,12 @@ def embedded_config(config: Mapping[str, Any], place: str | Path) -> Any:
         return None
     if not isinstance(embedded, Mapping):
         raise LoadError(f"'{place}': quantization_config must be a JSON object; download its config.json again")
+    own = embedded.get(REFUSED_FIELDS)
+    if isinstance(own, Mapping) and embedded.get("quant_method") == f"{REFUSED_PREFIX}{own.get('quant_method')}":
+        embedded = own
     by_flags = any(embedded.get(name) for name in LOAD_FLAGS)
     method = str(plain(embedded.get("quant_method", "bitsandbytes" if by_flags else None)))
     readable = [name for name in plugin_names("backend") if plugin_module("backend", name).Quantizer.is_serializable]
-    refused_names = {refused_name(name): name for name in readable}
-    method = refused_names.get(method, method)
     if method not in readable:
         raise LoadError(
             f"'{place}' is quantized with quant_method={method!r}, which cannot be read; "

@@ -293,9 +293,7 @@ class QuantoQuantizer(base.Quantizer):
         """With the last parts of the names of unquantized layers, too: they are all that diffusers looks at."""
         values = super().to_dict(model)
         names = values[self.config.skip_field]
-        if self._mistaken_by_diffusers(model) is None:
-            names = [*names, *sorted({name.rpartition(".")[2] for name in names} - {*names})]
-        return {**values, self.config.skip_field: names}
+        return {**values, self.config.skip_field: [*names, *sorted({_last_part(name) for name in names} - {*names})]}
 
     def misread(self, model: nn.Module, is_of_transformers: bool) -> str | None:
         if is_of_transformers:
@@ -303,18 +301,10 @@ class QuantoQuantizer(base.Quantizer):
                 "transformers opens this folder with random weights, and says so in a report only; qexp reads it, and "
                 "optimum.quanto.requantize with the tensors of its safetensors files"
             )
-        layer = self._mistaken_by_diffusers(model)
-        if layer is None:
-            return None
-        return (
-            f"diffusers goes by the last part of a layer's name, and opens '{layer}' with random weights; qexp reads it"
-        )
+        return super().misread(model, is_of_transformers)
 
-    def _mistaken_by_diffusers(self, model: nn.Module) -> str | None:
-        """A dense layer that is called as a quantized one is, but for where it stands; None if there is none."""
-        dense = base.unquantized_layers(self, model)
-        quantized = {name.rpartition(".")[2] for name, module in model.named_modules() if self.is_quantized(module)}
-        return next((name for name in dense if name.rpartition(".")[2] in quantized), None)
+    def taken_by_diffusers(self, layer: str, kept: Sequence[str]) -> bool | None:
+        return _last_part(layer) not in kept
 
     def under_refused_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ending = f".weight.{self._part_names()[0]}"
@@ -358,6 +348,10 @@ def group_size(in_features: int) -> int | None:
 
 def group_count(spec: WeightSpec) -> int:
     return spec.numel // (group_size(spec.shape[1]) or spec.shape[1])
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 Config = QuantoConfig

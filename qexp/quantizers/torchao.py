@@ -308,6 +308,9 @@ class TorchAoQuantizer(base.Quantizer):
             for layer in {type(layer.weight): layer for layer in layers}.values():
                 check_runs(layer, self.config.quant_type, device)
 
+    def taken_by_diffusers(self, layer: str, kept: Sequence[str]) -> bool | None:
+        return not any(f"{name}." in f"{layer}.weight" for name in kept)
+
     def is_quantized(self, module: nn.Module) -> bool:
         from qexp.quantizers.torchao_support.library import is_quantized
 

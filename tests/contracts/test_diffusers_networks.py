@@ -5,6 +5,7 @@ The right values are diffusers' own: what a checkpoint holds dense is what `from
 """
 
 import inspect
+import json
 from collections.abc import Callable
 from functools import cache
 from itertools import product
@@ -105,10 +106,25 @@ def test_what_is_saved_is_reloaded_bit_for_bit(
     assert type(again).__name__ == name
     assert_same_tensors(again, ours)
     if backend in READ_BY_DIFFUSERS:
-        assert_same_tensors(load_theirs(name, tmp_path), ours)
+        assert_read_or_refused(name, backend, tmp_path, ours)
     quantized = [path for path, module in again.named_modules() if quantizer_of(again).is_quantized(module)]
     assert quantized
     assert_close(again.dequantize(), dense_tensors(name), quantized, BACKENDS[backend])
+
+
+def assert_read_or_refused(name: str, backend: str, folder: Path, ours: nn.Module) -> None:
+    """diffusers reads the same model, or refuses it: by the name that is for it alone, or since it takes a weight in
+    4 bits for a bias, whose name has "bias" in it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    names = [path for path, module in ours.named_modules() if quantizer_of(ours).is_quantized(module)]
+    if config["quant_method"].startswith("qexp_"):
+        with pytest.raises(ValueError, match="Unknown quantization type"):
+            load_theirs(name, folder)
+    elif backend == "bitsandbytes" and any("bias" in path for path in names):
+        with pytest.raises(ValueError, match="Expected the flattened shape"):
+            load_theirs(name, folder)
+    else:
+        assert_same_tensors(load_theirs(name, folder), ours)
 
 
 def quantizer_of(model: nn.Module) -> Quantizer:

@@ -53,6 +53,27 @@ class InLoop(nn.Module):
         return x
 
 
+class CastsItsLayer(FirstParameter):
+    """As Switch's router, which it puts into fp32 in every forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner = self.inner.to(torch.float32).float()
+        return x + self.outer(torch.relu(self.inner(x.float())).to(x.dtype))
+
+
+class Rescaled(InLoop):
+    """As Rwkv, which divides weights in place before its first answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            layer.weight.div_(2.0**number)
+        return self.plain(super().forward(x))
+
+
 class Multiplied(nn.Module):
     """As Mamba's mixer on the way to its kernel."""
 
@@ -113,6 +134,16 @@ def test_network_that_reads_a_weight_answers_nearly_as_the_dense_one(
     assert (got - want).norm() / want.norm() < 0.15  # of 4 bits 0.1; a cast to bytes gives 0.4 to 100
 
 
+@pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_int8", "torchao", "gguf"])  # the others refuse it
+def test_layer_that_its_network_casts_answers_nearly_as_the_dense_one(backend: str, tmp_path: Path) -> None:
+    dense, x = save(CastsItsLayer, tmp_path), torch.randn(8, WIDTH)
+    model = qexp.load(tmp_path, backend, skeleton=lambda c: CastsItsLayer(), device="cpu", compute_dtype="bf16")
+    for _ in range(2):
+        with torch.no_grad():
+            got, want = model(x.bfloat16()).float(), dense(x)
+        assert (got - want).norm() / want.norm() < 0.15
+
+
 @pytest.mark.parametrize("kind", [FirstParameter, InLoop, Encoder])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weight_shows_the_compute_dtype_and_is_quantized(
@@ -125,7 +156,7 @@ def test_weight_shows_the_compute_dtype_and_is_quantized(
         assert qexp.memory_footprint(model) < dense_numel * dtype.itemsize
 
 
-@pytest.mark.parametrize(("kind", "layer"), [(Multiplied, "steps"), (Functional, "mlp.2")])
+@pytest.mark.parametrize(("kind", "layer"), [(Multiplied, "steps"), (Functional, "mlp.2"), (Rescaled, "layers.1")])
 def test_layer_whose_weight_is_computed_with_is_skipped_with_its_reason(
     kind: type[nn.Module], layer: str, tmp_path: Path
 ) -> None:

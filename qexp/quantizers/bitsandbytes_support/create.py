@@ -27,6 +27,8 @@ def create_4bit(
 ) -> nn.Parameter:
     import torch
 
+    from qexp.quantizers.bitsandbytes_support.parameters import safe_from_casts
+
     functional, quant_type = library().functional, config.bnb_4bit_quant_type
     block = config.bnb_4bit_blocksize
     packed = use_huge_pages(torch.empty(math.ceil(spec.numel / 2), 1, dtype=torch.uint8, device=device))
@@ -58,7 +60,7 @@ def create_4bit(
         state2=state2,
     )
     storage = storage_dtype(config, spec)
-    return library().nn.Params4bit(
+    parameter = library().nn.Params4bit(
         packed.view(-1).view(storage).unsqueeze(1),
         requires_grad=False,
         quant_state=state,
@@ -68,6 +70,7 @@ def create_4bit(
         quant_storage=storage,
         bnb_quantized=True,
     )
+    return safe_from_casts(parameter)
 
 
 def storage_dtype(config: BitsAndBytesConfig, spec: WeightSpec) -> torch.dtype:
@@ -97,7 +100,7 @@ def show_as_stored(module: Any, state_dict: dict[str, Any], prefix: str, _: Any)
 def create_8bit(spec: WeightSpec, weight: Tensor | Rows, device: torch.device) -> nn.Parameter:
     import torch
 
-    from qexp.quantizers.bitsandbytes_support.int8_params import int8_params
+    from qexp.quantizers.bitsandbytes_support.parameters import int8_params
     from qexp.quantizers.cpu_kernels.rowwise_8bit import llm_int8
 
     half = WeightSpec(spec.module, spec.shape, torch.float16)  # the library quantizes from fp16 alone

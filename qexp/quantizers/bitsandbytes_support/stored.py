@@ -91,15 +91,19 @@ def kept_nbytes(parts: Mapping[str, TensorEntry]) -> int:
 def assemble_4bit(
     spec: WeightSpec, packed: Tensor, companions: Mapping[str, Tensor], device: torch.device, storage: torch.dtype
 ) -> nn.Parameter:
+    from qexp.quantizers.bitsandbytes_support.parameters import safe_from_casts
+
     check_quant_state(spec, companions)
     packed = packed.contiguous().view(-1).view(storage).unsqueeze(1)
-    return library().nn.Params4bit.from_prequantized(packed, dict(companions), requires_grad=False, device=device)
+    kind = library().nn.Params4bit
+    found = kind.from_prequantized(packed, dict(companions), requires_grad=False, device=device)
+    return safe_from_casts(found)
 
 
 def assemble_8bit(
     spec: WeightSpec, values: Tensor, companions: Mapping[str, Tensor], device: torch.device
 ) -> nn.Parameter:
-    from qexp.quantizers.bitsandbytes_support.int8_params import int8_params
+    from qexp.quantizers.bitsandbytes_support.parameters import int8_params
 
     order = int(companions["weight_format"]) if "weight_format" in companions else 0
     if order != 0:

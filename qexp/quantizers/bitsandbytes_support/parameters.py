@@ -1,4 +1,4 @@
-"""LLM.int8's parameter, which says the dtype that its layer computes in."""
+"""bitsandbytes' parameters, which show their network the dtype that it computes in, and survive a cast of it."""
 
 from __future__ import annotations
 
@@ -29,6 +29,23 @@ class Int8Params(library_nn.Int8Params):
         return shown_as(super().__deepcopy__(memo), self.shown_dtype)
 
 
+class Params4bit(library_nn.Params4bit):
+    """The library's, but for casts: its packed bytes, held in a dtype of floating point, are no numbers to be cast.
+
+    Networks cast layers of theirs (Switch its router, to fp32); of uint8, nothing would happen.
+    """
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        moved = self if device is None else super().to(device=device, non_blocking=non_blocking)
+        return safe_from_casts(moved)
+
+    def float(self, *_: Any, **__: Any) -> Any:
+        return self
+
+    half = bfloat16 = double = float
+
+
 def int8_params(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Int8Params:
     """The quantized parameter of rows [out, in], with their absmaxes [out]. dtype: what its layer computes in."""
     found = Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
@@ -40,4 +57,10 @@ def shown_as(parameter: Any, dtype: torch.dtype | None) -> Any:
     if isinstance(parameter, library_nn.Int8Params):
         parameter.__class__ = Int8Params
         parameter.shown_dtype = dtype
+    return parameter
+
+
+def safe_from_casts(parameter: Any) -> Any:
+    """A parameter of the library as ours, which is not cast."""
+    parameter.__class__ = Params4bit
     return parameter
