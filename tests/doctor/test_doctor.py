@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +55,10 @@ def test_configs_are_those_that_the_command_line_composes() -> None:
         assert options.backend_config(path) == backend_config(path.stem)
 
 
+def test_types_without_an_option_are_among_the_trials() -> None:
+    assert {"packed_uint4 quant_type=uint5wo", "gguf quant_type=MXFP4"} <= set(options.trials([]))
+
+
 @pytest.mark.exhaustive
 def test_types_without_an_option_are_tried_as_they_are_typed() -> None:
     found = options.trials([])
@@ -59,7 +66,6 @@ def test_types_without_an_option_are_tried_as_they_are_typed() -> None:
         option, *fields = name.split(" ")
         assert config.resolved("cpu") == replace(backend_config(option, *fields), label=config.label), name
     assert len({(config.quant_method, config.label) for config in found.values()}) == len(found)
-    assert {"packed_uint4 quant_type=uint5wo", "gguf quant_type=MXFP4"} <= set(found)
     assert found["bitsandbytes_fp4 bnb_4bit_use_double_quant=true"].label == "fp4+dq"
     assert list(options.trials(["torchao"])) == ["torchao"]
 
@@ -112,6 +118,7 @@ probe.main()
         exhaustive("os._exit(3)", "fails", "exit", "its process exited with code 3 before it had a result"),
         exhaustive("time.sleep(60)", "fails", "timeout", "it did not answer within 2 s"),
         ("raise RuntimeError('no\\n kernel')", "fails", "error", "RuntimeError: no kernel"),
+        ("os.write(1, b'welcome to this library\\n')", "runs", None, ""),  # as native code prints, past sys.stdout
         exhaustive("import qexp_has_no_such_module", "needs", "library", "No module named 'qexp_has_no_such_module'"),
         ("from qexp.errors import UnsupportedError; raise UnsupportedError('a GPU')", "needs", "unsupported", "a GPU"),
     ],
@@ -121,7 +128,7 @@ def test_trouble_is_the_row_of_its_option_alone(
     capsys: pytest.CaptureFixture[str],
     trouble: str,
     status: str,
-    reason: str,
+    reason: str | None,
     words: str,
 ) -> None:
     fake_probe(monkeypatch, "Q4_1", trouble)
@@ -137,6 +144,18 @@ def test_a_probe_that_cannot_start_says_why(
     monkeypatch.setattr(processes, "PROBE", [sys.executable, "-c", "raise SystemExit('no interpreter for this')"])
     row = table(capsys, "gguf_q4_0")["gguf_q4_0"]
     assert row["reason"] == "exit" and str(row["message"]).endswith(": no interpreter for this")
+
+
+@pytest.mark.parametrize(("line", "received"), [(b'{"begin": "a"}\n', 2), (b'{"end": "a"}\n', 9)])
+def test_each_result_starts_the_time_anew(line: bytes, received: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read a second, of one line each, with a timeout of 3 s."""
+    seconds, (reading, writing) = count(), os.pipe()
+    os.write(writing, 9 * line)
+    os.close(writing)
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(processes, "CHUNK", len(line))
+    process: Any = SimpleNamespace(stdout=os.fdopen(reading, "rb"), wait=lambda timeout: 0)
+    assert len(list(processes._lines(process, 3))) == received
 
 
 def test_an_unknown_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
