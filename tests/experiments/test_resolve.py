@@ -148,6 +148,14 @@ def test_device_maps_are_spelled_out_and_sizes_are_bytes(monkeypatch: pytest.Mon
     assert limited.device_map == {"": "cpu"}  # there is a limit to check
 
 
+@pytest.mark.parametrize(
+    ("size", "nbytes"),
+    [("24GB", 24_000_000_000), ("24gib", 25_769_803_776), ("1.5 kB", 1500), ("3MiB", 3_145_728), ("80 B", 80)],
+)
+def test_units_of_sizes_are_decimal_without_an_i(size: str, nbytes: int) -> None:
+    assert devices.parse_bytes(size, "cpu") == nbytes
+
+
 def test_device_maps_and_what_they_conflict_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "cuda_device_count", lambda: 1)
     for given, message in {

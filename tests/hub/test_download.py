@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -450,6 +451,20 @@ def test_a_disk_with_too_little_space_is_said_before_weights_are_downloaded(
     with pytest.raises(DiskError, match=r"model\.path=user/toy: .* GiB are to be downloaded.*HF_HUB_CACHE="):
         pinned("user/toy", place="model.path")
     assert server.count(f"GET .*{WEIGHTS}") == 0
+
+
+@pytest.mark.parametrize(("present", "fits"), [(0, False), (899, False), (900, True), (1000, True)])
+def test_what_is_there_of_a_download_needs_no_space_again(
+    present: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of 1,000 bytes, and a disk with room for 100."""
+    free = download.SPARE_BYTES + 100
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2 * free, free, free))
+    (tmp_path / "toy" / "blobs").mkdir(parents=True)
+    (tmp_path / "toy" / "blobs" / "abc.part").write_bytes(bytes(present))
+    missing = [transfer.HubFile(WEIGHTS, 1000, "abc", "http://nowhere")]
+    with nullcontext() if fits else pytest.raises(DiskError, match="are to be downloaded"):
+        download._check_space(tmp_path / "toy", missing, "model.path=user/toy")
 
 
 def test_a_disk_that_becomes_full(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

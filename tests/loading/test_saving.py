@@ -104,6 +104,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_shards_are_numbered_from_one_as_diffusers_does(tmp_path: Path) -> None:
+    model = load_toy(save_state(tmp_path / "dense", random_state(Toy)), settings("none")).model
+    files = save_model(model, tmp_path / "saved", max_shard_bytes=200_000)
+    shards = sorted(file.name for file in files if file.suffix == ".safetensors")
+    assert len(shards) == 11
+    assert shards == [f"diffusion_pytorch_model-{number:05}-of-00011.safetensors" for number in range(1, 12)]
+
+
 @pytest.mark.parametrize("backend", ["torchao", "gguf"])
 def test_a_failed_save_keeps_the_model_that_was_there(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

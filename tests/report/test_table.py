@@ -7,6 +7,7 @@ import pytest
 from qexp.errors import ConfigError, DiskError
 from qexp.report.__main__ import main
 from qexp.report.table import format_table, rows_of_sweep
+from qexp.results.labels import run_label
 from qexp.results.rows import find_sweep
 from tests.report.factory import GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
 
@@ -33,6 +34,12 @@ def test_rows_hold_what_the_run_folders_say(tmp_path: Path) -> None:
     assert (rows[5]["status"], rows[5]["folder"], rows[5]["label"]) == ("unsupported", None, "backend=torchao_float8dq")
 
 
+@pytest.mark.parametrize(("blocks", "label"), [(1, "block→cpu"), (2, "block×2→cpu"), (16, "block×16→cpu")])
+def test_labels_have_the_number_of_blocks_that_travel_together(blocks: int, label: str) -> None:
+    offload = {"strategy": "block", "to": "cpu", "num_blocks_per_group": blocks}
+    assert run_label(config("none", None) | {"offload": offload}) == f"digits · none · {label} · generate"
+
+
 def test_a_deleted_run_is_shown_as_missing(tmp_path: Path) -> None:
     sweep_of_six(tmp_path)
     (tmp_path / "runs/key2/result.json").unlink()
@@ -55,6 +62,21 @@ def test_a_damaged_file_costs_its_own_row(file: str, tmp_path: Path) -> None:
     assert "#2" in text and "runs/key2" in text
     assert main(["first", "--outputs", str(tmp_path)]) == 0
     assert "damaged" in (tmp_path / "sweeps/first/report.md").read_text()
+
+
+OF_ANOTHER_SHAPE = [
+    ("result.json", '{"metrics": {}, "env": null}'),
+    ("config.yaml", "model: {source: digits}\ncomponents: []"),
+    ("config.yaml", "model: {source: digits}\ncomponents: {transformer: null}"),
+]
+
+
+@pytest.mark.parametrize(("file", "content"), OF_ANOTHER_SHAPE)
+def test_a_file_of_another_shape_costs_its_own_row(file: str, content: str, tmp_path: Path) -> None:
+    run_folder(tmp_path, "a", config(), GENERATE)
+    (run_folder(tmp_path, "b", config(), GENERATE) / file).write_text(content)
+    manifest(tmp_path, "first", [job(0, "a", []), job(1, "b", [])])
+    assert [row["status"] for row in rows_of_sweep(tmp_path, "first")] == ["done", "damaged"]
 
 
 def test_a_damaged_manifest_of_another_sweep_does_not_matter(tmp_path: Path) -> None:
