@@ -1,6 +1,7 @@
 """Predictions of published models: what a load of the same architecture then takes, to the byte."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,22 @@ def test_flux_in_nf4_by_hand() -> None:
     extra = found.result_bytes - dense * 2 - quantized
     assert 0 <= extra <= 64 * len(found.quantized) + 64 * len(found.quantized)  # the 16 levels of each weight
     assert not found.skipped
+
+
+def test_models_with_one_network_have_numbers_of_their_own_skip_patterns(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def predicted(name: str, component: str, backend: Any, dtype: str, skip: Any) -> predict.Prediction:
+        return predict.Prediction((1 + len(skip)) * predict.GIB, 0, (), {})
+
+    shutil.copy(architectures.ASSETS / "tiny.json", architectures.ASSETS / "other.json")
+    monkeypatch.setattr(predict, "predict", predicted)
+    monkeypatch.setattr(predict, "_skip_modules", lambda name: {"tiny": (), "other": ("proj_out", "x_embedder")}[name])
+    rows = predict.rows(["tiny", "other"], ["torchao"], "bfloat16")
+    cells = {(name, component): row[-2:] for name, component, *row in rows}
+    assert cells["tiny", "transformer"] == ["1.00", "1.00"]
+    assert cells["other", "transformer"] == ["1.00", "3.00"]
+    assert cells["other", "text_encoder"] == ["1.00", "1.00"]  # the patterns are of denoisers
 
 
 def test_the_table_has_a_row_for_each_component(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

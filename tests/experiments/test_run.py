@@ -20,6 +20,7 @@ from qexp.experiments.reference import reference_config
 from qexp.experiments.resolve import to_run_config
 from qexp.experiments.run import run_experiment
 from qexp.loading.gguf_saving import save_gguf
+from qexp.models.digits import Source
 from qexp.models.digits_network import DigitsConfig, DigitsTransformer
 from qexp.sweep.run_key import reference_key, run_key
 from tests.backends import BACKENDS
@@ -61,7 +62,8 @@ def test_activations_are_calibrated_before_the_model_is_saved_and_offloaded(chec
     _, expected = run(checkpoint, tmp_path / "one", *chosen, f"save.path={saved}")
     _, weights_alone = run(checkpoint, tmp_path / "two", "backend=quanto")
     assert not torch.equal(expected["images"], weights_alone["images"])
-    _, offloaded = run(checkpoint, tmp_path / "three", *chosen, "offload=block", "offload.to=disk")
+    metrics, offloaded = run(checkpoint, tmp_path / "three", *chosen, "offload=block", "offload.to=disk")
+    assert metrics["offload/groups"] >= 2
     _, reopened = run(saved, tmp_path / "four", "backend=none")
     for outputs in (offloaded, reopened):
         assert torch.equal(outputs["trajectory"], expected["trajectory"])
@@ -102,6 +104,29 @@ def test_a_reference_in_another_dtype_is_named(
     run(checkpoint, tmp_path, "backend=quanto", *overrides)
     said = "computes in float32, its reference in bfloat16, as the checkpoint is stored"
     assert (said in capsys.readouterr().err) == is_said
+
+
+def test_the_reference_of_a_stored_model_is_another_checkpoint_whatever_its_dtype(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(checkpoint, tmp_path / "a", "backend=quanto", f"save.path={tmp_path / 'saved'}")
+    run(tmp_path / "saved", tmp_path / "b", "compute_dtype=fp32", f"model.reference_path={checkpoint}")
+    assert "its reference in" not in capsys.readouterr().err
+
+
+def test_calibration_samples_have_noise_of_their_own(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, seeds = Source.generate, []
+
+    def noted(source: Source, *arguments: Any, seed: int, **options: Any) -> dict[str, torch.Tensor]:
+        seeds.append(seed)
+        return generate(source, *arguments, seed=seed, **options)
+
+    monkeypatch.setattr(Source, "generate", noted)
+    run(checkpoint, tmp_path, "backend=quanto", "backend.activations_dtype=int8", "seed=5")
+    calibration, measurement = seeds
+    assert measurement == 5 and calibration != 5
 
 
 def test_calibration_is_part_of_the_key_where_it_counts(checkpoint: Path) -> None:

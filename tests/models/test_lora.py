@@ -20,6 +20,7 @@ from qexp.experiments.resolve import to_run_config
 from qexp.experiments.run import run_experiment
 from qexp.models.diffusers import DiffusersConfig, Source
 from qexp.models.lora import LoraConfig, lora_configs, read_updates
+from qexp.models.lora_scales import in_pattern
 from qexp.sweep.run_key import reference_key, run_key
 from tests.backends import EVERY_WAY_TO_QUANTIZE, backend_config
 from tests.composing import composed
@@ -108,6 +109,14 @@ def test_ranks_and_alphas_of_single_layers(pipeline_folder: Folder, tmp_path: Pa
     folder = pipeline_folder("flux")
     ours = images_of_ours(folder, "flux", str(path))
     assert torch.equal(ours, images_of_theirs(folder, "flux", {path: 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("layer", "alpha"),
+    [("to_q", 8), ("attn.to_q", 8), ("blocks.0.add_to_q", 1), ("to_q_proj", 1), ("attn.to_q.0", 1), ("ff.net.2", 4)],
+)
+def test_patterns_begin_at_the_border_of_a_segment(layer: str, alpha: float) -> None:
+    assert in_pattern(layer, {"to_q": 8, r"net\.\d": 4}, 1) == alpha
 
 
 def kohya(path: Path, target: Path, alphas: tuple[float, ...]) -> Path:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
+
+from qexp.system.imports import once
 
 HEAVY = {"diffusers", "transformers", "torch._dynamo", "torch._inductor", "scipy", "sympy", "matplotlib"}
 
@@ -72,6 +76,28 @@ for library in (bitsandbytes_library.library, quanto_library.library):
 assert len(found) == 8 and len(set(found)) == 2
 assert torch.compile is compile and "kernels" not in sys.modules
 """)
+
+
+def test_threads_that_make_a_table_at_once_get_the_same_one() -> None:
+    barrier, found, made = threading.Barrier(4), list[object](), list[int]()
+
+    @once
+    def table(size: int) -> object:
+        made.append(size)
+        time.sleep(0.1)  # the others come meanwhile
+        return object()
+
+    def work() -> None:
+        barrier.wait()
+        found.append(table(3))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [3] and len(found) == 4 and len(set(found)) == 1
+    assert table(4) is not table(3)
 
 
 def test_the_library_s_other_functions_are_compiled_when_called() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from qexp.config.offload import OffloadConfig
+from qexp.offloading import ring
 from qexp.offloading.payload import leaves, module_nbytes, sites
 from tests.fake_device import counters
 from tests.fake_device.counters import measure
@@ -108,6 +110,24 @@ def test_without_a_stream_the_host_waits_only_if_asked_to(non_blocking: bool) ->
     with measure() as seen, torch.no_grad():
         model(batch)
     assert seen.host_syncs == (0 if non_blocking else len(handle.groups))
+    assert seen.races == []
+
+
+def test_copies_into_new_slots_wait_for_kernels_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel launched before still uses the memory that the allocator gives to the slot."""
+    make_buffer = ring.aligned_buffer
+
+    def buffer_in_use(nbytes: int, device: torch.device, **options: Any) -> torch.Tensor:
+        return make_buffer(nbytes, device, **options).fill_(0)
+
+    monkeypatch.setattr(ring, "aligned_buffer", buffer_in_use)
+    model = zoo.make("fp32")
+    (batch,) = zoo.inputs(model, 1)
+    batch = batch.to(DEVICE)  # the host waits for that, so it comes first
+    with measure() as seen, torch.no_grad():
+        offload(model, OffloadConfig("leaf", "cpu"))
+        model(batch)
+    assert seen.h2d_copies > 1
     assert seen.races == []
 
 
