@@ -22,6 +22,7 @@ from qexp.errors import ConfigError, LoadError
 from qexp.models.diffusers import DiffusersConfig, Source
 from qexp.models.pipeline_call import TRAJECTORY_VALUES, check_arguments, run_pipeline
 from qexp.offloading.strategies import offload_of
+from qexp.system import files
 from tests.pipelines import ARGUMENTS, PIPELINES
 from tests.products import exhaustive, representatives
 
@@ -100,6 +101,26 @@ def test_unquantized_it_is_what_diffusers_loads(name: str, pipeline_folder: Fold
     assert torch.equal(outputs["images"], expected_images) and torch.equal(call(ours, name), expected_images)
     assert expected_images.std() > 0.05 and outputs["images"].shape[-3:] == (3, 32, 32)
     assert outputs["labels"].tolist() == [number for number in (0, 1) for _ in range(len(expected_images) // 2)]
+
+
+def test_a_pipeline_that_is_saved_in_part_has_no_index(
+    pipeline_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source(DiffusersConfig(path=str(pipeline_folder("flux"))))
+    write, written = files.write_bytes, list[Path]()
+
+    def write_one(path: Path, content: bytes) -> None:
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        write(path, content)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(files, "write_bytes", write_one)
+        source.save_side_files(tmp_path)
+    assert len(written) == 1 and not (tmp_path / "model_index.json").exists()
+    source.save_side_files(tmp_path)
+    assert (tmp_path / "model_index.json").is_file()
 
 
 def bitsandbytes(**fields: Any) -> Any:
