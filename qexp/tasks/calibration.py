@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from qexp.config.generate import GenerateConfig
 
+OTHER_SEEDS = 1 << 62  # image i has the noise of seed + i: far from all that are measured
+
 
 def calibrate(
     source: Any,
@@ -48,7 +50,9 @@ def calibrate(
         samples = samples_of(source, task, count)
 
         def run(samples: GenerateConfig = samples) -> None:
-            source.generate(dict(models), samples, seed=seed + 1, device=device, on_step=lambda step, state: None)
+            source.generate(
+                dict(models), samples, seed=seed ^ OTHER_SEEDS, device=device, on_step=lambda step, state: None
+            )
 
         quantizer.calibrate(model, run)
 

@@ -139,6 +139,7 @@ def test_device_maps_are_spelled_out_and_sizes_are_bytes(monkeypatch: pytest.Mon
     config = to_run_config({**settings(), "device_map": {"a": 1, "b": "cuda", "": "disk"}})
     assert config.device == "cuda:1"
     assert config.device_map == {"a": "cuda:1", "b": "cuda:0", "": "disk"}
+    assert to_run_config({**settings(), "device_map": {"a": 1, "*": "cpu"}}).device_map == {"a": "cuda:1", "": "cpu"}
     sizes = {0: "10GiB", "1": "500MB", "cpu": 7, "disk": "1.5 TB"}
     config = to_run_config({**settings(), "device_map": "balanced", "max_memory": sizes})
     assert (config.device, config.device_map) == ("cuda:0", "balanced")

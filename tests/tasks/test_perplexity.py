@@ -74,6 +74,21 @@ def test_every_token_is_scored_once_with_what_its_window_shows(
         assert torch.allclose(saved["logprobs"][place].double(), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(("window", "stride"), [(80, None), (14, 5)])
+def test_a_text_without_a_begin_token_is_scored_from_its_second_token(
+    window: int, stride: int | None, folder: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Source, "begin_token", None)
+    outputs, saved, _ = measure(folder, model, tmp_path, window=window, stride=stride)
+    tokens = Source(ArithmeticConfig(path=str(folder))).encode(TEXT)
+    assert torch.equal(outputs["targets"].long(), tokens[1:]) and len(saved["logprobs"]) == len(tokens) - 1
+    with torch.no_grad():
+        first = model(tokens[None, : min(window, len(tokens)) - 1]).logits[0].log_softmax(-1)
+    nll = -first.gather(1, tokens[1 : len(first) + 1, None])[:, 0]
+    assert torch.allclose(outputs["nll"][: len(nll)].float(), nll, atol=1e-4)
+    assert torch.allclose(saved["logprobs"][: len(nll)], first, atol=1e-4)
+
+
 def test_only_the_most_probable_are_kept(folder: Path, model: Any, tmp_path: Path) -> None:
     _, every, _ = measure(folder, model, tmp_path / "all", logprobs=None)
     outputs, some, _ = measure(folder, model, tmp_path / "some", logprobs=4)
