@@ -4,6 +4,9 @@ A file is "GGUF", a version, the numbers of tensors and of metadata fields; the 
 tensor its name, dimensions (the fastest first: [in, out]), type and offset; then, from the next multiple of
 `general.alignment` on, the tensors' bytes, each at such a multiple, in order. All numbers are little-endian.
 
+ComfyUI's converter stores a tensor whose rows are no whole blocks as rows of 256, and its shape in metadata,
+`comfy.gguf.orig_shape.<tensor>`: the tensor has that shape here.
+
 The file is read, never mapped, and what it says of itself is checked before memory is reserved for it: a count or a
 length cannot exceed what is left of the file, a header no more than MAX_HEADER_BYTES, and the tensors must fill the
 rest of the file without gap or overlap, as ggml demands.
@@ -17,7 +20,7 @@ import math
 import struct
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, BinaryIO
@@ -31,6 +34,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # 1 had shorter counts; 3 only added files in the other byte order
 DEFAULT_ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
+ORIGINAL_SHAPE_KEY = "comfy.gguf.orig_shape."  # and the name of the tensor
 MAX_HEADER_BYTES = 100_000_000  # a tokenizer with 256,000 words takes ten
 
 # the types of metadata: number in the file -> format of `struct` and of `array`
@@ -94,7 +98,8 @@ class _Header:
             infos[name] = self.tensor(name)
         alignment = metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
         start = _aligned(self.position, alignment)
-        return GGUFHeader(self._entries(infos, start, alignment), metadata, start)
+        entries = self._entries(infos, start, alignment)
+        return GGUFHeader(tuple(self._in_original_shape(entry, metadata) for entry in entries), metadata, start)
 
     def _check_version(self, version: int) -> None:
         if version in VERSIONS:
@@ -198,6 +203,19 @@ class _Header:
                 "download it again"
             )
         return tuple(entries)
+
+    def _in_original_shape(self, entry: TensorEntry, metadata: Mapping[str, Any]) -> TensorEntry:
+        """The tensor with the shape that its metadata gives it. Raises LoadError if it has not so many numbers."""
+        key = ORIGINAL_SHAPE_KEY + entry.name
+        if key not in metadata:
+            return entry
+        shape = metadata[key]
+        is_shape = isinstance(shape, array) and shape.typecode not in "fd" and min(shape, default=0) >= 0
+        if not is_shape or len(shape) > MAX_DIMENSIONS or math.prod(shape) != math.prod(entry.shape):
+            raise self.damaged(
+                f"{brief(key)} is {brief(shape)}, no shape of the tensor's {math.prod(entry.shape)} numbers"
+            )
+        return replace(entry, shape=tuple(shape))
 
     def damaged(self, what: str) -> LoadError:
         return LoadError(f"'{self.file}' is damaged: {what}; download it again")

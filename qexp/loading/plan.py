@@ -20,6 +20,7 @@ from torch import nn
 from qexp.checkpoints.checkpoint import Checkpoint
 from qexp.checkpoints.conversion import transposed
 from qexp.checkpoints.dtypes import TORCH_DTYPES
+from qexp.checkpoints.gguf_types import TYPES
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.config.module_patterns import covering
 from qexp.errors import ConfigError, LoadError
@@ -152,7 +153,8 @@ def find_quantized(
                 f"'{name}' is stored quantized, but {read}, so that every answer would be wrong; use a checkpoint that "
                 "holds this layer unquantized"
             )
-        reason = (_reason_to_skip(module, name, patterns, fp32_patterns) or read) if in_blocks else None
+        asked = _reason_to_skip(module, name, patterns, fp32_patterns) or read
+        reason = (asked or _reason_to_decode(parts["raw"])) if in_blocks else None
         if reason is None:
             chosen[name] = spec
         elif is_transposed(module):
@@ -183,6 +185,12 @@ def _reason_to_skip(module: nn.Module, name: str, patterns: Sequence[str], fp32:
     if weight.numel() == 0:
         return "it has no weights"
     return None
+
+
+def _reason_to_decode(entry: TensorEntry) -> str | None:
+    """Why GGUF blocks cannot stay: a block that goes on in the next row, which files of ComfyUI have."""
+    block = TYPES[str(entry.block_type)].block
+    return f"its blocks of {block} do not divide rows of {entry.shape[-1]}" if entry.shape[-1] % block else None
 
 
 def make_plan(
@@ -303,7 +311,8 @@ def _missing_message(missing: Sequence[str], checkpoint: Checkpoint, targets: It
         f" and {len(missing) - 5} more" if len(missing) > 5 else ""
     )
     unused = sorted(set(checkpoint.entries) - set(targets))
-    near = difflib.get_close_matches(missing[0], unused, n=1)
+    prefixed = [name for name in unused if name.endswith(f".{missing[0]}")]
+    near = prefixed or difflib.get_close_matches(missing[0], unused, n=1)
     hint = f"; it has {near[0]!r}, which the model has not" if near else ""
     return (
         f"checkpoint '{checkpoint.path}' lacks {shown}{hint}; it is incomplete, or belongs to another model: "

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from qexp.checkpoints.checkpoint import Checkpoint
-from qexp.checkpoints.conversion import converted
 from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.config.module_patterns import covering, patterns_lost, unmatched_patterns
 from qexp.errors import ConfigError, LoadError
 from qexp.interop.interfaces import kept_by_class
 from qexp.loading.component import Prepared
+from qexp.loading.model_names import under_model_names
 from qexp.loading.notices import nothing_message, notices
 from qexp.loading.plan import choose_modules, find_quantized, make_plan, stored_part_names
 from qexp.loading.sharing import with_tied_entries
@@ -145,17 +145,7 @@ def skeleton_and_names(
     """Stage 5: the network on the meta device, and the checkpoint under the names of all its tensors."""
     with on_meta(compute_dtype):
         model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
-    return model, with_tied_entries(_under_model_names(source, component, checkpoint, model), model)
-
-
-def _under_model_names(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
-    """The checkpoint with tensors named as the model's: converted by the source where a name or shape is another."""
-    conversion = source.conversion(component, model, checkpoint) if hasattr(source, "conversion") else None
-    entries = checkpoint.entries
-    fits = all(name in entries and entries[name].shape == t.shape for name, t in model.state_dict().items())
-    if conversion is None or fits:
-        return checkpoint
-    return converted(checkpoint, conversion)
+    return model, with_tied_entries(under_model_names(source, component, checkpoint, model), model)
 
 
 def resolve_quantizer(backend: Any, checkpoint: Checkpoint, component: str) -> Quantizer:

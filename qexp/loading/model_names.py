@@ -1,0 +1,94 @@
+"""A checkpoint under the names, and in the shapes, that a network has for its tensors.
+
+Three things differ between files of the same weights. The names, where the file is in its authors' layout: see the
+source's conversion. A prefix of all names, left by a wrapper whose state_dict was saved (`module.` of
+DistributedDataParallel, `_orig_mod.` of torch.compile, `transformer.`, `model.`): it is taken off if no tensor has a
+place in the network with it. And dimensions of one, which GGUF files leave out ([D] for [1, D]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from qexp.checkpoints.checkpoint import Checkpoint, is_gguf
+from qexp.checkpoints.conversion import converted
+from qexp.errors import LoadError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qexp.checkpoints.tensor_entry import TensorEntry
+    from qexp.models.base import ModelSource
+
+
+def under_model_names(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """The checkpoint with tensors named and shaped as the model's, as far as that can be done.
+
+    A prefix is taken off only if no tensor has a place in the model with it, and some have without it.
+    """
+    first_error: LoadError | None = None
+    as_written = checkpoint
+    for candidate in (checkpoint, *_without_prefixes(checkpoint)):
+        try:
+            named = _converted_by_source(source, component, candidate, model)
+        except LoadError as error:  # a conversion may look for names that are behind a prefix
+            first_error = first_error or error
+            continue
+        if _has_places(named, model):
+            return _in_model_shapes(named, model)
+        as_written = named if candidate is checkpoint else as_written
+    if first_error is not None:
+        raise first_error
+    return as_written
+
+
+def _converted_by_source(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """The checkpoint, converted by the source where a name or shape is not the model's."""
+    conversion = source.conversion(component, model, checkpoint) if hasattr(source, "conversion") else None
+    entries = checkpoint.entries
+    fits = all(name in entries and entries[name].shape == t.shape for name, t in model.state_dict().items())
+    return checkpoint if conversion is None or fits else converted(checkpoint, conversion)
+
+
+def _without_prefixes(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
+    """The checkpoint without the first segment of its names, the first two, …: as long as all have the same
+    one."""
+    prefix = ""
+    while True:
+        segments = {name[len(prefix) :].partition(".")[0] for name in checkpoint.entries}
+        if len(segments) != 1 or any(name == prefix + s for s in segments for name in checkpoint.entries):
+            return
+        prefix += f"{segments.pop()}."
+        yield converted(checkpoint, _take_off(len(prefix)))
+
+
+def _take_off(length: int) -> Any:
+    def renamed(tensors: MutableMapping[str, Any]) -> dict[str, Any]:
+        return {name[length:]: tensors.pop(name) for name in list(tensors)}
+
+    return renamed
+
+
+def _has_places(checkpoint: Checkpoint, model: nn.Module) -> bool:
+    """Whether any tensor is one of the model's, or a part of a quantized weight of one of its layers."""
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)} - {""} | model.state_dict().keys()
+    return any(name in names or name.rpartition(".")[0] in names for name in checkpoint.entries)
+
+
+def _in_model_shapes(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """GGUF tensors with the dimensions of one that the model has, where these alone differ."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    entries = {
+        name: _reshaped(entry, shapes[name]) if name in shapes and is_gguf(entry.file) else entry
+        for name, entry in checkpoint.entries.items()
+    }
+    return replace(checkpoint, entries=entries)
+
+
+def _reshaped(entry: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
+    differs_by_ones = [size for size in entry.shape if size != 1] == [size for size in shape if size != 1]
+    if entry.transform is not None or len(entry.shape) == len(shape) or not differs_by_ones:
+        return entry
+    return replace(entry, shape=shape)
