@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from qexp.checkpoints.content import content_digest
+from qexp.checkpoints.foreign_files import convert_remedy, pickles_in, refuse_cache_folder, refuse_foreign
 from qexp.checkpoints.gguf_header import read_gguf, read_gguf_header
-from qexp.checkpoints.regular_file import read_regular, unreadable
+from qexp.checkpoints.regular_file import open_regular, unreadable
 from qexp.checkpoints.safetensors_header import read_safetensors_header
 from qexp.checkpoints.scaled_weights import with_scales_applied
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.checkpoints.weight_files import shard_files, weight_files, weight_map
-from qexp.errors import ConfigError, LoadError
+from qexp.errors import ConfigError, LoadError, first_names
 
 GGUF_CONFIG_KEY = "qexp.config"  # metadata of a GGUF file: its config.json
 SAVED_GGUF = "model.gguf"
@@ -75,6 +76,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"checkpoint '{path}' does not exist; set model.path to a folder with config.json and safetensors, or to a "
             ".gguf file"
         )
+    refuse_cache_folder(path)
     files, index = _files(path)
     placed = {} if index is None else weight_map(read_object(index), f"'{index}'")
     entries: dict[str, TensorEntry] = {}
@@ -153,7 +155,9 @@ def _tensors_and_header_bytes(file: Path) -> tuple[Sequence[TensorEntry], int]:
 
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises LoadError."""
-    return _json_object(read_regular(file), str(file))
+    with open_regular(file) as (stream, _):
+        refuse_foreign(file, stream)
+        return _json_object(stream.read(), str(file))
 
 
 def _json_object(text: str | bytes, place: str) -> dict[str, Any]:
@@ -183,6 +187,11 @@ def _files(path: Path) -> tuple[tuple[Path, ...], Path | None]:
     if not found:
         if "model_index.json" in names:
             raise LoadError(f"'{folder}' is a pipeline of diffusers: use model=diffusers, in Python qexp.load_pipeline")
+        if pickles := pickles_in(folder, names):
+            found = first_names([file.name for file in pickles])
+            raise LoadError(
+                f"'{folder}' needs safetensors or GGUF, and has pickles ({found}); {convert_remedy(pickles)}"
+            )
         raise LoadError(f"'{folder}' needs one .safetensors file (or .gguf), or shards with an index; found: none")
     index = folder / found[0] if found[0].endswith(".json") else None
     return tuple(folder / name for name in found if not name.endswith(".json")), index

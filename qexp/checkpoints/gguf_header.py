@@ -25,6 +25,7 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, BinaryIO
 
+from qexp.checkpoints.foreign_files import refuse_foreign, refuse_other_format
 from qexp.checkpoints.gguf_types import BLOCKED_PREFIX, BY_NUMBER, GGMLType
 from qexp.checkpoints.regular_file import FileState, open_regular
 from qexp.checkpoints.tensor_entry import MAX_DIMENSIONS, TensorEntry
@@ -58,6 +59,8 @@ def read_gguf_header(file: Path) -> GGUFHeader:
     shape is that of the dense tensor, [out, in].
     """
     with open_regular(file) as (stream, state):
+        refuse_foreign(file, stream)
+        refuse_other_format(file, stream, wants_gguf=True)
         return _Header(file, stream, state).read()
 
 

@@ -52,12 +52,6 @@ def state_of(descriptor: int) -> FileState:
     return FileState(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def read_regular(file: Path) -> bytes:
-    """The content of a small file. Raises: LoadError as `open_regular`."""
-    with open_regular(file) as (stream, _):
-        return stream.read()
-
-
 def unreadable(file: Path, error: OSError) -> LoadError:
     return LoadError(
         f"'{file}' cannot be read: {error.strerror}; the checkpoint needs it: put it there, or make it readable"

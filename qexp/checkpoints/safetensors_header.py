@@ -17,6 +17,7 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, NamedTuple
 
+from qexp.checkpoints.foreign_files import refuse_foreign, refuse_other_format
 from qexp.checkpoints.regular_file import FileState, open_regular
 from qexp.checkpoints.tensor_entry import DTYPE_BYTES, MAX_DIMENSIONS, TensorEntry
 from qexp.errors import LoadError
@@ -35,6 +36,8 @@ class SafetensorsHeader(NamedTuple):
 def read_safetensors_header(file: Path) -> SafetensorsHeader:
     """What the header of a file says. Raises LoadError if the file is damaged, or no safetensors file."""
     with open_regular(file) as (stream, state):
+        refuse_foreign(file, stream)
+        refuse_other_format(file, stream, wants_gguf=False)
         length_bytes = stream.read(8)
         length = int.from_bytes(length_bytes, "little")
         if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, state.size - 8):

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qexp.checkpoints.checkpoint import read_object
+from qexp.checkpoints.foreign_files import PICKLE_SUFFIXES, refuse_cache_folder
 from qexp.errors import ConfigError, DiskError, HubError, LoadError, MissingLibraryError, QexpError
 from qexp.hub.file_selection import needed_files
 from qexp.hub.transfer import TIMEOUT_SECONDS, HubFile, transfer
@@ -33,7 +34,7 @@ from qexp.system.memory import GIB
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>.+))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of a small file, of a large one
-FILE_SUFFIXES = (".safetensors", ".gguf")  # a name that ends so is of a file, which is missing
+FILE_SUFFIXES = (".safetensors", ".gguf", *PICKLE_SUFFIXES)  # a name that ends so is of a file, which is missing
 SPARE_BYTES = 64 << 20  # to leave on a disk
 AGAIN = "run the same command again: it goes on from there"
 
@@ -94,11 +95,13 @@ def pinned(path: str, revision: str | None = None, variant: str | None = None, *
 def local_folder(path: str | Path) -> Path:
     """Where a model is on this machine: a path as it is, a repository's snapshot in the cache; never asks a network.
 
-    Raises: LoadError for a repository that is not in the cache.
+    Raises: LoadError for a repository that is not in the cache, and for a folder of the cache above a snapshot.
     """
     found = hub_id(path)
     if found is None:
-        return Path(path).expanduser()
+        folder = Path(path).expanduser()
+        refuse_cache_folder(folder)
+        return folder
     storage = _storage(found.repo)
     commit = _cached_commit(storage, found.revision or "main")
     if commit is None:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from qexp.checkpoints.foreign_files import PICKLE_SUFFIXES
 from qexp.checkpoints.pipeline_folder import variant_file, variant_names
 from qexp.checkpoints.weight_files import ReadJson, shard_files, weight_files
 from qexp.errors import LoadError, first_names
@@ -21,7 +22,7 @@ from qexp.errors import LoadError, first_names
 PIPELINE_INDEX = "model_index.json"
 SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".spm", ".bpe", ".tiktoken")  # configs, tokenizers
 OPENED = (".safetensors", ".gguf")
-NOT_OPENED = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pkl")
+NOT_OPENED = (*PICKLE_SUFFIXES, ".msgpack", ".h5", ".onnx", ".onnx_data")
 
 
 def needed_files(names: Collection[str], read: ReadJson, place: str, variant: str | None = None) -> list[str]:

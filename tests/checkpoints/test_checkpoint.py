@@ -235,7 +235,6 @@ DAMAGED_FILES: dict[str, Callable[[bytes], bytes]] = {
     "length -1": lambda good: b"\xff" * 8 + good[8:],
     "length above the limit": lambda good: (100_000_001).to_bytes(8, "little") + good[8:],
     "a pointer of Git LFS": lambda good: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-    "a pickle": lambda good: b"PK\x03\x04" + bytes(60),
     "zeros": lambda good: bytes(len(good)),
 }
 

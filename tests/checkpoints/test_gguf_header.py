@@ -140,8 +140,8 @@ def file_bytes(
 GOOD = file_bytes()
 HUGE = 2**63
 DAMAGED: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "does not start with GGUF"),
-    "another format": (b"\x08\x00\x00\x00\x00\x00\x00\x00{}", "does not start with GGUF"),
+    "empty": (b"", "is empty"),
+    "another format": (b"\x08\x00\x00\x00\x00\x00\x00\x00{}", "holds safetensors"),
     "the magic alone": (b"GGUF", "its version"),
     "version 1": (file_bytes(version=struct.pack("<I", 1)), "version 1, not supported"),
     "version 4": (file_bytes(version=struct.pack("<I", 4)), "version 4, not supported"),
