@@ -1,17 +1,31 @@
-"""The command line: `python -m qexp`, and the console script `qexp`. `--help` answers without importing Hydra."""
+"""The command line: `python -m qexp`, and the console script `qexp`. `--help` answers without importing Hydra.
+
+Its first word may be one of `cli/commands.py`, which are programs of their own: `qexp report` is the same as
+`python -m qexp.report`.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import io
 import signal
 import sys
 
+from qexp.cli.commands import COMMANDS
+
 
 def main() -> None:
-    """Run one experiment or a sweep, and exit with 0 only if all of it is done."""
+    """Run one experiment or a sweep, or another command, and exit with 0 only if all of it is done."""
     arguments = sys.argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt or an arrow that the locale has no letter for
+    if arguments and arguments[0] in COMMANDS:
+        sys.argv[:] = [f"qexp {arguments[0]}", *arguments[1:]]
+        sys.exit(importlib.import_module(COMMANDS[arguments[0]]).main())
+    if "--version" in arguments:
+        print(f"qexp {importlib.metadata.version('qexp')}")
+        return
     if "--help" in arguments or "-h" in arguments:
         from qexp.cli.help import help_text
 

@@ -96,7 +96,8 @@ def run_one(cfg: DictConfig) -> JobRow:
     """One composed experiment. A setting that is wrong ends a single run here; a sweep goes on with the next."""
     from qexp.sweep.job import refuse_job, run_job
 
-    overrides = list(HydraConfig.get().overrides.task)
+    # as they were typed: ${…} in one refers to the experiment's settings, which Hydra's own node does not have
+    overrides: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[assignment]
     try:
         config = to_run_config(cfg)
     except QexpError as error:

@@ -17,14 +17,21 @@ Examples
   python -m qexp task=roundtrip backend=torchao backend.quant_type=float8wo_e4m3
   python -m qexp -m backend=bitsandbytes_int8 backend.llm_int8_threshold=0,4,6,8
   python -m qexp experiment=backend_pareto                    a prepared sweep
-  python -m qexp.report [sweep]                               table, plot and report of a sweep
-  python -m qexp.doctor                                       what runs on this machine, and what the rest needs"""
+
+Commands (the console script `qexp` is the same: qexp report)
+  python -m qexp report [sweep]                               table, plot and report of a sweep
+  python -m qexp doctor                                       what runs on this machine, and what the rest needs
+  python -m qexp predict [model ...]                          bytes of a model for each backend, before a download
+  python -m qexp rerun outputs/runs/<key>                     a stored experiment again, compared with what it gave
+  each has --help of its own"""
 
 MORE = """\
 More
   python -m qexp backend=torchao --cfg job                    the composed configuration: every field and its value
   python -m qexp backend=torchao --cfg job --package backend  the fields of one group
   python -m qexp --config-dir <folder> backend=<name>         options of your own, from <folder>/backend/<name>.yaml
+  python -m qexp --version                                    the version of this program
+  eval "$(qexp -sc install=bash)"                             completion with the Tab key; install=zsh or fish, too
   python -m qexp --hydra-help                                 flags of Hydra; HYDRA_FULL_ERROR=1 shows tracebacks"""
 
 

@@ -10,6 +10,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from qexp.cli.backend_words import other_word
+from qexp.cli.commands import COMMANDS
+from qexp.cli.quoting import is_unbalanced, quoted
 from qexp.config.dataclass_io import describe, field_types
 from qexp.config.plugins import PLUGINS, plugin_module, plugin_names
 from qexp.config.schema import TopLevelConfig
@@ -83,7 +89,8 @@ def _unknown_option(problem: Problem) -> str:
     names = re.findall(r"^\t(\w+)$", problem.text, flags=re.MULTILINE) or option_names(group)
     if not names:
         return _no_group(group, problem.place)
-    return f"{group}={name}{problem.place} is unknown{did_you_mean(name, names)}; use {choices(names)}"
+    hint = (other_word(name) if group == "backend" else "") or did_you_mean(name, names)
+    return f"{group}={name}{problem.place} is unknown{hint}; use {choices(names)}"
 
 
 def _unknown_group(problem: Problem) -> str:
@@ -171,8 +178,11 @@ def _there_already(problem: Problem) -> str:
 
 
 def _unreadable_override(problem: Problem) -> str:
-    written = problem.find(r"Error parsing override '(.*)'") or problem.find(r"at input '(.*)'")
-    reason = problem.find(r"^(missing .*|extraneous .*|mismatched .*)$")
+    unread = [argument for argument in problem.arguments if not argument.startswith("-") and not _is_readable(argument)]
+    written = unread[0] if unread else problem.find(r"Error parsing override '(.*)'")
+    if written and "=" not in written and not written.startswith("~"):
+        return _bare_word(written)
+    reason = problem.find(r"(?:^|: )((?:missing|extraneous|mismatched|token recognition) .*|Unknown function.*)$")
     given = [
         argument
         for argument in problem.arguments
@@ -183,11 +193,39 @@ def _unreadable_override(problem: Problem) -> str:
             f"cannot read {given[0]}: on the command line, what device_map does not name is '*': "
             "'device_map={*: cpu}'"
         )
+    if is_unbalanced(written):
+        reason = "a quote is not closed"
+    own = f"; here: {quoted(written)}" if written.partition("=")[2][:1] not in ("", "[", "{") else ""
     return (
         f"cannot read {written or 'the command line'}{f' ({reason})' if reason else ''}: an override is key=value "
-        "without spaces around =, and a value with spaces, commas, braces or = is quoted twice: "
-        '\'sweep.notes="a, b"\' or \'task.prompt=["1+1=","a, b"]\''
+        "without spaces around =, and a value with spaces, commas, quotes, braces, =, #, ! or letters such as ü is "
+        f'quoted twice: \'sweep.notes="a, b"\' or \'task.prompt=["1+1=","a, b"]\'{own}'
     )
+
+
+def _is_readable(argument: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    return True
+
+
+def _bare_word(word: str) -> str:
+    """Of a word without =: the name of a command, a group, an option or a field, or nothing."""
+    name = word.removeprefix("qexp.")
+    if name in COMMANDS:
+        return f"{word} is a command, and no setting: it comes first, python -m qexp {name}"
+    if name in group_names():
+        return f"{word} is a group and needs an option: {word}=<name>; use {choices(option_names(name))}"
+    groups = [group for group in group_names() if name in option_names(group)]
+    fields = field_types(TopLevelConfig)
+    remedy = f"write {choices(f'{group}={name}' for group in groups)}" if groups else ""
+    if name in fields:
+        remedy = f"write {name}=<value>"
+    hint = did_you_mean(name, [*COMMANDS, *group_names(), *fields])
+    rest = remedy or f"use key=value, or a command: {choices(COMMANDS)}; --help names them all"
+    return f"{word} is no setting, which an override is, key=value{'' if remedy else hint}; {rest}"
 
 
 def _bad_yaml(problem: Problem) -> str:
@@ -207,7 +245,8 @@ RULES: tuple[tuple[str, Callable[[Problem], str]], ...] = (
     (r"Merge error: (?P<given>\w+) is not a subclass of (?P<wanted>\w+)", _wrong_kind),
     (r"could not be converted to \w+|is not a valid bool|is not Optional", _wrong_type),
     (r"Cannot (?:convert|merge) .*|Invalid value assigned.*", _wrong_type),
-    (r"Error parsing override|no viable alternative|mismatched input|extraneous input", _unreadable_override),
+    (r"Error parsing override|no viable alternative|(mismatched|extraneous) input|missing EQUAL", _unreadable_override),
+    (r"token recognition error|LexerNoViableAltException", _unreadable_override),
     (r'in "(?P<file>[^"]+\.ya?ml)", line (?P<line>\d+)', _bad_yaml),
 )
 

@@ -52,9 +52,11 @@ def convert(hint: Any, value: Any, place: str, rule: str = "") -> Any:
     """`value` as the type `hint` (scalars, unions with None, tuples, dicts, dataclasses), or ConfigError by `rule`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
+        refuse_word_for_null(value, place)
         check_finite(value, place)
         return value
     if origin in (typing.Union, types.UnionType):
+        refuse_word_for_null(value, place)
         return None if value is None else convert(_only_type(arguments), value, place, rule=describe(hint))
     if is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else from_plain(hint, value, place)
@@ -68,6 +70,12 @@ def convert(hint: Any, value: Any, place: str, rule: str = "") -> Any:
         check_finite(value, place)
         return value
     raise ConfigError(f"{place}={value!r} must be {rule or describe(hint)}")
+
+
+def refuse_word_for_null(value: Any, place: str) -> None:
+    """Raise ConfigError for Python's word in place of yaml's: it would be a text, a path or a name."""
+    if value in ("None", "nil", "undefined"):
+        raise ConfigError(f"{place}={value} is the text '{value}'; for no value write {place}=null")
 
 
 def check_finite(value: Any, place: str) -> None:

@@ -84,6 +84,18 @@ def patterns(value: Any, place: str) -> tuple[str, ...]:
     return tuple(pattern for line in lines if (pattern := line.partition("#")[0].strip()))
 
 
+def check_patterns(patterns: Iterable[str], place: str) -> None:
+    """Raises ConfigError for a pattern that no module's name can match: an empty segment, or a sign of regexes."""
+    for pattern in patterns:
+        segments = pattern.split(".")
+        if all(segments) and not re.search(r"[\\^$()|+?\[\]{}\s/,]", pattern) and "***" not in pattern:
+            continue
+        raise ConfigError(
+            f"{place}: {pattern!r} can match no module; a pattern is names with dots between them, such as "
+            "'blocks.0.attn', where '*' stands for one segment and '**' for any number: '**.attn' (no regex, no path)"
+        )
+
+
 def union(*lists: tuple[str, ...]) -> tuple[str, ...]:
     """Sorted, since order means nothing: the same patterns are the same experiment."""
     return tuple(sorted({pattern for patterns in lists for pattern in patterns}))

@@ -13,6 +13,7 @@ from math import inf
 from typing import Any
 
 from qexp.config.dataclass_io import to_plain
+from qexp.config.module_patterns import check_patterns
 from qexp.config.offload import STRATEGIES, OffloadConfig
 from qexp.errors import ConfigError, choices, did_you_mean
 
@@ -173,6 +174,10 @@ class ComponentConfig:
     keep_in_fp32_modules: tuple[str, ...] = ()
     compute_dtype: str | None = None
     plain_fp8: bool = False  # whether weights in float8 without scales are what they seem
+
+    def __post_init__(self) -> None:
+        check_patterns(self.skip_modules, "skip_modules")
+        check_patterns(self.keep_in_fp32_modules, "keep_in_fp32_modules")
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,11 @@ def _plain_settings(cfg: Any) -> dict[str, Any]:
         except MissingMandatoryValue as error:
             raise ConfigError(f"{error.full_key or name} is missing (???); give it a value") from error
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{error.full_key or name} does not resolve: {str(error).splitlines()[0]}") from error
+            raise ConfigError(
+                f"{error.full_key or name} does not resolve: {str(error).splitlines()[0]}; ${{…}} refers to another "
+                "setting: if the characters are meant, put a backslash before them, in quotes: "
+                f"'{error.full_key or name}=\"…\\${{…}}…\"'"
+            ) from error
     return settings
 
 

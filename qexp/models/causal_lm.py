@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qexp.checkpoints.checkpoint import read_object
+from qexp.config.text_windows import positions, window_and_stride
 from qexp.errors import ConfigError, LoadError
 from qexp.hub.download import local_folder
 from qexp.system.text_files import read_text
@@ -173,6 +175,9 @@ class Source:
             )
         if task.name == "perplexity" or getattr(task, "text", None) is not None:
             self.text(task.text)
+        if task.name == "perplexity" and (self.folder / "config.json").is_file():
+            longest = positions(read_object(self.folder / "config.json"))
+            window_and_stride(longest, task.window, task.stride, has_begin=False)  # check_run has the tokenizer, too
 
     def prompts(self, task: GenerateConfig) -> list[str]:
         """The texts to go on from. Raises ConfigError if there are none."""
@@ -218,6 +223,9 @@ class Source:
             tokens = self.encode(self.text(task.text))[: getattr(task, "max_tokens", None)].tolist()
             begin = [] if self.begin_token is None else [self.begin_token]
             check_tokens(model, self.tokenizer, [begin + tokens], f"task.text={task.text}")
+        if task.name == "perplexity":
+            longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            window_and_stride(longest, task.window, task.stride, has_begin=self.begin_token is not None)
 
     def forward_inputs(self, lines: list[str]) -> dict[str, Tensor]:
         """What the network is called with for lines of text, [lines, longest], padded behind them."""

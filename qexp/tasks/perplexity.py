@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qexp.config.text_windows import window_and_stride
 from qexp.errors import ConfigError
 from qexp.tasks.recorder import Recorder, TaskResult
 
@@ -59,6 +60,8 @@ class PerplexityConfig:
         for name, least in {"max_tokens": 2, "window": 2, "stride": 1, "batch_size": 1, "logprobs": 1}.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ConfigError(f"task.{name}={value} must be {least} or more")
+        if self.window is not None:
+            window_and_stride(None, self.window, self.stride, has_begin=False)  # the least that any model asks for
 
     def input_files(self) -> dict[str, Path]:
         """Fields that name a file, whose content is what counts."""
@@ -147,18 +150,7 @@ def evaluate(
 def window_sizes(config: Any, task: PerplexityConfig, begin_token: int | None) -> tuple[int, int]:
     """(tokens of the text in a window, tokens that it scores). Raises ConfigError if the model cannot see as many."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    window = task.window or min(longest or 2048, 2048)
-    if longest is not None and window > longest:
-        raise ConfigError(
-            f"task.window={window} is more than the {longest} positions of this model; use at most {longest}, or null"
-        )
-    tokens = window - 1 if begin_token is not None else window
-    stride = task.stride or max(tokens // 2, 1)
-    if stride > tokens:
-        raise ConfigError(
-            f"task.stride={stride} leaves tokens out: it must be at most {tokens}, with task.window={window}"
-        )
-    return tokens, stride
+    return window_and_stride(longest, task.window, task.stride, has_begin=begin_token is not None)
 
 
 def windows_of(count: int, tokens: int, stride: int, has_begin: bool) -> Iterator[Window]:

@@ -1,0 +1,8 @@
+"""The programs beside the experiments: the first word of a command line -> the module whose `main` it runs."""
+
+COMMANDS = {
+    "report": "qexp.report.__main__",
+    "doctor": "qexp.doctor.__main__",
+    "predict": "qexp.predict",
+    "rerun": "qexp.rerun",
+}

@@ -1,0 +1,56 @@
+"""`qexp report` and the other commands: the same programs as `python -m qexp.report`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+
+import pytest
+
+import qexp.__main__
+from qexp.cli.commands import COMMANDS
+from qexp.cli.help import help_text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_runs_its_own_program(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["qexp", name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        qexp.__main__.main()
+    assert ended.value.code == 0
+    assert f"python -m qexp.{name}" in capsys.readouterr().out
+    assert f"python -m qexp {name}" in help_text()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_gets_the_arguments_behind_it_and_its_exit_code_is_returned(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(importlib.import_module(COMMANDS[name]), "main", lambda: seen.append(sys.argv[1:]) or 3)
+    monkeypatch.setattr(sys, "argv", ["qexp", name, "a", "--b"])
+    with pytest.raises(SystemExit) as ended:
+        qexp.__main__.main()
+    assert (seen, ended.value.code) == ([["a", "--b"]], 3)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["seed=1", "--version"], ["--version", "-m"]])
+def test_version_is_that_of_this_program(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["qexp", *arguments])
+    qexp.__main__.main()
+    assert capsys.readouterr().out == f"qexp {importlib.metadata.version('qexp')}\n"
+
+
+def test_completion_proposes_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "qexp offload=l"
+    monkeypatch.setenv("COMP_LINE", line)
+    monkeypatch.setenv("COMP_POINT", str(len(line)))
+    monkeypatch.setattr(sys, "argv", ["qexp", "-sc", "query=bash"])
+    with pytest.raises(SystemExit):
+        qexp.__main__.main()
+    assert "offload=leaf" in capsys.readouterr().out
