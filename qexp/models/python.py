@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, choices, did_you_mean
 from qexp.hub.download import local_folder
+from qexp.models.python_text import as_module_name, check_arguments, parsed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,12 +97,14 @@ class Source:
     def check_task(self, task: Any) -> None:
         """Raises ConfigError for a factory that is not there, or inputs that this network has no tokenizer for."""
         module, function = split_name(self.config.factory)
-        known = defined_names(find_module(module))
+        spec = find_module(module)
+        known = defined_names(spec)
         if known is not None and function not in known:
             raise ConfigError(
                 f"model.factory={self.config.factory}: '{module}' defines no {function!r}"
                 f"{did_you_mean(function, known)}; it has {choices(sorted(known)[:12])}"
             )
+        check_arguments(str(self.config.factory), parsed(spec), self.config.arguments or {})
         if task.name == "forward" and task.is_text:
             raise ConfigError(
                 f"task.inputs={task.inputs} is text, and model.source=python has no tokenizer to read it with; give "
@@ -136,10 +139,14 @@ class Source:
 def split_name(name: str | None) -> tuple[str, str]:
     """(module, function) of 'package.module:function'. Raises ConfigError."""
     module, colon, function = (name or "").partition(":")
-    if not colon or not all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
+    if (
+        not colon
+        or module.endswith(".py")
+        or not all(part.isidentifier() for part in (*module.split("."), *function.split(".")))
+    ):
         raise ConfigError(
-            f"model.factory={name or 'null'} must name what builds the network, as package.module:function; a class is "
-            "a function, too"
+            f"model.factory={name or 'null'} must name what builds the network, as package.module:function"
+            f"{as_module_name(name or '')} (a class is a function, too)"
         )
     return module, function
 
@@ -170,16 +177,11 @@ def _modules_in(folders: list[str]) -> Iterator[str]:
 
 def defined_names(spec: ModuleSpec) -> set[str] | None:
     """The names that a module binds at its top level; None if that cannot be read from its text."""
-    if spec.origin is None or not spec.origin.endswith(".py"):
+    text = parsed(spec)
+    if text is None:
         return None
-    try:
-        body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ConfigError(
-            f"model.factory: '{spec.origin}' is no Python file that can be read: {error}; mend it"
-        ) from error
     names: set[str] = set()
-    for node in body:
+    for node in text.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
@@ -258,9 +260,10 @@ def _without_config(path: Path) -> Path:
 
 def _raised(name: str, arguments: Mapping[str, Any], error: Exception) -> str:
     called = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    check = "check model.arguments; " if arguments and isinstance(error, TypeError | ValueError) else ""
     return (
-        f"model.factory={name} failed, called with ({called[:200]}): {_where(error)}. It is to build the network "
-        "alone: its parameters have no memory yet (the meta device), and its weights are loaded afterwards"
+        f"model.factory={name} failed, called with ({called[:200]}): {_where(error)}; {check}it is to build the "
+        "network alone: its parameters have no memory yet (the meta device), and its weights are loaded afterwards"
     )
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 class Net(nn.Module):
-    def __init__(self, width, depth=2):
+    def __init__(self, width: int, depth=2):
         super().__init__()
         self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
     def forward(self, x):
@@ -107,6 +107,17 @@ def test_saved_quantized_it_loads_again(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("factory", "arguments", "words"),
     [
+        ("mynets.py:Net", None, r"package\.module:function; write model\.factory=mynets:Net \("),
+        ("./nets/my.py:build", None, r"write model\.factory=nets\.my:build \("),
+        ("/srv/a b/my.py:Net", None, r"write model\.factory=my:Net, and start it with PYTHONPATH='/srv/a b' \("),
+        ("../my.py:Net", None, r"write model\.factory=my:Net, and start it with PYTHONPATH=\.\. \("),
+        ("mynets.Net", None, r"write model\.factory=mynets:Net \("),
+        ("mynets.py", None, r"write model\.factory=mynets:<function> \("),
+        ("my-nets.py:Net", None, "'my-nets.py' can be no module's name: rename it with letters, digits and _ alone"),
+        ("mynets:Net", {"width": "64"}, r"model\.arguments\.width='64' must be an integer, as mynets:Net declares it"),
+        ("mynets:Net", {"width": 6.4}, r"model\.arguments\.width=6\.4 must be an integer"),
+        ("mynets:Net", {"width": True}, r"model\.arguments\.width=True must be an integer"),
+        ("mynets:Net", {"wdh": 64}, r"model\.arguments\.wdh \(did you mean width\?\) is no argument of mynets:Net"),
         (None, None, r"factory=null must name what builds the network, as package\.module:function"),
         ("mynets", None, "factory=mynets must name what builds"),
         ("mynet:Net", None, r"no module 'mynet' \(did you mean mynets\?\) in the current directory .*installed"),
