@@ -15,6 +15,7 @@ from typing import Any
 from qexp.config.dataclass_io import to_plain
 from qexp.config.module_patterns import check_patterns
 from qexp.config.offload import STRATEGIES, OffloadConfig
+from qexp.config.wandb_names import MAX_TAG, problem_of_project
 from qexp.errors import ConfigError, choices, did_you_mean
 
 RESUME_MODES = ("missing", "failed", "stale", "none")
@@ -63,6 +64,15 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         check_choice("tracking.mode", self.mode, ("offline", "online", "none"))
+        if self.mode == "none":
+            return
+        if problem := problem_of_project(self.project):
+            raise ConfigError(f"tracking.project={self.project!r} {problem}, as W&B demands; give another name")
+        if wrong := [tag for tag in self.tags if not 1 <= len(tag) <= MAX_TAG]:
+            raise ConfigError(
+                f"tracking.tags: {wrong[0]!r} must have 1 to {MAX_TAG} characters, as W&B demands; shorten it, or use "
+                "sweep.notes"
+            )
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from qexp.config.wandb_names import OF_A_RUN
 from qexp.errors import ConfigError, MissingLibraryError, UnsupportedError
 
 
@@ -21,15 +22,18 @@ from qexp.errors import ConfigError, MissingLibraryError, UnsupportedError
 def wandb_session(folder: Path, mode: str) -> Iterator[Any]:
     """The wandb module, with its data and cache in <folder>/wandb; offline it says not a word to anyone.
 
+    Variables of the environment that name a run, another program's, are taken away for as long.
+
     At the end its service process is shut down, which also makes a .wandb file complete (`finish` alone returns before
     it is written), and the environment is as before. A run that the calling program has open is left alone.
     """
     cache = folder / "wandb" / "cache"
-    changes = {"WANDB_DATA_DIR": str(folder / "wandb" / "data"), "WANDB_CACHE_DIR": str(cache)}
+    changes: dict[str, str | None] = dict.fromkeys(OF_A_RUN)
+    changes |= {"WANDB_DATA_DIR": str(folder / "wandb" / "data"), "WANDB_CACHE_DIR": str(cache)}
     if mode == "offline":
         changes["WANDB_ERROR_REPORTING"] = "false"
     before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
+    _set_variables(changes)
     try:
         wandb = _import_wandb()
         try:
@@ -40,14 +44,18 @@ def wandb_session(folder: Path, mode: str) -> Iterator[Any]:
             if wandb.run is None:
                 wandb.teardown()
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set_variables(before)
     shutil.rmtree(cache, ignore_errors=True)  # debug logs, of use only if something failed
     with suppress(OSError):
         cache.parent.rmdir()  # if nothing else is there
+
+
+def _set_variables(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def require_login(wandb: Any) -> None:

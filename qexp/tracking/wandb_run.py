@@ -6,6 +6,9 @@
     media     images/grid, images/reference, images/difference; layers: the table of a roundtrip; samples: that of texts
     run       name: readable label; group: sweep; job type: task; tags: model, backend, offload, and the user's
 
+Names are cut to what W&B takes, and variables such as WANDB_RUN_ID, which another program's run may have left in the
+environment, change none of this.
+
 The run's id is the run key, so logging a folder again overwrites the same run. It is not resumed: a log is always the
 whole folder, and a resumed run appends it to what is there, every step twice. Offline the older .wandb file is
 replaced. wandb is kept quiet, and away from the working directory and the home directory: all it writes is below
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.config.schema import RunConfig, TrackingConfig
+from qexp.config.wandb_names import MAX_TAG, cut
 from qexp.errors import ConfigError
 from qexp.results.labels import backend_label, run_label
 from qexp.results.run_folder import RunFolder
@@ -29,7 +33,6 @@ from qexp.tracking.session import clear_errors, require_login, wandb_session
 
 INIT_TIMEOUT_SECONDS = 20.0  # without an answer, wandb gives up starting an online run
 FINISH_TIMEOUT_SECONDS = 120.0  # and uploading one
-MAX_TAG = 64  # characters, W&B's limit
 IMAGES = ("grid", "reference", "difference")
 TABLES = ("layers", "samples")
 
@@ -93,8 +96,8 @@ def _settings(
         project=tracking.project,
         **({"entity": tracking.entity} if tracking.entity else {}),  # else WANDB_ENTITY, or the account's own
         run_id=folder.name,
-        run_name=run_label(container),
-        run_group=sweep_name,
+        run_name=cut(run_label(container)),
+        run_group=None if sweep_name is None else cut(sweep_name),
         run_job_type=container["task"]["name"],
         run_tags=tuple(run_tags(container, tracking)),
         reinit="create_new",

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qexp.config.schema import RunConfig
+from qexp.config.schema import RunConfig, TrackingConfig
+from qexp.errors import ConfigError
 from qexp.experiments.stored import run_config_from_container
 from qexp.tracking.wandb_run import log_run
 from tests.report.factory import ENV, GENERATE, ROUNDTRIP, config, run_folder
@@ -51,6 +52,65 @@ def test_run_is_named_grouped_and_tagged(generated: tuple[Path, Logged]) -> None
     assert (run.run_group, run.job_type) == ("first", "generate")
     assert list(run.tags) == ["digits", "bitsandbytes nf4", "leaf", "mine"]
     assert generated[1].exit_code == 0
+
+
+LEFT_BEHIND = [
+    {"WANDB_RUN_ID": "other", "WANDB_RESUME": "must", "WANDB_PROJECT": "theirs", "WANDB_NAME": "nn"},
+    {
+        "WANDB_RUN_GROUP": "gg",
+        "WANDB_JOB_TYPE": "train",
+        "WANDB_TAGS": "a,b",
+        "WANDB_NOTES": "note",
+        "WANDB_REINIT": "x",
+    },
+    {"WANDB_SWEEP_ID": "s1", "WANDB_FORK_FROM": "r1?_step=3", "WANDB_MODE": "disabled", "WANDB_DIR": "/nowhere"},
+]
+
+
+@pytest.mark.parametrize("sweep_name", ["first", None])
+@pytest.mark.parametrize("variables", LEFT_BEHIND)
+def test_environment_of_another_run_changes_nothing(
+    variables: dict[str, str], sweep_name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    container = config()
+    folder = run_folder(tmp_path, "abc0", container, GENERATE)
+    place = log_run(folder, run_config_from_container(container), sweep_name)
+    run = read_wandb(Path(str(place), "run-abc0.wandb")).run
+    assert (run.run_id, run.project, run.run_group) == ("abc0", "qexp", sweep_name or "")
+    assert (run.job_type, run.notes, run.sweep_id, run.resumed) == ("generate", "", "", False)
+    assert list(run.tags) == ["digits", "bitsandbytes nf4", "none", "mine"]
+    assert {name: os.environ[name] for name in variables} == variables
+
+
+def test_long_names_are_cut_and_stay_distinct(tmp_path: Path) -> None:
+    groups = []
+    for ending in ("one", "two"):
+        container = config(label="x" * 200)
+        folder = run_folder(tmp_path / ending, "abc0", container, GENERATE)
+        place = log_run(folder, run_config_from_container(container), "s" * 200 + ending)
+        run = read_wandb(Path(str(place), "run-abc0.wandb")).run
+        assert len(run.display_name) == 128 and run.display_name.startswith("digits · bitsandbytes xxx")
+        groups.append(run.run_group)
+    assert [len(group) for group in groups] == [128, 128] and groups[0] != groups[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"project": "a/b"}, r"tracking\.project='a/b' must be without / .* as W&B demands; give another name"),
+        ({"project": "100%"}, r"tracking\.project='100%' must be without"),
+        ({"project": "p" * 129}, "must have 1 to 128 characters, not 129"),
+        ({"project": ""}, "must have 1 to 128 characters, not 0"),
+        ({"tags": ("ok", "x" * 65)}, r"tracking\.tags: 'x+' must have 1 to 64 characters"),
+        ({"tags": ("",)}, r"tracking\.tags: '' must have 1 to 64 characters"),
+    ],
+)
+def test_name_that_wandb_refuses_is_refused_with_the_settings(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TrackingConfig(**changes)
+    TrackingConfig(mode="none", **changes)
 
 
 def test_summary_has_the_metrics_and_how_it_ended(generated: tuple[Path, Logged]) -> None:
