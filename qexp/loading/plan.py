@@ -173,6 +173,8 @@ def _reason_to_skip(module: nn.Module, name: str, patterns: Sequence[str], fp32:
         return f"skip_modules has {pattern!r}"
     if (pattern := covering(fp32, name)) is not None:
         return f"kept in fp32 by {pattern!r}"
+    if 0 in (weight_shape(module) or ()):
+        return "it has no weights"
     if name == "":
         return "the model itself is a linear layer"
     if any(segment.startswith("lora") for segment in name.split(".")):

@@ -126,8 +126,9 @@ def _swap_layers(
         first_name.setdefault(model.get_submodule(name), name)
     names = list(first_name.values())
     transposed = {name: type(model.get_submodule(name)) for name in names if chosen[name].transposed}
-    for name in transposed:
-        replace_module(model, name, to_linear(model.get_submodule(name)))
+    for name in names:
+        if name in transposed or type(model.get_submodule(name)).forward is not nn.Linear.forward:
+            replace_module(model, name, to_linear(model.get_submodule(name)))
     keep_to_layers(model, chosen.keys())
     with without_initialization():
         quantizer.preprocess_model(model, names, compute_dtype)

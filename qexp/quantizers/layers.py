@@ -3,6 +3,9 @@
 transformers' `Conv1D` (GPT-2 and its kin) is, with its weight the other way round, [in, out]. To be quantized it
 becomes an `nn.Linear`, whose weight is read transposed; where one is saved quantized it is [out, in], as transformers
 has it for bitsandbytes. `dequantize` puts a Conv1D back.
+
+A subclass of `nn.Linear` whose own `forward` computes the same (transformers' `FalconLinear`) becomes an `nn.Linear`,
+too: packed weights support `linear`, and not every product that a class may write.
 """
 
 from __future__ import annotations
@@ -38,19 +41,22 @@ def computes_otherwise(module: Any) -> bool:
     """Whether a layer that is linear by its class does more, or is not called: its weight is used by another module."""
     from torch import nn
 
+    from qexp.quantizers.linear_forward import is_linear_forward
+
     if is_transposed(module):
         own: Any = next(kind for kind in type(module).__mro__ if (kind.__module__, kind.__name__) == CONV1D)
         return type(module).forward is not own.forward
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return True
-    return type(module).forward is not nn.Linear.forward
+    return not (is_linear_forward(type(module)) and module._parameters.keys() <= {"weight", "bias"})
 
 
 def to_linear(module: Any) -> nn.Linear:
-    """The linear layer on meta that computes what a transposed one does."""
+    """The `nn.Linear` on meta that computes what a layer of another class does."""
     from torch import nn
 
-    layer = nn.Linear(module.nx, module.nf, bias=module.bias is not None, device="meta")
+    out_features, in_features = weight_shape(module) or (0, 0)
+    layer = nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta")
     return layer.requires_grad_(False).train(module.training)
 
 
