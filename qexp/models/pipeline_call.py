@@ -10,6 +10,7 @@ of videos would take gigabytes. The last latents are kept whole.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from qexp.errors import ConfigError, choices, did_you_mean, first_names
 from qexp.models.pipeline_noise import MixedNoiseError, noise_of_samples
+from qexp.models.pipeline_source import SAMPLES, checked_arguments, returned_fields
 
 if TYPE_CHECKING:
     from qexp.config.generate import GenerateConfig
@@ -49,7 +51,6 @@ BATCHED = (
     "StableDiffusionXLPipeline", "WanPipeline",
 )  # fmt: skip
 BATCHED_BY_PROMPT = ("LTXPipeline", "Lumina2Pipeline", "SanaPipeline")  # they repeat masks in another order than texts
-SAMPLES = ("images", "frames")  # fields of outputs
 
 
 def check_arguments(pipeline: Any, task: GenerateConfig) -> None:
@@ -57,6 +58,12 @@ def check_arguments(pipeline: Any, task: GenerateConfig) -> None:
     known = inspect.signature(pipeline.__call__).parameters
     kind = type(pipeline).__name__
     _check_kind(kind, task, known)
+    returned = returned_fields(pipeline)
+    if returned is not None and not returned & {*SAMPLES}:
+        raise ConfigError(
+            f"model: {kind} gives {choices(returned)}, and task=generate compares images or the frames of videos; use "
+            "a pipeline that gives them"
+        )
     for name in task.pipeline_arguments:
         if name in OURS:
             raise ConfigError(f"task.pipeline_arguments.{name}: set {OURS[name]} instead")
@@ -117,8 +124,29 @@ def number_of_steps(pipeline: Any, task: GenerateConfig, prompts: int) -> int | 
     known = inspect.signature(pipeline.__call__).parameters
     default = known["num_inference_steps"].default if "num_inference_steps" in known else None
     steps = task.num_inference_steps or default
-    calls = [*_calls(pipeline, [""] * prompts, task, seed=0)]
-    return steps * len(calls) if isinstance(steps, int) else None
+    if not isinstance(steps, int):
+        return None
+    calls = len([*_calls(pipeline, [""] * prompts, task, seed=0)])
+    return calls * _steps_of_call(getattr(pipeline, "scheduler", None), steps, "callback_on_step_end" in known)
+
+
+def _steps_of_call(scheduler: Any, steps: int, is_told_each: bool) -> int:
+    """How often a pipeline reports a step: PNDM takes one more than asked for, Heun each but the last twice.
+
+    is_told_each: False for pipelines of old, which report a step of several evaluations once.
+    """
+    if not hasattr(scheduler, "set_timesteps"):
+        return steps
+    own = copy.deepcopy(scheduler)
+    try:
+        own.set_timesteps(steps)
+    except (ValueError, TypeError, AttributeError, RuntimeError):  # it needs a shift that the pipeline computes
+        return steps
+    count, order = len(own.timesteps), getattr(own, "order", 1)
+    if is_told_each:
+        return count
+    warmup = count - steps * order
+    return sum(i == count or (i > warmup and i % order == 0) for i in range(1, count + 1))
 
 
 @dataclass(frozen=True)
@@ -242,7 +270,13 @@ class _Steps:
 
 def _as_images(output: Any) -> Tensor:
     """A pipeline's output in [0, 1], [n, channels, height, width], or of videos with frames, as images in [-1, 1]."""
-    values = output.images if hasattr(output, "images") else output.frames
+    values = next((output[name] for name in SAMPLES if name in output), None)
+    if not isinstance(values, Tensor):
+        what = "nothing" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(
+            f"model: the pipeline gives {what} in place of a tensor of images (fields: {choices(dict(output))}); use "
+            "one that takes output_type='pt'"
+        )
     images: Tensor = 2 * values.to("cpu", torch.float32) - 1
     return images.flatten(0, 1) if images.ndim == 5 else images
 
@@ -278,11 +312,12 @@ def _ask_pipeline(pipeline: Any, task: GenerateConfig, known: Mapping[str, Any])
         given["negative_prompt"] = list(task.negative_prompt) * (
             len(task.prompt) if len(task.negative_prompt) == 1 else 1
         )
-    defaults = {name: parameter.default for name, parameter in known.items()}
-    wanted = {name: given.get(name, defaults.get(name)) for name in inspect.signature(check).parameters}
-    if any(wanted.get(name, 0) is None for name in ("height", "width")):
-        return  # the size that it then takes is its own affair, and so is all the rest
+    if "callback_on_step_end" in known:
+        given["callback_on_step_end_tensor_inputs"] = ["latents"]
+    wanted = checked_arguments(pipeline, given, known)
+    if wanted is None or any(wanted.get(name, 0) is None for name in ("height", "width")):
+        return  # what it then takes is its own affair
     try:
         check(**wanted)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"task: {type(pipeline).__name__} refuses it: {error}") from error

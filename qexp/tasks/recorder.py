@@ -48,6 +48,8 @@ class Recorder:
         import torch
 
         self._synchronize()
+        if self.steps is not None and step > self.steps:
+            self.steps = None  # a source takes more than it said: better no total than "10/8"
         step_ms = 1000 * (time.perf_counter() - self.step_started)
         host_gib, device_gib = self.memory()
         self.rows.append({"step": step, "step_ms": step_ms, "host_gib": host_gib, "device_gib": device_gib})

@@ -1,0 +1,76 @@
+"""What a pipeline's `__call__` does, read in its source before anything is loaded: what it checks and returns.
+
+`check_inputs` gets arguments of the call as they were given, or what the call has made of them by then: asked with
+anything else it refuses tasks that the pipeline itself accepts.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any
+
+SAMPLES = ("images", "frames")  # fields of outputs
+
+
+def checked_arguments(pipeline: Any, given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments that the call will pass to `check_inputs`; None if they are known only when it runs.
+
+    given: the call's arguments; known: its parameters.
+    """
+    function = _call_of(type(pipeline))
+    asked = next(_calls_of(function, "self.check_inputs"), None) if function is not None else None
+    parameters = list(inspect.signature(pipeline.check_inputs).parameters)
+    if function is None or asked is None:
+        defaults = {name: parameter.default for name, parameter in known.items()}
+        return {name: given.get(name, defaults.get(name)) for name in parameters}
+    passed = dict(zip(parameters, asked.args, strict=False)) | {str(one.arg): one.value for one in asked.keywords}
+    computed = {
+        node.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.lineno < asked.lineno
+    }
+    values = {}
+    for name, node in passed.items():
+        if isinstance(node, ast.Constant):
+            values[name] = node.value
+        elif isinstance(node, ast.Name) and given.get(node.id) is not None:
+            values[name] = given[node.id]
+        elif isinstance(node, ast.Name) and node.id in known and node.id not in computed:
+            values[name] = known[node.id].default
+        else:
+            return None
+    return values
+
+
+def returned_fields(pipeline: Any) -> set[str] | None:
+    """The fields of what the call returns; None if its source does not tell."""
+    function = _call_of(type(pipeline))
+    if function is None:
+        return None
+    names = inspect.unwrap(type(pipeline).__call__).__globals__
+    found: set[str] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Call):
+            kind = names.get(ast.unparse(node.value.func))
+            if not is_dataclass(kind):
+                return None
+            found |= {field.name for field in fields(kind)}
+    return found or None
+
+
+@cache
+def _call_of(kind: type) -> ast.FunctionDef | None:
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.__call__)))).body
+    except (OSError, TypeError, SyntaxError, ValueError):  # made at run time
+        return None
+    return function if isinstance(function, ast.FunctionDef) else None
+
+
+def _calls_of(function: ast.FunctionDef, name: str) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(function) if isinstance(node, ast.Call) and ast.unparse(node.func) == name)
