@@ -188,9 +188,9 @@ def _files(path: Path) -> tuple[tuple[Path, ...], Path | None]:
         if "model_index.json" in names:
             raise LoadError(f"'{folder}' is a pipeline of diffusers: use model=diffusers, in Python qexp.load_pipeline")
         if pickles := pickles_in(folder, names):
-            found = first_names([file.name for file in pickles])
+            shown = first_names([file.name for file in pickles])
             raise LoadError(
-                f"'{folder}' needs safetensors or GGUF, and has pickles ({found}); {convert_remedy(pickles)}"
+                f"'{folder}' needs safetensors or GGUF, and has pickles ({shown}); {convert_remedy(pickles)}"
             )
         raise LoadError(f"'{folder}' needs one .safetensors file (or .gguf), or shards with an index; found: none")
     index = folder / found[0] if found[0].endswith(".json") else None

@@ -22,7 +22,7 @@ def checked_arguments(pipeline: Any, given: Mapping[str, Any], known: Mapping[st
 
     given: the call's arguments; known: its parameters.
     """
-    function = _call_of(type(pipeline))
+    function = _call_of(type(pipeline))  # type: ignore[arg-type]
     asked = next(_calls_of(function, "self.check_inputs"), None) if function is not None else None
     parameters = list(inspect.signature(pipeline.check_inputs).parameters)
     if function is None or asked is None:
@@ -49,7 +49,7 @@ def checked_arguments(pipeline: Any, given: Mapping[str, Any], known: Mapping[st
 
 def returned_fields(pipeline: Any) -> set[str] | None:
     """The fields of what the call returns; None if its source does not tell."""
-    function = _call_of(type(pipeline))
+    function = _call_of(type(pipeline))  # type: ignore[arg-type]
     if function is None:
         return None
     names = inspect.unwrap(type(pipeline).__call__).__globals__

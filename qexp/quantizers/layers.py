@@ -48,7 +48,8 @@ def computes_otherwise(module: Any) -> bool:
         return type(module).forward is not own.forward
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return True
-    return not (is_linear_forward(type(module)) and module._parameters.keys() <= {"weight", "bias"})
+    is_linear = is_linear_forward(type(module))  # type: ignore[arg-type]
+    return not (is_linear and module._parameters.keys() <= {"weight", "bias"})
 
 
 def to_linear(module: Any) -> nn.Linear:
