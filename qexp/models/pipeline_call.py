@@ -10,7 +10,6 @@ of videos would take gigabytes. The last latents are kept whole.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from qexp.errors import ConfigError, choices, did_you_mean, first_names
 from qexp.models.pipeline_noise import MixedNoiseError, noise_of_samples
-from qexp.models.pipeline_source import SAMPLES, checked_arguments, returned_fields
+from qexp.models.pipeline_source import SAMPLES, checked_arguments, returned_fields, steps_of_call
 
 if TYPE_CHECKING:
     from qexp.config.generate import GenerateConfig
@@ -127,26 +126,7 @@ def number_of_steps(pipeline: Any, task: GenerateConfig, prompts: int) -> int | 
     if not isinstance(steps, int):
         return None
     calls = len([*_calls(pipeline, [""] * prompts, task, seed=0)])
-    return calls * _steps_of_call(getattr(pipeline, "scheduler", None), steps, "callback_on_step_end" in known)
-
-
-def _steps_of_call(scheduler: Any, steps: int, is_told_each: bool) -> int:
-    """How often a pipeline reports a step: PNDM takes one more than asked for, Heun each but the last twice.
-
-    is_told_each: False for pipelines of old, which report a step of several evaluations once.
-    """
-    if not hasattr(scheduler, "set_timesteps"):
-        return steps
-    own = copy.deepcopy(scheduler)
-    try:
-        own.set_timesteps(steps)
-    except (ValueError, TypeError, AttributeError, RuntimeError):  # it needs a shift that the pipeline computes
-        return steps
-    count, order = len(own.timesteps), getattr(own, "order", 1)
-    if is_told_each:
-        return count
-    warmup = count - steps * order
-    return sum(i == count or (i > warmup and i % order == 0) for i in range(1, count + 1))
+    return calls * steps_of_call(getattr(pipeline, "scheduler", None), steps, "callback_on_step_end" in known)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ anything else it refuses tasks that the pipeline itself accepts.
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -61,6 +62,25 @@ def returned_fields(pipeline: Any) -> set[str] | None:
                 return None
             found |= {field.name for field in fields(kind)}
     return found or None
+
+
+def steps_of_call(scheduler: Any, steps: int, is_told_each: bool) -> int:
+    """How often a pipeline reports a step: PNDM takes one more than asked for, Heun each but the last twice.
+
+    is_told_each: False for pipelines of old, which report a step of several evaluations once.
+    """
+    if not hasattr(scheduler, "set_timesteps"):
+        return steps
+    own = copy.deepcopy(scheduler)
+    try:
+        own.set_timesteps(steps)
+    except (ValueError, TypeError, AttributeError, RuntimeError):  # it needs a shift that the pipeline computes
+        return steps
+    count, order = len(own.timesteps), getattr(own, "order", 1)
+    if is_told_each:
+        return count
+    warmup = count - steps * order
+    return sum(i == count or (i > warmup and i % order == 0) for i in range(1, count + 1))
 
 
 @cache
