@@ -68,6 +68,6 @@ def without_initialization() -> Iterator[None]:
 def _but_for_meta(initialize: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(initialize)
     def initialize_real(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-        return tensor if tensor.is_meta else initialize(tensor, *arguments, **options)
+        return tensor if tensor.is_meta or tensor.numel() == 0 else initialize(tensor, *arguments, **options)
 
     return initialize_real

@@ -66,7 +66,7 @@ MISTAKES = {
     "task": "task is a group and needs an option: task=<name>; use forward, generate, ",
     "quanto_int4": "write backend=quanto_int4",
     "sweep.notes=grün": """cannot read sweep.notes=grün: an override is key=value""",
-    "paths.outputs=/tmp/a#b": """; here: 'paths.outputs="/tmp/a#b"'""",
+    "paths.outputs=/data/a#b": """; here: 'paths.outputs="/data/a#b"'""",
     "sweep.notes='abc": """(a quote is not closed): an override is""",
     "sweep.notes=wow!": """; here: 'sweep.notes="wow!"'""",
     "model.path=/tmp/${}": r"""; here: 'model.path="/tmp/\${}"'""",
