@@ -10,7 +10,7 @@ from qexp.cli.quoting import is_unbalanced, quoted
 from tests.composing import composed
 
 TEXTS = [
-    "/tmp/grüße", "a#b", "it's", "wow!", "a,b", "{a: 1}", "[x", "x=y", "${}", "${seed}", "a\\b", 'say "hi"', 'end\\"x',
+    "/data/grüße", "a#b", "it's", "wow!", "a,b", "{a: 1}", "[x", "x=y", "${}", "${seed}", "a\\b", 'say "hi"', 'end\\"x',
     "/x/$HOME", "a b  c", "~/models", "f(x)", "a;b&c|d", "日本", "tail\\",
 ]  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch
 
 import qexp
 from qexp.errors import LoadError
+from tests.products import representatives
 
 IDS = torch.arange(2, 12)[None]
 BACKENDS = [
@@ -53,7 +54,7 @@ def saved(build: Callable[[], Any], backend: str, folder: Path, **options: Any) 
     return model(IDS)[0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", representatives(BACKENDS, ["bitsandbytes", "torchao", "quanto", "gguf"]))
 @pytest.mark.parametrize("build", [mistral, pytest.param(gpt2, marks=pytest.mark.exhaustive), bert,
                                    pytest.param(t5, marks=pytest.mark.exhaustive)])  # fmt: skip
 def test_transformers_reads_the_same_model_or_refuses_it(build: Any, backend: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import qexp
 from qexp.errors import LoadError
 from qexp.offloading.payload import module_nbytes
 from tests.loading.toys import prepare_toy, save_state, settings
+from tests.products import pairwise
 
 WIDTH = 256
 BACKENDS = ["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto", "gguf", "packed_uint4"]
@@ -148,9 +149,10 @@ def stored_names(folder: Path) -> list[str]:
         return list(file.keys())
 
 
-@pytest.mark.parametrize("to", ["cpu", "disk"])
-@pytest.mark.parametrize("strategy", ["leaf", "model"])
-@pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto"])
+@pytest.mark.parametrize(
+    ("backend", "strategy", "to"),
+    pairwise(["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto"], ["leaf", "model"], ["cpu", "disk"]),
+)
 def test_offload_of_what_is_shared_changes_nothing(backend: str, strategy: str, to: str, tmp_path: Path) -> None:
     for kind in NETWORKS:
         folder, _ = folders(kind, tmp_path / kind.__name__)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import qexp
 from qexp.errors import LoadError
+from tests.products import pairwise
 
 NETWORKS: dict[str, dict[str, Any]] = {  # with few biases: quantized, hardly a tensor keeps its name
     "AuraFlowTransformer2DModel": {
@@ -49,9 +50,10 @@ def dense(model: Any) -> dict[str, torch.Tensor]:
     return dict(model.dequantize().state_dict())
 
 
-@pytest.mark.parametrize("file_name", [WEIGHTS, "weights.safetensors"])
-@pytest.mark.parametrize("backend", ["torchao", "quanto"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "backend", "file_name"),
+    pairwise(list(NETWORKS), ["torchao", "quanto"], [WEIGHTS, "weights.safetensors"]),
+)
 def test_quantized_checkpoint_of_diffusers_names_is_not_converted(
     name: str, backend: str, file_name: str, tmp_path: Path
 ) -> None:
