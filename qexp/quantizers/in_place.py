@@ -69,6 +69,13 @@ def check_not_in_place(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
             raise _refusal(name, target)
 
 
+def call_unless_in_place(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
+    """Call an operation as for any subclass of Tensor. Raises ConfigError as `check_not_in_place`."""
+    check_not_in_place(func, args, kwargs)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **(kwargs or {}))
+
+
 class PackedBytes(Tensor):
     """The packed bytes of a weight, to be read; what is computed from them is an ordinary tensor."""
 
@@ -90,9 +97,7 @@ class PackedBytes(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        check_not_in_place(func, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        return call_unless_in_place(func, args, kwargs)
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from qexp.checkpoints.gguf_types import TYPES
 from qexp.quantizers.gguf_blocks.decode import decode
-from qexp.quantizers.in_place import check_not_in_place
+from qexp.quantizers.in_place import call_unless_in_place
 
 CHUNK_WEIGHTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # dense at a time; smaller chunks make slower matrix products
 
@@ -86,9 +86,7 @@ class GGUFTensor(Tensor):
     ) -> Any:
         if func is functional.linear:
             return _linear(*args, **(kwargs or {}))
-        check_not_in_place(func, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        return call_unless_in_place(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from qexp.errors import ConfigError
-from qexp.quantizers.in_place import check_not_in_place
+from qexp.quantizers.in_place import call_unless_in_place
 from qexp.quantizers.packed.codes import decode
 
 aten = torch.ops.aten
@@ -93,9 +93,7 @@ class PackedTensor(Tensor):
     ) -> Any:
         if func is linear:
             return _linear(*args, **(kwargs or {}))
-        check_not_in_place(func, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        return call_unless_in_place(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
