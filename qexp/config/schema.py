@@ -77,13 +77,19 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class IsolationConfig:
-    """mode: process (each experiment in a process of its own) or inline (in this one, for debuggers)."""
+    """mode: process (each experiment in a process of its own) or inline (in this one, for debuggers).
+
+    start: how such a process starts. fork: from a server that has imported the libraries once; spawn: with a fresh
+    Python, seconds slower.
+    """
 
     mode: str = "process"
+    start: str = "fork"
     timeout_minutes: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("isolation.mode", self.mode, ("process", "inline"))
+        check_choice("isolation.start", self.start, ("fork", "spawn"))
         if self.timeout_minutes is None:
             return
         if self.timeout_minutes <= 0:

@@ -35,6 +35,7 @@ class Quantizer:
     """The hooks, in the order in which a load calls them. The defaults quantize nothing."""
 
     required_packages: ClassVar[Mapping[str, str]] = {}  # package -> lowest version that works
+    imports: ClassVar[tuple[str, ...]] = ()  # modules that it imports sooner or later
     has_kernels: ClassVar[bool] = False  # whether it quantizes with compiled loops on a CPU
     is_trainable: ClassVar[bool] = True  # whether gradients flow through a layer, to what was there before it
     has_backward: ClassVar[bool] = True  # whether the library sees to that; else `loading/straight_through.py` does

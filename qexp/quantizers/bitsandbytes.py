@@ -49,6 +49,8 @@ CODE_BYTES = 16 * 4
 class BitsAndBytesQuantizer(base.Quantizer):
     config: BitsAndBytesConfig
     required_packages: ClassVar[Mapping[str, str]] = {"bitsandbytes": "0.50"}
+    # its first product registers a kernel with torch, which imports the compiler
+    imports: ClassVar[tuple[str, ...]] = ("bitsandbytes", "torch._dynamo")
     has_kernels = True
     is_serializable = True
 

@@ -24,6 +24,7 @@ from qexp.results.manifest import JobRow, Manifest
 from qexp.results.outcome import Outcome, outcome_of
 from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.console_lines import end_line, job_name
+from qexp.sweep.preload import modules_of
 from qexp.sweep.reference import ensure_reference, known_reference, prepare_folder
 from qexp.sweep.resume import Decision, decide, scored_names
 from qexp.sweep.run_key import reference_key, run_key
@@ -179,7 +180,7 @@ def _first_sweep(config: RunConfig, previous: Mapping[str, Any]) -> SweepConfig:
 def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -> Status:
     """Run in a worker, the reference first, or score the run of a `previous` result; the returned status is on disk if
     the disk takes it."""
-    run = _runner(job.config)
+    run = _runner(job)
     started = now_iso()
     try:
         prepare_folder(folder, job.config, job.overrides, clear=previous is None)
@@ -215,10 +216,12 @@ def _refusal(job: _Job, folder: RunFolder, run: Callable[[Work], Status]) -> Sta
     return None
 
 
-def _runner(config: RunConfig) -> Callable[[Work], Status]:
+def _runner(job: _Job) -> Callable[[Work], Status]:
+    config = job.config
     if config.isolation.mode == "inline":
         return do_work
-    return partial(run_worker, timeout_minutes=config.isolation.timeout_minutes)
+    modules = modules_of(config) if job.work.experiment == Work.experiment else ()
+    return partial(run_worker, isolation=config.isolation, modules=modules)
 
 
 def _mark(folder: RunFolder, outcome: Outcome, started: str) -> Status:

@@ -14,17 +14,15 @@ short of the process being killed, status.json says how it ended; the traceback 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import faulthandler
 import importlib
 import math
 import os
 import random
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,11 +35,12 @@ from qexp.experiments.stored import run_config_from_container
 from qexp.results.environment import describe_environment
 from qexp.results.outcome import DONE, Outcome, outcome_of
 from qexp.results.run_folder import RunFolder, Status, now_iso
+from qexp.sweep.preload import import_modules, modules_of
 from qexp.sweep.resume import scored_names
+from qexp.system.processes import die_with_parent
 
 Metrics = dict[str, float | None]
 SCHEMA = 1
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Work:
     experiment: str = "qexp.sweep.worker:seeded_experiment"
     score: str = "qexp.scoring.score:score"
     check: str = "qexp.experiments.run:check_experiment"
+    start: Literal["inline", "spawn", "fork"] = "inline"  # how the process that does it was started
 
     def arguments(self) -> list[str]:
         steps = {"all": [], "run": ["--no-score"], "score": ["--score-only"], "check": ["--check-only"]}[self.steps]
@@ -67,6 +67,7 @@ def seeded_experiment(config: RunConfig, folder: Path) -> Metrics:
     import numpy as np
     import torch
 
+    import_modules(modules_of(config))  # before memory is measured: what is imported is not the experiment's
     from qexp.experiments.run import run_experiment
 
     random.seed(config.seed)
@@ -133,6 +134,7 @@ def _result(work: Work, folder: RunFolder) -> dict[str, Any]:
         "metrics": _finite(metrics),
         "scored": config.metrics.scored() if work.steps != "run" else None,
         "reference": work.reference.name if work.reference else None,
+        "start": work.start,
         "env": environment,
     }
 
@@ -184,15 +186,7 @@ def _function(name: str) -> Callable[..., Mapping[str, float | None]]:
     return function
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, so that no experiment outlives its sweep."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above
-        os._exit(1)
-
-
-def main() -> int:
+def main(typed: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qexp.sweep.worker", description="Run one experiment's folder.")
     parser.add_argument("folder", type=Path, help="outputs/runs/<key>, with config.yaml in it")
     parser.add_argument("--score-only", dest="steps", action="store_const", const="score", default="all")
@@ -203,7 +197,8 @@ def main() -> int:
     parser.add_argument("--score", default=Work.score, metavar="MODULE:FUNCTION")
     parser.add_argument("--check", default=Work.check, metavar="MODULE:FUNCTION")
     parser.add_argument("--parent", type=int, help="end when this process does")
-    arguments = vars(parser.parse_args())
+    parser.add_argument("--start", default="spawn", choices=("spawn", "fork"), help="how this process was started")
+    arguments = vars(parser.parse_args(typed))
     parent = arguments.pop("parent")
     if parent is not None:
         die_with_parent(parent)

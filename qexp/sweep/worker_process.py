@@ -1,5 +1,6 @@
 """Run a worker in a process of its own and say how it ended.
 
+It is forked from a server that has imported the libraries (`fork_client.py`), or spawned where that is not safe.
 The worker leads its own session, so that Ctrl-C reaches only the parent and everything a worker started can be killed
 with it; should the parent be killed, the kernel kills the worker. What it prints goes to worker.log and, as it comes,
 to the console: bytes are passed on unchanged, so progress bars work.
@@ -13,45 +14,64 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import IO
 
+from qexp.config.schema import IsolationConfig
 from qexp.results.outcome import INTERRUPTED, Outcome, outcome_of_exit, timed_out
 from qexp.results.run_folder import RunFolder, Status, now_iso
+from qexp.sweep.fork_client import SERVER, ForkedWorker, ServerDied
 from qexp.sweep.worker import Work
 
 POLL_SECONDS = 0.2  # how late an ended worker is noticed whose own children keep its output open
 CHUNK = 1 << 16
 
 
-def run_worker(work: Work, timeout_minutes: float | None) -> Status:
+Process = subprocess.Popen[bytes] | ForkedWorker
+
+
+def run_worker(work: Work, isolation: IsolationConfig, modules: Sequence[str] = ()) -> Status:
     """Start a worker, follow it to its end, and return its status, which is on disk as well.
 
+    modules: what it imports, which the fork server has then imported before. A worker that dies with the server is
+    run again.
     Raises: KeyboardInterrupt, once the worker is killed and its folder marked; DiskError if that cannot be written.
     """
+    timeout_minutes = isolation.timeout_minutes
     started, clock = now_iso(), time.monotonic()
-    process = _start(work)
+    process = _start(work, isolation.start, modules)
     try:
         in_time = _follow(process, work.folder / "worker.log", timeout_minutes)
     except BaseException:
         _kill(process)
         _settle(work, process, INTERRUPTED, started, clock)
         raise
-    outcome = outcome_of_exit(process.returncode) if in_time else timed_out(timeout_minutes or 0.0)
+    if isinstance(process, ForkedWorker) and process.server_died and in_time:
+        SERVER.note_death()
+        _say_once("the process that forks workers has died; what it was running is run again")
+        return run_worker(work, isolation, modules)
+    outcome = outcome_of_exit(process.wait()) if in_time else timed_out(timeout_minutes or 0.0)
     outcome = replace(outcome, message=f"{outcome.message}; its output is in {work.folder / 'worker.log'}")
     return _settle(work, process, outcome, started, clock)
 
 
-def _start(work: Work) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "qexp.sweep.worker", *work.arguments(), "--parent", str(os.getpid())]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": ":backslashreplace"}  # a locale may lack a letter
-    environment |= {"PYTHONHASHSEED": environment.get("PYTHONHASHSEED", "0")}
+def _start(work: Work, start: str, modules: Sequence[str]) -> Process:
+    """Start a worker as `start` says, or by spawn where forking is not possible."""
+    environment = _environment()
+    if start == "fork" and SERVER.is_usable:
+        try:
+            worker = SERVER.fork(modules, [*work.arguments(), "--start", "fork"], environment)
+        except ServerDied:
+            return _start(work, start, modules)
+        if isinstance(worker, ForkedWorker):
+            return worker
+        _say_once(f"isolation.start=fork: {worker}; such experiments start with a fresh Python")
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "qexp.sweep.worker", *work.arguments(), "--parent", str(os.getpid())],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -60,7 +80,18 @@ def _start(work: Work) -> subprocess.Popen[bytes]:
     )
 
 
-def _follow(process: subprocess.Popen[bytes], log_path: Path, timeout_minutes: float | None) -> bool:
+@cache
+def _say_once(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _environment() -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": ":backslashreplace"}  # a locale may lack a letter
+    return environment | {"PYTHONHASHSEED": environment.get("PYTHONHASHSEED", "0")}
+
+
+def _follow(process: Process, log_path: Path, timeout_minutes: float | None) -> bool:
     """Pass output on until the worker ends; False if it had to be killed for taking too long."""
     deadline = time.monotonic() + 60 * timeout_minutes if timeout_minutes is not None else float("inf")
     output = process.stdout
@@ -81,7 +112,7 @@ def _follow(process: subprocess.Popen[bytes], log_path: Path, timeout_minutes: f
     return in_time
 
 
-def _ends_before(process: subprocess.Popen[bytes], deadline: float) -> bool:
+def _ends_before(process: Process, deadline: float) -> bool:
     """Wait for a process that may have closed its output but still runs."""
     try:
         process.wait(None if deadline == float("inf") else max(deadline - time.monotonic(), 0))
@@ -90,14 +121,14 @@ def _ends_before(process: subprocess.Popen[bytes], deadline: float) -> bool:
     return True
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: Process) -> None:
     """Kill a worker and everything it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _settle(work: Work, process: subprocess.Popen[bytes], otherwise: Outcome, started: str, clock: float) -> Status:
+def _settle(work: Work, process: Process, otherwise: Outcome, started: str, clock: float) -> Status:
     """The status that the worker wrote; `otherwise` is written for one that ended without."""
     folder = RunFolder(work.folder)
     folder.remove_scratch()

@@ -73,6 +73,40 @@ def run_environment(config: RunConfig, folder: Path) -> dict[str, float | None]:
     return {}
 
 
+def run_where_it_is(config: RunConfig, folder: Path) -> dict[str, float | None]:
+    """What a worker has from its process."""
+    stdin_is_empty = not sys.stdin.read()
+    server = Path(f"/proc/{os.getppid()}/cmdline").read_text()
+    return {
+        "a/leads_session": float(os.getsid(0) == os.getpid()),
+        "a/stdin_is_empty": float(stdin_is_empty),
+        "a/forked": float("qexp.sweep.fork_server" in server),
+        "a/threads": float(len(os.listdir("/proc/self/task"))),
+        "a/in_folder": float(Path.cwd() == Path(config.paths.outputs).parent),
+        "a/pid": float(os.getpid()),
+        "a/parent": float(os.getppid()),
+    }
+
+
+def run_killing_the_server_once(config: RunConfig, folder: Path) -> dict[str, float | None]:
+    return _kill_the_server(folder, once=True)
+
+
+def run_killing_the_server(config: RunConfig, folder: Path) -> dict[str, float | None]:
+    return _kill_the_server(folder, once=False)
+
+
+def _kill_the_server(folder: Path, once: bool) -> dict[str, float | None]:
+    """As the kernel's out-of-memory killer may."""
+    mark = folder.parents[1] / "killed"
+    is_forked = "qexp.sweep.fork_server" in Path(f"/proc/{os.getppid()}/cmdline").read_text()
+    if is_forked and not (once and mark.exists()):
+        mark.touch()
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(600)
+    return {"a/forked": float(is_forked)}
+
+
 def score(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, float | None]:
     """The number of metrics asked for; needs the outputs of the run and of its reference."""
     assert reference is not None and (reference / "outputs.safetensors").read_text() == "none"

@@ -477,7 +477,7 @@ def test_ctrl_c_goes_through_inline_too(tmp_path) -> None:
 
 
 def test_a_status_of_an_earlier_worker_is_not_taken_for_that_of_one_that_could_not_start(tmp_path, monkeypatch) -> None:
-    config = have_reference(run_config(tmp_path))
+    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(start="spawn")))
     run(config)
     monkeypatch.setattr(worker_process.sys, "executable", "/bin/false")
     row = run(replace(config, metrics=MetricsConfig(names=("ssim",))))

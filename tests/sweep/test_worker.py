@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qexp.config.schema import IsolationConfig
 from qexp.results.run_folder import RunFolder
 from qexp.sweep.worker import Work, do_work, seeded_experiment
 from qexp.system.files import write_text
@@ -100,7 +101,7 @@ def test_the_worker_s_environment_knows_no_tracker(tmp_path, monkeypatch) -> Non
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     work = Work(prepared(tmp_path), "run", experiment="tests.sweep.fake_experiment:run_environment")
-    assert run_worker(work, None).status == "done"
+    assert run_worker(work, IsolationConfig()).status == "done"
     names = (work.folder / "environment.txt").read_text().splitlines()
     assert "OMP_NUM_THREADS=7" in names
     assert not [name for name in names if name.startswith("WANDB_")]

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qexp.config.schema import IsolationConfig
+from qexp.results.run_folder import RunFolder
+from qexp.sweep import worker_process
+from qexp.sweep.fork_client import SERVER
+from qexp.sweep.reference import prepare_folder
+from qexp.sweep.worker import Work
+from qexp.sweep.worker_process import run_worker
+from tests.sweep.settings import run_config
+
+ROOT = Path(__file__).parents[2]
+FAKES = "tests.sweep.fake_experiment"
+
+
+@pytest.fixture(autouse=True)
+def _new_server() -> Iterator[None]:
+    SERVER.stop()
+    SERVER.deaths = 0
+    worker_process._say_once.cache_clear()
+    yield
+    SERVER.stop()
+    SERVER.deaths = 0
+
+
+def run(tmp_path: Path, function: str, modules: tuple[str, ...] = (), name: str = "key", start: str = "fork") -> dict:
+    """Run a fake experiment; its result."""
+    folder = RunFolder(tmp_path / "outputs" / "runs" / name)
+    folder.path.mkdir(parents=True)
+    prepare_folder(folder, run_config(tmp_path), ())
+    work = Work(folder.path, "run", experiment=f"{FAKES}:{function}")
+    status = run_worker(work, IsolationConfig(start=start), modules)
+    assert status.status == "done", status.message
+    return json.loads((folder.path / "result.json").read_text())
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_worker_stands_alone_however_it_starts(start, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(tmp_path, "run_where_it_is", start=start)
+    metrics = result["metrics"]
+    assert result["start"] == start and metrics["a/forked"] == (start == "fork")
+    assert metrics["a/leads_session"] == metrics["a/stdin_is_empty"] == metrics["a/in_folder"] == 1
+    assert metrics["a/threads"] == 1
+
+
+def test_workers_of_one_server_are_processes_of_their_own(tmp_path) -> None:
+    first, second = (run(tmp_path, "run_where_it_is", name=name)["metrics"] for name in ("one", "two"))
+    assert first["a/pid"] != second["a/pid"] and first["a/parent"] == second["a/parent"]
+
+
+def test_forked_worker_has_the_environment_and_folder_of_now(tmp_path, monkeypatch) -> None:
+    run(tmp_path, "run_environment", name="one")
+    monkeypatch.setenv("SET_LATER", "1")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run(tmp_path, "run_environment", name="two")
+    lines = (tmp_path / "outputs/runs/two/environment.txt").read_text().splitlines()
+    assert "SET_LATER=1" in lines and not [line for line in lines if line.startswith(("WANDB_", "OPENBLAS_"))]
+
+
+def test_server_that_dies_once_runs_the_experiment_again(tmp_path, capfd) -> None:
+    assert run(tmp_path, "run_killing_the_server_once")["start"] == "fork"
+    assert SERVER.deaths == 1 and "run again" in capfd.readouterr().err
+
+
+def test_server_that_dies_twice_leaves_workers_to_spawn(tmp_path) -> None:
+    assert run(tmp_path, "run_killing_the_server")["start"] == "spawn"
+    assert run(tmp_path, "run_where_it_is", name="next")["start"] == "spawn"
+
+
+@pytest.mark.parametrize(
+    "module, said",
+    [
+        ("no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
+        ("tests.sweep.threads_on_import", "started 1 threads"),
+    ],
+)
+def test_import_that_makes_a_fork_unsafe_is_said_and_spawned(module, said, tmp_path, capfd) -> None:
+    result = run(tmp_path, "run_where_it_is", modules=(module,))
+    assert result["start"] == "spawn" and result["metrics"]["a/forked"] == 0
+    assert said in (error := capfd.readouterr().err) and "isolation.start=fork" in error
+
+
+def test_killed_parent_takes_server_and_worker_along(tmp_path) -> None:
+    folder = RunFolder(tmp_path / "outputs" / "runs" / "key")
+    folder.path.mkdir(parents=True)
+    prepare_folder(folder, run_config(tmp_path, 20), ())
+    code = (
+        "from qexp.config.schema import IsolationConfig; from qexp.sweep.worker import Work; "
+        "from qexp.sweep.worker_process import run_worker; from pathlib import Path; "
+        f"run_worker(Work(Path({str(folder.path)!r}), 'run', experiment='{FAKES}:run'), IsolationConfig())"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    wait_until(lambda: (folder.path / "started").exists())
+    family = psutil.Process(parent.pid).children(recursive=True)
+    assert len(family) == 2, family  # the server and the worker
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(process.is_running() and process.status() != "zombie" for process in family))
+
+
+def test_timeout_kills_a_forked_worker_and_the_server_stays(tmp_path) -> None:
+    folder = RunFolder(tmp_path / "outputs" / "runs" / "key")
+    folder.path.mkdir(parents=True)
+    prepare_folder(folder, run_config(tmp_path, 20), ())
+    work = Work(folder.path, "run", experiment=f"{FAKES}:run")
+    status = run_worker(work, IsolationConfig(timeout_minutes=0.02))
+    assert (status.status, status.reason) == ("failed", "timeout")
+    assert run(tmp_path, "run_where_it_is", name="next")["start"] == "fork" and SERVER.deaths == 0
+
+
+@pytest.mark.exhaustive  # half a minute; tests/system/test_processes.py has the pages
+def test_forked_digits_equal_spawned_ones_in_outputs_and_memory(tmp_path) -> None:
+    metrics, outputs = {}, {}
+    for start in ("fork", "spawn"):
+        command = [sys.executable, "-m", "qexp", "backend=gguf_q4_0", "tracking=none", f"isolation.start={start}"]
+        command += [f"paths.outputs={tmp_path / start}", "task.num_images=4", "task.num_inference_steps=2"]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+        (folder,) = (tmp_path / start / "runs").iterdir()
+        result = json.loads((folder / "result.json").read_text())
+        assert result["start"] == start
+        metrics[start], outputs[start] = result["metrics"], (folder / "outputs.safetensors").read_bytes()
+    assert outputs["fork"] == outputs["spawn"]
+    compared = [name for name in metrics["fork"] if name.startswith(("load/", "memory/")) and name.endswith("_gib")]
+    compared.remove("load/baseline_host_gib")  # the server has imported what the reference needed too
+    assert len(compared) >= 6
+    for name in compared:
+        assert abs(metrics["fork"][name] - metrics["spawn"][name]) < 2 / 1024, name
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
