@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from qexp.errors import QexpError
 from qexp.results.manifest import Manifest, count_line
+from qexp.sweep.log_writer import WRITER
 
 
 class SweepCallback(Callback):
@@ -64,6 +65,7 @@ def _close(manifest: Manifest) -> bool:
     """Print how the sweep ended; whether anything in it failed."""
     from qexp.report.table import format_table, rows_of_sweep
 
+    WRITER.close()
     values = manifest.finish()
     jobs, total = values["jobs"], values["total"]
     try:

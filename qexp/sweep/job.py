@@ -24,6 +24,7 @@ from qexp.results.manifest import JobRow, Manifest
 from qexp.results.outcome import Outcome, outcome_of
 from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.console_lines import end_line, job_name
+from qexp.sweep.log_writer import WRITER, log_run
 from qexp.sweep.preload import modules_of
 from qexp.sweep.reference import ensure_reference, known_reference, prepare_folder
 from qexp.sweep.resume import Decision, decide, scored_names
@@ -87,6 +88,8 @@ def run_job(
     try:
         row = replace(row, key=run_key(config))
         row = _perform(job, row)
+        if sweep.get("pid") != os.getpid():  # else its end waits for all that is to be logged
+            WRITER.close()
     except KeyboardInterrupt as error:
         row = replace(row, **asdict(outcome_of(error)))
         raise
@@ -181,6 +184,8 @@ def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -
     """Run in a worker, the reference first, or score the run of a `previous` result; the returned status is on disk if
     the disk takes it."""
     run = _runner(job)
+    if job.config.tracking.mode != "none" and job.config.isolation.mode == "process":
+        WRITER.start()
     started = now_iso()
     try:
         prepare_folder(folder, job.config, job.overrides, clear=previous is None)
@@ -261,16 +266,12 @@ def _is_tracked(job: _Job, folder: RunFolder) -> bool:
 
 
 def _track(job: _Job, folder: RunFolder) -> None:
-    """Log a finished run to W&B from its folder; a failure there costs the log, never the result."""
+    """Have a finished run logged to W&B from its folder, beside what runs next; in this process if that is inline."""
     status = folder.read_status()
     if job.config.tracking.mode == "none" or status is None or status.status not in ("done", "failed"):
         return
-    try:
-        from qexp.tracking.wandb_run import log_run
-
-        log_run(folder.path, job.config, _group(job, folder))
-    except Exception as error:
-        print(f"warning: {folder.path} is not tracked: {outcome_of(error).message}", file=sys.stderr)
+    log = log_run if job.config.isolation.mode == "inline" else WRITER.log
+    log(folder.path, job.config, _group(job, folder))
 
 
 def _group(job: _Job, folder: RunFolder) -> str | None:

@@ -1,0 +1,102 @@
+"""Log finished runs to Weights & Biases in a process of its own, so that the next experiment does not wait for it.
+
+    python -m qexp.sweep.log_writer --parent <pid>
+
+reads a run a line, as JSON: {"folder", "config", "group"}, and ends with its input. It has a low priority: what it does
+beside an experiment must not show in the experiment's times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from qexp.config.schema import RunConfig
+from qexp.experiments.stored import run_config_from_container
+from qexp.results.outcome import outcome_of
+from qexp.results.run_folder import RunFolder
+from qexp.system.processes import die_with_parent
+
+LOWER = 10  # of 19: a tenth of the weight of others, where cores are not free
+
+
+def log_run(folder: Path, config: RunConfig, group: str | None) -> None:
+    """Log a run. A failure costs the log, never the result, and is said."""
+    try:
+        from qexp.tracking.wandb_run import log_run
+
+        log_run(folder, config, group)
+    except Exception as error:
+        print(f"warning: {folder} is not tracked: {outcome_of(error).message}", file=sys.stderr, flush=True)
+
+
+class LogWriter:
+    """The process, from the parent's side; started when it is first wanted."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> subprocess.Popen[str]:
+        """Have it import W&B's library meanwhile."""
+        if self.process is None:
+            command = [sys.executable, "-m", "qexp.sweep.log_writer", "--parent", str(os.getpid())]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+        return self.process
+
+    def log(self, folder: Path, config: RunConfig, group: str | None) -> None:
+        """Log a run soon: after those before it, and as soon as its folder is no longer locked."""
+        order: dict[str, Any] = {"folder": str(folder.absolute()), "config": config.to_container(), "group": group}
+        try:
+            stdin = self.start().stdin
+            assert stdin is not None
+            stdin.write(f"{json.dumps(order)}\n")
+            stdin.flush()
+        except OSError as error:  # it was killed
+            self.process = None
+            print(f"warning: {folder} is not tracked: the process that logs runs has ended ({error})", file=sys.stderr)
+
+    def close(self) -> None:
+        """Wait until everything is logged."""
+        process, self.process = self.process, None
+        if process is not None and process.stdin is not None:
+            with suppress(OSError):
+                process.stdin.close()
+            with suppress(OSError):  # nothing runs beside it any more; not everybody may raise a priority
+                os.setpriority(os.PRIO_PGRP, process.pid, 0)
+            process.wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m qexp.sweep.log_writer", description="Log runs named on stdin.")
+    parser.add_argument("--parent", type=int, required=True, help="end when this process does")
+    die_with_parent(parser.parse_args().parent)
+    _give_way()
+    with suppress(ImportError):  # `log_run` says what is missing
+        import wandb  # noqa: F401
+    for line in sys.stdin:
+        order = json.loads(line)
+        folder = RunFolder(order["folder"])
+        with folder.locked(lambda message: None):  # the experiment's own process has it for a moment more
+            log_run(folder.path, run_config_from_container(order["config"]), order["group"])
+    return 0
+
+
+def _give_way() -> None:
+    """Lower the priority; where the system weighs sessions and not processes (autogroup), of the session too."""
+    os.nice(LOWER)
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(LOWER), encoding="utf-8")
+
+
+WRITER = LogWriter()
+atexit.register(WRITER.close)
+
+if __name__ == "__main__":
+    sys.exit(main())
