@@ -1,21 +1,25 @@
 """outputs/sweeps/<name>/manifest.json: what a sweep is made of and how far it is.
 
-Each experiment adds itself under a lock when it ends, so launchers that run jobs in other processes work too. The
-results themselves are in the run folders; a job that never got that far has an empty key.
+Each experiment adds itself under a lock when it ends, so launchers that run jobs in other processes work too: a line of
+jobs.jsonl, which the end of the sweep puts into manifest.json. Writing all of a thousand experiments after each of them
+would take longer than passing over them. The results themselves are in the run folders; a job that never got that far
+has an empty key.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError
 from qexp.results.run_folder import is_alive, now_iso
-from qexp.system.files import file_lock, read_json, write_json
+from qexp.system.files import append_line, disk_error, file_lock, read_json, write_json
 
 JOB_FIELDS = ("number", "key", "label", "overrides", "status", "reason", "message", "reused", "seconds")
 
@@ -44,6 +48,7 @@ class Manifest:
         self.name = name
         self.folder = Path(outputs, "sweeps", name)
         self.path = self.folder / "manifest.json"
+        self.added = self.folder / "jobs.jsonl"
 
     def start(self, command: Sequence[str], total: int | None, notes: str | None = None) -> None:
         """Begin anew. total: planned experiments, None if a sweeper decides as it goes.
@@ -58,32 +63,70 @@ class Manifest:
                     "wait for it, or give this sweep a name of its own: sweep.name=<name>"
                 )
             values = {"name": self.name, "command": list(command), "notes": notes, "pid": os.getpid(), "total": total}
-            write_json(self.path, values | {"started": now_iso(), "finished": None, "jobs": []})
+            self._write(values | {"started": now_iso(), "finished": None, "jobs": []})
 
     def add(self, row: JobRow) -> dict[str, Any]:
         """Record a finished job, in the place of one with the same number; returns the new contents."""
+        job = {name: value for name, value in asdict(row).items() if name in JOB_FIELDS} | {"recorded": now_iso()}
         with file_lock(self.folder / ".lock"):
             values = self._read()
-            job = {name: value for name, value in asdict(row).items() if name in JOB_FIELDS} | {"recorded": now_iso()}
-            others = [other for other in values["jobs"] if other["number"] != row.number]
-            values["jobs"] = sorted([*others, job], key=lambda other: int(other["number"]))
-            write_json(self.path, values)
-        return values
+            if not self.path.exists():
+                write_json(self.path, values)
+            append_line(self.added, json.dumps(job, ensure_ascii=False))
+            return self._with_added(values)
 
     def finish(self) -> dict[str, Any]:
         """Note the end; returns the final contents."""
         with file_lock(self.folder / ".lock"):
-            values = self._read() | {"finished": now_iso()}
-            write_json(self.path, values)
+            _READ.pop(self.added, None)  # once more from the file
+            values = self._with_added(self._read()) | {"finished": now_iso()}
+            self._write(values)
         return values
 
     def read(self) -> dict[str, Any] | None:
         """The contents, None for a sweep that has not started."""
-        return read_json(self.path)
+        return self._with_added(self._read()) if self.path.exists() else None
+
+    def _write(self, values: dict[str, Any]) -> None:
+        write_json(self.path, values)
+        self.added.unlink(missing_ok=True)
+
+    def _with_added(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The contents with what was added since; of a number that was added twice, the last one."""
+        jobs = {job["number"]: job for job in [*values["jobs"], *lines_of(self.added, values["started"])]}
+        return values | {"jobs": [jobs[number] for number in sorted(jobs)]}
 
     def _read(self) -> dict[str, Any]:
         unknown: dict[str, Any] = {"command": [], "notes": None, "total": None, "finished": None, "jobs": []}
         return read_json(self.path) or {"name": self.name, "started": now_iso(), **unknown}
+
+
+_READ: dict[Path, tuple[str, int, list[dict[str, Any]]]] = {}  # file -> its version, bytes read before, what they hold
+
+
+def lines_of(path: Path, version: str) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; of a version that was read before, only what is new is read.
+
+    A line that was cut off, by a full disk or a killed process, holds nothing.
+    """
+    try:
+        with path.open("rb") as stream:
+            known, offset, jobs = _READ.get(path, (version, 0, []))
+            if known != version or os.fstat(stream.fileno()).st_size < offset:
+                offset, jobs = 0, []
+            stream.seek(offset)
+            data = stream.read()
+    except FileNotFoundError:
+        _READ.pop(path, None)
+        return []
+    except OSError as error:
+        raise disk_error(path, error) from error
+    whole = data[: data.rfind(b"\n") + 1]
+    for line in whole.splitlines():
+        with suppress(ValueError):
+            jobs.append(json.loads(line))
+    _READ[path] = (version, offset + len(whole), jobs)
+    return jobs
 
 
 def count_line(jobs: Iterable[Mapping[str, Any]], total: int | None = None) -> str:

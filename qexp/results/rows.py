@@ -12,8 +12,9 @@ from typing import Any
 
 from qexp.errors import ConfigError, DiskError, choices, did_you_mean
 from qexp.results.labels import run_label
+from qexp.results.manifest import Manifest
 from qexp.results.run_folder import RunFolder
-from qexp.system.files import read_json, read_yaml
+from qexp.system.files import read_yaml
 
 Row = dict[str, Any]
 
@@ -45,7 +46,7 @@ def find_sweep(outputs: Path | str, name: str | None) -> str:
 
 
 def read_manifest(outputs: Path | str, name: str) -> dict[str, Any]:
-    return read_json(Path(outputs, "sweeps", name, "manifest.json")) or {"jobs": []}
+    return Manifest(outputs, name).read() or {"jobs": []}
 
 
 def rows_of_sweep(outputs: Path | str, name: str) -> list[Row]:

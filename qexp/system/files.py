@@ -86,6 +86,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, after the end of one that was cut off. Raises DiskError."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        with os.fdopen(descriptor, "ab+") as stream:
+            if stream.seek(0, os.SEEK_END) and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
+                line = f"\n{line}"
+            stream.write(f"{line}\n".encode())
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
 @contextmanager
 def file_lock(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold an exclusive lock on `path`, across processes and threads; `waiting` is called once if it is taken."""

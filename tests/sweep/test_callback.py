@@ -89,7 +89,7 @@ def test_an_experiment_without_a_record_fails_the_sweep(tmp_path, capsys) -> Non
 def test_a_table_that_cannot_be_made_does_not_hide_the_count_or_the_failure(tmp_path, capsys) -> None:
     composed = finished(tmp_path, 1, "failed")
     (tmp_path / "runs").mkdir()
-    path = tmp_path / "sweeps" / "s" / "manifest.json"
+    path = tmp_path / "sweeps" / "s" / "jobs.jsonl"
     path.write_text(path.read_text().replace('"overrides": []', '"overrides": null'))
     with pytest.raises(SystemExit, match="1"):
         SweepCallback().on_multirun_end(composed)

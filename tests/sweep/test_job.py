@@ -484,7 +484,7 @@ def test_a_status_of_an_earlier_worker_is_not_taken_for_that_of_one_that_could_n
     assert (row.status, row.reason) == ("failed", "exit") and "code 1" in row.message
 
 
-@pytest.mark.parametrize("file", ["config.yaml", "status.json", "manifest.json", ".lock"])
+@pytest.mark.parametrize("file", ["config.yaml", "status.json", "jobs.jsonl", ".lock"])
 def test_a_full_disk_is_a_failed_row_and_leaves_nothing_half_written(file, tmp_path, monkeypatch, capfd) -> None:
     config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
     real_replace, real_open = os.replace, os.open
@@ -503,7 +503,7 @@ def test_a_full_disk_is_a_failed_row_and_leaves_nothing_half_written(file, tmp_p
     monkeypatch.undo()
     output = "".join(capfd.readouterr())
     assert "No space left on device" in output and file in output and "Traceback" not in output
-    if file == "manifest.json":
+    if file == "jobs.jsonl":
         assert row.status == "done"
     else:
         assert (row.status, row.reason) == ("failed", "disk")
