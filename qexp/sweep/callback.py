@@ -50,7 +50,7 @@ class SweepCallback(Callback):
 def planned_jobs(config: DictConfig) -> int | None:
     """How many experiments the sweep will have; None if its sweeper decides as it goes, or for a glob."""
     sweeper = config.hydra.sweeper
-    if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
+    if not str(sweeper.get("_target_", "")).endswith(("BasicSweeper", "QexpSweeper")):
         return None
     lines = [f"{name}={values}" for name, values in (sweeper.get("params") or {}).items()]
     try:

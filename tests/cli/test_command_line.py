@@ -242,3 +242,29 @@ except SystemExit:
     assert {"hydra", "qexp"} <= modules
     heavy = {"torch", "bitsandbytes", "torchao", "optimum", "accelerate", "diffusers", "transformers"}
     assert modules.isdisjoint(heavy)
+
+
+def test_sweep_tries_what_is_typed_before_it_runs_anything(
+    command: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert command("-m", "seed=range(100)", "backend=none,torchoa") == 1
+    assert "did you mean torchao" in capsys.readouterr().err
+    assert command.configs == [] and not list(Path(tmp_path, "outputs", "sweeps").iterdir())
+
+
+def test_mistake_that_is_met_late_costs_its_own_experiment(
+    command: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    seeds = ",".join(map(str, range(30)))
+    assert command("-m", f"seed={seeds},many,30") == 1
+    assert len(command.configs) == 31 and command.configs[-1].seed == 30
+    assert "[31/32] seed=many: failed (config): seed=many" in capsys.readouterr().out
+
+
+def test_every_option_and_then_other_values_are_tried_first() -> None:
+    from qexp.cli.sweeper import with_each_value
+
+    jobs = [[f"seed={seed}", f"backend={name}", "x=1"] for seed in range(50) for name in ("a", "b", "c")]
+    tried = list(with_each_value(jobs, ["backend", "task"], 5))
+    assert [job[1] for job in tried[:3]] == ["backend=a", "backend=b", "backend=c"]
+    assert len(tried) == 5 and {job[0] for job in tried[3:]} == {"seed=1", "seed=2"}

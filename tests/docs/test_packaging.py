@@ -59,6 +59,7 @@ def files_below(folder: Path) -> set[str]:
 def test_the_wheel_holds_the_package_its_assets_and_conf(wheel: Path) -> None:
     expected = {f"qexp/{name}" for name in files_below(ROOT / "qexp")}
     expected |= {f"qexp/conf/{name}" for name in files_below(ROOT / "conf")}
+    expected |= {f"hydra_plugins/{name}" for name in files_below(ROOT / "hydra_plugins")}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert {"qexp/conf/config.yaml", "qexp/conf/backend/none.yaml", "qexp/assets/digits/config.json"} <= expected
