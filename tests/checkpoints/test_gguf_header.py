@@ -16,7 +16,6 @@ import pytest
 
 from qexp.checkpoints.gguf_header import MAX_HEADER_BYTES, GGUFHeader, _Header, read_gguf_header
 from qexp.checkpoints.gguf_types import DECODABLE, TYPES
-from qexp.checkpoints.gguf_writer import write_gguf
 from qexp.checkpoints.regular_file import FileState
 from qexp.errors import LoadError
 
@@ -77,7 +76,11 @@ def test_headers_agree_with_the_library(alignment: int, tmp_path: Path) -> None:
 
 def test_words_that_are_parts_of_a_character_are_kept(tmp_path: Path) -> None:
     words = [b"\xe2\x82".decode(errors="surrogateescape"), "€"]
-    write_gguf(tmp_path / "x.gguf", [], lambda info: b"", architecture="x", metadata={"words": words})
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "x")
+    writer.add_array("words", [word.encode(errors="surrogateescape") for word in words])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
     assert read_gguf_header(tmp_path / "x.gguf").metadata["words"] == words
 
 

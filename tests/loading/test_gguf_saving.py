@@ -1,5 +1,8 @@
 """Tensors saved as GGUF files: gguf-py opens them, with the same bytes. (Models: `test_gguf_interchange.py`.)"""
 
+import errno
+import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from qexp.checkpoints.gguf_header import read_gguf_header
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, DiskError
 from qexp.loading.gguf_saving import save_gguf
 from qexp.quantizers.gguf import GGUFConfig, GGUFQuantizer
 from qexp.quantizers.rows import WeightSpec
 from tests.backends import CPU
+from tests.loading.test_saving import files_of_at_most
 from tests.quantizers.test_contract import gaussian
 
 
@@ -47,6 +51,53 @@ def test_what_was_saved_is_wrapped_again_with_the_same_bytes(tmp_path: Path) -> 
     again: Any = GGUFQuantizer(GGUFConfig()).wrap(raw, entry.dtype.removeprefix("GGUF_"), entry.shape, torch.float32)
     assert again.quant_type == "TQ1_0"
     assert torch.equal(again.raw, weight.raw)
+
+
+def test_a_saved_file_is_the_librarys_byte_for_byte(tmp_path: Path) -> None:
+    weight: Any = quantized(gaussian(3, 64), "Q4_0")
+    plain, scalar, empty = torch.arange(10.0).reshape(2, 5), torch.tensor(3), torch.zeros(0, 4, dtype=torch.float16)
+    writer = gguf.GGUFWriter(tmp_path / "library.gguf", "flux")
+    writer.add_uint32("general.quantization_version", 2)
+    writer.add_string("x.name", "ö")
+    writer.add_tensor("q", weight.raw.numpy(), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    for name, tensor in {"p": plain, "s": scalar, "e": empty}.items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensors = {"q": weight, "p": plain, "s": scalar, "e": empty}
+    save_gguf(tmp_path / "mine.gguf", tensors, architecture="flux", metadata={"x.name": "ö"})
+    assert (tmp_path / "mine.gguf").read_bytes() == (tmp_path / "library.gguf").read_bytes()
+
+
+def test_empty_texts_are_saved_and_dense_tensors_have_no_quantization_version(tmp_path: Path) -> None:
+    save_gguf(tmp_path / "x.gguf", {"a": torch.zeros(2)}, architecture="x", metadata={"x.note": ""})
+    assert read_gguf_header(tmp_path / "x.gguf").metadata == {"general.architecture": "x", "x.note": ""}
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def as_stored(tensor: Tensor) -> Tensor:
+        alive.append(sum(copy() is not None for copy in copies))
+        copies.append(weakref.ref(stored := tensor.float()))
+        return stored
+
+    monkeypatch.setattr("qexp.loading.gguf_saving._as_stored", as_stored)
+    save_gguf(tmp_path / "x.gguf", {name: torch.ones(9).bfloat16() for name in "abc"}, architecture="x")
+    assert alive == [0, 0, 0]
+
+
+def test_a_full_disk_leaves_the_file_before(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    save_gguf(path, {"a": torch.ones(2)}, architecture="x")
+    before = path.read_bytes()
+    with files_of_at_most(8192), pytest.raises(DiskError, match=os.strerror(errno.EFBIG)):
+        save_gguf(path, {"a": torch.ones(2), "b": torch.ones(8192)}, architecture="x")
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.complex64), torch.zeros(2).to(torch.float8_e4m3fn)])
