@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from qexp.errors import ConfigError, choices, did_you_mean, first_names
-from qexp.loading.device_map_planner import Plan, balanced_limits, build_tree, merge_entries
+from qexp.loading.device_map_planner import list_names, plan_devices
 from qexp.loading.plan import LoadPlan
 from qexp.offloading.grouping import INDIVISIBLE
 from qexp.offloading.placement import Placement
@@ -29,7 +29,6 @@ from qexp.quantizers.base import Quantizer
 from qexp.system.device_names import (
     CPU,
     DISK,
-    Key,
     MaxMemory,
     Place,
     device_of_key,
@@ -80,7 +79,8 @@ def place(
         accelerators = [key for key in limits if isinstance(key, int)]
         if max_memory is None and len(accelerators) == 1 and device_map != "sequential":
             limits[accelerators[0]] = int(0.9 * limits[accelerators[0]])
-        places = _planned(model, nbytes, plan.tied, device_map, device, limits, no_split)
+        planned = plan_devices(model, nbytes, plan.tied, device_map, limits, no_split)
+        places = {name: place_of_key(key, device) for name, key in planned.items()}
         main = device_of_key(accelerators[0] if accelerators else "cpu", device)
         computes = {name: main if isinstance(place, str) or place == CPU else place for name, place in places.items()}
     else:
@@ -144,26 +144,9 @@ def to_keep_in_fp32(model: nn.Module, quantizer: Quantizer, placement: Placement
     return spilled
 
 
-def _planned(
-    model: nn.Module,
-    nbytes: Mapping[str, int],
-    tied: Mapping[str, str],
-    device_map: str,
-    device: torch.device,
-    limits: Mapping[Key, int],
-    no_split: Collection[str],
-) -> dict[str, Place]:
-    root = build_tree(model, lambda name: 0 if name in tied else nbytes[name], no_split)
-    groups = [[first, *(name for name in tied if tied[name] == first)] for first in dict.fromkeys(tied.values())]
-    if device_map != "sequential":
-        limits = balanced_limits(root, limits, no_split, low_zero=device_map == "balanced_low_0")
-    plan = Plan(root, limits, groups)
-    return {name: place_of_key(key, device) for name, key in merge_entries(plan.devices).items()}
-
-
 def _explicit(model: nn.Module, nbytes: Mapping[str, int], places: Mapping[str, Place]) -> dict[str, Place]:
     """A user's map, in the order of the model. Raises: ConfigError if it cannot be followed."""
-    order = _names(model)
+    order = list_names(model)
     for name in places:
         if name not in order:
             raise ConfigError(
@@ -205,13 +188,3 @@ def _computes(places: Mapping[str, Place], main: torch.device) -> dict[str, torc
             last = place
         computes[name] = last
     return computes
-
-
-def _names(model: nn.Module) -> dict[str, None]:
-    """Modules and tensors by their full names, in order."""
-    names: dict[str, None] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names[name] = None
-        prefix = f"{name}." if name else ""
-        names.update({prefix + own: None for own in (*module._parameters, *module._buffers)})
-    return names
