@@ -27,7 +27,7 @@ from qexp.checkpoints.checkpoint import read_object
 from qexp.checkpoints.foreign_files import PICKLE_SUFFIXES, refuse_cache_folder
 from qexp.errors import ConfigError, DiskError, HubError, LoadError, MissingLibraryError, QexpError
 from qexp.hub.file_selection import needed_files
-from qexp.hub.transfer import TIMEOUT_SECONDS, HubFile, transfer
+from qexp.hub.transfer import download_files
 from qexp.system.files import check_writable, disk_error, write_text
 from qexp.system.memory import GIB
 
@@ -36,7 +36,16 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of a small file, of a large one
 FILE_SUFFIXES = (".safetensors", ".gguf", *PICKLE_SUFFIXES)  # a name that ends so is of a file, which is missing
 SPARE_BYTES = 64 << 20  # to leave on a disk
-AGAIN = "run the same command again: it goes on from there"
+TIMEOUT_SECONDS = 5.0  # for the list of files
+AGAIN = "run the same command again: files that are there are not downloaded twice"
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """etag: the name of its content in the cache, the sha256 of a large file, git's hash of a small one."""
+
+    nbytes: int
+    etag: str
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,7 @@ class _Unreachable(Exception):
 
 def _listed(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
     """The commit of a revision, and its files by name. Raises: _Unreachable, errors of the library."""
-    from huggingface_hub import HfApi, constants, hf_hub_url
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     endpoint = constants.ENDPOINT
@@ -185,7 +194,7 @@ def _listed(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
         name, etag = one.rfilename, one.lfs.sha256 if one.lfs is not None else one.blob_id
         if one.size is None or not HASH.fullmatch(str(etag)) or ".." in PurePosixPath(name).parts:
             raise HubError(f"{endpoint} lists {name!r} with size {one.size} and hash {etag}, not as a hub does")
-        files[name] = HubFile(name, one.size, str(etag), hf_hub_url(repo, name, revision=commit, endpoint=endpoint))
+        files[name] = HubFile(one.size, str(etag))
     if not COMMIT.fullmatch(commit):
         raise HubError(f"{endpoint} names no commit of it, but {commit!r}")
     return commit, files
@@ -198,31 +207,30 @@ def _bring(
     storage = _storage(repo)
     snapshot = storage / "snapshots" / commit
 
+    def bring(names: Sequence[str]) -> None:
+        check_writable(storage.parent, "HF_HUB_CACHE=")
+        download_files(repo, commit, {name: files[name].nbytes for name in names}, snapshot)
+
     def read(name: str) -> dict[str, Any]:
         if not (snapshot / name).exists():
-            check_writable(storage.parent, "HF_HUB_CACHE=")
-            transfer([files[name]], storage, commit, repo)
+            bring([name])
         return read_object(snapshot / name)
 
-    wanted = [files[name] for name in needed_files(files, read, f"{place}={repo}", variant)]
-    missing = [file for file in wanted if not (snapshot / file.name).exists()]
+    wanted = needed_files(files, read, f"{place}={repo}", variant)
+    missing = [name for name in wanted if not (snapshot / name).exists()]
     if missing:
-        check_writable(storage.parent, "HF_HUB_CACHE=")
-        _check_space(storage, missing, f"{place}={repo}")
-        gib = sum(file.nbytes for file in missing) / GIB
+        _check_space(storage, [files[name] for name in missing], f"{place}={repo}")
+        gib = sum(files[name].nbytes for name in missing) / GIB
         files_text = f"{len(missing)} file" + ("s" if len(missing) > 1 else "")
         print(f"{repo}: downloading {files_text}, {gib:.2f} GiB, to {storage}", file=sys.stderr, flush=True)
-        transfer(missing, storage, commit, repo)
+        bring(missing)
     if revision != commit:
         write_text(storage / "refs" / revision, commit)
 
 
 def _check_space(storage: Path, missing: Sequence[HubFile], place: str) -> None:
-    """Raises DiskError if the files are more than the disk has free; what is there of them already counts."""
-    blobs = storage / "blobs"
-    parts = [blobs / f"{file.etag}.part" for file in missing]
-    there = sum(part.stat().st_size for part in parts if part.exists())
-    needed = sum(file.nbytes for file in missing if not (blobs / file.etag).exists()) - there
+    """Raises DiskError if the files are more than the disk has free."""
+    needed = sum(file.nbytes for file in missing if not (storage / "blobs" / file.etag).exists())
     free = shutil.disk_usage(storage.parent).free
     if needed + SPARE_BYTES > free:
         raise DiskError(

@@ -5,6 +5,9 @@ weights is then stored by its content, and one last commit puts them all into th
 of a model's shards without the others. An upload that broke off goes on where it was: quantizing the same weights gives
 the same bytes, and content that is there already is not sent again.
 
+The library's `upload_folder` would be shorter, and is not used: it leaves out, without a word, weights that a
+.gitignore in the repository names, and commits a large folder in parts.
+
 The token is the one of huggingface_hub: HF_TOKEN, or what `hf auth login` stored. HF_ENDPOINT names another hub.
 Importing this module imports neither torch nor huggingface_hub.
 """

@@ -61,7 +61,6 @@ class HubServer:
     requests: "METHOD path" of each in their order. fault: given that, the status to answer with, 0 to hang up, or None.
     cut: given that, after how many bytes of a file to hang up, or None. ranges: the first byte asked for of each file.
     spoil: what to make of a file's bytes. elsewhere: large files are handed out at another address.
-    ignores_ranges: a file is always sent from its first byte.
     """
 
     namespaces: tuple[str, ...] = ("tester",)
@@ -73,7 +72,6 @@ class HubServer:
     cut: Callable[[str], int | None] = lambda request: None
     spoil: Callable[[bytes], bytes] = lambda data: data
     elsewhere: bool = False
-    ignores_ranges: bool = False
     ranges: list[tuple[str, int]] = field(default_factory=list)
     url: str = ""
 
@@ -328,7 +326,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404, "Entry not found", "EntryNotFound")
         if self.repository(repo).gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             raise _Refusal(401, f"Access to model {repo} is restricted", "GatedRepo")
-        data = self.hub.spoil(commit.files[name])
+        data = commit.files[name]
         tag = hashlib.sha256(data).hexdigest() if name in commit.lfs else git_hash(data)
         first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         headers = {"ETag": f'"{tag}"', "X-Repo-Commit": commit.sha}
@@ -342,10 +340,10 @@ class _Handler(BaseHTTPRequestHandler):
     def send_file(self, data: bytes, name: str, first: int, headers: dict[str, str]) -> None:
         if self.command == "GET":
             self.hub.ranges.append((name, first))
-        if self.hub.ignores_ranges:
-            first = 0
         cut = self.hub.cut(name)
-        if cut is None:
+        if self.command == "GET":
+            data = self.hub.spoil(data)
+        if cut is None or self.command == "HEAD":
             self.reply(data[first:], 206 if first else 200, headers)
             return
         self.send_response(206 if first else 200)
