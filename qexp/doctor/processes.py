@@ -7,21 +7,17 @@ included in the first.
 from __future__ import annotations
 
 import json
-import os
-import selectors
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import IO, Any
 
 from qexp.results.outcome import outcome_of_exit
+from qexp.system.child_process import ends_within, kill_session, read_output
 
 PROBE = [sys.executable, "-m", "qexp.doctor.probe"]
-CHUNK = 1 << 16
 
 
 def probe(trials: Sequence[dict[str, Any]], device: str, timeout: float) -> Iterator[dict[str, Any]]:
@@ -50,29 +46,23 @@ def _run(trials: Sequence[dict[str, Any]], device: str, timeout: float) -> Itera
             if given < len(trials):
                 yield _ended(process, errors, timeout, time.monotonic() - started)
         finally:
-            _kill(process)
+            kill_session(process)
 
 
 def _lines(process: subprocess.Popen[bytes], timeout: float) -> Iterator[bytes]:
     """The lines that a process writes, until it ends or no line of a result came for `timeout` seconds."""
-    output, rest = process.stdout, b""
-    assert output is not None
-    deadline = time.monotonic() + timeout
-    with output, selectors.DefaultSelector() as selector:
-        selector.register(output, selectors.EVENT_READ)
-        while (remaining := deadline - time.monotonic()) > 0:
-            if not selector.select(remaining):
-                continue
-            data = os.read(output.fileno(), CHUNK)
-            if not data:
-                break
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                if b'"end"' in line:
-                    deadline = time.monotonic() + timeout
-                yield line
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(1)  # its output is closed: it is about to end
+    rest, deadline = b"", time.monotonic() + timeout
+
+    def time_left() -> float:
+        return deadline - time.monotonic()
+
+    for data in read_output(process, time_left):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if b'"end"' in line:
+                deadline = time.monotonic() + timeout
+            yield line
+    ends_within(process, 1)  # its output is closed: it is about to end
 
 
 def _ended(process: subprocess.Popen[bytes], errors: IO[bytes], timeout: float, seconds: float) -> dict[str, Any]:
@@ -92,10 +82,3 @@ def _last_line(errors: IO[bytes]) -> str:
     errors.seek(0)
     lines = errors.read().decode(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a probe, if it has not, and everything that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -30,7 +30,8 @@ from typing import Any
 
 from qexp.sweep import worker
 from qexp.sweep.preload import import_modules
-from qexp.system.processes import die_with_parent, map_file_pages, resident_file_pages
+from qexp.system.child_process import die_with_parent
+from qexp.system.file_pages import map_file_pages, resident_file_pages
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from qexp.config.schema import RunConfig
 from qexp.experiments.stored import run_config_from_container
 from qexp.results.outcome import outcome_of
 from qexp.results.run_folder import RunFolder
-from qexp.system.processes import die_with_parent
+from qexp.system.child_process import die_with_parent
 
 LOWER = 10  # of 19: a tenth of the weight of others, where cores are not free
 
@@ -47,7 +47,7 @@ class LogWriter:
         """Have it import W&B's library meanwhile."""
         if self.process is None:
             command = [sys.executable, "-m", "qexp.sweep.log_writer", "--parent", str(os.getpid())]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, encoding="utf-8", start_new_session=True)
         return self.process
 
     def log(self, folder: Path, config: RunConfig, group: str | None) -> None:

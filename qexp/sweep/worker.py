@@ -37,7 +37,7 @@ from qexp.results.outcome import DONE, Outcome, outcome_of
 from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.preload import import_modules, modules_of
 from qexp.sweep.resume import scored_names
-from qexp.system.processes import die_with_parent
+from qexp.system.child_process import die_with_parent
 
 Metrics = dict[str, float | None]
 SCHEMA = 1

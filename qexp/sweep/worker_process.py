@@ -9,13 +9,10 @@ to the console: bytes are passed on unchanged, so progress bars work.
 from __future__ import annotations
 
 import os
-import selectors
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -26,12 +23,7 @@ from qexp.results.outcome import INTERRUPTED, Outcome, outcome_of_exit, timed_ou
 from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.fork_client import SERVER, ForkedWorker, ServerDied
 from qexp.sweep.worker import Work
-
-POLL_SECONDS = 0.2  # how late an ended worker is noticed whose own children keep its output open
-CHUNK = 1 << 16
-
-
-Process = subprocess.Popen[bytes] | ForkedWorker
+from qexp.system.child_process import ChildProcess, ends_within, kill_session, read_output
 
 
 def run_worker(work: Work, isolation: IsolationConfig, modules: Sequence[str] = ()) -> Status:
@@ -47,7 +39,7 @@ def run_worker(work: Work, isolation: IsolationConfig, modules: Sequence[str] = 
     try:
         in_time = _follow(process, work.folder / "worker.log", timeout_minutes)
     except BaseException:
-        _kill(process)
+        kill_session(process)
         _settle(work, process, INTERRUPTED, started, clock)
         raise
     if isinstance(process, ForkedWorker) and process.server_died and in_time:
@@ -59,7 +51,7 @@ def run_worker(work: Work, isolation: IsolationConfig, modules: Sequence[str] = 
     return _settle(work, process, outcome, started, clock)
 
 
-def _start(work: Work, start: str, modules: Sequence[str]) -> Process:
+def _start(work: Work, start: str, modules: Sequence[str]) -> ChildProcess:
     """Start a worker as `start` says, or by spawn where forking is not possible."""
     environment = _environment()
     if start == "fork" and SERVER.is_usable:
@@ -91,44 +83,19 @@ def _environment() -> dict[str, str]:
     return environment | {"PYTHONHASHSEED": environment.get("PYTHONHASHSEED", "0")}
 
 
-def _follow(process: Process, log_path: Path, timeout_minutes: float | None) -> bool:
+def _follow(process: ChildProcess, log_path: Path, timeout_minutes: float | None) -> bool:
     """Pass output on until the worker ends; False if it had to be killed for taking too long."""
     deadline = time.monotonic() + 60 * timeout_minutes if timeout_minutes is not None else float("inf")
-    output = process.stdout
-    assert output is not None
-    with output, selectors.DefaultSelector() as selector, _Tee(log_path) as tee:
-        selector.register(output, selectors.EVENT_READ)
-        while time.monotonic() < deadline:
-            if selector.select(POLL_SECONDS):
-                data = os.read(output.fileno(), CHUNK)
-                if not data:
-                    break
-                tee.write(data)
-            elif process.poll() is not None:
-                break
-        in_time = _ends_before(process, deadline)
+    with _Tee(log_path) as tee:
+        for data in read_output(process, lambda: deadline - time.monotonic()):
+            tee.write(data)
+        in_time = ends_within(process, deadline - time.monotonic())
         if not in_time:
-            _kill(process)
+            kill_session(process)
     return in_time
 
 
-def _ends_before(process: Process, deadline: float) -> bool:
-    """Wait for a process that may have closed its output but still runs."""
-    try:
-        process.wait(None if deadline == float("inf") else max(deadline - time.monotonic(), 0))
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def _kill(process: Process) -> None:
-    """Kill a worker and everything it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _settle(work: Work, process: Process, otherwise: Outcome, started: str, clock: float) -> Status:
+def _settle(work: Work, process: ChildProcess, otherwise: Outcome, started: str, clock: float) -> Status:
     """The status that the worker wrote; `otherwise` is written for one that ended without."""
     folder = RunFolder(work.folder)
     folder.remove_scratch()

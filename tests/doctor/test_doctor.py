@@ -18,6 +18,7 @@ from qexp.config.dataclass_io import to_plain
 from qexp.doctor import options, probe, processes
 from qexp.doctor.__main__ import main
 from qexp.quantizers.torchao import TorchAoQuantizer
+from qexp.system import child_process
 from tests.backends import BACKENDS, backend_config
 from tests.products import exhaustive
 
@@ -153,7 +154,7 @@ def test_each_result_starts_the_time_anew(line: bytes, received: int, monkeypatc
     os.write(writing, 9 * line)
     os.close(writing)
     monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    monkeypatch.setattr(processes, "CHUNK", len(line))
+    monkeypatch.setattr(child_process, "CHUNK", len(line))
     process: Any = SimpleNamespace(stdout=os.fdopen(reading, "rb"), wait=lambda timeout: 0)
     assert len(list(processes._lines(process, 3))) == received
 

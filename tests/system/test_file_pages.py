@@ -6,7 +6,7 @@ import sys
 FORK = """
 import os, numpy, numpy.linalg
 from qexp.system.memory import host_memory
-from qexp.system.processes import map_file_pages, resident_file_pages
+from qexp.system.file_pages import map_file_pages, resident_file_pages
 pages, parent = resident_file_pages(), host_memory().file_bytes
 if os.fork() == 0:
     before = host_memory().file_bytes

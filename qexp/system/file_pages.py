@@ -1,4 +1,4 @@
-"""Processes that end together, and forked ones that have the pages of their parent."""
+"""Give a forked process the pages of mapped files that its parent has."""
 
 from __future__ import annotations
 
@@ -6,22 +6,11 @@ import ctypes
 import mmap
 import os
 import re
-import signal
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MADV_POPULATE_READ = 22  # asm-generic/mman-common.h, Linux 5.14
 PRESENT = bytes(49 if value & 0x80 else 48 for value in range(256))  # the highest byte of a page's entry -> "1" or "0"
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, so that no experiment outlives its sweep."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above
-        os._exit(1)
 
 
 def resident_file_pages() -> list[tuple[int, int]]:

@@ -1,0 +1,73 @@
+"""Follow a process that leads its own session, and end it with everything that it started, or with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import IO, Protocol
+
+POLL_SECONDS = 0.2  # how late an ended process is noticed whose own children keep its output open
+CHUNK = 1 << 16
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class ChildProcess(Protocol):
+    """What `subprocess.Popen` shows of a process; forked workers show the same."""
+
+    pid: int
+
+    @property
+    def stdout(self) -> IO[bytes] | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+def read_output(process: ChildProcess, time_left: Callable[[], float]) -> Iterator[bytes]:
+    """Yield what a process prints, as it comes, until it ends or no time is left.
+
+    time_left: seconds that it still has; it is asked again before each read.
+    """
+    output = process.stdout
+    assert output is not None
+    with output, selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while (left := time_left()) > 0:
+            if selector.select(min(left, POLL_SECONDS)):
+                data = os.read(output.fileno(), CHUNK)
+                if not data:
+                    return
+                yield data
+            elif process.poll() is not None:
+                return
+
+
+def ends_within(process: ChildProcess, seconds: float) -> bool:
+    """Wait for a process that may have closed its output but still runs."""
+    try:
+        process.wait(None if seconds == float("inf") else max(seconds, 0))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def kill_session(process: ChildProcess) -> None:
+    """Kill a process, if it has not ended, and everything that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, so that no experiment outlives its sweep."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
