@@ -7,12 +7,12 @@ Its first word may be one of `cli/commands.py`, which are programs of their own:
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import io
 import signal
 import sys
 
 from qexp.cli.commands import COMMANDS
+from qexp.version import __version__
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
         sys.argv[:] = [f"qexp {arguments[0]}", *arguments[1:]]
         sys.exit(importlib.import_module(COMMANDS[arguments[0]]).main())
     if "--version" in arguments:
-        print(f"qexp {importlib.metadata.version('qexp')}")
+        print(f"qexp {__version__}")
         return
     if "--help" in arguments or "-h" in arguments:
         from qexp.cli.help import help_text

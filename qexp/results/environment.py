@@ -21,6 +21,7 @@ import psutil
 from qexp.config.plugins import PACKAGE_FOLDER, plugin_module
 from qexp.config.schema import RunConfig
 from qexp.results.run_folder import now_iso
+from qexp.version import __version__
 
 RESULT_PACKAGES = ("qexp", "torch", "numpy", "safetensors", "torchmetrics")
 OTHER_PACKAGES = ("hydra-core", "omegaconf", "wandb")
@@ -103,6 +104,8 @@ def _required(plugin: Any) -> tuple[str, ...]:
 
 
 def _version(package: str) -> str | None:
+    if package == "qexp":
+        return __version__  # of a checkout, metadata is that of the day it was set up
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import sys
 
 import pytest
@@ -43,7 +42,7 @@ def test_version_is_that_of_this_program(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["qexp", *arguments])
     qexp.__main__.main()
-    assert capsys.readouterr().out == f"qexp {importlib.metadata.version('qexp')}\n"
+    assert capsys.readouterr().out == f"qexp {qexp.__version__}\n"
 
 
 def test_completion_proposes_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import qexp
 from tests.products import exhaustive
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,10 @@ def test_the_wheel_holds_the_package_its_assets_and_conf(wheel: Path) -> None:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert {"qexp/conf/config.yaml", "qexp/conf/backend/none.yaml", "qexp/assets/digits/config.json"} <= expected
     assert found == expected
+
+
+def test_the_wheel_has_the_version_of_the_package(wheel: Path) -> None:
+    assert wheel.name.startswith(f"qexp-{qexp.__version__}-")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import qexp
 from qexp.quantizers.none import NoneConfig
 from qexp.quantizers.torchao import TorchAoConfig
 from qexp.results import environment
@@ -28,6 +29,11 @@ def test_it_says_where_a_result_was_made(tmp_path, monkeypatch) -> None:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     assert abs(env["memory_gib"] - physical) < 0.1
     assert all(value not in (None, "") for name, value in env.items() if name != "commit")
+
+
+def test_qexps_version_is_that_of_the_code_and_not_of_its_installation(monkeypatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.0.1")
+    assert environment.versions_of(("qexp", "torch")) == {"qexp": qexp.__version__, "torch": "0.0.1"}
 
 
 def test_only_the_libraries_that_an_experiment_uses_can_change_its_result(tmp_path) -> None:
