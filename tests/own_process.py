@@ -27,6 +27,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MARK = "own_process"
 PATTERN = "test_*.py"
-TIMEOUT_SECONDS = 1800
+TIMEOUT_SECONDS = 7200  # of a process that hangs: on a busy machine the longest one takes half an hour
 
 _registered: list[Path] = []
 
@@ -78,22 +79,26 @@ def _run(paths: tuple[Path, ...], expression: str) -> tuple[list[Outcome], str]:
     """Run the tests of files whose marks match: (one outcome for each, what pytest printed)."""
     options = ["-m", expression, "-p", "no:cacheprovider", "-p", "no:xdist"]
     command = [sys.executable, "-m", "pytest", *map(str, paths), *options]
-    done = subprocess.run(
-        [*command, "--junitxml=/dev/stderr"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        # A file, not stderr: a library that writes there while the process ends would make the report unreadable.
+        report = Path(folder, "report.xml")
+        done = subprocess.run(
+            [*command, f"--junitxml={report}"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+        cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     outcomes = []
-    start = done.stderr.find("<?xml")
-    for case in ElementTree.fromstring(done.stderr[start:]).iter("testcase") if start >= 0 else ():
+    for case in cases:
         problems = [*case.findall("failure"), *case.findall("error")]
         text = "\n".join(f"{case.get('name')}:\n{problem.text or problem.get('message')}" for problem in problems)
         module = case.get("classname", "").rpartition(".")[2] + ".py"
         outcomes.append(Outcome(module, case.get("name", ""), text, case.find("skipped") is not None))
-    return outcomes, done.stdout + done.stderr[: max(start, 0)]
+    return outcomes, f"{done.stdout}\nexit code {done.returncode}"
 
 
 def failures(folder: Path, names: tuple[str, ...], config: pytest.Config) -> str:

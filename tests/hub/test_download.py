@@ -334,7 +334,7 @@ def test_a_hub_that_is_not_there_fails_within_seconds(server: HubServer, monkeyp
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     started = time.monotonic()
     assert "http://127.0.0.1:9 cannot be reached (ConnectError" in failure()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10  # huggingface_hub's own retries wait 15 s and more
 
 
 def test_a_repository_that_is_not_there(server: HubServer) -> None:

@@ -107,7 +107,7 @@ def test_without_a_key_it_fails_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     started = time.monotonic()
     with pytest.raises(ConfigError, match=r"no API key.*wandb login.*tracking=offline"):
         log(folder, config())
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15  # it did not wait for an answer (INIT_TIMEOUT_SECONDS)
 
 
 @pytest.mark.exhaustive
