@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qexp.cli.commands import COMMANDS
 from qexp.config.yaml_options import option_names
 from qexp.models.arithmetic import ASSETS
 from tests.composing import command_line
@@ -41,7 +42,13 @@ def commands(section: str) -> list[list[str]]:
     block = re.search(rf"^## {section}\n.*?^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert block is not None
     lines = [shlex.split(line, comments=True) for line in block[1].splitlines()]
-    return [words[3:] for words in lines if words[:3] == ["python", "-m", "qexp"]]
+    found = [words[3:] for words in lines if words[:3] == ["python", "-m", "qexp"]]
+    assert len(found) == len(lines), "a line is no command"
+    return found
+
+
+def experiments(section: str) -> list[list[str]]:
+    return [words for words in commands(section) if words[0] not in COMMANDS]
 
 
 COUNTS = [1, 12, 1, 4, 2, 1, len(option_names("backend"))]
@@ -49,11 +56,16 @@ COUNTS = [1, 12, 1, 4, 2, 1, len(option_names("backend"))]
 
 @pytest.mark.parametrize("number", representatives(range(len(COUNTS)), (0, 2, 4, 5)))
 def test_sweeps_compose(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = commands("Sweeps")
+    found = experiments("Sweeps")
     assert len(found) == len(COUNTS)
     with command_line(monkeypatch, tmp_path) as command:
         command(*found[number])
         assert len(command.configs) == COUNTS[number]
+
+
+def test_other_commands_are_those_of_the_console_script() -> None:
+    others = [words[0] for words in commands("Sweeps") if words[0] in COMMANDS]
+    assert sorted(others) == sorted(COMMANDS)
 
 
 @pytest.fixture

@@ -1,0 +1,70 @@
+"""docs/benchmarks.md: every row of its tables is a row of the raw results."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+GIB, MIB = 2**30, 2**20
+NAMES = {"text_encoder_2": "T5 encoder", "torchao int4wo": "int4wo"}
+
+
+def stored(name: str) -> list[dict[str, Any]]:
+    return list(json.loads((DOCS / "bench" / name).read_text(encoding="utf-8"))["rows"])
+
+
+def table(section: str) -> list[list[str]]:
+    """The rows of the table in a section, without its head."""
+    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    text = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    assert text is not None
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", text[1], re.M)][
+        2:
+    ]
+
+
+def loading() -> list[list[str]]:
+    rows = []
+    for row in stored("load_warm.json"):
+        ours, theirs = row["qexp"], row["diffusers"]
+        peaks, seconds = [[one[key] for one in (ours, theirs)] for key in ("peak_total_bytes", "wall_seconds")]
+        rows.append([
+            row["format"], f"{ours['quantized_bytes'] / MIB:.0f}",
+            *(f"{peak / MIB:.0f}" for peak in peaks), f"{peaks[0] / peaks[1]:.2f}",
+            *(f"{value:.1f}" for value in seconds), f"{seconds[1] / seconds[0]:.1f}",
+        ])  # fmt: skip
+    return rows
+
+
+def full_size() -> list[list[str]]:
+    sizes = ("file_bytes", "weights_bytes", "loaded_peak_total_bytes", "peak_total_bytes")
+    return [
+        [
+            f"{NAMES.get(row['component'], row['component'])}, {NAMES.get(row['format'], row['format'])}",
+            *(f"{row[name] / GIB:.2f}" for name in sizes),
+            *(f"{row[name]:.0f}" for name in ("load_seconds", "forward_seconds")),
+        ]
+        for row in stored("full_size.json")
+    ]
+
+
+def offloading() -> list[list[str]]:
+    programs = {"qexp leaf", "qexp block", "diffusers leaf", "diffusers block", "accelerate"}
+    return [
+        [f"{row[program][f'{state}_1_seconds']:.2f}" for state in ("cold", "warm")]
+        for row in stored("offload.json")
+        for program in row
+        if program in programs and "cold_1_seconds" in row[program]
+    ]
+
+
+@pytest.mark.parametrize(("section", "rows"), [("Loading", loading), ("Full size", full_size)])
+def test_table_has_the_numbers_of_the_raw_results(section: str, rows: Any) -> None:
+    assert sorted(table(section)) == sorted(rows())
+
+
+def test_steps_of_offloading_are_those_of_the_raw_results() -> None:
+    assert sorted(row[1:3] for row in table("Offloading to disk")) == sorted(offloading())
