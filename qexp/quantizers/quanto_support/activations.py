@@ -53,7 +53,10 @@ def calibrate(layers: Mapping[str, Any], run: Callable[[], object]) -> None:
     for layer in layers.values():
         _clear_refusal(layer)
         layer.input_scale, layer.output_scale = torch.ones_like(layer.input_scale), torch.ones_like(layer.output_scale)
-    notes = [layer.register_forward_pre_hook(partial(_note, reached, name)) for name, layer in layers.items()]
+    # Before the layer's own hook, which divides by the scale. The library's hooks, which find it, are global: earlier.
+    notes = [
+        layer.register_forward_pre_hook(partial(_note, reached, name), prepend=True) for name, layer in layers.items()
+    ]
     try:
         with torch.no_grad(), library().Calibration(streamline=False):
             run()
@@ -61,9 +64,6 @@ def calibrate(layers: Mapping[str, Any], run: Callable[[], object]) -> None:
         for note in notes:
             note.remove()
     _check(layers, [name for name in layers if name not in reached], "were reached by no sample of the calibration")
-    for layer in layers.values():
-        if layer.input_scale == 0:  # only zeros came, which any scale keeps
-            layer.input_scale = torch.ones_like(layer.input_scale)
     infinite = [name for name, layer in layers.items() if not layer.input_scale.isfinite()]
     _check(layers, infinite, "have inputs that are not finite")
 
@@ -91,4 +91,7 @@ def _refuse(layer: Any, inputs: Any) -> None:
 
 
 def _note(reached: set[str], name: str, layer: Any, inputs: Any) -> None:
+    """Note that a sample reached a layer. Inputs of zeros give the scale 1, which the library replaces by the next."""
     reached.add(name)
+    if layer.input_scale == 0:
+        layer.input_scale = layer.input_scale + 1

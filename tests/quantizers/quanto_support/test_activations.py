@@ -126,11 +126,19 @@ def test_layers_that_no_sample_reaches_are_named(tmp_path: Path) -> None:
         model.hf_quantizer.calibrate(model, lambda: model(batches()[0] / 0))
 
 
-def test_inputs_of_zeros_stay_zero(tmp_path: Path) -> None:
+@pytest.mark.parametrize("activations", ["int8", "float8"])
+def test_inputs_of_zeros_get_a_scale_of_one(activations: str, tmp_path: Path) -> None:
+    """A scale of zero would divide: NaN for zeros in float8, and zeros in int8 for whatever comes later."""
     save_stack(tmp_path, SHAPES, dtype=BF16, bias=False)
-    model = load(tmp_path)
+    model = load(tmp_path, activations=activations)
     model.hf_quantizer.calibrate(model, lambda: model(torch.zeros(4, 256, dtype=BF16)))
+    assert [layer.input_scale.item() for layer in model.layers] == [1, 1]
     assert torch.equal(model(torch.zeros(4, 256, dtype=BF16)), torch.zeros(4, 64, dtype=BF16))
+    assert answer(model).isfinite().all() and answer(model).any()
+    samples = batches()
+    model.hf_quantizer.calibrate(model, lambda: [model(batch) for batch in [torch.zeros_like(samples[0]), *samples]])
+    expected = calibrated(tmp_path, "int8", activations)  # a first sample of zeros says nothing of the others
+    assert [layer.input_scale for layer in model.layers] == [layer.input_scale for layer in expected.layers]
 
 
 @pytest.mark.parametrize("activations", ["int8", "float8"])
