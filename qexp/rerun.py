@@ -2,8 +2,9 @@
 
     python -m qexp.rerun outputs/runs/<key>
 
-The new result takes the place of the old one once it is complete, unless `--outputs` names another folder. Times and
-memory peaks differ from run to run and are only shown; every other metric must be equal to the last digit.
+The new result takes the place of the old one once it is complete, unless `--outputs` names another folder. Metrics
+that are declared to differ from run to run (times, rates, peaks of memory) are only shown; every other one must be
+equal to the last digit.
 """
 
 from __future__ import annotations
@@ -25,14 +26,13 @@ from qexp.config.schema import PathsConfig, RunConfig, SaveConfig
 from qexp.errors import ConfigError, LoadError, QexpError
 from qexp.experiments.stored import run_config_from_container
 from qexp.hub.download import pinned_model
+from qexp.metrics.registry import find_metric
 from qexp.results.environment import differences
 from qexp.results.run_folder import LOCK, RunFolder
 from qexp.sweep.job import run_job
 from qexp.sweep.run_key import run_key
 from qexp.system.files import disk_error
 from qexp.tracking.session import check_login
-
-VARYING = ("seconds", "_ms", "peak", "baseline")  # parts of names of metrics that no two runs share
 
 
 def main() -> int:
@@ -156,7 +156,9 @@ def report(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
 
 
 def is_varying(name: str) -> bool:
-    return any(part in name for part in VARYING)
+    """Return whether the metric is declared to differ from run to run; one that is not declared may not."""
+    metric = find_metric(name)
+    return metric is not None and metric.varies
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -17,13 +17,16 @@ from qexp.config.module_patterns import check_patterns
 from qexp.config.offload import STRATEGIES, OffloadConfig
 from qexp.config.wandb_names import MAX_TAG, problem_of_project
 from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.metrics.registry import chosen_metrics
 
 RESUME_MODES = ("missing", "failed", "stale", "none")
 IDENTITIES = ("sampled", "full")
-IMAGE_METRICS = ("psnr_db", "ssim", "relative_l2", "cosine", "latent_relative_l2", "class_accuracy", "frechet_distance")
-TEXT_METRICS = ("perplexity", "kl_divergence", "top1_agreement", "exact_match", "answer_accuracy")
-QUALITY_METRICS = (*IMAGE_METRICS, *TEXT_METRICS)  # of each run, those that its outputs have
-PERCEPTUAL_METRICS = {"lpips": "lpips_net", "clip_score": "clip_model", "fid": "fid_images"}  # and the setting of each
+METRICS = chosen_metrics()
+QUALITY_METRICS = tuple(
+    name for name, metric in METRICS.items() if metric.setting is None
+)  # of each run, those that its
+# outputs have; the others need files that may not be here
+PERCEPTUAL_METRICS = {name: metric.setting for name, metric in METRICS.items() if metric.setting is not None}
 
 
 def check_choice(place: str, value: object, names: tuple[str, ...]) -> None:
@@ -44,7 +47,7 @@ class MetricsConfig:
 
     def __post_init__(self) -> None:
         for name in self.names:
-            check_choice("metrics.names", name, (*QUALITY_METRICS, *PERCEPTUAL_METRICS))
+            check_choice("metrics.names", name, tuple(METRICS))
         check_choice("metrics.lpips_net", self.lpips_net, ("alex", "vgg"))
 
     def scored(self) -> dict[str, Any]:

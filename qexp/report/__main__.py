@@ -45,16 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write_report(outputs: Path, name: str, rows: list[Row]) -> list[Path]:
     """Write results.csv, report.md and the plots of a sweep; returns their paths."""
     from qexp.report.markdown import report_markdown
-    from qexp.report.pareto import QUALITIES, pareto_png
+    from qexp.report.pareto import file_name, pareto_png, plotted_metrics
     from qexp.report.results_csv import results_csv
 
     folder = outputs / "sweeps" / name
     plots = []
-    for metric, (_, file_name) in QUALITIES.items():
+    for metric in plotted_metrics():
         picture = pareto_png(rows, metric, f"{name}: memory against quality")
         if picture is not None:
-            write_bytes(folder / file_name, picture)
-            plots.append(file_name)
+            write_bytes(folder / file_name(metric), picture)
+            plots.append(file_name(metric))
     write_text(folder / "results.csv", results_csv(rows))
     write_text(folder / "report.md", report_markdown(read_manifest(outputs, name), rows, folder, plots))
     return [folder / file for file in ("results.csv", "report.md", *plots)]

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qexp.report.table import TEXTS, cells, prepare, shown_columns, status_text
+from qexp.report.table import TEXTS, prepare, status_text, table_cells
 from qexp.results.manifest import count_line
 from qexp.results.rows import Row
 
@@ -28,7 +28,7 @@ def report_markdown(manifest: Mapping[str, Any], rows: list[Row], folder: Path, 
     parts += ["## Results", _results(done, folder)] if done else []
     parts += [f"![memory against quality]({plot})" for plot in plots]
     parts += ["## Without a result", _failures(failures, folder)] if failures else []
-    parts += ["## Machine and versions", *_environments(done)] if done else []
+    parts += ["## Machine and versions", *_environments(rows)] if done else []
     return "\n\n".join([*parts, "All numbers, and every setting that varies: [results.csv](results.csv)."]) + "\n"
 
 
@@ -51,8 +51,10 @@ def _summary(manifest: Mapping[str, Any], rows: list[Row]) -> str:
 
 def _results(done: list[Row], folder: Path) -> str:
     """The smallest weights first, quality and time beside them."""
-    header = [name for name in shown_columns(done) if name not in ("#", "status")]
-    lines = [[*(cells(row)[name] for name in header), _link(row, folder)] for row in done]
+    table = [{name: text for name, text in line.items() if name not in ("#", "status")} for line in table_cells(done)]
+    links = [", ".join(dict.fromkeys(_link(run, folder) for run in row.get("members", [row]))) for row in done]
+    lines = [[*line.values(), link] for line, link in zip(table, links, strict=True)]
+    header = list(table[0])
     aligned = [":--" if name in TEXTS else "--:" for name in header]
     return _table([*(name.replace("/ ", "/") for name in header), "run"], [*aligned, ":--"], lines)
 
@@ -77,16 +79,16 @@ def _link(row: Row, folder: Path) -> str:
     return f"[{row['key']}]({target})"
 
 
-def _environments(done: list[Row]) -> list[str]:
+def _environments(rows: list[Row]) -> list[str]:
     """One list per machine. Versions and commits are united: each experiment names only the libraries it uses."""
     machines: dict[tuple[str, ...], list[Row]] = {}
-    for row in done:
+    for row in (row for row in rows if row["status"] == "done"):
         machines.setdefault(tuple(str(row["env"].get(name)) for name in MACHINE), []).append(row)
-    texts = [_environment([row["env"] for row in rows]) for rows in machines.values()]
+    texts = [_environment([row["env"] for row in found]) for found in machines.values()]
     if len(texts) == 1:
         return texts
     warning = f"Measured on {len(texts)} different machines: times and peaks of memory cannot be compared between them."
-    named = [f"Experiments {_numbers(rows)}:\n\n{text}" for rows, text in zip(machines.values(), texts, strict=True)]
+    named = [f"Experiments {_numbers(found)}:\n\n{text}" for found, text in zip(machines.values(), texts, strict=True)]
     return [warning, *named]
 
 

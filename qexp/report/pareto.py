@@ -1,33 +1,36 @@
 """The plot of a sweep: memory of the weights against quality, with the Pareto front.
 
 A point is on the front if no other one has less memory and at least its quality, or the same memory and more quality.
-Experiments that share a point (the strategies of offloading move weights and change no answer) are one point with one
-label. What is identical to its reference has an infinite ratio: its point lies on a line of its own at the top.
+Experiments that share a point (the strategies of offloading move weights and change no answer) are one point, and so
+are those that differ in their seed alone. Points are numbered, and named in the legend. What is identical to its
+reference has an infinite ratio: its point lies on a line of its own at the top.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
+import textwrap
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qexp.report.annotate import Box, Label, boxes_of_line, place_labels
-from qexp.report.table import MIB, is_exact, prepare
+from qexp.metrics.registry import Metric, all_metrics, is_infinite
+from qexp.report.table import prepare
+from qexp.results.labels import backend_family
+from qexp.results.numbers import shown_unit
 from qexp.results.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-# metric -> (axis label, file name); a sweep over both tasks gives both plots
-QUALITIES = {
-    "quality/psnr_db": ("PSNR against the unquantized model (dB)", "pareto_psnr.png"),
-    "quality/top1_agreement": ("same most probable token as the unquantized model", "pareto_top1.png"),
-    "roundtrip/sqnr_db_mean": ("mean SQNR of the weights (dB)", "pareto_sqnr.png"),
-}
+MEMORY = "memory/weights_gib"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#B3589A", "#B8860B", "#3A8FB7", "#444444")  # told apart by color-blind eyes
 INK, FAINT, GRID = "#222222", "#8a8a8a", "#e6e6e6"
+NEAR = 14.0  # pixels: the numbers of points closer than this are written together
+WRAP = 44  # characters of a name in a line of the legend
+LINES = 36  # entries of the legend in a column
 LOG_FROM = 3.0  # a memory axis that spans more than this factor is logarithmic
 
 
@@ -35,11 +38,12 @@ LOG_FROM = 3.0  # a memory axis that spans more than this factor is logarithmic
 class Point:
     """quality is infinite for what is identical; names and offloads are of the experiments that share the point."""
 
-    memory_mib: float
+    memory_gib: float
     quality: float
     names: tuple[str, ...]
     offloads: tuple[str, ...]
-    family: str  # of its color: the library that quantized
+    family: str  # of its color: the libraries that quantized
+    spread: float = 0.0  # standard deviation of the quality over seeds
 
     def label(self, common_offloads: tuple[str, ...]) -> str:
         """Its names; and its offload strategies, unless they are the same at every point."""
@@ -47,55 +51,74 @@ class Point:
         return name if self.offloads == common_offloads else f"{name} ({', '.join(self.offloads)})"
 
 
-def points_of(rows: list[Row], metric: str) -> list[Point]:
-    """One point per distinct memory and quality, by memory; equal up to what the table shows (0.01 MiB, 0.01 dB)."""
+def plotted_metrics() -> list[Metric]:
+    """The metrics that are plotted against memory, each in a plot of its own."""
+    return [metric for metric in all_metrics().values() if metric.axis and metric.name != MEMORY]
+
+
+def file_name(metric: Metric) -> str:
+    return f"pareto_{metric.short_name}.png"
+
+
+def points_of(rows: list[Row], metric: Metric) -> list[Point]:
+    """One point for each memory and quality, by memory; experiments share it if both are equal as they are stored.
+
+    Experiments that differ in their seed alone are one point, at their mean.
+    """
     shared: dict[tuple[float, float], list[Row]] = {}
     for row in sorted(prepare(rows), key=lambda row: row["number"]):
-        quality, memory = _quality(row, metric), row["metrics"].get("memory/weights_gib")
+        quality, memory = _quality(row, metric), row["metrics"].get(MEMORY)
         if memory is not None and quality is not None:
-            shared.setdefault((round(memory * MIB, 2), round(quality, 2)), []).append(row)
-    return [_point(memory, quality, group) for (memory, quality), group in sorted(shared.items())]
+            shared.setdefault((memory, quality), []).append(row)
+    return [_point(memory, quality, group, metric) for (memory, quality), group in sorted(shared.items())]
 
 
-def _quality(row: Row, metric: str) -> float | None:
-    value: float | None = row["metrics"].get(metric)
-    return math.inf if is_exact(row["metrics"], metric) else value
+def _quality(row: Row, metric: Metric) -> float | None:
+    value: float | None = row["metrics"].get(metric.name)
+    return math.inf if is_infinite(row["metrics"], metric) else value
 
 
-def _point(memory: float, quality: float, group: list[Row]) -> Point:
-    names = [" ".join(filter(None, (row["model"], row["backend"], row["setting"]))) for row in group]
+def _point(memory: float, quality: float, group: list[Row], metric: Metric) -> Point:
+    names = [_name(row) for row in group]
     offloads = tuple(dict.fromkeys(row["offload"] for row in group))
-    family = str(group[0]["backend"]).partition(" ")[0]
-    return Point(memory, quality, tuple(dict.fromkeys(names)), offloads, family)
+    spread = max(row.get("spread", {}).get(metric.name, 0.0) for row in group)
+    return Point(memory, quality, tuple(dict.fromkeys(names)), offloads, backend_family(group[0]["backend"]), spread)
 
 
-def pareto_front(points: list[Point]) -> list[Point]:
+def _name(row: Row) -> str:
+    seeds = f"({row['seeds']} seeds)" if "seeds" in row else ""
+    return " ".join(filter(None, (row["model"], row["backend"], row["setting"], seeds)))
+
+
+def pareto_front(points: list[Point], *, is_higher_better: bool = True) -> list[Point]:
     """The points no other point beats, by memory."""
     front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.memory_mib, -point.quality)):
-        if not front or point.quality > front[-1].quality:
+    sign = 1 if is_higher_better else -1
+    for point in sorted(points, key=lambda point: (point.memory_gib, -sign * point.quality)):
+        if not front or sign * point.quality > sign * front[-1].quality:
             front.append(point)
     return front
 
 
-def pareto_png(rows: list[Row], metric: str, title: str) -> bytes | None:
+def pareto_png(rows: list[Row], metric: Metric, title: str) -> bytes | None:
     """The plot as PNG, None if no experiment has this metric."""
     points = points_of(rows, metric)
     if not points:
         return None
+    unit, factor = shown_unit(all_metrics()[MEMORY], [point.memory_gib for point in points])
+    points = [replace(point, memory_gib=point.memory_gib * factor) for point in points]  # from here on in this unit
+    front = pareto_front(points, is_higher_better=metric.better != "lower")
     offloads = _common_offloads(points)
-    figure, axes = _figure(QUALITIES[metric][0], title, offloads)
-    if points[-1].memory_mib > LOG_FROM * points[0].memory_mib > 0:
+    figure, axes = _figure(all_metrics()[MEMORY].axis.format(unit=unit), metric.axis, title, offloads)
+    if points[-1].memory_gib > LOG_FROM * points[0].memory_gib > 0:
         _logarithmic(axes)
     top = _exact_height(points)
-    corners = _draw_front(axes, pareto_front(points), top)
-    _draw_points(axes, points, top)
-    texts: list[Any] = [axes.legend(frameon=False, loc="lower right", fontsize=9, labelcolor=INK)]
+    _draw_front(axes, front, top)
+    entries = [_draw_point(axes, number, points, front, top) for number in range(1, len(points) + 1)]
     if any(math.isinf(point.quality) for point in points):
-        texts.append(_draw_exact_line(axes, top))
-    figure.canvas.draw()  # sizes and places are known from here on
-    obstacles = [*boxes_of_line(axes, *corners), *(Box(*text.get_window_extent().extents) for text in texts)]
-    place_labels(axes, _labels(points, offloads, top), obstacles)
+        _draw_exact_line(axes, top, metric.unit)
+    _draw_legend(figure, axes, entries, [point.label(offloads) for point in points], [p in front for p in points])
+    _draw_numbers(axes, [(point.memory_gib, _height(point, top)) for point in points])
     data = io.BytesIO()
     figure.savefig(data, format="png", metadata={"Software": None})
     return data.getvalue()
@@ -116,18 +139,18 @@ def _height(point: Point, top: float) -> float:
     return point.quality if math.isfinite(point.quality) else top
 
 
-def _figure(quality: str, title: str, offloads: tuple[str, ...]) -> tuple[Figure, Axes]:
+def _figure(memory: str, quality: str, title: str, offloads: tuple[str, ...]) -> tuple[Figure, Axes]:
     """An empty plot. A bare `Figure`, without pyplot: nothing is registered anywhere, no display is asked for."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.8), dpi=150, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 5.8), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=24 if offloads else 10)
     note = f"offload: {', '.join(offloads)}{' share every point' if len(offloads) > 1 else ''}" if offloads else ""
     axes.text(0, 1.025, note, transform=axes.transAxes, color=FAINT, fontsize=9)
-    axes.set_xlabel("memory of the weights (MiB)", color=INK)
+    axes.set_xlabel(memory, color=INK)
     axes.set_ylabel(quality, color=INK)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -146,14 +169,13 @@ def _logarithmic(axes: Axes) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _draw_front(axes: Axes, front: list[Point], top: float) -> tuple[list[float], list[float]]:
-    """Stairs: up to the next point, its quality is the best that fits. Returns the corners."""
-    x, y = [front[0].memory_mib], [_height(front[0], top)]
+def _draw_front(axes: Axes, front: list[Point], top: float) -> None:
+    """Stairs: up to the next point, its quality is the best that fits."""
+    x, y = [front[0].memory_gib], [_height(front[0], top)]
     for point in front[1:]:
-        x += [point.memory_mib, point.memory_mib]
+        x += [point.memory_gib, point.memory_gib]
         y += [y[-1], _height(point, top)]
     axes.plot(x, y, color=FAINT, linewidth=1.4, linestyle="--", label="Pareto front", zorder=1)
-    return x, y
 
 
 def _colors(points: list[Point]) -> dict[str, str]:
@@ -161,34 +183,56 @@ def _colors(points: list[Point]) -> dict[str, str]:
     return {family: COLORS[number % len(COLORS)] for number, family in enumerate(families)}
 
 
-def _draw_points(axes: Axes, points: list[Point], top: float) -> None:
-    """Full on the front, hollow and further back behind it."""
-    front, colors = set(pareto_front(points)), _colors(points)
-    for family, color in colors.items():
-        axes.plot([], [], "o", color=color, markersize=8, label=family)
-        for point in (point for point in points if point.family == family):
-            style: dict[str, Any] = {
-                "color": color if point in front else "white",
-                "markeredgecolor": color,
-                "markeredgewidth": 1.8,
-                "zorder": 3 if point in front else 2,
-            }
-            axes.plot([point.memory_mib], [_height(point, top)], "o", markersize=8, **style)
+def _draw_point(axes: Axes, number: int, points: list[Point], front: list[Point], top: float) -> Line2D:
+    """Full on the front, hollow and further back behind it; with a bar of one standard deviation over seeds."""
+    point = points[number - 1]
+    color = _colors(points)[point.family]
+    style: dict[str, Any] = {
+        "color": color if point in front else "white",
+        "markeredgecolor": color,
+        "markeredgewidth": 1.8,
+        "zorder": 3 if point in front else 2,
+    }
+    x, y = [point.memory_gib], [_height(point, top)]
+    if point.spread:
+        axes.errorbar(x, y, yerr=point.spread, color=color, capsize=3, linewidth=1, zorder=1)
+    (drawn,) = axes.plot(x, y, "o", markersize=8, **style)
+    return drawn
 
 
-def _draw_exact_line(axes: Axes, top: float) -> Any:
+def _draw_legend(figure: Figure, axes: Axes, entries: list[Line2D], names: list[str], on_front: list[bool]) -> None:
+    """Name the numbered points, from left to right, beside the plot; those on the front in bold."""
+    labels = [textwrap.fill(f"{number}  {name}", WRAP) for number, name in enumerate(names, start=1)]
+    columns = -(-len(labels) // LINES)
+    legend = figure.legend(
+        [*axes.lines[:1], *entries], ["Pareto front", *labels], loc="outside right upper", ncols=columns, frameon=False,
+        fontsize=8, labelcolor=INK, borderaxespad=0.2,
+    )  # fmt: skip
+    for text, is_bold in zip(legend.get_texts()[1:], on_front, strict=True):
+        text.set_fontweight("bold" if is_bold else "normal")
+
+
+def _draw_numbers(axes: Axes, places: list[tuple[float, float]]) -> None:
+    """Write each point's number beside it, of points that lie on one another all of them beside the first."""
+    from matplotlib.patheffects import withStroke
+
+    axes.figure.canvas.draw()  # places in pixels are known from here on
+    groups: list[tuple[Any, list[int]]] = []
+    for number, pixel in enumerate(axes.transData.transform(places), start=1):
+        near = next((numbers for first, numbers in groups if math.dist(first, pixel) < NEAR), None)
+        if near is None:
+            groups.append((pixel, [number]))
+        else:
+            near.append(number)
+    for _, numbers in groups:
+        text = axes.annotate(
+            " ".join(map(str, numbers)), places[numbers[-1] - 1], xytext=(6, -4), textcoords="offset points",
+            va="top", color=INK, fontsize=8,
+        )  # fmt: skip
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # lines behind it do not strike it out
+
+
+def _draw_exact_line(axes: Axes, top: float, unit: str) -> None:
     axes.axhline(top, color=FAINT, linewidth=0.8, linestyle=":", zorder=0)
-    place = axes.get_yaxis_transform()  # x as a share of the width, y in dB
-    return axes.text(0.008, top, "identical (∞ dB)", transform=place, va="bottom", color=FAINT, fontsize=9)
-
-
-def _labels(points: list[Point], offloads: tuple[str, ...], top: float) -> list[Label]:
-    front, colors = set(pareto_front(points)), _colors(points)
-    return [
-        Label(
-            text=point.label(offloads),
-            at=(point.memory_mib, _height(point, top)),
-            style={"color": colors[point.family], "fontsize": 9, "fontweight": "bold" if point in front else "normal"},
-        )
-        for point in points
-    ]
+    place = axes.get_yaxis_transform()  # x as a share of the width
+    axes.text(0.008, top, f"identical (∞ {unit})", transform=place, va="bottom", color=FAINT, fontsize=9)

@@ -2,7 +2,7 @@
 
 Metrics keep their names and units (`memory/weights_gib`); settings are dotted paths
 (`components.transformer.backend.label`), lists and mappings as JSON. A value that is null or was never reached is an
-empty cell.
+empty cell. Each run has its line; `group` is the same for runs that differ in their seed alone, the key of their first.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qexp.metrics.registry import metric_order
+from qexp.report.seeds import NOT_SETTINGS, seed_groups
 from qexp.results.labels import backend_label, offload_label
 from qexp.results.rows import Row
 
-FIRST = ("number", "key", "status", "reason", "message", "reused", "seconds", "backend", "offload")
-NOT_SETTINGS = ("tracking", "isolation", "sweep", "paths", "resume", "loader")  # change no result
-GROUPS = ("memory", "quality", "roundtrip", "time", "load", "offload")  # of metrics, in the order people compare them
+FIRST = ("number", "key", "group", "status", "reason", "message", "reused", "seconds", "backend", "offload")
 
 
 def results_csv(rows: list[Row]) -> str:
     """The text of results.csv."""
     settings = varying_settings(rows)
-    metrics = sorted({name for row in rows for name in row["metrics"]}, key=_metric_order)
+    metrics = sorted({name for row in rows for name in row["metrics"]}, key=metric_order)
+    groups = seed_groups(rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*FIRST, *settings, *metrics])
     for row, values in zip(rows, _flat_configs(rows), strict=True):
-        first = row | _labels(row)
+        first = row | _labels(row) | {"group": groups.get(row["number"], "")}
         writer.writerow(
             [_cell(first[name]) for name in FIRST]
             + [_cell(values.get(name)) for name in settings]
@@ -65,11 +66,6 @@ def _labels(row: Row) -> dict[str, str]:
     if row["config"] is None:
         return {"backend": "", "offload": ""}
     return {"backend": backend_label(row["config"]), "offload": offload_label(row["config"])}
-
-
-def _metric_order(name: str) -> tuple[int, str]:
-    group = name.partition("/")[0]
-    return (GROUPS.index(group) if group in GROUPS else len(GROUPS), name)
 
 
 def _cell(value: Any) -> str:

@@ -7,54 +7,41 @@ shortened in their middle until a line fits 120 characters.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from qexp.metrics.registry import Metric, all_metrics, is_infinite
+from qexp.report.seeds import with_seeds_united
 from qexp.results.labels import SEPARATOR, settings_labels
+from qexp.results.numbers import format_number, shown_unit
 from qexp.results.rows import Row, rows_of_sweep
 
-__all__ = ["COLUMNS", "cells", "format_table", "format_value", "prepare", "rows_of_sweep", "shown_columns"]
+__all__ = ["format_table", "prepare", "rows_of_sweep", "status_text", "table_cells"]
 
 WIDTH = 120
 NARROWEST = 12  # a text column is not shortened below this
 PARTS = ("model", "backend", "offload", "task")  # of a label
-MIB = 1024.0
-# header (its last word goes into a second line) -> (metric, factor, format)
-NUMBERS: dict[str, tuple[str, float, str]] = {
-    "weights MiB": ("memory/weights_gib", MIB, ".2f"),
-    "bits/ weight": ("memory/bits_per_weight", 1, ".2f"),
-    "load MiB": ("load/peak_host_gib", MIB, ".1f"),
-    "run MiB": ("memory/run_peak_host_gib", MIB, ".1f"),
-    "device MiB": ("memory/run_peak_device_gib", MIB, ".1f"),
-    "step ms": ("time/step_ms", 1, ".1f"),
-    "PSNR dB": ("quality/psnr_db", 1, ".2f"),
-    "SSIM": ("quality/ssim", 1, ".4f"),
-    "class acc.": ("quality/class_accuracy", 1, ".3f"),
-    "Fréchet distance": ("quality/frechet_distance", 1, ".2f"),
-    "relative L2": ("quality/relative_l2", 1, ".2e"),
-    "LPIPS": ("quality/lpips", 1, ".4f"),
-    "CLIP score": ("quality/clip_score", 1, ".2f"),
-    "FID": ("quality/fid", 1, ".2f"),
-    "exact match": ("quality/exact_match", 1, ".3f"),
-    "answer acc.": ("quality/answer_accuracy", 1, ".3f"),
-    "perplexity": ("quality/perplexity", 1, ".4f"),
-    "KL div.": ("quality/kl_divergence", 1, ".2e"),
-    "top-1 agreement": ("quality/top1_agreement", 1, ".4f"),
-    "SQNR dB": ("roundtrip/sqnr_db_mean", 1, ".2f"),
-    "SQNR min": ("roundtrip/sqnr_db_min", 1, ".2f"),
-    "max error": ("roundtrip/max_abs_error", 1, ".2e"),
-}
-WITHOUT = {"relative L2": "quality/psnr_db"}  # column -> the metric that says it better, where there is one
-IF_THERE_IS_ROOM = ("Fréchet distance",)
-# a ratio that is null -> the metric that is equal to a second one, or to a number, if the ratio is infinite
-INFINITE_IF: dict[str, tuple[str, str | int]] = {
-    "quality/psnr_db": ("quality/exact", 1),
-    "roundtrip/sqnr_db_mean": ("roundtrip/exact_layers", "roundtrip/layers"),
-    "roundtrip/sqnr_db_min": ("roundtrip/exact_layers", "roundtrip/layers"),
-}
-TEXTS = ("#", "model", "task", "backend", "offload", "setting", "status")
-COLUMNS = (*TEXTS, *NUMBERS)
+TEXTS = ("#", "model", "task", "backend", "offload", "setting", "status", "seeds")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of numbers: its metric, in the one unit that suits all of its values."""
+
+    metric: Metric
+    header: str  # its last word goes into a second line
+    factor: float
+
+
+def number_columns(prepared: list[Row]) -> dict[str, Column]:
+    """Return the columns of the metrics that have one, by their headers."""
+    columns = []
+    for metric in all_metrics().values():
+        if metric.header:
+            unit, factor = shown_unit(metric, (row["metrics"].get(metric.name) for row in prepared))
+            columns.append(Column(metric, metric.header.format(unit=unit), factor))
+    return {column.header: column for column in columns}
 
 
 def format_table(rows: Iterable[Any]) -> str:
@@ -62,21 +49,29 @@ def format_table(rows: Iterable[Any]) -> str:
     prepared = prepare(rows)
     if not prepared:
         return "no experiments"
-    header = _without_extras(prepared)
-    heads = [[name.rpartition(" ")[part] for name in header] for part in (0, 2)]
-    lines = [[cells(row)[name] for name in header] for row in prepared]
-    widths = _fit(_widths(prepared, header), header)
-    rule = ["─" * width for width in widths]
-    text = [_line(line, widths, header) for line in (*heads, rule, *lines)]
+    table = table_cells(prepared)
+    header = _without_extras(table, number_columns(prepared))
+    lines = [[_heads(name)[part] for name in header] for part in (0, 1)]
+    lines += [[line[name] for name in header] for line in table]
+    widths = _fit([max(map(len, column)) for column in zip(*lines, strict=True)], header)
+    text = [_line(line, widths, header) for line in lines]
+    text.insert(2, _line(["─" * width for width in widths], widths, header))
     return "\n".join([*text, *_failures(prepared)])
+
+
+def _heads(name: str) -> tuple[str, str]:
+    """The two lines of a header: its last word stands in the second one."""
+    first, _, last = name.rpartition(" ")
+    return first, last
 
 
 def prepare(rows: Iterable[Any]) -> list[Row]:
     """Rows as dicts with the parts of their label and what tells them apart, the smallest weights first.
 
-    Experiments without a result come last, in the order they ran.
+    Experiments that differ in their seed alone are one row (`seeds.py`). Those without a result come last, in the order
+    they ran.
     """
-    plain = [_as_dict(row) for row in rows]
+    plain = with_seeds_united([_as_dict(row) for row in rows])
     for row, setting in zip(plain, settings_labels([row["overrides"] for row in plain]), strict=True):
         parts = str(row["label"]).split(SEPARATOR)
         named = dict(zip(PARTS, parts, strict=True)) if len(parts) == len(PARTS) else {"backend": row["label"]}
@@ -96,12 +91,44 @@ def _as_dict(row: Any) -> Row:
     raise TypeError(f"a row is a mapping or a dataclass, not {type(row).__name__}")
 
 
-def cells(row: Row) -> dict[str, str]:
-    """The text of every column for a prepared row; '' where there is no value."""
-    texts = {"#": str(row["number"]), "status": status_text(row)}
-    texts |= {name: str(row[name]) for name in ("model", "task", "backend", "offload", "setting")}
-    said = {name for name, better in WITHOUT.items() if better in row["metrics"]}
-    return texts | {name: "" if name in said else format_value(row["metrics"], name) for name in NUMBERS}
+def table_cells(prepared: list[Row]) -> list[dict[str, str]]:
+    """Return the text of every column that has a value in some row, for each row; '' where it has none.
+
+    Memory of a device that is not there is 0 everywhere, and no value.
+    """
+    columns = number_columns(prepared)
+    lines = [_texts(row) | {name: format_value(row, column) for name, column in columns.items()} for row in prepared]
+    shown = [
+        name
+        for name in (*TEXTS, *columns)
+        if any(line[name] for line in lines) and not _is_absent_device(columns.get(name), prepared)
+    ]
+    return [{name: line[name] for name in shown} for line in lines]
+
+
+def _texts(row: Row) -> dict[str, str]:
+    texts = {
+        "#": _ranges(sorted(member["number"] for member in row.get("members", [row]))),
+        "status": status_text(row),
+        "seeds": str(row.get("seeds", "")),
+    }
+    return texts | {name: str(row[name]) for name in ("model", "task", "backend", "offload", "setting")}
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """'1-3, 5'."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _is_absent_device(column: Column | None, prepared: list[Row]) -> bool:
+    name = "memory/run_peak_device_gib"
+    return column is not None and column.metric.name == name and not any(row["metrics"].get(name) for row in prepared)
 
 
 def status_text(row: Row) -> str:
@@ -112,48 +139,34 @@ def status_text(row: Row) -> str:
     return f"{row['status']}: {reason}" if reason and reason != row["status"] else str(row["status"])
 
 
-def format_value(metrics: Mapping[str, float | None], column: str) -> str:
-    """A metric in the unit of its column; in words for a ratio that is infinite since there is no error, and for a
-    comparison of outputs that are not finite."""
-    metric, factor, style = NUMBERS[column]
-    value = metrics.get(metric)
-    if value is not None:
-        return format(value * factor, style)
-    if metric in metrics and metric.startswith("quality/") and metrics.get("quality/finite") == 0:
-        return "not finite"
-    return "exact" if is_exact(metrics, metric) else ""
+def format_value(row: Row, column: Column) -> str:
+    """A metric in the unit of its column: of several seeds with ± its standard deviation, with its n where that changes
+    it; in words for a ratio that is infinite since there is no error, and for outputs that are not finite."""
+    metrics, metric = row["metrics"], column.metric
+    value = metrics.get(metric.name)
+    if metric.hidden_by in metrics:
+        return ""
+    if value is None:
+        if metric.name in metrics and metric.group == "quality" and metrics.get("quality/finite", 1) != 1:
+            return "not finite"
+        return "exact" if is_infinite(metrics, metric) else ""
+    text = format_number(value * column.factor, metric.digits)
+    if (spread := row.get("spread", {}).get(metric.name)) is not None:
+        text += f" ±{format_number(spread * column.factor, metric.digits)}"
+    if (have := row.get("counts", {}).get(metric.name)) is not None and have < row["seeds"]:
+        text += f" (of {have})"
+    count = metrics.get(metric.count_name) if metric.set_of and metric.count_name else None
+    return text if count is None else f"{text} n={count:g}"
 
 
-def is_exact(metrics: Mapping[str, float | None], metric: str) -> bool:
-    """Whether a signal-to-noise ratio is null because it is infinite: nothing differs from the original."""
-    if metric not in INFINITE_IF:
-        return False
-    sign, expected = INFINITE_IF[metric]
-    value = metrics.get(expected) if isinstance(expected, str) else expected
-    return metric in metrics and metrics[metric] is None and value not in (None, 0) and metrics.get(sign) == value
-
-
-def shown_columns(prepared: list[Row]) -> list[str]:
-    """Columns that have a value in some row; memory of a device that is not there is 0 everywhere, and no value."""
-    columns = {name: {cells(row)[name] for row in prepared} for name in COLUMNS}
-    columns["device MiB"] -= {"0.0"}
-    return [name for name in COLUMNS if any(columns[name])]
-
-
-def _widths(prepared: list[Row], header: list[str]) -> list[int]:
-    """What each column needs; a header takes two lines."""
-    texts = [
-        [name.rpartition(" ")[0], name.rpartition(" ")[2], *(cells(row)[name] for row in prepared)] for name in header
-    ]
-    return [max(map(len, column)) for column in texts]
-
-
-def _without_extras(prepared: list[Row]) -> list[str]:
-    """The columns, the less important ones only if no other has to be shortened for them."""
-    header = shown_columns(prepared)
-    if _excess(_widths(prepared, header)) <= 0:
-        return header
-    return [name for name in header if name not in IF_THERE_IS_ROOM]
+def _without_extras(table: list[dict[str, str]], columns: Mapping[str, Column]) -> list[str]:
+    """The columns; less important ones are left out, the last first, until no other has to be shortened."""
+    names = list(table[0])
+    for extra in [name for name in reversed(names) if name in columns and columns[name].metric.is_minor]:
+        widths = [max(len(text) for text in (*_heads(name), *(line[name] for line in table))) for name in names]
+        if _excess(widths) > 0:
+            names.remove(extra)
+    return names
 
 
 def _excess(widths: list[int]) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError, MissingLibraryError
+from qexp.metrics.registry import Metric, all_metrics
 from qexp.report.markdown import report_intro
 from qexp.results.rows import Row, read_manifest
 from qexp.system.files import read_json, write_json
@@ -24,15 +25,7 @@ from qexp.tracking.session import clear_errors, require_login, wandb_session
 
 FILE_NAME = "wandb_report.json"
 MEMORY = "memory/weights_gib"
-QUALITIES = ("quality/psnr_db", "roundtrip/sqnr_db_mean")
-BARS = {  # metric -> title
-    "memory/weights_gib": "memory of the weights (GiB)",
-    "quality/psnr_db": "PSNR against the unquantized model (dB)",
-    "quality/class_accuracy": "class accuracy",
-    "roundtrip/sqnr_db_mean": "mean SQNR of the weights (dB)",
-    "time/step_ms": "time of a step (ms)",
-    "load/peak_host_gib": "peak of host memory while loading (GiB)",
-}
+BARS = ("time/step_ms", "load/peak_host_gib", "quality/class_accuracy")  # beside what the plots show
 MEDIA = ("images/grid", "images/reference", "images/difference")
 
 
@@ -96,22 +89,29 @@ def _filter(rows: list[Row]) -> str:
 def _plots(wr: Any, rows: list[Row]) -> list[Any]:
     """Panels for the metrics that have a value in some run."""
     measured = {metric for row in rows for metric, value in row["metrics"].items() if value is not None}
+    shown = {
+        name: metric for name, metric in all_metrics().items() if name in measured and (metric.axis or name in BARS)
+    }
     scatters = [
         wr.ScatterPlot(
-            title=f"memory of the weights against {BARS[quality]}",
+            title=f"memory of the weights against {_title(metric)}",
             x=wr.SummaryMetric(MEMORY),
-            y=wr.SummaryMetric(quality),
+            y=wr.SummaryMetric(name),
             layout=wr.Layout(w=24, h=10),
         )
-        for quality in QUALITIES
-        if {quality, MEMORY} <= measured
+        for name, metric in shown.items()
+        if metric.axis and name != MEMORY and MEMORY in measured
     ]
     bars = [
-        wr.BarPlot(title=title, metrics=[wr.SummaryMetric(metric)], layout=wr.Layout(w=12, h=8))
-        for metric, title in BARS.items()
-        if metric in measured
+        wr.BarPlot(title=_title(metric), metrics=[wr.SummaryMetric(name)], layout=wr.Layout(w=12, h=8))
+        for name, metric in shown.items()
     ]
     return [*scatters, *bars]
+
+
+def _title(metric: Metric) -> str:
+    """What a panel shows, with the unit in which W&B has it: the stored one."""
+    return metric.axis.format(unit=metric.unit) or f"{metric.meaning}{f' ({metric.unit})' if metric.unit else ''}"
 
 
 def _spec(report: Any) -> Any:

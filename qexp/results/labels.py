@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SEPARATOR = " · "
+AND = " + "  # between the backends of a model's components
 SHOWN_GROUPS = ("model", "backend", "offload", "task")  # overrides of these are in the label already
 
 
@@ -30,12 +31,17 @@ def backend_label(config: Mapping[str, Any]) -> str:
     of those that are not quantized."""
     backends = [component["backend"] for component in config["components"].values()]
     backends = [backend for backend in backends if backend["quant_method"] != "none"] or backends
-    return " + ".join(dict.fromkeys(_one_backend(backend) for backend in backends))
+    return AND.join(dict.fromkeys(_one_backend(backend) for backend in backends))
 
 
 def _one_backend(backend: Mapping[str, Any]) -> str:
     method, label = str(backend["quant_method"]), backend.get("label")
     return method if label in (None, "", method) else f"{method} {label}"
+
+
+def backend_family(label: str) -> str:
+    """The libraries of a backend's label: 'bitsandbytes + quanto' of 'bitsandbytes nf4 + quanto int8'."""
+    return AND.join(dict.fromkeys(part.partition(" ")[0] for part in label.split(AND)))
 
 
 def offload_label(config: Mapping[str, Any]) -> str:

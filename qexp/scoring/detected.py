@@ -12,8 +12,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qexp.metrics.images import compare_images
-
 
 def shown_images(
     outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor] | None
@@ -33,12 +31,3 @@ def shown_images(
                     file=sys.stderr,
                 )
     return shown, {name: float(value.sum()) for name, value in own.items()}
-
-
-def compare_shown(images: Tensor, reference: Tensor, shown: Tensor) -> dict[str, float | None]:
-    """`compare_images` of those that are shown; if there are none, all is None but exact, which is 0."""
-    if bool(shown.all()):
-        return compare_images(images, reference)
-    if not bool(shown.any()):
-        return {"psnr_db": None, "ssim": None, "relative_l2": None, "cosine": None, "exact": 0.0}
-    return {**compare_images(images[shown], reference[shown]), "exact": 0.0}

@@ -2,15 +2,8 @@
 
 Reads outputs.safetensors (and memory.csv) of the run and of its reference; writes images/*.png (sheets, and where there
 are prompts each image; of text: samples.csv, of a network's outputs: outputs.csv) and history.csv into the run's
-folder; the numbers depend on nothing but those files and `config`. Beside the metrics that were asked for:
-
-    quality/finite   1 if every value of the images (of text: every probability) is finite. If not, a warning says how
-                     many are not, comparisons with the reference are None (null in JSON), and the pixels are magenta
-                     in the pictures
-    quality/nonfinite    how many values (of text: tokens) are not finite, if any
-    quality/exact    with a reference: 1 if all outputs are identical to it (then psnr_db, which is infinite, is None)
-    quality/nsfw_content_detected   images that a pipeline's safety checker put black ones in place of, by the name that
-                     the pipeline has for it; see `detected.py`
+folder; the numbers depend on nothing but those files and `config`. Which metrics there are, and their formulas, is in
+`qexp/metrics/`. Values that are not finite are counted in a warning, and magenta in the pictures.
 
 Importing this module imports no torch, so that `check_names` can run while the configuration is composed.
 """
@@ -21,11 +14,12 @@ import csv
 import math
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qexp.config.schema import PERCEPTUAL_METRICS, QUALITY_METRICS
 from qexp.errors import ConfigError, LoadError, choices
+from qexp.metrics.registry import Metric, Result, Samples, all_metrics, chosen_metrics
 from qexp.models.base import load_source
 
 if TYPE_CHECKING:
@@ -36,20 +30,16 @@ if TYPE_CHECKING:
     Tensors = dict[str, Tensor]
 Numbers = dict[str, float | None]
 
-REFERENCE_METRICS = ("psnr_db", "ssim", "relative_l2", "cosine")  # image against image
-LATENT_METRICS = ("latent_relative_l2",)  # of pipelines, which have latents
-SOURCE_METRICS = {"images": ("class_accuracy", "frechet_distance"), "text": ("answer_accuracy",)}  # the source's own
-
 
 def check_names(names: Iterable[str]) -> None:
     """Raises ConfigError for a metric that does not exist."""
     for name in names:
-        if name not in (known := (*QUALITY_METRICS, *PERCEPTUAL_METRICS)):
+        if name not in (known := chosen_metrics()):
             raise ConfigError(f"metrics.names: {name!r} is unknown; use {choices(known)}")
 
 
-def score(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, float | None]:
-    """quality/* of the run in `folder`, against the reference's folder if there is one.
+def score(config: RunConfig, folder: Path, reference: Path | None) -> Numbers:
+    """Return quality/* of the run in `folder`, against the reference's folder if there is one.
 
     Only the metrics in config.metrics.names that outputs of this kind have; {} for a task that leaves none. A metric
     that the model source does not define, or that has no finite value, is None.
@@ -61,92 +51,112 @@ def score(config: RunConfig, folder: Path, reference: Path | None) -> dict[str, 
     outputs = _read_outputs(folder)
     expected = _read_outputs(reference) if reference is not None else None
     kind = "outputs" if config.task.name == "forward" else "images" if "images" in outputs else "text"
-    score_kind = {"images": _score_images, "text": _score_text, "outputs": _score_outputs}[kind]
-    broken = _count_nonfinite(kind, outputs, expected)
-    numbers: Numbers = {"finite": float(not broken), **({"nonfinite": broken} if broken else {})}
-    numbers |= score_kind(config, folder, outputs, reference, expected)
-    if names := [name for name in SOURCE_METRICS.get(kind, ()) if name in config.metrics.names]:
-        is_text_broken = kind == "text" and broken  # of images, each one that is broken counts as wrong
-        scores = {} if is_text_broken else load_source(config.model).scores(outputs)
-        numbers |= {name: scores.get(name) for name in names}
-    return {
-        f"quality/{name}": value if value is not None and math.isfinite(value) else None
-        for name, value in numbers.items()
-    }
+    broken = _count_nonfinite(kind, outputs)
+    _warn_of_nonfinite(kind, broken, 0 if expected is None else _count_nonfinite(kind, expected))
+    prepare = {"images": _prepare_images, "text": _prepare_text, "outputs": _prepare_outputs}[kind]
+    samples, numbers = prepare(config, folder, outputs, reference, expected)
+    numbers |= {"quality/finite": float(not broken), **({"quality/nonfinite": broken} if broken else {})}
+    for metric in all_metrics().values():
+        if metric.compute is not None and _is_wanted(metric, config, samples):
+            found = metric.compute(samples)
+            result = found if isinstance(found, Result) else Result(found)
+            numbers |= {**result.also, metric.name: result.value}
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()}
 
 
-def _count_nonfinite(kind: str, outputs: Tensors, expected: Tensors | None) -> int:
-    """How many of a run's outputs are not finite. Warns of them, and of the reference's."""
+def _is_wanted(metric: Metric, config: RunConfig, samples: Samples) -> bool:
+    return (
+        config.task.name in metric.tasks
+        and (not metric.is_chosen or metric.short_name in config.metrics.names)
+        and (not metric.compares or samples.expected is not None)
+        and all(samples.holds(name) for name in metric.needs)
+    )
+
+
+def _count_nonfinite(kind: str, outputs: Tensors) -> int:
+    """Return how many of the values that are compared are not finite: of text, how many tokens' probabilities."""
     from qexp.metrics.tensors import count_nonfinite
 
-    def count(made: Tensors) -> int:
-        if kind == "text":
-            from qexp.scoring.text import count_nonfinite_tokens
+    if kind == "text":
+        from qexp.scoring.text import count_nonfinite_tokens
 
-            return count_nonfinite_tokens(made)
-        return sum(count_nonfinite(made[name]) for name in made if kind == "outputs" or name in ("images", "latents"))
+        return count_nonfinite_tokens(outputs)
+    compared = [name for name in outputs if kind == "outputs" or name in ("images", "latents")]
+    return sum(count_nonfinite(outputs[name]) for name in compared)
 
+
+def _warn_of_nonfinite(kind: str, ours: int, theirs: int) -> None:
     what = "probabilities of tokens" if kind == "text" else "values"
-    if broken := count(outputs):
+    if ours:
         print(
-            f"warning: {broken} {what} are not finite, so nothing is compared with the reference; use another "
+            f"warning: {ours} {what} are not finite, so nothing is compared with the reference; use another "
             "compute_dtype or backend, or repair the checkpoint",
             file=sys.stderr,
         )
-    if expected is not None and (theirs := count(expected)):
+    if theirs:
         print(
             f"warning: the reference has {theirs} {what} that are not finite; nothing to compare with", file=sys.stderr
         )
-    return broken
 
 
-def _score_images(
+def _prepare_images(
     config: RunConfig, folder: Path, outputs: Tensors, reference: Path | None, expected: Tensors | None
-) -> Numbers:
-    from qexp.metrics.tensors import relative_l2
-    from qexp.scoring.detected import compare_shown, shown_images
+) -> tuple[Samples, Numbers]:
+    from qexp.scoring.detected import shown_images
+    from qexp.scoring.perceptual import perceptual_tools
 
     if expected is not None:
         _check_fit(("images", "latents", "trajectory"), outputs, expected, folder, reference)
     _write_pictures(config, outputs, expected, folder)
     _write_history(outputs, expected, folder)
     shown, detected = shown_images(outputs, expected)
-    numbers: Numbers = dict(detected)
-    if expected is not None:
-        compared = compare_shown(outputs["images"], expected["images"], shown)
-        names = [name for name in REFERENCE_METRICS if name in config.metrics.names]
-        numbers |= {name: compared[name] for name in (*names, "exact")}
-        if "latents" in outputs and "latent_relative_l2" in config.metrics.names:
-            numbers["latent_relative_l2"] = relative_l2(expected["latents"], outputs["latents"])
-    if any(name in config.metrics.names for name in PERCEPTUAL_METRICS):
-        from qexp.scoring.perceptual import perceptual_numbers
+    images = outputs["images"][shown]
+    theirs = None if expected is None else expected["images"][shown]
+    prompts = config.task.prompt and [config.task.prompt[label] for label in outputs["labels"][shown].tolist()]
+    samples = Samples(
+        outputs={**outputs, "images": images},
+        expected=None if expected is None or theirs is None else {**expected, "images": theirs},
+        pairs=[] if theirs is None else [(theirs, images)],
+        is_complete=bool(shown.all()),
+        prompts=prompts,
+        own_scores=cache(lambda: load_source(config.model).scores(outputs)),
+        tools=perceptual_tools(config.metrics, images, theirs),
+    )
+    counts: Numbers = {f"quality/{name}": value for name, value in detected.items()}
+    return samples, {**counts, "quality/images": float(len(images))}
 
-        others = expected["images"][shown] if expected is not None else None
-        texts = config.task.prompt and [config.task.prompt[label] for label in outputs["labels"][shown].tolist()]
-        numbers |= perceptual_numbers(config.metrics, texts, outputs["images"][shown], others)
-    return numbers
 
-
-def _score_text(
+def _prepare_text(
     config: RunConfig, folder: Path, outputs: Tensors, reference: Path | None, expected: Tensors | None
-) -> Numbers:
-    from qexp.scoring.text import text_numbers, write_samples
+) -> tuple[Samples, Numbers]:
+    from qexp.scoring.text import paired_rows, write_samples
 
     if expected is not None:
         _check_fit(("prompts", "targets"), outputs, expected, folder, reference)
     if "tokens" in outputs:
         write_samples(folder, reference)
-    return text_numbers(config.metrics.names, outputs, expected, folder, reference)
+    broken = _count_nonfinite("text", outputs)
+    samples = Samples(
+        outputs=outputs,
+        expected=expected,
+        is_comparable=not broken + _count_nonfinite("text", expected or {}),
+        own_scores=dict if broken else cache(lambda: load_source(config.model).scores(outputs)),
+        tools={} if reference is None else {"logprobs": lambda: paired_rows(folder, reference)},
+    )
+    counted = {"quality/prompts": "tokens", "quality/tokens": "nll"}  # metric -> the output with a row for each
+    return samples, {metric: float(len(outputs[name])) for metric, name in counted.items() if name in outputs}
 
 
-def _score_outputs(
+def _prepare_outputs(
     config: RunConfig, folder: Path, outputs: Tensors, reference: Path | None, expected: Tensors | None
-) -> Numbers:
-    from qexp.scoring.outputs import output_numbers
+) -> tuple[Samples, Numbers]:
+    from qexp.scoring.outputs import write_comparison
 
-    if expected is not None:
-        _check_fit({**outputs, **expected}, outputs, expected, folder, reference)
-    return output_numbers(config.metrics.names, outputs, expected, folder)
+    if expected is None:
+        return Samples(outputs), {}
+    _check_fit({**outputs, **expected}, outputs, expected, folder, reference)
+    write_comparison(outputs, expected, folder)
+    return Samples(outputs, expected, pairs=[(expected[name], output) for name, output in outputs.items()]), {}
 
 
 def _read_outputs(folder: Path) -> Tensors:

@@ -9,17 +9,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from qexp.metrics.registry import all_metrics
 from qexp.results.manifest import JobRow
-
-MIB_PER_GIB = 1024
-# metric -> how its value is shown; of the quality metrics, the first one that is there
-QUALITY = {
-    "quality/psnr_db": "psnr {:.1f} dB",
-    "quality/perplexity": "perplexity {:.4f}",
-    "quality/exact_match": "exact match {:.1%}",
-    "quality/relative_l2": "relative L2 {:.2e}",
-    "roundtrip/sqnr_db_mean": "sqnr {:.1f} dB",
-}
+from qexp.results.numbers import format_memory
 
 
 def job_name(number: int | None, total: int | None, label: str) -> str:
@@ -55,13 +47,13 @@ def _quality(metrics: Mapping[str, float | None]) -> str | None:
         return f"{metrics['roundtrip/nonfinite_layers']:.0f} layers not finite"
     if metrics.get("quality/exact") == 1:
         return "identical to the reference"
-    shown = ((style, metrics.get(name)) for name, style in QUALITY.items())
-    return next((style.format(value) for style, value in shown if value is not None), None)
+    shown = ((metric.brief, metrics.get(name)) for name, metric in all_metrics().items() if metric.brief)
+    return next((brief.format(value) for brief, value in shown if value is not None), None)
 
 
 def _weights(metrics: Mapping[str, float | None]) -> str | None:
     gib = metrics.get("memory/weights_gib")
-    return None if gib is None else f"{gib * MIB_PER_GIB:.1f} MiB"
+    return None if gib is None else format_memory(gib)
 
 
 def _how_far(manifest: Mapping[str, Any] | None) -> str:

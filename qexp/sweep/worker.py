@@ -32,6 +32,7 @@ import yaml
 from qexp.config.schema import PERCEPTUAL_METRICS, RunConfig
 from qexp.errors import DiskError, LoadError
 from qexp.experiments.stored import run_config_from_container
+from qexp.metrics.registry import find_metric
 from qexp.results.environment import describe_environment
 from qexp.results.outcome import DONE, Outcome, outcome_of
 from qexp.results.run_folder import RunFolder, Status, now_iso
@@ -41,6 +42,7 @@ from qexp.system.child_process import die_with_parent
 
 Metrics = dict[str, float | None]
 SCHEMA = 1
+INLINE = "isolation=inline: the process holds more than this experiment; isolation=process measures it"
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,14 @@ def _result(work: Work, folder: RunFolder) -> dict[str, Any]:
     wanted = config
     if work.steps == "score":
         earlier = _earlier(folder)
-        metrics, environment = dict(earlier["metrics"]), earlier["env"]
+        metrics, environment, notes = dict(earlier["metrics"]), earlier["env"], earlier.get("notes", {})
         for name in PERCEPTUAL_METRICS.keys() - {*scored_names(earlier, config.metrics)}:
             metrics.pop(f"quality/{name}", None)  # of other settings
         wanted = replace(config, metrics=replace(config.metrics, names=_lacking(config, earlier, work.reference)))
     else:
         environment = describe_environment(config)
         folder.write_json("env.json", environment)
-        metrics = dict(_function(work.experiment)(config, folder.path))
+        metrics, notes = _meaningful(dict(_function(work.experiment)(config, folder.path)), config.isolation.mode)
     if work.steps != "run":
         metrics |= _function(work.score)(wanted, folder.path, work.reference)
     return {
@@ -132,11 +134,20 @@ def _result(work: Work, folder: RunFolder) -> dict[str, Any]:
         "status": "done",
         "config": config.to_container(),
         "metrics": _finite(metrics),
+        "notes": notes,
         "scored": config.metrics.scored() if work.steps != "run" else None,
         "reference": work.reference.name if work.reference else None,
         "start": work.start,
         "env": environment,
     }
+
+
+def _meaningful(metrics: Metrics, isolation: str) -> tuple[Metrics, dict[str, str]]:
+    """Return (metrics, why some of them are null): inline, the memory of the process is also the caller's."""
+    if isolation != "inline":
+        return metrics, {}
+    of_process = [name for name in metrics if (metric := find_metric(name)) is not None and metric.is_of_process]
+    return {**metrics, **dict.fromkeys(of_process)}, dict.fromkeys(of_process, INLINE)
 
 
 def _earlier(folder: RunFolder) -> dict[str, Any]:

@@ -7,7 +7,6 @@ text is nobody's answer: it is zero in what is saved. Inputs: `forward_inputs.py
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -48,8 +47,8 @@ def run(
 ) -> TaskResult:
     """Call the network; `memory()` gives (host_gib, device_gib) after each batch.
 
-    Outputs: by their names, in the dtypes that they come in. Metrics: time/step_ms (median of a batch),
-    time/total_seconds.
+    Outputs: by their names, in the dtypes that they come in. Metrics: those of `Recorder.step_times` (a
+    step is a batch), time/total_seconds.
     """
     batches = list(batches_of(inputs, task.batch_size))
     parts: dict[str, list[Tensor]] = {}
@@ -63,8 +62,7 @@ def run(
     outputs = _joined(parts, batches)
     if task.is_text and "attention_mask" in inputs:
         outputs = {name: without_padding(tensor, inputs["attention_mask"]) for name, tensor in outputs.items()}
-    times_ms = [row["step_ms"] for row in recorder.rows]
-    metrics = {"time/step_ms": statistics.median(times_ms), "time/total_seconds": seconds}
+    metrics = {**recorder.step_times(), "time/total_seconds": seconds}
     return TaskResult(outputs, recorder.rows, metrics)
 
 

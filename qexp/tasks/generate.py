@@ -6,7 +6,6 @@ is outside the time of the step, but inside `time/total_seconds`.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -36,7 +35,7 @@ def run(
     """Generate once; `memory()` gives (host_gib, device_gib) after each step.
 
     Outputs: those of the source, and trajectory [steps, ...] fp32, the state after each step. Rows: step (from 1),
-    step_ms, host_gib, device_gib. Metrics: time/step_ms (median) and time/total_seconds.
+    step_ms, host_gib, device_gib. Metrics: those of `Recorder.step_times`, and time/total_seconds.
     """
     import torch
 
@@ -47,9 +46,8 @@ def run(
     started = recorder.begin()
     outputs = source.generate(models, task, seed=seed, device=device, on_step=recorder.on_step)
     total_seconds = time.perf_counter() - started
-    times_ms = [row["step_ms"] for row in recorder.rows]
     return TaskResult(
         outputs={**outputs, "trajectory": torch.stack(recorder.states)},
         rows=recorder.rows,
-        metrics={"time/step_ms": statistics.median(times_ms), "time/total_seconds": total_seconds},
+        metrics={**recorder.step_times(), "time/total_seconds": total_seconds},
     )

@@ -19,7 +19,6 @@ divergence from the unquantized model's saved logits).
 from __future__ import annotations
 
 import inspect
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -91,16 +90,15 @@ def run(
 ) -> TaskResult:
     """Read the text once; `memory()` gives (host_gib, device_gib) after each batch of windows.
 
-    Metrics: time/step_ms (median of a batch of windows), time/total_seconds, time/tokens_per_second.
+    Metrics: those of `Recorder.step_times` (a step is a batch of windows), time/total_seconds, time/tokens_per_second.
     """
     tokens = source.encode(source.text(task.text))[: task.max_tokens]
     recorder = Recorder("perplexity", None, device, memory)
     started = recorder.begin()
     outputs = evaluate(models["model"], tokens, source.begin_token, task, device, folder, recorder)
     seconds = time.perf_counter() - started
-    times_ms = [row["step_ms"] for row in recorder.rows]
     metrics = {
-        "time/step_ms": statistics.median(times_ms),
+        **recorder.step_times(),
         "time/total_seconds": seconds,
         "time/tokens_per_second": len(outputs["nll"]) / seconds,
     }

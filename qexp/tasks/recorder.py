@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from qexp.metrics.timing import step_times
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -23,7 +25,7 @@ class TaskResult:
 
     outputs: dict[str, Tensor]
     rows: list[dict[str, float]]
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
 
 
 @dataclass
@@ -57,6 +59,10 @@ class Recorder:
             self.states.append(state.detach().to("cpu", torch.float32, copy=True))
         self._show(step, step_ms)
         self.step_started = time.perf_counter()
+
+    def step_times(self) -> dict[str, float | None]:
+        """Return the `time/` metrics of the steps so far; the first one, which warms up, is one of its own."""
+        return step_times([row["step_ms"] for row in self.rows])
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":

@@ -151,6 +151,8 @@ def summarize(rows: list[LayerRow]) -> dict[str, float | None]:
         "roundtrip/layers": len(rows),
         "roundtrip/exact_layers": sum(row.max_abs_error == 0 for row in rows),
         "roundtrip/nonfinite_layers": len(nonfinite_layers(rows)),
+        "roundtrip/inexact_layers": len(sqnr),
+        "roundtrip/finite_layers": len(errors),
         "roundtrip/sqnr_db_mean": statistics.fmean(sqnr) if sqnr else None,
         "roundtrip/sqnr_db_min": min(sqnr, default=None),
         "roundtrip/relative_l2_mean": statistics.fmean(errors) if errors else None,

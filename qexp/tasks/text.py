@@ -6,7 +6,6 @@ far its probabilities moved, which shows long before answers change.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +37,9 @@ def run(
 ) -> TaskResult:
     """Continue the prompts once; `memory()` gives (host_gib, device_gib) after each new token.
 
-    Metrics: time/step_ms (median, of a token for a whole batch), time/total_seconds and time/tokens_per_second (all
-    prompts together), of the continuation alone. texts.csv has prompts and continuations for people.
+    Metrics: those of `Recorder.step_times` (a step is a token for a whole batch), time/total_seconds and
+    time/tokens_per_second (all prompts together), of the continuation alone. texts.csv has prompts and
+    continuations for people.
     """
     prompts = source.prompts(task)
     recorder = Recorder("generate", None, device, memory)
@@ -50,7 +50,7 @@ def run(
     rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
     write_text(folder / TEXTS, to_csv(["prompt", "text"], rows))
     metrics = {
-        "time/step_ms": statistics.median(row["step_ms"] for row in recorder.rows),
+        **recorder.step_times(),
         "time/total_seconds": seconds,
         "time/tokens_per_second": int(outputs["lengths"].sum()) / seconds,
     }

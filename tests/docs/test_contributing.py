@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md is right: its two files, put into a copy of the project, are a backend, and its commands run."""
+"""CONTRIBUTING.md is right: its files, put into a copy of the project, are a backend and a metric; its commands run."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def project(page: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("qexp", "conf", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     files = {match["path"]: match["text"] for match in FILE.finditer(page)}
-    assert [Path(path).parent.as_posix() for path in files] == ["qexp/quantizers", "conf/backend"]
+    assert [Path(path).parent.as_posix() for path in files] == ["qexp/quantizers", "conf/backend", "qexp/metrics"]
     for path, text in files.items():
         assert not (folder / path).exists()
         (folder / path).write_text(text, encoding="utf-8")
@@ -65,13 +65,13 @@ def test_help_lists_the_backend(project: Path) -> None:
     assert re.search(r"^ +rowwise +Row-wise int8", run(project, "qexp", "--help"), re.MULTILINE)
 
 
-def commands(page: str) -> tuple[list[str], list[str], list[str]]:
-    round_trip, sweep, contract = (shlex.split(match["arguments"]) for match in COMMAND.finditer(page))
-    return round_trip, sweep, contract
+def commands(page: str) -> list[list[str]]:
+    """A round trip, a sweep and a contract of the backend; a sweep and a report of the metric."""
+    return [shlex.split(match["arguments"]) for match in COMMAND.finditer(page)]
 
 
 def test_round_trip_of_the_page_has_the_error_of_the_formula(page: str, project: Path) -> None:
-    round_trip, _, _ = commands(page)
+    round_trip, *_ = commands(page)
 
     run(project, *round_trip, "tracking=none")
     (layers,) = project.glob("outputs/runs/*/layers.csv")
@@ -86,7 +86,7 @@ def test_round_trip_of_the_page_has_the_error_of_the_formula(page: str, project:
 
 @pytest.mark.exhaustive
 def test_sweep_and_contract_of_the_page_run(page: str, project: Path) -> None:
-    _, sweep, contract = commands(page)
+    _, sweep, contract, *_ = commands(page)
     run(project, *sweep, *QUICK)
     first, second = results(project)[-2:]
     errors = {metrics["quality/relative_l2"] for metrics in (first, second)}
@@ -99,3 +99,18 @@ def test_sweep_and_contract_of_the_page_run(page: str, project: Path) -> None:
 def test_a_wrong_field_is_answered_by_the_backend(project: Path) -> None:
     with pytest.raises(AssertionError, match=r"backend\.bits=9 must be from 2 to 8"):
         run(project, "qexp", "backend=rowwise", "backend.bits=9")
+
+
+@pytest.mark.exhaustive
+def test_the_metric_of_the_page_is_in_table_csv_plot_and_wandb(page: str, project: Path) -> None:
+    *_, sweep, report = commands(page)
+    run(project, *sweep, *(one for one in QUICK if one != "tracking=none"))
+    printed = run(project, *report, "--wandb")
+    int8, int2 = (metrics["quality/mae"] for metrics in results(project)[-2:])
+    assert 0 < int8 < int2 < 2
+    assert "MAE" in printed and f"{int8:.4f}" in printed and f"{int2:.4f}" in printed
+    folder = project / "outputs/sweeps/errors"
+    with (folder / "results.csv").open(encoding="utf-8") as stream:
+        assert [float(row["quality/mae"]) for row in csv.DictReader(stream)] == [int8, int2]
+    assert (folder / "pareto_mae.png").stat().st_size > 10_000
+    assert "summary:quality/mae" in (folder / "wandb_report.json").read_text(encoding="utf-8")

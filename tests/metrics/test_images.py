@@ -5,7 +5,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.metrics.images import compare_images, psnr_db, ssim
+from qexp.metrics import psnr_db as psnr_db_file
+from qexp.metrics.registry import Samples, all_metrics
+from qexp.metrics.ssim import ssim as ssim_result
+
+NAMES = ("psnr_db", "ssim", "relative_l2", "cosine", "exact")
+
+
+def compare_images(images: Tensor, reference: Tensor, *, is_complete: bool = True) -> dict[str, float | None]:
+    """The metrics of two sets of images, as scoring computes them."""
+    samples = Samples({"images": images}, {"images": reference}, [(reference, images)], is_complete)
+    found = {name: all_metrics()[f"quality/{name}"].compute(samples) for name in NAMES}
+    return {name: getattr(result, "value", result) for name, result in found.items()}
+
+
+def psnr_db(images: Tensor, reference: Tensor) -> float | None:
+    return psnr_db_file.psnr_db(images, reference).value
+
+
+def ssim(images: Tensor, reference: Tensor) -> float | None:
+    return ssim_result(images, reference).value
 
 
 def random_images(count: int = 6, channels: int = 1, side: int = 8, seed: int = 0) -> Tensor:
@@ -25,6 +44,9 @@ def test_psnr_is_the_mean_over_the_images() -> None:
 def test_psnr_leaves_out_images_that_are_identical() -> None:
     assert psnr_db(*off_by([0.2, 0.0, 0.02])) == pytest.approx(30, abs=1e-4)
     assert compare_images(*off_by([0.2, 0.0, 0.02]))["exact"] == 0
+    result = psnr_db_file.psnr_db(*off_by([0.2, 0.0, 0.02]))
+    assert result.samples == [pytest.approx(20, abs=1e-4), None, pytest.approx(40, abs=1e-4)]
+    assert result.also == {"quality/differing_images": 2}
 
 
 def test_images_compared_with_themselves() -> None:
@@ -82,5 +104,5 @@ def test_values_that_are_not_finite_leave_no_number(value: float, side: int) -> 
 
 
 def test_different_numbers_of_images_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(5, 1, 8, 8\) and \(6, 1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(6, 1, 8, 8\) and \(5, 1, 8, 8\)"):
         compare_images(random_images(6), random_images(5))

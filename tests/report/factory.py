@@ -126,3 +126,18 @@ def sweep_of_six(outputs: Path) -> str:
     jobs.append(job(5, "", ["backend=torchao_float8dq"], "unsupported", reason="unsupported", message="needs a GPU"))
     manifest(outputs, "first", jobs)
     return "first"
+
+
+def sweep_of_seeds(outputs: Path) -> str:
+    """nf4 with three seeds, of which one is better than int8 with one seed; the third one stands in the sweep twice."""
+    jobs = []
+    for seed, psnr in enumerate((10.0, 20.0, 30.0)):
+        metrics = GENERATE | {"quality/psnr_db": psnr, "time/step_ms": 12.0 + seed}
+        run_folder(outputs, f"nf4-{seed}", config() | {"seed": seed}, metrics)
+        jobs.append(job(len(jobs) + 1, f"nf4-{seed}", ["backend=bitsandbytes", f"seed={seed}"]))
+    int8 = GENERATE | {"quality/psnr_db": 25.0, "memory/weights_gib": 0.008}
+    run_folder(outputs, "int8-0", config("quanto", "int8"), int8)
+    jobs.append(job(4, "int8-0", ["backend=quanto", "seed=0"]))
+    jobs.append(job(5, "nf4-2", ["backend=bitsandbytes", "seed=2"], reused=True))
+    manifest(outputs, "seeds", jobs)
+    return "seeds"

@@ -1,16 +1,18 @@
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from qexp.report.annotate import Box, Label, boxes_of_line, place_labels
+from qexp.metrics.registry import all_metrics
 from qexp.report.pareto import Point, pareto_front, pareto_png, points_of
 from qexp.report.table import rows_of_sweep
-from tests.report.factory import GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
+from tests.report.factory import GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_seeds, sweep_of_six
 
-PSNR, SQNR = "quality/psnr_db", "roundtrip/sqnr_db_mean"
+PSNR, SQNR = (all_metrics()[name] for name in ("quality/psnr_db", "roundtrip/sqnr_db_mean"))
 
 
 def point(memory: float, quality: float) -> Point:
@@ -23,9 +25,9 @@ def test_front_is_what_nothing_dominates() -> None:
 
     def dominates(a: Point, b: Point) -> bool:  # the definition, pair by pair
         return (
-            a.memory_mib <= b.memory_mib
+            a.memory_gib <= b.memory_gib
             and a.quality >= b.quality
-            and (a.memory_mib, a.quality) != (b.memory_mib, b.quality)
+            and (a.memory_gib, a.quality) != (b.memory_gib, b.quality)
         )
 
     expected = {p for p in points if not any(dominates(q, p) for q in points)}
@@ -36,9 +38,9 @@ def test_front_is_what_nothing_dominates() -> None:
 def test_offload_strategies_that_share_a_point_share_a_label(tmp_path: Path) -> None:
     rows = rows_of_sweep(tmp_path, sweep_of_six(tmp_path))
     quantized, none = points_of(rows, PSNR)
-    assert (quantized.memory_mib, quantized.quality, quantized.names) == (4.1, 24.5, ("bitsandbytes nf4",))  # 0.004 GiB
+    assert (quantized.memory_gib, quantized.quality, quantized.names) == (0.004, 24.5, ("bitsandbytes nf4",))
     assert quantized.offloads == ("none", "leaf→disk")
-    assert (none.memory_mib, none.quality, none.names) == (16.38, math.inf, ("none",))
+    assert (none.memory_gib, none.quality, none.names) == (0.016, math.inf, ("none",))
     assert quantized.label(quantized.offloads) == "bitsandbytes nf4"
     assert quantized.label(()) == "bitsandbytes nf4 (none, leaf→disk)"
 
@@ -82,27 +84,85 @@ def test_one_point_no_point_and_only_infinite_points_are_drawn(tmp_path: Path) -
     run_folder(tmp_path, "r", config(task="roundtrip"), ROUNDTRIP)
     manifest(tmp_path, "second", [job(0, "r", [])])
     assert pareto_png(rows_of_sweep(tmp_path, "second"), SQNR, "title") is not None
-    lossless = ROUNDTRIP | {SQNR: None, "roundtrip/layers": 2, "roundtrip/exact_layers": 2}
+    lossless = ROUNDTRIP | {SQNR.name: None, "roundtrip/layers": 2, "roundtrip/exact_layers": 2}
     run_folder(tmp_path, "s", config("none", task="roundtrip"), lossless)
     manifest(tmp_path, "third", [job(0, "s", []), job(1, "r", [])])
     assert {p.quality for p in points_of(rows_of_sweep(tmp_path, "third"), SQNR)} == {math.inf, 20.7}
 
 
-def test_labels_cover_neither_points_nor_lines_nor_each_other() -> None:
+def test_points_differ_wherever_stored_values_do(tmp_path: Path) -> None:
+    """0.9843 is not 0.98: points are merged only if both numbers are equal to the last bit."""
+    for number, value in enumerate((0.9843, 0.98431, 0.9843)):
+        metrics = GENERATE | {"quality/top1_agreement": value}
+        run_folder(tmp_path, f"k{number}", config("quanto", f"int{number}"), metrics)
+    manifest(tmp_path, "first", [job(number, f"k{number}", []) for number in range(3)])
+    found = points_of(rows_of_sweep(tmp_path, "first"), all_metrics()["quality/top1_agreement"])
+    shared, alone = ("quanto int0", "quanto int2"), ("quanto int1",)
+    assert [(p.quality, p.names) for p in found] == [(0.9843, shared), (0.98431, alone)]
+
+
+def test_mixed_backends_are_all_named(tmp_path: Path) -> None:
+    mixed = config()
+    mixed["components"]["text_encoder"] = config("quanto", "int8")["components"]["transformer"]
+    mixed["components"]["vae"] = config("none", None)["components"]["transformer"]
+    run_folder(tmp_path, "a", mixed, GENERATE)
+    manifest(tmp_path, "first", [job(0, "a", [])])
+    (found,) = points_of(rows_of_sweep(tmp_path, "first"), PSNR)
+    assert found.names == ("quanto int8 + bitsandbytes nf4",) and found.family == "quanto + bitsandbytes"
+
+
+def test_where_less_is_better_the_front_falls() -> None:
+    points = [point(1, 3.0), point(2, 4.0), point(3, 1.0), point(4, 1.0)]
+    assert pareto_front(points, is_higher_better=False) == [points[0], points[2]]
+
+
+def test_seeds_are_one_point_at_their_mean(tmp_path: Path) -> None:
+    sweep_of_seeds(tmp_path)
+    nf4, int8 = points_of(rows_of_sweep(tmp_path, "seeds"), PSNR)
+    # quanto is better with every seed but one: the best seed does not stand for bitsandbytes
+    assert (nf4.quality, nf4.spread) == (pytest.approx(20.0), pytest.approx(10.0))
+    assert (int8.quality, int8.names) == (25.0, ("quanto int8 seed=0",))
+    assert nf4.names == ("bitsandbytes nf4 (3 seeds)",) and pareto_front([nf4, int8]) == [nf4, int8]
+
+
+def texts_of(figure: Any) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_points_are_numbered_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points that lie on one another share a place for their numbers; every point has its name in the legend."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=100)
-    axes = figure.add_subplot()
-    axes.set(xlim=(0, 10), ylim=(0, 10))
-    figure.canvas.draw()
-    places = [(5, 5), (5.1, 5.05), (5.2, 4.9), (5, 5.4), (9.8, 5), (0.1, 9.9)]
-    labels = [Label(f"backend number {i}", place, {"color": "black", "fontsize": 9}) for i, place in enumerate(places)]
-    line = boxes_of_line(axes, [5.0, 5.0, 9.0], [0.0, 8.0, 8.0])
-    boxes = place_labels(axes, labels, line)
-    markers = [Box(x - 4, y - 4, x + 4, y + 4) for x, y in (axes.transData.transform(place) for place in places)]
-    frame = Box(*axes.bbox.extents)
-    for i, box in enumerate(boxes):
-        assert sum(box.overlap(other) for other in boxes[:i] + boxes[i + 1 :] + markers + line) == 0
-        assert box.overlap(frame) == box.area()
-    drawn = [text.get_window_extent() for text in axes.texts]
-    assert [[round(v) for v in text.extents] for text in drawn] == [[round(v) for v in box] for box in boxes]
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    values = [(0.004, 20.0), (0.004, 20.001), (0.005, 30.0), (0.006, 25.0)]
+    for number, (memory, quality) in enumerate(values):
+        metrics = GENERATE | {"memory/weights_gib": memory, "quality/psnr_db": quality}
+        run_folder(tmp_path, f"k{number}", config("quanto", f"t{number}"), metrics)
+    manifest(tmp_path, "first", [job(number, f"k{number}", []) for number in range(4)])
+    pareto_png(rows_of_sweep(tmp_path, "first"), PSNR, "title")
+    (figure,) = drawn
+    assert {"1 2", "3", "4"} <= set(texts_of(figure))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "Pareto front", "1  quanto t0", "2  quanto t1", "3  quanto t2", "4  quanto t3",
+    ]  # fmt: skip
+    assert [text.get_fontweight() for text in legend.get_texts()[1:]] == ["normal", "bold", "bold", "normal"]
+    assert figure.axes[0].get_xlabel() == "memory of the weights (MiB)"
+
+
+@pytest.mark.parametrize(
+    ("gib", "unit", "shown"), [(2e-5, "KiB", 20.97152), (0.004, "MiB", 4.096), (6.24, "GiB", 6.24)]
+)
+def test_the_axis_has_the_unit_of_its_values(
+    gib: float, unit: str, shown: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    run_folder(tmp_path, "a", config(), GENERATE | {"memory/weights_gib": gib})
+    manifest(tmp_path, "first", [job(0, "a", [])])
+    pareto_png(rows_of_sweep(tmp_path, "first"), PSNR, "title")
+    assert drawn[0].axes[0].get_xlabel() == f"memory of the weights ({unit})"
+    assert any(list(line.get_xdata()) == [pytest.approx(shown)] for line in drawn[0].axes[0].lines)

@@ -24,9 +24,14 @@ def test_command_prints_the_table_and_writes_its_files(tmp_path: Path, capsys: p
     printed = capsys.readouterr().out
     assert "bitsandbytes nf4" in printed
     folder = tmp_path / "sweeps/first"
-    assert {path.name for path in folder.iterdir()} == {"manifest.json", "results.csv", "report.md", "pareto_psnr.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        "manifest.json",
+        "results.csv",
+        "report.md",
+        "pareto_psnr_db.png",
+    }
     assert re.findall(r"wrote (.*)", printed) == [
-        str(folder / name) for name in ("results.csv", "report.md", "pareto_psnr.png")
+        str(folder / name) for name in ("results.csv", "report.md", "pareto_psnr_db.png")
     ]
 
 
@@ -88,8 +93,8 @@ def test_report_of_both_tasks_has_both_plots_and_escapes_cells(tmp_path: Path) -
     run_folder(tmp_path, "b", config(task="roundtrip"), ROUNDTRIP)
     manifest(tmp_path, "first", [job(0, "a", []), job(1, "b", [])])
     text = report_of(tmp_path)
-    assert "](pareto_psnr.png)" in text
-    assert "](pareto_sqnr.png)" in text
+    assert "](pareto_psnr_db.png)" in text
+    assert "](pareto_sqnr_db_mean.png)" in text
     assert "| bitsandbytes a\\|b |" in text
 
 

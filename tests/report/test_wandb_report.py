@@ -52,7 +52,7 @@ def test_offline_writes_its_specification(tmp_path: Path) -> None:
     folder = tmp_path / "sweeps/first"
     assert done.stdout.splitlines()[-1] == f"wrote {folder / 'wandb_report.json'}"
     assert {path.name for path in folder.iterdir()} == {
-        "manifest.json", "results.csv", "report.md", "pareto_psnr.png", "wandb_report.json",
+        "manifest.json", "results.csv", "report.md", "pareto_psnr_db.png", "wandb_report.json",
     }  # fmt: skip
     assert not list((tmp_path / "home").rglob("*"))
 
@@ -72,7 +72,7 @@ def test_panels_compare_memory_quality_time_and_images(tmp_path: Path) -> None:
     (scatter,) = [panel["config"] for panel in panels(spec) if panel["viewType"] == "Scatter Plot"]
     assert (scatter["xAxis"], scatter["yAxis"]) == ("summary:memory/weights_gib", "summary:quality/psnr_db")
     bars = [panel["config"]["metrics"] for panel in panels(spec) if panel["viewType"] == "Bar Chart"]
-    measured = ("memory/weights_gib", "quality/psnr_db", "quality/class_accuracy", "time/step_ms", "load/peak_host_gib")
+    measured = ("memory/weights_gib", "load/peak_host_gib", "time/step_ms", "quality/psnr_db", "quality/class_accuracy")
     assert bars == [[f"summary_metrics.{name}"] for name in measured]
     (media,) = [panel["config"] for panel in panels(spec) if panel["viewType"] == "Media Browser"]
     assert media["mediaKeys"] == ["images/grid", "images/reference", "images/difference"]

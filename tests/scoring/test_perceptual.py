@@ -19,10 +19,11 @@ from qexp.config.schema import MetricsConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.metrics.backbones import Backbone
 from qexp.metrics.inception import SIDE, Inception, resized
+from qexp.metrics.registry import Samples, all_metrics
 from qexp.models.arithmetic import ASSETS
 from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.scoring import perceptual
-from qexp.scoring.perceptual import perceptual_numbers
+from qexp.scoring.perceptual import perceptual_tools
 from qexp.scoring.perceptual_files import BACKBONE_SOURCES, INCEPTION_SOURCES, heads_file
 from qexp.scoring.score import score
 from qexp.sweep.resume import decide, scored_names
@@ -56,8 +57,14 @@ def images(count: int, channels: int, side: int, seed: int = 0) -> Tensor:
     return torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def numbers(metrics: MetricsConfig, *tensors: Tensor | None, prompts: Any = None) -> dict[str, float | None]:
-    return perceptual_numbers(metrics, prompts, *tensors)
+def numbers(
+    metrics: MetricsConfig, ours: Tensor, others: Tensor | None, prompts: Any = None
+) -> dict[str, float | None]:
+    """The metrics of images as scoring computes them."""
+    expected = None if others is None else {"images": others}
+    samples = Samples({"images": ours}, expected, prompts=prompts, tools=perceptual_tools(metrics, ours, others))
+    found = {name: all_metrics()[f"quality/{name}"].compute(samples) for name in metrics.names}
+    return {name: getattr(result, "value", result) for name, result in found.items()}
 
 
 # LPIPS
@@ -328,7 +335,9 @@ def test_a_run_is_scored_from_its_files(torch_hub: Path, tmp_path: Path) -> None
     reference, run = write_run(tmp_path / "a", outputs()), write_run(tmp_path / "b", outputs(error=0.2))
     config: Any = run_config("metrics.names=[psnr_db,lpips]")
     result = score(config, run, reference)
-    assert set(result) == {"quality/psnr_db", "quality/lpips", "quality/exact", "quality/finite"}
+    assert set(result) == {
+        f"quality/{name}" for name in ("psnr_db", "lpips", "exact", "finite", "images", "differing_images")
+    }
     assert (
         result["quality/lpips"] == numbers(config.metrics, outputs(error=0.2)["images"], outputs()["images"])["lpips"]
     )

@@ -10,14 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qexp.errors import LoadError
-from qexp.scoring.text import (
-    count_nonfinite_tokens,
-    exact_match,
-    kl_divergence,
-    perplexity,
-    text_numbers,
-    write_samples,
-)
+from qexp.metrics import exact_match as exact_match_file
+from qexp.metrics import kl_divergence as kl_file
+from qexp.metrics.perplexity import perplexity
+from qexp.metrics.registry import Samples, all_metrics
+from qexp.scoring.text import count_nonfinite_tokens, paired_rows, write_samples
 from qexp.tasks.perplexity import LOGPROBS
 
 TOKENS, VOCABULARY = 700, 50  # more rows than are read at a time
@@ -33,6 +30,29 @@ def write(folder: Path, full: Tensor, kept: int = VOCABULARY) -> Path:
     tensors = {"logprobs": full} if kept == VOCABULARY else {"logprobs": values, "ids": ids.int()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / LOGPROBS)
     return folder
+
+
+def kl_divergence(ours: Path, reference: Path) -> tuple[float | None, float | None]:
+    return kl_file.kl_divergence(paired_rows(ours, reference))
+
+
+def exact_match(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float | None:
+    return exact_match_file.exact_match(ours, theirs).value
+
+
+def text_numbers(
+    names: tuple[str, ...], outputs: dict[str, Tensor], expected: dict[str, Tensor], ours: Path, reference: Path
+) -> dict[str, float | None]:
+    """The metrics of a language model as scoring computes them."""
+    broken = count_nonfinite_tokens(outputs) + count_nonfinite_tokens(expected)
+    tools = {"logprobs": lambda: paired_rows(ours, reference)}
+    samples = Samples(outputs, expected, is_comparable=not broken, tools=tools)
+    numbers: dict[str, float | None] = {}
+    for metric in (all_metrics()[f"quality/{name}"] for name in ("exact", *names)):
+        if all(samples.holds(need) for need in metric.needs):
+            result = metric.compute(samples)
+            numbers |= {**getattr(result, "also", {}), metric.name: getattr(result, "value", result)}
+    return {name.removeprefix("quality/"): value for name, value in numbers.items()}
 
 
 def test_kl_divergence_is_torchs(tmp_path: Path) -> None:
@@ -82,6 +102,7 @@ def test_exact_match_does_not_look_behind_the_end() -> None:
     }
     assert exact_match(ours, theirs) == pytest.approx(2 / 3)
     assert exact_match(theirs, ours) == pytest.approx(2 / 3)
+    assert exact_match_file.exact_match(ours, theirs).samples == [1, 0, 1]
 
 
 def test_numbers_of_a_run(tmp_path: Path) -> None:
@@ -93,7 +114,6 @@ def test_numbers_of_a_run(tmp_path: Path) -> None:
     assert numbers == {
         "exact": 0, "perplexity": pytest.approx(math.e), "top1_agreement": 0.75, "kl_divergence": 0, "kl_coverage": 1,
     }  # fmt: skip
-    assert text_numbers((), outputs, None, ours, None) == {}
     with pytest.raises(LoadError, match=r"logprobs\.safetensors is missing, and KL divergence needs it"):
         text_numbers(names, outputs, expected, tmp_path, reference)
 

@@ -12,6 +12,7 @@ from qexp.config.schema import IsolationConfig
 from qexp.results.run_folder import RunFolder
 from qexp.sweep.worker import Work, do_work, seeded_experiment
 from qexp.system.files import write_text
+from tests.sweep import fake_experiment
 from tests.sweep.fake_experiment import FAKES
 from tests.sweep.settings import run_config
 
@@ -52,6 +53,23 @@ def test_it_does_not_start_without_the_parent_it_was_told_of(tmp_path) -> None:
     folder = prepared(tmp_path)
     assert worker(*Work(folder, **FAKES).arguments(), "--parent", 1).returncode == 1
     assert RunFolder(folder).read_status() is None
+
+
+def test_inline_the_memory_of_the_process_is_absent_and_noted(tmp_path, monkeypatch) -> None:
+    peaks = {"load/peak_host_gib": 0.5, "memory/run_peak_host_gib": 0.6, "load/peak_device_gib": 0.7}
+    monkeypatch.setattr(fake_experiment, "METRICS", fake_experiment.METRICS | peaks)
+    folder = prepared(tmp_path)
+    for mode, hosts in (("process", (0.5, 0.6)), ("inline", (None, None))):
+        config = run_config(tmp_path, isolation=IsolationConfig(mode=mode))
+        write_text(folder / "config.yaml", yaml.safe_dump(config.to_container()))
+        do_work(Work(folder, "run", **FAKES))
+        result = RunFolder(folder).read_result()
+        metrics = result["metrics"]
+        assert (metrics["load/peak_host_gib"], metrics["memory/run_peak_host_gib"]) == hosts
+        assert metrics["load/peak_device_gib"] == 0.7 and metrics["memory/weights_gib"] == 0.25
+        assert set(result["notes"]) == ({*[*peaks][:2]} if mode == "inline" else set())
+    do_work(Work(folder, "score", reference=tmp_path / "reference", **FAKES))
+    assert all("isolation=process" in note for note in RunFolder(folder).read_result()["notes"].values())
 
 
 def test_scoring_what_never_ran_is_an_error_and_runs_nothing(tmp_path) -> None:

@@ -68,6 +68,8 @@ def test_the_summary_has_means_and_worst_cases() -> None:
         "roundtrip/layers": 2,
         "roundtrip/exact_layers": 0,
         "roundtrip/nonfinite_layers": 0,
+        "roundtrip/inexact_layers": 2,
+        "roundtrip/finite_layers": 2,
         "roundtrip/sqnr_db_mean": 25.0,
         "roundtrip/sqnr_db_min": 20.0,
         "roundtrip/relative_l2_mean": pytest.approx(0.065),

@@ -1,0 +1,18 @@
+"""Scores that a model source defines for its own outputs: how many are right. Null for a source that defines none."""
+
+from __future__ import annotations
+
+from qexp.metrics.registry import Metric
+
+METRICS = (
+    Metric(
+        "quality/class_accuracy", "images that the embedded classifier recognizes as their label",
+        header="class acc.", better="higher", range=(0, 1), tasks=("generate",), mean_over="images", digits=".3f",
+        order=30, needs=("images",), compute=lambda samples: samples.own_scores().get("class_accuracy"),
+    ),
+    Metric(
+        "quality/answer_accuracy", "arithmetic problems among the prompts that are solved",
+        header="answer acc.", better="higher", range=(0, 1), tasks=("generate",), mean_over="prompts", digits=".3f",
+        order=110, needs=("tokens",), compute=lambda samples: samples.own_scores().get("answer_accuracy"),
+    ),
+)  # fmt: skip

@@ -1,0 +1,21 @@
+"""Top-1 agreement: how often a model and its reference have the same most probable next token."""
+
+from __future__ import annotations
+
+from qexp.metrics.registry import Metric, Samples
+
+
+def _compute(samples: Samples) -> float | None:
+    assert samples.expected is not None
+    same = samples.outputs["top1"] == samples.expected["top1"]
+    return same.double().mean().item() if samples.is_comparable else None  # the most probable of NaN is always 0
+
+
+METRICS = (
+    Metric(
+        "quality/top1_agreement", "tokens of a text for which both models have the same most probable next token",
+        header="top-1 agreement", better="higher", range=(0, 1), tasks=("generate", "perplexity"), mean_over="tokens",
+        digits=".4f", order=140, axis="same most probable token as the unquantized model", needs=("nll",),
+        compares=True, compute=_compute,
+    ),
+)  # fmt: skip

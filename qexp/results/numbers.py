@@ -1,0 +1,35 @@
+"""How numbers of a result are shown: memory in one unit for a column, and no number other than 0 as 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median_low
+
+from qexp.metrics.registry import Metric
+
+PER_GIB = {"GiB": 1, "MiB": 2**10, "KiB": 2**20}  # largest first
+
+
+def shown_unit(metric: Metric, values: Iterable[float | None]) -> tuple[str, float]:
+    """Return the unit in which a metric's values are shown together, and the factor from the stored one.
+
+    Memory is stored in GiB and shown in the largest unit in which the middle one of the values is 1 or more.
+    """
+    if metric.unit != "GiB":
+        return metric.unit, 1
+    present = [abs(value) for value in values if value]
+    middle = median_low(present) if present else 1.0
+    unit = next((unit for unit, factor in PER_GIB.items() if middle * factor >= 1), "KiB")
+    return unit, PER_GIB[unit]
+
+
+def format_number(value: float, digits: str) -> str:
+    """Format a value, with two significant digits where `digits` would leave nothing of it."""
+    text = format(value, digits)
+    return format(value, ".2g") if value and not float(text.rstrip("%")) else text
+
+
+def format_memory(gib: float) -> str:
+    """'2.7 MiB': one value in a unit of its size."""
+    unit = next((unit for unit, factor in PER_GIB.items() if abs(gib) * factor >= 1), "KiB")
+    return f"{format_number(gib * PER_GIB[unit], '.1f')} {unit}"
