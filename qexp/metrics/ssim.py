@@ -48,6 +48,6 @@ METRICS = (
     Metric(
         "quality/ssim", "structural similarity of images to the reference's",
         header="SSIM", better="higher", range=(-1, 1), tasks=("generate",), mean_over="images", digits=".4f", order=20,
-        needs=("images",), compares=True, compute=_compute,
+        needs=("images",), compares=True, compute=_compute, is_minor=True,
     ),
 )  # fmt: skip

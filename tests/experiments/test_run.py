@@ -20,6 +20,7 @@ from qexp.experiments.reference import reference_config
 from qexp.experiments.resolve import to_run_config
 from qexp.experiments.run import run_experiment
 from qexp.loading.gguf_saving import save_gguf
+from qexp.metrics.registry import find_metric
 from qexp.models.digits import Source
 from qexp.models.digits_network import DigitsConfig, DigitsTransformer
 from qexp.sweep.run_key import reference_key, run_key
@@ -51,6 +52,7 @@ def run_config(checkpoint: Path, *overrides: str, task: str = "generate") -> Run
 def run(checkpoint: Path, folder: Path, *overrides: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     folder.mkdir(parents=True, exist_ok=True)
     metrics = run_experiment(run_config(checkpoint, *overrides), folder)
+    assert [name for name in metrics if find_metric(name) is None] == []
     return metrics, load_file(folder / "outputs.safetensors")
 
 
@@ -211,6 +213,7 @@ def test_numbers_agree_with_each_other(checkpoint: Path, tmp_path: Path) -> None
 
 def test_roundtrip_writes_layers(checkpoint: Path, tmp_path: Path) -> None:
     metrics = run_experiment(run_config(checkpoint, task="roundtrip"), tmp_path)
+    assert [name for name in metrics if find_metric(name) is None] == []
     rows = list(csv.DictReader((tmp_path / "layers.csv").open()))
     assert len(rows) == metrics["roundtrip/layers"] == metrics["load/quantized_modules"]
     assert metrics["roundtrip/sqnr_db_min"] == min(float(row["sqnr_db"]) for row in rows)
