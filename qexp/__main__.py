@@ -21,7 +21,8 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt or an arrow that the locale has no letter for
     if arguments and arguments[0] in COMMANDS:
-        sys.argv[:] = [f"qexp {arguments[0]}", *arguments[1:]]
+        as_module = sys.argv[0].endswith("__main__.py")
+        sys.argv[:] = [f"{'python -m ' * as_module}qexp {arguments[0]}", *arguments[1:]]
         sys.exit(importlib.import_module(COMMANDS[arguments[0]]).main())
     if "--version" in arguments:
         print(f"qexp {__version__}")

@@ -32,12 +32,13 @@ from qexp.results.run_folder import LOCK, RunFolder
 from qexp.sweep.job import run_job
 from qexp.sweep.run_key import run_key
 from qexp.system.files import disk_error
+from qexp.system.program_name import program_name
 from qexp.tracking.session import check_login
 
 
 def main() -> int:
     """0 if every metric was reproduced, 1 if one was not or the run failed."""
-    parser = argparse.ArgumentParser(prog="python -m qexp.rerun", description="Run a stored experiment again.")
+    parser = argparse.ArgumentParser(prog=program_name("rerun"), description="Run a stored experiment again.")
     parser.add_argument("run", type=Path, help="a run folder: outputs/runs/<key>")
     parser.add_argument("--outputs", type=Path, help="put the new run below this folder, and keep the old one")
     arguments = parser.parse_args()

@@ -3,6 +3,6 @@
 COMMANDS = {
     "report": "qexp.report.__main__",
     "doctor": "qexp.doctor.__main__",
-    "predict": "qexp.predict",
+    "predict": "qexp.predict.__main__",
     "rerun": "qexp.rerun",
 }

@@ -21,7 +21,7 @@ Examples
 Commands (the console script `qexp` is the same: qexp report)
   python -m qexp report [sweep]                               table, plot and report of a sweep
   python -m qexp doctor                                       what runs on this machine, and what the rest needs
-  python -m qexp predict [model ...]                          bytes of a model for each backend, before a download
+  python -m qexp predict [model ...] [memory=16GiB]           bytes of a model in each backend, and whether they fit
   python -m qexp rerun outputs/runs/<key>                     a stored experiment again, compared with what it gave
   each has --help of its own"""
 

@@ -6,6 +6,7 @@ They are stored as `schema/...`, which `conf/` inherits from and which no visibl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from qexp.config.dataclass_io import field_types
 from qexp.config.plugins import PLUGINS, plugin_module, plugin_names
 from qexp.config.schema import TopLevelConfig
+from qexp.config.yaml_options import conf_folder
 
 
 @cache
@@ -32,6 +34,18 @@ def register_schemas() -> None:
     for group in PLUGINS:
         for name in plugin_names(group):
             store.store(group=f"schema/{group}", name=name, node=schema_of(plugin_module(group, name).Config))
+
+
+def compose_settings(overrides: Sequence[str], *, with_hydra: bool = False) -> Any:
+    """Compose what the command line would hand over, without running it; with Hydra's own node if that is asked for.
+
+    Raises: what Hydra raises; cli/hydra_errors.py retells it.
+    """
+    from hydra import compose, initialize_config_dir
+
+    register_schemas()
+    with initialize_config_dir(str(conf_folder().resolve()), version_base="1.3", job_name="qexp"):
+        return compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
 
 
 def _twin_type(hint: Any) -> Any:

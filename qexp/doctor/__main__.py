@@ -28,6 +28,7 @@ from qexp.doctor.processes import probe
 from qexp.errors import QexpError
 from qexp.results.environment import RESULT_PACKAGES, cpu_name, device_name, versions_of
 from qexp.system.devices import cuda_device_count
+from qexp.system.program_name import program_name
 
 WIDTH = 120
 STATUSES = """\
@@ -137,7 +138,7 @@ def _reasons(rows: list[dict[str, Any]]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m qexp.doctor",
+        prog=program_name("doctor"),
         description="Try every backend on this machine: what runs, and what the rest needs.",
         epilog=STATUSES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -53,7 +53,7 @@ def to_run_config(cfg: Any) -> RunConfig:
 
     Raises: ConfigError; UnsupportedError if the machine lacks the requested device.
     """
-    top = from_plain(TopLevelConfig, _plain_settings(cfg))
+    top = from_plain(TopLevelConfig, plain_settings(cfg))
     model = plugin_config("model", top.model, "model")
     check_reference_path(model)
     device, device_map = resolve_device_map(top.device, top.device_map)
@@ -111,7 +111,7 @@ def to_run_config(cfg: Any) -> RunConfig:
     )
 
 
-def _plain_settings(cfg: Any) -> dict[str, Any]:
+def plain_settings(cfg: Any) -> dict[str, Any]:
     """Interpolations resolved, Hydra's own node left out."""
     if isinstance(cfg, dict):
         return {str(key): value for key, value in cfg.items() if key != "hydra"}

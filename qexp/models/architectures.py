@@ -11,6 +11,7 @@ Reading one imports no torch.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -110,3 +111,35 @@ def as_checkpoint(component: ComponentArchitecture, model: nn.Module, path: Path
         entries[name] = TensorEntry(name, dtype, tuple(tensor.shape), file, offset, nbytes)
         offset += nbytes
     return Checkpoint(path, component.config, entries, (file,))
+
+
+def write_headers(name: str, folder: Path) -> None:
+    """Write a published model as a folder whose files of weights have their headers, and no data: sparse files.
+
+    Everything that is planned from headers (patterns, bytes, groups) is what the real folder gives.
+    Raises: ConfigError, with the choices, if there is no such model.
+    """
+    model = architecture(name)
+    index = {key: value for key, value in model.model_index.items() if key[0] == "_" or key in model.components}
+    _write_json(folder / "model_index.json", index)  # without a scheduler and tokenizers: there are none
+    for component, part in model.components.items():
+        _write_json(folder / component / "config.json", part.config)
+        is_diffusers = "_class_name" in part.config
+        file = folder / component / ("diffusion_pytorch_model.safetensors" if is_diffusers else "model.safetensors")
+        checkpoint = as_checkpoint(part, network(part.config), folder)
+        entries = {
+            entry.name: {
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": [entry.offset, entry.offset + entry.nbytes],
+            }
+            for entry in checkpoint.entries.values()
+        }
+        header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(file, 8 + len(header) + sum(entry.nbytes for entry in checkpoint.entries.values()))
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value), encoding="utf-8")

@@ -18,6 +18,7 @@ from qexp.report.table import format_table
 from qexp.results.manifest import count_line
 from qexp.results.rows import Row, find_sweep, read_manifest, rows_of_sweep
 from qexp.system.files import write_bytes, write_text
+from qexp.system.program_name import program_name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +62,7 @@ def write_report(outputs: Path, name: str, rows: list[Row]) -> list[Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m qexp.report", description="Compare the experiments of a sweep.")
+    parser = argparse.ArgumentParser(prog=program_name("report"), description="Compare the experiments of a sweep.")
     parser.add_argument("sweep", nargs="?", help="its name, a folder in <outputs>/sweeps (default: the latest)")
     parser.add_argument("--outputs", default="outputs", help="where results are kept (default: outputs)")
     parser.add_argument(

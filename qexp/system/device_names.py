@@ -67,7 +67,8 @@ def limits_of(max_memory: MaxMemory, device: torch.device) -> dict[Key, int]:
     """Bytes of each device that may be used, in the order in which they are filled: as given, or what is free."""
     if max_memory is not None:
         given = {
-            key_of(parse_place(_number(name), device)): parse_bytes(size, name) for name, size in max_memory.items()
+            key_of(parse_place(_number(name), device)): parse_bytes(size, f"max_memory[{name}]")
+            for name, size in max_memory.items()
         }
         order = [*sorted(key for key in given if isinstance(key, int)), "cpu", DISK]
         return {key: given[key] for key in order if key in given}

@@ -103,12 +103,12 @@ def resolve_max_memory(max_memory: Any, device_map: Any) -> dict[str, int] | Non
     sizes = {}
     for name, size in max_memory.items():
         device = int(name) if isinstance(name, str) and name.isdigit() else name
-        sizes[_resolve_place(device, f"max_memory[{name}]")] = parse_bytes(size, name)
+        sizes[_resolve_place(device, f"max_memory[{name}]")] = parse_bytes(size, f"max_memory[{name}]")
     return sizes
 
 
-def parse_bytes(size: object, device: object) -> int:
-    """Bytes of one entry of max_memory: a whole number of them, or a size such as "10GiB" or "500MB".
+def parse_bytes(size: object, place: str) -> int:
+    """Bytes of a setting: a whole number of them, or a size such as "10GiB" or "500MB". place: the setting.
 
     Raises: ConfigError.
     """
@@ -116,5 +116,5 @@ def parse_bytes(size: object, device: object) -> int:
         return size
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None
     if match is None or match[2].upper() not in SIZES:
-        raise ConfigError(f"max_memory[{device}]={size} is no size; use bytes, or a size such as 10GiB or 500MB")
+        raise ConfigError(f"{place}={size} is no size; use bytes, or a size such as 10GiB or 500MB")
     return int(float(match[1]) * SIZES[match[2].upper()])

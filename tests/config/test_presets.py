@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 
-from qexp.config.backend_options import backend_of
 from qexp.config.module_patterns import unmatched_patterns
 from qexp.config.yaml_options import options_of_plugin
 from qexp.experiments.stored import run_config_from_container
@@ -22,7 +21,8 @@ from qexp.models.architectures import architecture, network
 from qexp.models.base import load_source
 from qexp.models.diffusers import DENOISERS
 from qexp.offloading.grouping import outermost_lists
-from qexp.predict import GIB, predict
+from qexp.predict.__main__ import forecast
+from qexp.predict.tables import GIB
 from tests.composing import CONF, run_config
 from tests.products import representatives
 
@@ -146,11 +146,8 @@ def test_flux_on_less_than_16_gb(pipeline_folder: Callable[[str], Path]) -> None
     assert labels["transformer"] == "nf4" and labels["text_encoder_2"] == "llm.int8"
     assert {config.components[name].backend.quant_method for name in ("vae", "text_encoder")} == {"none"}
     assert config.offload.strategy == "model" and config.task.num_inference_steps == 50
-    options = {"transformer": "bitsandbytes", "text_encoder_2": "bitsandbytes_int8"}
-    sizes = {
-        name: predict("flux_dev", name, backend_of(options.get(name, "none")), "bfloat16").result_bytes / GIB
-        for name in architecture("flux_dev").components
-    }
+    columns = forecast("flux", ["experiment=flux_dev_16gb"], ["bitsandbytes"]).columns["bitsandbytes"]
+    sizes = {name: part.result_bytes / GIB for name, part in columns.items()}
     text = header(CONF / "experiment" / "flux_dev_16gb.yaml")
     stated = [float(number) for number in re.findall(r"(?:transformer|T5|CLIP|VAE|together) (\d+\.\d)", text)]
     in_order = [sizes[name] for name in ("transformer", "text_encoder_2", "text_encoder", "vae")]

@@ -10,7 +10,7 @@ from bench_full_size import failures, merged
 from benching import run_watched
 from make_checkpoint import write_checkpoint
 
-from tests.test_predict import T5, TRANSFORMER
+from tests.predict.test_predict import T5, TRANSFORMER
 
 PROGRAM = Path(__file__).parents[2] / "scripts" / "bench_full_size_program.py"
 

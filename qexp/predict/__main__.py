@@ -1,0 +1,277 @@
+"""Show what a model takes, before anything is downloaded or read: bytes of its weights, and whether they fit.
+
+    python -m qexp.predict                               every published model that is known
+    python -m qexp.predict flux_dev --backends bitsandbytes gguf_q4_0
+    python -m qexp.predict flux_dev memory=16GiB         what fits on a device of that size, and with which offload
+    python -m qexp.predict model=diffusers model.path=<folder> backend=torchao memory=16GiB
+    python -m qexp.predict experiment=flux_dev_16gb memory=12GiB --markdown
+
+A published name shows every component quantized, all but the autoencoder. Overrides, as of an experiment, show what
+that experiment loads; backend=a,b compares backends. The numbers are those of the loading plan, from headers alone:
+exact bytes of the weights, with scales, what skip lists leave unquantized, and what a format cannot hold. Activations
+are not included. memory= takes a size such as 16GiB, 500MiB or 24GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from qexp.cli.backend_words import other_word
+from qexp.config.dataclass_io import from_plain
+from qexp.config.hydra_schema import compose_settings
+from qexp.config.offload import OffloadConfig
+from qexp.config.yaml_options import option_names
+from qexp.errors import ConfigError, LoadError, QexpError, choices, did_you_mean
+from qexp.models.architectures import architecture, architecture_names, write_headers
+from qexp.predict.tables import UNITS, ModelForecast, formatted, offload_table, size, unit_of, weights_table
+from qexp.system.devices import parse_bytes
+from qexp.system.program_name import program_name
+
+if TYPE_CHECKING:
+    from qexp.config.schema import RunConfig
+
+BACKENDS = ("none", "bitsandbytes_int8", "torchao", "bitsandbytes", "bitsandbytes_nf4_dq", "gguf_q4_0", "packed_uint3")
+OF_RUNS = ("device_map", "max_memory")  # settings that place modules in another way than offloading
+
+
+def forecast(name: str, overrides: Sequence[str], backends: Sequence[str]) -> ModelForecast:
+    """The model that overrides name, with its weights in each backend. name: what to call it.
+
+    Raises: QexpError, or what Hydra raises, for settings that do not resolve in any backend.
+    """
+    from qexp.models.base import load_source
+    from qexp.predict.forecast import forecast_components, forecast_offload
+
+    columns, offloads, names = dict[str, Any](), dict[str, Any](), tuple[str, ...]()
+    with _repeated_once(name), _local_models() as headers_of:
+        for backend in backends:
+            config, offload = resolved([*overrides, f"backend={backend}"], headers_of)
+            names = tuple(config.components)
+            columns[backend], failed = forecast_components(load_source(config.model), config, offload)
+            for component, error in failed.items():
+                print(f"{component}, backend={backend}: {error}", file=sys.stderr)
+            if not failed:
+                dense = [part.backend.quant_method == "none" for part in config.components.values()]
+                offloads[backend] = dict(forecast_offload(list(columns[backend].values()), offload, dense))
+    return ModelForecast(name, names, columns, offloads)
+
+
+def resolved(overrides: Sequence[str], headers_of: Any) -> tuple[RunConfig, OffloadConfig]:
+    """(the experiment of some overrides, whatever its task; its offload settings).
+
+    headers_of: name of a published model -> a folder with its headers.
+    """
+    from qexp.experiments.resolve import plain_settings, to_run_config
+
+    settings = plain_settings(compose_settings(overrides))
+    for name in OF_RUNS:
+        if settings.get(name) is not None:
+            raise ConfigError(
+                f"{name}={settings[name]} places modules, and predict compares offload strategies; leave it out"
+            )
+    model = settings["model"]
+    if model.get("path") is not None:
+        model["path"] = _path_here(model["path"], headers_of)
+    model |= {name: None for name in ("reference_path", "revision") if name in model}
+    for name in ("save", "metrics"):
+        settings.pop(name, None)
+    settings["task"] = {"name": "roundtrip"}  # the one that every model has; it needs no inputs
+    return to_run_config(settings), from_plain(OffloadConfig, settings.pop("offload"), "offload")
+
+
+def _path_here(path: str, headers_of: Any) -> str:
+    """A path on this machine: as it is, a snapshot in the cache, or the headers of a published model."""
+    from qexp.hub.download import hub_id, local_folder
+
+    found = hub_id(path)
+    if found is None:
+        return path
+    published = [name for name in architecture_names() if architecture(name).repository == found.repo]
+    if published:
+        return str(headers_of(published[0]))
+    try:
+        return str(local_folder(path))
+    except LoadError as error:
+        raise ConfigError(
+            f"model.path={path} is not on this machine, and predict downloads nothing ({error}); give a folder, or "
+            f"one of the published models that are known: {choices(architecture_names())}"
+        ) from error
+
+
+@contextmanager
+def _local_models() -> Iterator[Any]:
+    """A function that writes the headers of a published model, once, and returns their folder."""
+    with TemporaryDirectory(prefix="qexp-predict-") as scratch:
+
+        def headers_of(name: str) -> Path:
+            folder = Path(scratch, name)
+            if not folder.exists():
+                write_headers(name, folder)
+            return folder
+
+        yield headers_of
+
+
+@contextmanager
+def _repeated_once(name: str) -> Iterator[None]:
+    """What is said of a network is said once, and not for each backend."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            yield
+    finally:
+        for line in dict.fromkeys(said.getvalue().splitlines()):
+            print(f"{name}: {line}", file=sys.stderr)
+
+
+def published_overrides(name: str, compute_dtype: str) -> list[str]:
+    """A published model with every component quantized, all but a decoder of convolutions."""
+    parts = [component for component in architecture(name).components if component != "vae"]
+    option = name if name in option_names("model") else "diffusers"
+    path = architecture(name).repository
+    return [
+        f"model={option}",
+        f"model.path={path}",
+        f"model.quantize=[{','.join(parts)}]",
+        f"compute_dtype={compute_dtype}",
+    ]
+
+
+def _parser(program: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="model | key=value",
+        help=f"published models ({', '.join(architecture_names())}; default: all), or the overrides of an experiment; "
+        "and memory=<size of a device>",
+    )
+    parser.add_argument("--backends", nargs="+", help="options of conf/backend (default: six of them, or backend=)")
+    parser.add_argument(
+        "--compute-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of unquantized weights (default: bfloat16 for published names, else as compute_dtype= says)",
+    )
+    parser.add_argument("--markdown", action="store_true", help="tables in markdown")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 with tables, 1 with one line that says why there are none."""
+    options = _parser(program_name("predict")).parse_args(arguments)
+    try:
+        print(_answer(options))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not isinstance(error, QexpError) and type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf"):
+            raise
+        from qexp.cli.hydra_errors import explain
+
+        print(f"error: {explain(error, options.what)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _answer(options: argparse.Namespace) -> str:
+    """Check everything that was typed, then plan. Raises: QexpError, or what Hydra raises."""
+    overrides, names, memory, backends = _sorted_words(options.what)
+    backends = options.backends or backends or (() if overrides else BACKENDS)
+    for backend in backends:
+        _check_backend(backend)
+    dtype = options.compute_dtype
+    if overrides:
+        models = {_name(overrides): [*overrides, *([f"compute_dtype={dtype}"] if dtype else [])]}
+    else:
+        models = {name: published_overrides(name, dtype or "bfloat16") for name in names or architecture_names()}
+    backends = backends or (_backend_in(overrides),)
+    found = [forecast(name, given, backends) for name, given in models.items()]
+    unit = unit_of(found)
+    parts = [formatted(weights_table(found, backends, unit, memory), 2, options.markdown)]
+    if overrides:
+        for backend, strategies in found[0].offload.items():
+            parts += [f"backend={backend}", formatted(offload_table(strategies, unit, memory), 1, options.markdown)]
+    return "\n\n".join([*parts, _footnote(unit, memory)])
+
+
+def _sorted_words(words: Sequence[str]) -> tuple[list[str], list[str], int | None, Sequence[str]]:
+    """(overrides, published names, bytes of memory=, backends of backend=). Raises: ConfigError."""
+    overrides = [word for word in words if "=" in word or word.startswith("~")]
+    names = [word for word in words if word not in overrides]
+    memory, backends = None, tuple[str, ...]()
+    for override in list(overrides):
+        key, _, value = override.partition("=")
+        if key == "memory":
+            memory = _memory(value)
+        elif key == "backend":
+            backends = tuple(value.split(","))
+        else:
+            continue
+        overrides.remove(override)
+    for name in names:
+        if name in option_names("model") and name not in architecture_names():
+            raise ConfigError(f"{name} is an option of model=, and no published model; write model={name}")
+        if name.endswith(("/", ".gguf", ".safetensors")) or Path(name).exists():
+            raise ConfigError(
+                f"{name} is a path; write model=<kind of model> model.path={name}, with a kind of model= "
+            )
+        architecture(name)
+    if names and overrides:
+        raise ConfigError(
+            f"{overrides[0]} is an override, and {names[0]} a published name, which takes none but memory= and "
+            f"backend=; write model={names[0]} {overrides[0]} for what an experiment loads"
+        )
+    return overrides, names, memory, backends
+
+
+def _check_backend(name: str) -> None:
+    names = option_names("backend")
+    if name not in names:
+        raise ConfigError(
+            f"backend={name} is unknown{other_word(name) or did_you_mean(name, names)}; use {choices(names)}"
+        )
+
+
+def _memory(value: str) -> int:
+    if value.strip().isdigit():
+        raise ConfigError(f"memory={value} has no unit; write memory={value.strip()}GiB, or MiB or GB")
+    found = parse_bytes(value, "memory")
+    if found <= 0:
+        raise ConfigError(f"memory={value} must be above 0; give the memory of the device, such as memory=16GiB")
+    return found
+
+
+def _name(overrides: Sequence[str]) -> str:
+    """What to call a model: its folder's or file's name, else its option."""
+    given = {key.lstrip("+"): value.strip("'\"") for key, _, value in (one.partition("=") for one in overrides)}
+    path = given.get("model.path") or given.get("model.checkpoint")
+    return Path(path).name if path else given.get("model") or given.get("experiment") or "model"
+
+
+def _backend_in(overrides: Sequence[str]) -> str:
+    """The option of backend= that overrides without one choose."""
+    return str(compose_settings(overrides, with_hydra=True).hydra.runtime.choices["backend"])
+
+
+def _footnote(unit: str, memory: int | None) -> str:
+    lines = [f"1 {unit} = {UNITS[unit]:,} bytes. Weights alone: activations are not included."]
+    if memory is not None:
+        lines.append(
+            f"fits: the weights take no more than the {size(memory, unit)} {unit} of the device, while the model is "
+            "loaded and while it runs."
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
