@@ -26,6 +26,12 @@ class LoadError(QexpError):
     reason = "load"
 
 
+class WrongFileError(LoadError):
+    """A file that is no checkpoint at all (a web page, a pickle, a git-lfs pointer): the setting names a wrong one."""
+
+    reason = "config"
+
+
 class UnsupportedError(QexpError):
     """A correct configuration that this machine cannot run; a sweep reports it and goes on."""
 

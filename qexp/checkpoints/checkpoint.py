@@ -29,7 +29,7 @@ from qexp.checkpoints.safetensors_header import read_safetensors_header
 from qexp.checkpoints.scaled_weights import with_scales_applied
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.checkpoints.weight_files import shard_files, weight_files, weight_map
-from qexp.errors import ConfigError, LoadError, first_names
+from qexp.errors import ConfigError, LoadError, WrongFileError, first_names
 
 GGUF_CONFIG_KEY = "qexp.config"  # metadata of a GGUF file: its config.json
 SAVED_GGUF = "model.gguf"
@@ -189,7 +189,7 @@ def _files(path: Path) -> tuple[tuple[Path, ...], Path | None]:
             raise LoadError(f"'{folder}' is a pipeline of diffusers: use model=diffusers, in Python qexp.load_pipeline")
         if pickles := pickles_in(folder, names):
             shown = first_names([file.name for file in pickles])
-            raise LoadError(
+            raise WrongFileError(
                 f"'{folder}' needs safetensors or GGUF, and has pickles ({shown}); {convert_remedy(pickles)}"
             )
         raise LoadError(f"'{folder}' needs one .safetensors file (or .gguf), or shards with an index; found: none")

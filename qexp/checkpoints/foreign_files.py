@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from io import BufferedReader
 from pathlib import Path
 
-from qexp.errors import LoadError, choices, first_names
+from qexp.errors import WrongFileError, choices, first_names
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CONVERT = (
@@ -27,7 +27,7 @@ REAL_FILES = ("config.json", "model_index.json")  # of a folder that is a model,
 
 
 def refuse_foreign(file: Path, stream: BufferedReader) -> None:
-    """Raises LoadError for a file that is known to be neither a checkpoint nor JSON; leaves the stream at its start.
+    """Raise WrongFileError for a file that is known to be neither a checkpoint nor JSON; rewind the stream.
 
     A file that is not known is left to its own reader.
     """
@@ -35,31 +35,35 @@ def refuse_foreign(file: Path, stream: BufferedReader) -> None:
     stream.seek(0)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
-        raise LoadError(f"'{file}' is empty (0 bytes): a download that did not begin; download it again")
+        raise WrongFileError(f"'{file}' is empty (0 bytes): a download that did not begin; download it again")
     if head.startswith(b"version https://git-lfs"):
-        raise LoadError(
+        raise WrongFileError(
             f"'{file}' is a pointer of git-lfs, not the file itself; run `git lfs pull` in its folder, or download it "
             "again with `hf download user/name`"
         )
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<!--")):
-        raise LoadError(
+        raise WrongFileError(
             f"'{file}' is a web page, not a checkpoint's file: the address was that of a page, or needed a login; "
             "download it again with `hf download user/name`"
         )
     if _is_pickle(head):
-        raise LoadError(f"'{file}' is a pickle of PyTorch or a zip archive, not safetensors; {convert_remedy([file])}")
+        raise WrongFileError(
+            f"'{file}' is a pickle of PyTorch or a zip archive, not safetensors; {convert_remedy([file])}"
+        )
 
 
 def refuse_other_format(file: Path, stream: BufferedReader, *, wants_gguf: bool) -> None:
-    """Raises LoadError for a file in the one format that is named as the other."""
+    """Raises WrongFileError for a file in the one format that is named as the other."""
     head = stream.read(9)
     stream.seek(0)
     if wants_gguf and head[8:9] == b"{":
-        raise LoadError(
+        raise WrongFileError(
             f"'{file}' holds safetensors, not GGUF; rename it to '{file.stem}.safetensors', or download it again"
         )
     if not wants_gguf and head.startswith(b"GGUF"):
-        raise LoadError(f"'{file}' holds GGUF, not safetensors; rename it to '{file.stem}.gguf', or download it again")
+        raise WrongFileError(
+            f"'{file}' holds GGUF, not safetensors; rename it to '{file.stem}.gguf', or download it again"
+        )
 
 
 def _is_pickle(head: bytes) -> bool:
@@ -83,13 +87,13 @@ def pickles_in(folder: Path, names: Iterable[str]) -> list[Path]:
 
 
 def refuse_cache_folder(folder: Path) -> None:
-    """Raises LoadError for a folder of a hub's cache that is above the snapshots of models."""
+    """Raises WrongFileError for a folder of a hub's cache that is above the snapshots of models."""
     names = sorted(os.listdir(folder)) if folder.is_dir() and os.access(folder, os.R_OK) else []
     if any(name in names for name in REAL_FILES) or any(name.endswith((".safetensors", ".gguf")) for name in names):
         return
     repositories = [_repository(name) for name in names if name.startswith(CACHE_PREFIX)]
     if repositories:
-        raise LoadError(
+        raise WrongFileError(
             f"'{folder}' is a hub's cache of {len(repositories)} models; set model.path to one of them by its name: "
             f"{first_names(repositories)}"
         )
@@ -102,7 +106,7 @@ def refuse_cache_folder(folder: Path) -> None:
     by_name = f"{_repository(name)} or " if name.startswith(CACHE_PREFIX) else ""
     found = [f"'{path}'" for path in sorted(snapshots.iterdir()) if path.is_dir()]
     remedy = f"set model.path to {by_name}{choices(found)}" if found else "it has no snapshot: download the model again"
-    raise LoadError(f"'{folder}' is a repository's folder in a hub's cache, above the model itself; {remedy}")
+    raise WrongFileError(f"'{folder}' is a repository's folder in a hub's cache, above the model itself; {remedy}")
 
 
 def _repository(name: str) -> str:

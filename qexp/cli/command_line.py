@@ -95,11 +95,13 @@ def run(arguments: Sequence[str]) -> int:
 def run_one(cfg: DictConfig) -> JobRow:
     """One composed experiment. A setting that is wrong ends a single run here; a sweep goes on with the next."""
     from qexp.sweep.job import refuse_job, run_job
+    from qexp.sweep.run_key import run_key
 
     # as they were typed: ${…} in one refers to the experiment's settings, which Hydra's own node does not have
     overrides: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[assignment]
     try:
         config = to_run_config(cfg)
+        run_key(config)  # opens every file: one that is wrong is an error of the command line, too
     except QexpError as error:
         if not in_sweep():
             raise

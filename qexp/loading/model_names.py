@@ -1,14 +1,15 @@
 """A checkpoint under the names, and in the shapes, that a network has for its tensors.
 
-Three things differ between files of the same weights. The names, where the file is in its authors' layout: see the
-source's conversion. A prefix of all names, left by a wrapper whose state_dict was saved (`module.` of
-DistributedDataParallel, `_orig_mod.` of torch.compile, `transformer.`, `model.`): it is taken off if no tensor has a
-place in the network with it. And dimensions of one, which GGUF files leave out ([D] for [1, D]).
+Four things differ between files of the same weights. The names, where the file is in its authors' layout: see the
+source's conversion. Segments in the middle of names, of a wrapper around a part of the network (torch.compile, FSDP,
+activation checkpointing, DataParallel): they are taken out. A prefix of all names, left by a wrapper whose state_dict
+was saved (`module.` of DistributedDataParallel, `_orig_mod.` of torch.compile, `transformer.`, `model.`): it is taken
+off if no tensor has a place in the network with it. And dimensions of one, which GGUF files leave out ([D] for [1, D]).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from qexp.models.base import ModelSource
 
 
+# what torch.compile, FSDP and activation checkpointing call the module that they wrap
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
 def under_model_names(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     """The checkpoint with tensors named and shaped as the model's, as far as that can be done.
 
@@ -32,7 +37,7 @@ def under_model_names(source: ModelSource, component: str, checkpoint: Checkpoin
     as_written = checkpoint
     for candidate in (checkpoint, *_without_prefixes(checkpoint)):
         try:
-            named = _converted_by_source(source, component, candidate, model)
+            named = _converted_by_source(source, component, _without_wrappers(candidate, model), model)
         except LoadError as error:  # a conversion may look for names that are behind a prefix
             first_error = first_error or error
             continue
@@ -50,6 +55,30 @@ def _converted_by_source(source: ModelSource, component: str, checkpoint: Checkp
     entries = checkpoint.entries
     fits = all(name in entries and entries[name].shape == t.shape for name, t in model.state_dict().items())
     return checkpoint if conversion is None or fits else converted(checkpoint, conversion)
+
+
+def _without_wrappers(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """The checkpoint without the segments of wrappers, where the network has no such names itself.
+
+    `module` is also a name that authors give: it goes only from the middle of a name, where the rest is one of the
+    model's tensors or layers.
+    """
+    places = _places(model)
+    own = {segment for name in places for segment in name.split(".")}
+    names = dict[str, str]()
+    for name in checkpoint.entries:
+        bare = _without_segments(name, WRAPPERS - own)
+        first, dot, rest = bare.partition(".")
+        plain = first + dot + _without_segments(rest, {"module"} - own)
+        is_place = plain in places or plain.rpartition(".")[0] in places
+        names[name] = plain if is_place else bare
+    if all(name == bare for name, bare in names.items()) or len({*names.values()}) < len(names):
+        return checkpoint
+    return converted(checkpoint, lambda tensors: {names[name]: tensors.pop(name) for name in list(tensors)})
+
+
+def _without_segments(name: str, segments: Collection[str]) -> str:
+    return ".".join(segment for segment in name.split(".") if segment not in segments)
 
 
 def _without_prefixes(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
@@ -73,8 +102,13 @@ def _take_off(length: int) -> Any:
 
 def _has_places(checkpoint: Checkpoint, model: nn.Module) -> bool:
     """Whether any tensor is one of the model's, or a part of a quantized weight of one of its layers."""
-    names = {name for name, _ in model.named_modules(remove_duplicate=False)} - {""} | model.state_dict().keys()
+    names = _places(model)
     return any(name in names or name.rpartition(".")[0] in names for name in checkpoint.entries)
+
+
+def _places(model: nn.Module) -> set[str]:
+    """Names of the model's modules and tensors."""
+    return {name for name, _ in model.named_modules(remove_duplicate=False)} - {""} | model.state_dict().keys()
 
 
 def _in_model_shapes(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:

@@ -270,6 +270,8 @@ def _track(job: _Job, folder: RunFolder) -> None:
     status = folder.read_status()
     if job.config.tracking.mode == "none" or status is None or status.status not in ("done", "failed"):
         return
+    if status.reason in ("config", "load") and not folder.holds("plan.json"):
+        return  # refused before anything was loaded: there is no run to show
     log = log_run if job.config.isolation.mode == "inline" else WRITER.log
     log(folder.path, job.config, _group(job, folder))
 

@@ -1,6 +1,7 @@
 """Files whose names have a prefix, or whose shapes lack dimensions of one: read as the network has them, or refused."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,60 @@ def test_prefix_of_some_names_is_an_error(bare: str, tmp_path: Path) -> None:
     save_file({name if name == bare else f"module.{name}": t for name, t in names.items()}, tmp_path / "m.safetensors")
     with pytest.raises(LoadError, match=r"lacks .*module\..*which the model has not"):
         load(tmp_path / "m.safetensors")
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(2))
+        self.head = nn.Linear(64, 8)
+
+
+def wrapped(name: str, segment: str) -> str:
+    """As a wrapper around each block names its tensors."""
+    return re.sub(r"^(blocks\.\d+)\.", rf"\1.{segment}.", name)
+
+
+@pytest.mark.parametrize("segment", ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("backend", ["none", "gguf_q4_0"])
+def test_wrappers_of_parts_are_taken_out_of_names(prefix: str, segment: str, backend: str, tmp_path: Path) -> None:
+    tensors = network(Deep).state_dict()
+    save_file({prefix + wrapped(name, segment): t for name, t in tensors.items()}, tmp_path / "m.safetensors")
+    save_file(tensors, (tmp_path / "plain").with_suffix(".safetensors"))
+    found = load(tmp_path / "m.safetensors", Deep, backend)
+    expected = load(tmp_path / "plain.safetensors", Deep, backend)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_wrapper_that_compiled_blocks_leave_in_a_state_dict_is_taken_out(tmp_path: Path) -> None:
+    model: Any = network(Deep)
+    expected = dict(model.state_dict())
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = torch.compile(block)
+    assert any("._orig_mod." in name for name in model.state_dict())
+    save_file(dict(model.state_dict()), tmp_path / "m.safetensors")
+    assert torch.equal(load(tmp_path / "m.safetensors", Deep)["blocks.1.0.weight"], expected["blocks.1.0.weight"])
+
+
+def test_names_that_a_network_has_itself_are_no_wrappers(tmp_path: Path) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.ModuleDict({"module": nn.Linear(64, 64)})
+
+    save_file(network(Own).state_dict(), tmp_path / "m.safetensors")
+    expected = network(Own).state_dict()["block.module.bias"]
+    assert torch.equal(load(tmp_path / "m.safetensors", Own)["block.module.bias"], expected)
+
+
+def test_names_that_would_become_one_stay_an_error(tmp_path: Path) -> None:
+    tensors = network(Deep).state_dict()
+    twice = {**tensors, "blocks.0._orig_mod.0.weight": tensors["blocks.0.0.weight"] + 1}
+    save_file(twice, tmp_path / "m.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    under = under_model_names(object(), "model", open_checkpoint(tmp_path), network(Deep))  # type: ignore[arg-type]
+    assert under.entries.keys() == twice.keys()
 
 
 def test_prefix_is_taken_off_ahead_of_a_conversion(tmp_path: Path) -> None:

@@ -694,3 +694,16 @@ def test_a_place_that_cannot_be_saved_to_costs_no_result(place, tmp_path) -> Non
     assert place in row.message and row.message.endswith("or choose another folder with save.path=")
     assert {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()} == before
     assert run(config).reused
+
+
+@pytest.mark.parametrize(("seed", "planned", "expected"), [(3, False, 0), (5, False, 0), (3, True, 1), (6, False, 1)])
+def test_only_what_ran_is_a_run_on_wandb(seed: int, planned: bool, expected: int, tmp_path, monkeypatch) -> None:
+    """Refused settings and files (3, 5) are none, unless a plan says that loading began; out of memory (6) is one."""
+    logged = []
+    monkeypatch.setitem(sys.modules, "qexp.tracking.wandb_run", type(sys)("fake"))
+    sys.modules["qexp.tracking.wandb_run"].log_run = lambda *arguments: logged.append(arguments)
+    config = have_reference(run_config(tmp_path, seed, tracking=TrackingConfig("offline")))
+    if planned:
+        monkeypatch.setattr(RunFolder, "holds", lambda self, *names: True)
+    assert run(config).status == "failed"
+    assert len(logged) == expected
