@@ -702,7 +702,8 @@ def test_only_what_ran_is_a_run_on_wandb(seed: int, planned: bool, expected: int
     logged = []
     monkeypatch.setitem(sys.modules, "qexp.tracking.wandb_run", type(sys)("fake"))
     sys.modules["qexp.tracking.wandb_run"].log_run = lambda *arguments: logged.append(arguments)
-    config = have_reference(run_config(tmp_path, seed, tracking=TrackingConfig("offline")))
+    inline = IsolationConfig(mode="inline")
+    config = have_reference(run_config(tmp_path, seed, tracking=TrackingConfig("offline"), isolation=inline))
     if planned:
         monkeypatch.setattr(RunFolder, "holds", lambda self, *names: True)
     assert run(config).status == "failed"
