@@ -16,7 +16,8 @@ from qexp.config.yaml_options import conf_folder, option_names
 from qexp.experiments.resolve import to_run_config
 from tests.products import representatives
 
-BACKENDS = option_names("backend")
+# not mixed, whose recipes name layers
+BACKENDS = [name for name in option_names("backend") if backend_of(name).missing() is None]
 QUANTIZING = [name for name in BACKENDS if name != "none"]
 CPU = torch.device("cpu")
 # One option for each way to hold bytes: none; attributes beside the data, nested ones too; the module's own state; a

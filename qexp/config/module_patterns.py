@@ -44,8 +44,10 @@ def anywhere(name: str) -> str:
     return f"**.{name}"
 
 
-def unmatched_patterns(patterns: Iterable[str], names: Iterable[str], place: str) -> dict[str, str]:
-    """The patterns that cover none of the module names, each with what to say of it."""
+def unmatched_patterns(
+    patterns: Iterable[str], names: Iterable[str], place: str, kind: str = "module"
+) -> dict[str, str]:
+    """The patterns that cover none of the module names, each with what to say of it. kind: what has these names."""
     known, messages = [name for name in names if name], dict[str, str]()
     for pattern in patterns:
         if any(covers(pattern, name) for name in known):
@@ -54,7 +56,7 @@ def unmatched_patterns(patterns: Iterable[str], names: Iterable[str], place: str
         near += [name for name in known if name.split(".")[-1] == pattern.split(".")[-1]][: 3 - len(near)]
         hint = f"did you mean {', '.join(dict.fromkeys(near))}?" if near else f"top-level modules are {_top(known)}"
         messages[pattern] = (
-            f"{place}: the pattern {pattern!r} matches no module; {hint} ('**.name' matches at any depth)"
+            f"{place}: the pattern {pattern!r} matches no {kind}; {hint} ('**.name' matches at any depth)"
         )
     return messages
 

@@ -22,11 +22,15 @@ from qexp.errors import ConfigError, choices, did_you_mean
 def trials(names: list[str]) -> dict[str, Any]:
     """What to try, by what is typed for it: 'torchao', or 'torchao quant_type=int8dq' where no option has the type.
 
-    With names, these options alone. Raises ConfigError for a name that is none.
+    With names, these options alone; else all that need no recipe. Raises ConfigError for a name that is none.
     """
     options = {path.stem: backend_config(path) for path in backend_files(names)}
+    for name in names:
+        if (missing := options[name].missing()) is not None:
+            raise ConfigError(f"{missing} to python -m qexp; what its rules name is tried by those names")
     if names:
         return options
+    options = {name: config for name, config in options.items() if config.missing() is None}
     found = dict(options)
     for method in dict.fromkeys(config.quant_method for config in options.values()):
         own = {name: config for name, config in options.items() if config.quant_method == method}

@@ -20,14 +20,15 @@ from qexp.quantizers.base import Quantizer
 class InterfaceQuantizer(HfQuantizer):
     """Our quantizer behind transformers' interface, for a model that is loaded."""
 
-    def __init__(self, quantizer: Quantizer, quantization_config: Any) -> None:
+    def __init__(self, quantizer: Quantizer, quantization_config: Any, is_readable: bool) -> None:
         super().__init__(quantization_config, pre_quantized=quantizer.stored)
         self.quantizer = quantizer
         self.config = quantizer.config
+        self._is_readable = is_readable
 
     def is_serializable(self) -> bool:
         """Not quanto's: transformers would open it with weights that are not in it, and say so in a report only."""
-        return saves_safetensors(self.quantizer) and self.quantizer.quantization_method != "quanto"
+        return saves_safetensors(self.quantizer) and self._is_readable
 
     @property
     def is_trainable(self) -> bool:
@@ -84,7 +85,8 @@ def saved_config(model: Any) -> dict[str, Any]:
 def attach(model: Any, quantizer: Quantizer) -> InterfaceQuantizer:
     model.config.quantization_config = quantization_config(model, quantizer, auto)
     _set_quantized(model, True)
-    return InterfaceQuantizer(quantizer, model.config.quantization_config)
+    is_readable = quantizer.misread(model, True) is None
+    return InterfaceQuantizer(quantizer, model.config.quantization_config, is_readable)
 
 
 def detach(model: Any) -> None:

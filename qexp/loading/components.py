@@ -64,7 +64,7 @@ def check_shared_patterns(prepared: Mapping[str, Prepared], components: Mapping[
 
     def sharing(name: str, setting: str, pattern: str) -> list[str]:
         own = components[name]
-        shared = setting if pattern in getattr(own, setting) else "backend"
+        shared = setting if setting != "backend" and pattern in getattr(own, setting) else "backend"
         return [other for other in prepared if getattr(components[other], shared) == getattr(own, shared)]
 
     for name, component in prepared.items():

@@ -153,10 +153,12 @@ def _kept_dense(settings: ComponentConfig, names: list[str]) -> ComponentConfig:
 
 
 def warm_up(prepared: Prepared, device: torch.device) -> None:
-    """Quantize a small weight, so that libraries and thread pools are there before memory and time are measured."""
-    first = next(iter(prepared.chosen.values()), None)  # of a width that the format can hold
-    if first is None or first.numel == 0 or prepared.quantizer.stored:
+    """Quantize a small weight in each format, so that libraries and thread pools are there before memory and time are
+    measured."""
+    if prepared.quantizer.stored:
         return
-    spec = replace(first, shape=(64, first.shape[1]))
-    with torch.no_grad():
-        prepared.quantizer.create_quantized_param(spec, [torch.ones(spec.shape)], {}, device)
+    by_format = {prepared.quantizer.format_key(spec): spec for spec in prepared.chosen.values() if spec.numel}
+    for found in by_format.values():  # of widths that the formats can hold
+        spec = replace(found, shape=(64, found.shape[1]))
+        with torch.no_grad():
+            prepared.quantizer.create_quantized_param(spec, [torch.ones(spec.shape)], {}, device)

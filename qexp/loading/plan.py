@@ -38,7 +38,7 @@ class LoadPlan:
     """items in file order; skipped: linear layer -> why it is not quantized; unused: tensors without a place;
     tied: parameter -> the one with another item that it is the same as, if nothing keeps them apart; not_linear: weight
     that no format quantizes, of two dimensions or more -> what it is instead; left_dense: the skipped layers for whose
-    reason nobody asked."""
+    reason nobody asked; formats: quantized layer -> name of its format."""
 
     items: tuple[WorkItem, ...]
     skipped: Mapping[str, str]
@@ -46,6 +46,7 @@ class LoadPlan:
     tied: Mapping[str, str] = field(default_factory=dict)
     not_linear: Mapping[str, str] = field(default_factory=dict)
     left_dense: tuple[str, ...] = ()
+    formats: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def distinct(self) -> list[WorkItem]:
@@ -68,6 +69,20 @@ class LoadPlan:
         left = sum(item.numel for item in self.distinct if item.target in targets)
         return left / max(sum(item.numel for item in self.distinct), 1)
 
+    def _by_format(self) -> dict[str, Any]:
+        """Format -> its layers, their bytes, and the bits of a weight in it."""
+        found: dict[str, Any] = {}
+        numel: dict[str, int] = {}
+        for item in self.items:
+            if item.spec is not None:
+                name = self.formats[item.spec.module]
+                numel[name] = numel.get(name, 0) + item.spec.numel
+                one = found.setdefault(name, {"bits_per_weight": 0.0, "bytes": 0, "layers": []})
+                one["bytes"] += item.result_nbytes
+                one["bits_per_weight"] = 8 * one["bytes"] / numel[name]
+                one["layers"].append(item.spec.module)
+        return found
+
     def to_container(self) -> dict[str, Any]:
         """The plan as JSON-able data, for plan.json."""
         return {
@@ -75,6 +90,7 @@ class LoadPlan:
             "read_bytes": sum(item.nbytes for item in self.distinct),
             "dense_bytes": sum(item.dense_nbytes for item in self.distinct),
             "quantized": self.quantized_nbytes,
+            "formats": self._by_format(),
             "skipped": dict(self.skipped),
             "left_dense": list(self.left_dense),
             "not_linear": {
@@ -229,7 +245,8 @@ def make_plan(
     used = {entry.name for item in items for entry in item.entries} | targets.keys()
     unused = tuple(name for name, entry in checkpoint.entries.items() if not {name, entry.name} & used)
     tied = tied_targets(items, targets, quantizer)
-    return LoadPlan(tuple(items), skipped, unused, tied, not_linear_weights(model))
+    formats = {name: quantizer.layer_format(name) for name in chosen}
+    return LoadPlan(tuple(items), skipped, unused, tied, not_linear_weights(model), formats=formats)
 
 
 def not_linear_weights(model: nn.Module) -> dict[str, str]:
@@ -271,7 +288,7 @@ def _stored_items(
         if parts is not None:
             quantizer.check_quantized_param_shape(spec, parts)
             (_, first), *others = parts.items()
-            target, nbytes = f"{name}.weight", quantizer.stored_nbytes(parts)
+            target, nbytes = f"{name}.weight", quantizer.stored_nbytes(spec, parts)
             items[target] = WorkItem(target, first, dtype, nbytes, spec, True, dict(others))
     return items
 

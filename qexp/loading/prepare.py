@@ -19,7 +19,7 @@ from qexp.loading.component import Prepared
 from qexp.loading.model_names import under_model_names
 from qexp.loading.notices import nothing_message, notices
 from qexp.loading.plan import choose_modules, find_quantized, make_plan, stored_part_names
-from qexp.loading.sharing import with_tied_entries
+from qexp.loading.sharing import check_one_format, with_tied_entries
 from qexp.loading.unread import check_meaning
 from qexp.loading.weight_reads import keep_to_layers
 from qexp.models.skeletons import on_meta, without_initialization
@@ -98,6 +98,8 @@ def plan_modules(
             print(f"warning: {component}: {lost}", file=sys.stderr)
     else:
         own = source.skip_modules(component, model) if hasattr(source, "skip_modules") else ()
+        unmatched["backend"] = quantizer.check_patterns(model, (*skip, *own, *fp32), component)
+        check_one_format(model, quantizer)
         chosen, skipped = choose_modules(model, quantizer, (*skip, *own), fp32, compute_dtype, unquantized)
     if not chosen and quantizer.quantization_method != "none":
         raise LoadError(nothing_message(component, quantizer, skipped))
@@ -106,7 +108,8 @@ def plan_modules(
     check_meaning(plan, checkpoint, plain_fp8=settings.plain_fp8)
     meant = (*skip, *settings.keep_in_fp32_modules)
     if chosen:
-        plan = replace(plan, left_dense=tuple(name for name in skipped if covering(meant, name) is None))
+        unasked = (name for name in skipped if covering(meant, name) is None and not quantizer.keeps_dense(name))
+        plan = replace(plan, left_dense=tuple(unasked))
     for notice in notices(component, plan):
         print(notice, file=sys.stderr)
     carried = source.carried_files() if hasattr(source, "carried_files") else ()

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qexp.checkpoints.checkpoint import Checkpoint
+from qexp.errors import ConfigError, first_names
 from qexp.loading.work_item import WorkItem
 from qexp.quantizers.base import Quantizer
 from qexp.quantizers.layers import weight_shape
@@ -100,6 +101,17 @@ def skip_all_names(model: nn.Module, chosen: dict[str, WeightSpec], skipped: dic
         if other is not None:
             del chosen[name]
             skipped[name] = f"its weight is that of '{other}': {skipped[other]}"
+
+
+def check_one_format(model: nn.Module, quantizer: Quantizer) -> None:
+    """Raises ConfigError where a backend gives two formats to one weight. model: the skeleton."""
+    names_of: dict[Any, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if weight_shape(module) is not None:
+            names_of.setdefault(_weight_id(model, name), []).append(name)
+    for names in names_of.values():
+        if len(names) > 1 and (reason := quantizer.conflict(names)) is not None:
+            raise ConfigError(f"{first_names(names)} have one weight, but {reason}")
 
 
 def _weight_id(model: nn.Module, name: str) -> Any:

@@ -14,10 +14,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from packaging.version import Version
 
+from qexp.config.recipe import format_name
 from qexp.errors import MissingLibraryError
 from qexp.quantizers.layers import dense_linear, refuse_without_weights, replace_module, weight_shape
 from qexp.quantizers.rows import WeightSpec
@@ -37,10 +39,10 @@ class Quantizer:
     required_packages: ClassVar[Mapping[str, str]] = {}  # package -> lowest version that works
     imports: ClassVar[tuple[str, ...]] = ()  # modules that it imports sooner or later
     has_kernels: ClassVar[bool] = False  # whether it quantizes with compiled loops on a CPU
-    is_trainable: ClassVar[bool] = True  # whether gradients flow through a layer, to what was there before it
-    has_backward: ClassVar[bool] = True  # whether the library sees to that; else `loading/straight_through.py` does
+    is_trainable: bool = True  # whether gradients flow through a layer, to what was there before it
+    has_backward: bool = True  # whether the library sees to that; else `loading/straight_through.py` does
     is_serializable: ClassVar[bool] = False  # whether `stored_parts` reads what is saved
-    file_format: ClassVar[str] = "safetensors"  # or gguf: what a saved model is stored in
+    file_format: str = "safetensors"  # or gguf: what a saved model is stored in
     # set when a model is registered: takes off the model what says that it is quantized
     unregister: Callable[[nn.Module, Quantizer], None] | None = None
 
@@ -126,6 +128,23 @@ class Quantizer:
             return dict(max_memory)
         return {device: size * 0.9 for device, size in max_memory.items()}
 
+    def check_patterns(self, model: nn.Module, kept: Sequence[str], component: str) -> dict[str, str]:
+        """Return the patterns among the backend's own settings that decide nothing in a model, each with what to say of
+        it. model: the skeleton; kept: patterns of what other settings leave unquantized."""
+        return {}
+
+    def conflict(self, layers: Sequence[str]) -> str | None:
+        """Return why layers that share one weight cannot have one format, or None."""
+        return None
+
+    def keeps_dense(self, layer: str) -> bool:
+        """Whether the backend's own settings say that a layer stays unquantized."""
+        return False
+
+    def layer_format(self, layer: str) -> str:
+        """Return the name of a layer's format, for tables: 'gguf Q4_0'."""
+        return format_name(self.config)
+
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
         """Why this format cannot hold a weight of this shape, or None. Raises ConfigError where a setting is wrong."""
         return None
@@ -174,13 +193,24 @@ class Quantizer:
     def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         """Raises LoadError for stored parts that cannot be those of this weight."""
 
-    def stored_nbytes(self, parts: Mapping[str, TensorEntry]) -> int:
+    def stored_nbytes(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> int:
         """Exact bytes of a weight that is put together from stored parts."""
         return sum(entry.nbytes for entry in parts.values())
 
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """(tensors, file metadata) by which this format stores a state dict; `stored_parts` finds them again."""
         return dict(state_dict), {}
+
+    def as_safetensors(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """As `get_state_dict_and_metadata`, for a safetensors file, also of a format that has files of its own."""
+        return self.get_state_dict_and_metadata(state_dict)
+
+    def common_format(self, layers: Mapping[str, Quantizer | None]) -> Quantizer | None:
+        """Return the quantizer whose files can hold a whole model, or None if there is none.
+
+        layers: every linear layer, with the quantizer of its weight, all of one backend; None where it stays dense.
+        """
+        return self if have_one_config([part.config for part in layers.values() if part is not None]) else None
 
     def misread(self, model: nn.Module, is_of_transformers: bool) -> str | None:
         """What the model's own library makes of this model saved in this format, if it is not what it is."""
@@ -261,6 +291,12 @@ def load_quantizer(config: Any) -> Quantizer:
     """The quantizer that belongs to a backend config."""
     quantizer: Quantizer = importlib.import_module(f"qexp.quantizers.{config.quant_method}").Quantizer(config)
     return quantizer
+
+
+def have_one_config(configs: Sequence[Any]) -> bool:
+    """Whether configs are the same, but for their labels."""
+    plain = [replace(config, label=None) for config in configs]
+    return all(config == plain[0] for config in plain)
 
 
 def unquantized_layers(quantizer: Quantizer, model: nn.Module) -> list[str]:

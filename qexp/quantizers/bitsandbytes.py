@@ -158,8 +158,16 @@ class BitsAndBytesQuantizer(base.Quantizer):
         else:
             stored.check_8bit(spec, parts)
 
-    def stored_nbytes(self, parts: Mapping[str, TensorEntry]) -> int:
+    def stored_nbytes(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> int:
         return stored.kept_nbytes(parts)
+
+    def common_format(self, layers: Mapping[str, base.Quantizer | None]) -> base.Quantizer | None:
+        """4-bit weights describe themselves: type, block size and double quantization may differ by layer."""
+        parts = [part for part in layers.values() if part is not None]
+        if not all(part.config.load_in_4bit for part in parts):
+            return super().common_format(layers)
+        shared = {(part.config.bnb_4bit_quant_storage, part.config.bnb_4bit_compute_dtype) for part in parts}
+        return max(parts, key=parts.count) if len(shared) == 1 else None
 
     def to_dict(self, model: nn.Module) -> dict[str, Any]:
         dtype = self.config.bnb_4bit_compute_dtype or str(model._pre_quantization_dtype).removeprefix("torch.")

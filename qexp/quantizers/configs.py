@@ -91,6 +91,21 @@ class BackendConfig:
         """The config of what really runs on a device of this type: of another backend, where this one cannot."""
         return self
 
+    def check_as_rule(self) -> None:
+        """Raises ConfigError for settings that are about a whole model, not about the layers of a recipe's rule."""
+        if names := getattr(self, self.skip_field, ()):
+            raise ConfigError(
+                f"{self.skip_field}={list(names)} is for a whole model; put a rule with backend: none before this one"
+            )
+
+    def missing(self) -> str | None:
+        """What has to be given before this config can be used; None if it is complete."""
+        return None
+
+    def methods(self) -> tuple[str, ...]:
+        """The backends whose libraries quantize by this config."""
+        return (self.quant_method,)
+
     def quantization_method(self) -> str | None:
         """What kind of quantization this is; None if it is none."""
         return self.quant_method

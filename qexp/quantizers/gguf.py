@@ -25,6 +25,7 @@ from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
 from qexp.quantizers.rows import RowAssembler, WeightSpec, row_slices
+from qexp.quantizers.stored import Part, check_parts
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,7 @@ class GGUFQuantizer(base.Quantizer):
     required_packages: ClassVar[Mapping[str, str]] = {"gguf": "0.19"}  # has the tables of the IQ types
     has_kernels = True
     is_serializable: ClassVar[bool] = True
-    file_format: ClassVar[str] = "gguf"
+    file_format = "gguf"
 
     def __init__(self, config: GGUFConfig) -> None:
         super().__init__(config)
@@ -126,6 +127,9 @@ class GGUFQuantizer(base.Quantizer):
 
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
         entry = entries.get(f"{name}.weight")
+        if entry is not None and entry.dtype == "U8":  # in a safetensors file, which does not say the type
+            self._stored_types[name] = self.config.quant_type
+            return {"raw": entry}
         if entry is None or not entry.dtype.startswith(BLOCKED_PREFIX) or len(entry.shape) != 2:
             return None
         self._stored_types[name] = entry.dtype.removeprefix(BLOCKED_PREFIX)
@@ -139,8 +143,28 @@ class GGUFQuantizer(base.Quantizer):
         metadata = {MODEL_DTYPE_KEY: str(dtype).removeprefix("torch.")}
         return dict(state_dict), metadata | ({} if own is None else {COMPUTE_DTYPE_KEY: own})
 
+    def as_safetensors(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The blocks as bytes, u8 [out, bytes of a row]."""
+        from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
+
+        return {name: own.raw if isinstance(own, GGUFTensor) else own for name, own in state_dict.items()}, {}
+
+    def common_format(self, layers: Mapping[str, base.Quantizer | None]) -> base.Quantizer | None:
+        """A file has a type for each tensor, and one dtype to compute in."""
+        dtypes = {part.config.compute_dtype for part in layers.values() if part is not None}
+        return self if len(dtypes) == 1 else None
+
+    def layer_format(self, layer: str) -> str:
+        return f"gguf {self._stored_types.get(layer, self.config.quant_type)}"
+
     def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         entry = parts["raw"]
+        if entry.dtype == "U8":
+            quant_type = self._stored_types[spec.module]
+            kind = TYPES[quant_type]
+            row = spec.shape[1] // kind.block * kind.block_bytes
+            check_parts(spec, parts, {"raw": Part(("U8",), ((spec.shape[0], row),))}, f"GGUF's {quant_type}")
+            return
         if entry.shape != spec.shape:
             raise LoadError(
                 f"'{entry.name}' has shape {list(entry.shape)} in '{entry.file}', but the model expects "

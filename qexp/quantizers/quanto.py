@@ -69,6 +69,14 @@ class QuantoConfig(BackendConfig):
         if self.calibration_samples < 1:
             raise ConfigError(f"backend.calibration_samples={self.calibration_samples} must be 1 or more")
 
+    def check_as_rule(self) -> None:
+        super().check_as_rule()
+        if self.activations_dtype is not None:
+            raise ConfigError(
+                f"activations_dtype={self.activations_dtype} is calibrated by running the whole model; set it to null, "
+                "or use backend=quanto without a recipe"
+            )
+
     def ignored_fields(self) -> set[str]:
         """Fields without effect on this configuration; they are left out of the run key."""
         return {"calibration_samples"} if self.activations_dtype is None else set()

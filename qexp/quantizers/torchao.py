@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from qexp.config.recipe import format_name
 from qexp.errors import ConfigError, LoadError, UnsupportedError, choices
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from qexp.checkpoints.tensor_entry import TensorEntry
     from qexp.quantizers.torchao_support.layout import Layout
 
+FQN_TO_CONFIG = "FqnToConfig"
 PACKED_INT4_GROUP_SIZE = 128  # torchao's default for int4wo
 
 
@@ -133,6 +135,7 @@ class TorchAoQuantizer(base.Quantizer):
         super().__init__(config)
         self._built: Any = None
         self._layouts: dict[Any, Layout | None] = {}
+        self._names: dict[int, str] = {}  # of the configs in a FqnToConfig, by their ids
         self._device: torch.device | None = None
 
     def validate_environment(self, device: torch.device) -> None:
@@ -151,7 +154,7 @@ class TorchAoQuantizer(base.Quantizer):
             check_machine(self.config.quant_type, config, device)
 
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
-        if self._library_config(spec) is None:
+        if self._library_config(spec.module) is None:
             return "FqnToConfig leaves it alone"
         size, columns = self.config.group_size or default_group_size(self.config.quant_type), spec.shape[1]
         if size is not None and columns % size:
@@ -168,8 +171,33 @@ class TorchAoQuantizer(base.Quantizer):
         assert layout is not None, spec
         return layout.nbytes
 
+    def layer_format(self, layer: str) -> str:
+        """By its own config where a FqnToConfig has one for each name."""
+        if self.config.quant_type != FQN_TO_CONFIG:
+            return super().layer_format(layer)
+        from torchao.core.config import config_to_dict
+
+        config = self._library_config(layer)
+        if id(config) not in self._names:
+            own = TorchAoConfig.from_dict({"quant_type": {"default": config_to_dict(config)}})
+            self._names[id(config)] = format_name(own)
+        return self._names[id(config)]
+
+    def common_format(self, layers: Mapping[str, base.Quantizer | None]) -> base.Quantizer | None:
+        """A FqnToConfig with the exact name of every linear layer, null for those that stay dense."""
+        if (same := super().common_format(layers)) is not None:
+            return same
+        from torchao.core.config import config_to_dict
+
+        from qexp.quantizers.torchao_support.library import FqnToConfig
+
+        parts: Mapping[str, Any] = layers
+        by_name = {name: None if part is None else part._library_config(name) for name, part in parts.items()}
+        described = config_to_dict(FqnToConfig(by_name))
+        return TorchAoQuantizer(TorchAoConfig.from_dict({"quant_type": {"default": described}}))
+
     def format_key(self, spec: WeightSpec) -> Any:
-        return id(self._library_config(spec))  # FqnToConfig has one for each name
+        return id(self._library_config(spec.module))  # FqnToConfig has one for each name
 
     def takes_rows(self, spec: WeightSpec) -> bool:
         layout = self._layout(spec)
@@ -185,7 +213,7 @@ class TorchAoQuantizer(base.Quantizer):
             return torch.nn.Parameter(self._assemble(spec, tensors), requires_grad=False)
         from qexp.quantizers.torchao_support.library import inner_tensors, int8_group_size, quantize
 
-        config, layout, rows_of = self._library_config(spec), self._layout(spec), RowAssembler(spec.shape[0])
+        config, layout, rows_of = self._library_config(spec.module), self._layout(spec), RowAssembler(spec.shape[0])
         assert layout is not None, spec
         whole = spec.shape[0] if layout.rows_multiple is None else layout.rows_multiple
         group_size = int8_group_size(config, spec.shape[1]) if device.type == "cpu" else None
@@ -216,13 +244,13 @@ class TorchAoQuantizer(base.Quantizer):
         scale = scale.view(len(part), -1)
         return {"qdata": values, "scale": scale, "zero_point": torch.zeros_like(scale, dtype=torch.int8)}
 
-    def _library_config(self, spec: WeightSpec) -> Any:
+    def _library_config(self, layer: str) -> Any:
         """torchao's config for one layer, None if it is left alone."""
         from qexp.quantizers.torchao_support.library import config_for
 
         if self._built is None:
             self._built = self.config.library_config()
-        return config_for(self._built, spec.module)
+        return config_for(self._built, layer)
 
     def _each_config(self) -> list[Any]:
         """The config for all layers, or those of a FqnToConfig."""
@@ -235,7 +263,7 @@ class TorchAoQuantizer(base.Quantizer):
 
         from qexp.quantizers.torchao_support.layout import layout_of
 
-        config = self._library_config(spec)
+        config = self._library_config(spec.module)
         key = (id(config), spec.shape, spec.dtype)
         if key not in self._layouts:
             self._layouts[key] = layout_of(config, spec.shape, spec.dtype, self._device or torch.device("cpu"))
@@ -261,7 +289,7 @@ class TorchAoQuantizer(base.Quantizer):
     def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         from qexp.quantizers.torchao_support.layout import stored_layout
 
-        config = self._library_config(spec)
+        config = self._library_config(spec.module)
         expected = {} if config is None else stored_layout(config, spec.shape, spec.dtype)
         known = {part: entry for part, entry in parts.items() if part in expected}
         check_parts(spec, known, expected, f"torchao's {self.config.quant_type}")

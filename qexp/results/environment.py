@@ -29,7 +29,7 @@ OTHER_PACKAGES = ("hydra-core", "omegaconf", "wandb")
 
 def result_packages(config: RunConfig) -> tuple[str, ...]:
     """The packages whose versions can change the result of this experiment."""
-    backends = {component.backend.quant_method for component in config.components.values()}
+    backends = {name for component in config.components.values() for name in component.backend.methods()}
     named = [package for name in sorted(backends) for package in _required(plugin_module("backend", name).Quantizer)]
     return tuple(dict.fromkeys((*RESULT_PACKAGES, *model_packages(config), *named)))
 

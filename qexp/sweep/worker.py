@@ -39,6 +39,7 @@ from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.preload import import_modules, modules_of
 from qexp.sweep.resume import scored_names
 from qexp.system.child_process import die_with_parent
+from qexp.system.files import read_json
 
 Metrics = dict[str, float | None]
 SCHEMA = 1
@@ -135,6 +136,7 @@ def _result(work: Work, folder: RunFolder) -> dict[str, Any]:
         "config": config.to_container(),
         "metrics": _finite(metrics),
         "notes": notes,
+        "formats": _formats(folder),
         "scored": config.metrics.scored() if work.steps != "run" else None,
         "reference": work.reference.name if work.reference else None,
         "start": work.start,
@@ -148,6 +150,12 @@ def _meaningful(metrics: Metrics, isolation: str) -> tuple[Metrics, dict[str, st
         return metrics, {}
     of_process = [name for name in metrics if (metric := find_metric(name)) is not None and metric.is_of_process]
     return {**metrics, **dict.fromkeys(of_process)}, dict.fromkeys(of_process, INLINE)
+
+
+def _formats(folder: RunFolder) -> dict[str, Any]:
+    """Component -> format -> its layers and bits, from plan.json."""
+    plans = read_json(folder.path / "plan.json") or {}
+    return {component: plan["formats"] for component, plan in plans.items() if "formats" in plan}
 
 
 def _earlier(folder: RunFolder) -> dict[str, Any]:

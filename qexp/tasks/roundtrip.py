@@ -43,6 +43,7 @@ class LayerRow:
     out_features: int
     in_features: int
     stored_dtype: str
+    format: str
     quantized_bytes: int
     bits_per_weight: float
     sqnr_db: float | None
@@ -129,6 +130,7 @@ def _measure(
         out_features=dense.shape[0],
         in_features=dense.shape[1],
         stored_dtype=str(dense.dtype).removeprefix("torch."),
+        format=_format_of(prepared, item),
         quantized_bytes=nbytes,
         bits_per_weight=8 * nbytes / dense.numel(),
         sqnr_db=compared.sqnr_db,
@@ -136,6 +138,11 @@ def _measure(
         cosine=compared.cosine,
         max_abs_error=compared.max_abs_error,
     )
+
+
+def _format_of(prepared: Prepared, item: WorkItem) -> str:
+    """The name of a layer's format; of one that is cast alone, its dtype."""
+    return str(item.dtype).removeprefix("torch.") if item.spec is None else prepared.plan.formats[item.spec.module]
 
 
 def nonfinite_layers(rows: list[LayerRow]) -> list[str]:

@@ -25,6 +25,7 @@ NEEDS = {  # what an option does not go without
     "model=seq2seq": ("model.path=/models/tiny", "task.prompt=[a,b]"),
     "model=transformers": ("model.path=/models/tiny", "task=roundtrip"),
     "model=python": ("model.factory=tests.backends:Stack", "model.checkpoint=/models/tiny", "task=roundtrip"),
+    "backend=mixed": ("backend.recipe=[{modules: blocks.0, backend: gguf}, {backend: quanto_int4}]",),
     "task=perplexity": ("model=arithmetic",),
     "task=forward": (f"task.inputs={HELD_OUT}", "model=arithmetic"),
     "metrics=perceptual": ("task=roundtrip",),  # of images it needs weights

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from qexp.cli.commands import COMMANDS
-from qexp.config.yaml_options import option_names
 from qexp.models.arithmetic import ASSETS
+from tests.backends import BACKENDS
 from tests.composing import command_line
 from tests.models.test_networks import save_network
 from tests.products import representatives
@@ -51,7 +51,7 @@ def experiments(section: str) -> list[list[str]]:
     return [words for words in commands(section) if words[0] not in COMMANDS]
 
 
-COUNTS = [1, 12, 1, 4, 2, 1, len(option_names("backend"))]
+COUNTS = [1, 12, 1, 4, 2, 1, len(BACKENDS)]
 
 
 @pytest.mark.parametrize("number", representatives(range(len(COUNTS)), (0, 2, 4, 5)))

@@ -17,6 +17,7 @@ import qexp.doctor.__main__ as command
 from qexp.config.dataclass_io import to_plain
 from qexp.doctor import options, probe, processes
 from qexp.doctor.__main__ import main
+from qexp.errors import ConfigError
 from qexp.quantizers.torchao import TorchAoQuantizer
 from qexp.system import child_process
 from tests.backends import BACKENDS, backend_config
@@ -51,9 +52,15 @@ def table(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict
 
 def test_configs_are_those_that_the_command_line_composes() -> None:
     files = options.backend_files([])
-    assert [path.stem for path in files] == BACKENDS
+    assert [path.stem for path in files if path.stem != "mixed"] == BACKENDS
     for path in files:
-        assert options.backend_config(path) == backend_config(path.stem)
+        assert path.stem == "mixed" or options.backend_config(path) == backend_config(path.stem)
+
+
+def test_an_option_that_needs_a_recipe_is_tried_by_no_name() -> None:
+    assert not [name for name in options.trials([]) if name.startswith("mixed")]
+    with pytest.raises(ConfigError, match="backend=mixed needs a recipe"):
+        options.trials(["mixed"])
 
 
 def test_types_without_an_option_are_among_the_trials() -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qexp.config.backend_options import backend_of
 from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.config.yaml_options import option_names
 from qexp.doctor.options import backend_config, backend_files
@@ -156,6 +157,13 @@ QUANTIZERS: dict[str, Callable[[nn.Module], None]] = {
 
 
 LOADED = tuple(f"conf/{name}" for name in option_names("backend"))  # kinds: every option, as a load makes it
+RECIPE = [
+    {"modules": "embed", "backend": "bitsandbytes_nf4_dq"},
+    {"modules": "blocks.0.fc1", "backend": "gguf", "quant_type": "Q5_1"},
+    {"modules": "blocks.*.fc1", "backend": "torchao"},
+    {"modules": "head", "backend": "bitsandbytes_int8"},
+    {"backend": "quanto_int4"},
+]
 
 
 class NetSource:
@@ -184,7 +192,9 @@ def save(folder: Path, depth: int = 3) -> NetSource:
 
 @cache
 def option(backend: str) -> Any:
-    """The config of an option of conf/backend."""
+    """The config of an option of conf/backend, mixed with a recipe."""
+    if backend == "mixed":
+        return backend_of(backend, {"recipe": RECIPE})
     (path,) = backend_files([backend])
     return backend_config(path)
 

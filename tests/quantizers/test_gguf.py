@@ -278,7 +278,7 @@ def test_weights_that_a_file_holds_are_found_and_put_together() -> None:
     entries["conv.weight"] = TensorEntry("conv.weight", "GGUF_Q4_0", (4, 1, 3, 32), Path("x.gguf"), 0, 216)
     for name, raw in raws.items():
         spec, parts = WeightSpec(name, (6, 512), torch.bfloat16), quantizer.stored_parts(name, entries)
-        assert parts is not None and quantizer.stored_nbytes(parts) == raw.numel()
+        assert parts is not None and quantizer.stored_nbytes(spec, parts) == raw.numel()
         quantizer.check_quantized_param_shape(spec, parts)
         parameter: Any = quantizer.create_quantized_param(spec, [raw.flatten()], {}, CPU)
         assert (parameter.quant_type, parameter.compute_dtype) == (name, torch.float32)

@@ -54,6 +54,11 @@ class BitsAndBytesConfig(BackendConfig):
         if self.llm_int8_threshold < 0:
             raise ConfigError(f"backend.llm_int8_threshold={self.llm_int8_threshold} must be 0 or more")
 
+    def check_as_rule(self) -> None:
+        super().check_as_rule()
+        if self.llm_int8_enable_fp32_cpu_offload:
+            raise ConfigError("llm_int8_enable_fp32_cpu_offload is for a whole model; set it to false")
+
     def ignored_fields(self) -> set[str]:
         """Fields without effect on this configuration; they are left out of the run key."""
         if self.load_in_4bit:

@@ -39,6 +39,7 @@ with quiet():  # warns of kernels for other machines
 __all__ = [
     "Float8DynamicActivationFloat8WeightConfig",
     "Float8WeightOnlyConfig",
+    "FqnToConfig",
     "build",
     "config_classes",
     "config_for",

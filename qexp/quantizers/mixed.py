@@ -1,0 +1,334 @@
+"""A format for each layer: the layers of a recipe's rule are quantized by the backend of that rule.
+
+Every layer has the bytes that its rule's backend gives it alone; this backend only passes each call on. Recipes:
+`config/recipe.py`.
+
+A saved model is in the format of its layers where one can hold them all, and is opened by whoever opens that: GGUF has
+a type for each tensor, torchao a config for each layer (`FqnToConfig`), 4-bit weights of bitsandbytes describe
+themselves, and quanto, as all of them, has layers that stay dense. Any other mixture is stored as
+`quant_method: qexp_mixed`, which other programs refuse (`mixed_support/container.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from qexp.config.plugins import plugin_module, plugin_names
+from qexp.config.recipe import EXAMPLE, Rule, describe_formats, read_recipe, rule_for, undecided_patterns
+from qexp.errors import ConfigError, QexpError, choices
+from qexp.quantizers import base
+from qexp.quantizers.configs import BackendConfig
+from qexp.quantizers.embedded import refused_config
+from qexp.quantizers.layers import weight_shape
+from qexp.quantizers.mixed_support.container import native_entries, pack
+from qexp.quantizers.rows import WeightSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from qexp.checkpoints.tensor_entry import TensorEntry
+
+
+@dataclass(frozen=True)
+class MixedConfig(BackendConfig):
+    """recipe: "@recipe.yaml" or the rules themselves; read and checked here, and then a tuple of `Rule`."""
+
+    quant_method: str = "mixed"
+    recipe: Any = ()
+
+    def __post_init__(self) -> None:
+        name, rules = read_recipe(self.recipe or (), "backend.recipe")
+        object.__setattr__(self, "recipe", rules)
+        if self.label is None and rules:
+            object.__setattr__(self, "label", name or describe_formats(rules))
+
+    def missing(self) -> str | None:
+        return None if self.recipe else f"backend=mixed needs a recipe; give {EXAMPLE}"
+
+    def resolved(self, device_type: str) -> MixedConfig:
+        if (missing := self.missing()) is not None:
+            raise ConfigError(missing)
+        rules = tuple(replace(rule, backend=rule.backend.resolved(device_type)) for rule in self.recipe)
+        return replace(self, recipe=rules)
+
+    def check_as_rule(self) -> None:
+        raise ConfigError("backend=mixed is a recipe itself; put its rules in the place of this one")
+
+    def to_dict(self) -> dict[str, Any]:
+        rules = [{"modules": list(rule.modules), "backend": rule.backend.to_dict()} for rule in self.recipe]
+        return {"quant_method": self.quant_method, "name": self.label, "recipe": rules}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        rules = values.get("recipe")
+        if not isinstance(rules, list):
+            raise ConfigError("quantization_config.recipe must be a list of rules")
+        name = values.get("name")
+        config = cls(label=name if isinstance(name, str) else None, recipe=tuple(map(_stored_rule, rules)))
+        if (missing := config.missing()) is not None:
+            raise ConfigError(missing)
+        return config
+
+    def methods(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for rule in self.recipe for name in rule.backend.methods()))
+
+    def describe(self) -> str | None:
+        return describe_formats(self.recipe)
+
+    def is_quantizable(self) -> bool:
+        return any(rule.backend.is_quantizable() for rule in self.recipe)
+
+
+def _stored_rule(values: Any) -> Rule:
+    """A rule as `to_dict` writes it. Its modules are names of layers, with whatever characters these have."""
+    if not isinstance(values, Mapping) or not isinstance(values.get("backend"), Mapping):
+        raise ConfigError(f"quantization_config.recipe has {values!r}, which is no rule")
+    method, modules = values["backend"].get("quant_method"), values.get("modules")
+    if method not in plugin_names("backend") or not isinstance(modules, list):
+        raise ConfigError(
+            f"quantization_config.recipe has {values!r}; quant_method is {choices(plugin_names('backend'))}"
+        )
+    return Rule(tuple(map(str, modules)), plugin_module("backend", method).Config.from_dict(values["backend"]))
+
+
+class MixedQuantizer(base.Quantizer):
+    """Passes every call about a layer to the quantizer of its rule."""
+
+    config: MixedConfig
+    is_serializable: ClassVar[bool] = True
+
+    def __init__(self, config: MixedConfig) -> None:
+        self.parts = _quantizers(config.recipe)  # one a rule; rules with one config share it
+        self._numbers: dict[str, int] = {}  # layer -> its rule
+        self._of_type: dict[type, base.Quantizer] = {}  # class of a weight -> the quantizer that made it
+        self._layers: dict[str, base.Quantizer | None] = {}  # of the loaded model, linear; None: stays dense
+        super().__init__(config)
+        self.is_trainable = all(part.is_trainable for part in self.parts)
+        self.has_backward = all(part.has_backward for part in self.parts)
+
+    @property
+    def stored(self) -> bool:
+        return self._stored
+
+    @stored.setter
+    def stored(self, stored: bool) -> None:
+        self._stored = stored
+        for part in self.parts:
+            part.stored = stored
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, metadata: Mapping[str, str]) -> None:
+        self._metadata = metadata
+        for part in self.parts:
+            part.metadata = metadata
+
+    def _number(self, layer: str) -> int:
+        if layer not in self._numbers:
+            self._numbers[layer] = rule_for(self.config.recipe, layer)
+        return self._numbers[layer]
+
+    def part_of(self, layer: str) -> base.Quantizer:
+        """The quantizer of a layer's rule."""
+        return self.parts[self._number(layer)]
+
+    @contextmanager
+    def _at_rule(self, number: int) -> Iterator[None]:
+        """Say of errors which rule they are about."""
+        try:
+            yield
+        except QexpError as error:
+            raise type(error)(f"backend.recipe: rule {number + 1} ({self.config.recipe[number]}): {error}") from error
+
+    # What the whole model has
+
+    @property
+    def model_attributes(self) -> Mapping[str, Any]:
+        return {name: value for part in self._used for name, value in part.model_attributes.items()}
+
+    @property
+    def _used(self) -> list[base.Quantizer]:
+        """The quantizers that have layers in the model."""
+        used = {id(part): part for part in self._layers.values() if part is not None}
+        return list(used.values())
+
+    def validate_environment(self, device: torch.device) -> None:
+        for number, part in enumerate(self.parts):
+            with self._at_rule(number):
+                part.validate_environment(device)
+
+    def update_torch_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        for part in self.parts:
+            dtype = part.update_torch_dtype(dtype)
+        return dtype
+
+    def adjust_target_dtype(self, target_dtype: Any) -> Any:
+        """That of the format with most bits: a planner that takes it for all layers finds room for them."""
+        import torch
+
+        spec = WeightSpec("", (4096, 4096), torch.bfloat16)
+        parts = [part for part in self._used or self.parts if part.quantization_method != "none"]
+        largest = max(parts, key=lambda part: part.quantized_nbytes(spec), default=None)
+        return target_dtype if largest is None else largest.adjust_target_dtype(target_dtype)
+
+    def check_patterns(self, model: nn.Module, kept: Sequence[str], component: str) -> dict[str, str]:
+        return undecided_patterns(self.config.recipe, _linear_layers(model), kept, f"backend.recipe of '{component}'")
+
+    def conflict(self, layers: Sequence[str]) -> str | None:
+        numbers = {id(self.part_of(layer)): self._number(layer) for layer in layers}
+        if len(numbers) < 2:
+            return None
+        rules = " and ".join(f"rule {number + 1} ({self.config.recipe[number]})" for number in sorted(numbers.values()))
+        return f"backend.recipe: {rules} give it two formats; name all of them in one rule"
+
+    def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
+        left = list(missing)
+        for part in self.parts:
+            left = part.update_missing_keys(left)
+        return left
+
+    # What a layer has
+
+    def keeps_dense(self, layer: str) -> bool:
+        return self.part_of(layer).quantization_method == "none"
+
+    def layer_format(self, layer: str) -> str:
+        return self.part_of(layer).layer_format(layer)
+
+    def reason_to_skip(self, spec: WeightSpec) -> str | None:
+        """Raises ConfigError for a layer that a rule names and its format cannot hold; the default leaves it dense."""
+        number, part = self._number(spec.module), self.part_of(spec.module)
+        rule = self.config.recipe[number]
+        if self.keeps_dense(spec.module):
+            return f"rule {number + 1} of the recipe ({rule}) keeps it dense"
+        with self._at_rule(number):
+            reason = part.reason_to_skip(spec)
+            if reason is not None and rule.modules:
+                raise ConfigError(
+                    f"it cannot hold '{spec.module}': {reason}; give the layer another format in a rule before it"
+                )
+        return reason
+
+    def hides(self, spec: WeightSpec) -> Collection[str]:
+        return self.part_of(spec.module).hides(spec)
+
+    def quantized_nbytes(self, spec: WeightSpec) -> int:
+        return self.part_of(spec.module).quantized_nbytes(spec)
+
+    def format_key(self, spec: WeightSpec) -> Any:
+        part = self.part_of(spec.module)
+        return id(part), part.format_key(spec)
+
+    def takes_rows(self, spec: WeightSpec) -> bool:
+        return self.part_of(spec.module).takes_rows(spec)
+
+    def preprocess_model(self, model: nn.Module, names: Sequence[str], compute_dtype: torch.dtype) -> None:
+        of_part: dict[int, list[str]] = {}
+        for name in names:
+            of_part.setdefault(id(self.part_of(name)), []).append(name)
+        for own in of_part.values():
+            self.part_of(own[0]).preprocess_model(model, own, compute_dtype)
+
+    def create_quantized_param(
+        self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
+    ) -> nn.Parameter:
+        part = self.part_of(spec.module)
+        parameter = part.create_quantized_param(spec, sources, companions, device)
+        self._of_type[type(parameter)] = part
+        return parameter
+
+    def is_quantized(self, module: nn.Module) -> bool:
+        return any(part.is_quantized(module) for part in self._by_method())
+
+    def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
+        for part in self._by_method():
+            part.postprocess_model(model, device)
+        quantized = {name: self.is_quantized(model.get_submodule(name)) for name in _linear_layers(model)}
+        self._layers = {name: self.part_of(name) if found else None for name, found in quantized.items()}
+
+    def dequantize_param(self, param: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._of_type[type(param)].dequantize_param(param, dtype)
+
+    def restore_linear_layers(self, model: nn.Module, dtype: torch.dtype) -> None:
+        for part in self._by_method():
+            part.restore_linear_layers(model, dtype)
+
+    def _by_method(self) -> list[base.Quantizer]:
+        """A quantizer of each library: those of one library tell its layers by their classes, whatever the settings."""
+        return list({part.quantization_method: part for part in self.parts}.values())
+
+    # How it is stored
+
+    @property
+    def file_format(self) -> str:  # type: ignore[override]
+        writer = self._writer()
+        return "safetensors" if writer is None else writer.file_format
+
+    def _writer(self) -> base.Quantizer | None:
+        """The quantizer in whose format the model can be stored; None if there is none for all of its layers."""
+        if len({part.quantization_method for part in self._used}) != 1:
+            return None
+        return self._used[0].common_format(self._layers)
+
+    def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
+        return self.part_of(name).stored_parts(name, native_entries(name, entries))
+
+    def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
+        self.part_of(spec.module).check_quantized_param_shape(spec, parts)
+
+    def stored_nbytes(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> int:
+        return self.part_of(spec.module).stored_nbytes(spec, parts)
+
+    def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if (writer := self._writer()) is not None:
+            return writer.get_state_dict_and_metadata(state_dict)
+        return pack(state_dict, {layer: part for layer, part in self._layers.items() if part is not None})
+
+    def to_dict(self, model: nn.Module) -> dict[str, Any]:
+        if (writer := self._writer()) is not None:
+            return writer.to_dict(model)
+        rules = [
+            {"modules": [layer for layer, own in self._layers.items() if own is part], "backend": _stored(part, model)}
+            for part in self._used
+        ]
+        rules.append({"modules": [], "backend": {"quant_method": "none"}})  # the layers that no rule names
+        return refused_config({"quant_method": "mixed", "name": self.config.label, "recipe": rules})
+
+    def misread(self, model: nn.Module, is_of_transformers: bool) -> str | None:
+        writer = self._writer()
+        return None if writer is None else writer.misread(model, is_of_transformers)
+
+    def under_refused_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        writer = self._writer()
+        return dict(tensors) if writer is None else writer.under_refused_names(tensors)
+
+
+def _quantizers(rules: Sequence[Rule]) -> list[base.Quantizer]:
+    """A quantizer for each rule, the same where the configs are, but for their labels."""
+    made: list[base.Quantizer] = []
+    found: list[base.Quantizer] = []
+    for rule in rules:
+        same = [part for part in made if base.have_one_config([part.config, rule.backend])]
+        found.append(same[0] if same else base.load_quantizer(rule.backend))
+        made += [] if same else found[-1:]
+    return found
+
+
+def _stored(part: base.Quantizer, model: nn.Module) -> dict[str, Any]:
+    """The config of a part as its own format stores it, but for the list of unquantized layers."""
+    return {**part.to_dict(model), part.config.skip_field: None}
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules(remove_duplicate=False) if weight_shape(module) is not None]
+
+
+Config = MixedConfig
+Quantizer = MixedQuantizer

@@ -1,0 +1,78 @@
+"""One safetensors file for weights of several formats, which only qexp reads.
+
+Every layer has the tensors of its own format, under that format's names. Other programs are not to take them for
+something else: diffusers refuses the quant_method, but transformers passes over one that it does not know, and fills
+what it does not find with random numbers. So `X.weight` of a quantized layer always has a shape that it refuses:
+
+    X.weight   the tensor that the format calls so, with one more dimension of size 1; if it calls none so, u8 [1, 1, 1]
+
+GGUF blocks, whose own files are others, are there as u8 [out, bytes of a row, 1].
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qexp.errors import ConfigError
+from qexp.quantizers.base import Quantizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qexp.checkpoints.tensor_entry import TensorEntry
+
+
+def pack(state_dict: Mapping[str, Tensor], layers: Mapping[str, Quantizer]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, file metadata) of a model. layers: the quantized ones, with the quantizer of each.
+
+    Raises: ConfigError for a format that cannot be stored.
+    """
+    of_layer: dict[str | None, dict[str, Tensor]] = {}
+    for name, tensor in state_dict.items():
+        of_layer.setdefault(_layer_of(name, layers), {})[name] = tensor
+    tensors, metadata = dict(of_layer.pop(None, {})), dict[str, str]()
+    for layer, own in of_layer.items():
+        assert layer is not None
+        packed, described = _pack_layer(layer, own, layers[layer])
+        tensors |= packed
+        metadata |= described
+    return tensors, metadata
+
+
+def _pack_layer(
+    layer: str, own: Mapping[str, Tensor], quantizer: Quantizer
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    import torch
+
+    if not quantizer.is_serializable:
+        raise ConfigError(
+            f"save: {quantizer.quantization_method} of '{layer}' has no format to be stored in; dequantize it first"
+        )
+    tensors, metadata = quantizer.as_safetensors(own)
+    weight = f"{layer}.weight"
+    if weight in tensors:
+        tensors[weight] = tensors[weight][..., None]
+    elif any(name.startswith(weight) for name in own):  # not of a layer that shares the weight of another
+        tensors[weight] = torch.zeros(1, 1, 1, dtype=torch.uint8)
+    return tensors, {weight: metadata[weight]} if weight in metadata else {}
+
+
+def native_entries(layer: str, entries: Mapping[str, TensorEntry]) -> Mapping[str, TensorEntry]:
+    """The tensors of a file, with those of a layer as its format has them."""
+    weight = entries.get(f"{layer}.weight")
+    if weight is None or weight.shape[-1:] != (1,):
+        return entries
+    return ChainMap({f"{layer}.weight": replace(weight, shape=weight.shape[:-1])}, dict(entries))
+
+
+def _layer_of(tensor: str, layers: Mapping[str, Quantizer]) -> str | None:
+    """The quantized layer that a tensor of a state dict belongs to."""
+    name = tensor
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if name in layers:
+            return name
+    return None
