@@ -30,7 +30,7 @@ from tests.loading.test_interchange import (
 )
 
 __all__ = ["dense", "flux", "open_gate"]  # fixtures
-FLUX_RULES = [
+FLUX_RULES: list[dict[str, Any]] = [
     {"modules": ["proj_out", "norm_out.linear"], "backend": "none"},
     {"modules": "transformer_blocks", "backend": "gguf", "quant_type": "Q5_1"},
     {"modules": "single_transformer_blocks.*.attn", "backend": "gguf"},
@@ -94,7 +94,7 @@ def test_gguf_decoded_as_diffusers_decodes_gives_its_output(flux: Path, tmp_path
 # torchao: a config for each layer
 
 
-AO_RULES = [{"modules": "first", "backend": "torchao"}, {"modules": "plain", "backend": "none"},
+AO_RULES: list[dict[str, Any]] = [{"modules": "first", "backend": "torchao"}, {"modules": "plain", "backend": "none"},
             {"backend": "torchao", "quant_type": "int4dq"}]  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def test_diffusers_quantizes_by_the_config_that_is_written(dense: Path, tmp_path
 
 
 def test_four_bits_of_every_kind_share_a_file_that_diffusers_opens(dense: Path, tmp_path: Path) -> None:
-    rules = [
+    rules: list[dict[str, Any]] = [
         {"modules": "first", "backend": "bitsandbytes_fp4", "bnb_4bit_blocksize": 128},
         {"modules": "plain", "backend": "none"},
         {"backend": "bitsandbytes_nf4_dq"},
@@ -173,7 +173,7 @@ def test_one_format_and_dense_layers_are_that_formats_file(backend: str, dense: 
 
 # Everything else
 
-EVERY_LIBRARY = [
+EVERY_LIBRARY: list[dict[str, Any]] = [
     {"modules": "first", "backend": "torchao"},
     {"modules": "second", "backend": "quanto"},
     {"backend": "gguf_q4_0"},
@@ -227,7 +227,7 @@ def test_transformers_opens_a_mixture_of_torchao(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     mistral().save_pretrained(tmp_path / "dense")
-    rules = [
+    rules: list[dict[str, Any]] = [
         {"modules": "model.layers.0.mlp", "backend": "torchao", "quant_type": "float8wo_e4m3"},
         {"modules": "**.o_proj", "backend": "none"},
         {"backend": "torchao"},

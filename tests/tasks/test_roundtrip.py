@@ -61,7 +61,7 @@ def test_none_casts_every_layer(stack: Stack, tmp_path: Path) -> None:
 
 def test_the_summary_has_means_and_worst_cases() -> None:
     def row(sqnr: float, relative: float, cosine: float, largest: float) -> LayerRow:
-        return LayerRow("c", "l", 1, 1, "float32", 1, 8.0, sqnr, relative, cosine, largest)
+        return LayerRow("c", "l", 1, 1, "float32", "int8", 1, 8.0, sqnr, relative, cosine, largest)
 
     summary = summarize([row(20.0, 0.1, 0.995, 0.5), row(30.0, 0.03, 0.999, 0.7)])
     assert summary == {
@@ -86,8 +86,8 @@ def test_the_csv_reads_back(stack: Stack, tmp_path: Path) -> None:
 
 
 def test_a_layer_that_is_not_finite_is_counted_and_in_no_mean() -> None:
-    good = LayerRow("c", "a", 1, 1, "float32", 1, 8.0, 20.0, 0.1, 0.9, 0.5)
-    bad = LayerRow("c", "b", 1, 1, "float32", 1, 8.0, None, None, None, None)
+    good = LayerRow("c", "a", 1, 1, "float32", "int8", 1, 8.0, 20.0, 0.1, 0.9, 0.5)
+    bad = LayerRow("c", "b", 1, 1, "float32", "int8", 1, 8.0, None, None, None, None)
     summary = summarize([good, bad])
     assert (summary["roundtrip/nonfinite_layers"], summary["roundtrip/sqnr_db_mean"]) == (1, 20.0)
     assert nonfinite_layers([good, bad]) == ["b"]
