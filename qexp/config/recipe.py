@@ -9,7 +9,7 @@
 
 The first rule with a pattern that covers a layer decides. Patterns are those of `module_patterns.py`, one, a list, or
 `@file`. The list of rules alone is a recipe, too. A resolved recipe has a backend's config, every field of it, where
-the user gave an option.
+the user gave an option, and in a rule of a checkpoint names of layers in place of patterns.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from qexp.config.backend_options import backend_of
+from qexp.config.dataclass_io import convert
 from qexp.config.module_patterns import check_patterns, covering, patterns, union, unmatched_patterns
 from qexp.config.plugins import plugin_config
 from qexp.errors import ConfigError, first_names
 from qexp.system.text_files import read_text
 
-EXAMPLE = "backend.recipe=@recipe.yaml, or '[{modules: proj_out, backend: gguf}, {backend: gguf_q4_0}]'"
+EXAMPLE = "backend.recipe=@recipe.yaml, or '[{modules: blocks.0, backend: gguf}, {backend: gguf_q4_0}]'"
 
 
 @dataclass(frozen=True)
@@ -129,24 +130,25 @@ def _read_rule(value: Any, place: str) -> Rule:
         raise ConfigError(f"{place} is {value!r}, not a group of fields; give {EXAMPLE}")
     fields = {str(key): item for key, item in value.items()}
     modules, backend = fields.pop("modules", None), fields.pop("backend", None)
-    if isinstance(backend, Mapping):  # resolved before
-        modules = modules or None  # of a default
+    if isinstance(backend, Mapping):  # resolved before, or read from a checkpoint, whose layers have any characters
         if fields:
             raise ConfigError(f"{place} has {', '.join(fields)} beside a backend in full; put it into the backend")
-        backend = plugin_config("backend", backend, f"{place}: backend")
+        config = plugin_config("backend", backend, f"{place}: backend")
+        names = union(convert(tuple[str, ...], modules, f"{place}: modules"))
     elif isinstance(backend, str):
+        names = _read_modules(modules, place)
         try:
-            backend = backend_of(backend, fields)
+            config = backend_of(backend, fields)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from None
     else:
         wrong = f"has backend={backend!r}" if "backend" in value else "has no backend"
         raise ConfigError(f"{place} {wrong}; give an option of conf/backend (none: the layers stay dense)")
     try:
-        backend.check_as_rule()
+        config.check_as_rule()
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
-    return Rule(_read_modules(modules, place), backend)
+    return Rule(names, config)
 
 
 def _read_modules(value: Any, place: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from qexp.config.module_patterns import union
 from qexp.config.plugins import plugin_module, plugin_names
 from qexp.config.recipe import EXAMPLE, Rule, describe_formats, read_recipe, rule_for, undecided_patterns
 from qexp.errors import ConfigError, QexpError, choices
@@ -92,7 +93,7 @@ def _stored_rule(values: Any) -> Rule:
         raise ConfigError(
             f"quantization_config.recipe has {values!r}; quant_method is {choices(plugin_names('backend'))}"
         )
-    return Rule(tuple(map(str, modules)), plugin_module("backend", method).Config.from_dict(values["backend"]))
+    return Rule(union(tuple(map(str, modules))), plugin_module("backend", method).Config.from_dict(values["backend"]))
 
 
 class MixedQuantizer(base.Quantizer):

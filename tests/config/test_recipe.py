@@ -82,6 +82,7 @@ def test_types_that_another_backend_runs_are_resolved_by_rule() -> None:
         ([{"backend": "bitsandbytes_int8", "llm_int8_skip_modules": ["a"]}], "skip_modules=.'a'. is for"),
         ([{"backend": "bitsandbytes_int8", "llm_int8_enable_fp32_cpu_offload": True}], "is for a whole model"),
         ([{"backend": "quanto", "activations_dtype": "int8"}], "activations_dtype=int8 is calibrated"),
+        ([{"backend": {"quant_method": "gguf"}, "modules": None}], "rule 1: modules=None must be a list"),
         ([{"backend": {"quant_method": "gguf"}, "quant_type": "Q4_0"}], "quant_type beside a backend in full"),
         (["gguf"], "rule 1 is 'gguf', not a group of fields"),
         ({"rules": [], "rule": 1}, "has the keys rules, rule"),

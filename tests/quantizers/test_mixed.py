@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config.backend_options import backend_of
+from qexp.config.dataclass_io import to_plain
+from qexp.config.plugins import plugin_config
 from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError, LoadError, UnsupportedError
 from qexp.loading.quantized_model import registered_quantizer
@@ -167,6 +169,16 @@ def test_a_mixture_of_libraries_is_stored_under_a_name_of_its_own(folder: Path, 
     save_model(again.model, tmp_path / "again")
     for file in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "saved" / file).read_bytes()
+
+
+def test_the_recipe_of_a_checkpoint_survives_the_way_into_a_run(folder: Path, tmp_path: Path) -> None:
+    """Layers may be called what no pattern may be; sorted or not, the same names are the same rule."""
+    model = load_toy(folder, recipe(*RULES)).model
+    values: Any = registered_quantizer(model).to_dict(model)  # type: ignore[union-attr]
+    values["config"]["recipe"][0]["modules"] = ["z/y", "a b", "a b"]
+    config = embedded_config({"quantization_config": values}, "here")
+    assert config.recipe[0].modules == ("a b", "z/y")
+    assert plugin_config("backend", json.loads(json.dumps(to_plain(config))), "backend") == config
 
 
 @pytest.mark.parametrize(
