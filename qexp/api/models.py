@@ -74,9 +74,10 @@ def load(
         folder of a pipeline of diffusers, a hub's repository with one of these ("user/name"; what is missing is
         downloaded to huggingface_hub's cache), the name of a model source with a model of its own ("digits"), or a
         model source.
-    backend: a name of `backends()`; a backend's config, such as `BitsAndBytesConfig(load_in_4bit=True)`, or one of
-        diffusers' or transformers'; a mapping with `quant_method`; None does not quantize. A checkpoint that is
-        quantized already is loaded as it is, with a warning if something else was asked for.
+    backend: a name of `backends()`; "@recipe.yaml", rules for layers (docs/mixed.md); a backend's config, such as
+        `BitsAndBytesConfig(load_in_4bit=True)`, or one of diffusers' or transformers'; a mapping with `quant_method`;
+        None does not quantize. A checkpoint that is quantized already is loaded as it is, with a warning if something
+        else was asked for.
     skeleton: what builds the network, without weights: a class, which gets config.json's fields as keywords, or a
         function of the parsed config.json. None: the class of diffusers or transformers that config.json names.
     component: of a source with several: of a pipeline "transformer", for example (`load_pipeline` loads all of it).

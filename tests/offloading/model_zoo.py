@@ -158,10 +158,10 @@ QUANTIZERS: dict[str, Callable[[nn.Module], None]] = {
 
 LOADED = tuple(f"conf/{name}" for name in option_names("backend"))  # kinds: every option, as a load makes it
 RECIPE = [
-    {"modules": "embed", "backend": "bitsandbytes_nf4_dq"},
+    {"modules": "embed", "backend": "bitsandbytes"},
     {"modules": "blocks.0.fc1", "backend": "gguf", "quant_type": "Q5_1"},
     {"modules": "blocks.*.fc1", "backend": "torchao"},
-    {"modules": "head", "backend": "bitsandbytes_int8"},
+    {"modules": "head", "backend": "bitsandbytes_int8", "llm_int8_threshold": 0},
     {"backend": "quanto_int4"},
 ]
 

@@ -18,7 +18,7 @@ from tests.products import representatives
 
 BACKENDS = [kind.removeprefix("conf/") for kind in zoo.LOADED]
 WITHOUT = {"bitsandbytes_nf4_dq"}  # the library quantizes scales on real devices only
-KEPT = {*REPRESENTATIVES, "bitsandbytes"} - WITHOUT
+KEPT = {*REPRESENTATIVES, "bitsandbytes", "mixed"} - WITHOUT
 ON_DEVICE = representatives([name for name in BACKENDS if name not in WITHOUT], KEPT)
 
 
