@@ -15,7 +15,7 @@ OF_IMAGES = ("torchmetrics.functional.image", "PIL.Image")
 
 def modules_of(config: RunConfig) -> tuple[str, ...]:
     """Names of the modules that this experiment and its scoring import, its own and the libraries'. Imports neither."""
-    methods = sorted({component.backend.quant_method for component in config.components.values()})
+    methods = sorted({name for component in config.components.values() for name in component.backend.methods()})
     quantizers = [plugin_module("backend", method).Quantizer for method in methods]
     names = [*ALWAYS, *(name for quantizer in quantizers for name in quantizer.imports)]
     if any(quantizer.has_kernels for quantizer in quantizers):
