@@ -17,7 +17,7 @@ ONLY_IN = {
     "bitsandbytes": "qexp/quantizers/*",
     "torchao": "qexp/quantizers/*",
     "optimum": "qexp/quantizers/*",
-    "gguf": ("qexp/quantizers/*", "qexp/checkpoints/*", "qexp/models/*"),
+    "gguf": ("qexp/quantizers/*", "qexp/checkpoints/*", "qexp/models/*", "qexp/loading/gguf_saving.py"),
     "huggingface_hub": ("qexp/hub/*", "qexp/models/*"),
     "wandb": ("qexp/tracking/*", "qexp/report/wandb_report.py"),
     "wandb_workspaces": "qexp/report/wandb_report.py",
@@ -26,6 +26,7 @@ ONLY_IN = {
     "hydra": (
         "qexp/cli/command_line.py",
         "qexp/cli/hydra_errors.py",
+        "qexp/cli/sweeper.py",
         "qexp/config/hydra_schema.py",
         "qexp/sweep/callback.py",
         "qexp/sweep/job.py",

@@ -33,6 +33,7 @@ from qexp.config.yaml_options import conf_folder
 from qexp.errors import QexpError
 from qexp.experiments.resolve import to_run_config
 from qexp.results.labels import run_label
+from qexp.system.signals import Terminated, ending_signals_interrupt
 from qexp.tracking.session import check_login
 
 if TYPE_CHECKING:
@@ -70,13 +71,13 @@ def run(arguments: Sequence[str]) -> int:
         sorted_arguments = flags_first(arguments)
         sys.argv[1:] = defer_to_jobs(sorted_arguments)
         typed.update(zip(sys.argv[1:], sorted_arguments, strict=True))
-        with environment(FULL_ERROR, "1"):
+        with environment(FULL_ERROR, "1"), ending_signals_interrupt():
             hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)()
         for refusal in refusals:
             raise refusal
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + error.number if isinstance(error, Terminated) else INTERRUPTED
     except SystemExit:
         SweepFolder.remove_unused()
         raise

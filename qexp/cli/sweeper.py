@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qexp.cli.hydra_errors import explain
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, QexpError
+from qexp.results.manifest import Manifest
 
 MOST_TRIED = 20  # compositions before the first experiment, an eighth of a second each
 
@@ -42,7 +44,14 @@ class SweepAsItComes(BasicSweeper):
         OmegaConf.save(self.config, folder / "multirun.yaml")
         groups = self.hydra_context.config_loader.list_groups("")
         self.validate_batch_is_legal(list(with_each_value(jobs, groups, MOST_TRIED)))
-        return [self._run(number, job) for number, job in enumerate(jobs)]
+        try:
+            return [self._run(number, job) for number, job in enumerate(jobs)]
+        except KeyboardInterrupt:  # Hydra then calls no end of the sweep
+            from qexp.sweep.callback import print_table
+
+            with suppress(QexpError):
+                print_table(Manifest(self.config.paths.outputs, self.config.sweep.name))
+            raise
 
     def _run(self, number: int, job: Sequence[str]) -> Any:
         assert self.launcher is not None

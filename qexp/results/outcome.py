@@ -10,6 +10,7 @@ import signal
 from dataclasses import dataclass
 
 from qexp.errors import QexpError, UnsupportedError
+from qexp.system.signals import Terminated
 
 REASONS = ("config", "load", "oom", "timeout", "signal", "exit", "disk", "hub", "unsupported", "error")
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -29,7 +30,7 @@ class Outcome:
 
 
 DONE = Outcome("done")
-INTERRUPTED = Outcome("failed", "signal", "interrupted from the keyboard (Ctrl-C); run it again to go on")
+KEYBOARD = "interrupted from the keyboard (Ctrl-C)"
 
 
 def outcome_of(error: BaseException) -> Outcome:
@@ -40,7 +41,8 @@ def outcome_of(error: BaseException) -> Outcome:
     if isinstance(error, QexpError):
         return Outcome("failed", error.reason, text)
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
+        by = f"stopped by {signal.Signals(error.number).name}" if isinstance(error, Terminated) else KEYBOARD
+        return Outcome("failed", "signal", f"{by}; run it again to go on")
     if isinstance(error, SystemExit):
         return Outcome("failed", "exit", f"the experiment called sys.exit({error.code!r})")
     named = f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from qexp.errors import DiskError
 from qexp.system.files import disk_error, file_lock, read_json, write_json, write_text
 
 LOCK = ".lock"
@@ -97,6 +98,18 @@ class RunFolder:
             for entry in [self.path / SCRATCH, *self.path.rglob(".*")]:
                 if entry.name != LOCK and "wandb" not in entry.relative_to(self.path).parts:
                     _remove(entry)
+
+
+def remove_leftovers(outputs: Path) -> None:
+    """Remove offloaded weights of runs that were killed, in all run folders that no process holds."""
+    for scratch in [*outputs.glob(f"runs/*/{SCRATCH}"), *outputs.glob(f"references/*/{SCRATCH}")]:
+        folder = RunFolder(scratch.parent)
+        with suppress(BlockingIOError, DiskError), file_lock(folder.path / LOCK, _refuse_to_wait):
+            folder.remove_scratch()
+
+
+def _refuse_to_wait() -> None:
+    raise BlockingIOError
 
 
 def now_iso() -> str:

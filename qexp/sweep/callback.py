@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,6 +19,7 @@ from omegaconf import DictConfig
 
 from qexp.errors import QexpError
 from qexp.results.manifest import Manifest, count_line
+from qexp.results.run_folder import remove_leftovers
 from qexp.sweep.log_writer import WRITER
 
 
@@ -29,6 +31,7 @@ class SweepCallback(Callback):
         try:
             arguments = sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1 :]  # as typed: sys.argv may be edited
             command = ["python", "-m", "qexp", *arguments]
+            remove_leftovers(Path(config.paths.outputs))
             _manifest(config).start(command, planned_jobs(config), config.sweep.get("notes"))
         except QexpError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -62,17 +65,23 @@ def planned_jobs(config: DictConfig) -> int | None:
 
 
 def _close(manifest: Manifest) -> bool:
-    """Print how the sweep ended; whether anything in it failed."""
+    """Note and print how the sweep ended; whether anything in it failed."""
+    values = manifest.finish()
+    jobs, total = values["jobs"], values["total"]
+    print_table(manifest)
+    return any(job["status"] == "failed" for job in jobs) or len(jobs) < (total or 0)
+
+
+def print_table(manifest: Manifest) -> None:
+    """Print the results of a sweep so far, once all that is to be logged is."""
     from qexp.report.table import format_table, rows_of_sweep
 
     WRITER.close()
-    values = manifest.finish()
-    jobs, total = values["jobs"], values["total"]
+    values = manifest.read() or {"jobs": [], "total": None}
     try:
         print(f"\n{format_table(rows_of_sweep(manifest.folder.parents[1], manifest.name))}\n")
     finally:
-        print(count_line(jobs, total), flush=True)
-    return any(job["status"] == "failed" for job in jobs) or len(jobs) < (total or 0)
+        print(count_line(values["jobs"], values["total"]), flush=True)
 
 
 def _manifest(config: DictConfig) -> Manifest:

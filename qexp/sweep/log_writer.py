@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from qexp.config.schema import RunConfig
+from qexp.errors import MissingLibraryError
 from qexp.experiments.stored import run_config_from_container
 from qexp.results.outcome import outcome_of
 from qexp.results.run_folder import RunFolder
 from qexp.system.child_process import die_with_parent
+from qexp.tracking.session import import_wandb
 
 LOWER = 10  # of 19: a tenth of the weight of others, where cores are not free
 
@@ -78,8 +80,8 @@ def main() -> int:
     parser.add_argument("--parent", type=int, required=True, help="end when this process does")
     die_with_parent(parser.parse_args().parent)
     _give_way()
-    with suppress(ImportError):  # `log_run` says what is missing
-        import wandb  # noqa: F401
+    with suppress(MissingLibraryError):  # `log_run` says it
+        import_wandb()
     for line in sys.stdin:
         order = json.loads(line)
         folder = RunFolder(order["folder"])

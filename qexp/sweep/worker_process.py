@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from qexp.config.schema import IsolationConfig
-from qexp.results.outcome import INTERRUPTED, Outcome, outcome_of_exit, timed_out
+from qexp.results.outcome import Outcome, outcome_of, outcome_of_exit, timed_out
 from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.fork_client import SERVER, ForkedWorker, ServerDied
 from qexp.sweep.worker import Work
@@ -38,9 +38,9 @@ def run_worker(work: Work, isolation: IsolationConfig, modules: Sequence[str] = 
     process = _start(work, isolation.start, modules)
     try:
         in_time = _follow(process, work.folder / "worker.log", timeout_minutes)
-    except BaseException:
+    except BaseException as error:
         kill_session(process)
-        _settle(work, process, INTERRUPTED, started, clock)
+        _settle(work, process, outcome_of(error), started, clock)
         raise
     if isinstance(process, ForkedWorker) and process.server_died and in_time:
         SERVER.note_death()

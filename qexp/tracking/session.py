@@ -35,7 +35,7 @@ def wandb_session(folder: Path, mode: str) -> Iterator[Any]:
     before = {name: os.environ.get(name) for name in changes}
     _set_variables(changes)
     try:
-        wandb = _import_wandb()
+        wandb = import_wandb()
         try:
             if wandb.run is None:
                 wandb.setup(wandb.Settings(mode=mode, silent=True))
@@ -90,7 +90,7 @@ def clear_errors(subject: str, remedy: str) -> Iterator[None]:
         raise UnsupportedError(f"{subject} ({text}); check the network and the account, or {remedy}") from error
 
 
-def _import_wandb() -> Any:
+def import_wandb() -> Any:
     try:
         import wandb
     except ImportError as error:

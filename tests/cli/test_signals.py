@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.products import exhaustive
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", exhaustive("SIGHUP")])
+def test_ending_signal_marks_the_experiment_removes_its_files_and_prints_the_table(name, tmp_path) -> None:
+    command = [sys.executable, "-m", "qexp", "-m", "backend=none", "offload=leaf", "offload.to=disk", "seed=0,1"]
+    command += ["tracking=none", f"paths.outputs={tmp_path}", "task.num_images=1", "task.num_inference_steps=100000"]
+    command += ["reference.offload=leaf"]
+    sweep = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: list(tmp_path.glob("references/*/offload/*")))
+    family = psutil.Process(sweep.pid).children(recursive=True)
+    sweep.send_signal(signal.Signals[name])
+    output = sweep.communicate(timeout=100)[0]
+    assert sweep.returncode == 128 + signal.Signals[name]
+    assert "2 experiments: 0 done, 1 failed, 1 not run, or cut off" in output and "#1 digits" in output
+    assert "Traceback" not in output
+    (status,) = (json.loads(path.read_text()) for path in tmp_path.glob("runs/*/status.json"))
+    assert (status["status"], status["reason"]) == ("failed", "signal") and f"stopped by {name}" in status["message"]
+    assert not list(tmp_path.glob("*/*/offload"))
+    assert not [process for process in family if process.is_running() and process.status() != "zombie"]
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
