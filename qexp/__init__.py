@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from qexp.version import __version__
+from qexp.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qexp.api.models import backends, load, memory_footprint, offload, remove_offload, save
     from qexp.api.pipelines import load_pipeline
 
-__all__ = ["__version__", "backends", "load", "load_pipeline", "memory_footprint", "offload", "remove_offload", "save"]
+__all__ = ["backends", "load", "load_pipeline", "memory_footprint", "offload", "remove_offload", "save"]
 
 
 def __getattr__(name: str) -> Any:
