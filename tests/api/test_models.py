@@ -53,7 +53,7 @@ assert callable(qexp.offload) and qexp.config.offload.STRATEGIES
 assert not heavy & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
-    with pytest.raises(AttributeError, match="no attribute 'laod'; it has __version__, backends, load"):
+    with pytest.raises(AttributeError, match="no attribute 'laod'; it has backends, load"):
         _ = qexp.laod  # type: ignore[attr-defined]
 
 
