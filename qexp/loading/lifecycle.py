@@ -157,8 +157,9 @@ def warm_up(prepared: Prepared, device: torch.device) -> None:
     measured."""
     if prepared.quantizer.stored:
         return
-    by_format = {prepared.quantizer.format_key(spec): spec for spec in prepared.chosen.values() if spec.numel}
-    for found in by_format.values():  # of widths that the formats can hold
+    chosen = sorted((spec for spec in prepared.chosen.values() if spec.numel), key=lambda spec: spec.shape[1])
+    by_format = {prepared.quantizer.format_key(spec): spec for spec in chosen}
+    for found in by_format.values():  # the widest: a format may hold other narrow weights than one with 64 rows
         spec = replace(found, shape=(64, found.shape[1]))
         with torch.no_grad():
             prepared.quantizer.create_quantized_param(spec, [torch.ones(spec.shape)], {}, device)

@@ -90,6 +90,7 @@ class Manifest:
     def _write(self, values: dict[str, Any]) -> None:
         write_json(self.path, values)
         self.added.unlink(missing_ok=True)
+        _READ.pop(self.added, None)
 
     def _with_added(self, values: dict[str, Any]) -> dict[str, Any]:
         """The contents with what was added since; of a number that was added twice, the last one."""
