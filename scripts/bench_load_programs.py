@@ -37,22 +37,19 @@ FORMATS = {  # name in the tables -> option of conf/backend
 STORED = {"nf4, stored": "bitsandbytes", "gguf Q4_0, stored": "gguf_q4_0"}  # format -> option it was quantized with
 
 
-class FluxSource:
+def flux_source(folder: Path) -> Any:
     """The model source of a FLUX transformer in a folder."""
+    from qexp.models.folder import FolderSource
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def checkpoints(self) -> dict[str, Path]:
-        return {"transformer": self.folder}
-
-    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
+    def build(config: dict[str, Any]) -> nn.Module:
         from diffusers import FluxTransformer2DModel
 
         model: nn.Module = FluxTransformer2DModel.from_config(
             {name: value for name, value in config.items() if name != "quantization_config"}
         )
         return model
+
+    return FolderSource(folder, build)
 
 
 def backend_config(name: str) -> Any:
@@ -71,9 +68,9 @@ def load_with_qexp(folder: Path, name: str, workers: int | None = None, slice_we
     if slice_weights is not None:
         SLICE_WEIGHTS["cpu"] = slice_weights
     settings = ComponentConfig(backend_config(name), compute_dtype="bfloat16")
-    source: Any = FluxSource(folder)
+    source = flux_source(folder)
     loader = LoaderConfig(workers=workers)
-    return load_component(source, "transformer", settings, device=torch.device("cpu"), loader=loader)
+    return load_component(source, "model", settings, device=torch.device("cpu"), loader=loader)
 
 
 def load_with_diffusers(folder: Path, name: str) -> nn.Module:
@@ -133,10 +130,10 @@ def quantize_alone(folder: Path, name: str) -> Callable[[], None]:
     from qexp.loading.prepare import prepare, resolve_quantizer
 
     settings = ComponentConfig(backend_config(name), compute_dtype="bfloat16")
-    source: Any = FluxSource(folder)
+    source = flux_source(folder)
     checkpoint, cpu = open_checkpoint(folder), torch.device("cpu")
-    quantizer = resolve_quantizer(settings.backend, checkpoint, "transformer")
-    prepared = prepare(source, "transformer", settings, checkpoint, quantizer, device=cpu)
+    quantizer = resolve_quantizer(settings.backend, checkpoint, "model")
+    prepared = prepare(source, "model", settings, checkpoint, quantizer, device=cpu)
     specs = [item.spec for item in prepared.plan.quantized if item.spec is not None and not item.companions]
     weights: dict[tuple[int, int], Tensor] = {}
     for spec in specs:  # one weight of each shape is enough to compute on

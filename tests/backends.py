@@ -14,6 +14,7 @@ from qexp.config.backend_options import backend_of
 from qexp.config.hydra_schema import register_schemas
 from qexp.config.yaml_options import conf_folder, option_names
 from qexp.experiments.resolve import to_run_config
+from qexp.models.base import ModelSource
 from tests.products import representatives
 
 # not mixed, whose recipes name layers
@@ -57,7 +58,7 @@ class Stack(nn.Module):
         return x
 
 
-class StackSource:
+class StackSource(ModelSource):
     """The model source of a saved `Stack`."""
 
     def __init__(self, folder: Path) -> None:

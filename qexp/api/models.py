@@ -29,7 +29,7 @@ from qexp.config.schema import ComponentConfig, LoaderConfig, SaveConfig
 from qexp.config.yaml_options import option_names
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.hub.download import hub_id, local_folder, pinned
-from qexp.models.base import load_source
+from qexp.models.base import ModelSource, load_source
 from qexp.models.diffusers import DiffusersConfig
 from qexp.quantizers.configs import compute_dtype as dtype_name
 from qexp.system.devices import resolve_device
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qexp.config.offload import OffloadConfig
-    from qexp.models.base import ModelSource
     from qexp.offloading.strategies import Offload
 
 GIB = 1 << 30
@@ -225,10 +224,10 @@ def _source(source: Any, skeleton: Any, revision: str | None) -> tuple[Any, tupl
     elif revision is not None:
         raise ConfigError(f"revision={revision} is of a hub's repository, and source={source!r} is none; leave it out")
     if not isinstance(source, str | Path):
-        if not hasattr(source, "checkpoints"):
+        if not isinstance(source, ModelSource):
             raise ConfigError(
-                f"source={source!r} is no source; give a path, the name of a model, or an object with `checkpoints` "
-                "and `skeleton`, as in qexp.models.base.ModelSource"
+                f"source={source!r} is no source; give a path, the name of a model, or an object of a subclass of "
+                "qexp.models.base.ModelSource"
             )
         return source, ()
     path = expanded(source, "source")

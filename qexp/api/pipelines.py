@@ -81,10 +81,10 @@ def load_pipeline(
         source, _settings(source, base, components or {}), device=place, travels=offload is not None
     )
     pipeline = source.pipeline({name: component.prepared.model for name, component in planned.items()})
-    for name, component in planned.items():
+    for component in planned.values():
         model = load_planned(component, LoaderConfig(in_flight_mib=in_flight_mib, workers=workers)).model
         if offload is not None:
-            offload_model(model, offload, place, block_lists=source.block_lists(name))
+            offload_model(model, offload, place, block_lists=source.block_lists(model))
     vars(pipeline)[SOURCE] = source
     return pipeline
 

@@ -106,7 +106,7 @@ def open_component(source: Any, component: str) -> Checkpoint:
     none.
     """
     checkpoint = open_checkpoint(source.checkpoints()[component])
-    config = source.component_config(component) if hasattr(source, "component_config") else None
+    config = source.component_config(component)
     states_class = any(name in checkpoint.config for name in ("_class_name", "architectures", "model_type"))
     return checkpoint if config is None or states_class else replace(checkpoint, config=config)
 

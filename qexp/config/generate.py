@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from qexp.config.task import TaskConfig
 from qexp.errors import ConfigError, choices, did_you_mean
 from qexp.system.text_files import read_lines
 
@@ -25,7 +26,7 @@ OF_PIPELINES = (
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(TaskConfig):
     """Of the digits model: num_images, num_inference_steps, guidance_scale (null: 200, 20, and 1, no guidance).
 
     Of pipelines (null: the pipeline's own default): prompt, negative_prompt, a text or a list of them, or @file with

@@ -44,7 +44,7 @@ def trials(names: list[str]) -> dict[str, Any]:
 
 
 def _types(config: Any) -> list[dict[str, Any]]:
-    types: list[dict[str, Any]] = config.types() if hasattr(config, "types") else []
+    types: list[dict[str, Any]] = config.types()
     return types
 
 

@@ -18,7 +18,7 @@ from qexp.models.base import load_source
 
 def check_saves(save: SaveConfig, task: Any) -> None:
     """Raises ConfigError for a model that is to be saved where there will be none, or cannot be sent."""
-    if save.wanted and not getattr(task, "saves_outputs", True):
+    if save.wanted and not task.saves_outputs:
         raise ConfigError(
             f"{save.wanted} with task={task.name}: it goes layer by layer and leaves no model to save; "
             "use task=generate"
@@ -33,7 +33,7 @@ def check_before_download(model: Any, task: Any, top: TopLevelConfig) -> None:
         return
     with suppress(LoadError):
         check_task(model, task)
-        if getattr(model, "revision", None) is None:  # else the cache may have the components of another one
+        if model.revision is None:  # else the cache may have the components of another one
             check_component_names(top.components, load_source(model).components())
 
 
@@ -45,14 +45,13 @@ def check_task(model: Any, task: Any) -> None:
             f"task={task.name} is not for model.source={model.source}, which has {choices(source.tasks)}; "
             "choose another task, or another model"
         )
-    if hasattr(source, "check_task"):
-        source.check_task(task)
+    source.check_task(task)
 
 
 def check_save_path(path: Path, model: Any, components: Iterable[str]) -> None:
     """Raises ConfigError for a folder that holds what the model, or its reference, is loaded from."""
     places = [path, *(path / name for name in components)]
-    original = getattr(model, "reference_path", None)
+    original = model.reference_path
     for config in (model, *([replace(model, path=original)] if original is not None else [])):
         try:
             sources = load_source(config).checkpoints().values()
@@ -73,7 +72,7 @@ def check_offload(device_map: Any, strategy: str) -> None:
 
 def check_placed(task: Any, device_map: Any, max_memory: Any) -> None:
     """Raises ConfigError if there is no model to place as the map says."""
-    if getattr(task, "saves_outputs", True):
+    if task.saves_outputs:
         return
     given = f"device_map={device_map}" if isinstance(device_map, dict) and device_map.keys() != {""} else None
     if max_memory is not None:
@@ -86,7 +85,7 @@ def check_placed(task: Any, device_map: Any, max_memory: Any) -> None:
 
 
 def check_reference_path(model: Any) -> None:
-    path = getattr(model, "reference_path", None)
+    path = model.reference_path
     if path is not None and hub_id(path) is None and not Path(path).expanduser().exists():
         raise ConfigError(
             f"model.reference_path={path} does not exist; set it to the unquantized checkpoint to compare with, or "
@@ -96,7 +95,7 @@ def check_reference_path(model: Any) -> None:
 
 def check_reference_files(model: Any) -> None:
     """Raises LoadError for a reference checkpoint that cannot be opened, by the setting that names it."""
-    path = getattr(model, "reference_path", None)
+    path = model.reference_path
     if path is None:
         return
     try:

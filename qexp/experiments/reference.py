@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from qexp.checkpoints.checkpoint import open_components
+from qexp.config.model import ModelConfig
 from qexp.config.offload import OffloadConfig
 from qexp.config.schema import ComponentConfig, RunConfig, SaveConfig
 from qexp.errors import ConfigError
@@ -35,20 +35,18 @@ def reference_config(config: RunConfig) -> RunConfig:
     )
 
 
-def unquantized_model(model: Any) -> Any:
-    """The model that a quantized checkpoint is compared with; a model's config may have a method that says which."""
-    if hasattr(model, "unquantized"):
-        other = model.unquantized()
-        for name, checkpoint in open_components(load_source(other)).items():
-            if is_quantized(checkpoint):
-                raise ConfigError(
-                    f"the component '{name}' to compare with, '{checkpoint.path}', is quantized itself; set "
-                    "model.reference_path to the unquantized model"
-                )
-        return other
-    return replace(model, path=model.reference_path, reference_path=None)
+def unquantized_model(model: ModelConfig) -> ModelConfig:
+    """The model that a quantized checkpoint is compared with. Raises ConfigError if that is quantized itself."""
+    original: ModelConfig = model.unquantized()
+    for name, checkpoint in open_components(load_source(original)).items():
+        if is_quantized(checkpoint):
+            raise ConfigError(
+                f"the component '{name}' to compare with, '{checkpoint.path}', is quantized itself; set "
+                "model.reference_path to the unquantized model"
+            )
+    return original
 
 
 def saves_outputs(config: RunConfig) -> bool:
     """Whether the task leaves outputs that are compared with a reference and scored; a task config may say no."""
-    return bool(getattr(config.task, "saves_outputs", True))
+    return bool(config.task.saves_outputs)

@@ -69,7 +69,7 @@ def to_run_config(cfg: Any) -> RunConfig:
         plain_fp8=top.plain_fp8,
     )
     task = plugin_config("task", top.task, "task")
-    task = task.resolved() if hasattr(task, "resolved") else task
+    task = task.resolved()
     check_placed(task, device_map, max_memory)
     check_saves(top.save, task)
     check_perceptual(top.metrics, load_source(model), task)
@@ -77,12 +77,10 @@ def to_run_config(cfg: Any) -> RunConfig:
     model = pinned_model(model)  # from here on it is on this machine
     source = load_source(model)
     names = source.components()
-    quantized = source.quantized_components() if hasattr(source, "quantized_components") else names
+    quantized = source.quantized_components()
     check_component_names(top.components, names)
-    preset = model.skip_modules
-    if hasattr(source, "preset_patterns"):
-        own = [name for name, values in top.components.items() if isinstance(values, Mapping) and "backend" in values]
-        preset = source.preset_patterns({*quantized, *own})
+    own = [name for name, values in top.components.items() if isinstance(values, Mapping) and "backend" in values]
+    preset = source.preset_patterns({*quantized, *own})
     base = replace(base, skip_modules=union(base.skip_modules, preset))
     components = {
         name: _component(base, top.components.get(name, {}), f"components.{name}", is_quantized=name in quantized)
@@ -93,7 +91,7 @@ def to_run_config(cfg: Any) -> RunConfig:
     components = _with_embedded(model, components)
     check_streaming(top.low_cpu_mem_usage, components)
     check_task(model, task)
-    if task.name == "generate" and hasattr(source, "resolve_task"):
+    if task.name == "generate":
         task = source.resolve_task(task)
     if top.save.path is not None:
         check_save_path(Path(top.save.path), model, components)

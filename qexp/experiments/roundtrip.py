@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +18,6 @@ from qexp.loading.components import check_shared_patterns
 from qexp.loading.lifecycle import warm_up
 from qexp.loading.prepare import prepare, resolve_quantizer, skeleton_and_names
 from qexp.models.base import load_source
-from qexp.quantizers.embedded import is_quantized
 from qexp.system.files import write_json, write_text
 from qexp.system.memory import PeakMemory
 from qexp.tasks import roundtrip
@@ -66,22 +65,16 @@ def run_roundtrip(config: RunConfig, source: ModelSource, device: torch.device, 
     }
 
 
-def _measured(config: RunConfig, source: Any) -> list[str]:
+def _measured(config: RunConfig, source: ModelSource) -> list[str]:
     """The components whose layers are quantized; with backend=none, those that it is for."""
     quantized = [name for name, settings in config.components.items() if settings.backend.quant_method != "none"]
-    return quantized or list(getattr(source, "quantized_components", source.components)())
+    return quantized or list(source.quantized_components())
 
 
 def _original(config: RunConfig, component: str) -> Checkpoint | None:
-    """The unquantized checkpoint of a component, in `model.reference_path`. Raises: ConfigError if it is quantized."""
-    path = config.model.reference_path
-    if path is None and not hasattr(config.model, "unquantized"):
+    """The unquantized checkpoint of a component, in `model.reference_path`; None if none is named."""
+    if not config.model.has_original:
         return None
     source = load_source(unquantized_model(config.model))
     checkpoint = open_component(source, component)
-    if is_quantized(checkpoint):
-        raise ConfigError(
-            f"model.reference_path='{path or checkpoint.path}' is quantized itself; set it to the checkpoint with the "
-            f"original weights"
-        )
     return skeleton_and_names(source, component, checkpoint)[1]

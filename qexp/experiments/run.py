@@ -66,8 +66,7 @@ def _prepared(
     if config.task.name == "forward":
         config, inputs = _inputs_of_forward(config, source)
     planned = _plan(config, source, device, folder)
-    if hasattr(source, "check_run"):
-        source.check_run({name: component.prepared.model for name, component in planned.items()}, config.task)
+    source.check_run({name: component.prepared.model for name, component in planned.items()}, config.task)
     return config, planned, inputs
 
 
@@ -87,15 +86,14 @@ def _run_model(config: RunConfig, source: ModelSource, device: torch.device, fol
             models[name],
             config.offload,
             device=device,
-            block_lists=source.block_lists(name),
+            block_lists=source.block_lists(models[name]),
             store=folder / "offload" / name,
         )
 
     waiting = []  # for calibration, which needs all components, and those resident that it is for
     for name, component in planned.items():
         loaded[name] = load_planned(component, config.loader)
-        if hasattr(source, "adapt"):
-            source.adapt(name, models[name], component.prepared.compute_dtype)
+        source.adapt(name, models[name], component.prepared.compute_dtype)
         weights_bytes += module_nbytes(models[name])
         if component.prepared.quantizer.requires_calibration:
             waiting.append(name)
@@ -205,15 +203,15 @@ def _save(config: RunConfig, source: Any, models: Mapping[str, nn.Module], run_f
     with TemporaryDirectory(prefix=".save-", dir=run_folder) as scratch:
         folder = Path(save.path or scratch)
         files: list[Path] = []
-        if hasattr(source, "save_side_files"):
+        if source.is_pipeline:
             (folder / INDEX).unlink(missing_ok=True)  # of an earlier one: it says that all is there
         for name, model in models.items():
-            place = folder / name if hasattr(source, "save_side_files") else folder
+            place = folder / name if source.is_pipeline else folder
             limit = int(save.max_shard_gib * GIB)
             files += save_model(model, place, max_shard_bytes=limit, interchange=save.interchange)
             if save.path is not None:
                 print(f"saved {name} to {place}", file=sys.stderr)
-        if hasattr(source, "save_side_files"):
+        if source.is_pipeline:
             files = [*source.save_side_files(folder), *files]
         if save.push_to_hub is not None:
             message = f"Upload {config.model.source} in {backend_label(config.to_container())}"

@@ -65,7 +65,7 @@ def load_stages(
         # 5 build the network on the meta device
         model, named = skeleton_and_names(source, component, checkpoint, compute_dtype=dtypes[0])
         prepared = plan_modules(source, component, settings, named, quantizer, model, *dtypes)  # 6 swap modules, plan
-        blocks = source.block_lists(component) if device_map is not None else ()
+        blocks = source.block_lists(model) if device_map is not None else ()
         no_split = no_split_classes(model, blocks)
         placement = place(model, prepared.plan, device_map, device, max_memory, no_split)
         if spilled := to_keep_in_fp32(model, quantizer, placement):  # stays dense there: plan again, in the same places

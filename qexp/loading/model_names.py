@@ -51,10 +51,11 @@ def under_model_names(source: ModelSource, component: str, checkpoint: Checkpoin
 
 def _converted_by_source(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     """The checkpoint, converted by the source where a name or shape is not the model's."""
-    conversion = source.conversion(component, model, checkpoint) if hasattr(source, "conversion") else None
     entries = checkpoint.entries
-    fits = all(name in entries and entries[name].shape == t.shape for name, t in model.state_dict().items())
-    return checkpoint if conversion is None or fits else converted(checkpoint, conversion)
+    if all(name in entries and entries[name].shape == t.shape for name, t in model.state_dict().items()):
+        return checkpoint
+    conversion = source.conversion(component, model, checkpoint)
+    return checkpoint if conversion is None else converted(checkpoint, conversion)
 
 
 def _without_wrappers(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:

@@ -97,7 +97,7 @@ def plan_modules(
         if lost := patterns_lost((*settings.skip_modules, *settings.keep_in_fp32_modules), chosen):
             print(f"warning: {component}: {lost}", file=sys.stderr)
     else:
-        own = source.skip_modules(component, model) if hasattr(source, "skip_modules") else ()
+        own = source.skip_modules(component, model)
         unmatched["backend"] = quantizer.check_patterns(model, (*skip, *own, *fp32), component)
         check_one_format(model, quantizer)
         chosen, skipped = choose_modules(model, quantizer, (*skip, *own), fp32, compute_dtype, unquantized)
@@ -112,9 +112,10 @@ def plan_modules(
         plan = replace(plan, left_dense=tuple(unasked))
     for notice in notices(component, plan):
         print(notice, file=sys.stderr)
-    carried = source.carried_files() if hasattr(source, "carried_files") else ()
     config, path = dict(checkpoint.config), checkpoint.path
-    return Prepared(model, quantizer, chosen, plan, compute_dtype, own_dtype, config, path, carried, unmatched)
+    return Prepared(
+        model, quantizer, chosen, plan, compute_dtype, own_dtype, config, path, source.carried_files(), unmatched
+    )
 
 
 def _swap_layers(

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
+from qexp.config.model import ModelConfig
 from qexp.errors import LoadError
 from qexp.models import causal_lm
 
@@ -28,15 +31,11 @@ PROBLEM = re.compile(r"\d{3}[+-]\d{3}=")
 
 
 @dataclass(frozen=True)
-class ArithmeticConfig:
+class ArithmeticConfig(ModelConfig):
     """path: a folder as `save_pretrained` writes it; null is the model that comes with the package. problems: how many
     of the held-out problems are the prompts. revision, reference_path: as of causal_lm; null as for `path`."""
 
     source: str = "arithmetic"
-    path: str | None = None
-    revision: str | None = None
-    reference_path: str | None = None
-    skip_modules: tuple[str, ...] = ()
     problems: int = 500
 
 
@@ -44,24 +43,29 @@ Config = ArithmeticConfig
 
 
 class Source(causal_lm.Source):
-    """The arithmetic model as a `TextSource` with one component, "model"."""
+    """The arithmetic model, with one component, "model"."""
 
     config: Any
     has_text = True
 
     @property
+    @override
     def folder(self) -> Path:
         return ASSETS if self.config.path is None else super().folder
 
+    @override
     def side_files(self) -> list[Path]:
         return [*super().side_files(), ASSETS / HELD_OUT]
 
+    @override
     def prompts(self, task: GenerateConfig) -> list[str]:
         return list(task.prompt) if task.prompt else [line[:PROMPT] for line in self._lines()[: self.config.problems]]
 
+    @override
     def text(self, path: str | None) -> str:
         return super().text(path) if path is not None else "".join(f"{line}\n" for line in self._lines())
 
+    @override
     def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
         """answer_accuracy: how many of the problems among the prompts are solved; None if no prompt is a problem."""
         if "tokens" not in outputs:

@@ -11,15 +11,19 @@ the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from qexp.checkpoints.checkpoint import read_object
+from qexp.config.model import ModelConfig
 from qexp.config.text_windows import positions, window_and_stride
 from qexp.errors import ConfigError, LoadError
 from qexp.hub.download import local_folder
+from qexp.models.base import TextSource
 from qexp.system.text_files import read_text
 
 if TYPE_CHECKING:
@@ -51,16 +55,12 @@ TOKENIZERS = CARRIED_FILES[1:2] + CARRIED_FILES[5:11]  # one of which every toke
 
 
 @dataclass(frozen=True)
-class CausalLMConfig:
+class CausalLMConfig(ModelConfig):
     """path: a folder with config.json, safetensors and a tokenizer, or user/name of a hub's repository, of which
     revision is a branch, tag or commit (null: main). reference_path: the unquantized checkpoint to compare with where
     `path` is quantized already; a folder, or user/name@revision."""
 
     source: str = "causal_lm"
-    path: str | None = None
-    revision: str | None = None
-    reference_path: str | None = None
-    skip_modules: tuple[str, ...] = ()
 
 
 Config = CausalLMConfig
@@ -84,17 +84,13 @@ def _tokenizer_message(folder: Path, error: Exception) -> str:
     )
 
 
-class Source:
-    """A language model as a `TextSource` with one component, "model"."""
+class Source(TextSource):
+    """A language model with one component, "model"."""
 
+    config: CausalLMConfig
     tasks: tuple[str, ...] = ("generate", "perplexity", "forward", "roundtrip")
-    modality = "text"
-    has_text = False
     padding_side = "left"  # of prompts that are continued together
     required_packages = ("transformers", "tokenizers")
-
-    def __init__(self, config: CausalLMConfig) -> None:
-        self.config = config
 
     @property
     def folder(self) -> Path:
@@ -107,43 +103,50 @@ class Source:
             )
         return local_folder(self.config.path)
 
+    @override
     def components(self) -> tuple[str, ...]:
         return ("model",)
 
+    @override
     def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
         """The task with its defaults, and without what it has for images."""
         from qexp.config.generate import for_text
 
         return for_text(task)
 
+    @override
     def checkpoints(self) -> dict[str, Path]:
         return {"model": self.folder}
 
+    @override
     def side_files(self) -> list[Path]:
         """The files of a tokenizer and of generation settings: whatever is there that a library may read."""
         return side_files(self.folder)
 
+    @override
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         """transformers' own network, with the folder's generation_config."""
         from qexp.models.transformers_networks import network, with_generation_config
 
-        self._network = with_generation_config(network(config, self.folder, self.network_class), self.folder)
-        return self._network
+        built: nn.Module = with_generation_config(network(config, self.folder, self.network_class), self.folder)
+        return built
 
     @property
     def network_class(self) -> str | None:
         """The class of transformers that builds the network; None is the one that config.json names."""
         return "AutoModelForCausalLM"
 
+    @override
     def conversion(self, component: str, model: nn.Module, checkpoint: Checkpoint) -> Conversion:
         from qexp.models.transformers_networks import renaming
 
         return renaming(model)
 
-    def block_lists(self, component: str) -> list[str]:
+    @override
+    def block_lists(self, model: nn.Module) -> list[str]:
         from qexp.models.transformers_networks import block_lists
 
-        return block_lists(self._network)
+        return block_lists(model)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -160,10 +163,12 @@ class Source:
             tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
         return tokenizer
 
+    @override
     def carried_files(self) -> tuple[str, ...]:
         """The files beside config.json and weights that a saved model goes with."""
         return CARRIED_FILES
 
+    @override
     def check_task(self, task: Any) -> None:
         """Raises ConfigError for a task that lacks what this model cannot supply."""
         if task.name == "generate":
@@ -179,6 +184,7 @@ class Source:
             longest = positions(read_object(self.folder / "config.json"))
             window_and_stride(longest, task.window, task.stride, has_begin=False)  # check_run has the tokenizer, too
 
+    @override
     def prompts(self, task: GenerateConfig) -> list[str]:
         """The texts to go on from. Raises ConfigError if there are none."""
         if not task.prompt:
@@ -189,17 +195,20 @@ class Source:
         return list(task.prompt)
 
     @property
+    @override
     def begin_token(self) -> int | None:
         """What a text begins with, if this tokenizer puts anything there."""
         tokens: list[int] = self.tokenizer("")["input_ids"]
         return tokens[0] if len(tokens) > 0 and tokens[0] == self.tokenizer.bos_token_id else None
 
+    @override
     def text(self, path: str | None) -> str:
         """The text to measure perplexity on. Raises ConfigError if it cannot be read."""
         if path is None:
             raise ConfigError("task.text=null names no text to measure perplexity on; set task.text to a text file")
         return read_text(path, f"task.text={path}", "give a text file")
 
+    @override
     def encode(self, text: str) -> Tensor:
         """The tokens of a text, [n], without special ones: not the one that it begins with either, if it is written."""
         import torch
@@ -209,6 +218,7 @@ class Source:
             tokens = tokens[1:]
         return torch.tensor(tokens, dtype=torch.int64)
 
+    @override
     def check_run(self, models: Mapping[str, nn.Module], task: Any) -> None:
         """Raises ConfigError or LoadError for what this model cannot do with its tokenizer, before weights are read."""
         from qexp.models.prompt_tokens import check_tokens, encode_prompts
@@ -227,12 +237,18 @@ class Source:
             longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             window_and_stride(longest, task.window, task.stride, has_begin=self.begin_token is not None)
 
-    def forward_inputs(self, lines: list[str]) -> dict[str, Tensor]:
+    @override
+    def limit_samples(self, task: GenerateConfig, count: int) -> GenerateConfig:
+        return replace(task, prompt=tuple(self.prompts(task)[:count]))
+
+    @override
+    def forward_inputs(self, model: nn.Module, lines: list[str]) -> dict[str, Tensor]:
         """What the network is called with for lines of text, [lines, longest], padded behind them."""
         from qexp.models.prompt_tokens import encode_lines
 
-        return encode_lines(self._network, self.tokenizer, lines)
+        return encode_lines(model, self.tokenizer, lines)
 
+    @override
     def generate(
         self,
         models: dict[str, nn.Module],
@@ -250,13 +266,11 @@ class Source:
             models["model"], self.tokenizer, prompts, task, seed=seed, device=device, on_step=on_step
         )
 
+    @override
     def decode(self, tokens: Tensor) -> list[str]:
         """The texts of rows of tokens, [n, length]."""
         texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return texts
-
-    def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
-        return {}
 
 
 def side_files(folder: Path) -> list[Path]:

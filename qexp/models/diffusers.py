@@ -14,11 +14,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from qexp.checkpoints.checkpoint import read_object
 from qexp.checkpoints.pipeline_folder import INDEX, PipelineFolder, open_pipeline
 from qexp.config.dataclass_io import check_known, convert, field_types
+from qexp.config.model import ModelConfig
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.hub.download import local_folder
+from qexp.models.base import ModelSource
 from qexp.models.lora import LoraConfig, lora_configs
 
 if TYPE_CHECKING:
@@ -39,7 +43,7 @@ DEFAULTED = (  # fields of a task that a preset may give
 
 
 @dataclass(frozen=True)
-class DiffusersConfig:
+class DiffusersConfig(ModelConfig):
     """path: the folder of a pipeline, the one with model_index.json, or its name on a hub (user/name); revision: the
     branch or commit there; variant: of the weights' files ("fp16" is *.fp16.safetensors).
     quantize: the components that `backend` is for; null is the denoiser: transformer and transformer_2, or unet.
@@ -51,13 +55,9 @@ class DiffusersConfig:
     task_defaults: what fields of the task are where they are null, such as num_inference_steps."""
 
     source: str = "diffusers"
-    path: str | None = None
-    revision: str | None = None
     variant: str | None = None
     quantize: tuple[str, ...] | None = None
     checkpoints: dict[str, str] = field(default_factory=dict)
-    reference_path: str | None = None
-    skip_modules: tuple[str, ...] = ()
     lora: Any = None
     task_defaults: dict[str, Any] = field(default_factory=dict)
 
@@ -76,6 +76,12 @@ class DiffusersConfig:
         """
         return {"revision", "variant", "checkpoints", "quantize", "lora", "task_defaults"}
 
+    @property
+    @override
+    def has_original(self) -> bool:
+        return True  # the folder's own weights are one where `checkpoints` are quantized
+
+    @override
     def unquantized(self) -> DiffusersConfig:
         """The pipeline to compare with where something is quantized in this one's checkpoints."""
         if self.reference_path is not None:
@@ -88,16 +94,18 @@ class DiffusersConfig:
 Config = DiffusersConfig
 
 
-class Source:
-    """A pipeline as a `ModelSource`, with a component for each of its models."""
+class Source(ModelSource):
+    """A pipeline, with a component for each of its models."""
+
+    config: DiffusersConfig
 
     tasks: tuple[str, ...] = ("generate", "roundtrip")
     modality = "images"
+    is_pipeline = True
     required_packages = ("diffusers", "transformers", "tokenizers")
 
     def __init__(self, config: DiffusersConfig) -> None:
-        self.config = config
-        self._networks: dict[str, nn.Module] = {}
+        super().__init__(config)
         self._pipeline: Any = None
         self._updates: Updates = {}
 
@@ -111,11 +119,13 @@ class Source:
             )
         return open_pipeline(local_folder(self.config.path), f"model.path={self.config.path}")
 
+    @override
     def components(self) -> tuple[str, ...]:
         for name in self.config.checkpoints:
             _check_component(f"model.checkpoints.{name}", name, self.folder.models)
         return self.folder.models
 
+    @override
     def quantized_components(self) -> tuple[str, ...]:
         """Those that `backend` is for. Raises: ConfigError for one that this pipeline has not."""
         known = self.components()
@@ -131,10 +141,12 @@ class Source:
             _check_component(f"model.quantize: {name!r}", name, known)
         return tuple(name for name in known if name in self.config.quantize)
 
+    @override
     def preset_patterns(self, quantized: Collection[str]) -> tuple[str, ...]:
         """A preset's patterns for components that are quantized. They are of the denoiser: none where it is not."""
         return self.config.skip_modules if any(name in DENOISERS for name in quantized) else ()
 
+    @override
     def checkpoints(self) -> dict[str, Path]:
         """Component -> its folder or file."""
         own = {name: Path(path).expanduser() for name, path in self.config.checkpoints.items()}
@@ -153,6 +165,7 @@ class Source:
             )
         return found
 
+    @override
     def component_config(self, component: str) -> dict[str, Any] | None:
         """A file of weights from elsewhere is of the architecture that the pipeline has there, if nothing beside it or
         in it says more.
@@ -163,6 +176,7 @@ class Source:
         config = read_object(self.folder.path / component / "config.json")
         return {name: value for name, value in config.items() if name != "quantization_config"}
 
+    @override
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         """The network of the class that model_index.json names. Raises: LoadError for one that is not installed, or
         weights from elsewhere that are of another class.
@@ -175,8 +189,8 @@ class Source:
                 f"pipeline has a {expected} there; give weights of that class"
             )
         self._tell_of_variant(component)
-        self._networks[component] = _building().network(self.folder, component, config)
-        return self._networks[component]
+        network: nn.Module = _building().network(self.folder, component, config)
+        return network
 
     def _tell_of_variant(self, component: str) -> None:
         variant, folder = self.config.variant, self.folder.path / component
@@ -187,23 +201,25 @@ class Source:
                 file=sys.stderr,
             )
 
+    @override
     def conversion(self, component: str, model: nn.Module, checkpoint: Checkpoint) -> Conversion | None:
         """What turns other names of tensors into the model's: transformers' rules, or diffusers' for a single file."""
         from qexp.models.folder import library_conversion
 
         return library_conversion(model, checkpoint)
 
-    def block_lists(self, component: str) -> list[str]:
+    @override
+    def block_lists(self, model: nn.Module) -> list[str]:
         from qexp.models.transformers_networks import block_lists
-        from qexp.offloading.grouping import outermost_lists
 
-        network = self._networks[component]
-        return block_lists(network) or outermost_lists(network)
+        return block_lists(model) or super().block_lists(model)
 
+    @override
     def side_files(self) -> list[Path]:
         """What a result depends on beside the weights: the index, the scheduler's and tokenizers' files."""
         return self.folder.side_files()
 
+    @override
     def save_side_files(self, folder: Path) -> list[Path]:
         """Put all that has no weights into the folder of a saved pipeline; returns the files."""
         from qexp.system.files import write_bytes
@@ -214,6 +230,7 @@ class Source:
             write_bytes(target, source.read_bytes())
         return targets
 
+    @override
     def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
         """The task without what pipelines have no use for, and with this one's defaults."""
         from qexp.config.generate import for_pipelines
@@ -222,6 +239,7 @@ class Source:
         unset = {name: value for name, value in unset.items() if getattr(task, name) != 0}
         return for_pipelines(replace(task, **unset).resolved())
 
+    @override
     def check_task(self, task: Any) -> None:
         """Raises: ConfigError for a task without a prompt, or a LoRA that is not there or of no use."""
         if task.name == "generate":
@@ -249,6 +267,7 @@ class Source:
             self._pipeline = _building().assemble(self.folder, models)
         return self._pipeline
 
+    @override
     def check_run(self, models: Mapping[str, nn.Module], task: GenerateConfig) -> None:
         """Raises: ConfigError or LoadError for what this pipeline cannot do, before weights are read."""
         from qexp.models.lora import read_updates
@@ -259,20 +278,28 @@ class Source:
         if self.adapters():
             self._updates = read_updates(self.adapters(), pipeline_class(self.folder), models)
 
+    @override
     def adapters(self) -> tuple[LoraConfig, ...]:
         return lora_configs(self.config.lora)
 
+    @override
     def adapt(self, component: str, model: nn.Module, dtype: torch.dtype) -> None:
         """Apply what LoRAs have for a component that is loaded; `check_run` has read them."""
         from qexp.models.lora_layers import apply_updates
 
         apply_updates(model, self._updates.get(component, {}), dtype)
 
+    @override
+    def limit_samples(self, task: GenerateConfig, count: int) -> GenerateConfig:
+        return replace(task, prompt=tuple(self.prompts(task)[:count]))
+
+    @override
     def number_of_steps(self, models: Mapping[str, nn.Module], task: GenerateConfig) -> int | None:
         from qexp.models.pipeline_call import number_of_steps
 
         return number_of_steps(self.pipeline(models), task, len(self.prompts(task)))
 
+    @override
     def generate(
         self,
         models: dict[str, nn.Module],
@@ -286,9 +313,6 @@ class Source:
         from qexp.models.pipeline_call import run_pipeline
 
         return run_pipeline(self.pipeline(models), self.prompts(task), task, seed=seed, on_step=on_step)
-
-    def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
-        return {}
 
 
 def _building() -> Any:

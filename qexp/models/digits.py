@@ -15,8 +15,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
+from qexp.config.model import ModelConfig
 from qexp.errors import LoadError, choices
 from qexp.hub.download import local_folder
+from qexp.models.base import ModelSource
 
 if TYPE_CHECKING:
     import torch
@@ -31,40 +35,36 @@ SAVED_FIELDS = ("quantization_config", "torch_dtype", "dtype")  # of the loader,
 
 
 @dataclass(frozen=True)
-class DigitsModelConfig:
+class DigitsModelConfig(ModelConfig):
     """path: a folder with config.json and safetensors or a .gguf file, or such a file, or user/name of a hub's
     repository, of which revision is a branch, tag or commit (null: main); null is the checkpoint that comes with the
     package.
     reference_path: the unquantized checkpoint to compare with where `path` is quantized already; null as for `path`."""
 
     source: str = "digits"
-    path: str | None = None
-    revision: str | None = None
-    reference_path: str | None = None
-    skip_modules: tuple[str, ...] = ()
 
 
 Config = DigitsModelConfig
 
 
-class Source:
-    """The digits model as a `ModelSource` with one component, "transformer"."""
+class Source(ModelSource):
+    """The digits model, with one component, "transformer"."""
 
     tasks = ("generate", "forward", "roundtrip")
     modality = "images"
 
-    def __init__(self, config: DigitsModelConfig) -> None:
-        self.config = config
-
+    @override
     def components(self) -> tuple[str, ...]:
         return ("transformer",)
 
+    @override
     def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
         """The task with the defaults of this model, and nothing else than what it uses."""
         from qexp.config.generate import for_images
 
         return for_images(task)
 
+    @override
     def checkpoints(self) -> dict[str, Path]:
         """The folder or file of the transformer. Raises LoadError for a folder without config.json or weights."""
         folder = ASSETS if self.config.path is None else local_folder(self.config.path)
@@ -80,19 +80,19 @@ class Source:
             raise LoadError(f"{place}: no *.safetensors or *.gguf file there; {remedy}")
         return {"transformer": folder}
 
+    @override
     def side_files(self) -> list[Path]:
         """What images are scored with."""
         return [CLASSIFIER]
 
+    @override
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         """A `DigitsTransformer` of the stored architecture. Raises LoadError for a config that does not fit."""
         from qexp.models.digits_network import DigitsTransformer
 
         return DigitsTransformer(_architecture(config))
 
-    def block_lists(self, component: str) -> list[str]:
-        return ["blocks"]
-
+    @override
     def generate(
         self,
         models: dict[str, nn.Module],
@@ -122,6 +122,7 @@ class Source:
         images = images.clamp(-1, 1).masked_fill(~images.isfinite(), torch.nan)  # clamp would turn inf into 1
         return {"images": images, "labels": labels}
 
+    @override
     def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
         """Accuracy of the embedded classifier on the images, and Fréchet distance of its features to real digits.
 

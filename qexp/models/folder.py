@@ -10,7 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
+from qexp.config.model import ModelConfig
 from qexp.errors import ConfigError, LoadError
+from qexp.models.base import ModelSource
 from qexp.system.imports import quiet
 
 if TYPE_CHECKING:
@@ -23,24 +27,23 @@ if TYPE_CHECKING:
 NOT_THE_NETWORKS = ("quantization_config", "torch_dtype", "dtype")  # entries of config.json about the weights
 
 
-class FolderSource:
+class FolderSource(ModelSource):
+    """A checkpoint, with one component, "model"."""
+
     def __init__(self, path: Path, build: Callable[[dict[str, Any]], nn.Module] | type[nn.Module] | None) -> None:
+        super().__init__(ModelConfig(path=str(path)))
         self.path, self.build = path, build
 
+    @override
     def checkpoints(self) -> dict[str, Path]:
         return {"model": self.path}
 
+    @override
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         """The network of a parsed config.json. Raises: ConfigError or LoadError if nothing says how to build it."""
-        self._network = self._build(config)
-        return self._network
+        return self._build(config)
 
-    def block_lists(self, component: str) -> list[str]:
-        """Of the network that was built."""
-        from qexp.offloading.grouping import outermost_lists
-
-        return outermost_lists(self._network)
-
+    @override
     def skip_modules(self, component: str, model: Any) -> tuple[str, ...]:
         """What is left unquantized unless the caller built the network: what the last layer gets wrong goes straight
         into the output."""
@@ -56,6 +59,7 @@ class FolderSource:
 
         return output_embedding(model)
 
+    @override
     def carried_files(self) -> tuple[str, ...]:
         """A tokenizer's files, if there are any."""
         from qexp.models.causal_lm import CARRIED_FILES
@@ -81,6 +85,7 @@ class FolderSource:
             "(architectures), so nothing says how to build the network; pass skeleton=, a class or a function"
         )
 
+    @override
     def conversion(self, component: str, model: nn.Module, checkpoint: Checkpoint) -> Conversion | None:
         return library_conversion(model, checkpoint)
 

@@ -23,8 +23,12 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
+from qexp.config.model import ModelConfig
 from qexp.errors import ConfigError, choices, did_you_mean
 from qexp.hub.download import local_folder
+from qexp.models.base import ModelSource
 from qexp.models.python_text import as_module_name, check_arguments, parsed
 
 if TYPE_CHECKING:
@@ -34,7 +38,7 @@ NOT_THE_NETWORKS = ("quantization_config", "torch_dtype", "dtype", "architecture
 
 
 @dataclass(frozen=True)
-class PythonConfig:
+class PythonConfig(ModelConfig):
     """factory: package.module:function; checkpoint: its weights, a .safetensors or .gguf file, or a folder with such
     files and a config.json if they are several, or user/name of a hub's repository, of which revision is a branch, tag
     or commit (model.path is another word for it); arguments: of the factory; reference_path: the
@@ -44,10 +48,6 @@ class PythonConfig:
     factory: str | None = None
     checkpoint: str | None = None
     arguments: Any = None
-    path: str | None = None
-    revision: str | None = None
-    reference_path: str | None = None
-    skip_modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None and self.path not in (None, self.checkpoint):
@@ -61,6 +61,7 @@ class PythonConfig:
                 f"model.arguments={self.arguments} must be names and values: model.arguments='{{width: 64}}'"
             )
 
+    @override
     def input_files(self) -> dict[str, Path]:
         """The module's file, whose content is what counts. Raises ConfigError if there is none so called."""
         module, _ = split_name(self.factory)
@@ -71,18 +72,14 @@ class PythonConfig:
 Config = PythonConfig
 
 
-class Source:
+class Source(ModelSource):
     """A network with one component, "model"."""
 
-    tasks = ("forward", "roundtrip")
-    modality = "tensors"
-
-    def __init__(self, config: PythonConfig) -> None:
-        self.config = config
-
+    @override
     def components(self) -> tuple[str, ...]:
         return ("model",)
 
+    @override
     def checkpoints(self) -> dict[str, Path]:
         if self.config.path is None:
             raise ConfigError(
@@ -91,9 +88,7 @@ class Source:
             )
         return {"model": _without_config(local_folder(self.config.path))}
 
-    def side_files(self) -> list[Path]:
-        return []  # the factory's own file is an input of the configuration
-
+    @override
     def check_task(self, task: Any) -> None:
         """Raises ConfigError for a factory that is not there, or inputs that this network has no tokenizer for."""
         module, function = split_name(self.config.factory)
@@ -111,6 +106,7 @@ class Source:
                 "tensors (.safetensors with the names of forward's arguments, or .npy)"
             )
 
+    @override
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         """What the factory builds. Raises ConfigError if it builds nothing."""
         name = str(self.config.factory)
@@ -124,16 +120,7 @@ class Source:
 
         if not isinstance(network, nn.Module):
             raise ConfigError(f"model.factory={name} returned {_kind(network)}, no torch.nn.Module; return the network")
-        self._network = network
         return network
-
-    def block_lists(self, component: str) -> list[str]:
-        from qexp.offloading.grouping import outermost_lists
-
-        return outermost_lists(self._network)
-
-    def scores(self, outputs: dict[str, Any]) -> dict[str, float | None]:
-        return {}
 
 
 def split_name(name: str | None) -> tuple[str, str]:

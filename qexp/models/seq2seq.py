@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import override
+
 from qexp.errors import ConfigError
 from qexp.models import causal_lm
 
@@ -24,15 +26,17 @@ Config = Seq2SeqConfig
 
 
 class Source(causal_lm.Source):
-    """A sequence-to-sequence model as a `TextSource` with one component, "model"."""
+    """A sequence-to-sequence model with one component, "model"."""
 
     tasks: tuple[str, ...] = ("generate", "forward", "roundtrip")
     padding_side = "right"
 
     @property
+    @override
     def network_class(self) -> str | None:
         return "AutoModelForSeq2SeqLM"
 
+    @override
     def check_task(self, task: Any) -> None:
         if task.name == "generate" and task.text is not None:
             raise ConfigError(

@@ -7,7 +7,9 @@ network (T5EncoderModel, of a whole T5's checkpoint). The output embedding, if t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
 
 from qexp.models import causal_lm
 
@@ -36,14 +38,13 @@ class Source(causal_lm.Source):
     padding_side = "right"
 
     @property
+    @override
     def network_class(self) -> str | None:
         return self.config.auto_class
 
+    @override
     def skip_modules(self, component: str, model: nn.Module) -> tuple[str, ...]:
         """The output embedding: what the last layer gets wrong goes straight into the output."""
         from qexp.models.transformers_networks import output_embedding
 
         return output_embedding(model)
-
-    def scores(self, outputs: dict[str, Any]) -> dict[str, float | None]:
-        return {}

@@ -85,7 +85,7 @@ def forecast_components(
         except QexpError as error:
             failed[name] = error
             continue
-        found[name] = _forecast(prepared[name], offload, source.block_lists(name))
+        found[name] = _forecast(prepared[name], offload, source.block_lists(prepared[name].model))
     if not failed:
         check_shared_patterns(prepared, config.components)
     return found, failed

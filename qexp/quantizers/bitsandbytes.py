@@ -21,6 +21,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import override
+
 from qexp.errors import ConfigError
 from qexp.quantizers import base
 from qexp.quantizers.bitsandbytes_support import stored
@@ -55,10 +57,12 @@ class BitsAndBytesQuantizer(base.Quantizer):
     is_serializable = True
 
     @property
+    @override
     def model_attributes(self) -> Mapping[str, Any]:
         bits = "4bit" if self.config.load_in_4bit else "8bit"
         return {f"is_loaded_in_{bits}": True, f"is_{bits}_serializable": True}
 
+    @override
     def validate_environment(self, device: torch.device) -> None:
         super().validate_environment(device)
         if not self.config.is_quantizable():
@@ -73,6 +77,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
             )
         library()
 
+    @override
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
         import torch
 
@@ -83,12 +88,14 @@ class BitsAndBytesQuantizer(base.Quantizer):
             return f"{spec.numel} 4-bit weights do not fill whole numbers of {self.config.bnb_4bit_quant_storage}"
         return None
 
+    @override
     def hides(self, spec: WeightSpec) -> Collection[str]:
         if self.config.load_in_8bit:
             return ()
         is_seen = storage_dtype(self.config, spec) == spec.dtype
         return ("shape",) if is_seen else ("shape", "dtype")
 
+    @override
     def preprocess_model(self, model: nn.Module, names: Sequence[str], compute_dtype: torch.dtype) -> None:
         import torch
 
@@ -129,6 +136,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
             device="meta",
         )
 
+    @override
     def quantized_nbytes(self, spec: WeightSpec) -> int:
         if self.config.load_in_8bit:
             return spec.numel + 4 * spec.shape[0]
@@ -138,6 +146,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
             return packed + 4 * blocks
         return packed + blocks + 4 * math.ceil(blocks / NESTED_BLOCK_SIZE) + NESTED_CODE_BYTES + 4  # 4: the offset
 
+    @override
     def create_quantized_param(
         self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
@@ -149,18 +158,22 @@ class BitsAndBytesQuantizer(base.Quantizer):
             return create_4bit(self.config, spec, sources[0], device)
         return create_8bit(spec, sources[0], device)
 
+    @override
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
         return stored.parts_4bit(name, entries) if self.config.load_in_4bit else stored.parts_8bit(name, entries)
 
+    @override
     def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         if self.config.load_in_4bit:
             stored.check_4bit(spec, parts, self.config.bnb_4bit_quant_storage)
         else:
             stored.check_8bit(spec, parts)
 
+    @override
     def stored_nbytes(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> int:
         return stored.kept_nbytes(parts)
 
+    @override
     def common_format(self, layers: Mapping[str, base.Quantizer | None]) -> base.Quantizer | None:
         """4-bit weights describe themselves: type, block size and double quantization may differ by layer."""
         parts = [part for part in layers.values() if part is not None]
@@ -169,21 +182,25 @@ class BitsAndBytesQuantizer(base.Quantizer):
         shared = {(part.config.bnb_4bit_quant_storage, part.config.bnb_4bit_compute_dtype) for part in parts}
         return max(parts, key=parts.count) if len(shared) == 1 else None
 
+    @override
     def to_dict(self, model: nn.Module) -> dict[str, Any]:
         dtype = self.config.bnb_4bit_compute_dtype or str(model._pre_quantization_dtype).removeprefix("torch.")
         return {**super().to_dict(model), "bnb_4bit_compute_dtype": dtype}
 
+    @override
     def taken_by_diffusers(self, layer: str, kept: Sequence[str]) -> bool | None:
         """Not if its last part is the whole name of another, or a name is anywhere in its own."""
         is_named = layer.rpartition(".")[2] in kept or layer in kept
         return not is_named and not any(f"{name}." in layer for name in kept)
 
+    @override
     def is_quantized(self, module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
         if isinstance(module, library().nn.Linear4bit):
             return getattr(weight, "quant_state", None) is not None
         return isinstance(module, library().nn.Linear8bitLt) and _int8_state(module)[0] is not None
 
+    @override
     def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
         """Give 8-bit layers that share a weight one state: the first forward takes the values off the weight."""
         states: dict[int, Any] = {}
@@ -191,12 +208,14 @@ class BitsAndBytesQuantizer(base.Quantizer):
             if isinstance(module, library().nn.Linear8bitLt):
                 module.state = states.setdefault(id(module.weight), module.state)
 
+    @override
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
         functional = library().functional
         if isinstance(param, library().nn.Params4bit):
             return functional.dequantize_4bit(param.data, param.quant_state).to(dtype)
         return functional.int8_vectorwise_dequant(param.CB, param.SCB).to(dtype)
 
+    @override
     def restore_linear_layers(self, model: nn.Module, dtype: torch.dtype) -> None:
         for module in model.modules():
             if isinstance(module, library().nn.Linear8bitLt) and module.weight.CB is None:

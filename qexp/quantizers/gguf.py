@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import override
+
 from qexp.checkpoints.gguf_types import BLOCKED_PREFIX, DECODABLE, ENCODABLE, TYPES
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.quantizers import base
@@ -50,6 +52,7 @@ class GGUFConfig(BackendConfig):
     modules_to_not_convert: tuple[str, ...] = ()
     pre_quantized: bool = False
 
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         name = self.quant_type
@@ -63,9 +66,11 @@ class GGUFConfig(BackendConfig):
         raise ConfigError(f"backend.quant_type={name!r} {why}; {remedy}")
 
     @classmethod
+    @override
     def types(cls) -> list[dict[str, Any]]:
         return [{"quant_type": name} for name in ENCODABLE]
 
+    @override
     def describe(self) -> str | None:
         return self.quant_type
 
@@ -82,9 +87,11 @@ class GGUFQuantizer(base.Quantizer):
         self._stored_types: dict[str, str] = {}  # layer -> the type in which the checkpoint holds its weight
 
     @property
+    @override
     def skip_modules(self) -> tuple[str, ...]:
         return self.config.modules_to_not_convert  # always the user's: a file has no such list
 
+    @override
     def stored_dtype(self) -> torch.dtype | None:
         """That of the model whose file this is, if it says so; else upstream's default for GGUF."""
         import torch
@@ -93,6 +100,7 @@ class GGUFQuantizer(base.Quantizer):
         dtype: torch.dtype = getattr(torch, name)
         return dtype
 
+    @override
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
         if self.config.pre_quantized:
             raise ConfigError(
@@ -104,9 +112,11 @@ class GGUFQuantizer(base.Quantizer):
             return f"{self.config.quant_type} has blocks of {block} weights, which do not divide {spec.shape[1]}"
         return None
 
+    @override
     def quantized_nbytes(self, spec: WeightSpec) -> int:
         return TYPES[self.config.quant_type].nbytes(spec.shape)
 
+    @override
     def create_quantized_param(
         self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
@@ -125,6 +135,7 @@ class GGUFQuantizer(base.Quantizer):
                 ) from None
         return self.wrap(rows_of.inner["raw"], name, spec.shape, spec.dtype)
 
+    @override
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
         entry = entries.get(f"{name}.weight")
         if entry is not None and entry.dtype == "U8":  # in a safetensors file, which does not say the type
@@ -135,6 +146,7 @@ class GGUFQuantizer(base.Quantizer):
         self._stored_types[name] = entry.dtype.removeprefix(BLOCKED_PREFIX)
         return {"raw": entry}
 
+    @override
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 
@@ -143,20 +155,24 @@ class GGUFQuantizer(base.Quantizer):
         metadata = {MODEL_DTYPE_KEY: str(dtype).removeprefix("torch.")}
         return dict(state_dict), metadata | ({} if own is None else {COMPUTE_DTYPE_KEY: own})
 
+    @override
     def as_safetensors(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The blocks as bytes, u8 [out, bytes of a row]."""
         from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 
         return {name: own.raw if isinstance(own, GGUFTensor) else own for name, own in state_dict.items()}, {}
 
+    @override
     def common_format(self, layers: Mapping[str, base.Quantizer | None]) -> base.Quantizer | None:
         """A file has a type for each tensor, and one dtype to compute in."""
         dtypes = {part.config.compute_dtype for part in layers.values() if part is not None}
         return self if len(dtypes) == 1 else None
 
+    @override
     def layer_format(self, layer: str) -> str:
         return f"gguf {self._stored_types.get(layer, self.config.quant_type)}"
 
+    @override
     def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         entry = parts["raw"]
         if entry.dtype == "U8":
@@ -193,11 +209,13 @@ class GGUFQuantizer(base.Quantizer):
         weight = GGUFTensor(raw.view(shape[0], -1), quant_type, dtype, compute_dtype)
         return torch.nn.Parameter(weight, requires_grad=False)
 
+    @override
     def is_quantized(self, module: nn.Module) -> bool:
         from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 
         return isinstance(getattr(module, "weight", None), GGUFTensor)
 
+    @override
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
         return param.dequantize(dtype)
 

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from typing_extensions import override
+
 from qexp.config.module_patterns import union
 from qexp.config.plugins import plugin_module, plugin_names
 from qexp.config.recipe import EXAMPLE, Rule, describe_formats, read_recipe, rule_for, undecided_patterns
@@ -41,29 +43,35 @@ class MixedConfig(BackendConfig):
     quant_method: str = "mixed"
     recipe: Any = ()
 
+    @override
     def __post_init__(self) -> None:
         name, rules = read_recipe(self.recipe or (), "backend.recipe")
         object.__setattr__(self, "recipe", rules)
         if self.label is None and rules:
             object.__setattr__(self, "label", name or describe_formats(rules))
 
+    @override
     def missing(self) -> str | None:
         return None if self.recipe else f"backend=mixed needs a recipe; give {EXAMPLE}"
 
+    @override
     def resolved(self, device_type: str) -> MixedConfig:
         if (missing := self.missing()) is not None:
             raise ConfigError(missing)
         rules = tuple(replace(rule, backend=rule.backend.resolved(device_type)) for rule in self.recipe)
         return replace(self, recipe=rules)
 
+    @override
     def check_as_rule(self) -> None:
         raise ConfigError("backend=mixed is a recipe itself; put its rules in the place of this one")
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         rules = [{"modules": list(rule.modules), "backend": rule.backend.to_dict()} for rule in self.recipe]
         return {"quant_method": self.quant_method, "name": self.label, "recipe": rules}
 
     @classmethod
+    @override
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         rules = values.get("recipe")
         if not isinstance(rules, list):
@@ -74,12 +82,15 @@ class MixedConfig(BackendConfig):
             raise ConfigError(missing)
         return config
 
+    @override
     def methods(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for rule in self.recipe for name in rule.backend.methods()))
 
+    @override
     def describe(self) -> str | None:
         return describe_formats(self.recipe)
 
+    @override
     def is_quantizable(self) -> bool:
         return any(rule.backend.is_quantizable() for rule in self.recipe)
 
@@ -111,7 +122,7 @@ class MixedQuantizer(base.Quantizer):
         self.is_trainable = all(part.is_trainable for part in self.parts)
         self.has_backward = all(part.has_backward for part in self.parts)
 
-    @property
+    @property  # type: ignore[explicit-override]  # mypy knows no mark for a property in place of an attribute
     def stored(self) -> bool:
         return self._stored
 
@@ -121,7 +132,7 @@ class MixedQuantizer(base.Quantizer):
         for part in self.parts:
             part.stored = stored
 
-    @property
+    @property  # type: ignore[explicit-override]  # mypy knows no mark for a property in place of an attribute
     def metadata(self) -> Mapping[str, str]:
         return self._metadata
 
@@ -151,6 +162,7 @@ class MixedQuantizer(base.Quantizer):
     # What the whole model has
 
     @property
+    @override
     def model_attributes(self) -> Mapping[str, Any]:
         return {name: value for part in self._used for name, value in part.model_attributes.items()}
 
@@ -160,16 +172,19 @@ class MixedQuantizer(base.Quantizer):
         used = {id(part): part for part in self._layers.values() if part is not None}
         return list(used.values())
 
+    @override
     def validate_environment(self, device: torch.device) -> None:
         for number, part in enumerate(self.parts):
             with self._at_rule(number):
                 part.validate_environment(device)
 
+    @override
     def update_torch_dtype(self, dtype: torch.dtype) -> torch.dtype:
         for part in self.parts:
             dtype = part.update_torch_dtype(dtype)
         return dtype
 
+    @override
     def adjust_target_dtype(self, target_dtype: Any) -> Any:
         """That of the format with most bits: a planner that takes it for all layers finds room for them."""
         import torch
@@ -179,9 +194,11 @@ class MixedQuantizer(base.Quantizer):
         largest = max(parts, key=lambda part: part.quantized_nbytes(spec), default=None)
         return target_dtype if largest is None else largest.adjust_target_dtype(target_dtype)
 
+    @override
     def check_patterns(self, model: nn.Module, kept: Sequence[str], component: str) -> dict[str, str]:
         return undecided_patterns(self.config.recipe, _linear_layers(model), kept, f"backend.recipe of '{component}'")
 
+    @override
     def conflict(self, layers: Sequence[str]) -> str | None:
         numbers = {id(self.part_of(layer)): self._number(layer) for layer in layers}
         if len(numbers) < 2:
@@ -189,6 +206,7 @@ class MixedQuantizer(base.Quantizer):
         rules = " and ".join(f"rule {number + 1} ({self.config.recipe[number]})" for number in sorted(numbers.values()))
         return f"backend.recipe: {rules} give it two formats; name all of them in one rule"
 
+    @override
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
         left = list(missing)
         for part in self.parts:
@@ -197,12 +215,15 @@ class MixedQuantizer(base.Quantizer):
 
     # What a layer has
 
+    @override
     def keeps_dense(self, layer: str) -> bool:
         return self.part_of(layer).quantization_method == "none"
 
+    @override
     def layer_format(self, layer: str) -> str:
         return self.part_of(layer).layer_format(layer)
 
+    @override
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
         """Raises ConfigError for a layer that a rule names and its format cannot hold; the default leaves it dense."""
         number, part = self._number(spec.module), self.part_of(spec.module)
@@ -217,19 +238,24 @@ class MixedQuantizer(base.Quantizer):
                 )
         return reason
 
+    @override
     def hides(self, spec: WeightSpec) -> Collection[str]:
         return self.part_of(spec.module).hides(spec)
 
+    @override
     def quantized_nbytes(self, spec: WeightSpec) -> int:
         return self.part_of(spec.module).quantized_nbytes(spec)
 
+    @override
     def format_key(self, spec: WeightSpec) -> Any:
         part = self.part_of(spec.module)
         return id(part), part.format_key(spec)
 
+    @override
     def takes_rows(self, spec: WeightSpec) -> bool:
         return self.part_of(spec.module).takes_rows(spec)
 
+    @override
     def preprocess_model(self, model: nn.Module, names: Sequence[str], compute_dtype: torch.dtype) -> None:
         of_part: dict[int, list[str]] = {}
         for name in names:
@@ -237,6 +263,7 @@ class MixedQuantizer(base.Quantizer):
         for own in of_part.values():
             self.part_of(own[0]).preprocess_model(model, own, compute_dtype)
 
+    @override
     def create_quantized_param(
         self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
@@ -245,18 +272,22 @@ class MixedQuantizer(base.Quantizer):
         self._of_type[type(parameter)] = part
         return parameter
 
+    @override
     def is_quantized(self, module: nn.Module) -> bool:
         return any(part.is_quantized(module) for part in self._by_method())
 
+    @override
     def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
         for part in self._by_method():
             part.postprocess_model(model, device)
         quantized = {name: self.is_quantized(model.get_submodule(name)) for name in _linear_layers(model)}
         self._layers = {name: self.part_of(name) if found else None for name, found in quantized.items()}
 
+    @override
     def dequantize_param(self, param: Tensor, dtype: torch.dtype) -> Tensor:
         return self._of_type[type(param)].dequantize_param(param, dtype)
 
+    @override
     def restore_linear_layers(self, model: nn.Module, dtype: torch.dtype) -> None:
         for part in self._by_method():
             part.restore_linear_layers(model, dtype)
@@ -268,6 +299,7 @@ class MixedQuantizer(base.Quantizer):
     # How it is stored
 
     @property
+    @override
     def file_format(self) -> str:  # type: ignore[override]
         writer = self._writer()
         return "safetensors" if writer is None else writer.file_format
@@ -278,20 +310,25 @@ class MixedQuantizer(base.Quantizer):
             return None
         return self._used[0].common_format(self._layers)
 
+    @override
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
         return self.part_of(name).stored_parts(name, native_entries(name, entries))
 
+    @override
     def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         self.part_of(spec.module).check_quantized_param_shape(spec, parts)
 
+    @override
     def stored_nbytes(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> int:
         return self.part_of(spec.module).stored_nbytes(spec, parts)
 
+    @override
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         if (writer := self._writer()) is not None:
             return writer.get_state_dict_and_metadata(state_dict)
         return pack(state_dict, {layer: part for layer, part in self._layers.items() if part is not None})
 
+    @override
     def to_dict(self, model: nn.Module) -> dict[str, Any]:
         if (writer := self._writer()) is not None:
             return writer.to_dict(model)
@@ -302,10 +339,12 @@ class MixedQuantizer(base.Quantizer):
         rules.append({"modules": [], "backend": {"quant_method": "none"}})  # the layers that no rule names
         return refused_config({"quant_method": "mixed", "name": self.config.label, "recipe": rules})
 
+    @override
     def misread(self, model: nn.Module, is_of_transformers: bool) -> str | None:
         writer = self._writer()
         return None if writer is None else writer.misread(model, is_of_transformers)
 
+    @override
     def under_refused_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         writer = self._writer()
         return dict(tensors) if writer is None else writer.under_refused_names(tensors)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
 
@@ -12,9 +14,11 @@ from qexp.quantizers.configs import BackendConfig
 class NoneConfig(BackendConfig):
     quant_method: str = "none"
 
+    @override
     def quantization_method(self) -> str | None:
         return None
 
+    @override
     def is_quantizable(self) -> bool:
         return False
 

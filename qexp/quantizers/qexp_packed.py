@@ -27,6 +27,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from qexp.errors import ConfigError, choices, did_you_mean
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
@@ -52,6 +54,7 @@ class PackedConfig(BackendConfig):
     group_size: int | None = 64
     modules_to_not_convert: tuple[str, ...] = ()
 
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.quant_type not in ELEMENTS:
@@ -63,9 +66,11 @@ class PackedConfig(BackendConfig):
             raise ConfigError(f"backend.group_size={self.group_size} must be 1 or more, or null for one scale a row")
 
     @classmethod
+    @override
     def types(cls) -> list[dict[str, Any]]:
         return [{"quant_type": name} for name in ELEMENTS]
 
+    @override
     def describe(self) -> str:
         return self.quant_type
 
@@ -75,6 +80,7 @@ class PackedQuantizer(base.Quantizer):
     has_kernels = True
     is_serializable = True
 
+    @override
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
         size, columns = self.config.group_size, spec.shape[1]
         if size is None or columns % size == 0:
@@ -97,12 +103,14 @@ class PackedQuantizer(base.Quantizer):
         per_group = dict.fromkeys(self.parameters, (rows, columns // (self.config.group_size or columns)))
         return {"qdata": (rows, element.bits * math.ceil(columns / 8)), **per_group}
 
+    @override
     def quantized_nbytes(self, spec: WeightSpec) -> int:
         shapes = self.inner_shapes(spec.shape)
         return sum(
             rows * columns * (1 if name == "qdata" else PARAMETER_BYTES) for name, (rows, columns) in shapes.items()
         )
 
+    @override
     def create_quantized_param(
         self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
@@ -130,6 +138,7 @@ class PackedQuantizer(base.Quantizer):
             check_parameters(spec.module, name, inner[name])
         return PackedTensor(inner, self.config.quant_type, spec.shape, spec.dtype)
 
+    @override
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
         stored = {"qdata": f"{name}.weight", "scale": f"{name}.weight.scale", "offset": f"{name}.weight.offset"}
         parts = {part: entries[entry] for part, entry in stored.items() if entry in entries}
@@ -141,6 +150,7 @@ class PackedQuantizer(base.Quantizer):
                 raise lacks(f"'{stored[part]}', a part of a packed weight")
         return {part: parts[part] for part in needed}
 
+    @override
     def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         rows, columns = spec.shape
         size, bits = self.config.group_size or columns, ELEMENTS[self.config.quant_type].bits
@@ -149,6 +159,7 @@ class PackedQuantizer(base.Quantizer):
         expected = {"qdata": qdata, "scale": per_group, "offset": per_group}
         check_parts(spec, parts, expected, f"{self.config.quant_type} in groups of {size}")
 
+    @override
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         from qexp.quantizers.packed.tensor import PackedTensor
 
@@ -163,11 +174,13 @@ class PackedQuantizer(base.Quantizer):
             tensors.update({f"{name}.{part}": value for part, value in parameters})
         return tensors, {}
 
+    @override
     def is_quantized(self, module: nn.Module) -> bool:
         from qexp.quantizers.packed.tensor import PackedTensor
 
         return isinstance(getattr(module, "weight", None), PackedTensor)
 
+    @override
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
         return param.dequantize(dtype)
 

@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import override
+
 from qexp.errors import ConfigError, choices
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
@@ -59,6 +61,7 @@ class QuantoConfig(BackendConfig):
     # transformers' names
     also_read: ClassVar[Mapping[str, str]] = {"weights": "weights_dtype", "activations": "activations_dtype"}
 
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.weights_dtype not in STORED_DTYPES:
@@ -69,6 +72,7 @@ class QuantoConfig(BackendConfig):
         if self.calibration_samples < 1:
             raise ConfigError(f"backend.calibration_samples={self.calibration_samples} must be 1 or more")
 
+    @override
     def check_as_rule(self) -> None:
         super().check_as_rule()
         if self.activations_dtype is not None:
@@ -81,6 +85,7 @@ class QuantoConfig(BackendConfig):
         """Fields without effect on this configuration; they are left out of the run key."""
         return {"calibration_samples"} if self.activations_dtype is None else set()
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         """As diffusers writes it, whose only float8 is e4m3fn; with what it does not know only where it is used."""
         values = super().to_dict()
@@ -90,10 +95,12 @@ class QuantoConfig(BackendConfig):
         return values
 
     @classmethod
+    @override
     def types(cls) -> list[dict[str, Any]]:
         weights = [{"weights_dtype": name} for name in STORED_DTYPES if name != "float8_e4m3fn"]  # which is float8
         return [*weights, {"weights_dtype": "int8", "activations_dtype": "int8"}]
 
+    @override
     def describe(self) -> str | None:
         return self.weights_dtype + (f"/{self.activations_dtype}" if self.activations_dtype else "")
 
@@ -110,9 +117,11 @@ class QuantoQuantizer(base.Quantizer):
         self._calibrated = False
 
     @property
+    @override
     def requires_calibration(self) -> bool:
         return self.config.activations_dtype is not None and not self.stored
 
+    @override
     def update_torch_dtype(self, dtype: torch.dtype) -> torch.dtype:
         import torch
 
@@ -123,11 +132,13 @@ class QuantoQuantizer(base.Quantizer):
             )
         return dtype
 
+    @override
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
         if self._bits < 8 and group_count(spec) == 1:
             return f"quanto {self.config.weights_dtype} cannot hold a single group of weights"
         return None
 
+    @override
     def preprocess_model(self, model: nn.Module, names: Sequence[str], compute_dtype: torch.dtype) -> None:
         quanto = library()
         for name in names:
@@ -157,6 +168,7 @@ class QuantoQuantizer(base.Quantizer):
         name = self.config.activations_dtype
         return None if name is None else getattr(library(), f"q{name}")
 
+    @override
     def calibrate(self, model: nn.Module, run: Callable[[], object]) -> None:
         if self.config.activations_dtype is None:
             return
@@ -168,6 +180,7 @@ class QuantoQuantizer(base.Quantizer):
             activations.calibrate(layers, run)
         self._calibrated = True
 
+    @override
     def quantized_nbytes(self, spec: WeightSpec) -> int:
         scales = spec.shape[0] if self._bits == 8 else 2 * group_count(spec)
         rows = spec.shape[0] if self._bits == 8 else group_count(spec)
@@ -178,6 +191,7 @@ class QuantoQuantizer(base.Quantizer):
     def _bits(self) -> int:
         return {"int4": 4, "int2": 2}.get(self.config.weights_dtype, 8)
 
+    @override
     def create_quantized_param(
         self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
@@ -247,6 +261,7 @@ class QuantoQuantizer(base.Quantizer):
     def _part_names(self) -> tuple[str, ...]:
         return ("_data", "_scale") if self._bits == 8 else ("_data._data", "_scale", "_shift")
 
+    @override
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
         names = {part: f"{name}.weight.{part}" for part in self._part_names()}
         found = {part: entries[stored] for part, stored in names.items() if stored in entries}
@@ -260,6 +275,7 @@ class QuantoQuantizer(base.Quantizer):
             raise lacks(f"'{lacking[0]}', a part of a quantized weight")
         return found
 
+    @override
     def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         data, *scales = self._part_names()
         rows = spec.shape[0] if self._bits == 8 else group_count(spec)
@@ -293,17 +309,20 @@ class QuantoQuantizer(base.Quantizer):
         optimized: Tensor = weight.optimize() if fits else weight
         return optimized
 
+    @override
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         if self.requires_calibration and not self._calibrated:
             raise ConfigError(f"save: {activations.UNKNOWN}")
         return super().get_state_dict_and_metadata(state_dict)
 
+    @override
     def to_dict(self, model: nn.Module) -> dict[str, Any]:
         """With the last parts of the names of unquantized layers, too: they are all that diffusers looks at."""
         values = super().to_dict(model)
         names = values[self.config.skip_field]
         return {**values, self.config.skip_field: [*names, *sorted({_last_part(name) for name in names} - {*names})]}
 
+    @override
     def misread(self, model: nn.Module, is_of_transformers: bool) -> str | None:
         if is_of_transformers:
             return (
@@ -312,9 +331,11 @@ class QuantoQuantizer(base.Quantizer):
             )
         return super().misread(model, is_of_transformers)
 
+    @override
     def taken_by_diffusers(self, layer: str, kept: Sequence[str]) -> bool | None:
         return _last_part(layer) not in kept
 
+    @override
     def under_refused_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ending = f".weight.{self._part_names()[0]}"
         renamed = {}
@@ -324,14 +345,17 @@ class QuantoQuantizer(base.Quantizer):
             renamed[stored] = tensor[..., None] if is_data else tensor
         return renamed
 
+    @override
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
         used = ("input_scale",) if self.stored and self.config.activations_dtype else ()  # nothing else would tell it
         settled = [name for name in ACTIVATION_SCALES if name not in used]
         return [key for key in missing if key.rpartition(".")[2] not in settled]
 
+    @override
     def is_quantized(self, module: nn.Module) -> bool:
         return isinstance(module, library().QLinear) and isinstance(module.weight, library().QTensor)
 
+    @override
     def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
         import torch
 
@@ -341,6 +365,7 @@ class QuantoQuantizer(base.Quantizer):
                     if getattr(module, name).is_meta:  # no checkpoint holds it
                         setattr(module, name, torch.ones_like(getattr(module, name), device=module.weight.device))
 
+    @override
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
         return param.dequantize().to(dtype)
 

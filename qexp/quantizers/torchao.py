@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from typing_extensions import override
+
 from qexp.config.recipe import format_name
 from qexp.errors import ConfigError, LoadError, UnsupportedError, choices
 from qexp.quantizers import base
@@ -55,6 +57,7 @@ class TorchAoConfig(BackendConfig):
     group_size: int | None = None
     modules_to_not_convert: tuple[str, ...] = ()
 
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         quant_type, arguments, group_size = settle(self.quant_type, self.quant_type_kwargs, self.group_size)
@@ -64,6 +67,7 @@ class TorchAoConfig(BackendConfig):
         for name, value in settled.items():
             object.__setattr__(self, name, value)
 
+    @override
     def resolved(self, device_type: str) -> BackendConfig:
         """The config of what really runs: this one, or that of the packed format."""
         packed = self.quant_type in ELEMENTS and self.quant_type != "int4wo"
@@ -77,6 +81,7 @@ class TorchAoConfig(BackendConfig):
             modules_to_not_convert=self.modules_to_not_convert,
         )
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         from torchao.core.config import config_to_dict
 
@@ -87,6 +92,7 @@ class TorchAoConfig(BackendConfig):
         }
 
     @classmethod
+    @override
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The config that upstream's dict describes: today's, or a name and `quant_type_kwargs`, as there once were."""
         fields = {name: value for name, value in values.items() if name not in UNUSED_IF_FALSE or value}
@@ -106,10 +112,12 @@ class TorchAoConfig(BackendConfig):
             fields |= {"quant_type": described}
         return super().from_dict(fields)
 
+    @override
     def describe(self) -> str:
         return self.quant_type
 
     @classmethod
+    @override
     def types(cls) -> list[dict[str, Any]]:
         return [{"quant_type": name} for name in SHORTHANDS]
 
@@ -138,6 +146,7 @@ class TorchAoQuantizer(base.Quantizer):
         self._names: dict[int, str] = {}  # of the configs in a FqnToConfig, by their ids
         self._device: torch.device | None = None
 
+    @override
     def validate_environment(self, device: torch.device) -> None:
         super().validate_environment(device)
         self._device = device
@@ -153,6 +162,7 @@ class TorchAoQuantizer(base.Quantizer):
         for config in self._each_config():
             check_machine(self.config.quant_type, config, device)
 
+    @override
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
         if self._library_config(spec.module) is None:
             return "FqnToConfig leaves it alone"
@@ -166,11 +176,13 @@ class TorchAoQuantizer(base.Quantizer):
             )
         return None if self._layout(spec) else f"torchao leaves a weight of {list(spec.shape)} as it is"
 
+    @override
     def quantized_nbytes(self, spec: WeightSpec) -> int:
         layout = self._layout(spec)
         assert layout is not None, spec
         return layout.nbytes
 
+    @override
     def layer_format(self, layer: str) -> str:
         """By its own config where a FqnToConfig has one for each name."""
         if self.config.quant_type != FQN_TO_CONFIG:
@@ -183,6 +195,7 @@ class TorchAoQuantizer(base.Quantizer):
             self._names[id(config)] = format_name(own)
         return self._names[id(config)]
 
+    @override
     def common_format(self, layers: Mapping[str, base.Quantizer | None]) -> base.Quantizer | None:
         """A FqnToConfig with the exact name of every linear layer, null for those that stay dense."""
         if (same := super().common_format(layers)) is not None:
@@ -196,13 +209,16 @@ class TorchAoQuantizer(base.Quantizer):
         described = config_to_dict(FqnToConfig(by_name))
         return TorchAoQuantizer(TorchAoConfig.from_dict({"quant_type": {"default": described}}))
 
+    @override
     def format_key(self, spec: WeightSpec) -> Any:
         return id(self._library_config(spec.module))  # FqnToConfig has one for each name
 
+    @override
     def takes_rows(self, spec: WeightSpec) -> bool:
         layout = self._layout(spec)
         return layout is not None and layout.rows_multiple is not None
 
+    @override
     def create_quantized_param(
         self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
@@ -269,6 +285,7 @@ class TorchAoQuantizer(base.Quantizer):
             self._layouts[key] = layout_of(config, spec.shape, spec.dtype, self._device or torch.device("cpu"))
         return self._layouts[key]
 
+    @override
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
         names = self._description(name).get("_tensor_data_names", ()) if f"{name}.weight" in self.metadata else ()
         lacking = [part for part in names if f"{name}._weight_{part}" not in entries]
@@ -286,6 +303,7 @@ class TorchAoQuantizer(base.Quantizer):
             raise LoadError(f"the file's metadata for '{name}.weight' is not a JSON object; download it again")
         return description
 
+    @override
     def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         from qexp.quantizers.torchao_support.layout import stored_layout
 
@@ -317,6 +335,7 @@ class TorchAoQuantizer(base.Quantizer):
             raise LoadError(f"the quantized weight of '{spec.module}' is {list(weight.shape)}, not {list(spec.shape)}")
         return weight
 
+    @override
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
@@ -328,6 +347,7 @@ class TorchAoQuantizer(base.Quantizer):
             ) from None
         return tensors, {**metadata, "format": "pt"}
 
+    @override
     def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
         """Run one stored layer of each kind: whether this machine can is not known before."""
         if self.stored:
@@ -337,14 +357,17 @@ class TorchAoQuantizer(base.Quantizer):
             for layer in {type(layer.weight): layer for layer in layers}.values():
                 check_runs(layer, self.config.quant_type, device)
 
+    @override
     def taken_by_diffusers(self, layer: str, kept: Sequence[str]) -> bool | None:
         return not any(f"{name}." in f"{layer}.weight" for name in kept)
 
+    @override
     def is_quantized(self, module: nn.Module) -> bool:
         from qexp.quantizers.torchao_support.library import is_quantized
 
         return is_quantized(getattr(module, "weight", None))
 
+    @override
     def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
         from qexp.quantizers.torchao_support.library import dequantize
 

@@ -100,7 +100,7 @@ def git_commit(folder: Path) -> str | None:
 
 
 def _required(plugin: Any) -> tuple[str, ...]:
-    return tuple(getattr(plugin, "required_packages", ()))
+    return tuple(plugin.required_packages)
 
 
 def _version(package: str) -> str | None:

@@ -38,7 +38,7 @@ def check_perceptual(metrics: MetricsConfig, source: Any, task: Any) -> None:
 
     Only for a task that leaves images: other outputs have none of these metrics.
     """
-    if source.modality != "images" or not getattr(task, "saves_outputs", True):
+    if source.modality != "images" or not task.saves_outputs:
         return
     wanted = [name for name in PERCEPTUAL_METRICS if name in metrics.names]
     if "lpips" in wanted:

@@ -46,7 +46,7 @@ def score(config: RunConfig, folder: Path, reference: Path | None) -> Numbers:
     Raises: LoadError if saved outputs are missing or do not fit each other, DiskError if nothing can be written.
     """
     check_names(config.metrics.names)
-    if not getattr(config.task, "saves_outputs", True):
+    if not config.task.saves_outputs:
         return {}
     outputs = _read_outputs(folder)
     expected = _read_outputs(reference) if reference is not None else None

@@ -68,24 +68,24 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     for name in ("device_map", "max_memory"):  # so that runs from before there were such settings keep their names
         if identity.get(name, "") is None:
             del identity[name]
-    for name in _input_files(config.task):
+    for name in config.task.input_files():
         del identity["task"][name]  # their content counts, not where they are
     source = load_source(config.model)
     is_full = config.identity == "full"
     identity["checkpoints"] = _contents(source, is_full)
     if side_files := source.side_files():
         identity["side_files"] = _digests(side_files)
-    if adapters := source.adapters() if hasattr(source, "adapters") else ():
+    if adapters := source.adapters():
         identity["adapters"] = [
             [*map(content_digest, adapter.files()), _plain(adapter.weight), adapter.component] for adapter in adapters
         ]
     is_dense = all(component.backend.quant_method == "none" for component in config.components.values())
-    if is_dense and not saves_outputs(config) and hasattr(source, "quantized_components"):
+    if is_dense and not saves_outputs(config) and source.is_pipeline:
         identity["measured"] = list(source.quantized_components())  # else those with a backend are
     originals = _originals(config, is_full)
     if originals:
         identity["originals"] = originals
-    if files := {**_input_files(config.task), **_input_files(config.model)}:
+    if files := {**config.task.input_files(), **config.model.input_files()}:
         identity["input_files"] = {name: _input_digest(name, path) for name, path in files.items()}
     identity["schema"] = SCHEMA
     return identity
@@ -94,7 +94,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
 def _originals(config: RunConfig, is_full: bool) -> dict[str, Any]:
     """Content of what a checkpoint that is quantized is compared with: its outputs with those of a whole model, its
     weights with those of the same components."""
-    if getattr(config.model, "reference_path", None) is None and not hasattr(config.model, "unquantized"):
+    if not config.model.has_original:
         return {}
     stored = open_components(load_source(config.model))
     if not any(map(is_quantized, stored.values())):
@@ -113,11 +113,6 @@ def _contents(source: ModelSource, is_full: bool) -> dict[str, str]:
 
 def _digests(files: Sequence[Path]) -> list[list[str]]:
     return [[file.name, content_digest(file)] for file in files]
-
-
-def _input_files(config: Any) -> dict[str, Path]:
-    """The files that a task or a model reads, by the fields that name them, if its config has a method that says so."""
-    return config.input_files() if hasattr(config, "input_files") else {}
 
 
 def _input_digest(name: str, path: Path) -> str:

@@ -8,7 +8,6 @@ called with the first rows of these.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qexp.config.generate import GenerateConfig
+    from qexp.models.base import ModelSource
 
 OTHER_SEEDS = 1 << 62  # image i has the noise of seed + i: far from all that are measured
 
 
 def calibrate(
-    source: Any,
+    source: ModelSource,
     models: Mapping[str, nn.Module],
     task: Any,
     *,
@@ -47,7 +47,8 @@ def calibrate(
         if inputs is not None:
             quantizer.calibrate(model, partial(_call, model, inputs, count, task.batch_size, device))
             continue
-        samples = samples_of(source, task, count)
+        _check_samples(task)
+        samples = source.limit_samples(task, count)
 
         def run(samples: GenerateConfig = samples) -> None:
             source.generate(
@@ -66,14 +67,10 @@ def _call(model: nn.Module, inputs: Mapping[str, Tensor], count: int, batch_size
         answers(model, batch, device)
 
 
-def samples_of(source: Any, task: Any, count: int) -> GenerateConfig:
-    """The task with `count` samples."""
+def _check_samples(task: Any) -> None:
+    """Raises ConfigError for a task that generates no samples."""
     if task.name != "generate":
         raise ConfigError(
             f"this backend is calibrated on samples of the task, and task={task.name} has none; use task=generate, or "
             "task=forward"
         )
-    if hasattr(source, "prompts"):
-        samples: GenerateConfig = replace(task, prompt=tuple(source.prompts(task)[:count]))
-        return samples
-    return replace(task, num_images=count)

@@ -29,7 +29,7 @@ def read_inputs(task: ForwardConfig, source: Any, skeleton: nn.Module) -> dict[s
     import torch
 
     if task.is_text:
-        inputs: dict[str, Tensor] = source.forward_inputs(read_lines(task))
+        inputs: dict[str, Tensor] = source.forward_inputs(skeleton, read_lines(task))
     elif task.path.suffix.lower() == ".npy":
         import numpy as np
 

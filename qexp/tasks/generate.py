@@ -39,10 +39,7 @@ def run(
     """
     import torch
 
-    steps = task.num_inference_steps
-    if hasattr(source, "number_of_steps"):
-        steps = source.number_of_steps(models, task)
-    recorder = Recorder("generate", steps, device, memory)
+    recorder = Recorder("generate", source.number_of_steps(models, task), device, memory)
     started = recorder.begin()
     outputs = source.generate(models, task, seed=seed, device=device, on_step=recorder.on_step)
     total_seconds = time.perf_counter() - started

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qexp.config.task import TaskConfig
 from qexp.errors import ConfigError, LoadError, choices
 from qexp.system import text_files
 
@@ -15,7 +16,7 @@ SUFFIXES = (".safetensors", ".npy", ".txt")
 
 
 @dataclass(frozen=True)
-class ForwardConfig:
+class ForwardConfig(TaskConfig):
     """inputs: a .safetensors file (tensors by the names of forward's arguments), a .npy file (the first argument), or a
     .txt file (a line each, through the model's tokenizer); batch_size: rows, along the first dimension, at a time;
     component: of a model with several, null is the only one."""

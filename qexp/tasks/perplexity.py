@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qexp.config.task import TaskConfig
 from qexp.config.text_windows import window_and_stride
 from qexp.errors import ConfigError
 from qexp.tasks.recorder import Recorder, TaskResult
@@ -41,7 +42,7 @@ POSITIONS = 64  # whose logits are in fp32 at a time: a vocabulary of 128k token
 
 
 @dataclass(frozen=True)
-class PerplexityConfig:
+class PerplexityConfig(TaskConfig):
     """text: a UTF-8 file (null: the model's own, if it has one); max_tokens: of it, from its beginning; null is all;
     window: tokens the model sees at once, null for as many as it can, at most 2048; stride: tokens scored in each,
     null for half of it; batch_size: windows at a time; logprobs: most probable next tokens that are kept to compare

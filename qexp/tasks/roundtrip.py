@@ -11,6 +11,8 @@ import statistics
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from qexp.config.task import TaskConfig
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -25,7 +27,7 @@ ORIGINAL = "original"  # the dense weight, among the parts of a ready-quantized 
 
 
 @dataclass(frozen=True)
-class RoundtripConfig:
+class RoundtripConfig(TaskConfig):
     name: str = "roundtrip"
 
     saves_outputs: ClassVar[bool] = False  # nothing to compare with a reference, or to score

@@ -48,19 +48,6 @@ class Net(nn.Module):
         return result
 
 
-class NetSource:
-    """The model source of a saved `Net`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def checkpoints(self) -> dict[str, Path]:
-        return {"net": self.folder}
-
-    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
-        return Net(config["width"], config["depth"])
-
-
 def save_net(folder: Path, width: int, depth: int) -> int:
     """Write a seeded `Net` in bf16 as a checkpoint; returns its bytes."""
     from accelerate import init_empty_weights
@@ -89,12 +76,13 @@ def load_net(option: str, folder: Path, device: torch.device | str, dtype: torch
     from qexp.config.schema import ComponentConfig, LoaderConfig
     from qexp.doctor.options import backend_config, backend_files
     from qexp.loading.lifecycle import load_component
+    from qexp.models.folder import FolderSource
 
     (path,) = backend_files([option])
     settings = ComponentConfig(backend_config(path), compute_dtype=str(dtype).removeprefix("torch."))
-    source: Any = NetSource(folder)
+    source = FolderSource(folder, lambda config: Net(config["width"], config["depth"]))
     loader = LoaderConfig(workers=workers)
-    return load_component(source, "net", settings, device=torch.device(device), loader=loader)
+    return load_component(source, "model", settings, device=torch.device(device), loader=loader)
 
 
 def batches(width: int, count: int, dtype: torch.dtype) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md is right: its files, put into a copy of the project, are a backend and a metric; its commands run."""
+"""CONTRIBUTING.md is right: its files, put into a copy of the project, are plugins, and its commands run."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 FILE = re.compile(r"^`(?P<path>[\w/.]+)`\n\n```\w+\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -33,7 +33,8 @@ def project(page: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("qexp", "conf", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     files = {match["path"]: match["text"] for match in FILE.finditer(page)}
-    assert [Path(path).parent.as_posix() for path in files] == ["qexp/quantizers", "conf/backend", "qexp/metrics"]
+    folders = ["qexp/quantizers", "conf/backend", "qexp/metrics", "qexp/models", "conf/model"]
+    assert [Path(path).parent.as_posix() for path in files] == folders
     for path, text in files.items():
         assert not (folder / path).exists()
         (folder / path).write_text(text, encoding="utf-8")
@@ -65,13 +66,14 @@ def test_help_lists_the_backend(project: Path) -> None:
     assert re.search(r"^ +rowwise +Row-wise int8", run(project, "qexp", "--help"), re.MULTILINE)
 
 
-def commands(page: str) -> list[list[str]]:
-    """A round trip, a sweep and a contract of the backend; a sweep and a report of the metric."""
-    return [shlex.split(match["arguments"]) for match in COMMAND.finditer(page)]
+def commands(page: str, word: str) -> list[list[str]]:
+    """The commands of the page that are about one of its plugins."""
+    found = [shlex.split(match["arguments"]) for match in COMMAND.finditer(page)]
+    return [command for command in found if any(word in argument for argument in command)]
 
 
 def test_round_trip_of_the_page_has_the_error_of_the_formula(page: str, project: Path) -> None:
-    round_trip, *_ = commands(page)
+    round_trip, _, _ = commands(page, "rowwise")
 
     run(project, *round_trip, "tracking=none")
     (layers,) = project.glob("outputs/runs/*/layers.csv")
@@ -86,7 +88,7 @@ def test_round_trip_of_the_page_has_the_error_of_the_formula(page: str, project:
 
 @pytest.mark.exhaustive
 def test_sweep_and_contract_of_the_page_run(page: str, project: Path) -> None:
-    _, sweep, contract, *_ = commands(page)
+    _, sweep, contract = commands(page, "rowwise")
     run(project, *sweep, *QUICK)
     first, second = results(project)[-2:]
     errors = {metrics["quality/relative_l2"] for metrics in (first, second)}
@@ -103,7 +105,7 @@ def test_a_wrong_field_is_answered_by_the_backend(project: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_the_metric_of_the_page_is_in_table_csv_plot_and_wandb(page: str, project: Path) -> None:
-    *_, sweep, report = commands(page)
+    sweep, report = commands(page, "errors")
     run(project, *sweep, *(one for one in QUICK if one != "tracking=none"))
     printed = run(project, *report, "--wandb")
     int8, int2 = (metrics["quality/mae"] for metrics in results(project)[-2:])
@@ -114,3 +116,24 @@ def test_the_metric_of_the_page_is_in_table_csv_plot_and_wandb(page: str, projec
         assert [float(row["quality/mae"]) for row in csv.DictReader(stream)] == [int8, int2]
     assert (folder / "pareto_mae.png").stat().st_size > 10_000
     assert "summary:quality/mae" in (folder / "wandb_report.json").read_text(encoding="utf-8")
+
+
+def test_model_source_of_the_page_generates_as_its_formula_and_is_measured(page: str, project: Path) -> None:
+    generate, round_trip = commands(page, "generator")
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64), torch.nn.Tanh()
+    ).requires_grad_(False)
+    (project / "generator").mkdir()
+    save_file(network.state_dict(), project / "generator/model.safetensors")
+    (project / "generator/config.json").write_text('{"latent": 64, "width": 128}')
+
+    run(project, *generate, "tracking=none", "backend=none", "seed=5")
+    (outputs,) = (project / "outputs/runs").glob("*/outputs.safetensors")
+    noise = torch.randn(8, 64, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(load_file(outputs)["images"], network(noise).view(8, 1, 8, 8))
+    metrics = results(project)[-1]
+    assert metrics["quality/exact"] == 1 and metrics["offload/transferred_gib"] > 0
+
+    run(project, *round_trip, "tracking=none")
+    assert results(project)[-1]["roundtrip/layers"] == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +20,6 @@ from qexp.loading.device_map import main_device, no_split_classes, place
 from qexp.loading.lifecycle import load_component
 from qexp.loading.plan import LoadPlan
 from qexp.loading.saving import save_model
-from qexp.models.base import ModelSource
 from qexp.offloading.payload import as_bytes
 from qexp.offloading.placement import Placement
 from qexp.offloading.strategies import apply_offload
@@ -29,11 +28,6 @@ from tests.loading.toys import WIDTH, Block, Toy, ToySource, load_toy, random_st
 
 EMPTY = LoadPlan((), {}, ())
 FAKE_CUDA = torch.device("cuda", 0)
-
-
-class Source(ToySource):
-    def block_lists(self, component: str) -> list[str]:
-        return ["blocks"]
 
 
 def placed(device_map: Any, max_memory: Any = None, device: torch.device = CPU, no_split: Any = ()) -> Placement:
@@ -45,7 +39,7 @@ def load(
     folder: Path, backend: str, device_map: Any, max_memory: Any = None, store: Path | None = None
 ) -> LoadedComponent:
     return load_component(
-        cast(ModelSource, Source(folder, Toy)),
+        ToySource(folder, Toy),
         "toy",
         settings(backend),
         device=CPU,

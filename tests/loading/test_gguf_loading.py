@@ -23,7 +23,6 @@ from qexp.loading import weights
 from qexp.loading.component import LoadedComponent
 from qexp.loading.gguf_saving import save_gguf
 from qexp.loading.lifecycle import load_component
-from qexp.models.base import ModelSource
 from qexp.offloading.payload import leaves, module_nbytes, true_nbytes
 from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 from tests.backends import CPU
@@ -321,7 +320,7 @@ def test_damaged_files_end_in_a_load_error_or_a_model(tmp_path: Path) -> None:
     good = write(tmp_path / "good.gguf", reader_tensors("Q2_K"), {GGUF_CONFIG_KEY: json.dumps(CONFIG)})
     content, path, random_, refusals = good.read_bytes(), tmp_path / "x.gguf", random.Random(0), 0
     described = min(entry.offset for entry in open_checkpoint(good).entries.values())
-    source, loader = cast(ModelSource, ToySource(path, Reader)), LoaderConfig(workers=1)
+    source, loader = ToySource(path, Reader), LoaderConfig(workers=1)
     for _ in range(400):
         path.write_bytes(mutated(content, described, random_))
         try:

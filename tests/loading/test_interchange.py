@@ -6,7 +6,7 @@ diffusers refuses bitsandbytes without a GPU though the library runs on CPUs; th
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from tests.products import diagonal
 BF16 = torch.bfloat16
 
 
-class TinySource:
+class TinySource(ModelSource):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
@@ -100,7 +100,7 @@ def dense(tmp_path: Path) -> Path:
 
 
 def load_ours(folder: Path, *backend: str, skip: tuple[str, ...] = ()) -> Any:
-    source, settings = cast(ModelSource, TinySource(folder)), ComponentConfig(backend_config(*backend), skip)
+    source, settings = TinySource(folder), ComponentConfig(backend_config(*backend), skip)
     return load_component(source, "tiny", settings, device=CPU, loader=LoaderConfig()).model
 
 

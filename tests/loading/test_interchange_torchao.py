@@ -6,7 +6,7 @@ open here.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import LoadError, UnsupportedError
 from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
-from qexp.models.base import ModelSource
 from qexp.quantizers.torchao import TorchAoConfig
 from tests.backends import CPU, backend_config
 from tests.loading.test_interchange import (
@@ -120,7 +119,7 @@ def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load_ours(folder: Path, config: Any, dtype: str | None = None, skip: tuple[str, ...] = ()) -> Any:
-    source = cast(ModelSource, TinySource(folder))
+    source = TinySource(folder)
     component = ComponentConfig(config, skip, compute_dtype=dtype)
     return load_component(source, "tiny", component, device=CPU, loader=LoaderConfig()).model
 

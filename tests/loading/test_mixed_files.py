@@ -3,7 +3,7 @@ what no such format can hold is refused by every other program."""
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gguf
 import pytest
@@ -14,7 +14,6 @@ from qexp.config.backend_options import backend_of
 from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
-from qexp.models.base import ModelSource
 from tests.backends import CPU, option_config
 from tests.loading.test_foreign_readers import IDS, bert, mistral
 from tests.loading.test_gguf_interchange import answer, assert_same_weights, flux
@@ -43,7 +42,7 @@ def mixed(*rules: dict[str, Any]) -> Any:
 
 
 def load_tiny(folder: Path, config: Any) -> Any:
-    source = cast(ModelSource, TinySource(folder))
+    source = TinySource(folder)
     return load_component(source, "tiny", ComponentConfig(config), device=CPU, loader=LoaderConfig()).model
 
 
@@ -155,7 +154,7 @@ def test_four_bits_of_every_kind_share_a_file_that_diffusers_opens(dense: Path, 
 @pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_int8", "quanto", "quanto_int2"])
 def test_one_format_and_dense_layers_are_that_formats_file(backend: str, dense: Path, tmp_path: Path) -> None:
     ours = load_tiny(dense, mixed({"modules": "plain", "backend": "none"}, {"backend": backend}))
-    source = cast(ModelSource, TinySource(dense))
+    source = TinySource(dense)
     alone = ComponentConfig(option_config(backend), ("plain",))
     uniform = load_component(source, "tiny", alone, device=CPU, loader=LoaderConfig()).model
     for model, name in ((ours, "ours"), (uniform, "uniform")):

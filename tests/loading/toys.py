@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -57,7 +57,7 @@ class Toy(nn.Module):
         return self.head(x)
 
 
-class ToySource:
+class ToySource(ModelSource):
     """The model source of one component, `toy`, which `build` constructs."""
 
     def __init__(self, path: Path, build: Callable[[], nn.Module]) -> None:
@@ -91,7 +91,7 @@ def settings(backend: str = "torchao", *overrides: str, **fields: Any) -> Compon
 
 
 def prepare_toy(folder: Path, settings: ComponentConfig, build: Callable[[], nn.Module] = Toy) -> Prepared:
-    source = cast(ModelSource, ToySource(folder, build))
+    source = ToySource(folder, build)
     checkpoint = open_checkpoint(folder)
     quantizer = resolve_quantizer(settings.backend, checkpoint, "toy")
     prepared = prepare(source, "toy", settings, checkpoint, quantizer, device=CPU)
@@ -102,5 +102,5 @@ def prepare_toy(folder: Path, settings: ComponentConfig, build: Callable[[], nn.
 def load_toy(
     folder: Path, settings: ComponentConfig, build: Callable[[], nn.Module] = Toy, *, workers: int = 2
 ) -> LoadedComponent:
-    source, loader = cast(ModelSource, ToySource(folder, build)), LoaderConfig(in_flight_mib=1, workers=workers)
+    source, loader = ToySource(folder, build), LoaderConfig(in_flight_mib=1, workers=workers)
     return load_component(source, "toy", settings, device=CPU, loader=loader)

@@ -134,10 +134,10 @@ def test_every_backend_loads_and_answers(backend: str, tmp_path: Path) -> None:
 def test_offloading_changes_no_bit(architecture: str, strategy: str, tmp_path: Path) -> None:
     save_model(tmp_path / "model", config_of(architecture))
     loaded, source = load(tmp_path / "model", "torchao", skip_modules=("lm_head",))
-    assert source.block_lists("model") == ["model.layers"]
+    assert source.block_lists(loaded.model) == ["model.layers"]
     expected = logits(loaded.model)
     config = OffloadConfig(strategy, "disk").resolved("cpu")
-    apply_offload(loaded.model, config, device=CPU, block_lists=source.block_lists("model"), store=tmp_path / "store")
+    apply_offload(loaded.model, config, device=CPU, block_lists=["model.layers"], store=tmp_path / "store")
     assert torch.equal(logits(loaded.model), expected)
 
 

@@ -18,6 +18,7 @@ from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.config.yaml_options import option_names
 from qexp.doctor.options import backend_config, backend_files
 from qexp.loading.lifecycle import load_component
+from qexp.models.base import ModelSource
 
 WIDTH = 64
 
@@ -166,7 +167,7 @@ RECIPE = [
 ]
 
 
-class NetSource:
+class NetSource(ModelSource):
     """The model source of a saved `Net`."""
 
     def __init__(self, folder: Path) -> None:
@@ -177,9 +178,6 @@ class NetSource:
 
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         return Net(config["depth"])
-
-    def block_lists(self, component: str) -> list[str]:
-        return ["blocks"]
 
 
 def save(folder: Path, depth: int = 3) -> NetSource:

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError
 from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
-from qexp.models.base import ModelSource
 from qexp.offloading.payload import true_nbytes
 from qexp.offloading.strategies import apply_offload
 from qexp.quantizers.base import load_quantizer
@@ -197,7 +196,7 @@ def test_no_cpu_changes_what_a_weight_is_saved_or_offloaded_as(backend: str, tmp
 
 
 def load_stack(folder: Path, backend: str) -> Any:
-    source, settings = cast(ModelSource, StackSource(folder)), ComponentConfig(backend_config(backend))
+    source, settings = StackSource(folder), ComponentConfig(backend_config(backend))
     return load_component(source, "stack", settings, device=CPU, loader=LoaderConfig()).model
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ class Adapter(nn.Module):
         return self.layer(x) + self.up(self.down(x.float())).to(x.dtype)
 
 
-class TransformerSource:
+class TransformerSource(ModelSource):
     def __init__(self, folder: Path, kind: Any) -> None:
         self.folder, self.kind = folder, kind
 
@@ -95,7 +95,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load_all(folder: Path, backend: str, *overrides: str, kind: Any = None, **fields: Any) -> LoadedComponent:
     from tests.quantizers.peer_transformer import Transformer
 
-    source = cast(ModelSource, TransformerSource(folder, kind or Transformer))
+    source = TransformerSource(folder, kind or Transformer)
     settings = ComponentConfig(backend_config(backend, *overrides), compute_dtype="bfloat16", **fields)
     return load_component(source, "transformer", settings, device=CPU, loader=LoaderConfig(workers=1))
 

@@ -16,10 +16,11 @@ CPU = torch.device("cpu")
 NO_MEMORY = (0.0, 0.0)
 
 
-class Sampler:
+class Sampler(Source):
     """A stand-in source whose steps take a given time and change one state in place."""
 
     def __init__(self, seconds: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(Config())
         self.seconds = seconds
         self.dtype = dtype
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 from qexp.errors import ConfigError, choices
 from qexp.quantizers.bitsandbytes_support import stored
 from qexp.quantizers.configs import BackendConfig
@@ -37,6 +39,7 @@ class BitsAndBytesConfig(BackendConfig):
     skip_field: ClassVar[str] = "llm_int8_skip_modules"
     also_read: ClassVar[Mapping[str, str]] = {"_load_in_4bit": "load_in_4bit", "_load_in_8bit": "load_in_8bit"}
 
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.load_in_8bit and self.load_in_4bit:
@@ -54,6 +57,7 @@ class BitsAndBytesConfig(BackendConfig):
         if self.llm_int8_threshold < 0:
             raise ConfigError(f"backend.llm_int8_threshold={self.llm_int8_threshold} must be 0 or more")
 
+    @override
     def check_as_rule(self) -> None:
         super().check_as_rule()
         if self.llm_int8_enable_fp32_cpu_offload:
@@ -65,6 +69,7 @@ class BitsAndBytesConfig(BackendConfig):
             return {"llm_int8_threshold"}
         return {item.name for item in fields(self) if item.name.startswith("bnb_4bit_")}
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         """As upstream writes it: the load flags under both of their names, and a compute dtype always.
 
@@ -78,6 +83,7 @@ class BitsAndBytesConfig(BackendConfig):
         return values
 
     @classmethod
+    @override
     def types(cls) -> list[dict[str, Any]]:
         doubled = itertools.product(stored.TYPES_4BIT, (False, True))
         return [
@@ -85,15 +91,18 @@ class BitsAndBytesConfig(BackendConfig):
             for kind, double in doubled
         ]
 
+    @override
     def describe(self) -> str | None:
         if self.load_in_8bit:
             return "llm.int8"
         return self.bnb_4bit_quant_type + ("+dq" if self.bnb_4bit_use_double_quant else "")
 
+    @override
     def quantization_method(self) -> str | None:
         if self.load_in_8bit:
             return "llm_int8"
         return self.bnb_4bit_quant_type if self.load_in_4bit else None
 
+    @override
     def is_quantizable(self) -> bool:
         return self.load_in_8bit or self.load_in_4bit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from qexp.config.schema import LoaderConfig
 from qexp.loading.lifecycle import load_component
-from qexp.models.base import ModelSource
 from qexp.offloading import borders
 from qexp.offloading.engine import Engine
 from qexp.offloading.group import Group
@@ -62,11 +61,6 @@ class Tied(Net):
         self.register_buffer("shift", torch.randn(WIDTH))
 
 
-class Source(ToySource):
-    def block_lists(self, component: str) -> list[str]:
-        return ["blocks"]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_state(tmp_path_factory.mktemp("net"), random_state(Net))
@@ -90,7 +84,7 @@ def load(
     **fields: Any,
 ) -> Any:
     return load_component(
-        cast(ModelSource, Source(folder, build)),
+        ToySource(folder, build),
         "toy",
         settings(backend, *overrides, **fields),
         device=DEVICES[0],

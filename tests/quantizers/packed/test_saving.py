@@ -17,7 +17,6 @@ from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import LoadError
 from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
-from qexp.models.base import ModelSource
 from qexp.offloading.payload import leaves
 from qexp.quantizers.packed.elements import ELEMENTS
 from qexp.quantizers.packed.tensor import PackedTensor
@@ -29,7 +28,7 @@ ONE_WORKER = LoaderConfig(workers=1)
 
 
 def load(folder: Path, backend: Any) -> Any:
-    source = cast(ModelSource, StackSource(folder))
+    source = StackSource(folder)
     return load_component(source, "stack", ComponentConfig(backend), device=CPU, loader=ONE_WORKER).model
 
 

@@ -1,7 +1,7 @@
 """Quantized activations: the library's scales, found once, stored, and the same answers after a reload."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
-from qexp.models.base import ModelSource
 from qexp.offloading.payload import leaves
 from qexp.offloading.strategies import apply_offload
 from qexp.quantizers.quanto import QuantoConfig
@@ -28,7 +27,7 @@ LARGEST = {"int8": 127, "float8": 448, "float8_e5m2": 57344}
 
 def load(folder: Path, weights: str = "int8", activations: str | None = "int8") -> Any:
     config = QuantoConfig(weights_dtype=weights, activations_dtype=activations)
-    source = cast(ModelSource, StackSource(folder))
+    source = StackSource(folder)
     return load_component(source, "stack", ComponentConfig(config), device=CPU, loader=LoaderConfig()).model
 
 
