@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from qexp.checkpoints.checkpoint import Checkpoint, open_component
 from qexp.errors import ConfigError, first_names
@@ -24,13 +21,14 @@ from qexp.tasks import roundtrip
 
 if TYPE_CHECKING:
     from qexp.config.schema import RunConfig
-    from qexp.models.base import ModelSource
+    from qexp.tasks.context import RunContext
 
 
-def run_roundtrip(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
-    started = time.perf_counter()
+def run_roundtrip(context: RunContext) -> Metrics:
+    """Measure every layer; writes plan.json and layers.csv."""
+    started, config, source, device = time.perf_counter(), context.config, context.source, context.device
     prepared, originals, rows = {}, dict[str, Checkpoint | None](), []
-    for name in _measured(config, source):
+    for name in _measured_components(context):
         settings, checkpoint = config.components[name], open_component(source, name)
         quantizer = resolve_quantizer(settings.backend, checkpoint, name)
         originals[name] = _original(config, name) if quantizer.stored else None
@@ -54,8 +52,8 @@ def run_roundtrip(config: RunConfig, source: ModelSource, device: torch.device, 
             file=sys.stderr,
         )
     plans = {name: component.plan.to_container() for name, component in prepared.items()}
-    write_json(folder / "plan.json", plans)
-    write_text(folder / "layers.csv", roundtrip.rows_to_csv(rows))
+    write_json(context.folder / "plan.json", plans)
+    write_text(context.folder / "layers.csv", roundtrip.rows_to_csv(rows))
     weights_bytes = sum(plan["result_bytes"] for plan in plans.values())
     return {
         **plan_statistics([component.plan for component in prepared.values()], weights_bytes),
@@ -65,10 +63,11 @@ def run_roundtrip(config: RunConfig, source: ModelSource, device: torch.device, 
     }
 
 
-def _measured(config: RunConfig, source: ModelSource) -> list[str]:
-    """The components whose layers are quantized; with backend=none, those that it is for."""
-    quantized = [name for name, settings in config.components.items() if settings.backend.quant_method != "none"]
-    return quantized or list(source.quantized_components())
+def _measured_components(context: RunContext) -> list[str]:
+    """Components with a backend; with backend=none, the ones that `backend=` would quantize."""
+    components = context.config.components
+    quantized = [name for name, settings in components.items() if settings.backend.quant_method != "none"]
+    return quantized or list(context.source.quantized_components())
 
 
 def _original(config: RunConfig, component: str) -> Checkpoint | None:

@@ -11,11 +11,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
 from qexp.checkpoints.checkpoint import open_component
 from qexp.checkpoints.pipeline_folder import INDEX
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, choices
 from qexp.experiments.roundtrip import run_roundtrip
 from qexp.experiments.statistics import Metrics, load_statistics, offload_statistics, run_peaks
 from qexp.hub.upload import push
@@ -31,14 +30,14 @@ from qexp.offloading.strategies import Offload, apply_offload
 from qexp.results.labels import backend_label
 from qexp.results.run_folder import PUSHED
 from qexp.system.files import to_csv, write_json, write_text
-from qexp.system.memory import GIB, PeakMemory, device_memory, host_memory
+from qexp.system.memory import GIB, PeakMemory
 from qexp.tasks import forward, forward_inputs, generate, perplexity, text
-from qexp.tasks.calibration import calibrate
+from qexp.tasks.calibration import calibrate_models
+from qexp.tasks.context import RunContext
 from qexp.tasks.recorder import TaskResult
 
 if TYPE_CHECKING:
     from qexp.config.schema import RunConfig
-    from qexp.models.base import ModelSource
 
 
 def run_experiment(config: RunConfig, folder: Path) -> Metrics:
@@ -46,87 +45,100 @@ def run_experiment(config: RunConfig, folder: Path) -> Metrics:
 
     A task that runs the model writes plan.json, outputs.safetensors and memory.csv; roundtrip plan.json and layers.csv.
     """
-    device = torch.device(config.device)
-    source = load_source(config.model)
-    if config.task.name == "roundtrip":
-        return run_roundtrip(config, source, device, folder)
-    return _run_model(config, source, device, folder)
+    context = _open_context(config, folder)
+    return run_roundtrip(context) if config.task.name == "roundtrip" else _run_model(context)
 
 
 def check_experiment(config: RunConfig, folder: Path) -> None:
     """Raises what `run_experiment` raises before it reads weights. Not of roundtrip, which begins with that."""
-    _prepared(config, load_source(config.model), torch.device(config.device), folder)
+    _plan_run(_open_context(config, folder))
 
 
-def _prepared(
-    config: RunConfig, source: ModelSource, device: torch.device, folder: Path
-) -> tuple[RunConfig, dict[str, PlannedComponent], dict[str, Tensor] | None]:
-    """The experiment with the components that it needs, their plans, and given inputs: no weight is read."""
-    inputs = None
-    if config.task.name == "forward":
-        config, inputs = _inputs_of_forward(config, source)
-    planned = _plan(config, source, device, folder)
-    source.check_run({name: component.prepared.model for name, component in planned.items()}, config.task)
-    return config, planned, inputs
+def _open_context(config: RunConfig, folder: Path) -> RunContext:
+    return RunContext(config, load_source(config.model), torch.device(config.device), folder)
 
 
-def _run_model(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> Metrics:
-    config, planned, inputs = _prepared(config, source, device, folder)
-    models = {name: component.prepared.model for name, component in planned.items()}
-    for hint in (_slow_dtypes(planned.values(), device), _other_dtype_than_reference(config, planned)):
+def _plan_run(context: RunContext) -> tuple[RunContext, dict[str, PlannedComponent]]:
+    """Plan the components that the task needs: (the context with their skeletons, plans). No weight is read."""
+    if context.task.name == "forward":
+        context = _with_inputs(context)
+    planned = plan_components(
+        context.source,
+        context.config.components,
+        device=context.device,
+        device_map=context.config.device_map,
+        max_memory=context.config.max_memory,
+        store=context.folder / "offload",
+        travels=context.config.offload.strategy != "none",
+    )
+    context = replace(context, models={name: component.prepared.model for name, component in planned.items()})
+    context.source.check_run(context.models, context.task)
+    return context, planned
+
+
+def _with_inputs(context: RunContext) -> RunContext:
+    """The context with the one component that `task=forward` calls, and what it is called with."""
+    config, source = context.config, context.source
+    name = forward.component_of(config.task, config.components)
+    skeleton, _ = skeleton_and_names(source, name, open_component(source, name))
+    inputs = forward_inputs.read_inputs(config.task, source, skeleton)
+    return replace(context, config=replace(config, components={name: config.components[name]}), inputs=inputs)
+
+
+def _run_model(context: RunContext) -> Metrics:
+    context, planned = _plan_run(context)
+    for hint in (_slow_dtypes(planned.values(), context.device), _other_dtype_than_reference(context.config, planned)):
         if hint is not None:
             print(hint, file=sys.stderr)
-    if inputs is not None:
-        inputs = forward_inputs.in_dtype(inputs, next(iter(planned.values())).prepared.compute_dtype)
-    write_json(folder / "plan.json", {name: _plan_of(component) for name, component in planned.items()})
-    loaded, weights_bytes, offloads = dict[str, LoadedComponent](), 0, dict[str, Offload | Dispatch]()
+    if context.inputs is not None:
+        dtype = next(iter(planned.values())).prepared.compute_dtype
+        context = replace(context, inputs=forward_inputs.in_dtype(context.inputs, dtype))
+    write_json(context.folder / "plan.json", {name: _plan_of(component) for name, component in planned.items()})
+    loaded, offloads, weights_bytes = _load_components(context, planned)
+    if context.config.save.wanted:
+        _save(context)
+    with PeakMemory(context.device) as peak:
+        result = _run_task(context)
+    save_tensors(context.folder / "outputs.safetensors", result.outputs)
+    write_text(context.folder / "memory.csv", to_csv(list(result.rows[0]), result.rows))
+    return {
+        **load_statistics(loaded),
+        **plan_statistics([component.plan for component in loaded], weights_bytes),
+        **offload_statistics(offloads),
+        **result.metrics,
+        **run_peaks(peak, loaded[0].memory.baseline.total_bytes),
+    }
+
+
+def _load_components(
+    context: RunContext, planned: Mapping[str, PlannedComponent]
+) -> tuple[list[LoadedComponent], list[Offload | Dispatch], int]:
+    """Load, calibrate and offload every component: (components, what moves their weights, bytes of all weights)."""
+    loaded, offloads, weights_bytes = dict[str, LoadedComponent](), dict[str, Offload | Dispatch](), 0
 
     def offload(name: str) -> None:
+        model = context.models[name]
         offloads[name] = loaded[name].dispatch or apply_offload(
-            models[name],
-            config.offload,
-            device=device,
-            block_lists=source.block_lists(models[name]),
-            store=folder / "offload" / name,
+            model,
+            context.config.offload,
+            device=context.device,
+            block_lists=context.source.block_lists(model),
+            store=context.folder / "offload" / name,
         )
 
-    waiting = []  # for calibration, which needs all components, and those resident that it is for
+    needs_calibration = []  # stay on the device until calibrate_models has run the whole pipeline
     for name, component in planned.items():
-        loaded[name] = load_planned(component, config.loader)
-        source.adapt(name, models[name], component.prepared.compute_dtype)
-        weights_bytes += module_nbytes(models[name])
+        loaded[name] = load_planned(component, context.config.loader)
+        context.source.adapt(name, context.models[name], component.prepared.compute_dtype)
+        weights_bytes += module_nbytes(context.models[name])
         if component.prepared.quantizer.requires_calibration:
-            waiting.append(name)
+            needs_calibration.append(name)
         else:
             offload(name)  # before the next one is loaded: they need not fit together
-    calibrate(source, models, config.task, seed=config.seed, device=device, inputs=inputs)
-    for name in waiting:
+    calibrate_models(context)
+    for name in needs_calibration:
         offload(name)
-    if config.save.wanted:
-        _save(config, source, models, folder)
-    metrics: Metrics = {
-        **load_statistics(list(loaded.values())),
-        **plan_statistics([component.plan for component in loaded.values()], weights_bytes),
-    }
-    with PeakMemory(device) as peak:
-        result = _run_task(config, source, models, device, folder, inputs)
-    metrics |= offload_statistics(list(offloads.values()))
-    save_tensors(folder / "outputs.safetensors", result.outputs)
-    write_text(folder / "memory.csv", to_csv(list(result.rows[0]), result.rows))
-    baseline = next(iter(loaded.values())).memory.baseline
-    return {**metrics, **result.metrics, **run_peaks(peak, baseline.total_bytes)}
-
-
-def _plan(config: RunConfig, source: ModelSource, device: torch.device, folder: Path) -> dict[str, PlannedComponent]:
-    return plan_components(
-        source,
-        config.components,
-        device=device,
-        device_map=config.device_map,
-        max_memory=config.max_memory,
-        store=folder / "offload",
-        travels=config.offload.strategy != "none",
-    )
+    return list(loaded.values()), list(offloads.values()), weights_bytes
 
 
 def _slow_dtypes(planned: Iterable[PlannedComponent], device: torch.device) -> str | None:
@@ -162,50 +174,31 @@ def _plan_of(component: PlannedComponent) -> dict[str, Any]:
     return plan if component.placement.is_default else {**plan, "placement": component.placement.to_container()}
 
 
-def _run_task(
-    config: RunConfig,
-    source: Any,
-    models: dict[str, nn.Module],
-    device: torch.device,
-    folder: Path,
-    inputs: Mapping[str, Tensor] | None,
-) -> TaskResult:
-    def memory() -> tuple[float, float]:
-        return _now(device)
-
-    task, seed = config.task, config.seed
-    if inputs is not None:
-        return forward.run(next(iter(models.values())), inputs, task, device=device, memory=memory)
-    if task.name == "perplexity":
-        return perplexity.run(source, models, task, device=device, memory=memory, folder=folder)
-    if task.name == "generate" and source.modality == "text":
-        return text.run(source, models, task, seed=seed, device=device, memory=memory, folder=folder)
-    if task.name == "generate":
-        return generate.run(source, models, task, seed=seed, device=device, memory=memory)
-    raise ConfigError(f"task.name={task.name!r} cannot be run; use forward, generate, perplexity or roundtrip")
+def _run_task(context: RunContext) -> TaskResult:
+    name, is_text = context.task.name, context.source.modality == "text"
+    tasks = {
+        "forward": forward.run_forward,
+        "generate": text.run_generate_text if is_text else generate.run_generate,
+        "perplexity": perplexity.run_perplexity,
+    }
+    if name not in tasks:
+        raise ConfigError(f"task.name={name!r} cannot be run; use {choices(tasks)}, or roundtrip")
+    return tasks[name](context)
 
 
-def _inputs_of_forward(config: RunConfig, source: ModelSource) -> tuple[RunConfig, dict[str, Tensor]]:
-    """The experiment with the one component that is called, and what it is called with, before a weight is read."""
-    name = forward.component_of(config.task, config.components)
-    skeleton, _ = skeleton_and_names(source, name, open_component(source, name))
-    inputs = forward_inputs.read_inputs(config.task, source, skeleton)
-    return replace(config, components={name: config.components[name]}), inputs
-
-
-def _save(config: RunConfig, source: Any, models: Mapping[str, nn.Module], run_folder: Path) -> None:
-    """Save every component, one straight into the folder, those of a whole into folders of their names with what else
-    belongs to it; push them to a hub.
+def _save(context: RunContext) -> None:
+    """Save every component, one straight into the folder, those of a pipeline into folders of their names with what
+    else belongs to it; push them to a hub.
 
     A push is noted in hub.json. Without save.path, what is pushed is saved in the run's folder, and removed.
     """
-    save = config.save
+    config, source, run_folder, save = context.config, context.source, context.folder, context.config.save
     with TemporaryDirectory(prefix=".save-", dir=run_folder) as scratch:
         folder = Path(save.path or scratch)
         files: list[Path] = []
         if source.is_pipeline:
             (folder / INDEX).unlink(missing_ok=True)  # of an earlier one: it says that all is there
-        for name, model in models.items():
+        for name, model in context.models.items():
             place = folder / name if source.is_pipeline else folder
             limit = int(save.max_shard_gib * GIB)
             files += save_model(model, place, max_shard_bytes=limit, interchange=save.interchange)
@@ -218,8 +211,3 @@ def _save(config: RunConfig, source: Any, models: Mapping[str, nn.Module], run_f
             pushed = push(folder, files, save, message)
             write_json(run_folder / PUSHED, pushed)
             print(f"pushed to {pushed['url']}", file=sys.stderr)
-
-
-def _now(device: torch.device) -> tuple[float, float]:
-    """(resident host memory, allocated device memory) in GiB."""
-    return host_memory().total_bytes / GIB, device_memory(device) / GIB

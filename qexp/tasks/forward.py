@@ -8,17 +8,19 @@ text is nobody's answer: it is zero in what is saved. Inputs: `forward_inputs.py
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError, QexpError, choices, did_you_mean
 from qexp.tasks.input_files import ForwardConfig
-from qexp.tasks.recorder import Recorder, TaskResult
+from qexp.tasks.recorder import TaskResult
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from qexp.tasks.context import RunContext
 
 
 Config = ForwardConfig
@@ -37,25 +39,20 @@ def component_of(task: ForwardConfig, components: Iterable[str]) -> str:
     return task.component
 
 
-def run(
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    task: ForwardConfig,
-    *,
-    device: torch.device,
-    memory: Callable[[], tuple[float, float]],
-) -> TaskResult:
-    """Call the network; `memory()` gives (host_gib, device_gib) after each batch.
+def run_forward(context: RunContext) -> TaskResult:
+    """Call the one network that is loaded on the inputs; a step is a batch.
 
     Outputs: by their names, in the dtypes that they come in. Metrics: those of `Recorder.step_times` (a
     step is a batch), time/total_seconds.
     """
+    (model,), inputs, task = context.models.values(), context.inputs, context.task
+    assert inputs is not None  # read when the run was planned
     batches = list(batches_of(inputs, task.batch_size))
     parts: dict[str, list[Tensor]] = {}
-    recorder = Recorder("forward", len(batches), device, memory)
+    recorder = context.recorder("forward", len(batches))
     started = recorder.begin()
     for step, batch in enumerate(batches, start=1):
-        for name, tensor in answers(model, batch, device).items():
+        for name, tensor in call_network(model, batch, context.device).items():
             parts.setdefault(name, []).append(tensor)
         recorder.on_step(step, None)
     seconds = time.perf_counter() - started
@@ -66,7 +63,7 @@ def run(
     return TaskResult(outputs, recorder.rows, metrics)
 
 
-def answers(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def call_network(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """What the network returns for one batch, on the CPU. Raises ConfigError if it takes no such inputs."""
     import torch
 

@@ -7,41 +7,30 @@ is outside the time of the step, but inside `time/total_seconds`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qexp.config.generate import GenerateConfig
-from qexp.tasks.recorder import Recorder, TaskResult
+from qexp.tasks.recorder import TaskResult
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from qexp.models.base import ModelSource
+    from qexp.tasks.context import RunContext
 
 
 Config = GenerateConfig
 
 
-def run(
-    source: ModelSource,
-    models: dict[str, nn.Module],
-    task: GenerateConfig,
-    *,
-    seed: int,
-    device: torch.device,
-    memory: Callable[[], tuple[float, float]],
-) -> TaskResult:
-    """Generate once; `memory()` gives (host_gib, device_gib) after each step.
+def run_generate(context: RunContext) -> TaskResult:
+    """Generate once.
 
     Outputs: those of the source, and trajectory [steps, ...] fp32, the state after each step. Rows: step (from 1),
     step_ms, host_gib, device_gib. Metrics: those of `Recorder.step_times`, and time/total_seconds.
     """
     import torch
 
-    recorder = Recorder("generate", source.number_of_steps(models, task), device, memory)
+    source, task = context.source, context.task
+    recorder = context.recorder("generate", source.number_of_steps(context.models, task))
     started = recorder.begin()
-    outputs = source.generate(models, task, seed=seed, device=device, on_step=recorder.on_step)
+    outputs = source.generate(context.models, task, seed=context.seed, device=context.device, on_step=recorder.on_step)
     total_seconds = time.perf_counter() - started
     return TaskResult(
         outputs={**outputs, "trajectory": torch.stack(recorder.states)},

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qexp.config.task import TaskConfig
 from qexp.config.text_windows import window_and_stride
@@ -32,10 +32,11 @@ from qexp.tasks.recorder import Recorder, TaskResult
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from qexp.checkpoints.row_file import RowFile
     from qexp.models.base import TextSource
+    from qexp.tasks.context import RunContext
 
 LOGPROBS = "logprobs.safetensors"
 POSITIONS = 64  # whose logits are in fp32 at a time: a vocabulary of 128k tokens takes 32 MiB
@@ -80,23 +81,15 @@ class Window:
     stop: int
 
 
-def run(
-    source: TextSource,
-    models: dict[str, nn.Module],
-    task: PerplexityConfig,
-    *,
-    device: torch.device,
-    memory: Callable[[], tuple[float, float]],
-    folder: Path,
-) -> TaskResult:
-    """Read the text once; `memory()` gives (host_gib, device_gib) after each batch of windows.
+def run_perplexity(context: RunContext) -> TaskResult:
+    """Read the text once; a step is a batch of windows.
 
     Metrics: those of `Recorder.step_times` (a step is a batch of windows), time/total_seconds, time/tokens_per_second.
     """
-    tokens = source.encode(source.text(task.text))[: task.max_tokens]
-    recorder = Recorder("perplexity", None, device, memory)
+    tokens = read_tokens(context, context.task)
+    recorder = context.recorder("perplexity", None)
     started = recorder.begin()
-    outputs = evaluate(models["model"], tokens, source.begin_token, task, device, folder, recorder)
+    outputs = score_text(context, tokens, context.task, recorder)
     seconds = time.perf_counter() - started
     metrics = {
         **recorder.step_times(),
@@ -106,20 +99,23 @@ def run(
     return TaskResult(outputs, recorder.rows, metrics)
 
 
-def evaluate(
-    model: Any,
-    tokens: Tensor,
-    begin_token: int | None,
-    task: PerplexityConfig,
-    device: torch.device,
-    folder: Path,
-    recorder: Recorder,
-) -> dict[str, Tensor]:
-    """targets, nll and top1 of every scored token; their log-probabilities go to a file in `folder`."""
+def read_tokens(context: RunContext, task: PerplexityConfig) -> Tensor:
+    """Return the first `max_tokens` tokens of the text, [n]."""
+    source = cast("TextSource", context.source)
+    return source.encode(source.text(task.text))[: task.max_tokens]
+
+
+def score_text(context: RunContext, tokens: Tensor, task: PerplexityConfig, recorder: Recorder) -> dict[str, Tensor]:
+    """Return targets, nll and top1 of every scored token; write their log-probabilities to the run's folder.
+
+    task: how the text is read; it is not the run's own where `task=generate` reads one besides.
+    """
     import torch
 
     from qexp.checkpoints.row_file import row_file
 
+    model: Any = context.models["model"]
+    begin_token = cast("TextSource", context.source).begin_token
     windows = list(windows_of(len(tokens), *window_sizes(model.config, task, begin_token), begin_token is not None))
     vocabulary = int(model.config.get_text_config().vocab_size)
     kept = min(task.logprobs or vocabulary, vocabulary)
@@ -135,9 +131,9 @@ def evaluate(
         del shapes["ids"]
     batches = list(batches_of(windows, task.batch_size))
     recorder.steps = len(batches)
-    with row_file(folder / LOGPROBS, shapes) as file, torch.no_grad():
+    with row_file(context.folder / LOGPROBS, shapes) as file, torch.no_grad():
         for step, batch in enumerate(batches, start=1):
-            logits = _logits(model, tokens, batch, begin_token, device)
+            logits = _logits(model, tokens, batch, begin_token, context.device)
             for window, rows in zip(batch, logits, strict=True):
                 for start in range(0, len(rows), POSITIONS):
                     part = rows[start : start + POSITIONS].float().log_softmax(-1)

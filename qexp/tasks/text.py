@@ -7,48 +7,35 @@ far its probabilities moved, which shows long before answers change.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from qexp.system.files import to_csv, write_text
-from qexp.tasks.perplexity import PerplexityConfig, evaluate
-from qexp.tasks.recorder import Recorder, TaskResult
+from qexp.tasks.perplexity import PerplexityConfig, read_tokens, score_text
+from qexp.tasks.recorder import TaskResult
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from qexp.config.generate import GenerateConfig
     from qexp.models.base import TextSource
+    from qexp.tasks.context import RunContext
 
 TEXTS = "texts.csv"  # prompt, text
 
 
-def run(
-    source: TextSource,
-    models: dict[str, nn.Module],
-    task: GenerateConfig,
-    *,
-    seed: int,
-    device: torch.device,
-    memory: Callable[[], tuple[float, float]],
-    folder: Path,
-) -> TaskResult:
-    """Continue the prompts once; `memory()` gives (host_gib, device_gib) after each new token.
+def run_generate_text(context: RunContext) -> TaskResult:
+    """Continue the prompts once; a step is a new token of a whole batch.
 
     Metrics: those of `Recorder.step_times` (a step is a token for a whole batch), time/total_seconds and
     time/tokens_per_second (all prompts together), of the continuation alone. texts.csv has prompts and
     continuations for people.
     """
+    source, task = cast("TextSource", context.source), context.task
     prompts = source.prompts(task)
-    recorder = Recorder("generate", None, device, memory)
+    recorder = context.recorder("generate", None)
     started = recorder.begin()
-    outputs = source.generate(models, task, seed=seed, device=device, on_step=recorder.on_step)
+    outputs = source.generate(context.models, task, seed=context.seed, device=context.device, on_step=recorder.on_step)
     seconds = time.perf_counter() - started
     texts = source.decode(outputs["tokens"])
     rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
-    write_text(folder / TEXTS, to_csv(["prompt", "text"], rows))
+    write_text(context.folder / TEXTS, to_csv(["prompt", "text"], rows))
     metrics = {
         **recorder.step_times(),
         "time/total_seconds": seconds,
@@ -56,8 +43,7 @@ def run(
     }
     if task.text is not None or source.has_text:
         reading = PerplexityConfig(text=task.text)
-        tokens = source.encode(source.text(task.text))[: reading.max_tokens]
-        progress = Recorder("perplexity", None, device, memory)
+        tokens, progress = read_tokens(context, reading), context.recorder("perplexity", None)
         progress.begin()
-        outputs |= evaluate(models["model"], tokens, source.begin_token, reading, device, folder, progress)
+        outputs |= score_text(context, tokens, reading, progress)
     return TaskResult(outputs, recorder.rows, metrics)

@@ -20,12 +20,13 @@ from qexp.experiments.reference import reference_config
 from qexp.experiments.run import run_experiment
 from qexp.scoring.score import score
 from qexp.sweep.run_key import run_key
-from qexp.tasks.forward import answers, run, tensors_of
+from qexp.tasks.forward import call_network, run_forward, tensors_of
 from qexp.tasks.forward_inputs import in_dtype, read_inputs
 from qexp.tasks.input_files import ForwardConfig, check_file
 from tests.backends import CPU
 from tests.composing import run_config
 from tests.models.test_networks import BF16, save_network
+from tests.tasks.contexts import context_of
 
 CODE = """
 from torch import nn
@@ -235,7 +236,7 @@ def test_a_name_that_only_keywords_would_take_is_checked_by_their_annotation(tmp
 
 def test_shapes_that_the_network_refuses_are_named() -> None:
     with pytest.raises(ConfigError, match=r"Picky cannot be called with .*images float32 \[2\].*labels"):
-        answers(Picky(), {"images": torch.zeros(2), "labels": torch.zeros(2), "other": torch.zeros(2)}, CPU)
+        call_network(Picky(), {"images": torch.zeros(2), "labels": torch.zeros(2), "other": torch.zeros(2)}, CPU)
 
 
 def test_whole_numbers_stay_and_others_are_cast() -> None:
@@ -275,9 +276,9 @@ class Counting(nn.Module):
 
 def test_outputs_that_do_not_go_by_rows() -> None:
     inputs = {"x": torch.ones(6, 2)}
-    one = run(Summing(), inputs, ForwardConfig(batch_size=6), device=CPU, memory=lambda: (0.0, 0.0))
+    one = run_forward(context_of(ForwardConfig(batch_size=6), models={"model": Summing()}, inputs=inputs))
     assert one.outputs["output"] == 12
     with pytest.raises(ConfigError, match=r"'output' has no row for each of the inputs'.*set task\.batch_size=6"):
-        run(Summing(), inputs, ForwardConfig(batch_size=4), device=CPU, memory=lambda: (0.0, 0.0))
+        run_forward(context_of(ForwardConfig(batch_size=4), models={"model": Summing()}, inputs=inputs))
     with pytest.raises(ConfigError, match="returns a Tensor without floating-point tensors"):
-        run(Counting(), inputs, ForwardConfig(), device=CPU, memory=lambda: (0.0, 0.0))
+        run_forward(context_of(ForwardConfig(), models={"model": Counting()}, inputs=inputs))

@@ -10,7 +10,8 @@ from qexp.config.generate import GenerateConfig, for_images
 from qexp.errors import ConfigError
 from qexp.models.digits import Config, Source
 from qexp.models.digits_network import DigitsConfig, DigitsTransformer
-from qexp.tasks.generate import TaskResult, run
+from qexp.tasks.generate import TaskResult, run_generate
+from tests.tasks.contexts import context_of
 
 CPU = torch.device("cpu")
 NO_MEMORY = (0.0, 0.0)
@@ -40,10 +41,9 @@ class Sampler(Source):
         return {"images": state.float(), "labels": torch.arange(task.num_images)}
 
 
-def run_sampler(
-    sampler: Any = None, device: torch.device = CPU, memory: Any = lambda: NO_MEMORY, **task: Any
-) -> TaskResult:
-    return run(sampler or Sampler(), {}, for_images(GenerateConfig(**task)), seed=2, device=device, memory=memory)
+def run_sampler(sampler: Any = None, device: str = "cpu", memory: Any = lambda: NO_MEMORY, **task: Any) -> TaskResult:
+    config = for_images(GenerateConfig(**task))
+    return run_generate(context_of(config, source=sampler or Sampler(), seed=2, device=device, memory=memory))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -89,7 +89,7 @@ def test_an_accelerator_is_waited_for_before_each_reading_of_the_clock(monkeypat
     monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
     run_sampler(num_inference_steps=4)
     assert waited == []
-    run_sampler(device=torch.device("cuda:0"), num_inference_steps=4)
+    run_sampler(device="cuda:0", num_inference_steps=4)
     assert waited == [torch.device("cuda:0")] * 5
 
 
@@ -113,8 +113,7 @@ def test_digits_end_where_their_trajectory_ends() -> None:
     model = DigitsTransformer(DigitsConfig(width=32, depth=1, heads=2)).eval()
     task = GenerateConfig(num_images=10, num_inference_steps=4, guidance_scale=2.0)
     results = [
-        run(Source(Config()), {"transformer": model}, task, seed=1, device=CPU, memory=lambda: NO_MEMORY)
-        for _ in range(2)
+        run_generate(context_of(task, source=Source(Config()), models={"transformer": model}, seed=1)) for _ in range(2)
     ]
     images, trajectory = results[0].outputs["images"], results[0].outputs["trajectory"]
     assert trajectory.shape == (4, 10, 1, 8, 8) and torch.equal(trajectory[-1].clamp(-1, 1), images)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qexp.errors import ConfigError
 from qexp.models.arithmetic import ArithmeticConfig, Source
-from qexp.tasks.perplexity import LOGPROBS, PerplexityConfig, Window, run, window_sizes, windows_of
+from qexp.tasks.perplexity import LOGPROBS, PerplexityConfig, Window, run_perplexity, window_sizes, windows_of
 from tests.language import TEXT, save_language_model
+from tests.tasks.contexts import context_of
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,7 @@ def measure(folder: Path, model: Any, out: Path, **task: Any) -> tuple[dict[str,
     """(outputs, log-probabilities, result) of the task on the text."""
     source = Source(ArithmeticConfig(path=str(folder)))
     config = PerplexityConfig(text=str(folder / "text.txt"), **task)
-    result = run(source, {"model": model}, config, device=CPU, memory=lambda: (0.0, 0.0), folder=out)
+    result = run_perplexity(context_of(config, source=source, models={"model": model}, folder=out))
     return result.outputs, load_file(out / LOGPROBS), result
 
 

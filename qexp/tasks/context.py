@@ -1,0 +1,47 @@
+"""One experiment as its task sees it: settings, model, device and folder, handed along as one object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.system.memory import GIB, device_memory, host_memory
+from qexp.tasks.recorder import Recorder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from qexp.config.schema import RunConfig
+    from qexp.models.base import ModelSource
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """source: of the model; folder: of the run; models: by component, skeletons until they are loaded; inputs: of
+    `task=forward`, by the names of the network's arguments."""
+
+    config: RunConfig
+    source: ModelSource
+    device: torch.device
+    folder: Path
+    models: dict[str, nn.Module] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] | None = None
+
+    @property
+    def task(self) -> Any:
+        return self.config.task
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    def memory_gib(self) -> tuple[float, float]:
+        """(resident host memory, allocated device memory)."""
+        return host_memory().total_bytes / GIB, device_memory(self.device) / GIB
+
+    def recorder(self, title: str, steps: int | None) -> Recorder:
+        """The clock of a task with so many steps; None if their number is not known."""
+        return Recorder(title, steps, self.device, self.memory_gib)
