@@ -15,17 +15,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qexp.checkpoints.content import content_digest
 from qexp.checkpoints.foreign_files import convert_remedy, pickles_in, refuse_cache_folder, refuse_foreign
-from qexp.checkpoints.gguf_header import read_gguf, read_gguf_header
-from qexp.checkpoints.regular_file import open_regular, unreadable
-from qexp.checkpoints.safetensors_header import read_safetensors_header
+from qexp.checkpoints.gguf_header import parse_gguf_header
+from qexp.checkpoints.parse_once import parse_once
+from qexp.checkpoints.regular_file import FileState, unreadable
+from qexp.checkpoints.safetensors_header import parse_safetensors_header
 from qexp.checkpoints.scaled_weights import with_scales_applied
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.checkpoints.weight_files import shard_files, weight_files, weight_map
@@ -61,7 +64,7 @@ class Checkpoint:
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in self.files:
-            digest.update(content_digest(file, full=full, header=_tensors_and_header_bytes).encode())
+            digest.update(content_digest(file, full=full, header=read_header).encode())
         if len(self.files) > 1:  # an index says from which of them a tensor is read
             where = sorted((entry.name, self.files.index(entry.file)) for entry in self.entries.values())
             digest.update(json.dumps(where).encode())
@@ -82,9 +85,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     entries: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        header_entries, header_metadata = read_header(file)
-        metadata.update(header_metadata)
-        for entry in header_entries:
+        header = read_header(file)
+        metadata.update(header.metadata)
+        for entry in header.entries:
             if placed.get(entry.name, file.name) != file.name:
                 continue  # left in another shard by an earlier save
             if entry.name in entries:
@@ -140,24 +143,41 @@ def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return _json_object(metadata.get(GGUF_CONFIG_KEY, "{}"), f"{path}: {GGUF_CONFIG_KEY}")
 
 
-def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
-    """(tensors in the order of their bytes, texts of the metadata) of one file. Raises LoadError if it is damaged."""
-    if is_gguf(file):
-        return read_gguf(file)
-    header = read_safetensors_header(file)
-    return list(header.entries), dict(header.metadata)
+class FileHeader(NamedTuple):
+    """entries: in the order of their bytes; metadata: its texts; nbytes: of all that is before the tensors."""
+
+    entries: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+    nbytes: int
 
 
-def _tensors_and_header_bytes(file: Path) -> tuple[Sequence[TensorEntry], int]:
-    header = read_gguf_header(file) if is_gguf(file) else read_safetensors_header(file)
-    return header.entries, header.nbytes
+def read_header(file: Path) -> FileHeader:
+    """Read the header of a .safetensors or .gguf file, once in a process. Raises LoadError if it is damaged."""
+    return parse_once(file, _parse_gguf if is_gguf(file) else _parse_safetensors)
+
+
+def _parse_safetensors(file: Path, stream: BufferedReader, state: FileState) -> FileHeader:
+    return FileHeader(*parse_safetensors_header(file, stream, state))
+
+
+def _parse_gguf(file: Path, stream: BufferedReader, state: FileState) -> FileHeader:
+    """Parse a whole model's file; of its metadata, which may hold a large vocabulary, the texts are kept."""
+    header = parse_gguf_header(file, stream, state)
+    parts = header.metadata.get("split.count", 0)
+    if isinstance(parts, int) and parts > 1:
+        raise LoadError(f"'{file}' is one of {parts} parts; put them together with llama.cpp's gguf-split --merge")
+    texts = {name: value for name, value in header.metadata.items() if isinstance(value, str)}
+    return FileHeader(header.entries, texts, header.nbytes)
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises LoadError."""
-    with open_regular(file) as (stream, _):
-        refuse_foreign(file, stream)
-        return _json_object(stream.read(), str(file))
+    """Read the JSON object in a file, parsed once in a process; the caller may change it. Raises LoadError."""
+    return deepcopy(parse_once(file, _parse_object))
+
+
+def _parse_object(file: Path, stream: BufferedReader, state: FileState) -> dict[str, Any]:
+    refuse_foreign(file, stream)
+    return _json_object(stream.read(), str(file))
 
 
 def _json_object(text: str | bytes, place: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
+from typing import Protocol
 
 from qexp.checkpoints.regular_file import FileState, open_regular
 from qexp.checkpoints.tensor_entry import TensorEntry
@@ -34,11 +35,21 @@ SHA256 = re.compile("[0-9a-f]{64}")
 REMEMBERED_BYTES = 1 << 20  # a smaller file is read again as fast as its digest
 VERSION = 1  # of how samples are taken
 
-Header = Callable[[Path], tuple[Sequence[TensorEntry], int]]  # (tensors, bytes before them)
+
+class Header(Protocol):
+    """The header of a checkpoint's file; nbytes: of all that is before the tensors."""
+
+    @property
+    def entries(self) -> Sequence[TensorEntry]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 _digests: dict[tuple[FileState, bool], str] = {}
 
 
-def content_digest(file: Path, *, full: bool = False, header: Header | None = None) -> str:
+def content_digest(file: Path, *, full: bool = False, header: Callable[[Path], Header] | None = None) -> str:
     """The digest of a file's content.
 
     full: read all of a large file. header: reads that of a checkpoint; a file without one is always read in full.
@@ -55,17 +66,17 @@ def content_digest(file: Path, *, full: bool = False, header: Header | None = No
         started = time.time_ns()
         digest = hashlib.file_digest(stream, "sha256").hexdigest() if not is_sampled else ""
         if header is not None and is_sampled:
-            digest = _sampled_digest(stream, state.size, *header(file))
+            digest = _sampled_digest(stream, state.size, header(file))
         if started - max(state.mtime_ns, state.ctime_ns) > FRESH_NS:
             _remember(state, is_sampled, digest)
         return digest
 
 
-def _sampled_digest(stream: BufferedReader, size: int, entries: Sequence[TensorEntry], header_bytes: int) -> str:
-    digest = hashlib.sha256(f"samples {VERSION} {size} {header_bytes}".encode())
+def _sampled_digest(stream: BufferedReader, size: int, header: Header) -> str:
+    digest = hashlib.sha256(f"samples {VERSION} {size} {header.nbytes}".encode())
     stream.seek(0)
-    digest.update(stream.read(header_bytes))
-    for start, nbytes in _places(entries):
+    digest.update(stream.read(header.nbytes))
+    for start, nbytes in _places(header.entries):
         stream.seek(start)
         digest.update(stream.read(nbytes))
     return "samples-" + digest.hexdigest()

@@ -21,6 +21,7 @@ import struct
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, BinaryIO
@@ -53,24 +54,21 @@ class GGUFHeader:
 
 
 def read_gguf_header(file: Path) -> GGUFHeader:
-    """The tensors of a GGUF file, in the order of their bytes, and its metadata. Raises LoadError if it is damaged.
+    """Read the header of a GGUF file: `parse_gguf_header`."""
+    with open_regular(file) as (stream, state):
+        return parse_gguf_header(file, stream, state)
+
+
+def parse_gguf_header(file: Path, stream: BufferedReader, state: FileState) -> GGUFHeader:
+    """Parse the header of an open file: tensors in the order of their bytes, and metadata. Raises LoadError if it is
+    damaged.
 
     An entry's dtype is safetensors' name for plain numbers, else the type's with GGUF_ before it ("GGUF_Q4_0"); its
     shape is that of the dense tensor, [out, in].
     """
-    with open_regular(file) as (stream, state):
-        refuse_foreign(file, stream)
-        refuse_other_format(file, stream, wants_gguf=True)
-        return _Header(file, stream, state).read()
-
-
-def read_gguf(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
-    """(tensors in the order of their bytes, texts of the metadata) of a whole model's file. Raises LoadError."""
-    header = read_gguf_header(file)
-    parts = header.metadata.get("split.count", 0)
-    if isinstance(parts, int) and parts > 1:
-        raise LoadError(f"'{file}' is one of {parts} parts; put them together with llama.cpp's gguf-split --merge")
-    return list(header.entries), {name: value for name, value in header.metadata.items() if isinstance(value, str)}
+    refuse_foreign(file, stream)
+    refuse_other_format(file, stream, wants_gguf=True)
+    return _Header(file, stream, state).read()
 
 
 class _Header:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, NamedTuple
 
 from qexp.checkpoints.foreign_files import refuse_foreign, refuse_other_format
-from qexp.checkpoints.regular_file import FileState, open_regular
+from qexp.checkpoints.regular_file import FileState
 from qexp.checkpoints.tensor_entry import DTYPE_BYTES, MAX_DIMENSIONS, TensorEntry
 from qexp.errors import LoadError
 
@@ -33,23 +33,18 @@ class SafetensorsHeader(NamedTuple):
     nbytes: int
 
 
-def read_safetensors_header(file: Path) -> SafetensorsHeader:
-    """What the header of a file says. Raises LoadError if the file is damaged, or no safetensors file."""
-    with open_regular(file) as (stream, state):
-        refuse_foreign(file, stream)
-        refuse_other_format(file, stream, wants_gguf=False)
-        length_bytes = stream.read(8)
-        length = int.from_bytes(length_bytes, "little")
-        if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, state.size - 8):
-            raise LoadError(
-                f"'{file}' is not a safetensors file, or truncated: header length {length}, file size {state.size}; "
-                "download it again"
-            )
-        return _parse_header(file, stream.read(length), state)
-
-
-@lru_cache(maxsize=256)  # a run opens a checkpoint several times
-def _parse_header(file: Path, raw: bytes, state: FileState) -> SafetensorsHeader:
+def parse_safetensors_header(file: Path, stream: BufferedReader, state: FileState) -> SafetensorsHeader:
+    """Parse the header of an open file. Raises LoadError if the file is damaged, or no safetensors file."""
+    refuse_foreign(file, stream)
+    refuse_other_format(file, stream, wants_gguf=False)
+    length_bytes = stream.read(8)
+    length = int.from_bytes(length_bytes, "little")
+    if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, state.size - 8):
+        raise LoadError(
+            f"'{file}' is not a safetensors file, or truncated: header length {length}, file size {state.size}; "
+            "download it again"
+        )
+    raw = stream.read(length)
     try:
         header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:

@@ -71,7 +71,7 @@ def scaled_by_adapter_config(
     """
     place = f"'{file.with_name(ADAPTER_CONFIG)}'"
     check_adapter_config(config, place)
-    if SCALED_BY_DIFFUSERS in read_header(file)[1] or any(name.endswith(".alpha") for name in stored):
+    if SCALED_BY_DIFFUSERS in read_header(file).metadata or any(name.endswith(".alpha") for name in stored):
         raise LoadError(
             f"{place} lies beside '{file}', which has alphas of its own; put the file into a folder without "
             f"{ADAPTER_CONFIG} if that is of another LoRA"

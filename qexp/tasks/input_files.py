@@ -79,7 +79,7 @@ def _stored_shapes(task: ForwardConfig) -> Shapes:
     from qexp.checkpoints.checkpoint import read_header
 
     try:
-        return {entry.name: entry.shape for entry in read_header(task.path)[0]}
+        return {entry.name: entry.shape for entry in read_header(task.path).entries}
     except LoadError as error:
         raise ConfigError(f"task.inputs: {error}") from error
 
