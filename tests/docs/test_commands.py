@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 COMMAND = re.compile(r"^(?:\$ )?python -m qexp ((?:.*\\\n)*.+)", re.MULTILINE)
 COMMENT = re.compile(r"^# python -m qexp (\S.*?)(?:   .*)?$", re.MULTILINE)
-ADDED = {"rowwise"}  # the backend that CONTRIBUTING.md adds
+ADDED = {"rowwise", "generator"}  # the backend and the model source that CONTRIBUTING.md adds
 
 
 def commands_of(path: Path) -> list[list[str]]:
