@@ -198,8 +198,7 @@ def _write_pictures(config: RunConfig, outputs: Tensors, expected: Tensors | Non
         return
     theirs = expected["images"][shown]
     save_png(image_sheet(theirs, "reference", names), folder / "images" / "reference.png")
-    difference = difference_sheet(images, theirs, "|generated - reference|, white = 1 or more", names)
-    save_png(difference, folder / "images" / "difference.png")
+    save_png(difference_sheet(images, theirs, names), folder / "images" / "difference.png")
 
 
 def _shown(count: int, frames: int) -> list[int]:

@@ -6,7 +6,15 @@ import torch
 from PIL import Image
 
 from qexp.errors import DiskError
-from qexp.scoring.pictures import GAP, TITLE_HEIGHT, difference_sheet, image_sheet, save_png, write_images
+from qexp.scoring.pictures import (
+    GAP,
+    TITLE_HEIGHT,
+    difference_gain,
+    difference_sheet,
+    image_sheet,
+    save_png,
+    write_images,
+)
 
 TOP = 2 * TITLE_HEIGHT + GAP
 PITCH = 32 + GAP  # 8x8 images are enlarged four times
@@ -47,8 +55,28 @@ def test_pixels_that_are_not_finite_are_magenta() -> None:
 def test_difference_is_absolute_and_white_from_1() -> None:
     images = torch.zeros(3, 1, 8, 8)
     reference = torch.tensor([0.0, 0.5, -1.5]).view(3, 1, 1, 1).expand(3, 1, 8, 8)
-    picture = np.asarray(difference_sheet(images, reference, "", digits(3)))
+    picture = np.asarray(difference_sheet(images, reference, digits(3)))
     assert [picture[TOP, GAP + column * PITCH, 0] for column in range(3)] == [0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    "largest, gain", [(1.9, 1), (1.0, 1), (0.9, 1), (0.5, 2), (0.3, 2), (0.02, 32), (2.0**-9, 512), (1e-9, 2.0**20)]
+)
+def test_difference_is_shown_by_the_largest_power_of_two_that_keeps_it_in_range(largest: float, gain: float) -> None:
+    difference = torch.linspace(0, largest, 5000).repeat(2)
+    assert difference_gain(difference) == gain
+    assert difference_gain(torch.cat([difference, torch.tensor([float("nan"), float("inf"), 1.9])])) == gain
+
+
+def test_difference_of_one_pixel_is_seen_and_none_is_said() -> None:
+    images = torch.zeros(50, 1, 8, 8)
+    assert difference_gain(images) == 1
+    identical = np.asarray(difference_sheet(images, images, digits(50)))
+    changed = images.clone()
+    changed[0, 0, 0, 0] = 0.01
+    picture = np.asarray(difference_sheet(changed, images, digits(50)))
+    assert picture[TOP, GAP, 0] == round(0.64 * 255) and identical[TOP, GAP, 0] == 0
+    assert (picture[:TITLE_HEIGHT] != identical[:TITLE_HEIGHT]).any()  # the titles
 
 
 def test_columns_are_named_if_they_hold_one_name_each() -> None:
