@@ -10,7 +10,6 @@ Importing this module imports neither torch nor a quantization library.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -46,6 +45,7 @@ from qexp.quantizers.embedded import merge, stored_config
 from qexp.quantizers.none import NoneConfig
 from qexp.scoring.perceptual_files import check_perceptual
 from qexp.system.devices import resolve_device_map, resolve_max_memory
+from qexp.system.screen import say
 
 
 def to_run_config(cfg: Any) -> RunConfig:
@@ -176,6 +176,6 @@ def _with_embedded(model: Any, components: Mapping[str, ComponentConfig]) -> dic
             lost = merge(result[name].backend, embedded)
             if lost and replace(result[name].backend, label=None) != replace(default_backend(), label=None):
                 place = f"'{checkpoint.path}' is quantized already; unused"
-                print(f"warning: {name}: {place}: {', '.join(lost)}", file=sys.stderr)
+                say(f"warning: {name}: {place}: {', '.join(lost)}")
             result[name] = replace(result[name], backend=embedded)
     return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from qexp.loading.prepare import prepare, resolve_quantizer, skeleton_and_names
 from qexp.models.base import load_source
 from qexp.system.files import write_json, write_text
 from qexp.system.memory import PeakMemory
+from qexp.system.screen import say
 from qexp.tasks import roundtrip
 
 if TYPE_CHECKING:
@@ -46,10 +46,9 @@ def run_roundtrip(context: RunContext) -> Metrics:
                 component, name, device=device, loader=config.loader, original=originals[name]
             )
     if broken := roundtrip.nonfinite_layers(rows):
-        print(
+        say(
             f"warning: {len(broken)} layers are not finite once they are dequantized, and not in the means: "
             f"{first_names(broken)}; skip them (skip_modules), or use another backend",
-            file=sys.stderr,
         )
     plans = {name: component.plan.to_container() for name, component in prepared.items()}
     write_json(context.folder / "plan.json", plans)

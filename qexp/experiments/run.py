@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from qexp.results.labels import backend_label
 from qexp.results.run_folder import PUSHED
 from qexp.system.files import to_csv, write_json, write_text
 from qexp.system.memory import GIB, PeakMemory
+from qexp.system.screen import say
 from qexp.tasks import forward, forward_inputs, generate, perplexity, text
 from qexp.tasks.calibration import calibrate_models
 from qexp.tasks.context import RunContext
@@ -89,7 +89,7 @@ def _run_model(context: RunContext) -> Metrics:
     context, planned = _plan_run(context)
     for hint in (_slow_dtypes(planned.values(), context.device), _other_dtype_than_reference(context.config, planned)):
         if hint is not None:
-            print(hint, file=sys.stderr)
+            say(hint)
     if context.inputs is not None:
         dtype = next(iter(planned.values())).prepared.compute_dtype
         context = replace(context, inputs=forward_inputs.in_dtype(context.inputs, dtype))
@@ -203,11 +203,11 @@ def _save(context: RunContext) -> None:
             limit = int(save.max_shard_gib * GIB)
             files += save_model(model, place, max_shard_bytes=limit, interchange=save.interchange)
             if save.path is not None:
-                print(f"saved {name} to {place}", file=sys.stderr)
+                say(f"saved {name} to {place}")
         if source.is_pipeline:
             files = [*source.save_side_files(folder), *files]
         if save.push_to_hub is not None:
             message = f"Upload {config.model.source} in {backend_label(config.to_container())}"
             pushed = push(folder, files, save, message)
             write_json(run_folder / PUSHED, pushed)
-            print(f"pushed to {pushed['url']}", file=sys.stderr)
+            say(f"pushed to {pushed['url']}")

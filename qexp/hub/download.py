@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from qexp.hub.file_selection import needed_files
 from qexp.hub.transfer import download_files
 from qexp.system.files import check_writable, disk_error, write_text
 from qexp.system.memory import GIB
+from qexp.system.screen import say
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>.+))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -165,7 +165,7 @@ def _downloaded(repo: str, revision: str, variant: str | None, place: str) -> st
             _bring(repo, revision, commit, files, variant, place)
             return commit
     commit = _from_cache(repo, revision, variant, place, reason)
-    print(f"warning: {place}={repo}: {reason}; using commit {commit} from the cache", file=sys.stderr)
+    say(f"warning: {place}={repo}: {reason}; using commit {commit} from the cache")
     return commit
 
 
@@ -222,7 +222,7 @@ def _bring(
         _check_space(storage, [files[name] for name in missing], f"{place}={repo}")
         gib = sum(files[name].nbytes for name in missing) / GIB
         files_text = f"{len(missing)} file" + ("s" if len(missing) > 1 else "")
-        print(f"{repo}: downloading {files_text}, {gib:.2f} GiB, to {storage}", file=sys.stderr, flush=True)
+        say(f"{repo}: downloading {files_text}, {gib:.2f} GiB, to {storage}")
         bring(missing)
     if revision != commit:
         write_text(storage / "refs" / revision, commit)

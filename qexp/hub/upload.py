@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from qexp.checkpoints.checkpoint import SAVED_WEIGHTS
 from qexp.errors import ConfigError, HubError, MissingLibraryError
+from qexp.system.screen import say
 
 if TYPE_CHECKING:
     from qexp.config.schema import SaveConfig
@@ -93,7 +94,7 @@ def push(folder: Path, files: Sequence[Path], save: SaveConfig, message: str) ->
         for name in weights:
             operations.append(stored(name))
             progress.stored.append(name)
-            print(f"{repo}: uploaded {name}, {paths[name].stat().st_size / 2**20:.1f} MiB", file=sys.stderr)
+            say(f"{repo}: uploaded {name}, {paths[name].stat().st_size / 2**20:.1f} MiB")
         there = api.list_repo_files(repo, revision=save.revision)
         operations += [CommitOperationDelete(name) for name in _stale(there, paths)]
         info = api.create_commit(operations=operations, commit_message=f"{message}: weights", **where)

@@ -27,6 +27,7 @@ from qexp.quantizers.base import Quantizer, load_quantizer
 from qexp.quantizers.embedded import merge, stored_config
 from qexp.quantizers.layers import MARK, replace_module, to_linear
 from qexp.quantizers.rows import WeightSpec
+from qexp.system.screen import say
 
 if TYPE_CHECKING:
     from qexp.config.schema import ComponentConfig
@@ -111,7 +112,7 @@ def plan_modules(
         unasked = (name for name in skipped if covering(meant, name) is None and not quantizer.keeps_dense(name))
         plan = replace(plan, left_dense=tuple(unasked))
     for notice in notices(component, plan):
-        print(notice, file=sys.stderr)
+        say(notice)
     config, path = dict(checkpoint.config), checkpoint.path
     return Prepared(
         model, quantizer, chosen, plan, compute_dtype, own_dtype, config, path, source.carried_files(), unmatched

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from qexp.loading.quantized_model import registered_quantizer
 from qexp.loading.sharing import distinct_state
 from qexp.quantizers.embedded import refused_config
 from qexp.system.files import disk_error, replacing, write_bytes, write_json, write_text
+from qexp.system.screen import say
 
 STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"  # of its own models' files
@@ -97,7 +97,7 @@ def save_model(
         misread = quantizer.misread(model, "model_type" in config) if interface is not None else None
         if misread is not None:
             if interchange:
-                print(f"warning: {folder}: {misread}", file=sys.stderr)
+                say(f"warning: {folder}: {misread}")
             else:
                 tensors = quantizer.under_refused_names(tensors)
                 config["quantization_config"] = refused_config(config["quantization_config"])

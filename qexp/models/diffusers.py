@@ -7,7 +7,6 @@ libraries, and the pipeline is diffusers' own class around all of them.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,6 +23,7 @@ from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.hub.download import local_folder
 from qexp.models.base import ModelSource
 from qexp.models.lora import LoraConfig, lora_configs
+from qexp.system.screen import say
 
 if TYPE_CHECKING:
     import torch
@@ -195,10 +195,9 @@ class Source(ModelSource):
     def _tell_of_variant(self, component: str) -> None:
         variant, folder = self.config.variant, self.folder.path / component
         if variant is not None and self.checkpoints()[component] == folder:
-            print(
+            say(
                 f"warning: {component}: '{folder}' has no files of model.variant={variant}; read are those without a "
                 "variant",
-                file=sys.stderr,
             )
 
     @override

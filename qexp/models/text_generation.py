@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from transformers.generation import GenerationMode
 
 from qexp.errors import ConfigError, LoadError
 from qexp.models.prompt_tokens import encode_prompts, is_in_vocabulary, padded_inputs, writes_answers
+from qexp.system.screen import say
 
 if TYPE_CHECKING:
     from qexp.config.generate import GenerateConfig
@@ -49,7 +49,7 @@ def continue_prompts(
     rows, stops = encode_prompts(tokenizer, prompts), string_stops(settings, tokenizer)
     size = task.batch_size or len(prompts)
     if size > 1 and (reason := reason_not_to_batch(model, tokenizer, settings, rows, size, device)):
-        print(f"prompts are continued one at a time: {reason}", file=sys.stderr)
+        say(f"prompts are continued one at a time: {reason}")
         size = 1
     parts, lengths, counts = list[Tensor](), list[Tensor](), list[Tensor]()
     for start in range(0, len(prompts), size):

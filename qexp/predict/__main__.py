@@ -15,12 +15,11 @@ are not included. memory= takes a size such as 16GiB, 500MiB or 24GB.
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from qexp.cli.backend_words import other_word
@@ -33,6 +32,7 @@ from qexp.models.architectures import architecture, architecture_names, write_he
 from qexp.predict.tables import UNITS, ModelForecast, formatted, offload_table, size, unit_of, weights_table
 from qexp.system.devices import parse_bytes
 from qexp.system.program_name import program_name
+from qexp.system.screen import library_output_in, say, sayings_in
 
 if TYPE_CHECKING:
     from qexp.config.schema import RunConfig
@@ -56,7 +56,7 @@ def forecast(name: str, overrides: Sequence[str], backends: Sequence[str]) -> Mo
             names = tuple(config.components)
             columns[backend], failed = forecast_components(load_source(config.model), config, offload)
             for component, error in failed.items():
-                print(f"{component}, backend={backend}: {error}", file=sys.stderr)
+                say(f"{component}, backend={backend}: {error}")
             if not failed:
                 dense = [part.backend.quant_method == "none" for part in config.components.values()]
                 offloads[backend] = dict(forecast_offload(list(columns[backend].values()), offload, dense))
@@ -122,13 +122,13 @@ def _local_models() -> Iterator[Any]:
 @contextmanager
 def _repeated_once(name: str) -> Iterator[None]:
     """What is said of a network is said once, and not for each backend."""
-    said = io.StringIO()
+    said: list[str] = []
     try:
-        with redirect_stderr(said):
+        with sayings_in(said):
             yield
     finally:
-        for line in dict.fromkeys(said.getvalue().splitlines()):
-            print(f"{name}: {line}", file=sys.stderr)
+        for line in dict.fromkeys(said):
+            say(f"{name}: {line}")
 
 
 def published_overrides(name: str, compute_dtype: str) -> list[str]:
@@ -169,7 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 with tables, 1 with one line that says why there are none."""
     options = _parser(program_name("predict")).parse_args(arguments)
     try:
-        print(_answer(options))
+        with TemporaryFile() as log, library_output_in(log):
+            answer = _answer(options)
+        print(answer)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -6,11 +6,12 @@ images are no match: comparisons are over the images that neither side replaced,
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from qexp.system.screen import say
 
 
 def shown_images(
@@ -24,10 +25,9 @@ def shown_images(
         for name, value in flags.items():
             shown &= ~value.repeat_interleave(count // len(value))  # of a video, all frames
             if value.any():
-                print(
+                say(
                     f"warning: {int(value.sum())} of {len(value)} images of {side} are black in place of what was "
                     f"generated ({name}); they match nothing. Open the pipeline without its safety checker to compare "
                     'them: "safety_checker": [null, null] in model_index.json',
-                    file=sys.stderr,
                 )
     return shown, {name: float(value.sum()) for name, value in own.items()}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import math
-import sys
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 from qexp.errors import ConfigError, LoadError, choices
 from qexp.metrics.registry import Metric, Result, Samples, all_metrics, chosen_metrics
 from qexp.models.base import load_source
+from qexp.system.screen import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,15 +88,12 @@ def _count_nonfinite(kind: str, outputs: Tensors) -> int:
 def _warn_of_nonfinite(kind: str, ours: int, theirs: int) -> None:
     what = "probabilities of tokens" if kind == "text" else "values"
     if ours:
-        print(
+        say(
             f"warning: {ours} {what} are not finite, so nothing is compared with the reference; use another "
             "compute_dtype or backend, or repair the checkpoint",
-            file=sys.stderr,
         )
     if theirs:
-        print(
-            f"warning: the reference has {theirs} {what} that are not finite; nothing to compare with", file=sys.stderr
-        )
+        say(f"warning: the reference has {theirs} {what} that are not finite; nothing to compare with")
 
 
 def _prepare_images(

@@ -87,9 +87,11 @@ class ForkServer:
         return self.connection
 
     def fork(
-        self, modules: Sequence[str], arguments: Sequence[str], environment: Mapping[str, str]
+        self, modules: Sequence[str], arguments: Sequence[str], environment: Mapping[str, str], screen: int
     ) -> ForkedWorker | str:
         """Have a worker forked after `modules` are imported; returns it, or why it must be spawned.
+
+        screen: a descriptor that takes what this program says; the worker's `stdout` is what libraries print as well.
 
         Raises: ServerDied.
         """
@@ -99,7 +101,8 @@ class ForkServer:
         try:
             assert self.process is not None
             connection.send_bytes(json.dumps(order).encode())
-            send_handle(connection, writer, self.process.pid)
+            for descriptor in (writer, screen):
+                send_handle(connection, descriptor, self.process.pid)
             answer = _receive(connection)
         except (ServerDied, OSError) as error:
             os.close(reader)

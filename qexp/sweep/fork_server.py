@@ -7,7 +7,7 @@ started by `spawn`.
 
     python -m qexp.sweep.fork_server --connection <fd> --parent <pid>
 
-One request at a time, as JSON over a socket, followed by the descriptor that takes the worker's output:
+One request at a time, as JSON over a socket, followed by the descriptors that take the worker's output and its screen:
 {"modules", "arguments", "environment", "directory"}. Answers: {"error"}, or {"pid"} from the worker once it stands
 alone, then {"exit"} with its exit code, negative for a signal.
 """
@@ -33,6 +33,8 @@ from qexp.sweep.preload import import_modules
 from qexp.system.child_process import die_with_parent
 from qexp.system.file_pages import map_file_pages, resident_file_pages
 
+Pages = Iterable[tuple[int, int]]  # runs of pages: address, bytes
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m qexp.sweep.fork_server", description="Fork workers on request.")
@@ -43,11 +45,11 @@ def main() -> int:
     with Connection(arguments.connection) as connection, contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             request = json.loads(connection.recv_bytes())
-            serve(connection, request, recv_handle(connection))
+            serve(connection, request, recv_handle(connection), recv_handle(connection))
     return 0
 
 
-def serve(connection: Connection, request: Mapping[str, Any], output: int) -> None:
+def serve(connection: Connection, request: Mapping[str, Any], output: int, screen: int) -> None:
     """Fork one worker and wait for its end, or say why not."""
     server = os.getpid()
     try:
@@ -58,9 +60,10 @@ def serve(connection: Connection, request: Mapping[str, Any], output: int) -> No
         pages = resident_file_pages()
         pid = os.fork()
         if pid == 0:
-            become_worker(connection, request, output, server, pages)
+            become_worker(connection, request, (output, screen), server, pages)
     finally:
         os.close(output)
+        os.close(screen)
     send(connection, exit=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
@@ -89,14 +92,14 @@ def reason_not_to_fork() -> str | None:
 
 
 def become_worker(
-    connection: Connection, request: Mapping[str, Any], output: int, server: int, pages: Iterable[tuple[int, int]]
+    connection: Connection, request: Mapping[str, Any], outputs: tuple[int, int], server: int, pages: Pages
 ) -> None:
     """In the child: take on what belongs to this worker, run it, and end the process."""
     code = 1
     try:
         os.setsid()
         die_with_parent(server)
-        nothing = os.open(os.devnull, os.O_RDONLY)
+        nothing, (output, screen) = os.open(os.devnull, os.O_RDONLY), outputs
         for source, target in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(source, target)
         os.close(nothing)
@@ -109,7 +112,7 @@ def become_worker(
         random.seed()  # else every worker would draw the server's numbers where nothing is seeded
         restore_threads()
         map_file_pages(pages)
-        code = worker.main(request["arguments"])
+        code = worker.main([*request["arguments"], "--screen", str(screen)])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:

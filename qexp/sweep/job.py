@@ -29,8 +29,8 @@ from qexp.sweep.preload import modules_of
 from qexp.sweep.reference import ensure_reference, known_reference, prepare_folder
 from qexp.sweep.resume import Decision, decide, scored_names
 from qexp.sweep.run_key import reference_key, run_key
-from qexp.sweep.worker import Work, do_work
-from qexp.sweep.worker_process import run_worker
+from qexp.sweep.worker import Work
+from qexp.sweep.worker_process import run_inline, run_worker
 from qexp.system.files import check_writable, read_yaml, write_bytes
 
 __all__ = ["JobRow", "refuse_job", "run_job"]
@@ -224,7 +224,7 @@ def _refusal(job: _Job, folder: RunFolder, run: Callable[[Work], Status]) -> Sta
 def _runner(job: _Job) -> Callable[[Work], Status]:
     config = job.config
     if config.isolation.mode == "inline":
-        return do_work
+        return run_inline
     modules = modules_of(config) if job.work.experiment == Work.experiment else ()
     return partial(run_worker, isolation=config.isolation, modules=modules)
 

@@ -40,6 +40,7 @@ from qexp.sweep.preload import import_modules, modules_of
 from qexp.sweep.resume import scored_names
 from qexp.system.child_process import die_with_parent
 from qexp.system.files import read_json
+from qexp.system.screen import open_screen, say
 
 Metrics = dict[str, float | None]
 SCHEMA = 1
@@ -177,7 +178,7 @@ def _finite(metrics: Mapping[str, float | None]) -> Metrics:
     """JSON has no infinity and no NaN: they become null, and the log says so."""
     for name, value in metrics.items():
         if value is not None and not math.isfinite(value):
-            print(f"warning: {name} is {value}; result.json holds null", file=sys.stderr)
+            say(f"warning: {name} is {value}; result.json holds null")
     return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
 
 
@@ -191,12 +192,12 @@ def _log_traceback(folder: RunFolder) -> None:
     """Append the exception being handled to worker.log; to stderr too with HYDRA_FULL_ERROR=1."""
     text = traceback.format_exc()
     if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
-        print(text, file=sys.stderr)
+        say(text)
     try:
         with (folder.path / "worker.log").open("a", encoding="utf-8") as log:
             log.write(text)
     except OSError as error:
-        print(f"warning: no traceback in worker.log: {error}", file=sys.stderr)
+        say(f"warning: no traceback in worker.log: {error}")
 
 
 def _function(name: str) -> Callable[..., Mapping[str, float | None]]:
@@ -217,15 +218,18 @@ def main(typed: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", default=Work.check, metavar="MODULE:FUNCTION")
     parser.add_argument("--parent", type=int, help="end when this process does")
     parser.add_argument("--start", default="spawn", choices=("spawn", "fork"), help="how this process was started")
+    parser.add_argument("--screen", type=int, help="descriptor to show this program's own lines on; the rest is a log")
     arguments = vars(parser.parse_args(typed))
-    parent = arguments.pop("parent")
+    parent, screen = arguments.pop("parent"), arguments.pop("screen")
+    if screen is not None:
+        open_screen(screen)
     if parent is not None:
         die_with_parent(parent)
     faulthandler.enable()
     try:
         status = do_work(Work(**arguments))
     except DiskError as error:
-        print(error, file=sys.stderr)
+        say(error)
         return 1
     return 0 if status.status == "done" else 1
 

@@ -1,9 +1,9 @@
 """Run a worker in a process of its own and say how it ended.
 
-It is forked from a server that has imported the libraries (`fork_client.py`), or spawned where that is not safe.
-The worker leads its own session, so that Ctrl-C reaches only the parent and everything a worker started can be killed
-with it; should the parent be killed, the kernel kills the worker. What it prints goes to worker.log and, as it comes,
-to the console: bytes are passed on unchanged, so progress bars work.
+It is forked from a server that has imported the libraries (`fork_client.py`), or spawned where that is not safe. The
+worker leads its own session, so that Ctrl-C reaches only the parent and everything a worker started can be killed with
+it; should the parent be killed, the kernel kills the worker. Everything that it prints goes to worker.log. What qexp
+says (system/screen.py) comes over a pipe of its own too, and is passed on to the console, unchanged, as it comes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from qexp.config.schema import IsolationConfig
 from qexp.results.outcome import Outcome, outcome_of, outcome_of_exit, timed_out
 from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.fork_client import SERVER, ForkedWorker, ServerDied
-from qexp.sweep.worker import Work
-from qexp.system.child_process import ChildProcess, ends_within, kill_session, read_output
+from qexp.sweep.worker import Work, do_work
+from qexp.system.child_process import CHUNK, ChildProcess, ends_within, kill_session, read_streams
+from qexp.system.screen import library_output_in
 
 
 def run_worker(work: Work, isolation: IsolationConfig, modules: Sequence[str] = ()) -> Status:
@@ -35,9 +36,9 @@ def run_worker(work: Work, isolation: IsolationConfig, modules: Sequence[str] = 
     """
     timeout_minutes = isolation.timeout_minutes
     started, clock = now_iso(), time.monotonic()
-    process = _start(work, isolation.start, modules)
+    process, screen = _start(work, isolation.start, modules)
     try:
-        in_time = _follow(process, work.folder / "worker.log", timeout_minutes)
+        in_time = _follow(process, screen, work.folder / "worker.log", timeout_minutes)
     except BaseException as error:
         kill_session(process)
         _settle(work, process, outcome_of(error), started, clock)
@@ -51,20 +52,46 @@ def run_worker(work: Work, isolation: IsolationConfig, modules: Sequence[str] = 
     return _settle(work, process, outcome, started, clock)
 
 
-def _start(work: Work, start: str, modules: Sequence[str]) -> ChildProcess:
+def run_inline(work: Work) -> Status:
+    """Do a worker's work in this process, with what libraries print in its worker.log."""
+    try:
+        log = (work.folder / "worker.log").open("ab", buffering=0)
+    except OSError:  # a disk that takes nothing is reported where the work writes its status
+        return do_work(work)
+    with log, library_output_in(log):
+        return do_work(work)
+
+
+def _start(work: Work, start: str, modules: Sequence[str]) -> tuple[ChildProcess, int]:
+    """(the worker, the reading end of the pipe that is its screen)."""
+    screen, shown = os.pipe()
+    try:
+        process = _started(work, start, modules, shown)
+    except BaseException:
+        os.close(screen)
+        raise
+    finally:
+        os.close(shown)
+    os.set_blocking(screen, False)
+    return process, screen
+
+
+def _started(work: Work, start: str, modules: Sequence[str], screen: int) -> ChildProcess:
     """Start a worker as `start` says, or by spawn where forking is not possible."""
     environment = _environment()
     if start == "fork" and SERVER.is_usable:
         try:
-            worker = SERVER.fork(modules, [*work.arguments(), "--start", "fork"], environment)
+            worker = SERVER.fork(modules, [*work.arguments(), "--start", "fork"], environment, screen)
         except ServerDied:
-            return _start(work, start, modules)
+            return _started(work, start, modules, screen)
         if isinstance(worker, ForkedWorker):
             return worker
         _say_once(f"isolation.start=fork: {worker}; such experiments start with a fresh Python")
+    command = [sys.executable, "-m", "qexp.sweep.worker", *work.arguments()]
     return subprocess.Popen(
-        [sys.executable, "-m", "qexp.sweep.worker", *work.arguments(), "--parent", str(os.getpid())],
+        [*command, "--parent", str(os.getpid()), "--screen", str(screen)],
         env=environment,
+        pass_fds=(screen,),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -83,15 +110,19 @@ def _environment() -> dict[str, str]:
     return environment | {"PYTHONHASHSEED": environment.get("PYTHONHASHSEED", "0")}
 
 
-def _follow(process: ChildProcess, log_path: Path, timeout_minutes: float | None) -> bool:
+def _follow(process: ChildProcess, screen: int, log_path: Path, timeout_minutes: float | None) -> bool:
     """Pass output on until the worker ends; False if it had to be killed for taking too long."""
     deadline = time.monotonic() + 60 * timeout_minutes if timeout_minutes is not None else float("inf")
-    with _Tee(log_path) as tee:
-        for data in read_output(process, lambda: deadline - time.monotonic()):
-            tee.write(data)
+    output = process.stdout
+    assert output is not None
+    with output, open(screen, "rb", buffering=0) as said, _Log(log_path) as log, _Console() as console:
+        for stream, data in read_streams(process, (output, said), lambda: deadline - time.monotonic()):
+            (log if stream is output else console).write(data)
         in_time = ends_within(process, deadline - time.monotonic())
         if not in_time:
             kill_session(process)
+        while data := said.read(CHUNK):  # what came last; None where the worker's own children keep it open
+            console.write(data)
     return in_time
 
 
@@ -109,41 +140,53 @@ def _settle(work: Work, process: ChildProcess, otherwise: Outcome, started: str,
     return status
 
 
-class _Tee:
-    """Writes bytes to the log file and to the console."""
+class _Log:
+    """Writes bytes to the log file; one that cannot be written costs the log, not the experiment."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.log: IO[bytes] | None = None
+        self.file: IO[bytes] | None = None
+
+    def __enter__(self) -> _Log:
+        self._try(self._open)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self._try(self.file.close)
+
+    def write(self, data: bytes) -> None:
+        if self.file is not None:
+            file = self.file
+            self._try(lambda: file.write(data))
+
+    def _open(self) -> None:
+        self.file = self.path.open("ab", buffering=0)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            self.file = None
+            print(f"warning: {self.path} is incomplete: {error.strerror}", file=sys.stderr)
+
+
+class _Console:
+    """Writes bytes to standard output, and ends a last line that a progress bar has left open."""
+
+    def __init__(self) -> None:
         self.ended_line = True
 
-    def __enter__(self) -> _Tee:
-        self._try(self._open)
+    def __enter__(self) -> _Console:
         return self
 
     def __exit__(self, *_: object) -> None:
         if not self.ended_line:
             _to_console(b"\n")
-        if self.log is not None:
-            self._try(self.log.close)
 
     def write(self, data: bytes) -> None:
         _to_console(data)
         self.ended_line = data.endswith(b"\n")
-        if self.log is not None:
-            log = self.log
-            self._try(lambda: log.write(data))
-
-    def _open(self) -> None:
-        self.log = self.path.open("ab", buffering=0)
-
-    def _try(self, action: Callable[[], object]) -> None:
-        """A log that cannot be written costs the log, not the experiment."""
-        try:
-            action()
-        except OSError as error:
-            self.log = None
-            print(f"warning: {self.path} is incomplete: {error.strerror}", file=sys.stderr)
 
 
 def _to_console(data: bytes) -> None:

@@ -8,7 +8,7 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import IO, Protocol
 
@@ -37,16 +37,27 @@ def read_output(process: ChildProcess, time_left: Callable[[], float]) -> Iterat
     """
     output = process.stdout
     assert output is not None
-    with output, selectors.DefaultSelector() as selector:
-        selector.register(output, selectors.EVENT_READ)
-        while (left := time_left()) > 0:
-            if selector.select(min(left, POLL_SECONDS)):
-                data = os.read(output.fileno(), CHUNK)
-                if not data:
-                    return
-                yield data
-            elif process.poll() is not None:
+    with output:
+        for _, data in read_streams(process, (output,), time_left):
+            yield data
+
+
+def read_streams(
+    process: ChildProcess, streams: Iterable[IO[bytes]], time_left: Callable[[], float]
+) -> Iterator[tuple[IO[bytes], bytes]]:
+    """Yield what arrives from each stream, until all of them or the process have ended, or no time is left."""
+    with selectors.DefaultSelector() as selector:
+        for stream in streams:
+            selector.register(stream, selectors.EVENT_READ, stream)
+        while selector.get_map() and (left := time_left()) > 0:
+            ready = selector.select(min(left, POLL_SECONDS))
+            if not ready and process.poll() is not None:
                 return
+            for key, _ in ready:
+                if data := os.read(key.fd, CHUNK):
+                    yield key.data, data
+                else:
+                    selector.unregister(key.fileobj)
 
 
 def ends_within(process: ChildProcess, seconds: float) -> bool:

@@ -6,6 +6,7 @@ import sys
 import time
 
 from qexp.system.memory import GIB
+from qexp.system.screen import say
 
 
 class Progress:
@@ -38,4 +39,4 @@ class Progress:
             f"{self._title} {self._items}/{self._total_items} {self._unit}, "
             f"{self._bytes / GIB:.2f}/{self._total_bytes / GIB:.2f} GiB, {seconds:.0f} s"
         )
-        print(f"{before}{line}", end=after, file=sys.stderr, flush=True)
+        say(f"{before}{line}", end=after)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qexp.metrics.timing import step_times
+from qexp.system.screen import say
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +76,6 @@ class Recorder:
         last = step == self.steps
         line = f"{self.title}: step {step}{f'/{self.steps}' if self.steps else ''}, {step_ms:.0f} ms a step"
         if sys.stderr.isatty():
-            print(f"\r{line}\x1b[K", end="\n" if last else "", file=sys.stderr, flush=True)
+            say(f"\r{line}\x1b[K", end="\n" if last else "")
         elif step * 4 // self.steps > (step - 1) * 4 // self.steps if self.steps else step & (step - 1) == 0:
-            print(line, file=sys.stderr, flush=True)
+            say(line)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qexp.config.schema import RunConfig
 from qexp.errors import ConfigError, LoadError, UnsupportedError
+from qexp.system.screen import say
 
 FAKES = {"experiment": f"{__name__}:run", "score": f"{__name__}:score", "check": f"{__name__}:check"}
 BAD_REFERENCE = 7
@@ -155,6 +156,7 @@ def _print(folder: Path) -> None:
     sys.stdout.buffer.write(b"50 %\r100 %\r\xff\n")
     sys.stdout.flush()
     print("to stderr", file=sys.stderr)
+    say("50 %\r100 %\r\u00e4 \u4e2d")
 
 
 class OutOfMemoryError(RuntimeError):

@@ -228,12 +228,14 @@ def test_a_child_that_keeps_the_output_open_does_not_hold_up_the_sweep(tmp_path)
     os.kill(int((folder_of(config).path / "child.pid").read_text()), signal.SIGKILL)
 
 
-def test_output_goes_to_the_log_and_to_the_console_as_it_is(tmp_path, capfdbinary) -> None:
+def test_output_goes_to_the_log_and_own_lines_to_the_console_as_they_are(tmp_path, capfdbinary) -> None:
     config = have_reference(run_config(tmp_path, 18))
     run(config)
-    for text in (capfdbinary.readouterr().out, (folder_of(config).path / "worker.log").read_bytes()):
-        assert b"50 %\r100 %\r\xff\n" in text
-        assert b"to stderr\n" in text
+    shown, log = capfdbinary.readouterr().out, (folder_of(config).path / "worker.log").read_bytes()
+    said = "50 %\r100 %\rä 中\n".encode()
+    assert said in shown and said in log
+    for printed in (b"50 %\r100 %\r\xff\n", b"to stderr\n"):
+        assert printed in log and printed not in shown
 
 
 def test_a_done_run_is_reused_and_says_so(tmp_path, capfd) -> None:

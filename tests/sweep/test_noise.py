@@ -1,0 +1,74 @@
+"""The screen of an experiment has the lines of this program alone; what its libraries print is in the log."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qexp.config.yaml_options import option_names
+from tests.products import representatives
+
+OWN = (
+    r".* · \S+ · \w+: (started|done in|the reference \(unquantized\) is run first).*",
+    r"\w+: step \d+(/\d+)?, \d+ ms a step",
+    r"\w+: (loading|round trip|scoring) \d+/\d+ tensors, .*",
+    r"warning: .*",
+    r"W&B run: outputs/.*",
+    r"  outputs/runs/[0-9a-f]{16}",
+)
+CASES = [
+    ("torchao", "arithmetic", "process"),
+    ("bitsandbytes_int8", "arithmetic", "inline"),
+    ("quanto", "digits", "inline"),
+]
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qexp", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "model", "isolation"),
+    representatives(
+        [*CASES, *[(name, model, "process") for name in option_names("backend") for model in ("digits", "arithmetic")
+                   if (name, model, "process") not in CASES]],
+        CASES,
+    ),
+)  # fmt: skip
+def test_screen_has_own_lines_alone(option: str, model: str, isolation: str, tmp_path: Path) -> None:
+    done = run(tmp_path, f"model={model}", f"backend={option}", "task=roundtrip", f"isolation={isolation}")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line]
+    assert [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in OWN)] == []
+    assert any("done in" in line for line in lines)
+
+
+def test_noise_of_libraries_is_in_the_log(tmp_path: Path) -> None:
+    (tmp_path / "noisy.py").write_text(
+        "import logging, os, warnings\n"
+        "def experiment(config, folder):\n"
+        "    print('a bar'); os.write(2, b'from C\\n'); logging.getLogger('library').error('an error')\n"
+        "    warnings.warn('deprecated')\n"
+        "    raise RuntimeError('crashed')\n"
+    )
+    code = (
+        "from tests.composing import run_config; from qexp.sweep.job import run_job; import sys\n"
+        "for mode in ('process', 'inline'):\n"
+        "    config = run_config(f'isolation={mode}', f'paths.outputs={sys.argv[1]}/{mode}', 'task=roundtrip')\n"
+        "    print(run_job(config, (), experiment='noisy:experiment').status)\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = {"PYTHONPATH": f"{tmp_path}:{root}", "PATH": "/usr/bin:/bin", "WANDB_MODE": "disabled"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
+    )
+    shown = done.stdout + done.stderr
+    assert done.stdout.splitlines().count("failed") == 2 and "crashed; traceback in" in shown
+    for words in ("a bar", "from C", "an error", "deprecated", "Traceback"):
+        assert words not in shown
+        for mode in ("process", "inline"):
+            log = next((tmp_path / mode / "runs").glob("*/worker.log")).read_text()
+            assert words in log, (words, mode)
