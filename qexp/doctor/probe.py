@@ -16,8 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from qexp.config.plugins import plugin_config
 from qexp.errors import MissingLibraryError
+from qexp.models.base import ModelSource
 from qexp.results.outcome import outcome_of
 
 if TYPE_CHECKING:
@@ -108,15 +111,17 @@ def measure(config: Any, dtype: str, device: str) -> dict[str, Any]:
     }
 
 
-class _Layer:
-    """The model source of the saved layer: it has what a load asks for."""
+class _Layer(ModelSource):
+    """The model source of the saved layer."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @override
     def checkpoints(self) -> dict[str, Path]:
         return {"layer": self.folder}
 
+    @override
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         from torch import nn
 

@@ -92,7 +92,7 @@ def difference_sheet(images: Tensor, reference: Tensor, names: Sequence[object])
     """|images - reference|, both in [-1, 1], with 0 black; the title has the gain, and the difference that is white."""
     difference = (images.float() - reference.float()).abs()
     gain = difference_gain(difference)
-    title = f"|generated - reference| x {gain:g}: white is {1 / gain:g} or more, of 2 from black to white"
+    title = f"|difference| x {gain:g}, white is {1 / gain:.3g} of 2"
     return sheet(difference * gain, title if difference.ne(0).any() else "identical to the reference", names)
 
 
