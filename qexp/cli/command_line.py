@@ -25,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from qexp.cli.dry_run import Preview
 from qexp.cli.flags import flags_first
 from qexp.cli.hydra_errors import explain
 from qexp.config.hydra_schema import register_schemas
@@ -32,7 +33,8 @@ from qexp.config.schema import SweepConfig
 from qexp.config.yaml_options import conf_folder
 from qexp.errors import QexpError
 from qexp.experiments.resolve import to_run_config
-from qexp.results.labels import run_label
+from qexp.results.labels import SHOWN_GROUPS, run_label
+from qexp.sweep.console_lines import job_name
 from qexp.system.signals import Terminated, ending_signals_interrupt
 from qexp.tracking.session import check_login
 
@@ -56,6 +58,9 @@ def run(arguments: Sequence[str]) -> int:
 
     def job(cfg: DictConfig) -> JobRow | None:
         with environment(FULL_ERROR, wanted):
+            if cfg.sweep.get("dry_run"):
+                preview_one(cfg, preview)
+                return None
             SweepFolder.unused = None
             try:
                 row = run_one(cfg)
@@ -66,6 +71,7 @@ def run(arguments: Sequence[str]) -> int:
                 not_done.append(row)
             return row
 
+    preview = Preview()
     register_schemas()
     try:
         sorted_arguments = flags_first(arguments)
@@ -75,6 +81,9 @@ def run(arguments: Sequence[str]) -> int:
             hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)()
         for refusal in refusals:
             raise refusal
+        if preview.counts:
+            print(preview.summary())
+            SweepFolder.remove_unused()
     except KeyboardInterrupt as error:
         print("interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
         return 128 + error.number if isinstance(error, Terminated) else INTERRUPTED
@@ -90,7 +99,7 @@ def run(arguments: Sequence[str]) -> int:
             message = message.replace(sent, original)
         print(f"error: {message}", file=sys.stderr)
         return 1
-    return 1 if not_done else 0
+    return 1 if not_done or preview.counts["fail"] else 0
 
 
 def run_one(cfg: DictConfig) -> JobRow:
@@ -115,6 +124,18 @@ def run_one(cfg: DictConfig) -> JobRow:
     if row.key and folder.exists() and not in_sweep():
         print(f"  {folder}", flush=True)
     return row
+
+
+def preview_one(cfg: DictConfig, preview: Preview) -> None:
+    """Say what one composed experiment would do."""
+    words: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[assignment]
+    hidden = ("sweep.", "paths.", "tracking", "isolation")
+    shown = [word for word in words if word.partition("=")[0] not in SHOWN_GROUPS and not word.startswith(hidden)]
+    number = HydraConfig.get().job.num + 1 if in_sweep() else None
+    try:
+        preview.show(to_run_config(cfg), number, " ".join(shown))
+    except QexpError as error:
+        preview.refuse(job_name(number, None, raw_label(cfg) or " ".join(words)), error)
 
 
 def raw_label(cfg: DictConfig) -> str:
@@ -157,6 +178,9 @@ class SweepFolder(Callback):
     def remove_unused(cls) -> None:
         if cls.unused is not None:
             shutil.rmtree(cls.unused, ignore_errors=True)
+            with suppress(OSError):  # unless other sweeps are there
+                cls.unused.parent.rmdir()
+                cls.unused.parent.parent.rmdir()
 
 
 def _take_free_name(config: DictConfig, folder: Path) -> None:

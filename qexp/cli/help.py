@@ -17,12 +17,14 @@ Examples
   python -m qexp task=roundtrip backend=torchao backend.quant_type=float8wo_e4m3
   python -m qexp -m backend=bitsandbytes_int8 backend.llm_int8_threshold=0,4,6,8
   python -m qexp experiment=backend_pareto                    a prepared sweep
+  python -m qexp -m backend=none,quanto sweep.dry_run=true    what it would run, and what that takes
 
 Commands (the console script `qexp` is the same: qexp report)
   python -m qexp report [sweep]                               table, plot and report of a sweep
   python -m qexp doctor                                       what runs on this machine, and what the rest needs
   python -m qexp predict [model ...] [memory=16GiB]           bytes of a model in each backend, and whether they fit
   python -m qexp rerun outputs/runs/<key>                     a stored experiment again, compared with what it gave
+  python -m qexp clean                                        what failed or was left over: shows it, asks, removes it
   each has --help of its own"""
 
 MORE = """\

@@ -106,10 +106,12 @@ class IsolationConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """name: folder below outputs/sweeps; notes: free text kept in the manifest."""
+    """name: folder below outputs/sweeps; notes: free text kept in the manifest; dry_run: say what would run, and run
+    nothing."""
 
     name: str = "default"
     notes: str | None = None
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or "/" in self.name:

@@ -46,8 +46,8 @@ def forecast(name: str, overrides: Sequence[str], backends: Sequence[str]) -> Mo
 
     Raises: QexpError, or what Hydra raises, for settings that do not resolve in any backend.
     """
+    from qexp.loading.forecast import forecast_components, forecast_offload
     from qexp.models.base import load_source
-    from qexp.predict.forecast import forecast_components, forecast_offload
 
     columns, offloads, names = dict[str, Any](), dict[str, Any](), tuple[str, ...]()
     with _repeated_once(name), _local_models() as headers_of:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qexp.predict.forecast import ComponentForecast, OffloadForecast
+    from qexp.loading.forecast import ComponentForecast, OffloadForecast
 
 KIB, GIB = 1 << 10, 1 << 30
 NOTHING = "–"

@@ -87,6 +87,11 @@ class Manifest:
         """The contents, None for a sweep that has not started."""
         return self._with_added(self._read()) if self.path.exists() else None
 
+    def is_running(self) -> bool:
+        """Whether the process that began it still works on it."""
+        values = self.read()
+        return values is not None and _is_running(values)
+
     def _write(self, values: dict[str, Any]) -> None:
         write_json(self.path, values)
         self.added.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,9 +103,21 @@ class RunFolder:
 def remove_leftovers(outputs: Path) -> None:
     """Remove offloaded weights of runs that were killed, in all run folders that no process holds."""
     for scratch in [*outputs.glob(f"runs/*/{SCRATCH}"), *outputs.glob(f"references/*/{SCRATCH}")]:
-        folder = RunFolder(scratch.parent)
-        with suppress(BlockingIOError, DiskError), file_lock(folder.path / LOCK, _refuse_to_wait):
-            folder.remove_scratch()
+        with try_lock(scratch.parent) as is_free:
+            if is_free:
+                RunFolder(scratch.parent).remove_scratch()
+
+
+@contextmanager
+def try_lock(folder: Path | None) -> Iterator[bool]:
+    """Hold a run folder alone, as `locked` does, without waiting: whether it is. None is always free."""
+    with ExitStack() as stack:
+        is_free = folder is None
+        if folder is not None:
+            with suppress(BlockingIOError, DiskError):
+                stack.enter_context(file_lock(folder / LOCK, _refuse_to_wait))
+                is_free = True
+        yield is_free
 
 
 def _refuse_to_wait() -> None:

@@ -28,6 +28,8 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Create the sweep's folder and manifest, before a model is loaded for nothing."""
+        if config.sweep.get("dry_run"):
+            return
         try:
             arguments = sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1 :]  # as typed: sys.argv may be edited
             command = ["python", "-m", "qexp", *arguments]
@@ -39,6 +41,8 @@ class SweepCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table and the count; exit with 1 if an experiment failed or left no record."""
+        if config.sweep.get("dry_run"):
+            return
         failed = True
         try:
             failed = _close(_manifest(config))

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from qexp.config.schema import RunConfig
-from qexp.experiments.reference import reference_config
+from qexp.experiments.reference import reference_config, saves_outputs
 from qexp.results.outcome import Outcome
 from qexp.results.run_folder import RunFolder, Status
 from qexp.sweep.resume import OUTPUTS
@@ -55,6 +55,13 @@ def _stands(folder: RunFolder, status: Status, resume: str, since: str | None) -
     if status.status != "done":
         return of_this_sweep
     return folder.holds(OUTPUTS) and (of_this_sweep or resume != "none")
+
+
+def reference_is_there(config: RunConfig) -> bool:
+    """Whether an experiment is compared with nothing, or with what is finished."""
+    if not saves_outputs(config):
+        return True
+    return known_reference(config, reference_key(config)) is not None
 
 
 def known_reference(config: RunConfig, result_reference: str | None) -> Path | None:

@@ -13,12 +13,13 @@ import pytest
 
 import qexp
 from qexp.config.offload import OffloadConfig
+from qexp.loading import forecast as forecasts
+from qexp.loading.forecast import LOADING_BYTES, ComponentForecast, OffloadForecast, forecast_offload
 from qexp.models import architectures
 from qexp.predict import __main__ as command
-from qexp.predict import forecast as forecasts
 from qexp.predict.__main__ import forecast, main, published_overrides
-from qexp.predict.forecast import LOADING_BYTES, ComponentForecast, OffloadForecast, forecast_offload
 from qexp.predict.tables import ModelForecast
+from qexp.system.screen import say
 from tests.products import pairwise
 from tests.scripts.test_make_checkpoint import TINY
 
@@ -210,7 +211,7 @@ def test_what_is_said_of_a_network_is_said_once(
     planned = forecasts.plan_component
 
     def warned(source: Any, component: str, *arguments: Any, **options: Any) -> Any:
-        print(f"{component}: a warning", file=sys.stderr)
+        say(f"{component}: a warning")
         return planned(source, component, *arguments, **options)
 
     monkeypatch.setattr(forecasts, "plan_component", warned)
