@@ -1,7 +1,8 @@
 """Hydra's and OmegaConf's errors, retold: value, rule, place and remedy, with the valid choices that they leave out.
 
-Both say what is needed in the text of their messages only, so each known message is a pattern here and the function
-that retells it. What matches none is passed on without the lines that mean nothing to a user.
+Both say what is needed in the text of their messages only, so each message that users meet, and that lacks the choices
+or the remedy, is a pattern here and the function that retells it. The others are passed on as they are, without the
+lines that mean nothing to a user.
 """
 
 from __future__ import annotations
@@ -169,14 +170,6 @@ def _nothing_to_delete(problem: Problem) -> str:
     return f"~{problem['key']} deletes nothing{did_you_mean(problem['key'], field_types(TopLevelConfig))}"
 
 
-def _no_interval(problem: Problem) -> str:
-    return "an interval(a,b) has no list of values to run; write values, such as 0,1,2, or range(0,10,2)"
-
-
-def _there_already(problem: Problem) -> str:
-    return f"+{problem['key']} adds what is there already; leave out the +"
-
-
 def _unreadable_override(problem: Problem) -> str:
     unread = [argument for argument in problem.arguments if not argument.startswith("-") and not _is_readable(argument)]
     written = unread[0] if unread else problem.find(r"Error parsing override '(.*)'")
@@ -228,26 +221,19 @@ def _bare_word(word: str) -> str:
     return f"{word} is no setting, which an override is, key=value{'' if remedy else hint}; {rest}"
 
 
-def _bad_yaml(problem: Problem) -> str:
-    return f"{problem['file']}, line {problem['line']}: {problem.text.splitlines()[0]}; correct the yaml there"
-
-
 RULES: tuple[tuple[str, Callable[[Problem], str]], ...] = (
     (r"Could not (?:find|load) '(?P<option>[^']+/[^'/]+)'", _unknown_option),
     (r"Could not override '(?P<group>[^']+)'\. No match in the defaults list", _unknown_group),
     (r"Key '(?P<name>[^']+)'(?: is)? not in (?:')?(?P<owner>\w+)", _unknown_field),
     (r"Ambiguous value for argument '(?P<override>.+)'$", _sweep_or_list),
     (r"Sweep parameters '(?P<override>.+)' requires --multirun", _needs_sweep),
-    (r"does not support sweep type", _no_interval),
     (r"Config group override must be a string or a list", _nothing_chosen),
     (r"Could not delete from config\. '(?P<key>[^']+)' does not exist", _nothing_to_delete),
-    (r"An item is already at '(?P<key>[^']+)'", _there_already),
     (r"Merge error: (?P<given>\w+) is not a subclass of (?P<wanted>\w+)", _wrong_kind),
     (r"could not be converted to \w+|is not a valid bool|is not Optional", _wrong_type),
     (r"Cannot (?:convert|merge) .*|Invalid value assigned.*", _wrong_type),
     (r"Error parsing override|no viable alternative|(mismatched|extraneous) input|missing EQUAL", _unreadable_override),
     (r"token recognition error|LexerNoViableAltException", _unreadable_override),
-    (r'in "(?P<file>[^"]+\.ya?ml)", line (?P<line>\d+)', _bad_yaml),
 )
 
 

@@ -59,7 +59,7 @@ MISTAKES = {
     "task.pipeline_arguments.eta=1": "write +task.pipeline_arguments.eta=1",
     "backend=[none,torchao]": "TorchAoConfig and NoneConfig cannot be combined: choose one option of their group",
     "~backnd": "~backnd deletes nothing (did you mean backend?)",
-    "+seed=3": "+seed adds what is there already; leave out the +",
+    "+seed=3": "An item is already at 'seed'.; Either remove + prefix: 'seed=3'",
     "seed": "seed is no setting, which an override is, key=value; write seed=<value>",
     "qexp.doctor": "it comes first, python -m qexp doctor",
     "predcit": "predcit is no setting, which an override is, key=value (did you mean predict?); use key=value, or a",
@@ -91,7 +91,7 @@ MISTAKES = {
 SWEEP_MISTAKES = {
     "backend=none,nope": "backend=nope is unknown (did you mean none?)",
     "seed=1,x": "seed=x must be an integer",
-    "seed=interval(0,1)": "has no list of values to run; write values, such as 0,1,2",
+    "seed=interval(0,1)": "does not support sweep type : INTERVAL_SWEEP",
     "sweep.name=a/b": "sweep.name='a/b' must be a folder's name",
 }
 YAML_MISTAKES = {
@@ -100,7 +100,7 @@ YAML_MISTAKES = {
     "backend=noschema": "backend.weight_dtype is not a known field (did you mean weights_dtype?)",
     "backend=noplugin": "/schema/backend/torchaoo (in backend/noplugin.yaml) is no schema (did you mean torchao?)",
     "backend=noparent": "backend=torchaoo (in backend/noparent.yaml) is unknown (did you mean torchao",
-    "backend=syntax": "backend/syntax.yaml, line 2: mapping values are not allowed here",
+    "backend=syntax": 'backend/syntax.yaml", line 2, column 15',
     "experiment=unknown": "sede (in experiment/unknown.yaml) is not a known field (did you mean seed",
     "experiment=badgroup": "backnd (in experiment/badgroup.yaml) is no group of options (did you mean backend?)",
     "experiment=badoption": "backend=nonee is unknown (did you mean none?)",
