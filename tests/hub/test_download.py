@@ -400,13 +400,20 @@ def test_a_file_of_another_size_is_thrown_away(server: HubServer, cache: Path) -
 
 @pytest.mark.parametrize("status", [403, 404, 500])
 def test_a_hub_that_lists_files_and_does_not_give_them(status: int, server: HubServer) -> None:
-    """The library takes the snapshot as it is, with what there is of it, when it gets no list of files."""
     server.add("user/toy", MODEL)
     pinned("user/toy", place="model.path")
     server.add("user/toy", {WEIGHTS: weights(1)})
     forget()
     server.fault = lambda request: status if "/tree/" in request else None
     assert ("it is gated" if status == 403 else f"answered {status}") in failure()
+
+
+def test_a_snapshot_of_which_a_part_is_there_is_not_taken_for_a_whole(server: HubServer) -> None:
+    """The library returns the snapshot as it is when it gets no list of files."""
+    server.add("user/toy", MODEL)
+    huggingface_hub.hf_hub_download("user/toy", "config.json")
+    server.fault = lambda request: 500 if "/tree/" in request else None
+    assert f"the download of '{WEIGHTS}' broke off" in failure()
 
 
 def test_progress_is_shown_in_files_and_bytes(
