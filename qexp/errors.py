@@ -44,6 +44,14 @@ class DiskError(QexpError, OSError):
     reason = "disk"
 
 
+class DamagedFileError(DiskError):
+    """A file of the program's own that does not hold what it wrote there. what: is wrong with it."""
+
+    def __init__(self, path: object, what: str, remedy: str = "run it again") -> None:
+        super().__init__(f"{path}: is damaged ({what}); {remedy}")
+        self.what = what
+
+
 class HubError(QexpError):
     """A model could not be pushed to a hub or downloaded from it, or not all of it."""
 

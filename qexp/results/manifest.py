@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, DamagedFileError
 from qexp.results.run_folder import is_alive, now_iso
 from qexp.system.files import append_line, disk_error, file_lock, read_json, write_json
 
@@ -56,7 +57,7 @@ class Manifest:
         Raises: ConfigError if a running sweep has this name, DiskError if the folder cannot be written.
         """
         with file_lock(self.folder / ".lock"):
-            old = read_json(self.path)
+            old = self._read_old()
             if old is not None and _is_running(old):
                 raise ConfigError(
                     f"sweep.name={self.name} is in use by process {old['pid']}, which writes {self.path}; "
@@ -64,6 +65,16 @@ class Manifest:
                 )
             values = {"name": self.name, "command": list(command), "notes": notes, "pid": os.getpid(), "total": total}
             self._write(values | {"started": now_iso(), "finished": None, "jobs": []})
+
+    def _read_old(self) -> dict[str, Any] | None:
+        """The sweep of this name before; a damaged manifest is kept beside the new one."""
+        try:
+            return read_json(self.path)
+        except DamagedFileError as error:
+            kept = self.path.with_name(f"{self.path.name}.damaged")
+            os.replace(self.path, kept)
+            print(f"{self.path} is damaged ({error.what}); it is kept as {kept.name}", file=sys.stderr)
+            return None
 
     def add(self, row: JobRow) -> dict[str, Any]:
         """Record a finished job, in the place of one with the same number; returns the new contents."""

@@ -77,7 +77,7 @@ def _row(job: dict[str, Any], folder: RunFolder) -> Row:
     except DiskError as error:
         return row | _damaged(str(error))
     except (KeyError, TypeError, AttributeError) as error:
-        return row | _damaged(f"{folder.path}: lacks what a run leaves ({error!r}); delete it, and run it again")
+        return row | _damaged(f"{folder.path}: lacks what a run leaves ({error!r}); run it again")
 
 
 def _labels(folder: RunFolder) -> Row:

@@ -15,11 +15,12 @@ from typing import Any
 
 import psutil
 
-from qexp.errors import DiskError
+from qexp.errors import DamagedFileError, DiskError
 from qexp.system.files import disk_error, file_lock, read_json, write_json, write_text
 
 LOCK = ".lock"
-KEPT = (LOCK, "wandb")  # what a new attempt leaves in the folder; W&B appends to its own files
+DAMAGED = "damaged"  # files that were not what a run had written
+KEPT = (LOCK, "wandb", DAMAGED)  # what a new attempt leaves in the folder; W&B appends to its own files
 PUSHED = "hub.json"  # where on a hub the model of an experiment is
 SCRATCH = "offload"  # where an experiment offloads weights to disk
 
@@ -37,6 +38,19 @@ class Status:
     seconds: float = 0.0
 
 
+STATUSES = ("running", "done", "failed", "unsupported")
+STATUS_FIELDS: dict[str, Any] = {
+    "status": str,
+    "pid": int,
+    "started": str,
+    "reason": str | None,
+    "message": str,
+    "finished": str | None,
+    "seconds": int | float,
+}
+_DEFAULTS = {item.name: item.default for item in fields(Status)}
+
+
 class RunFolder:
     """One experiment's folder, `outputs/runs/<key>` or `outputs/references/<key>`; it need not exist yet."""
 
@@ -48,12 +62,14 @@ class RunFolder:
         return self.path.name
 
     def read_status(self, name: str = "status.json") -> Status | None:
-        """The stored status; one that is `running` although its process is gone reads as failed."""
+        """The stored status; one that is `running` although its process is gone reads as failed.
+
+        Raises: DamagedFileError, DiskError.
+        """
         values = read_json(self.path / name)
         if values is None:
             return None
-        known = {item.name for item in fields(Status)}
-        status = Status(**{key: value for key, value in values.items() if key in known})
+        status = _status_of(self.path / name, values)
         if status.status == "running" and not is_alive(status.pid, status.started):
             gone = f"process {status.pid} is gone without a result: it was killed, or the machine restarted"
             return replace(status, status="failed", reason="signal", message=gone)
@@ -122,6 +138,22 @@ def try_lock(folder: Path | None) -> Iterator[bool]:
 
 def _refuse_to_wait() -> None:
     raise BlockingIOError
+
+
+def _status_of(path: Path, values: dict[str, Any]) -> Status:
+    """Raises DamagedFileError for what is no status."""
+    known = {key: value for key, value in values.items() if key in STATUS_FIELDS}
+    wrong = [key for key, kind in STATUS_FIELDS.items() if not isinstance(known.get(key, _DEFAULTS.get(key)), kind)]
+    if not wrong and known["status"] not in STATUSES:
+        wrong = ["status"]
+    for name in ("started", "finished"):
+        try:
+            datetime.fromisoformat(known.get(name) or now_iso())
+        except (TypeError, ValueError):
+            wrong.append(name)
+    if wrong:
+        raise DamagedFileError(path, f"{', '.join(dict.fromkeys(wrong))} is missing or wrong")
+    return Status(**known)
 
 
 def now_iso() -> str:

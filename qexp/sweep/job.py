@@ -24,6 +24,7 @@ from qexp.results.manifest import JobRow, Manifest
 from qexp.results.outcome import Outcome, outcome_of
 from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.console_lines import end_line, job_name
+from qexp.sweep.damage import set_damage_aside
 from qexp.sweep.log_writer import WRITER, log_run
 from qexp.sweep.preload import modules_of
 from qexp.sweep.reference import ensure_reference, known_reference, prepare_folder
@@ -132,7 +133,7 @@ def _perform(job: _Job, row: JobRow) -> JobRow:
     if not folder.path.exists() and decide(job.config, folder).action == "keep":
         return _filled(row, folder, None, reused=False)
     with folder.locked(job.say):
-        decision = decide(job.config, folder)
+        decision = decide(job.config, folder, set_damage_aside(folder, job.say))
         if decision.action == "keep":
             status = folder.read_status()
         else:

@@ -12,7 +12,7 @@ from qexp.config.schema import RunConfig
 from qexp.experiments.reference import reference_config, saves_outputs
 from qexp.results.outcome import Outcome
 from qexp.results.run_folder import RunFolder, Status
-from qexp.sweep.resume import OUTPUTS
+from qexp.sweep.damage import OUTPUTS, find_damage, set_damage_aside
 from qexp.sweep.run_key import reference_key
 from qexp.sweep.worker import Work
 
@@ -34,7 +34,8 @@ def ensure_reference(
     """
     folder = RunFolder(Path(config.paths.outputs, "references", reference_key(config)))
     with folder.locked(say):
-        status = folder.read_status()
+        damaged = set_damage_aside(folder, say)
+        status = folder.read_status() if not damaged else None
         if status is not None and _stands(folder, status, config.resume, since):
             return folder.path, status
         if (refused := check()) is not None:
@@ -69,7 +70,7 @@ def known_reference(config: RunConfig, result_reference: str | None) -> Path | N
     if result_reference is None:
         return None
     folder = RunFolder(Path(config.paths.outputs, "references", result_reference))
-    status = folder.read_status()
+    status = folder.read_status() if not find_damage(folder) else None
     return folder.path if status is not None and status.status == "done" and folder.holds(OUTPUTS) else None
 
 

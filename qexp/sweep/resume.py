@@ -12,7 +12,7 @@ removed at the start of the next. `none` runs the reference again too, once in a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +22,9 @@ from qexp.config.schema import PERCEPTUAL_METRICS, MetricsConfig, RunConfig
 from qexp.experiments.reference import saves_outputs
 from qexp.results.environment import differences
 from qexp.results.run_folder import PUSHED, RunFolder
+from qexp.sweep.damage import OUTPUTS
 from qexp.system.files import read_json
 
-OUTPUTS = "outputs.safetensors"  # of a run or a reference
 SCORED_FILES = (OUTPUTS, "memory.csv")  # of a run, from which it can be scored
 
 
@@ -36,11 +36,16 @@ class Decision:
     why: str = ""
 
 
-def decide(config: RunConfig, folder: RunFolder) -> Decision:
-    """What to do about an experiment, from what its folder holds. The caller has locked it, or it does not exist."""
+def decide(config: RunConfig, folder: RunFolder, damaged: Sequence[str] = ()) -> Decision:
+    """What to do about an experiment, from what its folder holds. The caller has locked it, or it does not exist.
+
+    damaged: files that were moved aside. A run without its outputs still has its result.
+    """
     mode = config.resume
     if mode == "none":
         return Decision("run")
+    if lost := [name for name in damaged if name != OUTPUTS]:
+        return Decision("run", f"{' and '.join(lost)} of its first run was damaged")
     status, result = folder.read_status(), folder.read_result()
     if mode == "failed" and (status is None or status.status != "failed"):
         return Decision("keep")

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from qexp.errors import DiskError
+from qexp.errors import DamagedFileError, DiskError
 
 
 @contextmanager
@@ -72,17 +72,19 @@ def to_csv(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file, None if there is no file. Raises DiskError if it holds something else."""
+    """The object in a file, None if there is no file. Raises DamagedFileError if it holds something else, DiskError."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except IsADirectoryError as error:
+        raise DamagedFileError(path, "it is a folder") from error
     except OSError as error:
         raise DiskError(f"{path}: cannot be read ({error.strerror}); make it readable, or delete it") from error
-    except ValueError as error:
-        raise DiskError(f"{path}: is damaged ({error}); delete {path.parent} to start over") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(path, str(error)) from error
     if not isinstance(value, dict):
-        raise DiskError(f"{path}: must hold a JSON object; delete {path.parent} to start over")
+        raise DamagedFileError(path, "it must hold a JSON object")
     return value
 
 
@@ -139,13 +141,18 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any] | None:
-    """The mapping in a file, None if there is no file. Raises DiskError if it holds something else."""
+    """The mapping in a file, None if there is no file.
+
+    Raises: DamagedFileError if it holds something else, DiskError if it cannot be read.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except FileNotFoundError:
         return None
-    except (OSError, yaml.YAMLError) as error:
-        raise DiskError(f"{path}: cannot be read ({error}); delete {path.parent} and run it again") from error
+    except (IsADirectoryError, ValueError, yaml.YAMLError) as error:
+        raise DamagedFileError(path, " ".join(str(error).split())) from error
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be read ({error.strerror}); make it readable, or delete it") from error
     if not isinstance(content, dict):
-        raise DiskError(f"{path}: must hold a configuration; delete {path.parent} and run it again")
+        raise DamagedFileError(path, "it must hold a configuration")
     return content

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def prepared(tmp_path: Path, behaviour: int = 1) -> Path:
     folder = tmp_path / "outputs" / "runs" / "key"
     write_text(folder / "config.yaml", yaml.safe_dump(run_config(tmp_path, behaviour).to_container()))
-    write_text(tmp_path / "reference" / "outputs.safetensors", "none")
+    fake_experiment.write_outputs(tmp_path / "reference", "none")
     return folder
 
 

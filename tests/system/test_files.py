@@ -88,7 +88,7 @@ while True:
 
 def test_damaged_json_names_file_and_remedy(tmp_path) -> None:
     (tmp_path / "status.json").write_text('{"status": ')
-    with pytest.raises(DiskError, match=r"status\.json.*damaged.*delete"):
+    with pytest.raises(DiskError, match=r"status\.json.*damaged.*run it again"):
         RunFolder(tmp_path).read_status()
     assert RunFolder(tmp_path / "nothing").read_status() is None
 
