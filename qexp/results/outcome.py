@@ -53,13 +53,20 @@ def outcome_of(error: BaseException) -> Outcome:
     return Outcome("failed", "error", _shortened(named))
 
 
-def outcome_of_exit(code: int) -> Outcome:
-    """For a process that ended without saying how: `code` as in `subprocess`, negative for a signal."""
+def outcome_of_exit(code: int, oom_kills: int | None = None) -> Outcome:
+    """For a process that ended without saying how: `code` as in `subprocess`, negative for a signal.
+
+    oom_kills: processes that the kernel killed for memory meanwhile; None if nothing counts them.
+    """
     if code >= 0:
         return Outcome("failed", "exit", f"the experiment's process exited with code {code} before it had a result")
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     if -code == signal.SIGKILL:
+        if oom_kills:
+            return Outcome("failed", "oom", f"killed by the kernel's out-of-memory killer; {SMALLER}")
         hint = f"if nobody did that, the kernel's out-of-memory killer did (see dmesg): {SMALLER}"
+        if oom_kills == 0:
+            hint = "not by the kernel's out-of-memory killer, which has killed nothing meanwhile"
         return Outcome("failed", "signal", f"the experiment's process was killed by SIGKILL; {hint}")
     if -code in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL):
         return Outcome("failed", "signal", f"the experiment's process crashed with {name} in native code")

@@ -24,6 +24,7 @@ from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.fork_client import SERVER, ForkedWorker, ServerDied
 from qexp.sweep.worker import Work, do_work
 from qexp.system.child_process import CHUNK, ChildProcess, ends_within, kill_session, read_streams
+from qexp.system.oom_kills import count_oom_kills
 from qexp.system.screen import library_output_in
 
 
@@ -35,7 +36,7 @@ def run_worker(work: Work, isolation: IsolationConfig, modules: Sequence[str] = 
     Raises: KeyboardInterrupt, once the worker is killed and its folder marked; DiskError if that cannot be written.
     """
     timeout_minutes = isolation.timeout_minutes
-    started, clock = now_iso(), time.monotonic()
+    started, clock, oom_kills = now_iso(), time.monotonic(), count_oom_kills()
     process, screen = _start(work, isolation.start, modules)
     try:
         in_time = _follow(process, screen, work.folder / "worker.log", timeout_minutes)
@@ -47,9 +48,14 @@ def run_worker(work: Work, isolation: IsolationConfig, modules: Sequence[str] = 
         SERVER.note_death()
         _say_once("the process that forks workers has died; what it was running is run again")
         return run_worker(work, isolation, modules)
-    outcome = outcome_of_exit(process.wait()) if in_time else timed_out(timeout_minutes or 0.0)
+    ending = outcome_of_exit(process.wait(), _added(oom_kills, count_oom_kills()))
+    outcome = ending if in_time else timed_out(timeout_minutes or 0.0)
     outcome = replace(outcome, message=f"{outcome.message}; its output is in {work.folder / 'worker.log'}")
     return _settle(work, process, outcome, started, clock)
+
+
+def _added(before: int | None, after: int | None) -> int | None:
+    return after - before if before is not None and after is not None else None
 
 
 def run_inline(work: Work) -> Status:

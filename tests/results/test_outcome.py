@@ -55,6 +55,10 @@ def test_processes_that_end_without_a_word() -> None:
     assert "code 4" in outcome_of_exit(4).message
     killed = outcome_of_exit(-signal.SIGKILL)
     assert killed.reason == "signal" and "SIGKILL" in killed.message and "out-of-memory killer" in killed.message
+    assert outcome_of_exit(-signal.SIGKILL, oom_kills=1).reason == "oom"
+    other = outcome_of_exit(-signal.SIGKILL, oom_kills=0)
+    assert other.reason == "signal" and "not by the kernel" in other.message
+    assert outcome_of_exit(-signal.SIGTERM, oom_kills=1).reason == "signal"
     crashed = outcome_of_exit(-signal.SIGSEGV)
     assert crashed.reason == "signal" and "crashed with SIGSEGV" in crashed.message
     assert "out-of-memory" not in outcome_of_exit(-signal.SIGTERM).message

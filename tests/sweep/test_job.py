@@ -613,6 +613,15 @@ def wait_for(condition, seconds: float = 120.0) -> None:
         time.sleep(0.01)
 
 
+def test_a_worker_that_the_kernel_kills_for_memory_is_out_of_memory(tmp_path, monkeypatch) -> None:
+    counts = iter([3, 4])  # before and after it
+    monkeypatch.setattr(worker_process, "count_oom_kills", lambda: next(counts))
+    config = have_reference(run_config(tmp_path, 13))
+    row = run(config)
+    assert (row.status, row.reason) == ("failed", "oom")
+    assert "out-of-memory killer" in row.message and "worker.log" in row.message
+
+
 def test_two_parents_run_the_same_experiment_once(tmp_path) -> None:
     config = have_reference(run_config(tmp_path, 20))
     first = parent(tmp_path, 20, "a")
