@@ -13,6 +13,7 @@ import platform
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def describe_environment(config: RunConfig) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 2),
-        "threads": os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0))),
+        "threads": number_of_threads(),
         "device": config.device,
         "device_name": device_name(config.device),
         "commit": git_commit(PACKAGE_FOLDER.parent),
@@ -63,17 +64,30 @@ def describe_environment(config: RunConfig) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """What changed since a result with environment `before` and could change it, as 'torch 2.13.0 -> 2.14.0'."""
-    old = before.get("versions", {})
-    changed = [
-        f"{package} {old.get(package)} -> {version}"
-        for package, version in versions_of(result_packages(config)).items()
-        if old.get(package) != version
-    ]
-    name = device_name(config.device)
-    if before.get("device_name") != name:
-        changed.append(f"{config.device} {before.get('device_name')} -> {name}")
-    return changed
+    """What changed since `before` that could change a result or its times: 'torch 2.12.0 -> 2.13.0'."""
+    then = {**before, **before.get("versions", {}), config.device: before.get("device_name")}
+    now = _comparable(result_packages(config), config.device, number_of_threads())
+    return [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
+
+
+@cache  # asked for each of a thousand experiments that are passed over; git alone takes 20 ms
+def _comparable(packages: tuple[str, ...], device: str, threads: str) -> dict[str, str | int | None]:
+    """What a result may depend on, by the names in env.json, with the device under its own."""
+    return {
+        **versions_of(packages),
+        device: device_name(device),
+        "python": platform.python_version(),
+        "commit": git_commit(PACKAGE_FOLDER.parent),
+        "threads": threads,
+        "host": socket.gethostname(),
+        "cores": len(os.sched_getaffinity(0)),
+        **({} if device == "cpu" else {"cpu": cpu_name()}),
+    }
+
+
+def number_of_threads() -> str:
+    """Return how many threads torch computes with, as libraries read it from the environment."""
+    return os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
 
 
 def cpu_name() -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from qexp.config.schema import RunConfig, SweepConfig
 from qexp.errors import DiskError, LoadError, QexpError
 from qexp.experiments.reference import saves_outputs
+from qexp.results.environment import differences
 from qexp.results.labels import run_label
 from qexp.results.manifest import JobRow, Manifest
 from qexp.results.outcome import Outcome, outcome_of
@@ -136,6 +137,7 @@ def _perform(job: _Job, row: JobRow) -> JobRow:
         decision = decide(job.config, folder, set_damage_aside(folder, job.say))
         if decision.action == "keep":
             status = folder.read_status()
+            _say_what_differs(job, folder)
         else:
             if decision.action == "run":
                 _check(job.config, folder)
@@ -145,6 +147,18 @@ def _perform(job: _Job, row: JobRow) -> JobRow:
         if status is not None and (decision.action == "run" or rescored or not _is_tracked(job, folder)):
             _track(job, folder)
         return replace(_filled(row, folder, status, reused=decision.action == "keep"), rescored=rescored)
+
+
+def _say_what_differs(job: _Job, folder: RunFolder) -> None:
+    """Say in which environment a reused result was made, if it is another: each once for a sweep."""
+    result = folder.read_result()
+    changed = ", ".join(differences(result["env"], job.config)) if result else ""
+    if changed and (job.since, changed) not in _SAID:
+        _SAID.add((job.since, changed))
+        print(f"reused results were made in another environment: {changed}; resume=stale runs them again", flush=True)
+
+
+_SAID: set[tuple[str | None, str]] = set()  # (beginning of a sweep, what differs)
 
 
 def _check(config: RunConfig, folder: RunFolder) -> None:

@@ -2,7 +2,8 @@
 
     missing   keep what is done, run everything else (what was unsupported too: the machine may have changed)
     failed    run again what failed, leave everything else as it is, what never ran too
-    stale     as missing, and run again what was made with other library versions or on another device
+    stale     as missing, and run again what was made with other library versions, another Python or commit, on another
+              machine or device, or with another number of threads or cores
     none      run everything
 
 A finished run that lacks some of the metrics asked for is only scored for these, from its saved outputs; if they were

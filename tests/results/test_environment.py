@@ -48,9 +48,11 @@ def test_what_has_changed_since(tmp_path) -> None:
     config = run_config(tmp_path)
     env = describe_environment(config)
     assert differences(env, config) == []
-    older = env | {"versions": env["versions"] | {"torch": "1.0", "wandb": "0.1"}, "host": "elsewhere"}
+    older = env | {"versions": env["versions"] | {"torch": "1.0", "wandb": "0.1"}, "date": "2020"}
     assert differences(older, config) == [f"torch 1.0 -> {importlib.metadata.version('torch')}"]
     assert len(differences(env | {"device_name": "other"}, config)) == 1
+    for name in ("python", "commit", "threads", "host", "cores"):
+        assert differences(env | {name: "other"}, config) == [f"{name} other -> {env[name]}"]
 
 
 def test_the_commit_of_a_checkout(tmp_path) -> None:

@@ -303,17 +303,22 @@ def test_resume_failed_leaves_alone_what_never_ran(tmp_path, capfd) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"torch": "1.0"}, {"bitsandbytes": None}, {"qexp": "0.0"}, {"device_name": "other"}]
+    "change",
+    [{"torch": "1.0"}, {"bitsandbytes": None}, {"qexp": "0.0"}, {"device_name": "other"}, {"host": "other"}]
+    + [{name: "other"} for name in ("commit", "threads", "python", "cores")],
 )
-def test_resume_stale_runs_again_what_was_made_with_something_else(change, tmp_path, capfd) -> None:
+def test_resume_stale_runs_again_what_was_made_with_something_else(change, tmp_path, capfd, monkeypatch) -> None:
     config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
     run(config)
     folder = folder_of(config)
     result = folder.read_result()
     ((name, value),) = change.items()
-    (result["env"] if name == "device_name" else result["env"]["versions"])[name] = value
+    (result["env"]["versions"] if name in result["env"]["versions"] else result["env"])[name] = value
     folder.write_json("result.json", result)
-    assert run(config).reused  # resume=missing does not look at versions
+    monkeypatch.setattr(job, "_SAID", set())
+    capfd.readouterr()
+    assert run(config).reused and run(config).reused  # resume=missing says so, once
+    assert capfd.readouterr().out.count(f" {value} -> ") == 1
     row = run(replace(config, resume="stale"))
     assert not row.reused and row.status == "done"
     assert f"{value} -> " in capfd.readouterr().out
