@@ -133,7 +133,10 @@ def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
     try:
         container = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise LoadError(f"{folder.path} is no run folder, its config.yaml cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise LoadError(
+            f"{folder.path} is no run folder, its config.yaml cannot be read: {reason}; give one of outputs/runs"
+        ) from error
     config = run_config_from_container(container)
     root = outputs or folder.path.parents[1]
     save = SaveConfig(config.save.path, config.save.max_shard_gib, config.save.interchange)

@@ -212,7 +212,10 @@ def _files(path: Path) -> tuple[tuple[Path, ...], Path | None]:
             raise WrongFileError(
                 f"'{folder}' needs safetensors or GGUF, and has pickles ({shown}); {convert_remedy(pickles)}"
             )
-        raise LoadError(f"'{folder}' needs one .safetensors file (or .gguf), or shards with an index; found: none")
+        raise LoadError(
+            f"'{folder}' needs one .safetensors file (or .gguf), or shards with an index; found: none; give the folder "
+            "that has them"
+        )
     index = folder / found[0] if found[0].endswith(".json") else None
     return tuple(folder / name for name in found if not name.endswith(".json")), index
 

@@ -87,9 +87,11 @@ def _unknown_option(problem: Problem) -> str:
     if group.startswith("schema/"):
         plugins = plugin_names(group.removeprefix("schema/")) if group.removeprefix("schema/") in PLUGINS else ()
         return f"/{group}/{name}{problem.place} is no schema{did_you_mean(name, plugins)}; use {choices(plugins)}"
-    names = re.findall(r"^\t(\w+)$", problem.text, flags=re.MULTILINE) or option_names(group)
+    names = re.findall(r"^\s+(\w+)$", problem.text, flags=re.MULTILINE) or option_names(group)
     if not names:
         return _no_group(group, problem.place)
+    if not name:
+        return f"{group}={problem.place} chooses nothing; use {choices(names)}"
     hint = (other_word(name) if group == "backend" else "") or did_you_mean(name, names)
     return f"{group}={name}{problem.place} is unknown{hint}; use {choices(names)}"
 
@@ -216,13 +218,15 @@ def _bare_word(word: str) -> str:
     remedy = f"write {choices(f'{group}={name}' for group in groups)}" if groups else ""
     if name in fields:
         remedy = f"write {name}=<value>"
-    hint = did_you_mean(name, [*COMMANDS, *group_names(), *fields])
+    if (group := name.partition(":")[0]) in group_names() and group != name:
+        remedy = f"write {group}={name.partition(':')[2].strip()}"
+    hint = did_you_mean(name, dict.fromkeys([*COMMANDS, *group_names(), *fields]))
     rest = remedy or f"use key=value, or a command: {choices(COMMANDS)}; --help names them all"
     return f"{word} is no setting, which an override is, key=value{'' if remedy else hint}; {rest}"
 
 
 RULES: tuple[tuple[str, Callable[[Problem], str]], ...] = (
-    (r"Could not (?:find|load) '(?P<option>[^']+/[^'/]+)'", _unknown_option),
+    (r"Could not (?:find|load) '(?P<option>[^']+/[^'/]*)'", _unknown_option),
     (r"Could not override '(?P<group>[^']+)'\. No match in the defaults list", _unknown_group),
     (r"Key '(?P<name>[^']+)'(?: is)? not in (?:')?(?P<owner>\w+)", _unknown_field),
     (r"Ambiguous value for argument '(?P<override>.+)'$", _sweep_or_list),

@@ -120,8 +120,9 @@ def _complete(task: GenerateConfig, found: GenerateConfig, taken: Sequence[str])
     for item in fields(task):
         value = getattr(task, item.name)
         if item.name not in taken and value not in (None, {}) and value != getattr(found, item.name):
+            typed = list(value) if isinstance(value, tuple) else value
             raise ConfigError(
-                f"task.{item.name}={value} is of no use to this model{did_you_mean(item.name, taken)}; it takes "
+                f"task.{item.name}={typed} is of no use to this model{did_you_mean(item.name, taken)}; it takes "
                 f"{choices(taken)}"
             )
     return found
