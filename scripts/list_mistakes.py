@@ -44,15 +44,19 @@ class ReachedError(Exception):
 def write_files(folder: Path) -> None:
     """Write the files that the mistakes are about."""
     (folder / "empty").mkdir()
-    (folder / "notes.txt").write_text("some notes\n")
-    (folder / "page.safetensors").write_text("<!DOCTYPE html><html></html>")
-    (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (folder / "notes.txt").write_text("some notes\n", encoding="utf-8")
+    (folder / "page.safetensors").write_text("<!DOCTYPE html><html></html>", encoding="utf-8")
+    (folder / "pointer.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", encoding="utf-8"
+    )
     (folder / "weights.bin").write_bytes(b"PK\x03\x04" + bytes(100))
     (folder / "cut.safetensors").write_bytes((1000).to_bytes(8, "little") + b'{"a"')
     (folder / "zero.safetensors").touch()
-    (folder / "net.py").write_text("class Net:\n    pass\n")
+    (folder / "net.py").write_text("class Net:\n    pass\n", encoding="utf-8")
     (folder / "llama").mkdir()
-    (folder / "llama" / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    (folder / "llama" / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}', encoding="utf-8"
+    )
 
 
 def answer(line: str) -> tuple[int, str]:

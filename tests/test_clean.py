@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,10 @@ def outputs(tmp_path: Path) -> Path:
     done = run_job(run_config(tmp_path, 1, isolation=inline), [], **FAKES)
     failed = run_job(run_config(tmp_path, 2, isolation=inline), [], **FAKES)
     outputs = tmp_path / "outputs"
+    used = RunFolder(outputs / "runs" / done.key).read_result()["reference"]
+    for reference in (outputs / "references").iterdir():  # that of the failed run has other settings
+        if reference.name != used:
+            shutil.rmtree(reference)
     (outputs / "runs" / done.key).rename(outputs / "runs" / "done")
     (outputs / "runs" / failed.key).rename(outputs / "runs" / "failed")
     (outputs / "runs" / "begun").mkdir()

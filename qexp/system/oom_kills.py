@@ -26,7 +26,7 @@ def count_oom_kills(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
 def _cgroup_files(proc: Path, cgroups: Path) -> Iterator[Path]:
     """Where the counts may be. In a container, the path may be that of the host, and the mount the group itself."""
     with suppress(OSError):
-        for line in (proc / "self" / "cgroup").read_text().splitlines():
+        for line in (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines():
             number, controllers, path = line.split(":", 2)
             inside = path.lstrip("/")
             if "memory" in controllers.split(","):
@@ -38,7 +38,7 @@ def _cgroup_files(proc: Path, cgroups: Path) -> Iterator[Path]:
 
 def _read_count(file: Path) -> int | None:
     with suppress(OSError, ValueError):
-        for line in file.read_text().splitlines():
+        for line in file.read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(" ")
             if name == "oom_kill":
                 return int(value)

@@ -249,7 +249,7 @@ def test_sweep_tries_what_is_typed_before_it_runs_anything(
 ) -> None:
     assert command("-m", "seed=range(100)", "backend=none,torchoa") == 1
     assert "did you mean torchao" in capsys.readouterr().err
-    assert command.configs == [] and not list(Path(tmp_path, "outputs", "sweeps").iterdir())
+    assert command.configs == [] and not list(tmp_path.glob("outputs/sweeps/*"))
 
 
 def test_mistake_that_is_met_late_costs_its_own_experiment(
