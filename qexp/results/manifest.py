@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError, DamagedFileError
-from qexp.results.run_folder import is_alive, now_iso
+from qexp.results.run_folder import is_alive, now_iso, start_ticks
 from qexp.system.files import append_line, disk_error, file_lock, read_json, write_json
 
 JOB_FIELDS = ("number", "key", "label", "overrides", "status", "reason", "message", "reused", "seconds")
@@ -63,7 +63,8 @@ class Manifest:
                     f"sweep.name={self.name} is in use by process {old['pid']}, which writes {self.path}; "
                     "wait for it, or give this sweep a name of its own: sweep.name=<name>"
                 )
-            values = {"name": self.name, "command": list(command), "notes": notes, "pid": os.getpid(), "total": total}
+            values = {"name": self.name, "command": list(command), "notes": notes, "total": total}
+            values |= {"pid": os.getpid(), "ticks": start_ticks(os.getpid())}
             self._write(values | {"started": now_iso(), "finished": None, "jobs": []})
 
     def _read_old(self) -> dict[str, Any] | None:
@@ -162,4 +163,6 @@ def count_line(jobs: Iterable[Mapping[str, Any]], total: int | None = None) -> s
 
 def _is_running(values: Mapping[str, Any]) -> bool:
     pid = values.get("pid")
-    return not values.get("finished") and pid not in (None, os.getpid()) and is_alive(int(pid), values["started"])
+    if values.get("finished") or pid in (None, os.getpid()):
+        return False
+    return is_alive(int(pid), values["started"], values.get("ticks"))

@@ -27,7 +27,8 @@ SCRATCH = "offload"  # where an experiment offloads weights to disk
 
 @dataclass(frozen=True)
 class Status:
-    """status.json. status: running, done, failed or unsupported; reason: of the last two, see `results/outcome.py`."""
+    """status.json. status: running, done, failed or unsupported; reason: of the last two, see `results/outcome.py`;
+    ticks: when the process that is running began, see `start_ticks`."""
 
     status: str
     pid: int
@@ -36,6 +37,7 @@ class Status:
     message: str = ""
     finished: str | None = None
     seconds: float = 0.0
+    ticks: int | None = None
 
 
 STATUSES = ("running", "done", "failed", "unsupported")
@@ -47,6 +49,7 @@ STATUS_FIELDS: dict[str, Any] = {
     "message": str,
     "finished": str | None,
     "seconds": int | float,
+    "ticks": int | None,
 }
 _DEFAULTS = {item.name: item.default for item in fields(Status)}
 
@@ -70,7 +73,7 @@ class RunFolder:
         if values is None:
             return None
         status = _status_of(self.path / name, values)
-        if status.status == "running" and not is_alive(status.pid, status.started):
+        if status.status == "running" and not is_alive(status.pid, status.started, status.ticks):
             gone = f"process {status.pid} is gone without a result: it was killed, or the machine restarted"
             return replace(status, status="failed", reason="signal", message=gone)
         return status
@@ -161,12 +164,30 @@ def now_iso() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def is_alive(pid: int, started: str) -> bool:
-    """Whether the process that wrote `pid` at time `started` still runs, and is not a later one with its number."""
+def start_ticks(pid: int) -> int | None:
+    """Return when a process began, in clock ticks since the machine did; None if it is gone, or not on Linux.
+
+    With its number, this names a process, whatever the clock is set to. Source: proc_pid_stat(5), field 22.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return int(stat.rpartition(")")[2].split()[19])  # the name before may hold spaces and parentheses
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def is_alive(pid: int, started: str, ticks: int | None = None) -> bool:
+    """Whether the process that wrote `pid` at time `started` still runs, and is not a later one with its number.
+
+    ticks: its `start_ticks`; None compares the time, for what was written where there are none.
+    """
     try:
         process = psutil.Process(pid)
-        born = process.create_time()
-        return process.status() != psutil.STATUS_ZOMBIE and born <= datetime.fromisoformat(started).timestamp() + 1
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        if ticks is not None:
+            return start_ticks(pid) == ticks
+        return process.create_time() <= datetime.fromisoformat(started).timestamp() + 1
     except psutil.NoSuchProcess:
         return False
 

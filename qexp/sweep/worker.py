@@ -35,7 +35,7 @@ from qexp.experiments.stored import run_config_from_container
 from qexp.metrics.registry import find_metric
 from qexp.results.environment import describe_environment
 from qexp.results.outcome import DONE, Outcome, outcome_of
-from qexp.results.run_folder import RunFolder, Status, now_iso
+from qexp.results.run_folder import RunFolder, Status, now_iso, start_ticks
 from qexp.sweep.preload import import_modules, modules_of
 from qexp.sweep.resume import scored_names
 from qexp.system.child_process import die_with_parent
@@ -84,7 +84,7 @@ def do_work(work: Work) -> Status:
     """Do one worker's work in this process; what it raises ends up in the returned status, which is also on disk."""
     folder = RunFolder(work.folder)
     before = folder.read_status() if work.steps == "score" else None
-    running = Status("running", os.getpid(), now_iso())
+    running = Status("running", os.getpid(), now_iso(), ticks=start_ticks(os.getpid()))
     started = time.monotonic()
     outcome = DONE
     try:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qexp.errors import DiskError
-from qexp.results.run_folder import RunFolder, Status, is_alive, now_iso
+from qexp.results.run_folder import RunFolder, Status, is_alive, now_iso, start_ticks
 from qexp.system import files
 from qexp.system.files import file_lock, read_json, replacing, write_json, write_text
 
@@ -108,6 +110,25 @@ def test_running_means_running_only_while_its_process_lives(tmp_path) -> None:
 def test_a_later_process_with_the_same_number_is_not_the_one_that_ran() -> None:
     assert is_alive(os.getpid(), now_iso())
     assert not is_alive(os.getpid(), "2020-01-01T00:00:00.000+00:00")
+
+
+def test_a_process_is_recognized_whatever_the_clock_says() -> None:
+    """A status from before a backward step of the clock, or after one, is of the process that wrote it."""
+    ticks = start_ticks(os.getpid())
+    for started in ("1999-01-01T00:00:00.000+00:00", "2999-01-01T00:00:00.000+00:00"):
+        assert is_alive(os.getpid(), started, ticks)
+        assert not is_alive(os.getpid(), started, ticks - 1)
+
+
+def test_the_start_of_a_process_is_read_behind_its_name(tmp_path) -> None:
+    """The kernel puts the name in parentheses, which it may have itself."""
+    named = tmp_path / "a) b (c"
+    shutil.copy(shutil.which("sleep"), named)
+    with subprocess.Popen([named, "60"]) as process:
+        expected = psutil.Process(process.pid).create_time() - psutil.boot_time()
+        assert abs(start_ticks(process.pid) / os.sysconf("SC_CLK_TCK") - expected) < 1
+        process.kill()
+    assert start_ticks(process.pid) is None
 
 
 def test_a_zombie_is_not_alive() -> None:
