@@ -9,6 +9,7 @@ import pytest
 
 from qexp.errors import ConfigError, DiskError
 from qexp.results.manifest import JobRow, Manifest, count_line
+from qexp.results.run_folder import start_ticks
 
 ROOT = Path(__file__).parents[2]
 ADD = """
@@ -45,6 +46,7 @@ def test_its_contents(tmp_path) -> None:
         "command": ["python", "-m", "qexp"],
         "notes": "why",
         "pid": os.getpid(),
+        "ticks": start_ticks(os.getpid()),
         "total": 2,
         "jobs": [
             {
