@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -171,6 +172,16 @@ class OutOfMemoryError(RuntimeError):
     """Named like torch's."""
 
 
+def _allocate_past_a_limit(folder: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+    bytearray(2**34)
+
+
+def _fill_the_disk(folder: Path) -> None:
+    with open("/dev/full", "w") as disk:  # the kernel's own: each write is refused
+        disk.write("weights")
+
+
 BEHAVIOURS = {
     1: lambda folder: None,
     2: _raise(RuntimeError("a tensor is wrong\nin two lines")),
@@ -195,4 +206,6 @@ BEHAVIOURS = {
     19: _raise(RuntimeError("I/O error: No space left on device (os error 28)")),
     20: _wait_for_go,
     21: _raise(KeyboardInterrupt()),
+    22: _allocate_past_a_limit,
+    23: _fill_the_disk,
 }

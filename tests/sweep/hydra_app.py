@@ -20,6 +20,7 @@ CONFIG = {
     "sweep": {"name": "test", "notes": None},
     "behaviour": 1,
     "seed": 0,
+    "case": None,
     "hydra": {
         "output_subdir": None,
         "run": {"dir": "."},
@@ -30,12 +31,24 @@ CONFIG = {
 }
 
 
+DEATHS = {2: "error", 12: "exit", 13: "signal", 22: "oom", 16: "timeout", 23: "disk"}  # behaviour -> reason
+
+
+def with_case(cfg: DictConfig) -> tuple[int, int, IsolationConfig]:
+    """(behaviour, seed, isolation); of 24 cases, each fourth one dies in a way of its own."""
+    if cfg.case is None:
+        return cfg.behaviour, cfg.seed, IsolationConfig(mode="inline")
+    behaviour = [*DEATHS][cfg.case // 4] if cfg.case % 4 == 3 else 1
+    return behaviour, 10 + cfg.case, IsolationConfig(timeout_minutes=3 / 60 if behaviour == 16 else None)
+
+
 def job(cfg: DictConfig) -> None:
+    behaviour, seed, isolation = with_case(cfg)
     config = replace(
-        run_config(Path(cfg.paths.outputs).parent, cfg.behaviour, seed=cfg.seed),
+        run_config(Path(cfg.paths.outputs).parent, behaviour, seed=seed),
         paths=PathsConfig(outputs=cfg.paths.outputs),
         sweep=SweepConfig(name=cfg.sweep.name),
-        isolation=IsolationConfig(mode="inline"),
+        isolation=isolation,
     )
     run_job(config, list(HydraConfig.get().overrides.task), **FAKES)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from omegaconf import OmegaConf
 
 from qexp.results.manifest import JobRow, Manifest
 from qexp.sweep.callback import SweepCallback, planned_jobs
+from tests.sweep import hydra_app
+from tests.sweep.settings import run_config
 
 ROOT = Path(__file__).parents[2]
 
 
-def sweep(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.sweep.hydra_app", str(tmp_path / "conf"), *arguments]
+def sweep(tmp_path: Path, *arguments: str, folder: str = "conf") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.sweep.hydra_app", str(tmp_path / folder), *arguments]
     command += [f"paths.outputs={tmp_path / 'outputs'}"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
@@ -96,3 +99,35 @@ def test_a_table_that_cannot_be_made_does_not_hide_the_count_or_the_failure(tmp_
     captured = capsys.readouterr()
     assert "1 experiment: 0 done, 1 failed" in captured.out
     assert "Traceback" in captured.err
+
+
+@pytest.mark.exhaustive
+def test_of_24_experiments_six_die_each_in_its_way_and_the_next_sweep_runs_these(tmp_path) -> None:
+    cases = "case=" + ",".join(map(str, range(24)))
+    done = sweep(tmp_path, "-m", cases)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.splitlines()[-1] == "24 experiments: 18 done, 6 failed"
+    jobs = Manifest(tmp_path / "outputs", "test").read()["jobs"]
+    assert [job["reason"] for job in jobs if job["status"] == "failed"] == list(hydra_app.DEATHS.values())
+    assert [job["number"] for job in jobs if job["status"] == "failed"] == [4, 8, 12, 16, 20, 24]
+    assert not list((tmp_path / "outputs").rglob("*.tmp"))
+    results = {path.parent.name for path in (tmp_path / "outputs/runs").glob("*/result.json")}
+    assert results == {job["key"] for job in jobs if job["status"] == "done"}
+    ran = (tmp_path / "outputs/ran.txt").read_text().splitlines()
+
+    again = sweep(tmp_path, "-m", cases)
+    assert again.returncode == 1
+    assert again.stdout.splitlines()[-1] == "24 experiments: 18 done (18 reused), 6 failed"
+    more = (tmp_path / "outputs/ran.txt").read_text().splitlines()[len(ran) :]
+    assert more == [f"runs/{job['key']}" for job in jobs if job["status"] == "failed"]
+
+
+@pytest.mark.exhaustive
+def test_two_sweeps_at_once_run_each_experiment_once(tmp_path) -> None:
+    cases = "case=" + ",".join(str(case) for case in range(16) if case % 4 != 3)
+    run_config(tmp_path)  # makes the checkpoint
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(sweep, tmp_path, "-m", cases, f"sweep.name={name}", folder=name) for name in "ab"]
+    assert [one.result().returncode for one in both] == [0, 0]
+    ran = (tmp_path / "outputs/ran.txt").read_text().splitlines()
+    assert len(ran) == len(set(ran)) == 24  # 12 runs and their references
