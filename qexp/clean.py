@@ -21,13 +21,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qexp.errors import DiskError, QexpError
+from qexp.errors import DamagedFileError, DiskError, QexpError
 from qexp.results.manifest import Manifest
 from qexp.results.numbers import format_memory
 from qexp.results.rows import sweep_names
 from qexp.results.run_folder import LOCK, SCRATCH, RunFolder, try_lock
 from qexp.system.files import disk_error
 from qexp.system.memory import GIB
+from qexp.system.program_name import program_name
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,14 @@ def find_failed(outputs: Path) -> Iterator[Leftover]:
     for folder in _folders(outputs):
         try:
             status, result = folder.read_status(), folder.read_result()
-        except DiskError:
+        except DamagedFileError:
             yield Leftover("failed", folder.path, folder.path, "damaged")
+            continue
+        if result is not None:  # it has finished; its status was lost, or only scoring it again failed
             continue
         if status is None:
             yield Leftover("failed", folder.path, folder.path, "without a status")
-        elif status.status in ("failed", "unsupported") and result is None:  # else only scoring it again failed
+        elif status.status in ("failed", "unsupported"):
             reason = f" ({status.reason})" if status.reason not in (None, status.status) else ""
             yield Leftover("failed", folder.path, folder.path, f"{status.status}{reason}")
 
@@ -136,7 +139,7 @@ def _is_free(leftover: Leftover) -> bool:
 def main() -> int:
     """0 if everything that was found is gone, or nothing was found."""
     parser = argparse.ArgumentParser(
-        prog=None if " " in sys.argv[0] else "python -m qexp.clean",
+        prog=program_name("clean"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -10,6 +10,7 @@ import pytest
 
 from qexp.clean import clean, find_leftovers
 from qexp.config.schema import IsolationConfig
+from qexp.errors import DiskError
 from qexp.results.run_folder import RunFolder
 from qexp.sweep.job import run_job
 from tests.sweep.fake_experiment import FAKES
@@ -79,3 +80,15 @@ def test_nothing_is_removed_without_an_answer(outputs) -> None:
     assert (outputs / "runs/failed").exists() and (outputs / "runs/done/offload").exists()
     wrong = subprocess.run([*command, "everything"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and "'everything' is not a kind; use failed, scratch" in wrong.stderr
+
+
+def test_result_whose_status_is_lost_or_unreadable_stays(outputs, monkeypatch) -> None:
+    (outputs / "runs/done/status.json").unlink()
+    assert found(outputs, "failed") == {"runs/failed", "runs/begun"}
+
+    def unreadable(folder: RunFolder) -> None:
+        raise DiskError(f"{folder.path}: cannot be read")
+
+    monkeypatch.setattr(RunFolder, "read_status", unreadable)
+    with pytest.raises(DiskError, match="cannot be read"):
+        found(outputs, "failed")

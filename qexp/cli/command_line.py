@@ -107,8 +107,7 @@ def run_one(cfg: DictConfig) -> JobRow:
     from qexp.sweep.job import refuse_job, run_job
     from qexp.sweep.run_key import run_key
 
-    # as they were typed: ${…} in one refers to the experiment's settings, which Hydra's own node does not have
-    overrides: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[assignment]
+    overrides = typed_overrides()
     try:
         config = to_run_config(cfg)
         run_key(config)  # opens every file: one that is wrong is an error of the command line, too
@@ -126,9 +125,14 @@ def run_one(cfg: DictConfig) -> JobRow:
     return row
 
 
+def typed_overrides() -> list[str]:
+    """The overrides as they were typed: ${…} in one refers to settings that Hydra's own node does not have."""
+    return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[return-value]
+
+
 def preview_one(cfg: DictConfig, preview: Preview) -> None:
     """Say what one composed experiment would do."""
-    words: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[assignment]
+    words = typed_overrides()
     hidden = ("sweep.", "paths.", "tracking", "isolation")
     shown = [word for word in words if word.partition("=")[0] not in SHOWN_GROUPS and not word.startswith(hidden)]
     number = HydraConfig.get().job.num + 1 if in_sweep() else None

@@ -84,13 +84,6 @@ def weights_bytes(config: RunConfig) -> int:
     """Bytes of the weights of all components, once loaded. Raises the errors of the plan."""
     container = config.to_container()
     key = json.dumps([container["model"], container["components"], config.device], sort_keys=True)
-    return _weights_bytes(key, config)
-
-
-_KNOWN: dict[str, int] = {}
-
-
-def _weights_bytes(key: str, config: RunConfig) -> int:
     if key not in _KNOWN:
         from qexp.loading.forecast import forecast_components
         from qexp.models.base import load_source
@@ -102,6 +95,9 @@ def _weights_bytes(key: str, config: RunConfig) -> int:
             raise error
         _KNOWN[key] = sum(forecast.result_bytes for forecast in found.values())
     return _KNOWN[key]
+
+
+_KNOWN: dict[str, int] = {}  # bytes of weights by model, components and device: the same for every seed and offload
 
 
 def estimate_seconds(config: RunConfig) -> tuple[float, str] | None:
