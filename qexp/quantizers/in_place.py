@@ -8,6 +8,7 @@ a parameter is no such change: it is how PEFT merges a LoRA into weights of bits
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -62,7 +63,7 @@ def check_not_in_place(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
             raise _refusal(name, args[0])
     elif name in OPERATORS or (name.endswith("_") and not name.endswith("__")):
         for target in _tensors(args[:1] or [(kwargs or {}).get("tensor")]):
-            if _is_quantized(target):
+            if _is_quantized(target) and not _is_transformers_initializing():
                 raise _refusal(name, target)
     for target in _tensors([kwargs.get("out")] if kwargs else ()):
         if _is_quantized(target):
@@ -119,6 +120,17 @@ def _is_quantized(value: Any) -> bool:
         if not getattr(value, "bnb_quantized", True):  # PEFT gives a dense weight the state of the one that it replaces
             return False
         return getattr(value, "quant_state", None) is not None or not value.is_floating_point()
+
+
+def _is_transformers_initializing() -> bool:
+    """Whether transformers loads a model of its own: it then initializes weights of quanto that it has just loaded too,
+    which changes a dense copy of each. The class is ours and theirs, so that a load of theirs has to pass."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "initialize_weights" and frame.f_globals["__name__"].startswith("transformers."):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _is_dense(value: Tensor, weight: Any) -> bool:

@@ -128,8 +128,10 @@ def test_model_source_of_the_page_generates_as_its_formula_and_is_measured(page:
     save_file(network.state_dict(), project / "generator/model.safetensors")
     (project / "generator/config.json").write_text('{"latent": 64, "width": 128}')
 
+    before = set((project / "outputs/runs").glob("*"))
     run(project, *generate, "tracking=none", "backend=none", "seed=5")
-    (outputs,) = (project / "outputs/runs").glob("*/outputs.safetensors")
+    (folder,) = set((project / "outputs/runs").glob("*")) - before
+    outputs = folder / "outputs.safetensors"
     noise = torch.randn(8, 64, generator=torch.Generator().manual_seed(5))
     assert torch.equal(load_file(outputs)["images"], network(noise).view(8, 1, 8, 8))
     metrics = results(project)[-1]

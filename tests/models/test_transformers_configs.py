@@ -39,6 +39,10 @@ FAMILIES = [
 ]
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers", "num_decoder_layers")
 SHOWN = ("gpt2", "mamba2", "t5", "clip")
+KINDS_OF_TWO_LAYERS = {  # where the default is a list as long as the default's layers
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+}
 
 
 def save_config(family: str, folder: Path, **changes: Any) -> dict[str, Any]:
@@ -47,7 +51,7 @@ def save_config(family: str, folder: Path, **changes: Any) -> dict[str, Any]:
 
     kind = CONFIG_MAPPING[family]
     few = {name: 2 for name in LAYERS if (getattr(kind(), name, None) or 0) > 2}
-    config = kind(**few)
+    config = kind(**few, **KINDS_OF_TWO_LAYERS.get(family, {}))
     config.save_pretrained(folder)
     if changes:
         (folder / "config.json").write_text(

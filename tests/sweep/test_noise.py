@@ -18,6 +18,7 @@ OWN = (
     r"W&B run: outputs/.*",
     r"  outputs/runs/[0-9a-f]{16}",
 )
+OPTIONS = [name for name in option_names("backend") if name != "mixed"]  # which needs a recipe
 CASES = [
     ("torchao", "arithmetic", "process"),
     ("bitsandbytes_int8", "arithmetic", "inline"),
@@ -33,7 +34,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("option", "model", "isolation"),
     representatives(
-        [*CASES, *[(name, model, "process") for name in option_names("backend") for model in ("digits", "arithmetic")
+        [*CASES, *[(name, model, "process") for name in OPTIONS for model in ("digits", "arithmetic")
                    if (name, model, "process") not in CASES]],
         CASES,
     ),

@@ -178,7 +178,9 @@ def test_spread_is_resident(backend: str, name: str, folder: Path, tmp_path: Pat
     dispatch.remove()
     assert not list(tmp_path.iterdir()) and not any("forward" in vars(module) for module in loaded.model.modules())
     again = dispatch.again()
-    assert again.bytes_at_rest() == pytest.approx(at_rest, abs=9000)  # with quanto's scales of activations now
+    again_at_rest = again.bytes_at_rest()
+    for place in at_rest.keys() | again_at_rest:  # quanto's scales of activations may be at another place, or new
+        assert again_at_rest.get(place, 0) == pytest.approx(at_rest.get(place, 0), abs=9000), place
     assert all(torch.equal(a, b) for a, b in zip(answers(loaded.model, x.cpu()), expected, strict=True))
     again.remove()
 
