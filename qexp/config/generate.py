@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from qexp.config.task import TaskConfig
 from qexp.errors import ConfigError, choices, did_you_mean
@@ -76,7 +76,11 @@ class GenerateConfig(TaskConfig):
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"task.top_p={self.top_p} must be above 0, and at most 1")
 
-    def resolved(self) -> GenerateConfig:
+    def resolved_by(self, resolve: Callable[[GenerateConfig], GenerateConfig]) -> GenerateConfig:
+        """Return the task as a model source resolves it."""
+        return resolve(self)
+
+    def resolved(self) -> Self:
         """With the prompts themselves in place of one, or of a file's name."""
         negative = read_prompts(self.negative_prompt, "task.negative_prompt", may_be_empty=True)
         return replace(self, prompt=read_prompts(self.prompt), negative_prompt=negative)

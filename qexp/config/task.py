@@ -14,6 +14,7 @@ class TaskConfig:
     name: str = ""
 
     saves_outputs: ClassVar[bool] = True  # False: there is nothing to compare with a reference, or to score
+    is_seeded: ClassVar[bool] = True  # False: its result does not depend on the seed
 
     def resolved(self) -> Self:
         """The settings with their files read. Raises ConfigError or LoadError for one that cannot be read."""

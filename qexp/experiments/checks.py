@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +118,25 @@ def check_streaming(low_cpu_mem_usage: bool, components: Mapping[str, ComponentC
             f"low_cpu_mem_usage=false cannot be combined with quantization (of {choices(quantized)}): there is only "
             "the streaming path, which never holds the dense model; use low_cpu_mem_usage=true, or backend=none"
         )
+
+
+def check_sensitivity(task: Any, source: Any, components: Mapping[str, ComponentConfig]) -> None:
+    """Raises ConfigError for what task=sensitivity cannot score."""
+    if task.name != "sensitivity":
+        return
+    for name, component in components.items():
+        if component.backend.quant_method != "none":
+            raise ConfigError(
+                f"task=sensitivity with components.{name}.backend={component.backend.quant_method}: it loads the "
+                "unquantized model, and tries task.formats; use backend=none, and a checkpoint that is not quantized"
+            )
+    of_other = ("samples", "text", "window", "batch_size") if source.modality == "text" else ()
+    for item in fields(type(task)) if of_other else ():
+        is_own = item.name in (*of_other, "name", "score", "formats", "groups", "projections")
+        if not is_own and getattr(task, item.name) not in (item.default, {}):
+            raise ConfigError(
+                f"task.{item.name}={getattr(task, item.name)} is of no use with task=sensitivity of a language model, "
+                f"which reads a text; it takes {choices(of_other)}"
+            )
+    if source.modality != "text" and task.window is not None:
+        raise ConfigError(f"task.window={task.window} is of windows of a text; leave it out, or set task.samples")

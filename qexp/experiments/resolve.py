@@ -18,6 +18,7 @@ from typing import Any
 from qexp.checkpoints.checkpoint import open_components
 from qexp.config.backend_options import default_backend
 from qexp.config.dataclass_io import check_known, convert, from_plain
+from qexp.config.generate import GenerateConfig
 from qexp.config.module_patterns import patterns, union
 from qexp.config.plugins import plugin_config
 from qexp.config.schema import (
@@ -35,6 +36,7 @@ from qexp.experiments.checks import (
     check_reference_path,
     check_save_path,
     check_saves,
+    check_sensitivity,
     check_streaming,
     check_task,
 )
@@ -91,8 +93,9 @@ def to_run_config(cfg: Any) -> RunConfig:
     components = _with_embedded(model, components)
     check_streaming(top.low_cpu_mem_usage, components)
     check_task(model, task)
-    if task.name == "generate":
-        task = source.resolve_task(task)
+    check_sensitivity(task, source, components)
+    if isinstance(task, GenerateConfig):
+        task = task.resolved_by(source.resolve_task)
     if top.save.path is not None:
         check_save_path(Path(top.save.path), model, components)
     return RunConfig(

@@ -15,6 +15,7 @@ from qexp.checkpoints.checkpoint import open_component
 from qexp.checkpoints.pipeline_folder import INDEX
 from qexp.errors import ConfigError, choices
 from qexp.experiments.roundtrip import run_roundtrip
+from qexp.experiments.sensitivity import plan_sensitivity, run_sensitivity
 from qexp.experiments.statistics import Metrics, load_statistics, offload_statistics, run_peaks
 from qexp.hub.upload import push
 from qexp.loading.component import LoadedComponent, PlannedComponent, plan_statistics
@@ -46,12 +47,17 @@ def run_experiment(config: RunConfig, folder: Path) -> Metrics:
     A task that runs the model writes plan.json, outputs.safetensors and memory.csv; roundtrip plan.json and layers.csv.
     """
     context = _open_context(config, folder)
-    return run_roundtrip(context) if config.task.name == "roundtrip" else _run_model(context)
+    of_task = {"roundtrip": run_roundtrip, "sensitivity": run_sensitivity}
+    return of_task.get(config.task.name, _run_model)(context)
 
 
 def check_experiment(config: RunConfig, folder: Path) -> None:
     """Raises what `run_experiment` raises before it reads weights. Not of roundtrip, which begins with that."""
-    _plan_run(_open_context(config, folder))
+    context = _open_context(config, folder)
+    if config.task.name == "sensitivity":
+        plan_sensitivity(context)
+    else:
+        _plan_run(context)
 
 
 def _open_context(config: RunConfig, folder: Path) -> RunContext:

@@ -105,13 +105,18 @@ def skip_all_names(model: nn.Module, chosen: dict[str, WeightSpec], skipped: dic
 
 def check_one_format(model: nn.Module, quantizer: Quantizer) -> None:
     """Raises ConfigError where a backend gives two formats to one weight. model: the skeleton."""
+    for names in layers_by_weight(model):
+        if len(names) > 1 and (reason := quantizer.conflict(names)) is not None:
+            raise ConfigError(f"{first_names(names)} have one weight, but {reason}")
+
+
+def layers_by_weight(model: nn.Module) -> list[list[str]]:
+    """Return the names of all linear layers, those that have one weight together. model: the skeleton."""
     names_of: dict[Any, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if weight_shape(module) is not None:
             names_of.setdefault(_weight_id(model, name), []).append(name)
-    for names in names_of.values():
-        if len(names) > 1 and (reason := quantizer.conflict(names)) is not None:
-            raise ConfigError(f"{first_names(names)} have one weight, but {reason}")
+    return list(names_of.values())
 
 
 def _weight_id(model: nn.Module, name: str) -> Any:

@@ -88,7 +88,7 @@ class Source(TextSource):
     """A language model with one component, "model"."""
 
     config: CausalLMConfig
-    tasks: tuple[str, ...] = ("generate", "perplexity", "forward", "roundtrip")
+    tasks: tuple[str, ...] = ("generate", "perplexity", "forward", "roundtrip", "sensitivity")
     padding_side = "left"  # of prompts that are continued together
     required_packages = ("transformers", "tokenizers")
 
@@ -178,11 +178,12 @@ class Source(TextSource):
                 f"task.inputs={task.inputs} is text, and '{self.folder}' has no tokenizer to read it with; put the "
                 "model's tokenizer files (tokenizer.json, tokenizer_config.json) there, or give tensors (.safetensors)"
             )
-        if task.name == "perplexity" or getattr(task, "text", None) is not None:
+        if task.name in ("perplexity", "sensitivity") or getattr(task, "text", None) is not None:
             self.text(task.text)
-        if task.name == "perplexity" and (self.folder / "config.json").is_file():
+        if task.name in ("perplexity", "sensitivity") and (self.folder / "config.json").is_file():
             longest = positions(read_object(self.folder / "config.json"))
-            window_and_stride(longest, task.window, task.stride, has_begin=False)  # check_run has the tokenizer, too
+            stride = getattr(task, "stride", None)
+            window_and_stride(longest, task.window, stride, has_begin=False)  # check_run has the tokenizer, too
 
     @override
     def prompts(self, task: GenerateConfig) -> list[str]:
@@ -205,7 +206,7 @@ class Source(TextSource):
     def text(self, path: str | None) -> str:
         """The text to measure perplexity on. Raises ConfigError if it cannot be read."""
         if path is None:
-            raise ConfigError("task.text=null names no text to measure perplexity on; set task.text to a text file")
+            raise ConfigError("task.text=null names no text to read; set task.text to a text file")
         return read_text(path, f"task.text={path}", "give a text file")
 
     @override
@@ -229,7 +230,9 @@ class Source(TextSource):
             check_tokens(model, self.tokenizer, encode_prompts(self.tokenizer, self.prompts(task)), "task.prompt")
             settings = generation_settings(model.generation_config, self.resolve_task(task), self.tokenizer, model)
             string_stops(settings, self.tokenizer)
-        if task.name == "perplexity" or (task.name == "generate" and (task.text is not None or self.has_text)):
+        if task.name in ("perplexity", "sensitivity") or (
+            task.name == "generate" and (task.text is not None or self.has_text)
+        ):
             tokens = self.encode(self.text(task.text))[: getattr(task, "max_tokens", None)].tolist()
             begin = [] if self.begin_token is None else [self.begin_token]
             check_tokens(model, self.tokenizer, [begin + tokens], f"task.text={task.text}")

@@ -99,7 +99,7 @@ class Source(ModelSource):
 
     config: DiffusersConfig
 
-    tasks: tuple[str, ...] = ("generate", "roundtrip")
+    tasks: tuple[str, ...] = ("generate", "roundtrip", "sensitivity")
     modality = "images"
     is_pipeline = True
     required_packages = ("diffusers", "transformers", "tokenizers")
@@ -241,7 +241,7 @@ class Source(ModelSource):
     @override
     def check_task(self, task: Any) -> None:
         """Raises: ConfigError for a task without a prompt, or a LoRA that is not there or of no use."""
-        if task.name == "generate":
+        if task.name in ("generate", "sensitivity"):
             self.prompts(task)
         for lora in self.adapters():
             lora.files()

@@ -50,7 +50,7 @@ Config = DigitsModelConfig
 class Source(ModelSource):
     """The digits model, with one component, "transformer"."""
 
-    tasks = ("generate", "forward", "roundtrip")
+    tasks = ("generate", "forward", "roundtrip", "sensitivity")
     modality = "images"
 
     @override

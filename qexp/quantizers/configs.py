@@ -98,6 +98,10 @@ class BackendConfig:
                 f"{self.skip_field}={list(names)} is for a whole model; put a rule with backend: none before this one"
             )
 
+    def quantizes_activations(self) -> bool:
+        """Whether layers quantize their input, too, so that what they cost is not in their weights alone."""
+        return False
+
     def missing(self) -> str | None:
         """What has to be given before this config can be used; None if it is complete."""
         return None

@@ -81,6 +81,10 @@ class QuantoConfig(BackendConfig):
                 "or use backend=quanto without a recipe"
             )
 
+    @override
+    def quantizes_activations(self) -> bool:
+        return self.activations_dtype is not None
+
     def ignored_fields(self) -> set[str]:
         """Fields without effect on this configuration; they are left out of the run key."""
         return {"calibration_samples"} if self.activations_dtype is None else set()

@@ -82,6 +82,10 @@ class TorchAoConfig(BackendConfig):
         )
 
     @override
+    def quantizes_activations(self) -> bool:
+        return "DynamicActivation" in library_call(self.quant_type, self.quant_type_kwargs, self.group_size)[0]
+
+    @override
     def to_dict(self) -> dict[str, Any]:
         from torchao.core.config import config_to_dict
 

@@ -20,7 +20,8 @@ from qexp.system.files import disk_error, file_lock, read_json, write_json, writ
 
 LOCK = ".lock"
 DAMAGED = "damaged"  # files that were not what a run had written
-KEPT = (LOCK, "wandb", DAMAGED)  # what a new attempt leaves in the folder; W&B appends to its own files
+PARTIAL = "partial.jsonl"  # what a run that was killed had found by then
+KEPT = (LOCK, "wandb", DAMAGED, PARTIAL)  # what a new attempt leaves in the folder; W&B appends to its own files
 PUSHED = "hub.json"  # where on a hub the model of an experiment is
 SCRATCH = "offload"  # where an experiment offloads weights to disk
 

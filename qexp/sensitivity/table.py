@@ -23,12 +23,13 @@ from typing import Any
 
 from qexp.errors import ConfigError, DamagedFileError, DiskError
 from qexp.system.files import read_json, to_csv, write_json, write_text
+from qexp.tasks.sensitivity import SCORES
 
 SCHEMA = 1  # raised when the same words come to mean something else
 COLUMNS = ("component", "group", "layers", "format", "backend", "bytes", "score")
 CSV, JSON = "sensitivity.csv", "sensitivity.json"
 DENSE = "none"
-SCORES, ERRORS = ("exact", "gradient"), ("squared_error", "kl")
+ERRORS = ("squared_error", "kl")
 REMEDY = "run task=sensitivity again"
 
 
@@ -183,7 +184,8 @@ def _read_header(path: Path, content: Mapping[str, Any]) -> Header:
     wrong = lacking or [name for name in names if not isinstance(content[name], kinds[name])]
     if wrong:
         raise DamagedFileError(path, f"{', '.join(wrong)} is missing or wrong", REMEDY)
-    return Header(**{name: tuple(content[name]) if name == "formats" else content[name] for name in names})
+    values: dict[str, Any] = {name: content[name] for name in names}
+    return Header(**values | {"formats": tuple(values["formats"])})
 
 
 def _fault_of(table: SensitivityTable) -> str | None:

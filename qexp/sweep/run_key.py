@@ -62,9 +62,11 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     identity = {item.name: _plain(getattr(config, item.name)) for item in fields(config) if item.name not in NOT_IN_KEY}
     # how a reference is computed is part of its own settings; here only which one the result is compared with counts
     identity["reference"] = config.reference.dtype if saves_outputs(config) else None
-    if not saves_outputs(config):  # weights alone are measured: nothing is generated, and nothing travels
-        for name in ("offload", "seed", "device_map", "max_memory"):
+    if not saves_outputs(config):  # no model is placed, or its place does not change what is measured
+        for name in ("offload", "device_map", "max_memory"):
             del identity[name]
+    if not config.task.is_seeded:
+        del identity["seed"]
     for name in ("device_map", "max_memory"):  # so that runs from before there were such settings keep their names
         if identity.get(name, "") is None:
             del identity[name]

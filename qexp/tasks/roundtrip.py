@@ -31,6 +31,7 @@ class RoundtripConfig(TaskConfig):
     name: str = "roundtrip"
 
     saves_outputs: ClassVar[bool] = False  # nothing to compare with a reference, or to score
+    is_seeded: ClassVar[bool] = False
 
 
 Config = RoundtripConfig

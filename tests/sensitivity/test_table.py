@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,7 +79,7 @@ def test_table_changed_by_hand_is_refused_with_the_place(tmp_path: Path, old: st
         ({"fixed_bytes": {"transformer": -1}}, "fixed_bytes"),
     ],
 )
-def test_table_without_meaning_is_not_written(tmp_path: Path, change: dict[str, object], said: str) -> None:
+def test_table_without_meaning_is_not_written(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         write_table(tmp_path, replace(TABLE, header=replace(HEADER, **change)))
     assert not list(tmp_path.iterdir())

@@ -63,6 +63,10 @@ class BitsAndBytesConfig(BackendConfig):
         if self.llm_int8_enable_fp32_cpu_offload:
             raise ConfigError("llm_int8_enable_fp32_cpu_offload is for a whole model; set it to false")
 
+    @override
+    def quantizes_activations(self) -> bool:
+        return self.load_in_8bit  # LLM.int8: arXiv:2208.07339
+
     def ignored_fields(self) -> set[str]:
         """Fields without effect on this configuration; they are left out of the run key."""
         if self.load_in_4bit:

@@ -1,0 +1,128 @@
+"""Run `task=sensitivity`: load the unquantized model, score every format of every group of layers, write the table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qexp.checkpoints.checkpoint import open_component
+from qexp.experiments.statistics import Metrics, load_statistics, run_peaks
+from qexp.loading.component import LoadedComponent
+from qexp.loading.components import plan_components
+from qexp.loading.lifecycle import load_planned
+from qexp.results.environment import versions_of
+from qexp.sensitivity.exact import score_exactly
+from qexp.sensitivity.groups import ComponentGroups, Group, plan_groups
+from qexp.sensitivity.partial import PartialScores
+from qexp.sensitivity.samples import Calibration, read_text, read_trajectory
+from qexp.sensitivity.table import Candidate, Header, SensitivityTable, write_table
+from qexp.system.files import write_json
+from qexp.system.memory import PeakMemory
+
+if TYPE_CHECKING:
+    from qexp.config.schema import ComponentConfig, RunConfig
+    from qexp.loading.component import PlannedComponent
+    from qexp.tasks.context import RunContext
+
+DTYPE = "float32"  # of the networks that are scored: rounded activations bury small differences
+
+
+def run_sensitivity(context: RunContext) -> Metrics:
+    """Score every group; writes plan.json, sensitivity.csv, sensitivity.json and sensitivity.png."""
+    started = time.perf_counter()
+    context, planned, groups = plan_sensitivity(context)
+    write_json(context.folder / "plan.json", {name: one.prepared.plan.to_container() for name, one in planned.items()})
+    loaded = _load(context, planned)
+    with PeakMemory(context.device) as peak:
+        _score(context, groups)
+    return {
+        **load_statistics(list(loaded.values())),
+        "time/total_seconds": time.perf_counter() - started,
+        **run_peaks(peak, next(iter(loaded.values())).memory.baseline.total_bytes),
+    }
+
+
+def plan_sensitivity(
+    context: RunContext,
+) -> tuple[RunContext, dict[str, PlannedComponent], dict[str, ComponentGroups]]:
+    """Plan what is scored and loaded: (the context with skeletons, plans of loads, groups). No weight is read."""
+    config, source = context.config, context.source
+    groups = {
+        name: plan_groups(source, name, config.components[name], config.task, context.device)
+        for name in source.quantized_components()
+    }
+    planned = plan_components(source, _in_fp32(config, groups), device=context.device)
+    context = replace(context, models={name: component.prepared.model for name, component in planned.items()})
+    source.check_run(context.models, config.task)
+    return context, planned, groups
+
+
+def _in_fp32(config: RunConfig, scored: Mapping[str, ComponentGroups]) -> dict[str, ComponentConfig]:
+    return {
+        name: replace(settings, compute_dtype=DTYPE) if name in scored else settings
+        for name, settings in config.components.items()
+    }
+
+
+def _load(context: RunContext, planned: Mapping[str, PlannedComponent]) -> dict[str, LoadedComponent]:
+    loaded = {}
+    for name, component in planned.items():
+        loaded[name] = load_planned(component, context.config.loader)
+        context.source.adapt(name, context.models[name], component.prepared.compute_dtype)
+    return loaded
+
+
+def _score(context: RunContext, groups: Mapping[str, ComponentGroups]) -> None:
+    """Score what is not scored yet, and write the table."""
+    config, source = context.config, context.source
+    is_text = source.modality == "text"
+    calibration = read_text(context) if is_text else read_trajectory(context, list(groups))
+    header = _header(context, groups, calibration)
+    total = sum(len(group.formats) for one in groups.values() for group in one.groups)
+    partial = PartialScores(context.folder, header.versions, total, anew=config.resume == "none")
+    for name, own in groups.items():
+        model, batches = context.models[name], calibration.batches[name]
+        score_exactly(name, model, own, batches, calibration.error, source.block_lists(model), partial)
+    candidates = [
+        candidate
+        for name, own in groups.items()
+        for group in own.groups
+        for candidate in _candidates(name, group, own, partial.done[name, group.name])
+    ]
+    write_table(context.folder, SensitivityTable(header, tuple(candidates)))
+    partial.remove()
+
+
+def _header(context: RunContext, groups: Mapping[str, ComponentGroups], calibration: Calibration) -> Header:
+    config, source = context.config, context.source
+    methods = sorted({method for one in config.task.formats for method in one.methods()})
+    is_full = config.identity == "full"
+    return Header(
+        checkpoint={name: open_component(source, name).content_hash(full=is_full) for name in groups},
+        model=config.model.source,
+        score=config.task.score,
+        error=calibration.error,
+        unit=calibration.unit,
+        samples=calibration.samples,
+        fixed_bytes={name: own.fixed_bytes for name, own in groups.items()},
+        formats=tuple(dict.fromkeys(name for own in groups.values() for name in own.formats)),
+        versions={name: found or "" for name, found in versions_of(("qexp", "torch", *methods)).items()},
+    )
+
+
+def _candidates(component: str, group: Group, own: ComponentGroups, scores: Mapping[str, float]) -> list[Candidate]:
+    dense = Candidate(component, group.name, group.layers, "none", {"quant_method": "none"}, group.nbytes["none"], 0.0)
+    quantized = [
+        Candidate(component, group.name, group.layers, name, _backend(own.formats[name].config), nbytes, scores[name])
+        for name, nbytes in group.nbytes.items()
+        if name in scores
+    ]
+    return [dense, *quantized]
+
+
+def _backend(config: object) -> dict[str, object]:
+    from qexp.config.dataclass_io import to_plain
+
+    return {name: value for name, value in to_plain(config).items() if value is not None}
