@@ -23,7 +23,7 @@ def report_markdown(manifest: Mapping[str, Any], rows: list[Row], folder: Path, 
     """The text of report.md in `folder`; `plots` are file names beside it."""
     prepared = prepare(rows)
     done = [row for row in prepared if row["status"] == "done"]
-    failures = [row for row in rows if row["status"] != "done"]
+    failures = sorted((row for row in prepared if row["status"] != "done"), key=lambda row: row["number"])
     parts = [f"# Sweep {manifest['name']}", report_intro(manifest, rows)]
     parts += ["## Results", _results(done, folder)] if done else []
     parts += [f"![memory against quality]({plot})" for plot in plots]
@@ -60,7 +60,7 @@ def _results(done: list[Row], folder: Path) -> str:
 
 
 def _failures(failures: list[Row], folder: Path) -> str:
-    lines = [[row["label"], status_text(row), row["message"], _link(row, folder)] for row in failures]
+    lines = [[row["name"], status_text(row), row["message"], _link(row, folder)] for row in failures]
     return _table(["experiment", "status", "reason", "run"], [":--"] * 4, lines)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from qexp.metrics.registry import Metric, all_metrics, is_infinite
 from qexp.report.seeds import with_seeds_united
-from qexp.results.labels import SEPARATOR, settings_labels
+from qexp.results.labels import SEPARATOR, experiment_name, settings_labels
 from qexp.results.numbers import format_number, shown_unit
 from qexp.results.rows import Row, rows_of_sweep
 
@@ -56,7 +56,7 @@ def format_table(rows: Iterable[Any]) -> str:
     widths = _fit([max(map(len, column)) for column in zip(*lines, strict=True)], header)
     text = [_line(line, widths, header) for line in lines]
     text.insert(2, _line(["─" * width for width in widths], widths, header))
-    return "\n".join([*text, *_failures(prepared)])
+    return "\n".join([*text, *_cut_settings(table, dict(zip(header, widths, strict=True))), *_failures(prepared)])
 
 
 def _heads(name: str) -> tuple[str, str]:
@@ -74,8 +74,10 @@ def prepare(rows: Iterable[Any]) -> list[Row]:
     plain = with_seeds_united([_as_dict(row) for row in rows])
     for row, setting in zip(plain, settings_labels([row["overrides"] for row in plain]), strict=True):
         parts = str(row["label"]).split(SEPARATOR)
-        named = dict(zip(PARTS, parts, strict=True)) if len(parts) == len(PARTS) else {"backend": row["label"]}
-        row.update({name: named.get(name, "") for name in PARTS}, setting=setting)
+        is_label = len(parts) == len(PARTS)  # else overrides, of an experiment that does not resolve
+        named = dict(zip(PARTS, parts, strict=True)) if is_label else {"backend": row["label"]}
+        name = experiment_name(row["label"], setting if is_label else "")
+        row.update({part: named.get(part, "") for part in PARTS}, setting=setting, name=name)
     for name in ("model", "task"):
         if len({row[name] for row in plain if row[name]}) < 2:
             plain = [row | {name: ""} for row in plain]  # the same everywhere: not worth a column
@@ -194,12 +196,18 @@ def _shorten(word: str, width: int) -> str:
     return word if len(word) <= width else f"{word[:head]}…{word[len(word) - (width - head - 1) :]}"
 
 
+def _cut_settings(table: list[dict[str, str]], widths: Mapping[str, int]) -> list[str]:
+    """A line for each row whose settings the table has to shorten: with all of them."""
+    cut = [line for line in table if len(line.get("setting", "")) > widths.get("setting", WIDTH)]
+    return ["", *(f"#{line['#']}: {line['setting']}" for line in cut)] if cut else []
+
+
 def _failures(prepared: list[Row]) -> list[str]:
     """A paragraph for each experiment without a result: its name, and what it says."""
     lines = []
     for row in sorted(prepared, key=lambda row: row["number"]):
         if row["status"] != "done":
-            head = f"#{row['number']} {row['label']}: {status_text(row)}"
+            head = f"#{row['number']} {row['name']}: {status_text(row)}"
             text = f"{head}: {' '.join(str(row['message']).split())}" if row["message"] else head
             lines += textwrap.wrap(text, WIDTH, subsequent_indent="   ", break_on_hyphens=False)
     return ["", *lines] if lines else []

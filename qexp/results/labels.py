@@ -1,6 +1,7 @@
 """Short names of experiments, from their configuration as it is stored: the same in tables, plots and trackers.
 
-digits · bitsandbytes nf4 · leaf→disk · generate        model · backend · offload · task
+digits · bitsandbytes nf4 · leaf→disk · generate            model · backend · offload · task
+digits · bitsandbytes nf4 · none · generate · seed=1        in a sweep, with the other settings that vary in it
 """
 
 from __future__ import annotations
@@ -53,17 +54,43 @@ def offload_label(config: Mapping[str, Any]) -> str:
     return f"{offload['strategy']}{f'×{blocks}' if blocks != 1 else ''}→{offload['to']}"
 
 
+def experiment_name(label: str, settings: str) -> str:
+    """The name of an experiment of a sweep: its label, and what `settings_label` says."""
+    return SEPARATOR.join(filter(None, (label, settings)))
+
+
 def settings_labels(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """What tells the experiments of a sweep apart beside model, backend, offload and task: 'llm_int8_threshold=4'.
+    """The label of the settings for each experiment of a sweep, by those that vary between these."""
+    varying = varying_settings(overrides)
+    return [settings_label(each, varying) for each in overrides]
 
-    One label for each list of overrides, '' where nothing is left.
-    """
-    values = [dict(_split(override) for override in each) for each in overrides]
+
+def varying_settings(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """Names of the settings that have several values in these lists of overrides, or that only some of them set."""
+    values = [_values(each) for each in overrides]
     names = dict.fromkeys(name for each in values for name in each)
-    varying = [name for name in names if name not in SHOWN_GROUPS and len({each.get(name) for each in values}) > 1]
-    return [", ".join(f"{name.rpartition('.')[2]}={each[name]}" for name in varying if name in each) for each in values]
+    return [name for name in names if len({each.get(name) for each in values}) > 1]
 
 
-def _split(override: str) -> tuple[str, str]:
-    name, _, value = override.partition("=")
-    return name.lstrip("+~"), value
+def settings_label(overrides: Sequence[str], varying: Sequence[str]) -> str:
+    """What tells an experiment apart beside model, backend, offload and task: 'llm_int8_threshold=4, seed=1'.
+
+    '' where nothing is left. A name is as short as it can be without being another setting's that varies.
+    """
+    values = _values(overrides)
+    names = [name for name in varying if name not in SHOWN_GROUPS]
+    return ", ".join(f"{_short_name(name, names)}={values[name]}" for name in names if name in values)
+
+
+def _short_name(name: str, others: Sequence[str]) -> str:
+    """The last parts of a dotted name, as many as tell it from the others, and from the groups in a label."""
+    parts = name.split(".")
+    taken = [other.split(".") for other in (*SHOWN_GROUPS, *others) if other != name]
+    count = next(n for n in range(1, len(parts) + 1) if n == len(parts) or all(t[-n:] != parts[-n:] for t in taken))
+    return ".".join(parts[-count:])
+
+
+def _values(overrides: Sequence[str]) -> dict[str, str]:
+    """Setting -> value; of one that is given twice, the last."""
+    split = (override.partition("=") for override in overrides)
+    return {name.lstrip("+~"): value for name, _, value in split}

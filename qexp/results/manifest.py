@@ -51,8 +51,11 @@ class Manifest:
         self.path = self.folder / "manifest.json"
         self.added = self.folder / "jobs.jsonl"
 
-    def start(self, command: Sequence[str], total: int | None, notes: str | None = None) -> None:
-        """Begin anew. total: planned experiments, None if a sweeper decides as it goes.
+    def start(
+        self, command: Sequence[str], total: int | None, notes: str | None = None, varying: Sequence[str] = ()
+    ) -> None:
+        """Begin anew. total: planned experiments, None if a sweeper decides as it goes. varying: names of the settings
+        that differ between them.
 
         Raises: ConfigError if a running sweep has this name, DiskError if the folder cannot be written.
         """
@@ -64,6 +67,7 @@ class Manifest:
                     "wait for it, or give this sweep a name of its own: sweep.name=<name>"
                 )
             values = {"name": self.name, "command": list(command), "notes": notes, "total": total}
+            values |= {"varying": list(varying)}
             values |= {"pid": os.getpid(), "ticks": start_ticks(os.getpid())}
             self._write(values | {"started": now_iso(), "finished": None, "jobs": []})
 

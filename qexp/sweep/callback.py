@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -34,7 +36,7 @@ class SweepCallback(Callback):
             arguments = sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1 :]  # as typed: sys.argv may be edited
             command = ["python", "-m", "qexp", *arguments]
             remove_leftovers(Path(config.paths.outputs))
-            _manifest(config).start(command, planned_jobs(config), config.sweep.get("notes"))
+            _manifest(config).start(command, planned_jobs(config), config.sweep.get("notes"), swept_settings(config))
         except QexpError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
@@ -56,14 +58,32 @@ class SweepCallback(Callback):
 
 def planned_jobs(config: DictConfig) -> int | None:
     """How many experiments the sweep will have; None if its sweeper decides as it goes, or for a glob."""
-    sweeper = config.hydra.sweeper
-    if not str(sweeper.get("_target_", "")).endswith(("BasicSweeper", "QexpSweeper")):
+    if not str(config.hydra.sweeper.get("_target_", "")).endswith(("BasicSweeper", "QexpSweeper")):
         return None
-    lines = [f"{name}={values}" for name, values in (sweeper.get("params") or {}).items()]
+    counts = [_number_of_values(sweep) for sweep in _sweeps(config).values()]
+    return math.prod(count for count in counts if count is not None) if None not in counts else None
+
+
+def swept_settings(config: DictConfig) -> list[str]:
+    """Names of the settings that differ between the experiments, whichever sweeper chooses their values."""
+    return [name.lstrip("+") for name, sweep in _sweeps(config).items() if _number_of_values(sweep) != 1]
+
+
+def _sweeps(config: DictConfig) -> dict[str, Override]:
+    """The overrides with several values, by their names: those of the sweeper's own settings, and what is typed."""
+    lines = [f"{name}={values}" for name, values in (config.hydra.sweeper.get("params") or {}).items()]
+    parser, parsed = OverridesParser.create(), {}
+    for line in (*lines, *config.hydra.overrides.task):
+        with suppress(HydraException):  # the sweeper reports it
+            override = parser.parse_override(line)
+            parsed[override.get_key_element()] = override  # the last one of a name wins
+    return {name: override for name, override in parsed.items() if override.is_sweep_override()}
+
+
+def _number_of_values(sweep: Override) -> int | None:
+    """How many values a sweep has, None if that is not known here: of a glob, or an interval."""
     try:
-        parsed = OverridesParser.create().parse_overrides([*lines, *config.hydra.overrides.task])
-        sweeps = {override.get_key_element(): override for override in parsed}  # the last one of a name wins
-        return math.prod(len(list(o.sweep_string_iterator())) for o in sweeps.values() if o.is_sweep_override())
+        return len(list(sweep.sweep_string_iterator()))
     except HydraException:
         return None
 

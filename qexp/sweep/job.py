@@ -20,7 +20,7 @@ from qexp.config.schema import RunConfig, SweepConfig
 from qexp.errors import DiskError, LoadError, QexpError
 from qexp.experiments.reference import saves_outputs
 from qexp.results.environment import differences
-from qexp.results.labels import run_label
+from qexp.results.labels import experiment_name, run_label, settings_label
 from qexp.results.manifest import JobRow, Manifest
 from qexp.results.outcome import Outcome, outcome_of
 from qexp.results.run_folder import RunFolder, Status, now_iso
@@ -54,6 +54,7 @@ class _Job:
     number: int | None
     total: int | None
     since: str | None
+    settings: str  # those that vary in the sweep, with their values
     work: Work
 
     @property
@@ -65,8 +66,12 @@ class _Job:
         """Its row as far as it is known before it runs."""
         return JobRow(self.number or 1, "", self.overrides, run_label(self.config.to_container()), "failed")
 
+    @property
+    def name(self) -> str:
+        return job_name(self.number, self.total, experiment_name(self.row.label, self.settings))
+
     def say(self, message: str) -> None:
-        print(f"{job_name(self.number, self.total, self.row.label)}: {message}", flush=True)
+        print(f"{self.name}: {message}", flush=True)
 
 
 def run_job(
@@ -85,7 +90,8 @@ def run_job(
     number = number if number is not None else _hydra_number()
     sweep = _read_sweep(Manifest(config.paths.outputs, config.sweep.name)) if number is not None else {}
     work = Work(Path(), experiment=experiment, score=score, check=check)
-    job = _Job(config, tuple(overrides), number, sweep.get("total"), sweep.get("started"), work)
+    settings = settings_label(overrides, sweep.get("varying") or ())
+    job = _Job(config, tuple(overrides), number, sweep.get("total"), sweep.get("started"), settings, work)
     row = job.row
     try:
         row = replace(row, key=run_key(config))
@@ -98,7 +104,7 @@ def run_job(
     except Exception as error:  # whatever it is, the other experiments go on
         row = replace(row, **asdict(_explained(error)))
     finally:
-        _record(job.manifest, row, job_name(number, job.total, row.label))
+        _record(job.manifest, row, job.name)
     return row
 
 
@@ -113,11 +119,12 @@ def refuse_job(
 ) -> JobRow:
     """The row of an experiment whose configuration does not resolve, recorded and shown like any other."""
     number = number if number is not None else _hydra_number()
+    manifest = Manifest(outputs, sweep_name) if number is not None else None
+    sweep = _read_sweep(manifest) if manifest is not None else {}
+    settings = settings_label(overrides, sweep.get("varying") or ()) if label else ""
     label = label or " ".join(overrides) or "this experiment"
     row = replace(JobRow(number or 1, "", tuple(overrides), label, "failed"), **asdict(outcome_of(error)))
-    manifest = Manifest(outputs, sweep_name) if number is not None else None
-    total = _read_sweep(manifest).get("total") if manifest is not None else None
-    _record(manifest, row, job_name(number, total, label))
+    _record(manifest, row, job_name(number, sweep.get("total"), experiment_name(label, settings)))
     return row
 
 
@@ -288,7 +295,7 @@ def _track(job: _Job, folder: RunFolder) -> None:
     if status.reason in ("config", "load") and not folder.holds("plan.json"):
         return  # refused before anything was loaded: there is no run to show
     log = log_run if job.config.isolation.mode == "inline" else WRITER.log
-    log(folder.path, job.config, _group(job, folder))
+    log(folder.path, job.config, _group(job, folder), job.settings)
 
 
 def _group(job: _Job, folder: RunFolder) -> str | None:

@@ -2,8 +2,8 @@
 
     python -m qexp.sweep.log_writer --parent <pid>
 
-reads a run a line, as JSON: {"folder", "config", "group"}, and ends with its input. It has a low priority: what it does
-beside an experiment must not show in the experiment's times.
+reads a run a line, as JSON: {"folder", "config", "group", "settings"}, and ends with its input. It has a low priority:
+what it does beside an experiment must not show in the experiment's times.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from qexp.tracking.session import import_wandb
 LOWER = 10  # of 19: a tenth of the weight of others, where cores are not free
 
 
-def log_run(folder: Path, config: RunConfig, group: str | None) -> None:
-    """Log a run. A failure costs the log, never the result, and is said."""
+def log_run(folder: Path, config: RunConfig, group: str | None, settings: str = "") -> None:
+    """Log a run. A failure costs the log, never the result, and is said. settings: see `wandb_run.log_run`."""
     try:
         from qexp.tracking.wandb_run import log_run
 
-        log_run(folder, config, group)
+        log_run(folder, config, group, settings)
     except Exception as error:
         print(f"warning: {folder} is not tracked: {outcome_of(error).message}", file=sys.stderr, flush=True)
 
@@ -52,9 +52,10 @@ class LogWriter:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, encoding="utf-8", start_new_session=True)
         return self.process
 
-    def log(self, folder: Path, config: RunConfig, group: str | None) -> None:
+    def log(self, folder: Path, config: RunConfig, group: str | None, settings: str = "") -> None:
         """Log a run soon: after those before it, and as soon as its folder is no longer locked."""
-        order: dict[str, Any] = {"folder": str(folder.absolute()), "config": config.to_container(), "group": group}
+        order: dict[str, Any] = {"folder": str(folder.absolute()), "config": config.to_container()}
+        order |= {"group": group, "settings": settings}
         try:
             stdin = self.start().stdin
             assert stdin is not None
@@ -86,7 +87,7 @@ def main() -> int:
         order = json.loads(line)
         folder = RunFolder(order["folder"])
         with folder.locked(lambda message: None):  # the experiment's own process has it for a moment more
-            log_run(folder.path, run_config_from_container(order["config"]), order["group"])
+            log_run(folder.path, run_config_from_container(order["config"]), order["group"], order["settings"])
     return 0
 
 

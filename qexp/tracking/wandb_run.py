@@ -4,7 +4,8 @@
     summary   every metric, and status, reason, message and seconds
     history   steps/<column> per generation step: time, memory, error against the reference
     media     images/grid, images/reference, images/difference; layers: the table of a roundtrip; samples: that of texts
-    run       name: readable label; group: sweep; job type: task; tags: model, backend, offload, and the user's
+    run       name: readable label, with the settings that vary in its sweep; group: sweep; job type: task; tags: model,
+              backend, offload, and the user's
 
 Names are cut to what W&B takes, and variables such as WANDB_RUN_ID, which another program's run may have left in the
 environment, change none of this.
@@ -26,7 +27,7 @@ from typing import Any
 from qexp.config.schema import RunConfig, TrackingConfig
 from qexp.config.wandb_names import MAX_TAG, cut
 from qexp.errors import ConfigError
-from qexp.results.labels import backend_label, run_label
+from qexp.results.labels import backend_label, experiment_name, run_label
 from qexp.results.run_folder import RunFolder
 from qexp.system.files import read_json, read_yaml
 from qexp.tracking.session import clear_errors, require_login, wandb_session
@@ -37,9 +38,10 @@ IMAGES = ("grid", "reference", "difference")
 TABLES = ("layers", "samples")
 
 
-def log_run(folder: Path, config: RunConfig, sweep_name: str | None) -> str | None:
+def log_run(folder: Path, config: RunConfig, sweep_name: str | None, settings: str = "") -> str | None:
     """Log the run in `folder` as `config.tracking` says; prints and returns its path (offline) or address (online).
 
+    settings: those that vary in its sweep, for its name.
     None for tracking=none. A run that is not done is logged as failed, with its reason.
     Raises: ConfigError without an API key, UnsupportedError if the server does not answer in time.
     """
@@ -53,7 +55,8 @@ def log_run(folder: Path, config: RunConfig, sweep_name: str | None) -> str | No
     remedy = "use tracking=offline, and `wandb sync` the run folder later"
     with clear_errors(subject, remedy), wandb_session(folder, tracking.mode) as wandb:
         container = read_yaml(folder / "config.yaml") or config.to_container()
-        run = _start(wandb, folder, container, tracking, sweep_name)
+        name = experiment_name(run_label(container), settings)
+        run = _start(wandb, folder, container, tracking, sweep_name, name)
         try:
             _log_history(run, folder)
             _log_media(wandb, run, folder)
@@ -69,14 +72,14 @@ def log_run(folder: Path, config: RunConfig, sweep_name: str | None) -> str | No
 
 
 def _start(
-    wandb: Any, folder: Path, container: dict[str, Any], tracking: TrackingConfig, sweep_name: str | None
+    wandb: Any, folder: Path, container: dict[str, Any], tracking: TrackingConfig, sweep_name: str | None, name: str
 ) -> Any:
     """An initialized run, not the global one: a run that the calling program has open stays as it is."""
     if tracking.mode == "online":
         require_login(wandb)
     config = container | {"env": read_json(folder / "env.json") or {}}
     try:
-        return wandb.init(settings=_settings(wandb, folder, container, tracking, sweep_name), config=config)
+        return wandb.init(settings=_settings(wandb, folder, container, tracking, sweep_name, name), config=config)
     except (ValueError, wandb.errors.UsageError) as error:
         text = error.errors()[0]["msg"] if hasattr(error, "errors") else error  # pydantic lists what it refuses
         names = (
@@ -86,7 +89,7 @@ def _start(
 
 
 def _settings(
-    wandb: Any, folder: Path, container: dict[str, Any], tracking: TrackingConfig, sweep_name: str | None
+    wandb: Any, folder: Path, container: dict[str, Any], tracking: TrackingConfig, sweep_name: str | None, name: str
 ) -> Any:
     """No output, and nothing about the process that logs: it is not the one that ran the experiment."""
     off = ("x_disable_stats", "x_disable_meta", "x_disable_machine_info", "disable_git", "disable_code")
@@ -96,7 +99,7 @@ def _settings(
         project=tracking.project,
         **({"entity": tracking.entity} if tracking.entity else {}),  # else WANDB_ENTITY, or the account's own
         run_id=folder.name,
-        run_name=cut(run_label(container)),
+        run_name=cut(name),
         run_group=None if sweep_name is None else cut(sweep_name),
         run_job_type=container["task"]["name"],
         run_tags=tuple(run_tags(container, tracking)),

@@ -160,6 +160,20 @@ def test_what_else_was_varied_gets_a_column(tmp_path: Path) -> None:
     assert [line[3] for line in lines] == ["llm_int8_threshold=0", "llm_int8_threshold=6"]
 
 
+def test_settings_that_find_no_room_are_below_the_table(tmp_path: Path) -> None:
+    settings = [f"skip_modules=[{'x' * 70},{'y' * n}]" for n in (20, 21)]
+    for number in range(2):
+        run_folder(tmp_path, f"k{number}", config(label=f"nf{number}"), GENERATE)
+    run_folder(tmp_path, "k2", config(), None, "failed", "oom", "too big")
+    overrides = [[settings[0], "seed=1"], [settings[1], "seed=1"], ["seed=2"]]
+    manifest(tmp_path, "first", [job(number, f"k{number}", each) for number, each in enumerate(overrides)])
+    text = format_table(rows_of_sweep(tmp_path, "first")).splitlines()
+    assert [line for line in text if line.startswith(("#0", "#1"))] == [f"#{n}: {settings[n]}, seed=1" for n in (0, 1)]
+    assert [line for line in text if line.startswith("#2")] == [
+        "#2 digits · bitsandbytes nf4 · none · generate · seed=2: failed: oom: too big"
+    ]
+
+
 def test_table_fits_120_columns_and_keeps_numbers_whole(tmp_path: Path) -> None:
     jobs = []
     for number in range(2):

@@ -35,7 +35,7 @@ def test_jobs_in_several_processes_all_end_up_in_it_in_order(tmp_path) -> None:
 def test_its_contents(tmp_path) -> None:
     manifest = Manifest(tmp_path, "s")
     assert manifest.read() is None
-    manifest.start(["python", "-m", "qexp"], 2, notes="why")
+    manifest.start(["python", "-m", "qexp"], 2, notes="why", varying=["seed"])
     manifest.add(JobRow(1, "k", ("a=1", "b=2"), "label", "failed", "oom", "too big", False, 1.5, {"x/y": 1.0}))
     manifest.finish()
     values = manifest.read()
@@ -45,6 +45,7 @@ def test_its_contents(tmp_path) -> None:
         "name": "s",
         "command": ["python", "-m", "qexp"],
         "notes": "why",
+        "varying": ["seed"],
         "pid": os.getpid(),
         "ticks": start_ticks(os.getpid()),
         "total": 2,

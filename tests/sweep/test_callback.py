@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from qexp.results.manifest import JobRow, Manifest
-from qexp.sweep.callback import SweepCallback, planned_jobs
+from qexp.sweep.callback import SweepCallback, planned_jobs, swept_settings
 from tests.sweep import hydra_app
 from tests.sweep.settings import run_config
 
@@ -29,10 +29,11 @@ def test_a_sweep_goes_on_after_failures_and_exits_with_one(tmp_path) -> None:
     assert done.returncode == 1, done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "8 experiments: 2 done, 2 unsupported, 4 failed"
-    assert any(line.startswith("[3/8]") and "failed (error)" in line for line in lines)
+    assert any(line.startswith("[3/8]") and "behaviour=2, seed=0: failed (error)" in line for line in lines)
     assert sum("(exit)" in line and line.startswith("[") for line in lines) == 2
     assert any(line.startswith("[8/8]") and line.endswith("(2 done, 4 failed, 0 left)") for line in lines)
-    assert any(line.startswith("#3") and "a tensor is wrong" in line for line in lines)  # below the table
+    (below,) = [line for line in lines if line.startswith("#3 ")]
+    assert below.split(" · ")[4].startswith("behaviour=2, seed=0: failed: error: ")  # below the table
     values = Manifest(tmp_path / "outputs", "test").read()
     assert values["total"] == 8 and values["notes"] == "why" and values["finished"]
     assert values["command"][:6] == ["python", "-m", "qexp", "-m", "behaviour=1,2,11,4", "seed=0,1"]
@@ -73,6 +74,24 @@ def config(*task: str, target: str = "hydra._internal.core_plugins.basic_sweeper
 )
 def test_the_number_of_planned_experiments(composed, jobs) -> None:
     assert planned_jobs(composed) == jobs
+
+
+OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+
+
+@pytest.mark.parametrize(
+    ("composed", "names"),
+    [
+        (config("backend=none,torchao", "offload=leaf", "seed=range(3)"), ["backend", "seed"]),
+        (config("backend.x=choice(1)", "+backend.y=1,2", "z=[1,2]"), ["backend.y"]),  # a choice of one does not vary
+        (config("seed=3", backend="a,b", seed="1,2"), ["backend"]),  # the command line wins over a preset
+        (config("backend=glob(*)"), ["backend"]),
+        (config("lr=interval(0,1)", target=OPTUNA, seed="range(1,4)"), ["seed", "lr"]),
+        (config("seed=1,2", "x=["), ["seed"]),  # the sweeper reports what cannot be read
+    ],
+)
+def test_names_of_swept_settings(composed, names) -> None:
+    assert swept_settings(composed) == names
 
 
 def finished(tmp_path: Path, total: int, *statuses: str):

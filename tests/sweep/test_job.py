@@ -422,7 +422,7 @@ def test_a_failed_scoring_is_a_failed_row_of_a_done_run(tmp_path) -> None:
 def test_scoring_again_keeps_the_group_of_the_first_sweep(tmp_path, monkeypatch) -> None:
     groups = []
     monkeypatch.setitem(sys.modules, "qexp.tracking.wandb_run", type(sys)("fake"))
-    sys.modules["qexp.tracking.wandb_run"].log_run = lambda folder, config, name: groups.append(name)
+    sys.modules["qexp.tracking.wandb_run"].log_run = lambda folder, config, name, settings: groups.append(name)
     config = run_config(tmp_path, tracking=TrackingConfig(mode="offline"), isolation=IsolationConfig(mode="inline"))
     have_reference(config)
     run(config, number=1)
@@ -546,15 +546,31 @@ def test_a_configuration_that_does_not_resolve_is_recorded(tmp_path, capfd) -> N
     assert (row.status, row.reason, row.number) == ("failed", "config", 2)
     assert Manifest(tmp_path, "s").read()["jobs"][0]["message"] == "x=1 is wrong"
     assert "[2] x=1: failed (config): x=1 is wrong" in capfd.readouterr().out
-    Manifest(tmp_path, "s").start([], 3)
+    Manifest(tmp_path, "s").start([], 3, varying=["x"])
     refuse_job(ConfigError("wrong"), ["x=1"], outputs=str(tmp_path), sweep_name="s", number=2, label="digits · none")
-    assert "[2/3] digits · none: failed (config): wrong" in capfd.readouterr().out
+    assert "[2/3] digits · none · x=1: failed (config): wrong" in capfd.readouterr().out
+
+
+def test_every_line_and_the_tracker_name_what_varies_in_the_sweep(tmp_path, monkeypatch, capfd) -> None:
+    settings = []
+    monkeypatch.setitem(sys.modules, "qexp.tracking.wandb_run", type(sys)("fake"))
+    sys.modules["qexp.tracking.wandb_run"].log_run = lambda *arguments: settings.append(arguments[-1])
+    config = run_config(tmp_path, tracking=TrackingConfig(mode="offline"), isolation=IsolationConfig(mode="inline"))
+    Manifest(config.paths.outputs, "test").start([], 2, varying=["backend", "seed", "task.num_images"])
+    run_job(config, ["backend=bitsandbytes", "seed=0", "task.num_images=1", "device=cpu"], number=1, **FAKES)
+    assert settings == ["seed=0, num_images=1"]
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("[1/2]")]
+    assert len(lines) == 3  # begins, its reference, ends
+    assert all(
+        line.startswith("[1/2] digits checkpoint · bitsandbytes · none · generate · seed=0, num_images=1: ")
+        for line in lines
+    )
 
 
 def test_tracking_comes_after_the_result_and_cannot_lose_it(tmp_path, monkeypatch, capfd) -> None:
     calls = []
 
-    def log_run(folder: Path, config: RunConfig, sweep_name: str | None) -> None:
+    def log_run(folder: Path, config: RunConfig, sweep_name: str | None, settings: str) -> None:
         calls.append((RunFolder(folder).read_status().status, sweep_name))
         raise RuntimeError("no network")
 
@@ -574,7 +590,7 @@ def test_tracking_comes_after_the_result_and_cannot_lose_it(tmp_path, monkeypatc
 def test_a_reused_run_is_tracked_if_it_was_not_before(tmp_path, monkeypatch) -> None:
     calls = []
 
-    def log_run(folder: Path, config: RunConfig, sweep_name: str | None) -> None:
+    def log_run(folder: Path, config: RunConfig, sweep_name: str | None, settings: str) -> None:
         calls.append(config.tracking.mode)
         (folder / "wandb" / {"offline": "offline-run-1", "online": "run-1"}[config.tracking.mode]).mkdir(parents=True)
 

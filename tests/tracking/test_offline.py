@@ -23,7 +23,7 @@ def logged(
     tmp_path: Path, container: dict[str, Any], metrics: dict[str, float | None] | None, **status: Any
 ) -> tuple[Path, Logged]:
     folder = run_folder(tmp_path, "abc0", container, metrics, **status)
-    place = log_run(folder, run_config_from_container(container), "first")
+    place = log_run(folder, run_config_from_container(container), "first", "seed=1")
     assert place is not None
     return folder, read_wandb(Path(place, "run-abc0.wandb"))
 
@@ -47,7 +47,7 @@ def test_run_is_named_grouped_and_tagged(generated: tuple[Path, Logged]) -> None
     assert (run.run_id, run.project, run.display_name) == (
         "abc0",
         "qexp",
-        "digits · bitsandbytes nf4 · leaf→disk · generate",
+        "digits · bitsandbytes nf4 · leaf→disk · generate · seed=1",
     )
     assert (run.run_group, run.job_type) == ("first", "generate")
     assert list(run.tags) == ["digits", "bitsandbytes nf4", "leaf", "mine"]
