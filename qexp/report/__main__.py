@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qexp.errors import QexpError
+from qexp.errors import LoadError, QexpError
 from qexp.report.table import format_table
 from qexp.results.manifest import count_line
 from qexp.results.rows import Row, find_sweep, read_manifest, rows_of_sweep
@@ -44,12 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_report(outputs: Path, name: str, rows: list[Row]) -> list[Path]:
-    """Write results.csv, report.md and the plots of a sweep; returns their paths."""
+    """Write results.csv, report.md and the plots of a sweep; returns their paths.
+
+    Raises: LoadError if results.csv has numbers of runs that are gone since: it is all that is left of them.
+    """
     from qexp.report.markdown import report_markdown
     from qexp.report.pareto import file_name, pareto_png, plotted_metrics
-    from qexp.report.results_csv import results_csv
+    from qexp.report.results_csv import lost_runs, results_csv
 
     folder = outputs / "sweeps" / name
+    if lost := lost_runs(folder / "results.csv", rows):
+        raise LoadError(
+            f"{folder / 'results.csv'} has the results of runs that are gone or damaged since, so it, report.md and "
+            "the plots are left as they are; run them again, or move results.csv elsewhere for a report without them: "
+            f"{', '.join(map(str, lost))}"
+        )
     plots = []
     for metric in plotted_metrics():
         picture = pareto_png(rows, metric, f"{name}: memory against quality")

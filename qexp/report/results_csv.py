@@ -11,12 +11,14 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from qexp.errors import DiskError
 from qexp.metrics.registry import metric_order
 from qexp.report.seeds import NOT_SETTINGS, seed_groups
 from qexp.results.labels import backend_label, offload_label
-from qexp.results.rows import Row
+from qexp.results.rows import GONE, Row
 
 FIRST = ("number", "key", "group", "status", "reason", "message", "reused", "seconds", "backend", "offload")
 
@@ -37,6 +39,26 @@ def results_csv(rows: list[Row]) -> str:
             + [_cell(row["metrics"].get(name)) for name in metrics]
         )
     return text.getvalue()
+
+
+def lost_runs(path: Path, rows: list[Row]) -> list[Path]:
+    """Return the folders of the runs whose numbers are left in an earlier results.csv alone.
+
+    Those of the sweep that are missing or damaged, and those of an earlier sweep of its name that are not there.
+    Raises: DiskError if the file cannot be read. One that is no CSV has no numbers.
+    """
+    try:
+        text = io.StringIO(path.read_text(encoding="utf-8"), newline="")
+        done = dict.fromkeys(line.get("key") for line in csv.DictReader(text) if line.get("status") == "done")
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, csv.Error):
+        return []
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be read ({error.strerror}); make it readable, or delete it") from error
+    status_now = {row["key"]: row["status"] for row in rows}
+    runs = {str(key): path.parents[2] / "runs" / str(key) for key in done if key}
+    unexplained = {key for key, run in runs.items() if not (run / "result.json").exists()} - status_now.keys()
+    unexplained |= {key for key, status in status_now.items() if status in (*GONE, "skipped")}
+    return [run for key, run in runs.items() if key in unexplained]
 
 
 def varying_settings(rows: list[Row]) -> list[str]:

@@ -17,6 +17,7 @@ from qexp.results.run_folder import RunFolder
 from qexp.system.files import read_yaml
 
 Row = dict[str, Any]
+GONE = ("missing", "damaged")  # statuses of an experiment that had a result, which cannot be read now
 
 
 def sweep_names(outputs: Path | str) -> list[str]:
@@ -70,7 +71,7 @@ def _row(job: dict[str, Any], folder: RunFolder) -> Row:
         "folder": None,
     }
     if not job["key"] or not folder.path.is_dir():
-        return row | _missing("its run folder") if job["status"] == "done" else row
+        return row | _missing(folder.path) if job["status"] == "done" else row
     row["folder"] = folder.path
     try:
         return row | _labels(folder) | _ending(job, folder)
@@ -89,7 +90,7 @@ def _ending(job: Row, folder: RunFolder) -> Row:
     """How the experiment ended, and its numbers if it did well."""
     status = folder.read_status()
     if status is None:
-        return _missing("its status.json") if job["status"] == "done" else {}
+        return _missing(folder.path / "status.json") if job["status"] == "done" else {}
     found = {"status": status.status, "reason": status.reason, "message": status.message, "seconds": status.seconds}
     if status.status != "done":
         return found
@@ -97,7 +98,7 @@ def _ending(job: Row, folder: RunFolder) -> Row:
         return {}  # it was to be scored again, and that failed; the result is from before
     result = folder.read_result()
     return found | (
-        {"metrics": result["metrics"], "env": dict(result["env"])} if result else _missing("its result.json")
+        {"metrics": result["metrics"], "env": dict(result["env"])} if result else _missing(folder.path / "result.json")
     )
 
 
@@ -105,5 +106,5 @@ def _damaged(message: str) -> Row:
     return {"status": "damaged", "reason": None, "message": message}
 
 
-def _missing(what: str) -> Row:
-    return {"status": "missing", "message": f"{what} is gone; run the experiment again"}
+def _missing(path: Path) -> Row:
+    return {"status": "missing", "message": f"{path} is gone; run the experiment again"}

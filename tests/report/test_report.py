@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,74 @@ def test_what_has_not_run_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (
         "9 experiments: 4 done (1 reused), 1 unsupported, 1 failed, 3 not run, or cut off\n" in capsys.readouterr().out
     )
+
+
+def _remove_the_folder(outputs: Path) -> None:
+    shutil.rmtree(outputs / "runs/key2")
+
+
+def _cut_the_result_off(outputs: Path) -> None:
+    (outputs / "runs/key2/result.json").write_text("{")
+
+
+def _move_all_runs(outputs: Path) -> None:
+    (outputs / "runs").rename(outputs / "elsewhere")
+
+
+def _begin_the_sweep_again(outputs: Path) -> None:
+    """Without the experiment whose folder is gone."""
+    _remove_the_folder(outputs)
+    path = outputs / "sweeps/first/manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"jobs": [one for one in content["jobs"] if one["key"] != "key2"]}))
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [_remove_the_folder, _cut_the_result_off, _move_all_runs, _begin_the_sweep_again],
+    ids=lambda lose: lose.__name__,
+)
+def test_report_without_a_run_that_it_had_names_it_and_leaves_its_files(lose, tmp_path: Path, capsys) -> None:
+    sweep_of_six(tmp_path)
+    report_of(tmp_path)
+    folder = tmp_path / "sweeps/first"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+    lose(tmp_path)
+    capsys.readouterr()
+    assert main(["first", "--outputs", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {folder / 'results.csv'} has the results of runs that are gone")
+    assert str(tmp_path / "runs/key2") in printed.err and printed.err.count("\n") == 1
+    assert "wrote" not in printed.out and "experiments: " in printed.out
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"} == before
+    (folder / "results.csv").rename(tmp_path / "results.csv")  # as the message says
+    assert main(["first", "--outputs", str(tmp_path)]) == 0
+
+
+def test_first_report_over_a_missing_run_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep_of_six(tmp_path)
+    _remove_the_folder(tmp_path)
+    text = report_of(tmp_path)
+    assert f"missing | {tmp_path / 'runs/key2'} is gone; run the experiment again |" in text
+    assert "key2" in (tmp_path / "sweeps/first/results.csv").read_text()
+
+
+def test_report_of_an_experiment_that_fails_now_is_written(tmp_path: Path) -> None:
+    """Nothing is missing: it was run again, and its row says why it failed."""
+    sweep_of_six(tmp_path)
+    report_of(tmp_path)
+    shutil.rmtree(tmp_path / "runs/key2")
+    run_folder(tmp_path, "key2", config(), None, "failed", "oom", "out of memory")
+    assert "| failed: oom |" in report_of(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"a,b\n1,2\n"])
+def test_results_csv_that_is_none_is_replaced(content: bytes, tmp_path: Path) -> None:
+    sweep_of_six(tmp_path)
+    (tmp_path / "sweeps/first/results.csv").write_bytes(content)
+    _remove_the_folder(tmp_path)
+    report_of(tmp_path)
+    assert (tmp_path / "sweeps/first/results.csv").read_text().startswith("number,key,")
 
 
 def test_report_has_the_frechet_distance(tmp_path: Path) -> None:
