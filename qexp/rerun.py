@@ -2,7 +2,8 @@
 
     python -m qexp.rerun outputs/runs/<key>
 
-The new result takes the place of the old one once it is complete, unless `--outputs` names another folder. Metrics
+The new result takes the place of the old one once it is complete, unless `--outputs` names another folder. It may be
+started in any directory, and the outputs folder may have been moved: paths are stored as absolute ones. Metrics
 that are declared to differ from run to run (times, rates, peaks of memory) are only shown; every other one must be
 equal to the last digit.
 """
@@ -20,18 +21,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qexp.config.schema import PathsConfig, RunConfig, SaveConfig
-from qexp.errors import ConfigError, LoadError, QexpError
+from qexp.errors import ConfigError, DamagedFileError, LoadError, QexpError
 from qexp.experiments.stored import run_config_from_container
 from qexp.hub.download import pinned_model
 from qexp.metrics.registry import find_metric
 from qexp.results.environment import differences
 from qexp.results.run_folder import LOCK, RunFolder
+from qexp.sweep.damage import check_result
 from qexp.sweep.job import run_job
 from qexp.sweep.run_key import run_key
-from qexp.system.files import disk_error
+from qexp.system.files import disk_error, read_yaml
 from qexp.system.program_name import program_name
 from qexp.tracking.session import check_login
 
@@ -58,18 +58,17 @@ def rerun(path: Path, outputs: Path | None) -> int:
             "run that needs it computes it again"
         )
     put_back(folder)
-    old = folder.read_result()
     config = stored_config(folder, outputs)
-    if run_key(config) != folder.key:
-        print(
-            f"note: it is now {run_key(config)}, not {folder.key}: its checkpoint has changed, or what a key is made of"
-        )
+    old, overrides = read_old_result(folder), read_overrides(folder)
+    key, old_key = run_key(config), old["key"] if old else folder.key
+    if key != old_key:
+        print(f"note: it is now {key}, not {old_key}: its checkpoint has changed, or what a key is made of")
     for change in differences(old["env"], config) if old else ():
         print(f"note: the environment has changed: {change}")
     if config.tracking.mode == "online":
         check_login()
     with old_kept(folder):
-        row = run_job(config, (folder.path / "overrides.txt").read_text(encoding="utf-8").splitlines())
+        row = run_job(config, overrides)
         done = row.status == "done"
         if done:
             shutil.rmtree(aside(folder), ignore_errors=True)
@@ -128,20 +127,56 @@ def _link(source: str, target: str) -> None:
 def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
     """The configuration in a run folder, set to run whatever is there, and to publish nothing.
 
-    Raises LoadError if there is none.
+    Raises: LoadError if there is none that this version can read.
     """
+    path = folder.path / "config.yaml"
+    container = read_yaml(path)
+    if container is None:
+        raise LoadError(f"{folder.path} is no run folder: it has no config.yaml; give one of outputs/runs")
     try:
-        container = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise LoadError(
-            f"{folder.path} is no run folder, its config.yaml cannot be read: {reason}; give one of outputs/runs"
-        ) from error
-    config = run_config_from_container(container)
-    root = outputs or folder.path.parents[1]
+        config = run_config_from_container(container)
+    except ConfigError as error:
+        raise LoadError(f"{path} is damaged, or of another version: {error}") from error
+    root = outputs or outputs_of(folder, config)
     save = SaveConfig(config.save.path, config.save.max_shard_gib, config.save.interchange)
     model = pinned_model(config.model)  # downloaded again if it is no longer here
     return replace(config, model=model, resume="none", paths=PathsConfig(outputs=str(root)), save=save)
+
+
+def outputs_of(folder: RunFolder, config: RunConfig) -> Path:
+    """The outputs folder that a run is in; of one that was moved out of it, that folder.
+
+    Raises: ConfigError if that is not there, or has the run as well: of two, none is overwritten.
+    """
+    if folder.path.parent.name == "runs":
+        return folder.path.parents[1]
+    stored = Path(config.paths.outputs)
+    if stored.is_absolute() and stored.is_dir() and not (stored / "runs" / run_key(config)).exists():
+        print(f"note: {folder.path} is in no outputs folder; the new run goes into {stored}, where it was made")
+        return stored
+    raise ConfigError(
+        f"{folder.path} is not in the folder runs/ of an outputs folder; say with --outputs where the new run goes"
+    )
+
+
+def read_old_result(folder: RunFolder) -> dict[str, Any] | None:
+    """The result to compare with, None if there is none. Raises DamagedFileError, DiskError."""
+    try:
+        check_result(folder)
+    except DamagedFileError as error:
+        remedy = "move it elsewhere to run the experiment again, with nothing to compare with"
+        raise DamagedFileError(folder.path / "result.json", error.what, remedy) from error
+    return folder.read_result()
+
+
+def read_overrides(folder: RunFolder) -> list[str]:
+    """What was typed for a run. Raises LoadError if that is not there."""
+    path = folder.path / "overrides.txt"
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise LoadError(f"{path} cannot be read: {reason}; copy the whole run folder, or write an empty one") from error
 
 
 def report(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:

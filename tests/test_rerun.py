@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
 from qexp import rerun
-from qexp.config.schema import IsolationConfig
+from qexp.config.schema import IsolationConfig, PathsConfig
+from qexp.experiments.stored import with_absolute_paths
 from qexp.results.run_folder import RunFolder
 from qexp.sweep.job import run_job
 from qexp.sweep.run_key import run_key
@@ -87,6 +89,98 @@ def test_what_has_changed_since_is_named(folder, tmp_path, monkeypatch, capsys) 
 def test_a_folder_without_a_run_is_one_clear_message(tmp_path, monkeypatch, capsys) -> None:
     assert main(monkeypatch, tmp_path) == 1
     assert "is no run folder" in capsys.readouterr().err
+
+
+def _cut_off(folder: RunFolder, name: str) -> None:
+    path = folder.path / name
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def _write(folder: RunFolder, name: str, content: str) -> None:
+    (folder.path / name).write_text(content)
+
+
+def _empty_lists_of_components(folder: RunFolder) -> None:
+    path = folder.path / "config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"components": []}))
+
+
+def _take_the_result_of_another_run(folder: RunFolder) -> None:
+    folder.write_json("result.json", folder.read_result() | {"key": "0123456789abcdef"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: _cut_off(folder, "result.json"), "result.json: is damaged"),
+        (
+            lambda folder: _write(folder, "result.json", "{}"),
+            "result.json: is damaged (it lacks key, config, metrics, env)",
+        ),
+        (lambda folder: change(folder, quality__psnr_db="31"), "quality/psnr_db is no number"),
+        (_take_the_result_of_another_run, "it is of run 0123456789abcdef"),
+        (lambda folder: _write(folder, "config.yaml", "- a\n"), "config.yaml: is damaged"),
+        (lambda folder: _write(folder, "config.yaml", "model: {"), "config.yaml: is damaged"),
+        (lambda folder: _write(folder, "config.yaml", "modell: 1\n"), "config.yaml is damaged, or of another version"),
+        (_empty_lists_of_components, "components=[] must be a group"),
+        (lambda folder: (folder.path / "config.yaml").unlink(), "is no run folder"),
+        (lambda folder: (folder.path / "overrides.txt").unlink(), "overrides.txt cannot be read"),
+        (lambda folder: (folder.path / "overrides.txt").write_bytes(b"\xff\xfe"), "overrides.txt cannot be read"),
+    ],
+)
+def test_damaged_run_is_one_clear_error_and_left_as_it_is(damage, words, folder, monkeypatch, capsys) -> None:
+    damage(folder)
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    assert main(monkeypatch, folder.path) == 1
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()} == before
+
+
+def test_a_result_that_was_moved_away_is_computed_anew(folder, tmp_path, monkeypatch, capsys) -> None:
+    """What the error of a damaged one proposes."""
+    _cut_off(folder, "result.json")
+    (folder.path / "result.json").rename(tmp_path / "result.json")
+    assert main(monkeypatch, folder.path) == 0
+    assert "nothing to compare with" in capsys.readouterr().out and folder.read_result()
+
+
+def test_it_runs_from_any_directory_although_paths_were_relative(tmp_path, monkeypatch, capsys) -> None:
+    """Also once the outputs folder is elsewhere."""
+    monkeypatch.setattr(rerun, "run_job", partial(run_job, **FAKES))
+    start, other = tmp_path / "start", tmp_path / "other"
+    other.mkdir()
+    write_checkpoint(start / "models" / "tiny")
+    monkeypatch.chdir(start)
+    relative = replace(run_config(start).model, path="models/tiny")
+    config = run_config(start, model=relative, isolation=IsolationConfig(mode="inline"), paths=PathsConfig("outputs"))
+    config = with_absolute_paths(config)
+    assert run_job(config, [], **FAKES).status == "done"
+    key = run_key(config)
+    stored = yaml.safe_load((start / "outputs/runs" / key / "config.yaml").read_text())
+    assert stored["model"]["path"] == str(start / "models/tiny") and stored["paths"]["outputs"] == str(
+        start / "outputs"
+    )
+
+    monkeypatch.chdir(other)
+    assert main(monkeypatch, f"../start/outputs/runs/{key}") == 0
+    assert [*other.iterdir()] == []
+    (start / "outputs").rename(other / "results")
+    assert main(monkeypatch, f"results/runs/{key}") == 0
+    assert not (start / "outputs").exists() and "reproduced" in capsys.readouterr().out
+
+
+def test_a_run_that_was_moved_out_of_its_outputs_runs_there_again(folder, tmp_path, monkeypatch, capsys) -> None:
+    moved = tmp_path / "kept" / "my best run"
+    moved.parent.mkdir()
+    folder.path.rename(moved)
+    assert main(monkeypatch, moved) == 0
+    assert RunFolder(moved).read_result() and folder.read_result()
+    assert f"the new run goes into {folder.path.parents[1]}" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.joinpath("kept").iterdir()] == ["my best run"]
+    assert main(monkeypatch, moved) == 1  # of two runs, none is overwritten
+    assert "--outputs" in capsys.readouterr().err
+    assert main(monkeypatch, moved, "--outputs", tmp_path / "second") == 0
 
 
 def broken(*arguments: object) -> None:

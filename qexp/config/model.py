@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -27,6 +28,12 @@ class ModelConfig:
     def unquantized(self) -> Self:
         """The model to compare with where `path` is quantized already."""
         return replace(self, path=self.reference_path, reference_path=None)
+
+    def with_paths(self, absolute: Callable[[str], str]) -> Self:
+        """Return the settings with `absolute` applied to each path but `path` and `reference_path`, which a run stores
+        as absolute ones anyway, if they are no names of a hub.
+        """
+        return self
 
     def input_files(self) -> dict[str, Path]:
         """Field -> file beside the checkpoint that defines the model; its content is part of a run's key."""

@@ -40,6 +40,7 @@ from qexp.experiments.checks import (
     check_streaming,
     check_task,
 )
+from qexp.experiments.stored import with_absolute_paths
 from qexp.hub.download import pinned_model
 from qexp.models.base import load_source
 from qexp.quantizers.configs import compute_dtype
@@ -97,8 +98,8 @@ def to_run_config(cfg: Any) -> RunConfig:
     if isinstance(task, GenerateConfig):
         task = task.resolved_by(source.resolve_task)
     if top.save.path is not None:
-        check_save_path(Path(top.save.path), model, components)
-    return RunConfig(
+        check_save_path(Path(top.save.path).expanduser(), model, components)
+    config = RunConfig(
         model=replace(model, skip_modules=()),  # its patterns are in the components now: one place, one run key
         components=components,
         offload=top.offload.resolved(device.partition(":")[0]),
@@ -110,6 +111,7 @@ def to_run_config(cfg: Any) -> RunConfig:
         **{name: getattr(top, name) for name in ("metrics", "tracking", "isolation", "sweep", "loader")},
         **{name: getattr(top, name) for name in ("save", "paths", "seed", "resume", "identity")},
     )
+    return with_absolute_paths(config)
 
 
 def plain_settings(cfg: Any) -> dict[str, Any]:

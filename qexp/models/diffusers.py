@@ -22,7 +22,7 @@ from qexp.config.model import ModelConfig
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.hub.download import local_folder
 from qexp.models.base import ModelSource
-from qexp.models.lora import LoraConfig, lora_configs
+from qexp.models.lora import LoraConfig, lora_configs, lora_with_paths
 from qexp.system.screen import say
 
 if TYPE_CHECKING:
@@ -89,6 +89,11 @@ class DiffusersConfig(ModelConfig):
                 self, path=self.reference_path, revision=None, variant=None, checkpoints={}, reference_path=None
             )
         return replace(self, checkpoints={})  # the folder's own weights
+
+    @override
+    def with_paths(self, absolute: Callable[[str], str]) -> DiffusersConfig:
+        checkpoints = {name: absolute(path) for name, path in self.checkpoints.items()}
+        return replace(self, checkpoints=checkpoints, lora=lora_with_paths(self.lora, absolute))
 
 
 Config = DiffusersConfig

@@ -15,7 +15,7 @@ Source: arXiv:2106.09685 (LoRA).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,15 @@ def lora_configs(value: Any) -> tuple[LoraConfig, ...]:
         f"model.lora={value} must be a path, or a list of them; with weights: "
         "model.lora='[{path: style.safetensors, weight: 0.8}]'"
     )
+
+
+def lora_with_paths(value: Any, absolute: Callable[[str], str]) -> Any:
+    """Return model.lora with `absolute` applied to each path."""
+    if isinstance(value, list | tuple):
+        return [lora_with_paths(entry, absolute) for entry in value]
+    if isinstance(value, Mapping):
+        return {**value, "path": absolute(str(value["path"]))}
+    return None if value is None else absolute(str(value))
 
 
 Updates = dict[str, dict[str, list[Update]]]  # component -> layer -> updates in the order of the files

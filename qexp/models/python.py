@@ -2,11 +2,11 @@
 
     python -m qexp model=python model.factory=nets:build model.checkpoint=weights.safetensors task=forward …
 
-`package.module:function` is imported from the current directory, or from whatever is installed. It is called while new
-parameters get no memory (they are on the meta device), so it must not compute with them. It is given the fields of the
-checkpoint's config.json that it has parameters for, and `model.arguments`, which win; a single parameter `config` gets
-the whole of config.json. Of what defines the network, the file of its module is part of a run's key; files that this
-one imports are not.
+`package.module:function` is imported from `folder`, else the current directory, or from whatever is installed. It is
+called while new parameters get no memory (they are on the meta device), so it must not compute with them. It is given
+the fields of the checkpoint's config.json that it has parameters for, and `model.arguments`, which win; a single
+parameter `config` gets the whole of config.json. Of what defines the network, the file of its module is part of a run's
+key; files that this one imports are not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,13 +39,15 @@ NOT_THE_NETWORKS = ("quantization_config", "torch_dtype", "dtype", "architecture
 
 @dataclass(frozen=True)
 class PythonConfig(ModelConfig):
-    """factory: package.module:function; checkpoint: its weights, a .safetensors or .gguf file, or a folder with such
+    """factory: package.module:function; folder: where its module is (null: the current directory, which is what a run
+    stores, or what is installed); checkpoint: its weights, a .safetensors or .gguf file, or a folder with such
     files and a config.json if they are several, or user/name of a hub's repository, of which revision is a branch, tag
     or commit (model.path is another word for it); arguments: of the factory; reference_path: the
     unquantized checkpoint to compare with where `checkpoint` is quantized already."""
 
     source: str = "python"
     factory: str | None = None
+    folder: str | None = None
     checkpoint: str | None = None
     arguments: Any = None
 
@@ -65,8 +67,17 @@ class PythonConfig(ModelConfig):
     def input_files(self) -> dict[str, Path]:
         """The module's file, whose content is what counts. Raises ConfigError if there is none so called."""
         module, _ = split_name(self.factory)
-        spec = find_module(module)
+        spec = find_module(module, self.folder)
         return {"factory": Path(spec.origin)} if spec.origin is not None else {}
+
+    @override
+    def with_paths(self, absolute: Callable[[str], str]) -> PythonConfig:
+        found = self.folder or folder_of(split_name(self.factory)[0])
+        return replace(self, folder=absolute(found) if found is not None else None)
+
+    def ignored_fields(self) -> set[str]:
+        """The module counts by its content."""
+        return {"folder"}
 
 
 Config = PythonConfig
@@ -92,7 +103,7 @@ class Source(ModelSource):
     def check_task(self, task: Any) -> None:
         """Raises ConfigError for a factory that is not there, or inputs that this network has no tokenizer for."""
         module, function = split_name(self.config.factory)
-        spec = find_module(module)
+        spec = find_module(module, self.config.folder)
         known = defined_names(spec)
         if known is not None and function not in known:
             raise ConfigError(
@@ -110,7 +121,7 @@ class Source(ModelSource):
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
         """What the factory builds. Raises ConfigError if it builds nothing."""
         name = str(self.config.factory)
-        factory = import_factory(name)
+        factory = import_factory(name, self.config.folder)
         arguments = _arguments(name, factory, config, self.config.arguments or {})
         try:
             network = factory(**arguments)
@@ -138,23 +149,40 @@ def split_name(name: str | None) -> tuple[str, str]:
     return module, function
 
 
-def find_module(name: str) -> ModuleSpec:
-    """Where a module is, without importing anything. Raises ConfigError if it is nowhere."""
-    path: list[str] | None = [str(Path.cwd()), *sys.path]
+def find_module(name: str, folder: str | None = None) -> ModuleSpec:
+    """Where a module is, without importing anything. folder: looked into first, null for the current directory.
+
+    Raises: ConfigError if it is nowhere.
+    """
+    first = _first_folder(folder)
+    path: list[str] | None = [first, *sys.path]
     parts = name.split(".")
     spec = None
     for count in range(1, len(parts) + 1):
         spec = PathFinder.find_spec(".".join(parts[:count]), path)
         if spec is None:
-            inside = f"'{'.'.join(parts[: count - 1])}'" if count > 1 else f"the current directory ({Path.cwd()})"
+            start = f"model.folder={folder}" if folder is not None else f"the current directory ({first})"
+            inside = f"'{'.'.join(parts[: count - 1])}'" if count > 1 else start
             found = [*_modules_in(path[:1] if count == 1 and path else path or [])]
             raise ConfigError(
                 f"model.factory: there is no module '{'.'.join(parts[:count])}'{did_you_mean(parts[count - 1], found)} "
-                f"in {inside}{', and none is installed' if count == 1 else ''}; start from the folder that it is in"
+                f"in {inside}{', and none is installed' if count == 1 else ''}; start from the folder that it is in, "
+                "or name that with model.folder"
             )
         path = list(spec.submodule_search_locations or [])
     assert spec is not None  # a name has a part
     return spec
+
+
+def folder_of(name: str) -> str | None:
+    """The folder that a module is found in because of where or how this program was started; None if installed."""
+    top = name.partition(".")[0]
+    places = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return next((place for place in places if PathFinder.find_spec(top, [place]) is not None), None)
+
+
+def _first_folder(folder: str | None) -> str:
+    return str(Path(folder).expanduser().absolute() if folder is not None else Path.cwd())
 
 
 def _modules_in(folders: list[str]) -> Iterator[str]:
@@ -183,12 +211,12 @@ def defined_names(spec: ModuleSpec) -> set[str] | None:
     return None if "*" in names or "__getattr__" in names else names
 
 
-def import_factory(name: str) -> Callable[..., Any]:
+def import_factory(name: str, folder: str | None = None) -> Callable[..., Any]:
     """The function that `package.module:function` names. Raises ConfigError."""
     module_name, attribute = split_name(name)
-    found = find_module(module_name)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    found = find_module(module_name, folder)
+    if (first := _first_folder(folder)) not in sys.path:
+        sys.path.insert(0, first)
     try:
         module = importlib.import_module(module_name)
     except Exception as error:

@@ -7,6 +7,7 @@ anything, and nothing is lost that somebody may want to look at.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 from qexp.checkpoints.checkpoint import read_header
 from qexp.errors import DamagedFileError, LoadError
 from qexp.results.run_folder import DAMAGED, PUSHED, RunFolder
+from qexp.sweep.run_key import KEY_DIGITS
 from qexp.system.files import disk_error, read_json, read_yaml
 
 OUTPUTS = "outputs.safetensors"  # of a run or a reference
+KEY = re.compile(f"[0-9a-f]{{{KEY_DIGITS}}}")
 RESULT_FIELDS = {"key": str, "config": dict, "metrics": dict, "env": dict}
 
 
@@ -35,7 +38,7 @@ def find_damage(folder: RunFolder) -> dict[str, str]:
     """Name of each damaged file -> what is wrong with it. Raises DiskError for files that cannot be read."""
     checks: dict[str, Callable[[], object]] = {
         "status.json": folder.read_status,
-        "result.json": lambda: _check_result(folder),
+        "result.json": lambda: check_result(folder),
         "plan.json": lambda: read_json(folder.path / "plan.json"),
         PUSHED: lambda: read_json(folder.path / PUSHED),
         "config.yaml": lambda: read_yaml(folder.path / "config.yaml"),
@@ -52,7 +55,8 @@ def _reason(check: Callable[[], object]) -> str | None:
     return None
 
 
-def _check_result(folder: RunFolder) -> None:
+def check_result(folder: RunFolder) -> None:
+    """Raises DamagedFileError for a result.json that cannot be what the run in this folder wrote, DiskError."""
     result: dict[str, Any] | None = folder.read_result()
     if result is None:
         return
@@ -60,7 +64,9 @@ def _check_result(folder: RunFolder) -> None:
     path = folder.path / "result.json"
     if lacking:
         raise DamagedFileError(path, f"it lacks {', '.join(lacking)}")
-    if result["key"] != folder.key:
+    if not isinstance(result["env"].get("versions", {}), dict):
+        raise DamagedFileError(path, "env.versions is no group")
+    if result["key"] != folder.key and KEY.fullmatch(folder.key):  # a copy may have any other name
         raise DamagedFileError(path, f"it is of run {result['key']}")
     if wrong := [name for name, value in result["metrics"].items() if not isinstance(value, int | float | None)]:
         raise DamagedFileError(path, f"{wrong[0]} is no number")

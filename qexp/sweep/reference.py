@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from qexp.config.schema import RunConfig
+from qexp.config.schema import PathsConfig, RunConfig
 from qexp.experiments.reference import reference_config, saves_outputs
 from qexp.results.outcome import Outcome
 from qexp.results.run_folder import RunFolder, Status
@@ -78,5 +78,7 @@ def prepare_folder(folder: RunFolder, config: RunConfig, overrides: Sequence[str
     """Put a worker's orders into a folder, emptied first unless its outputs are still needed. Raises DiskError."""
     if clear:
         folder.clear()
-    folder.write_text("config.yaml", yaml.safe_dump(config.to_container(), sort_keys=False, allow_unicode=True))
+    outputs = Path(config.paths.outputs).absolute()
+    stored = replace(config, paths=PathsConfig(str(outputs))).to_container()
+    folder.write_text("config.yaml", yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
     folder.write_text("overrides.txt", "".join(f"{override}\n" for override in overrides))

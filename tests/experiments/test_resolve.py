@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,16 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from qexp.config.schema import SaveConfig
 from qexp.errors import ConfigError, LoadError, QexpError, UnsupportedError
 from qexp.experiments.resolve import to_run_config
-from qexp.experiments.stored import run_config_from_container
+from qexp.experiments.stored import absolute_path, run_config_from_container, with_absolute_paths
+from qexp.models.base import load_source
+from qexp.models.diffusers import DiffusersConfig
+from qexp.sweep.run_key import run_key
 from qexp.system import devices
 from tests.composing import composed, run_config
+from tests.language import save_language_model
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +49,72 @@ def test_defaults_are_nf4_generate_resident_on_the_cpu() -> None:
     assert (transformer.backend.quant_method, transformer.backend.bnb_4bit_quant_type) == ("bitsandbytes", "nf4")
     assert transformer.skip_modules == ("proj_out", "x_embed")
     assert (config.task.name, config.offload.strategy, config.device) == ("generate", "none", "cpu")
+
+
+def test_paths_are_absolute_in_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever setting they are of; files behind @file are read."""
+    save_language_model(tmp_path / "models/tiny")
+    save_language_model(tmp_path / "models/original")
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "images" / name).touch()
+    contents = {"text.txt": "543+870=", "prompts.txt": "1+1=\n2+2=\n", "skip.txt": "lm_head\n"}
+    contents["recipe.yaml"] = "rules: [{backend: gguf_q4_0}]"
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    options = ["model=causal_lm", "model.path=models/tiny", "model.reference_path=models/../models/original"]
+    options += ["task.text=text.txt", "task.prompt=@prompts.txt", "skip_modules=@skip.txt", "backend=mixed"]
+    options += ["backend.recipe=@recipe.yaml", "metrics.fid_images=images", "save.path=saved"]
+    config = run_config(*options)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("prompts.txt", "skip.txt", "recipe.yaml"):
+        (tmp_path / name).unlink()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    stored = json.loads(json.dumps(config.to_container()))
+    assert stored["model"]["path"] == f"{tmp_path}/models/tiny"
+    assert Path(stored["model"]["reference_path"]).samefile(tmp_path / "models/original")
+    assert stored["task"]["text"] == f"{tmp_path}/text.txt" and stored["task"]["prompt"] == ["1+1=", "2+2="]
+    assert stored["save"]["path"] == f"{tmp_path}/saved" and stored["metrics"]["fid_images"] == f"{tmp_path}/images"
+    assert stored["metrics"]["clip_model"] == "openai/clip-vit-base-patch16"  # of a hub
+    again = run_config_from_container(stored)
+    assert again == config and run_key(again) == run_key(config)
+
+
+def test_inputs_of_forward_and_a_users_module_are_found_from_anywhere(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/__init__.py").touch()
+    (tmp_path / "mine/anywhere.py").write_text("from torch import nn\ndef build():\n    return nn.Linear(64, 64)\n")
+    save_file({"weight": torch.ones(64, 64), "bias": torch.ones(64)}, tmp_path / "w.safetensors")
+    save_file({"input": torch.ones(2, 64)}, tmp_path / "x.safetensors")
+    monkeypatch.chdir(tmp_path)
+    options = ["model=python", "model.factory=mine.anywhere:build", "model.checkpoint=w.safetensors", "task=forward"]
+    config = run_config(*options, "task.inputs=x.safetensors", "backend=torchao")
+    assert (config.model.folder, config.model.path) == (str(tmp_path), f"{tmp_path}/w.safetensors")
+    assert config.task.inputs == f"{tmp_path}/x.safetensors"
+    key = run_key(config)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = run_config_from_container(json.loads(json.dumps(config.to_container())))
+    assert run_key(again) == key
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert load_source(again.model).skeleton("model", {}).in_features == 64
+
+
+def test_every_file_of_a_pipeline_is_stored_by_an_absolute_path(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user/name").mkdir(parents=True)
+    lora = ["style.safetensors", {"path": "loras/a", "weight": 0.5}]
+    model = DiffusersConfig(path="user/name", checkpoints={"transformer": "files/t"}, lora=lora)
+    config = replace(run_config(), model=model, save=SaveConfig(path="not/there"))
+    found, save = with_absolute_paths(config).model, with_absolute_paths(config).save
+    assert (found.path, found.checkpoints) == (f"{tmp_path}/user/name", {"transformer": f"{tmp_path}/files/t"})
+    assert save.path == f"{tmp_path}/not/there"  # not the name of a repository
+    assert found.lora == [f"{tmp_path}/style.safetensors", {"path": f"{tmp_path}/loras/a", "weight": 0.5}]
+    assert DiffusersConfig(path="user/other", lora="a").with_paths(absolute_path).lora == f"{tmp_path}/a"
+    of_hub = replace(config, model=DiffusersConfig(path="user/other"))
+    assert with_absolute_paths(of_hub).model.path == "user/other"
+    assert absolute_path("~/a") == str(Path.home() / "a")
 
 
 TOP_LEVEL = {
