@@ -73,6 +73,7 @@ def load_stages(
             prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)
             model, places = prepared.model, placement.places
             placement = place(model, prepared.plan, places, device, max_memory, no_split, travels=False)
+        prepared = replace(prepared, plan=prepared.plan.placed(placement.device_of))
     loader = yield PlannedComponent(prepared, placement)
     dispatch = Dispatch(model, placement, no_split, store) if placement.is_spread else None
     warm_up(prepared, device)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.config.module_patterns import covering
 from qexp.errors import ConfigError, LoadError
 from qexp.loading.sharing import skip_all_names, tied_targets
+from qexp.loading.streaming.lanes import has_streams
 from qexp.loading.weight_reads import reason_not_to_pack, weight_reads
-from qexp.loading.work_item import WorkItem
+from qexp.loading.work_item import Read, WorkItem
 from qexp.models.skeletons import COMPUTED
 from qexp.quantizers.base import Quantizer
 from qexp.quantizers.layers import computes_otherwise, is_transposed, weight_shape
@@ -68,6 +69,10 @@ class LoadPlan:
         targets = {f"{name}.weight" for name in self.left_dense}
         left = sum(item.numel for item in self.distinct if item.target in targets)
         return left / max(sum(item.numel for item in self.distinct), 1)
+
+    def placed(self, device_of: Callable[[str], torch.device]) -> LoadPlan:
+        """Return the plan with the device of each item, by its target."""
+        return replace(self, items=tuple(_on_device(item, device_of(item.target)) for item in self.items))
 
     def _by_format(self) -> dict[str, Any]:
         """Format -> its layers, their bytes, and the bits of a weight in it."""
@@ -241,12 +246,26 @@ def make_plan(
         else:
             _check_fits(name, entry, tuple(tensor.shape), tensor.is_floating_point(), checkpoint)
             items.append(_copied(name, entry, torch.float32 if covering(fp32_patterns, name) else dtype, tensor.dtype))
+    items = [replace(item, read=_choose_read(item, quantizer)) for item in items]
     items.sort(key=lambda item: (str(item.source.file), item.source.offset))
     used = {entry.name for item in items for entry in item.entries} | targets.keys()
     unused = tuple(name for name, entry in checkpoint.entries.items() if not {name, entry.name} & used)
     tied = tied_targets(items, targets, quantizer)
     formats = {name: quantizer.layer_format(name) for name in chosen}
     return LoadPlan(tuple(items), skipped, unused, tied, not_linear_weights(model), formats=formats)
+
+
+def _choose_read(item: WorkItem, quantizer: Quantizer) -> Read:
+    is_plain = item.source.block_type is None and item.source.transform is None
+    if item.spec is not None and not item.stored and is_plain and quantizer.takes_rows(item.spec):
+        return "rows"
+    return "in_place" if item.is_unchanged else "staged"
+
+
+def _on_device(item: WorkItem, device: torch.device) -> WorkItem:
+    # without streams, copying in pieces while the next are read gains nothing over one copy of the whole
+    is_copied_whole = item.read == "in_place" and device.type != "cpu" and not has_streams(device)
+    return replace(item, device=device, read="staged" if is_copied_whole else item.read)
 
 
 def not_linear_weights(model: nn.Module) -> dict[str, str]:

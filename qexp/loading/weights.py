@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from qexp.errors import LoadError
 from qexp.loading.component import Prepared
 from qexp.loading.sharing import aliases
-from qexp.loading.streaming.lanes import has_streams
-from qexp.loading.streaming.stream import Choice, nowhere, on_cpu, stream
+from qexp.loading.streaming.stream import stream
 from qexp.loading.work_item import WorkItem
 from qexp.models.skeletons import COMPUTED
 from qexp.offloading.dispatch import Dispatch
@@ -35,14 +34,10 @@ def stream_plan(
     loader: LoaderConfig,
     title: str,
     *,
-    device_of: Callable[[WorkItem], torch.device] = on_cpu,
-    in_place: Choice = nowhere,
-    by_rows: Choice = nowhere,
     is_slow: bool = False,
 ) -> Iterator[tuple[WorkItem, Any]]:
     """Run work items through the pipeline with the loader's settings, showing progress.
 
-    device_of, in_place, by_rows: see `stream`.
     is_slow: whether the caller does more with a result than to keep it; no more of them than the loader's
     `in_flight_mib` wait for it then.
     """
@@ -53,9 +48,6 @@ def stream_plan(
         create,
         workers=workers,
         in_flight_bytes=in_flight_bytes,
-        device_of=device_of,
-        in_place=in_place,
-        by_rows=by_rows,
         ahead_bytes=in_flight_bytes if is_slow else None,
     )
     try:
@@ -79,18 +71,14 @@ def load_weights(
     model = prepared.model
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
-    def device_of(item: WorkItem) -> torch.device:  # also of what travels there: it gets the bytes of a resident weight
-        return placement.device_of(item.target)
-
     def create(item: WorkItem, first: Tensor, *others: Tensor) -> Tensor:
-        device = device_of(item)
         if item.spec is None:
-            copied = _dense(item, first, device)
+            copied = _dense(item, first)
             if item.target in parameters:  # a buffer may hold a mask of infinities
                 check_finite(item.target, copied)
             return copied
         companions = dict(zip(item.companions, others, strict=True))
-        weight = prepared.quantizer.create_quantized_param(item.spec, [first], companions, device)
+        weight = prepared.quantizer.create_quantized_param(item.spec, [first], companions, item.device)
         refuse_in_place(type(weight))
         return weight
 
@@ -100,25 +88,8 @@ def load_weights(
     if dispatch is not None:
         dispatch.expect([item.target for item in items])
 
-    def shares(item: WorkItem) -> bool:  # whether its result may share what was read
-        return device_of(item).type == "cpu" or has_streams(device_of(item))
-
-    def dense_weight(item: WorkItem) -> bool:  # which quantizers take in slices of rows
-        is_plain = item.source.block_type is None and item.source.transform is None
-        return item.spec is not None and not item.stored and is_plain and prepared.quantizer.takes_rows(item.spec)
-
-    title, is_slow = f"{component}: loading", dispatch is not None  # which packs, pins, and writes groups to disk
-    results = stream_plan(
-        items,
-        create,
-        loader,
-        title,
-        device_of=device_of,
-        in_place=shares,
-        by_rows=dense_weight,
-        is_slow=is_slow,
-    )
-    for item, tensor in results:
+    is_slow = dispatch is not None  # it packs, pins, and writes groups to disk
+    for item, tensor in stream_plan(items, create, loader, f"{component}: loading", is_slow=is_slow):
         _assign(model, item.target, tensor)
         del tensor  # a group that is complete moves away: nobody else may hold it
         if dispatch is not None:
@@ -136,17 +107,17 @@ def load_weights(
                 module._buffers[own] = buffer.to(device)
 
 
-def _dense(item: WorkItem, stored: Tensor, device: torch.device) -> Tensor:
-    """A tensor that stays dense, on `device` in the dtype planned for it."""
+def _dense(item: WorkItem, stored: Tensor) -> Tensor:
+    """A tensor that stays dense, on the device and in the dtype planned for it."""
     if not item.dtype.is_floating_point:
         _check_range(item, stored)
     if item.source.transform is not None:  # of what was read into memory that is used again
-        return torch.empty(stored.shape, dtype=item.dtype, device=device).copy_(stored)
+        return torch.empty(stored.shape, dtype=item.dtype, device=item.device).copy_(stored)
     if item.source.block_type is None:
-        return stored.to(device=device, dtype=item.dtype)
+        return stored.to(device=item.device, dtype=item.dtype)
     from qexp.quantizers.gguf_blocks.decode import decode_tensor
 
-    return decode_tensor(item.source.block_type, stored.to(device), item.source.shape, item.dtype)
+    return decode_tensor(item.source.block_type, stored.to(item.device), item.source.shape, item.dtype)
 
 
 def _check_range(item: WorkItem, stored: Tensor) -> None:

@@ -1,16 +1,20 @@
-"""One tensor of a model that is loaded: where it is read, and what becomes of it."""
+"""One tensor of a model that is loaded: where and how it is read, and what becomes of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.quantizers.rows import WeightSpec
+
+Read = Literal["rows", "in_place", "staged"]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,9 @@ class WorkItem:
 
     stored: the checkpoint holds this weight ready quantized; `source` is then the first of its inner tensors, and
     companions the others, by what its format calls them.
+    read: "rows", a weight to quantize, slice by slice (a `RowReader`), of one plain entry; "in_place", what is kept as
+    it is in the file, straight into its final memory; "staged", anything else, whole, into memory that is used again.
+    device: where its result is made; also of what travels there, so that it has the bytes of a resident weight.
     """
 
     target: str
@@ -28,6 +35,8 @@ class WorkItem:
     spec: WeightSpec | None = None
     stored: bool = False
     companions: Mapping[str, TensorEntry] = field(default_factory=dict)
+    read: Read = "staged"
+    device: torch.device = CPU
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
@@ -37,6 +46,13 @@ class WorkItem:
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries)
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the bytes that are read are those of the result: neither quantized, decoded, cast nor transformed."""
+        if any(entry.transform is not None for entry in self.entries):
+            return False
+        return self.stored or (self.spec is None and self.dtype == TORCH_DTYPES.get(self.source.dtype))
 
     @property
     def numel(self) -> int:

@@ -75,6 +75,8 @@ def measure_layers(
         return _measure(prepared, component, item, stored, dense, device)
 
     items = prepared.plan.quantized or _linear_weights(prepared)
+    # whole, whatever a load would do: the dense weight is compared with, and nothing that is read stays
+    items = [replace(item, read="staged") for item in items]
     if original is not None:
         items = [_with_original(item, original) for item in items]
     return [row for _, row in stream_plan(items, create, loader, f"{component}: round trip")]

@@ -44,6 +44,21 @@ def test_every_tensor_has_one_item_in_file_order(folder: Path) -> None:
     assert {item.target: item.source.shape for item in plan.items} == {n: tuple(t.shape) for n, t in state.items()}
 
 
+def test_each_tensor_is_read_in_the_way_that_it_is_used(folder: Path) -> None:
+    """What is quantized by rows, what stays as in the file into its final memory, what is cast through a buffer."""
+    kept = prepare_toy(folder, settings("bitsandbytes", skip_modules=("head",), compute_dtype="bfloat16")).plan
+    quantized = {f"{name}.weight" for name in LINEARS if name != "head"}
+    assert {item.target for item in kept.items if item.read == "rows"} == quantized
+    assert {item.read for item in kept.items if item.target not in quantized} == {"in_place"}
+    cast = items(folder, "bitsandbytes", compute_dtype="float32")
+    assert {item.read for name, item in cast.items() if not name.endswith(("weight", "steps"))} == {"staged"}
+    assert cast["steps"].read == "in_place"  # whole numbers are not cast
+    placed = kept.placed(lambda name: torch.device("meta" if name == "scale" else "cpu"))
+    reads = {item.target: (item.device.type, item.read) for item in placed.items}
+    assert reads["scale"] == ("meta", "staged")  # a device without streams
+    assert reads["shift"] == ("cpu", "in_place") and reads["embed.weight"] == ("cpu", "rows")
+
+
 def test_nothing_is_quantized_without_a_quantizer(folder: Path) -> None:
     plan = prepare_toy(folder, settings("none")).plan
     assert plan.quantized == [] and plan.skipped == {}

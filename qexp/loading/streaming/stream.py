@@ -4,11 +4,11 @@
              release the GIL
     caller   gets (item, result) in the order of the items, whichever worker was first
 
-An item is read in one of three ways:
+An item is read in one of three ways, which the plan has chosen (`WorkItem.read`):
 
-    by rows   a weight to quantize, slice by slice, as `create` asks for its rows, into a small buffer that stays in
+    rows      a weight to quantize, slice by slice, as `create` asks for its rows, into a small buffer that stays in
               the processor's cache
-    in place  what is kept as it is in the file: straight into its final memory, which on an accelerator takes pinned
+    in_place  what is kept as it is in the file: straight into its final memory, which on an accelerator takes pinned
               buffers and streams
     staged    anything else, whole, into an arena of `in_flight_bytes`, or of the largest such tensor if that is
               larger; whoever takes the next item waits while there is no room for it
@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.loading.streaming.arena import Arena, Stopped, Window, aligned
 from qexp.loading.streaming.file_reader import Reader
@@ -36,17 +35,7 @@ from qexp.loading.work_item import WorkItem
 from qexp.system.memory import use_huge_pages
 
 Create = Callable[..., Any]  # (item, tensor of each entry) -> result
-Choice = Callable[[WorkItem], bool]
-CPU = torch.device("cpu")
 TENSOR_ALIGNMENT = 64  # of tensors that share a place in the arena
-
-
-def nowhere(item: WorkItem) -> bool:
-    return False
-
-
-def on_cpu(item: WorkItem) -> torch.device:
-    return CPU
 
 
 def stream(
@@ -55,28 +44,19 @@ def stream(
     *,
     workers: int,
     in_flight_bytes: int,
-    device_of: Callable[[WorkItem], torch.device] = on_cpu,
-    in_place: Choice = nowhere,
-    by_rows: Choice = nowhere,
     ahead_bytes: int | None = None,
 ) -> Iterator[tuple[WorkItem, Any]]:
     """Read each item's tensor, apply `create` to it on a worker, and yield (item, result) in the order of `items`.
 
-    create: (item, a tensor for each of item.entries, as in the checkpoint) -> result, called without grad. The tensors
-    are on the CPU, and their memory is used again when it returns, so the result must not share it; but for `in_place`.
-    device_of: where `create` works and its result will be; on an accelerator, in a lane (`lanes.py`).
-    in_place: whether an item that is kept as it is gets memory of its own on its device, for results that share it; of
-    items on the CPU or a device that has streams.
-    by_rows: whether `create` gets a `RowReader` in place of a tensor; of items with one plain entry.
+    create: (item, a tensor for each of item.entries, as in the checkpoint) -> result, called without grad; on an
+    accelerator, in a lane (`lanes.py`). Staged tensors are on the CPU, and their memory is used again when it returns,
+    so the result must not share it. What is read in place is on the item's device, in memory of its own. An item that
+    is read by rows has a `RowReader` in place of a tensor.
     ahead_bytes: of results that workers may have made, or be making, before the caller is done with them (at least
     one), for a caller that is slow; None is any number.
     Raises whatever a stage raised; all threads have ended when it does.
     """
-
-    def is_staged(item: WorkItem) -> bool:
-        return not (by_rows(item) or (in_place(item) and _is_unchanged(item)))
-
-    arena = Arena(_arena_bytes([_room(item) for item in items if is_staged(item)], in_flight_bytes))
+    arena = Arena(_arena_bytes([_room(item) for item in items if item.read == "staged"], in_flight_bytes))
     window = Window(ahead_bytes)
     turns = iter(_turns(items, workers if ahead_bytes is None else 1))  # or it could wait for what is not taken
     turn = threading.Lock()
@@ -89,12 +69,12 @@ def stream(
             if item is None or stop.is_set():
                 return None
             window.enter(item.result_nbytes)
-            return index, item, *(arena.acquire(_room(item)) if is_staged(item) else (None, None))
+            return index, item, *(arena.acquire(_room(item)) if item.read == "staged" else (None, None))
 
     def make(reader: Reader, item: WorkItem, room: Tensor | None) -> Any:
-        if by_rows(item):
+        if item.read == "rows":
             return create(item, reader.rows(item.source))
-        tensors = [reader.read(entry, part) for entry, part in _parts(item, room, device_of(item))]
+        tensors = [reader.read(entry, part) for entry, part in _parts(item, room)]
         return create(item, *_transformed(item, tensors))
 
     def worker() -> None:
@@ -103,7 +83,7 @@ def stream(
             with torch.no_grad(), closing(Reader(stop)) as reader:  # grad mode is not inherited by threads
                 while (task := take()) is not None:
                     index, item, ticket, room = task
-                    result = lanes.run(device_of(item), make, reader, item, room)
+                    result = lanes.run(item.device, make, reader, item, room)
                     del task, room
                     done.put((index, result))
                     del result
@@ -119,7 +99,7 @@ def stream(
         arena.stop()
         window.stop()
 
-    with closing(Lanes(map(device_of, items))) as lanes, _running([worker] * workers, halt):
+    with closing(Lanes(item.device for item in items)) as lanes, _running([worker] * workers, halt):
         yield from _in_order(items, done, window)
 
 
@@ -169,13 +149,6 @@ def _turns(items: Sequence[WorkItem], workers: int) -> list[tuple[int, WorkItem]
     return turns[:start] + sorted(turns[start:], key=lambda turn: -turn[1].nbytes)
 
 
-def _is_unchanged(item: WorkItem) -> bool:
-    """Whether the bytes that are read are those of the result: neither quantized, nor decoded, cast or transformed."""
-    if any(entry.transform is not None for entry in item.entries):
-        return False
-    return item.stored or (item.spec is None and item.dtype == TORCH_DTYPES.get(item.source.dtype))
-
-
 def _transformed(item: WorkItem, tensors: Sequence[Tensor]) -> list[Tensor]:
     """What an item's entries stand for. Parts of a stored weight may become part of the result: where some are made by
     a transform, all were staged, so they get memory of their own."""
@@ -200,12 +173,12 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
 
 
-def _parts(item: WorkItem, room: Tensor | None, device: torch.device) -> Iterator[tuple[TensorEntry, Tensor]]:
+def _parts(item: WorkItem, room: Tensor | None) -> Iterator[tuple[TensorEntry, Tensor]]:
     """Each entry of an item with the uint8 tensor to read it into: a part of `room`, or memory of its own."""
     start = 0
     for entry in item.entries:
         if room is None:
-            yield entry, use_huge_pages(torch.empty(entry.nbytes, dtype=torch.uint8, device=device))
+            yield entry, use_huge_pages(torch.empty(entry.nbytes, dtype=torch.uint8, device=item.device))
         else:
             yield entry, room[start : start + entry.nbytes]
             start += _padded(entry.nbytes)

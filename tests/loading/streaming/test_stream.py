@@ -29,7 +29,7 @@ from qexp.loading.streaming import file_reader
 from qexp.loading.streaming import stream as pipeline
 from qexp.loading.streaming.stream import stream
 from qexp.loading.weights import stream_plan
-from qexp.loading.work_item import WorkItem
+from qexp.loading.work_item import Read, WorkItem
 from qexp.quantizers.rows import WeightSpec
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -55,6 +55,10 @@ def items_of(file: Path, quantize: bool = False, dtype: torch.dtype | None = Non
         spec = WeightSpec(entry.name.removesuffix(".weight"), (1, 1), target) if quantize else None
         items.append(WorkItem(entry.name, entry, target, entry.nbytes, spec))
     return items
+
+
+def read_as(read: Read, items: list[WorkItem]) -> list[WorkItem]:
+    return [replace(item, read=read) for item in items]
 
 
 def bytes_tensors(*sizes: int, seed: int = 0) -> dict[str, Tensor]:
@@ -91,7 +95,8 @@ def test_bytes_equal_those_of_safetensors(dtype: str, in_place: bool, tmp_path: 
     save_file({"a": tensor(3, 5), "s": tensor(), "e": tensor(0, 4), "b": tensor(7), "c": tensor(1, 2, 3)}, file)
     expected = load_file(file)
     create = (lambda item, dense: dense) if in_place else clone
-    results = {item.target: result for item, result in run(items_of(file), create, in_place=lambda item: in_place)}
+    items = read_as("in_place" if in_place else "staged", items_of(file))
+    results = {item.target: result for item, result in run(items, create)}
     assert set(results) == set(expected)
     for name, result in results.items():
         assert (result.dtype, result.shape) == (expected[name].dtype, expected[name].shape)
@@ -148,13 +153,13 @@ def test_what_is_read_in_place_is_not_in_the_arena(tmp_path: Path) -> None:
     """Unchanged copies keep their bytes while others pass through the arena behind them."""
     tensors = bytes_tensors(*[4096] * 20)
     staged = save(tmp_path, tensors)
-    kept = items_of(tmp_path / "model.safetensors")
+    kept = read_as("in_place", items_of(tmp_path / "model.safetensors"))
     items = [kept[n] if n % 2 else staged[n] for n in range(20)]
 
     def create(item: WorkItem, dense: Tensor) -> Tensor:
         return dense if item.spec is None else dense.zero_()
 
-    results = run(items, create, workers=1, in_flight_bytes=4096, in_place=lambda item: True)
+    results = run(items, create, workers=1, in_flight_bytes=4096)
     kept_results = [(item, result) for item, result in results if item.spec is None]
     assert all(torch.equal(result, tensors[item.target]) for item, result in kept_results)
     assert len({result.untyped_storage().data_ptr() for _, result in kept_results}) == 10
@@ -175,7 +180,8 @@ def test_parts_of_a_stored_weight_of_which_one_is_transformed_have_memory_of_the
         )
         for n in range(8)
     ]
-    results = run(items, lambda item, *parts: parts, workers=1, in_flight_bytes=1, in_place=lambda item: True)
+    assert not any(item.is_unchanged for item in items)
+    results = run(items, lambda item, *parts: parts, workers=1, in_flight_bytes=1)
     for n, (_, (data, scale)) in enumerate(results):
         assert torch.equal(data, tensors[f"data{n}"].t()) and data.is_contiguous()
         assert torch.equal(scale, tensors[f"scale{n}"])
@@ -194,7 +200,7 @@ def by_slices(step: int) -> Any:
 def test_rows_are_those_of_the_tensor(step: int, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {f"t{n}": torch.randn(rows, 48, generator=generator) for n, rows in enumerate((1, 65, 100, 2))}
-    results = run(save(tmp_path, tensors), by_slices(step), by_rows=lambda item: True)
+    results = run(read_as("rows", save(tmp_path, tensors)), by_slices(step))
     assert len(results) == 4
     assert all(torch.equal(result, tensors[item.target]) for item, result in results)
 
@@ -207,9 +213,10 @@ def test_rows_of_a_tensor_in_pieces(tmp_path: Path) -> None:
     (first,), (second,) = (items_of(tmp_path / f"{name}.safetensors", quantize=True) for name in ("one", "two"))
     pieces = (second.source, first.source, second.source)
     nbytes = sum(piece.nbytes for piece in pieces)
-    whole = replace(first, source=replace(first.source, shape=(24, 16), nbytes=nbytes, pieces=pieces))
+    source = replace(first.source, shape=(24, 16), nbytes=nbytes, pieces=pieces)
+    whole = replace(first, source=source, read="rows")
     for step in (1, 5, 24):
-        ((_, result),) = run([whole], by_slices(step), by_rows=lambda item: True)
+        ((_, result),) = run([whole], by_slices(step))
         assert torch.equal(result, torch.cat([two, one, two]))
 
 
@@ -222,7 +229,7 @@ def test_slices_of_rows_share_a_buffer_and_no_worker_has_anothers(tmp_path: Path
         return places
 
     tensors = {name: torch.zeros(64, 1000) for name in ("a", "b")}
-    (_, first), (_, second) = run(save(tmp_path, tensors), create, by_rows=lambda item: True, in_flight_bytes=1)
+    (_, first), (_, second) = run(read_as("rows", save(tmp_path, tensors)), create, in_flight_bytes=1)
     assert len(first) == len(second) == 1 and first != second
 
 
@@ -245,7 +252,7 @@ def test_what_is_read_by_rows_has_nothing_else_of_a_tensor(tmp_path: Path) -> No
         return rows.float()
 
     with pytest.raises(AttributeError, match="no 'float', only rows: go through"):
-        run(save(tmp_path, bytes_tensors(100)), create, by_rows=lambda item: True)
+        run(read_as("rows", save(tmp_path, bytes_tensors(100))), create)
 
 
 def test_nothing_to_load() -> None:
@@ -363,8 +370,9 @@ def test_results_that_exist_while_the_caller_is_slow(by_rows: bool, workers: int
         count(item.result_nbytes)
         return dense[0 : dense.shape[0]].clone()
 
-    options: dict[str, Any] = {"by_rows": lambda item: by_rows, "ahead_bytes": 16 * KIB, "in_flight_bytes": MIB}
-    for number, (item, result) in enumerate(stream(items, create, workers=workers, **options)):
+    items = read_as("rows" if by_rows else "staged", items)
+    results = stream(items, create, workers=workers, ahead_bytes=16 * KIB, in_flight_bytes=MIB)
+    for number, (item, result) in enumerate(results):
         assert result.eq(number).all()
         if number % 10 == 0:
             settle(lambda: now, 0.03)
@@ -444,11 +452,11 @@ def test_the_number_of_threads_is_restored_after_an_error(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("by_rows", [False, True])
 def test_a_file_cut_after_planning(by_rows: bool, tmp_path: Path) -> None:
-    items = save(tmp_path, bytes_tensors(1000, 1000, 1000))
+    items = read_as("rows" if by_rows else "staged", save(tmp_path, bytes_tensors(1000, 1000, 1000)))
     file = items[1].source.file
     os.truncate(file, items[1].source.offset + 10)
     with pytest.raises(LoadError, match=rf"'{file}' (ended within 't00[12]'|was changed since).*load it again"):
-        run(items, by_slices(100) if by_rows else clone, by_rows=lambda item: by_rows)
+        run(items, by_slices(100) if by_rows else clone)
 
 
 def _rewrite(file: Path) -> None:
@@ -471,10 +479,10 @@ def _pipe(file: Path) -> None:
 @pytest.mark.parametrize("change", [_rewrite, _replace, _pipe, lambda file: os.utime(file)])
 @pytest.mark.parametrize("by_rows", [False, True])
 def test_file_changed_after_planning_is_an_error(by_rows: bool, change: Callable[[Path], None], tmp_path: Path) -> None:
-    items = save(tmp_path, bytes_tensors(1000, 1000, 1000))
+    items = read_as("rows" if by_rows else "staged", save(tmp_path, bytes_tensors(1000, 1000, 1000)))
     change(items[1].source.file)
     with pytest.raises(LoadError, match=r"model\.safetensors' (was changed since its header|is not a regular file)"):
-        run(items, by_slices(100) if by_rows else clone, by_rows=lambda item: by_rows)
+        run(items, by_slices(100) if by_rows else clone)
 
 
 def test_file_changed_while_it_is_read_is_an_error(tmp_path: Path) -> None:
@@ -557,11 +565,10 @@ def test_an_error_of_the_caller_stops_the_reading(
 
     monkeypatch.setattr(os, "preadv", slow)
     save(tmp_path, bytes_tensors(4 * KIB, 40 * MIB))
-    items = items_of(tmp_path / "model.safetensors", quantize=not in_place)
+    items = read_as("in_place" if in_place else "staged", items_of(tmp_path / "model.safetensors"))
     with pytest.raises(ValueError, match="caller"):
-        for _ in stream(  # in the file's order, because the caller might be slow
-            items, clone, workers=2, in_flight_bytes=64 * KIB, in_place=lambda item: in_place, ahead_bytes=1 << 30
-        ):
+        # in the file's order, because the caller might be slow
+        for _ in stream(items, clone, workers=2, in_flight_bytes=64 * KIB, ahead_bytes=1 << 30):
             raise ValueError("caller")
     assert sum(read) < 20 * MIB
 

@@ -108,7 +108,10 @@ def test_pinned_memory_is_given_back() -> None:
 def items_of(folder: Path, tensors: dict[str, Tensor]) -> list[WorkItem]:
     save_file(tensors, folder / "model.safetensors")
     entries = open_checkpoint(folder / "model.safetensors").entries.values()
-    return [WorkItem(entry.name, entry, TORCH_DTYPES[entry.dtype], entry.nbytes, None) for entry in entries]
+    return [
+        WorkItem(entry.name, entry, TORCH_DTYPES[entry.dtype], entry.nbytes, read="in_place", device=DEVICE)
+        for entry in entries
+    ]
 
 
 def numbers(*counts: int) -> dict[str, Tensor]:
@@ -116,12 +119,8 @@ def numbers(*counts: int) -> dict[str, Tensor]:
     return {f"t{i:03}": torch.randn(count, generator=generator) for i, count in enumerate(counts)}
 
 
-def on_device(item: WorkItem) -> torch.device:
-    return DEVICE
-
-
 def run(items: list[WorkItem], create: Callable[..., Any], workers: int = 3, **options: Any) -> list[Any]:
-    options = {"in_flight_bytes": 1 << 20, "device_of": on_device, "in_place": lambda item: True, **options}
+    options = {"in_flight_bytes": 1 << 20, **options}
     return [result for _, result in stream(items, create, workers=workers, **options)]
 
 
@@ -156,7 +155,7 @@ def test_what_is_kept_takes_its_own_memory_alone(tmp_path: Path) -> None:
 
 
 def test_what_is_cast_is_read_on_the_cpu_so_that_the_device_holds_the_result_alone(tmp_path: Path) -> None:
-    items = [replace(item, dtype=torch.float16) for item in items_of(tmp_path, numbers(*[4 * KIB] * 40))]
+    items = [replace(item, dtype=torch.float16, read="staged") for item in items_of(tmp_path, numbers(*[4 * KIB] * 40))]
     before = live_bytes()
     with measure() as seen:
         results = run(items, lambda item, dense: dense.to(DEVICE, torch.float16), workers=8, in_flight_bytes=40 * KIB)
@@ -179,10 +178,9 @@ def test_no_more_is_made_at_a_time_than_there_are_lanes(tmp_path: Path) -> None:
 
 
 def test_what_stays_on_the_cpu_is_made_there(tmp_path: Path) -> None:
-    items = items_of(tmp_path, numbers(10, 20))
-    devices = {items[0].target: DEVICE, items[1].target: torch.device("cpu")}
-    results = run(items, lambda item, dense: dense * 1, device_of=lambda item: devices[item.target])
-    assert [result.device for result in results] == list(devices.values())
+    first, second = items_of(tmp_path, numbers(10, 20))
+    results = run([first, replace(second, device=torch.device("cpu"))], lambda item, dense: dense * 1)
+    assert [result.device for result in results] == [DEVICE, torch.device("cpu")]
 
 
 def test_an_error_in_a_lane_ends_the_load_and_frees_the_lane(tmp_path: Path) -> None:
@@ -217,11 +215,12 @@ def test_a_broken_device_ends_the_load(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_two_devices_in_one_load(tmp_path: Path) -> None:
     tensors, other = numbers(*[1000] * 20), torch.device(DEVICE.type, 2)
+    devices = [(DEVICE, other)[number % 2] for number in range(20)]
     items = items_of(tmp_path, tensors)
-    devices = {item.target: (DEVICE, other)[number % 2] for number, item in enumerate(items)}
+    items = [replace(item, device=device) for item, device in zip(items, devices, strict=True)]
     with measure() as seen:
-        results = run(items, lambda item, dense: dense * 2, workers=6, device_of=lambda item: devices[item.target])
-    assert [result.device for result in results] == list(devices.values())
+        results = run(items, lambda item, dense: dense * 2, workers=6)
+    assert [result.device for result in results] == devices
     assert all(torch.equal(found.cpu(), 2 * tensor) for found, tensor in zip(results, tensors.values(), strict=True))
     assert seen.races == []
 
@@ -305,14 +304,8 @@ def load_and_use(folder: Path) -> tuple[list[str], bool]:
     results = []
     with measure() as seen:
         table = torch.ones(1, device=DEVICE) + 1
-        for _, result in stream(
-            items_of(folder, tensors),
-            lambda item, dense: dense * table,
-            workers=1,
-            in_flight_bytes=1 << 30,
-            device_of=on_device,
-            in_place=lambda item: True,
-        ):
+        items = items_of(folder, tensors)
+        for _, result in stream(items, lambda item, dense: dense * table, workers=1, in_flight_bytes=1 << 30):
             results.append(result + 1)
             del result
             gc.collect()
