@@ -125,15 +125,16 @@ def _int8wo() -> Any:
 
 def quantize_alone(folder: Path, name: str) -> Callable[[], None]:
     """Prepare; what is returned quantizes every layer that a load would, in its order."""
-    from qexp.checkpoints.checkpoint import open_checkpoint
     from qexp.config.schema import ComponentConfig
-    from qexp.loading.prepare import prepare, resolve_quantizer
+    from qexp.loading.lifecycle import request_load
+    from qexp.loading.prepare import load_quantizer_of, prepare
 
     settings = ComponentConfig(backend_config(name), compute_dtype="bfloat16")
     source = flux_source(folder)
-    checkpoint, cpu = open_checkpoint(folder), torch.device("cpu")
-    quantizer = resolve_quantizer(settings.backend, checkpoint, "model")
-    prepared = prepare(source, "model", settings, checkpoint, quantizer, device=cpu)
+    cpu = torch.device("cpu")
+    request = request_load(source, "model", settings, device=cpu)
+    quantizer = load_quantizer_of(request)
+    prepared = prepare(request, quantizer)
     specs = [item.spec for item in prepared.plan.quantized if item.spec is not None and not item.companions]
     weights: dict[tuple[int, int], Tensor] = {}
     for spec in specs:  # one weight of each shape is enough to compute on

@@ -49,8 +49,8 @@ def named(device: Any) -> Any:
     return "cpu" if kind == "cpu" else device
 
 
-def backend_config(backend: Any) -> Any:
-    """The config dataclass of a backend, from any of the ways to name one."""
+def backend_config(backend: Any, place: str = "backend") -> Any:
+    """The config dataclass of a backend, from any of the ways to name one. place: its place in the arguments."""
     if backend is None or isinstance(backend, str):
         return backend_of(backend or "none")
     if isinstance(backend, BackendConfig):
@@ -60,13 +60,13 @@ def backend_config(backend: Any) -> Any:
     method = getattr(method, "value", method)
     if method not in plugin_names("backend"):
         raise ConfigError(
-            f"backend={backend!r} is no backend; use a name ({choices(option_names('backend'))}), a backend's config, "
+            f"{place}={backend!r} is no backend; use a name ({choices(option_names('backend'))}), a backend's config, "
             f"or a mapping whose quant_method is {choices(plugin_names('backend'))}"
         )
     if isinstance(backend, Mapping):
         from qexp.config.plugins import plugin_config
 
-        return plugin_config("backend", backend, "backend")
+        return plugin_config("backend", backend, place)
     return plugin_module("backend", method).Config.from_dict(values)
 
 

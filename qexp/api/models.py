@@ -14,24 +14,24 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qexp.api.arguments import SOURCE, as_list, backend_config, expanded, named, places_of
+from qexp.api.arguments import SOURCE, backend_config, expanded, named, places_of
 from qexp.checkpoints.checkpoint import refuse_source
 from qexp.checkpoints.pipeline_folder import INDEX
 from qexp.config.backend_options import model_skip_modules
 from qexp.config.dataclass_io import from_plain
-from qexp.config.module_patterns import patterns, union
+from qexp.config.module_patterns import union
 from qexp.config.plugins import plugin_module, plugin_names
-from qexp.config.schema import ComponentConfig, LoaderConfig, SaveConfig
+from qexp.config.schema import LoaderConfig, SaveConfig
 from qexp.config.yaml_options import option_names
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.hub.download import hub_id, local_folder, pinned
 from qexp.models.base import ModelSource, load_source
+from qexp.models.component_settings import parse_component
 from qexp.models.diffusers import DiffusersConfig
-from qexp.quantizers.configs import compute_dtype as dtype_name
 from qexp.system.devices import resolve_device
 
 if TYPE_CHECKING:
@@ -101,13 +101,17 @@ def load(
 
     model_source, left_out = _source(source, skeleton, revision)
     place, places, limits = places_of(device, device_map, max_memory)
-    settings = ComponentConfig(
-        backend=backend_config(backend),
-        skip_modules=union(patterns(as_list(skip_modules), "skip_modules"), left_out),
-        keep_in_fp32_modules=patterns(as_list(keep_in_fp32_modules), "keep_in_fp32_modules"),
-        compute_dtype=dtype_name(compute_dtype, "compute_dtype"),
-        plain_fp8=plain_fp8,
+    settings = parse_component(
+        {
+            "backend": backend,
+            "skip_modules": skip_modules,
+            "keep_in_fp32_modules": keep_in_fp32_modules,
+            "compute_dtype": compute_dtype,
+            "plain_fp8": plain_fp8,
+        },
+        to_backend=backend_config,
     )
+    settings = replace(settings, skip_modules=union(settings.skip_modules, left_out))
     loaded = load_component(
         model_source,
         _component(model_source, component),

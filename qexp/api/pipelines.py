@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.api.arguments import SOURCE, as_list, backend_config, expanded, places_of
 from qexp.api.models import offload as offload_model
-from qexp.config.dataclass_io import convert
-from qexp.config.module_patterns import patterns, union
-from qexp.config.schema import ComponentConfig, LoaderConfig
-from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.config.schema import LoaderConfig
 from qexp.hub.download import pinned
+from qexp.models.component_settings import merge_components, parse_component
 from qexp.models.diffusers import DiffusersConfig, Source
-from qexp.quantizers.configs import compute_dtype as dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -70,16 +66,20 @@ def load_pipeline(
             checkpoints={name: str(file) for name, file in (checkpoints or {}).items()},
         )
     )
-    base = ComponentConfig(
-        backend=backend_config(backend),
-        skip_modules=union(patterns(as_list(skip_modules), "skip_modules")),
-        keep_in_fp32_modules=patterns(as_list(keep_in_fp32_modules), "keep_in_fp32_modules"),
-        compute_dtype=dtype_name(compute_dtype, "compute_dtype"),
-        plain_fp8=plain_fp8,
-    )
-    planned = plan_components(
-        source, _settings(source, base, components or {}), device=place, travels=offload is not None
-    )
+    given = {
+        "backend": backend,
+        "skip_modules": skip_modules,
+        "keep_in_fp32_modules": keep_in_fp32_modules,
+        "compute_dtype": compute_dtype,
+        "plain_fp8": plain_fp8,
+    }
+    own = {
+        name: values if isinstance(values, Mapping) and "quant_method" not in values else {"backend": values}
+        for name, values in (components or {}).items()
+    }
+    base = parse_component(given, to_backend=backend_config)
+    settings = merge_components(source, base, own, to_backend=backend_config)
+    planned = plan_components(source, settings, device=place, travels=offload is not None)
     pipeline = source.pipeline({name: component.prepared.model for name, component in planned.items()})
     for component in planned.values():
         model = load_planned(component, LoaderConfig(in_flight_mib=in_flight_mib, workers=workers)).model
@@ -87,40 +87,3 @@ def load_pipeline(
             offload_model(model, offload, place, block_lists=source.block_lists(model))
     vars(pipeline)[SOURCE] = source
     return pipeline
-
-
-def _settings(source: Source, base: ComponentConfig, components: Mapping[str, Any]) -> dict[str, ComponentConfig]:
-    """The settings of every component: the base, what is not quantized, or its own."""
-    names, quantized = source.components(), source.quantized_components()
-    for name in components:
-        if name not in names:
-            raise ConfigError(
-                f"components: {name!r} is no component of this pipeline{did_you_mean(name, names)}; it has "
-                f"{choices(names)}"
-            )
-    return {name: _one(base, components.get(name, {}), name, name in quantized) for name in names}
-
-
-def _one(base: ComponentConfig, own: Any, name: str, is_quantized: bool) -> ComponentConfig:
-    if not isinstance(own, Mapping) or "quant_method" in own:
-        own = {"backend": own}
-    known = [item.name for item in fields(ComponentConfig)]
-    for setting in own:
-        if setting not in known:
-            raise ConfigError(
-                f"components[{name!r}]: {setting!r} is no setting{did_you_mean(setting, known)}; use {choices(known)}"
-            )
-    if not is_quantized and "backend" not in own:
-        base = replace(base, backend=backend_config(None), skip_modules=(), keep_in_fp32_modules=())
-    changes: dict[str, Any] = {
-        setting: union(patterns(as_list(value), setting))
-        for setting, value in own.items()
-        if setting.endswith("modules")
-    }
-    if "backend" in own:
-        changes["backend"] = backend_config(own["backend"])
-    if "compute_dtype" in own:
-        changes["compute_dtype"] = dtype_name(own["compute_dtype"], "compute_dtype")
-    if "plain_fp8" in own:
-        changes["plain_fp8"] = convert(bool, own["plain_fp8"], "plain_fp8")
-    return replace(base, **changes)

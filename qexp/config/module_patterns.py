@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,10 @@ def patterns_lost(patterns: Sequence[str], quantized: Iterable[str]) -> str | No
 
 
 def patterns(value: Any, place: str) -> tuple[str, ...]:
-    """Skip patterns: a list, or "@file" with one pattern a line and # comments."""
+    """Skip patterns: any iterable of them, or "@file" with one pattern a line and # comments."""
     if not isinstance(value, str):
-        patterns: tuple[str, ...] = convert(tuple[str, ...], value, place)
+        is_iterable = isinstance(value, Iterable) and not isinstance(value, Mapping)
+        patterns: tuple[str, ...] = convert(tuple[str, ...], list(value) if is_iterable else value, place)
         return patterns
     if not value.startswith("@"):
         raise ConfigError(f"{place}={value} must be a list, such as [{value}], or @file with one pattern a line")

@@ -10,10 +10,11 @@ from typing import Any
 
 from qexp.checkpoints.checkpoint import open_components, refuse_source
 from qexp.config.schema import ComponentConfig, SaveConfig, TopLevelConfig
-from qexp.errors import ConfigError, LoadError, choices, did_you_mean
+from qexp.errors import ConfigError, LoadError, choices
 from qexp.hub.download import hub_id
 from qexp.hub.upload import check_ready
 from qexp.models.base import load_source
+from qexp.models.component_settings import check_component_names
 
 
 def check_saves(save: SaveConfig, task: Any) -> None:
@@ -102,13 +103,6 @@ def check_reference_files(model: Any) -> None:
         open_components(load_source(replace(model, path=path, reference_path=None)))
     except LoadError as error:
         raise LoadError(str(error).replace("model.path", "model.reference_path")) from error
-
-
-def check_component_names(names: Iterable[str], known: tuple[str, ...]) -> None:
-    for name in names:
-        if name not in known:
-            hint = did_you_mean(name, known)
-            raise ConfigError(f"components.{name} is no component of this model{hint}; it has {choices(known)}")
 
 
 def check_streaming(low_cpu_mem_usage: bool, components: Mapping[str, ComponentConfig]) -> None:

@@ -17,9 +17,8 @@ from typing import Any
 
 from qexp.checkpoints.checkpoint import open_components
 from qexp.config.backend_options import default_backend
-from qexp.config.dataclass_io import check_known, convert, from_plain
+from qexp.config.dataclass_io import from_plain
 from qexp.config.generate import GenerateConfig
-from qexp.config.module_patterns import patterns, union
 from qexp.config.plugins import plugin_config
 from qexp.config.schema import (
     ComponentConfig,
@@ -29,7 +28,6 @@ from qexp.config.schema import (
 from qexp.errors import ConfigError, LoadError
 from qexp.experiments.checks import (
     check_before_download,
-    check_component_names,
     check_offload,
     check_placed,
     check_reference_files,
@@ -42,13 +40,11 @@ from qexp.experiments.checks import (
 )
 from qexp.experiments.stored import with_absolute_paths
 from qexp.hub.download import pinned_model
-from qexp.models.base import load_source
+from qexp.models.base import ModelSource, load_source
+from qexp.models.component_settings import merge_components, merge_with_checkpoint, parse_component
 from qexp.quantizers.configs import compute_dtype
-from qexp.quantizers.embedded import merge, stored_config
-from qexp.quantizers.none import NoneConfig
 from qexp.scoring.perceptual_files import check_perceptual
 from qexp.system.devices import resolve_device_map, resolve_max_memory
-from qexp.system.screen import say
 
 
 def to_run_config(cfg: Any) -> RunConfig:
@@ -64,13 +60,7 @@ def to_run_config(cfg: Any) -> RunConfig:
     if max_memory is not None and device_map is None:
         device_map = {"": device}  # one device, and a limit to check
     check_offload(device_map, top.offload.strategy)
-    base = ComponentConfig(
-        backend=plugin_config("backend", top.backend, "backend"),
-        skip_modules=patterns(top.skip_modules, "skip_modules"),
-        keep_in_fp32_modules=union(top.keep_in_fp32_modules),
-        compute_dtype=compute_dtype(top.compute_dtype, "compute_dtype"),
-        plain_fp8=top.plain_fp8,
-    )
+    base = parse_component({item.name: getattr(top, item.name) for item in fields(ComponentConfig)})
     task = plugin_config("task", top.task, "task")
     task = task.resolved()
     check_placed(task, device_map, max_memory)
@@ -79,19 +69,9 @@ def to_run_config(cfg: Any) -> RunConfig:
     check_before_download(model, task, top)
     model = pinned_model(model)  # from here on it is on this machine
     source = load_source(model)
-    names = source.components()
-    quantized = source.quantized_components()
-    check_component_names(top.components, names)
-    own = [name for name, values in top.components.items() if isinstance(values, Mapping) and "backend" in values]
-    preset = source.preset_patterns({*quantized, *own})
-    base = replace(base, skip_modules=union(base.skip_modules, preset))
-    components = {
-        name: _component(base, top.components.get(name, {}), f"components.{name}", is_quantized=name in quantized)
-        for name in names
-    }
-    components = {name: _resolved(component, device) for name, component in components.items()}
+    components = merge_components(source, base, top.components)
     check_reference_files(model)
-    components = _with_embedded(model, components)
+    components = _with_embedded(source, components, device)
     check_streaming(top.low_cpu_mem_usage, components)
     check_task(model, task)
     check_sensitivity(task, source, components)
@@ -138,49 +118,15 @@ def plain_settings(cfg: Any) -> dict[str, Any]:
     return settings
 
 
-def _component(base: ComponentConfig, values: Any, place: str, *, is_quantized: bool) -> ComponentConfig:
-    """The base settings with what `components.<name>` says instead.
-
-    is_quantized: whether `backend=` is for this component; another one is quantized only by a backend of its own.
-    """
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{place}={values} must be a group of fields, such as {place}.compute_dtype=bf16")
-    if not is_quantized and "backend" not in values:
-        base = ComponentConfig(backend=NoneConfig(), compute_dtype=base.compute_dtype, plain_fp8=base.plain_fp8)
-    changes: dict[str, Any] = {}
-    for name, value in values.items():
-        check_known(f"{place}.{name}", str(name), [item.name for item in fields(ComponentConfig)])
-        if name == "backend":
-            changes[name] = plugin_config("backend", value, f"{place}.backend")
-        elif name == "plain_fp8":
-            changes[name] = convert(bool, value, f"{place}.{name}")
-        elif name == "compute_dtype":
-            changes[name] = compute_dtype(convert(str | None, value, f"{place}.{name}"), f"{place}.{name}")
-        else:
-            changes[str(name)] = union(patterns(value, f"{place}.{name}"))
-    return replace(base, **changes)
-
-
-def _resolved(component: ComponentConfig, device: str) -> ComponentConfig:
-    """With the backend that really runs on the device."""
-    return replace(component, backend=component.backend.resolved(device.partition(":")[0]))
-
-
-def _with_embedded(model: Any, components: Mapping[str, ComponentConfig]) -> dict[str, ComponentConfig]:
-    """Each component with the backend that its checkpoint embeds, where it is quantized already: that one wins."""
+def _with_embedded(
+    source: ModelSource, components: Mapping[str, ComponentConfig], device: str
+) -> dict[str, ComponentConfig]:
     try:
-        configs = open_components(load_source(model))
+        opened = open_components(source)
     except LoadError:
-        return dict(components)  # reported with the experiment's key, which needs the checkpoint as well
-    result = dict(components)
-    for name, checkpoint in configs.items():
-        if name not in result:
-            continue
-        embedded = stored_config(checkpoint, result[name].backend)
-        if embedded is not None:
-            lost = merge(result[name].backend, embedded)
-            if lost and replace(result[name].backend, label=None) != replace(default_backend(), label=None):
-                place = f"'{checkpoint.path}' is quantized already; unused"
-                say(f"warning: {name}: {place}: {', '.join(lost)}")
-            result[name] = replace(result[name], backend=embedded)
-    return result
+        opened = {}  # reported with the experiment's key, which needs the checkpoints as well
+    kind = device.partition(":")[0]
+    return {
+        name: merge_with_checkpoint(settings, opened.get(name), name, kind, unasked=default_backend())
+        for name, settings in components.items()
+    }

@@ -11,8 +11,8 @@ from qexp.experiments.reference import unquantized_model
 from qexp.experiments.statistics import Metrics, run_peaks
 from qexp.loading.component import plan_statistics
 from qexp.loading.components import check_shared_patterns
-from qexp.loading.lifecycle import warm_up
-from qexp.loading.prepare import prepare, resolve_quantizer, skeleton_and_names
+from qexp.loading.lifecycle import request_load, warm_up
+from qexp.loading.prepare import load_quantizer_of, prepare, skeleton_and_names
 from qexp.models.base import load_source
 from qexp.system.files import write_json, write_text
 from qexp.system.memory import PeakMemory
@@ -29,22 +29,21 @@ def run_roundtrip(context: RunContext) -> Metrics:
     started, config, source, device = time.perf_counter(), context.config, context.source, context.device
     prepared, originals, rows = {}, dict[str, Checkpoint | None](), []
     for name in _measured_components(context):
-        settings, checkpoint = config.components[name], open_component(source, name)
-        quantizer = resolve_quantizer(settings.backend, checkpoint, name)
+        request = request_load(source, name, config.components[name], device=device)
+        quantizer = load_quantizer_of(request)
         originals[name] = _original(config, name) if quantizer.stored else None
         if quantizer.stored and originals[name] is None:
             raise ConfigError(
-                f"task=roundtrip compares with the original weights, but '{checkpoint.path}' is quantized already; "
-                "set model.reference_path to the checkpoint that it was made from, or model.path to quantize that one"
+                f"task=roundtrip compares with the original weights, but '{request.checkpoint.path}' is quantized "
+                "already; set model.reference_path to the checkpoint that it was made from, or model.path to quantize "
+                "that one"
             )
-        prepared[name] = prepare(source, name, settings, checkpoint, quantizer, device=device)
+        prepared[name] = prepare(request, quantizer)
         warm_up(prepared[name], device)
     check_shared_patterns(prepared, config.components)
     with PeakMemory(device) as peak:
         for name, component in prepared.items():
-            rows += roundtrip.measure_layers(
-                component, name, device=device, loader=config.loader, original=originals[name]
-            )
+            rows += roundtrip.measure_layers(component, loader=config.loader, original=originals[name])
     if broken := roundtrip.nonfinite_layers(rows):
         say(
             f"warning: {len(broken)} layers are not finite once they are dequantized, and not in the means: "

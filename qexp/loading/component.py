@@ -1,40 +1,61 @@
-"""The three states of a component on its way to a loaded model: prepared, planned, loaded."""
+"""The four states of a component on its way to a loaded model: requested, prepared, planned, loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from qexp.checkpoints.checkpoint import Checkpoint
 from qexp.errors import ConfigError
+from qexp.loading.device_map import DeviceMap
 from qexp.loading.plan import LoadPlan
 from qexp.offloading.dispatch import Dispatch
 from qexp.offloading.placement import Placement
 from qexp.quantizers.base import Quantizer
 from qexp.quantizers.rows import WeightSpec
+from qexp.system.device_names import MaxMemory
 from qexp.system.memory import GIB, PeakMemory
 
 if TYPE_CHECKING:
-    from qexp.config.schema import LoaderConfig
+    from qexp.config.schema import ComponentConfig, LoaderConfig
+    from qexp.models.base import ModelSource
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """What to load, how, and to where: one component of a model.
+
+    checkpoint: opened, so that nobody opens it again; settings: merged with it (`models/component_settings.py`);
+    max_memory: bytes, or sizes such as "10GiB", for each device, "cpu" and "disk"; store: the folder for what a map
+    puts on disk.
+    """
+
+    source: ModelSource
+    component: str
+    checkpoint: Checkpoint
+    settings: ComponentConfig
+    device: torch.device
+    device_map: DeviceMap = None
+    max_memory: MaxMemory = None
+    store: Path | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Stages 1 to 6: everything decided, nothing read."""
 
+    request: LoadRequest
     model: nn.Module
     quantizer: Quantizer
     chosen: Mapping[str, WeightSpec]
     plan: LoadPlan
     compute_dtype: torch.dtype
     own_dtype: torch.dtype | None  # the checkpoint's, in which it computes if nothing is asked for
-    config: Mapping[str, Any]  # parsed config.json
-    path: Path  # of the checkpoint
-    carried_files: tuple[str, ...]  # names of what a saved model takes along from there
     unmatched: Mapping[str, Mapping[str, str]]  # setting -> pattern that matches no module -> what to say of it
 
     def check_patterns(self) -> None:

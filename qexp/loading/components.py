@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from qexp.errors import ConfigError
 from qexp.loading.component import PlannedComponent, Prepared
 from qexp.loading.device_map import DeviceMap
 from qexp.loading.fp32 import cast_between
-from qexp.loading.lifecycle import plan_component
+from qexp.loading.lifecycle import plan_component, request_load
 
 if TYPE_CHECKING:
     from qexp.config.schema import ComponentConfig
@@ -37,16 +38,18 @@ def plan_components(
     """
     planned: dict[str, PlannedComponent] = {}
     for name, settings in components.items():
-        to_cpu = travels and settings.backend.quant_method == "none"
-        planned[name] = plan_component(
+        request = request_load(
             source,
             name,
             settings,
-            device=torch.device("cpu") if to_cpu else device,
-            device_map=None if to_cpu else device_map,
-            max_memory=None if to_cpu else max_memory,
+            device=device,
+            device_map=device_map,
+            max_memory=max_memory,
             store=None if store is None else store / name,
         )
+        if travels and request.settings.backend.quant_method == "none":
+            request = replace(request, device=torch.device("cpu"), device_map=None, max_memory=None)
+        planned[name] = plan_component(request)
         if max_memory is not None:
             used = planned[name].placement.bytes_by_place()
             max_memory = {place: max(size - used.get(place, 0), 0) for place, size in max_memory.items()}

@@ -16,7 +16,7 @@ from torch import nn
 from qexp.config.offload import STRATEGIES, OffloadConfig
 from qexp.errors import ConfigError, QexpError
 from qexp.loading.components import check_shared_patterns
-from qexp.loading.lifecycle import plan_component
+from qexp.loading.lifecycle import plan_component, request_load
 from qexp.offloading.grouping import plan_groups
 from qexp.offloading.payload import sites, true_nbytes
 from qexp.offloading.residency import choose_resident
@@ -81,7 +81,8 @@ def forecast_components(
     prepared: dict[str, Prepared] = {}
     for name, settings in config.components.items():
         try:
-            prepared[name] = plan_component(source, name, settings, device=torch.device(config.device)).prepared
+            request = request_load(source, name, settings, device=torch.device(config.device))
+            prepared[name] = plan_component(request).prepared
         except QexpError as error:
             failed[name] = error
             continue

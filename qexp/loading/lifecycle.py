@@ -17,19 +17,13 @@ import torch
 
 from qexp.checkpoints.checkpoint import open_component
 from qexp.loading.audit import audit
-from qexp.loading.component import LoadedComponent, PlannedComponent, Prepared
+from qexp.loading.component import LoadedComponent, LoadRequest, PlannedComponent, Prepared
 from qexp.loading.device_map import DeviceMap, main_device, no_split_classes, place, to_keep_in_fp32
 from qexp.loading.fp32 import compute_in_fp32
-from qexp.loading.prepare import (
-    check_environment,
-    choose_dtypes,
-    plan_modules,
-    prepare,
-    resolve_quantizer,
-    skeleton_and_names,
-)
+from qexp.loading.prepare import load_quantizer_of, prepare
 from qexp.loading.quantized_model import register
 from qexp.loading.weights import load_weights
+from qexp.models.component_settings import merge_with_checkpoint
 from qexp.offloading.dispatch import Dispatch
 from qexp.system.device_names import MaxMemory
 from qexp.system.memory import PeakMemory, without_collector
@@ -39,7 +33,7 @@ if TYPE_CHECKING:
     from qexp.models.base import ModelSource
 
 
-def load_stages(
+def request_load(
     source: ModelSource,
     component: str,
     settings: ComponentConfig,
@@ -48,40 +42,47 @@ def load_stages(
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     store: Path | None = None,
-) -> Generator[PlannedComponent, LoaderConfig, LoadedComponent]:
-    """Load one component of a model in nine stages.
+) -> LoadRequest:
+    """Open the checkpoint of a component and merge its settings with it: the one place that does both for a load.
 
-    store: the folder for what goes to disk. Yields once: the plan, before a weight is read; the caller looks at
-    `prepared.unmatched`. Is sent: how to read. Returns: the loaded component.
+    See `LoadRequest`. Raises: LoadError.
+    """
+    checkpoint = open_component(source, component)
+    kind = main_device(device_map, device).type
+    settings = merge_with_checkpoint(settings, checkpoint, component, kind)
+    return LoadRequest(source, component, checkpoint, settings, device, device_map, max_memory, store)
+
+
+def load_stages(request: LoadRequest) -> Generator[PlannedComponent, LoaderConfig, LoadedComponent]:
+    """Load one component of a model in nine stages; the first, its config.json and headers, is done.
+
+    Yields once: the plan, before a weight is read; the caller looks at `prepared.unmatched`. Is sent: how to read.
+    Returns: the loaded component.
     """
     with without_collector():
-        checkpoint = open_component(source, component)  # 1 read config.json, and headers
-        backend = settings.backend.resolved(main_device(device_map, device).type)
-        quantizer = resolve_quantizer(backend, checkpoint, component)  # 2 the checkpoint's config wins over the user's
-        device_map = quantizer.update_device_map(device_map)
-        device = main_device(device_map, device)
-        check_environment(quantizer, checkpoint, device)  # 3 hardware, library versions
-        dtypes = choose_dtypes(settings, checkpoint, quantizer)  # 4 compute dtype
-        # 5 build the network on the meta device
-        model, named = skeleton_and_names(source, component, checkpoint, compute_dtype=dtypes[0])
-        prepared = plan_modules(source, component, settings, named, quantizer, model, *dtypes)  # 6 swap modules, plan
-        blocks = source.block_lists(model) if device_map is not None else ()
-        no_split = no_split_classes(model, blocks)
-        placement = place(model, prepared.plan, device_map, device, max_memory, no_split)
+        quantizer = load_quantizer_of(request)  # 2
+        device_map = quantizer.update_device_map(request.device_map)
+        device = main_device(device_map, request.device)
+        request = replace(request, device=device, device_map=device_map)
+        prepared = prepare(request, quantizer)  # 3 to 6: machine, dtypes, skeleton, plan
+        model = prepared.model
+        no_split = no_split_classes(model, request.source.block_lists(model) if device_map is not None else ())
+        placement = place(model, prepared.plan, device_map, device, request.max_memory, no_split)
         if spilled := to_keep_in_fp32(model, quantizer, placement):  # stays dense there: plan again, in the same places
-            settings = _kept_dense(settings, spilled)
-            prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)
+            request = replace(request, settings=_kept_dense(request.settings, spilled))
+            prepared = prepare(request, quantizer)
             model, places = prepared.model, placement.places
-            placement = place(model, prepared.plan, places, device, max_memory, no_split, travels=False)
+            placement = place(model, prepared.plan, places, device, request.max_memory, no_split, travels=False)
         prepared = replace(prepared, plan=prepared.plan.placed(placement.device_of))
-    loader = yield PlannedComponent(prepared, placement)
-    dispatch = Dispatch(model, placement, no_split, store) if placement.is_spread else None
+    planned = PlannedComponent(prepared, placement)
+    loader = yield planned
+    dispatch = Dispatch(model, placement, no_split, request.store) if placement.is_spread else None
     warm_up(prepared, device)
     started = time.perf_counter()
     with PeakMemory(device) as memory:
-        load_weights(prepared, component, placement, dispatch, loader)  # 7 stream, quantize, assign
+        load_weights(planned, dispatch, loader)  # 7 stream, quantize, assign
         quantizer.postprocess_model(model, device)  # 8 finish; the audit below belongs to it, but not to the time taken
-        compute_in_fp32(model, settings.keep_in_fp32_modules, prepared.compute_dtype)
+        compute_in_fp32(model, request.settings.keep_in_fp32_modules, prepared.compute_dtype)
         register(model, prepared)  # 9 mark the model as quantized
         if dispatch is not None:
             dispatch.start()
@@ -105,31 +106,20 @@ def load_component(
 ) -> LoadedComponent:
     """Load one component of a model, quantized as `settings` say, onto `device`, or where `device_map` puts it.
 
-    max_memory: bytes, or sizes such as "10GiB", for each device, "cpu" and "disk"; offload_folder: for what a map puts
-    on disk.
+    max_memory, offload_folder: see `LoadRequest`, whose `store` is that folder.
     Raises: ConfigError, MissingLibraryError, UnsupportedError or LoadError, most of them before a weight is read.
     """
-    planned = plan_component(
+    request = request_load(
         source, component, settings, device=device, device_map=device_map, max_memory=max_memory, store=offload_folder
     )
+    planned = plan_component(request)
     planned.prepared.check_patterns()
     return load_planned(planned, loader)
 
 
-def plan_component(
-    source: ModelSource,
-    component: str,
-    settings: ComponentConfig,
-    *,
-    device: torch.device,
-    device_map: DeviceMap = None,
-    max_memory: MaxMemory = None,
-    store: Path | None = None,
-) -> PlannedComponent:
-    """Run stages 1 to 6 of `load_stages`: no weight is read. The caller looks at `prepared.unmatched`."""
-    stages = load_stages(
-        source, component, settings, device=device, device_map=device_map, max_memory=max_memory, store=store
-    )
+def plan_component(request: LoadRequest) -> PlannedComponent:
+    """Run stages 2 to 6 of `load_stages`: no weight is read. The caller looks at `prepared.unmatched`."""
+    stages = load_stages(request)
     return replace(next(stages), rest=stages)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.config.module_patterns import covering, patterns_lost, unmatched_patterns
 from qexp.errors import ConfigError, LoadError
 from qexp.interop.interfaces import kept_by_class
-from qexp.loading.component import Prepared
+from qexp.loading.component import LoadRequest, Prepared
 from qexp.loading.model_names import under_model_names
 from qexp.loading.notices import nothing_message, notices
 from qexp.loading.plan import choose_modules, find_quantized, make_plan, stored_part_names
@@ -24,68 +23,64 @@ from qexp.loading.unread import check_meaning
 from qexp.loading.weight_reads import keep_to_layers
 from qexp.models.skeletons import on_meta, without_initialization
 from qexp.quantizers.base import Quantizer, load_quantizer
-from qexp.quantizers.embedded import merge, stored_config
+from qexp.quantizers.embedded import is_quantized
 from qexp.quantizers.layers import MARK, replace_module, to_linear
 from qexp.quantizers.rows import WeightSpec
 from qexp.system.screen import say
 
 if TYPE_CHECKING:
-    from qexp.config.schema import ComponentConfig
     from qexp.models.base import ModelSource
 
 
-def prepare(
-    source: ModelSource,
-    component: str,
-    settings: ComponentConfig,
-    checkpoint: Checkpoint,
-    quantizer: Quantizer,
-    *,
-    device: torch.device,
-) -> Prepared:
-    """Stages 3 to 6, for a component that is not loaded, or planned again with other settings."""
-    check_environment(quantizer, checkpoint, device)
-    dtypes = choose_dtypes(settings, checkpoint, quantizer)
-    model, named = skeleton_and_names(source, component, checkpoint, dtypes[0])
-    return plan_modules(source, component, settings, named, quantizer, model, *dtypes)
+def prepare(request: LoadRequest, quantizer: Quantizer) -> Prepared:
+    """Stages 3 to 6, of a component that is not loaded, or planned again with other settings."""
+    check_environment(request, quantizer)
+    compute_dtype, own_dtype = choose_dtypes(request, quantizer)
+    model, named = skeleton_and_names(request.source, request.component, request.checkpoint, compute_dtype)
+    return plan_modules(request, quantizer, model, named, compute_dtype, own_dtype)
 
 
-def check_environment(quantizer: Quantizer, checkpoint: Checkpoint, device: torch.device) -> None:
+def load_quantizer_of(request: LoadRequest) -> Quantizer:
+    """Stage 2: the quantizer of the settings' backend, which is the checkpoint's own where that is quantized."""
+    quantizer = load_quantizer(request.settings.backend)
+    if is_quantized(request.checkpoint):
+        quantizer.stored, quantizer.metadata = True, request.checkpoint.metadata
+    return quantizer
+
+
+def check_environment(request: LoadRequest, quantizer: Quantizer) -> None:
     """Stage 3. Raises what `validate_environment` raises; a wrong setting is the checkpoint's where it embeds them."""
     try:
-        quantizer.validate_environment(device)
+        quantizer.validate_environment(request.device)
     except ConfigError as error:
         if not quantizer.stored:
             raise
-        place = f"the quantization_config of '{checkpoint.path}'"
+        place = f"the quantization_config of '{request.checkpoint.path}'"
         raise LoadError(f"{place} cannot be used: {error}; check its config.json") from error
 
 
-def choose_dtypes(
-    settings: ComponentConfig, checkpoint: Checkpoint, quantizer: Quantizer
-) -> tuple[torch.dtype, torch.dtype | None]:
+def choose_dtypes(request: LoadRequest, quantizer: Quantizer) -> tuple[torch.dtype, torch.dtype | None]:
     """Stage 4: (the compute dtype, the checkpoint's own). Raises: ConfigError if neither is known."""
-    own_dtype = _own_dtype(checkpoint, quantizer)
-    dtype = own_dtype if settings.compute_dtype is None else getattr(torch, settings.compute_dtype)
+    asked, own_dtype = request.settings.compute_dtype, _own_dtype(request.checkpoint, quantizer)
+    dtype = own_dtype if asked is None else getattr(torch, asked)
     if dtype is None:
-        raise ConfigError(f"'{checkpoint.path}' has no unquantized floating-point tensors; set compute_dtype")
+        raise ConfigError(f"'{request.checkpoint.path}' has no unquantized floating-point tensors; set compute_dtype")
     return quantizer.update_torch_dtype(dtype), own_dtype
 
 
 def plan_modules(
-    source: ModelSource,
-    component: str,
-    settings: ComponentConfig,
-    checkpoint: Checkpoint,
+    request: LoadRequest,
     quantizer: Quantizer,
     model: nn.Module,
+    named: Checkpoint,
     compute_dtype: torch.dtype,
     own_dtype: torch.dtype | None,
 ) -> Prepared:
     """Stage 6: choose the modules to quantize, swap them, write down the plan.
 
-    checkpoint: with tensors named as the model's.
+    named: the checkpoint with tensors named as the model's.
     """
+    component, settings = request.component, request.settings
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     skip = (*settings.skip_modules, *quantizer.skip_modules)
     asked = {"skip_modules": skip, "keep_in_fp32_modules": settings.keep_in_fp32_modules}
@@ -93,30 +88,27 @@ def plan_modules(
     in_fp32, unquantized = kept_by_class(model, compute_dtype)
     fp32 = (*settings.keep_in_fp32_modules, *in_fp32)
     if quantizer.stored:
-        quantizer.metadata = checkpoint.metadata  # under all names of what is shared
-        chosen, skipped = find_quantized(model, quantizer, checkpoint.entries, skip, fp32, compute_dtype)
+        quantizer.metadata = named.metadata  # under all names of what is shared
+        chosen, skipped = find_quantized(model, quantizer, named.entries, skip, fp32, compute_dtype)
         if lost := patterns_lost((*settings.skip_modules, *settings.keep_in_fp32_modules), chosen):
-            print(f"warning: {component}: {lost}", file=sys.stderr)
+            say(f"warning: {component}: {lost}")
     else:
-        own = source.skip_modules(component, model)
+        own = request.source.skip_modules(component, model)
         unmatched["backend"] = quantizer.check_patterns(model, (*skip, *own, *fp32), component)
         check_one_format(model, quantizer)
         chosen, skipped = choose_modules(model, quantizer, (*skip, *own), fp32, compute_dtype, unquantized)
     if not chosen and quantizer.quantization_method != "none":
         raise LoadError(nothing_message(component, quantizer, skipped))
     _swap_layers(model, quantizer, chosen, compute_dtype)
-    plan = make_plan(model, checkpoint, quantizer, chosen, skipped, fp32, compute_dtype)
-    check_meaning(plan, checkpoint, plain_fp8=settings.plain_fp8)
+    plan = make_plan(model, named, quantizer, chosen, skipped, fp32, compute_dtype)
+    check_meaning(plan, named, plain_fp8=settings.plain_fp8)
     meant = (*skip, *settings.keep_in_fp32_modules)
     if chosen:
         unasked = (name for name in skipped if covering(meant, name) is None and not quantizer.keeps_dense(name))
         plan = replace(plan, left_dense=tuple(unasked))
     for notice in notices(component, plan):
         say(notice)
-    config, path = dict(checkpoint.config), checkpoint.path
-    return Prepared(
-        model, quantizer, chosen, plan, compute_dtype, own_dtype, config, path, source.carried_files(), unmatched
-    )
+    return Prepared(request, model, quantizer, chosen, plan, compute_dtype, own_dtype, unmatched)
 
 
 def _swap_layers(
@@ -152,18 +144,6 @@ def skeleton_and_names(
     with on_meta(compute_dtype):
         model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
     return model, with_tied_entries(under_model_names(source, component, checkpoint, model), model)
-
-
-def resolve_quantizer(backend: Any, checkpoint: Checkpoint, component: str) -> Quantizer:
-    """Stage 2: the quantizer of `backend`, or of the config in the checkpoint, which wins, with a warning."""
-    embedded = stored_config(checkpoint, backend)
-    if embedded is None:
-        return load_quantizer(backend)
-    if lost := merge(backend, embedded):
-        print(f"warning: {component}: the checkpoint is quantized already; unused: {', '.join(lost)}", file=sys.stderr)
-    quantizer = load_quantizer(embedded)
-    quantizer.stored, quantizer.metadata = True, checkpoint.metadata
-    return quantizer
 
 
 def _own_dtype(checkpoint: Checkpoint, quantizer: Quantizer) -> torch.dtype | None:

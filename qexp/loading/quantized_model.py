@@ -183,8 +183,11 @@ def _refusal(model: Any, what: str) -> ConfigError:
 def register(model: nn.Module, prepared: Prepared) -> None:
     """Stage 9: mark a model that was just loaded."""
     marked, quantizer = cast(Any, model), prepared.quantizer
-    marked.checkpoint_path, marked.carried_files = prepared.path.absolute(), prepared.carried_files
-    marked.checkpoint_config = {name: value for name, value in prepared.config.items() if name != "quantization_config"}
+    source, checkpoint = prepared.request.source, prepared.request.checkpoint
+    marked.checkpoint_path, marked.carried_files = checkpoint.path.absolute(), source.carried_files()
+    marked.checkpoint_config = {
+        name: value for name, value in checkpoint.config.items() if name != "quantization_config"
+    }
     if quantizer.quantization_method == "none":
         return
     marked._pre_quantization_dtype = prepared.compute_dtype

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import LoadError
-from qexp.loading.component import Prepared
+from qexp.loading.component import PlannedComponent
 from qexp.loading.sharing import aliases
 from qexp.loading.streaming.stream import stream
 from qexp.loading.work_item import WorkItem
 from qexp.models.skeletons import COMPUTED
 from qexp.offloading.dispatch import Dispatch
-from qexp.offloading.placement import Placement
 from qexp.quantizers.in_place import refuse_in_place
 from qexp.quantizers.rows import is_finite
 from qexp.system.memory import release_freed_memory
@@ -65,10 +64,9 @@ def stream_plan(
         release_freed_memory()
 
 
-def load_weights(
-    prepared: Prepared, component: str, placement: Placement, dispatch: Dispatch | None, loader: LoaderConfig
-) -> None:
-    model = prepared.model
+def load_weights(planned: PlannedComponent, dispatch: Dispatch | None, loader: LoaderConfig) -> None:
+    prepared, placement = planned.prepared, planned.placement
+    model, component = prepared.model, prepared.request.component
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
     def create(item: WorkItem, first: Tensor, *others: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def stored_config(checkpoint: Checkpoint, asked: Any) -> Any:
 
 def is_quantized(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint holds quantized weights."""
-    return "quantization_config" in checkpoint.config or bool(_bytes_by_block_type(checkpoint))
+    return checkpoint.config.get("quantization_config") is not None or bool(_bytes_by_block_type(checkpoint))
 
 
 def _bytes_by_block_type(checkpoint: Checkpoint) -> dict[str, int]:

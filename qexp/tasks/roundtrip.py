@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, ClassVar
 from qexp.config.task import TaskConfig
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from qexp.checkpoints.checkpoint import Checkpoint
@@ -55,14 +54,7 @@ class LayerRow:
     max_abs_error: float | None
 
 
-def measure_layers(
-    prepared: Prepared,
-    component: str,
-    *,
-    device: torch.device,
-    loader: LoaderConfig,
-    original: Checkpoint | None = None,
-) -> list[LayerRow]:
+def measure_layers(prepared: Prepared, *, loader: LoaderConfig, original: Checkpoint | None = None) -> list[LayerRow]:
     """A row for every layer that the plan quantizes (with backend=none: for every linear layer).
 
     original: the dense checkpoint that a checkpoint of ready-quantized weights was made from.
@@ -72,14 +64,14 @@ def measure_layers(
 
     def create(item: WorkItem, *tensors: Tensor) -> LayerRow:
         *stored, dense = tensors  # without an original, the weight is all there is
-        return _measure(prepared, component, item, stored, dense, device)
+        return _measure(prepared, item, stored, dense)
 
     items = prepared.plan.quantized or _linear_weights(prepared)
     # whole, whatever a load would do: the dense weight is compared with, and nothing that is read stays
     items = [replace(item, read="staged") for item in items]
     if original is not None:
         items = [_with_original(item, original) for item in items]
-    return [row for _, row in stream_plan(items, create, loader, f"{component}: round trip")]
+    return [row for _, row in stream_plan(items, create, loader, f"{prepared.request.component}: round trip")]
 
 
 def _with_original(item: WorkItem, original: Checkpoint) -> WorkItem:
@@ -113,13 +105,12 @@ def _linear_weights(prepared: Prepared) -> list[WorkItem]:
     ]
 
 
-def _measure(
-    prepared: Prepared, component: str, item: WorkItem, stored: list[Tensor], dense: Tensor, device: torch.device
-) -> LayerRow:
+def _measure(prepared: Prepared, item: WorkItem, stored: list[Tensor], dense: Tensor) -> LayerRow:
     from qexp.loading.weights import check_finite
     from qexp.metrics.tensors import compare
     from qexp.offloading.payload import true_nbytes
 
+    device = prepared.request.device
     if item.spec is not None:
         first, *others = stored or [dense]
         companions = dict(zip(item.companions, others, strict=False))  # the last one is the original
@@ -130,7 +121,7 @@ def _measure(
         check_finite(item.target, restored)
     compared, nbytes = compare(dense, restored), true_nbytes(param)
     return LayerRow(
-        component=component,
+        component=prepared.request.component,
         layer=item.target.removesuffix(".weight"),
         out_features=dense.shape[0],
         in_features=dense.shape[1],

@@ -17,8 +17,8 @@ from qexp.checkpoints.gguf_types import ENCODABLE
 from qexp.config.offload import OffloadConfig
 from qexp.config.schema import LoaderConfig
 from qexp.errors import LoadError
-from qexp.loading.lifecycle import load_component
-from qexp.loading.prepare import prepare, resolve_quantizer
+from qexp.loading.lifecycle import load_component, request_load
+from qexp.loading.prepare import load_quantizer_of, prepare
 from qexp.loading.saving import save_model
 from qexp.models.folder import FolderSource
 from qexp.offloading.strategies import apply_offload
@@ -259,8 +259,8 @@ def test_flux_at_its_true_width_is_planned_from_the_header(tmp_path: Path) -> No
     path = sparse_gguf(tmp_path / "x.gguf", shapes)
     checkpoint, source = open_checkpoint(path), FolderSource(path, None)
     backend = settings("none")
-    quantizer = resolve_quantizer(backend.backend, checkpoint, "model")
-    plan = prepare(source, "model", backend, checkpoint, quantizer, device=CPU).plan
+    request = request_load(source, "model", backend, device=CPU)
+    plan = prepare(request, load_quantizer_of(request)).plan
     assert plan.unused == () and plan.to_container()["read_bytes"] == checkpoint.nbytes
     assert set(plan.skipped) == {"x_embedder"}  # 64 columns
     places = {item.target: item.source for item in plan.items}

@@ -195,7 +195,7 @@ def test_the_file_wins_over_the_users_backend_and_says_what_lost(q4: Path, capsy
                           ("gguf_q5_1", "quant_type=Q5_1 (the checkpoint has Q4_K)")]:  # fmt: skip
         model: Any = load_file(q4, backend).model
         assert model.quantization_method == "gguf" and model.hf_quantizer.config.quant_type == "Q4_K"
-        assert f"the checkpoint is quantized already; unused: {lost}\n" in capsys.readouterr().err
+        assert f"' is quantized already; unused: {lost}\n" in capsys.readouterr().err
     for backend in ("none", "gguf"):
         load_file(q4, backend)
         assert "unused" not in capsys.readouterr().err

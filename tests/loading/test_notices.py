@@ -13,7 +13,7 @@ from torch import nn
 
 import qexp
 from qexp.loading.component import plan_statistics
-from qexp.loading.lifecycle import plan_component
+from qexp.loading.lifecycle import plan_component, request_load
 from qexp.models.folder import FolderSource
 from tests.language import save_language_model
 from tests.loading.toys import settings
@@ -78,7 +78,8 @@ def test_layers_that_a_source_leaves_out_are_said(tmp_path: Path, capfd: pytest.
 
 def test_layers_left_dense_are_metrics_and_in_the_plan(folder: Path) -> None:
     source = FolderSource(folder, lambda config: Net())
-    planned = plan_component(source, "model", settings("gguf"), device=torch.device("cpu"))  # type: ignore[arg-type]
+    request = request_load(source, "model", settings("gguf"), device=torch.device("cpu"))  # type: ignore[arg-type]
+    planned = plan_component(request)
     statistics = plan_statistics([planned.prepared.plan], 1)
     assert statistics["load/left_dense_modules"] == 1
     assert statistics["load/left_dense_share"] == pytest.approx(80 * 64 / (64 * 64 + 80 * 64 + 64 * 64))

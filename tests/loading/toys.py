@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.loading.component import LoadedComponent, Prepared
-from qexp.loading.lifecycle import load_component
-from qexp.loading.prepare import prepare, resolve_quantizer
+from qexp.loading.lifecycle import load_component, request_load
+from qexp.loading.prepare import load_quantizer_of, prepare
 from qexp.models.base import ModelSource
 from tests.backends import CPU, backend_config
 
@@ -91,10 +90,8 @@ def settings(backend: str = "torchao", *overrides: str, **fields: Any) -> Compon
 
 
 def prepare_toy(folder: Path, settings: ComponentConfig, build: Callable[[], nn.Module] = Toy) -> Prepared:
-    source = ToySource(folder, build)
-    checkpoint = open_checkpoint(folder)
-    quantizer = resolve_quantizer(settings.backend, checkpoint, "toy")
-    prepared = prepare(source, "toy", settings, checkpoint, quantizer, device=CPU)
+    request = request_load(ToySource(folder, build), "toy", settings, device=CPU)
+    prepared = prepare(request, load_quantizer_of(request))
     prepared.check_patterns()
     return prepared
 

@@ -210,9 +210,9 @@ def test_what_is_said_of_a_network_is_said_once(
 ) -> None:
     planned = forecasts.plan_component
 
-    def warned(source: Any, component: str, *arguments: Any, **options: Any) -> Any:
-        say(f"{component}: a warning")
-        return planned(source, component, *arguments, **options)
+    def warned(request: Any) -> Any:
+        say(f"{request.component}: a warning")
+        return planned(request)
 
     monkeypatch.setattr(forecasts, "plan_component", warned)
     forecast("tiny", published_overrides("tiny", "bfloat16"), ["bitsandbytes", "torchao"])

@@ -62,7 +62,7 @@ def test_a_load_says_what_lost_and_loads_what_is_stored(
     asked = settings("bitsandbytes_fp4", skip_modules=("head", "embed"), keep_in_fp32_modules=("blocks.*.norm",))
     loaded: Any = load_toy(tmp_path / "stored", asked).model
     said = capsys.readouterr().err
-    assert "warning: toy: the checkpoint is quantized already; unused: " in said
+    assert f"warning: toy: '{tmp_path / 'stored'}' is quantized already; unused: " in said
     assert ("quant_method=bitsandbytes (the checkpoint has quanto)" in said) == ("quanto" in backend)
     assert "warning: toy: the checkpoint holds 'embed', 'head' quantized, so they stay quantized" in said
     assert said.rstrip().endswith("without effect on them: embed, head")

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.config.schema import ComponentConfig, LoaderConfig
-from qexp.loading.prepare import prepare
-from qexp.quantizers.base import load_quantizer
+from qexp.loading.lifecycle import request_load
+from qexp.loading.prepare import load_quantizer_of, prepare
 from qexp.tasks.roundtrip import LayerRow, measure_layers
 from tests.backends import CPU, QUANTIZING, StackSource, backend_config, save_stack
 from tests.quantizers.formulas import FORMULAS
@@ -33,10 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def round_trip(folder: Path, backend: str) -> LayerRow:
-    settings, source = ComponentConfig(backend_config(backend)), StackSource(folder)
-    quantizer = load_quantizer(settings.backend)
-    prepared = prepare(source, "stack", settings, open_checkpoint(folder), quantizer, device=CPU)
-    (row,) = measure_layers(prepared, "stack", device=CPU, loader=LoaderConfig())
+    settings = ComponentConfig(backend_config(backend))
+    request = request_load(StackSource(folder), "stack", settings, device=CPU)
+    (row,) = measure_layers(prepare(request, load_quantizer_of(request)), loader=LoaderConfig())
     return row
 
 

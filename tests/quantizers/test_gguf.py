@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.checkpoints.gguf_types import DECODABLE, ENCODABLE, TYPES
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.config.schema import ComponentConfig
 from qexp.errors import ConfigError, LoadError
-from qexp.loading.prepare import prepare
+from qexp.loading.lifecycle import request_load
+from qexp.loading.prepare import load_quantizer_of, prepare
 from qexp.offloading.payload import true_nbytes
 from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.gguf import GGUFConfig, GGUFQuantizer
@@ -243,10 +243,8 @@ def test_a_scale_beyond_fp16_is_refused(name: str) -> None:
 
 def test_layers_that_are_no_whole_blocks_are_left_alone_and_said_so(tmp_path: Path) -> None:
     save_stack(tmp_path, [(64, 48), (32, 64)], dtype=torch.float32)
-    settings, source = ComponentConfig(backend_config("gguf")), StackSource(tmp_path)
-    quantizer = load_quantizer(settings.backend)
-    checkpoint = open_checkpoint(source.folder)
-    prepared = prepare(source, "stack", settings, checkpoint, quantizer, device=CPU)
+    request = request_load(StackSource(tmp_path), "stack", ComponentConfig(backend_config("gguf")), device=CPU)
+    prepared = prepare(request, load_quantizer_of(request))
     assert set(prepared.chosen) == {"layers.1"}
     assert prepared.plan.skipped == {"layers.0": "Q8_0 has blocks of 32 weights, which do not divide 48"}
 

@@ -22,7 +22,7 @@ from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.embedded import embedded_config
 from qexp.quantizers.layers import weight_shape
 from qexp.tasks.roundtrip import measure_layers
-from tests.backends import CPU, QUANTIZING, option_config, same_bytes, save_stack
+from tests.backends import QUANTIZING, option_config, same_bytes, save_stack
 from tests.loading.toys import WIDTH, Toy, load_toy, prepare_toy, random_state, save_state
 from tests.products import representatives
 from tests.quantizers.test_contract import gaussian
@@ -120,7 +120,7 @@ def test_the_plan_says_each_layers_format_and_bits(folder: Path) -> None:
     assert plan["formats"]["torchao int8wo"]["bytes"] == plan["quantized"]["blocks.0.fc1"]
     assert plan["skipped"] == {"head": "rule 5 of the recipe (head -> none) keeps it dense"}
     assert plan["left_dense"] == []
-    rows = measure_layers(prepared, "toy", device=CPU, loader=LoaderConfig())
+    rows = measure_layers(prepared, loader=LoaderConfig())
     assert {row.layer: row.format for row in rows} == FORMATS
     for row in rows:
         assert row.quantized_bytes == prepared.plan.quantized_nbytes[row.layer]

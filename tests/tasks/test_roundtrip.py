@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.loading.component import Prepared
-from qexp.loading.prepare import prepare
-from qexp.quantizers.base import load_quantizer
+from qexp.loading.lifecycle import request_load
+from qexp.loading.prepare import load_quantizer_of, prepare
 from qexp.tasks.roundtrip import LayerRow, measure_layers, nonfinite_layers, rows_to_csv, summarize
 from tests.backends import CPU, Stack, StackSource, backend_config, save_stack
 from tests.quantizers.formulas import symmetric_int8
@@ -24,12 +23,13 @@ def stack(tmp_path: Path) -> Stack:
 
 
 def prepared(folder: Path, backend: str, skip: tuple[str, ...] = ()) -> Prepared:
-    settings, source = ComponentConfig(backend_config(backend), skip_modules=skip), StackSource(folder)
-    return prepare(source, "stack", settings, open_checkpoint(folder), load_quantizer(settings.backend), device=CPU)
+    settings = ComponentConfig(backend_config(backend), skip_modules=skip)
+    request = request_load(StackSource(folder), "stack", settings, device=CPU)
+    return prepare(request, load_quantizer_of(request))
 
 
 def rows_of(folder: Path, backend: str, skip: tuple[str, ...] = ()) -> list[LayerRow]:
-    return measure_layers(prepared(folder, backend, skip), "stack", device=CPU, loader=LoaderConfig(workers=2))
+    return measure_layers(prepared(folder, backend, skip), loader=LoaderConfig(workers=2))
 
 
 def test_a_row_compares_with_the_weight_in_the_checkpoint(tmp_path: Path) -> None:
