@@ -1,7 +1,7 @@
 """The second, pure step of a task: quality numbers and pictures from saved outputs, without running a model.
 
 Reads outputs.safetensors (and memory.csv) of the run and of its reference; writes images/*.png (sheets, and where there
-are prompts each image; of text: samples.csv, of a network's outputs: outputs.csv) and history.csv into the run's
+are prompts each image; of text: compared_texts.csv, of a network's outputs: outputs.csv) and history.csv into the run's
 folder; the numbers depend on nothing but those files and `config`. Which metrics there are, and their formulas, is in
 `qexp/metrics/`. Values that are not finite are counted in a warning, and magenta in the pictures.
 
@@ -126,12 +126,12 @@ def _prepare_images(
 def _prepare_text(
     config: RunConfig, folder: Path, outputs: Tensors, reference: Path | None, expected: Tensors | None
 ) -> tuple[Samples, Numbers]:
-    from qexp.scoring.text import paired_rows, write_samples
+    from qexp.scoring.text import paired_rows, write_compared_texts
 
     if expected is not None:
         _check_fit(("prompts", "targets"), outputs, expected, folder, reference)
     if "tokens" in outputs:
-        write_samples(folder, reference)
+        write_compared_texts(folder, reference)
     broken = _count_nonfinite("text", outputs)
     samples = Samples(
         outputs=outputs,

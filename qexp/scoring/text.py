@@ -14,6 +14,7 @@ from qexp.system.files import to_csv, write_text
 from qexp.tasks.perplexity import LOGPROBS
 from qexp.tasks.text import TEXTS
 
+COMPARED = "compared_texts.csv"
 ROWS = 512  # positions whose log-probabilities are in memory at a time
 Rows = tuple[Tensor, Tensor | None]  # ln p [rows, kept] and ids [rows, kept], falling; without ids: the vocabulary
 
@@ -47,15 +48,16 @@ def read_rows(folder: Path) -> Iterator[Rows]:
         raise LoadError(f"{path} is damaged ({error}); run it again with resume=none") from error
 
 
-def write_samples(folder: Path, reference: Path | None) -> None:
-    """samples.csv: texts.csv with the reference's continuations beside ours, and 1 where they are the same."""
-    rows = _read_texts(folder)
-    for row, other in zip(rows, _read_texts(reference), strict=True) if reference is not None else ():
+def write_compared_texts(folder: Path, reference: Path | None) -> None:
+    """Write compared_texts.csv: texts.csv, the reference's continuations, and 1 where they are the same."""
+    rows = read_texts(folder)
+    for row, other in zip(rows, read_texts(reference), strict=True) if reference is not None else ():
         row |= {"reference": other["text"], "same": str(int(row["text"] == other["text"]))}
-    write_text(folder / "samples.csv", to_csv(list(rows[0]), rows))
+    write_text(folder / COMPARED, to_csv(list(rows[0]), rows))
 
 
-def _read_texts(folder: Path) -> list[dict[str, str]]:
+def read_texts(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of texts.csv, {prompt, text}. Raises LoadError if it is missing."""
     try:
         with (folder / TEXTS).open(newline="", encoding="utf-8") as stream:
             return list(csv.DictReader(stream))

@@ -3,7 +3,7 @@
     config    the nested configuration, and the environment under `env`
     summary   every metric, and status, reason, message and seconds
     history   steps/<column> per generation step: time, memory, error against the reference
-    media     images/grid, images/reference, images/difference; layers: the table of a roundtrip; samples: that of texts
+    media     images/grid, images/reference, images/difference; tables: layers (of a roundtrip), compared_texts
     run       name: readable label, with the settings that vary in its sweep; group: sweep; job type: task; tags: model,
               backend, offload, and the user's
 
@@ -35,7 +35,7 @@ from qexp.tracking.session import clear_errors, require_login, wandb_session
 INIT_TIMEOUT_SECONDS = 20.0  # without an answer, wandb gives up starting an online run
 FINISH_TIMEOUT_SECONDS = 120.0  # and uploading one
 IMAGES = ("grid", "reference", "difference")
-TABLES = ("layers", "samples")
+TABLES = ("layers", "compared_texts")
 
 
 def log_run(folder: Path, config: RunConfig, sweep_name: str | None, settings: str = "") -> str | None:

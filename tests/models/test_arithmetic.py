@@ -94,7 +94,7 @@ def test_the_perplexity_task_says_what_generate_says_of_the_text(text: Path, ref
 
 def test_samples_are_readable(text: Path, reference: Path, tmp_path: Path) -> None:
     run(tmp_path, "backend=quanto_int2", f"task.text={text}", reference=reference)
-    rows = list(csv.DictReader((tmp_path / "samples.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "compared_texts.csv").open()))
     lines = (ASSETS / "held_out.txt").read_text().splitlines()
     assert [row["prompt"] for row in rows] == [line[:8] for line in lines[:24]]
     assert sum(row["reference"].strip() == line[8:] for row, line in zip(rows, lines, strict=False)) >= 22

@@ -14,7 +14,7 @@ from qexp.metrics import exact_match as exact_match_file
 from qexp.metrics import kl_divergence as kl_file
 from qexp.metrics.perplexity import perplexity
 from qexp.metrics.registry import Samples, all_metrics
-from qexp.scoring.text import count_nonfinite_tokens, paired_rows, write_samples
+from qexp.scoring.text import count_nonfinite_tokens, paired_rows, write_compared_texts
 from qexp.tasks.perplexity import LOGPROBS
 
 TOKENS, VOCABULARY = 700, 50  # more rows than are read at a time
@@ -118,13 +118,13 @@ def test_numbers_of_a_run(tmp_path: Path) -> None:
         text_numbers(names, outputs, expected, tmp_path, reference)
 
 
-def test_samples_stand_beside_the_references(tmp_path: Path) -> None:
+def test_texts_stand_beside_the_references(tmp_path: Path) -> None:
     for name, text in (("ours", "a,\nb"), ("reference", "c")):
         (tmp_path / name).mkdir()
         with (tmp_path / name / "texts.csv").open("w", newline="") as stream:
             csv.writer(stream).writerows([["prompt", "text"], ["x", text], ["y", "same"]])
-    write_samples(tmp_path / "ours", tmp_path / "reference")
-    with (tmp_path / "ours" / "samples.csv").open(newline="") as stream:
+    write_compared_texts(tmp_path / "ours", tmp_path / "reference")
+    with (tmp_path / "ours" / "compared_texts.csv").open(newline="") as stream:
         rows = list(csv.reader(stream))
     assert rows == [["prompt", "text", "reference", "same"], ["x", "a,\nb", "c", "0"], ["y", "same", "same", "1"]]
 
