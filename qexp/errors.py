@@ -73,5 +73,7 @@ def first_names(names: Sequence[str]) -> str:
 
 def did_you_mean(name: object, names: Iterable[object]) -> str:
     """' (did you mean seed?)' if one of `names` is close to what was written, else ''; goes right behind the value."""
-    near = difflib.get_close_matches(str(name), [str(word) for word in names], n=3, cutoff=0.6)
+    words = dict.fromkeys(str(word) for word in names)
+    same = [word for word in words if word.lower() == str(name).lower()]
+    near = same or difflib.get_close_matches(str(name).lower(), list(words), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -45,12 +45,15 @@ def main() -> int:
     try:
         return rerun(arguments.run, arguments.outputs)
     except QexpError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
 
 
 def rerun(path: Path, outputs: Path | None) -> int:
     """Run the experiment stored in `path` again and print what differs; the exit code."""
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise ConfigError(f"{path} {what}; give the folder of a run, outputs/runs/<key>")
     folder = RunFolder(path.resolve())
     if folder.path.parent.name == "references":
         raise ConfigError(
@@ -132,7 +135,7 @@ def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
     path = folder.path / "config.yaml"
     container = read_yaml(path)
     if container is None:
-        raise LoadError(f"{folder.path} is no run folder: it has no config.yaml; give one of outputs/runs")
+        raise LoadError(f"{folder.path} is no run folder: it has no config.yaml; give the folder of a run, outputs/runs/<key>")
     try:
         config = run_config_from_container(container)
     except ConfigError as error:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from qexp.checkpoints.foreign_files import refuse_foreign, refuse_other_format
 from qexp.checkpoints.regular_file import FileState
 from qexp.checkpoints.tensor_entry import DTYPE_BYTES, MAX_DIMENSIONS, TensorEntry
-from qexp.errors import LoadError
+from qexp.errors import LoadError, WrongFileError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
@@ -40,6 +40,11 @@ def parse_safetensors_header(file: Path, stream: BufferedReader, state: FileStat
     length_bytes = stream.read(8)
     length = int.from_bytes(length_bytes, "little")
     if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, state.size - 8):
+        if file.suffix.lower() not in (".safetensors", ".sft"):
+            raise WrongFileError(
+                f"'{file}' is neither a .safetensors nor a .gguf file, by its name and its first bytes; give one, or a "
+                "folder with config.json and weights"
+            )
         raise LoadError(
             f"'{file}' is not a safetensors file, or truncated: header length {length}, file size {state.size}; "
             "download it again"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from qexp.config.yaml_options import option_names
+from qexp.config.plugins import plugin_names
+from qexp.config.yaml_options import option_names, options_of_plugin
 from qexp.errors import choices
 
 MEANT: dict[str, tuple[str, ...]] = {  # a pattern of the whole name -> what to write after `backend=`
@@ -33,16 +34,20 @@ MEANT: dict[str, tuple[str, ...]] = {  # a pattern of the whole name -> what to 
     r"fp16|bf16|fp32|float16|bfloat16|float32|half|dense|full|baseline|off|no|false|original|unquantized": ("none",),
 }
 BY_THEIR_PROGRAM = re.compile(
-    r"(auto_?)?(gptq|awq|round)(_?model)?|gptq_?v2|aqlm|hqq|eetq|exl[23]|exllama(v[23])?|marlin|smooth_?quant|spqr|quip"
+    r"(auto_?)?(gptq|awq|round)(_?model|_marlin)?|gptq_?v2|aqlm|hqq|eetq|exl[23]|exllama(v[23])?|marlin|smooth_?quant|spqr|quip"
     r"|quip_?sharp|higgs|vptq|omniquant|squeezellm|nunchaku|svdquant|compressed_?tensors|llm_?compressor|modelopt|nvfp4"
     r"|fbgemm(_fp8)?|fp_quant|bitnet|sinq|quark|tensorrt|trt|openvino|onnx|mlx|coreml"
 )
-READ_ONLY = re.compile(r"(q[2-6]_?k(_[sml]|_xl)?|iq[1-4]_?(xxs|xs|s|m|nl)?)")
+READ_ONLY = re.compile(r"(gguf_)?(q[2-6]_?k(_[sml]|_xl)?|iq[1-4]_?(xxs|xs|s|m|nl)?)")
 
 
 def other_word(name: str) -> str:
     """What to say behind an unknown backend's name, of a word that is known from elsewhere; '' for any other."""
     word = name.lower().replace("-", "_").replace(".", "_").strip("_")
+    if word in option_names("backend"):
+        return f" (did you mean {word}?)"
+    if word in plugin_names("backend") and (options := options_of_plugin("backend", word)):
+        return f" (did you mean {choices(f'backend={option}' for option in options)}?)"
     meant = next((options for pattern, options in MEANT.items() if re.fullmatch(pattern, word)), ())
     if known := [option for option in meant if option.partition(" ")[0] in option_names("backend")]:
         return f" (did you mean {choices(f'backend={option}' for option in known)}?)"

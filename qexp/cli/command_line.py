@@ -31,7 +31,7 @@ from qexp.cli.hydra_errors import explain
 from qexp.config.hydra_schema import register_schemas
 from qexp.config.schema import SweepConfig
 from qexp.config.yaml_options import conf_folder
-from qexp.errors import QexpError
+from qexp.errors import ConfigError, QexpError
 from qexp.experiments.resolve import to_run_config
 from qexp.results.labels import SHOWN_GROUPS, run_label
 from qexp.sweep.console_lines import job_name
@@ -109,6 +109,7 @@ def run_one(cfg: DictConfig) -> JobRow:
 
     overrides = typed_overrides()
     try:
+        check_outputs(cfg.paths.outputs)
         config = to_run_config(cfg)
         run_key(config)  # opens every file: one that is wrong is an error of the command line, too
     except QexpError as error:
@@ -140,6 +141,13 @@ def preview_one(cfg: DictConfig, preview: Preview) -> None:
         preview.show(to_run_config(cfg), number, " ".join(shown))
     except QexpError as error:
         preview.refuse(job_name(number, None, raw_label(cfg) or " ".join(words)), error)
+
+
+def check_outputs(outputs: str) -> None:
+    """Raise ConfigError for a place where no results can be kept."""
+    file = next((part for part in (Path(outputs), *Path(outputs).parents) if part.is_file()), None)
+    if file is not None:
+        raise ConfigError(f"paths.outputs={outputs}: '{file}' is a file; give a folder, which need not exist")
 
 
 def raw_label(cfg: DictConfig) -> str:

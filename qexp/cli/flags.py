@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qexp.config.dataclass_io import field_types
+from qexp.config.schema import TopLevelConfig
+from qexp.config.yaml_options import group_names
 from qexp.errors import ConfigError, choices, did_you_mean
 
 SWITCHES = {
@@ -65,6 +68,9 @@ def _long_name(name: str) -> str:
     found = next((long for long, short in flags.items() if name in (long, short)), None)
     if found is None:
         known = [word for pair in flags.items() for word in pair if word]
+        bare = name.lstrip("-").replace("-", "_")
+        if bare in group_names() or bare in field_types(TopLevelConfig):
+            raise ConfigError(f"{name} is a setting, and no flag; write {bare}=<value>, without dashes")
         raise ConfigError(f"{name} is no flag{did_you_mean(name, known)}; use {choices(flags)}, or --help for the rest")
     return found
 

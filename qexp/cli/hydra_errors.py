@@ -8,6 +8,7 @@ lines that mean nothing to a user.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 
@@ -18,8 +19,9 @@ from qexp.cli.backend_words import other_word
 from qexp.cli.commands import COMMANDS
 from qexp.cli.quoting import is_unbalanced, quoted
 from qexp.config.dataclass_io import describe, field_types
+from qexp.config.offload import DESTINATIONS
 from qexp.config.plugins import PLUGINS, plugin_module, plugin_names
-from qexp.config.schema import TopLevelConfig
+from qexp.config.schema import PERCEPTUAL_METRICS, QUALITY_METRICS, TopLevelConfig
 from qexp.config.yaml_options import group_names, option_names, options_of_plugin
 from qexp.errors import QexpError, choices, did_you_mean
 
@@ -92,8 +94,19 @@ def _unknown_option(problem: Problem) -> str:
         return _no_group(group, problem.place)
     if not name:
         return f"{group}={problem.place} chooses nothing; use {choices(names)}"
-    hint = (other_word(name) if group == "backend" else "") or did_you_mean(name, names)
+    hint = _other_word(group, name) or did_you_mean(name, names)
     return f"{group}={name}{problem.place} is unknown{hint}; use {choices(names)}"
+
+
+def _other_word(group: str, name: str) -> str:
+    """What to say behind an option's name that is meant for something else."""
+    if group == "backend":
+        return other_word(name)
+    if group == "offload" and name in DESTINATIONS:
+        return f" (it is where weights rest: write offload=leaf offload.to={name})"
+    if group == "metrics" and name in (*QUALITY_METRICS, *PERCEPTUAL_METRICS):
+        return f" (it is a metric: write metrics.names=[{name}])"
+    return ""
 
 
 def _unknown_group(problem: Problem) -> str:
@@ -148,6 +161,16 @@ def _wrong_kind(problem: Problem) -> str:
     return f"{value}{problem.place} stands where a group of fields belongs: {choices(field_types(wanted))}{remedy}"
 
 
+def _no_group_of_fields(problem: Problem) -> str:
+    """A value where a group of fields belongs."""
+    name, _, value = problem.written.partition("=")
+    if name.lstrip("+") == "components":
+        return f"{name}={value} must be a group of fields for each component: +components.{value}.compute_dtype=bf16"
+    cls = _classes().get(problem.find(r"is not a subclass of (\w+)"))
+    fields = choices(f"{name}.{field}" for field in field_types(cls)) if cls else f"{name}.<field>"
+    return f"{name}={value}{problem.place} stands where a group of fields belongs; set {fields}"
+
+
 def _needs_sweep(problem: Problem) -> str:
     return f"{problem['override']} gives several values to one experiment; add -m to run one for each"
 
@@ -162,9 +185,12 @@ def _sweep_or_list(problem: Problem) -> str:
 def _nothing_chosen(problem: Problem) -> str:
     given = {key.lstrip("+"): value for key, _, value in (one.partition("=") for one in problem.arguments)}
     for group in group_names():
-        if given.get(group, "").lower() in ("null", "~"):
+        if re.fullmatch(r"null|~|true|false|[\d.]+", given.get(group, "").lower()):
             remedy = "leave it out, or use" if group == "experiment" else "use"
             return f"{group}={given[group]} chooses nothing; {remedy} {choices(option_names(group))}"
+    nameless = [one for one in problem.arguments if one.startswith("=")]
+    if nameless:
+        return f"{nameless[0]} has no name in front of the =; write key{nameless[0]}"
     return _without_noise(problem.text)
 
 
@@ -176,8 +202,17 @@ def _unreadable_override(problem: Problem) -> str:
     unread = [argument for argument in problem.arguments if not argument.startswith("-") and not _is_readable(argument)]
     written = unread[0] if unread else problem.find(r"Error parsing override '(.*)'")
     if written and "=" not in written and not written.startswith("~"):
-        return _bare_word(written)
-    reason = problem.find(r"(?:^|: )((?:missing|extraneous|mismatched|token recognition) .*|Unknown function.*)$")
+        return _split_value(problem.arguments, written) or _bare_word(written)
+    if split := _split_brackets(problem.arguments, written):
+        return split
+    key, _, value = written.partition("=")
+    if value.startswith("="):
+        return f"{written} has two =; write {key}{value}"
+    if key != key.strip() or value != value.lstrip():
+        return f"{written} has spaces around the =; write {key.strip()}={value.strip()}"
+    if value.endswith(",") and value[:1] not in ("[", "{"):
+        return f"{written} ends with a comma; write {key}={value.rstrip(',')}, or another value behind it"
+    reason = problem.find(r"(?:^|: )(Unknown function.*)$")  # what the parser says of its tokens helps nobody
     given = [
         argument
         for argument in problem.arguments
@@ -198,6 +233,40 @@ def _unreadable_override(problem: Problem) -> str:
     )
 
 
+def _split_value(arguments: Sequence[str], word: str) -> str:
+    """What to say of a word behind an override with text: the shell has split a value with spaces."""
+    before = list(arguments[: list(arguments).index(word)])
+    start = next((one for one in reversed(before) if "=" in one), "")
+    value = start.partition("=")[2]
+    is_text = start and before[-1] is start and word not in _known_words() and not word.startswith(("-", "qexp."))
+    if not is_text or value == "" or start.partition("=")[0] in group_names():
+        return ""
+    words = [start]
+    for one in arguments[len(before) :]:
+        if "=" in one or one.startswith("-"):
+            break
+        words.append(one)
+    return f"{word} stands by itself: a value with spaces is quoted twice; here: {quoted(' '.join(words))}"
+
+
+def _known_words() -> list[str]:
+    options = [name for group in group_names() for name in option_names(group)]
+    return [*COMMANDS, *group_names(), *field_types(TopLevelConfig), *options]
+
+
+def _split_brackets(arguments: Sequence[str], written: str) -> str:
+    """What to say of a list or a group that the shell has split at its spaces, or that is not closed."""
+    missing = [close for open_, close in ("[]", "{}") if written.count(open_) > written.count(close)]
+    if not missing or written not in arguments:
+        return ""
+    words = list(arguments[list(arguments).index(written) :])
+    for end in range(2, len(words) + 1):
+        joined = " ".join(words[:end])
+        if joined.count("[") == joined.count("]") and joined.count("{") == joined.count("}"):
+            return f"cannot read {written}: the shell splits at spaces; put quotes around it: {shlex.quote(joined)}"
+    return f"cannot read {written}: a {missing[0]} is missing; put quotes around the override if it has spaces"
+
+
 def _is_readable(argument: str) -> bool:
     try:
         OverridesParser.create().parse_override(argument)
@@ -208,11 +277,11 @@ def _is_readable(argument: str) -> bool:
 
 def _bare_word(word: str) -> str:
     """Of a word without =: the name of a command, a group, an option or a field, or nothing."""
-    name = word.removeprefix("qexp.")
+    name = word.removeprefix("qexp.").rstrip(":")
     if name in COMMANDS:
         return f"{word} is a command, and no setting: it comes first, python -m qexp {name}"
     if name in group_names():
-        return f"{word} is a group and needs an option: {word}=<name>; use {choices(option_names(name))}"
+        return f"{name} is a group and needs an option: {name}=<name>; use {choices(option_names(name))}"
     groups = [group for group in group_names() if name in option_names(group)]
     fields = field_types(TopLevelConfig)
     remedy = f"write {choices(f'{group}={name}' for group in groups)}" if groups else ""
@@ -234,6 +303,7 @@ RULES: tuple[tuple[str, Callable[[Problem], str]], ...] = (
     (r"Config group override must be a string or a list", _nothing_chosen),
     (r"Could not delete from config\. '(?P<key>[^']+)' does not exist", _nothing_to_delete),
     (r"Merge error: (?P<given>\w+) is not a subclass of (?P<wanted>\w+)", _wrong_kind),
+    (r"Invalid type assigned: \w+ is not a subclass of|Cannot assign \w+ to Dict\[str, Any\]", _no_group_of_fields),
     (r"could not be converted to \w+|is not a valid bool|is not Optional", _wrong_type),
     (r"Cannot (?:convert|merge) .*|Invalid value assigned.*", _wrong_type),
     (r"Error parsing override|no viable alternative|(mismatched|extraneous) input|missing EQUAL", _unreadable_override),

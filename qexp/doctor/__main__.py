@@ -136,6 +136,13 @@ def _reasons(rows: list[dict[str, Any]]) -> list[str]:
     return ["", *lines] if lines else []
 
 
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds, such as 60") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program_name("doctor"),
@@ -146,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("option", nargs="*", help="options of backend= to try (default: all, and all types)")
     parser.add_argument("--json", action="store_true", help="the same as JSON: machine, and rows with a key for each")
     parser.add_argument(
-        "--timeout", type=float, default=120, metavar="SECONDS", help="for one option on one device (default: 120)"
+        "--timeout", type=_seconds, default=120, metavar="SECONDS", help="for one option on one device (default: 120)"
     )
     return parser
 

@@ -50,6 +50,7 @@ def forecast(name: str, overrides: Sequence[str], backends: Sequence[str]) -> Mo
     from qexp.models.base import load_source
 
     columns, offloads, names = dict[str, Any](), dict[str, Any](), tuple[str, ...]()
+    failed: dict[str, QexpError] = {}
     with _repeated_once(name), _local_models() as headers_of:
         for backend in backends:
             config, offload = resolved([*overrides, f"backend={backend}"], headers_of)
@@ -60,6 +61,8 @@ def forecast(name: str, overrides: Sequence[str], backends: Sequence[str]) -> Mo
             if not failed:
                 dense = [part.backend.quant_method == "none" for part in config.components.values()]
                 offloads[backend] = dict(forecast_offload(list(columns[backend].values()), offload, dense))
+    if failed and not any(columns.values()):
+        raise next(iter(failed.values()))  # no backend can hold any of it: the files are at fault
     return ModelForecast(name, names, columns, offloads)
 
 
@@ -225,7 +228,7 @@ def _sorted_words(words: Sequence[str]) -> tuple[list[str], list[str], int | Non
             raise ConfigError(f"{name} is an option of model=, and no published model; write model={name}")
         if name.endswith(("/", ".gguf", ".safetensors")) or Path(name).exists():
             raise ConfigError(
-                f"{name} is a path; write model=<kind of model> model.path={name}, with a kind of model= "
+                f"{name} is a path; write model=<kind> model.path={name}, with one of {choices(option_names('model'))}"
             )
         architecture(name)
     if names and overrides:

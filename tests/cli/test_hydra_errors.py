@@ -83,8 +83,24 @@ MISTAKES = {
     "sweep.notes=a=b": "quoted twice",
     'device_map={"": cpu}': "what device_map does not name is '*': 'device_map={*: cpu}'",
     "device_map={a: 0,'':cpu}": "what device_map does not name is '*'",
-    "seed=[1,2": "cannot read seed=[1,2: an override is key=value",
+    "seed=[1,2": "cannot read seed=[1,2: a ] is missing; put quotes around the override if it has spaces",
     "device=cuda": "device=cuda needs CUDA device 0, and this machine, or its torch build, has none; use cpu or auto",
+    "backend=": "backend= chooses nothing; use bitsandbytes, ",
+    "backend=TorchAO": "backend=TorchAO is unknown (did you mean torchao?)",
+    "backend=qexp_packed": "(did you mean backend=packed_fp4_e2w1, ",
+    "backend=gguf_q4_k_m": "(a GGUF type that only llama.cpp makes",
+    "offload=cpu": "offload=cpu is unknown (it is where weights rest: write offload=leaf offload.to=cpu); use block, ",
+    "offload=true": "offload=true chooses nothing; use block, ",
+    "metrics=ssim": "metrics=ssim is unknown (it is a metric: write metrics.names=[ssim]); use ",
+    "reference=none": "reference=none stands where a group of fields belongs; set reference.dtype or reference.offload",
+    "components=transformer": "a group of fields for each component: +components.transformer.compute_dtype=bf16",
+    "seed==3": "seed==3 has two =; write seed=3",
+    "=3": "=3 has no name in front of the =; write key=3",
+    "backend = torchao": "backend = torchao has spaces around the =; write backend=torchao",
+    "backend=quanto,": "backend=quanto, ends with a comma; write backend=quanto, or another value behind it",
+    "skip_modules=[proj_out, x": "cannot read skip_modules=[proj_out, x: a ] is missing; put quotes",
+    "--seed": "--seed is a setting, and no flag; write seed=<value>, without dashes",
+    "backend:": "backend is a group and needs an option: backend=<name>; use bitsandbytes, ",
     "--config-name=nope": "Cannot find primary config 'nope'",
     "--config-dir=nope": "not found",
 }
@@ -126,6 +142,35 @@ def test_a_mistake_on_the_command_line_is_one_message(
     assert command(argument) == 1
     assert MISTAKES[argument] in only_message(capsys)
     assert command.configs == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["task.prompt=a", "red", "cube"],
+            """red stands by itself: a value with spaces is quoted twice; here: 'task.pro""",
+        ),
+        (["max_memory={cpu:", "2GiB}", "seed=1"], "put quotes around it: 'max_memory={cpu: 2GiB}'"),
+        (["seed=1", "quanto_int4"], "write backend=quanto_int4"),
+        (["backend", "torchao"], "backend is a group and needs an option"),
+    ],
+)
+def test_what_the_shell_has_split_is_shown_as_it_is_to_be_typed(
+    command: CommandLine, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert command(*arguments) == 1
+    assert message in only_message(capsys)
+
+
+@pytest.mark.parametrize("setting", ["paths.outputs", "save.path"])
+def test_a_file_in_the_place_of_a_folder_is_refused(
+    command: CommandLine, capsys: pytest.CaptureFixture[str], setting: str, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").touch()
+    assert command(f"{setting}=notes.txt") == 1
+    assert "is a file; give a folder, which need not exist" in only_message(capsys)
+    assert command.configs == []
 
 
 @pytest.mark.parametrize("argument", SWEEP_MISTAKES)

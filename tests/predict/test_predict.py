@@ -196,7 +196,7 @@ def test_a_format_that_cannot_hold_a_component_says_so(tiny: Path, capsys: pytes
         (["model=diffusers", "model.path=nobody/nothing"], "model.path=nobody/nothing is not on this machine"),
         (["model=diffusers", "model.path=./nothing"], "model.path=./nothing: 'nothing' does not exist"),
         (["model=digits", "skip_modules=[prj_out]"], "skip_modules of 'transformer': the pattern 'prj_out' matches"),
-        (["."], ". is a path; write model=<kind of model> model.path=."),
+        (["."], ". is a path; write model=<kind> model.path=."),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
