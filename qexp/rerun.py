@@ -135,7 +135,9 @@ def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
     path = folder.path / "config.yaml"
     container = read_yaml(path)
     if container is None:
-        raise LoadError(f"{folder.path} is no run folder: it has no config.yaml; give the folder of a run, outputs/runs/<key>")
+        raise LoadError(
+            f"{folder.path} is no run folder: it has no config.yaml; give the folder of a run, outputs/runs/<key>"
+        )
     try:
         config = run_config_from_container(container)
     except ConfigError as error:

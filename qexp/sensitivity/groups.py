@@ -17,8 +17,9 @@ from qexp.config.module_patterns import covers, unmatched_patterns
 from qexp.config.recipe import format_name
 from qexp.errors import ConfigError, QexpError
 from qexp.interop.interfaces import kept_by_class
+from qexp.loading.component import LoadRequest
 from qexp.loading.plan import choose_modules
-from qexp.loading.prepare import prepare, resolve_quantizer
+from qexp.loading.prepare import load_quantizer_of, prepare
 from qexp.loading.sharing import layers_by_weight
 from qexp.quantizers import base
 
@@ -86,9 +87,8 @@ def plan_groups(
     Raises: ConfigError for formats that no layer can hold and groups that match nothing; MissingLibraryError,
     UnsupportedError, LoadError.
     """
-    checkpoint = open_component(source, component)
-    quantizer = resolve_quantizer(settings.backend, checkpoint, component)
-    prepared = prepare(source, component, settings, checkpoint, quantizer, device=device)
+    request = LoadRequest(source, component, open_component(source, component), settings, device)
+    prepared = prepare(request, load_quantizer_of(request))
     formats = {}
     for config in task.formats:
         name = format_name(config)
