@@ -71,7 +71,7 @@ def rerun(path: Path, outputs: Path | None) -> int:
     if config.tracking.mode == "online":
         check_login()
     with old_kept(folder):
-        row = run_job(config, overrides)
+        row = run_job(config, overrides, key=key)
         done = row.status == "done"
         if done:
             shutil.rmtree(aside(folder), ignore_errors=True)

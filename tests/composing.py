@@ -38,10 +38,11 @@ def run_config(*overrides: str) -> RunConfig:
 
 @dataclass
 class CommandLine:
-    """Call it with arguments for the exit code; `configs` are those that came as far as `run_job`."""
+    """Call it with arguments for the exit code; `configs` and `keys` are of what came as far as `run_job`."""
 
     monkeypatch: pytest.MonkeyPatch
     configs: list[RunConfig] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
     failed_seed: int = 13
     unsupported_seed: int = 14
 
@@ -53,8 +54,9 @@ class CommandLine:
             return error.code if isinstance(error.code, int) else int(error.code is not None)
         return 0
 
-    def run_job(self, config: RunConfig, overrides: Sequence[str]) -> JobRow:
+    def run_job(self, config: RunConfig, overrides: Sequence[str], *, key: str) -> JobRow:
         self.configs.append(config)
+        self.keys.append(key)
         status = {self.failed_seed: "failed", self.unsupported_seed: "unsupported"}.get(config.seed, "done")
         number = len(self.configs)
         return JobRow(number, f"key{number}", tuple(overrides), "label", status)

@@ -54,7 +54,7 @@ def load_pipeline(
     Returns: diffusers' pipeline, such as a FluxPipeline: `pipe("a red cube").images[0]`. `qexp.save` saves it whole.
     Raises: as `qexp.load`; what is wrong with any component comes before a weight is read.
     """
-    from qexp.loading.components import plan_components
+    from qexp.loading.components import plan_components, request_components
     from qexp.loading.lifecycle import load_planned
 
     place, _, _ = places_of(device, None, None)
@@ -79,7 +79,8 @@ def load_pipeline(
     }
     base = parse_component(given, to_backend=backend_config)
     settings = merge_components(source, base, own, to_backend=backend_config)
-    planned = plan_components(source, settings, device=place, travels=offload is not None)
+    requests = request_components(source, settings, device=place)
+    planned = plan_components(requests, travels=offload is not None)
     pipeline = source.pipeline({name: component.prepared.model for name, component in planned.items()})
     for component in planned.values():
         model = load_planned(component, LoaderConfig(in_flight_mib=in_flight_mib, workers=workers)).model

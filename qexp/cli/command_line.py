@@ -111,7 +111,7 @@ def run_one(cfg: DictConfig) -> JobRow:
     try:
         check_outputs(cfg.paths.outputs)
         config = to_run_config(cfg)
-        run_key(config)  # opens every file: one that is wrong is an error of the command line, too
+        key = run_key(config)  # opens every file: one that is wrong is an error of the command line, too
     except QexpError as error:
         if not in_sweep():
             raise
@@ -119,7 +119,7 @@ def run_one(cfg: DictConfig) -> JobRow:
         return refuse_job(error, overrides, outputs=cfg.paths.outputs, sweep_name=cfg.sweep.name, label=label)
     if config.tracking.mode == "online" and not in_sweep():
         check_login()
-    row = run_job(config, overrides)
+    row = run_job(config, overrides, key=key)
     folder = Path(config.paths.outputs, "runs", row.key)
     if row.key and folder.exists() and not in_sweep():
         print(f"  {folder}", flush=True)

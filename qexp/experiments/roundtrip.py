@@ -11,7 +11,7 @@ from qexp.experiments.reference import unquantized_model
 from qexp.experiments.statistics import Metrics, run_peaks
 from qexp.loading.component import plan_statistics
 from qexp.loading.components import check_shared_patterns
-from qexp.loading.lifecycle import request_load, warm_up
+from qexp.loading.lifecycle import warm_up
 from qexp.loading.prepare import load_quantizer_of, prepare, skeleton_and_names
 from qexp.models.base import load_source
 from qexp.system.files import write_json, write_text
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 def run_roundtrip(context: RunContext) -> Metrics:
     """Measure every layer; writes plan.json and layers.csv."""
-    started, config, source, device = time.perf_counter(), context.config, context.source, context.device
+    started, config, device = time.perf_counter(), context.config, context.device
     prepared, originals, rows = {}, dict[str, Checkpoint | None](), []
     for name in _measured_components(context):
-        request = request_load(source, name, config.components[name], device=device)
+        request = context.requests[name]
         quantizer = load_quantizer_of(request)
         originals[name] = _original(config, name) if quantizer.stored else None
         if quantizer.stored and originals[name] is None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qexp.checkpoints.checkpoint import open_component
 from qexp.checkpoints.pipeline_folder import INDEX
 from qexp.errors import ConfigError, choices
 from qexp.experiments.roundtrip import run_roundtrip
@@ -19,7 +18,7 @@ from qexp.experiments.sensitivity import plan_sensitivity, run_sensitivity
 from qexp.experiments.statistics import Metrics, load_statistics, offload_statistics, run_peaks
 from qexp.hub.upload import push
 from qexp.loading.component import LoadedComponent, PlannedComponent, plan_statistics
-from qexp.loading.components import plan_components
+from qexp.loading.components import plan_components, request_components
 from qexp.loading.lifecycle import load_planned
 from qexp.loading.prepare import skeleton_and_names
 from qexp.loading.saving import save_model, save_tensors
@@ -61,22 +60,23 @@ def check_experiment(config: RunConfig, folder: Path) -> None:
 
 
 def _open_context(config: RunConfig, folder: Path) -> RunContext:
-    return RunContext(config, load_source(config.model), torch.device(config.device), folder)
+    source, device = load_source(config.model), torch.device(config.device)
+    requests = request_components(
+        source,
+        config.components,
+        device=device,
+        device_map=config.device_map,
+        max_memory=config.max_memory,
+        store=folder / "offload",
+    )
+    return RunContext(config, source, device, folder, requests)
 
 
 def _plan_run(context: RunContext) -> tuple[RunContext, dict[str, PlannedComponent]]:
     """Plan the components that the task needs: (the context with their skeletons, plans). No weight is read."""
     if context.task.name == "forward":
         context = _with_inputs(context)
-    planned = plan_components(
-        context.source,
-        context.config.components,
-        device=context.device,
-        device_map=context.config.device_map,
-        max_memory=context.config.max_memory,
-        store=context.folder / "offload",
-        travels=context.config.offload.strategy != "none",
-    )
+    planned = plan_components(context.requests, travels=context.config.offload.strategy != "none")
     context = replace(context, models={name: component.prepared.model for name, component in planned.items()})
     context.source.check_run(context.models, context.task)
     return context, planned
@@ -86,9 +86,11 @@ def _with_inputs(context: RunContext) -> RunContext:
     """The context with the one component that `task=forward` calls, and what it is called with."""
     config, source = context.config, context.source
     name = forward.component_of(config.task, config.components)
-    skeleton, _ = skeleton_and_names(source, name, open_component(source, name))
+    request = context.requests[name]
+    skeleton, _ = skeleton_and_names(source, name, request.checkpoint)
     inputs = forward_inputs.read_inputs(config.task, source, skeleton)
-    return replace(context, config=replace(config, components={name: config.components[name]}), inputs=inputs)
+    config = replace(config, components={name: config.components[name]})
+    return replace(context, config=config, requests={name: request}, inputs=inputs)
 
 
 def _run_model(context: RunContext) -> Metrics:

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from qexp.errors import ConfigError
-from qexp.loading.component import PlannedComponent, Prepared
+from qexp.loading.component import LoadRequest, PlannedComponent, Prepared
 from qexp.loading.device_map import DeviceMap
 from qexp.loading.fp32 import cast_between
 from qexp.loading.lifecycle import plan_component, request_load
+from qexp.system.device_names import MaxMemory
 
 if TYPE_CHECKING:
     from qexp.config.schema import ComponentConfig
     from qexp.models.base import ModelSource
 
 
-def plan_components(
+def request_components(
     source: ModelSource,
     components: Mapping[str, ComponentConfig],
     *,
     device: torch.device,
     device_map: DeviceMap = None,
-    max_memory: Mapping[str, int] | None = None,
+    max_memory: MaxMemory = None,
     store: Path | None = None,
-    travels: bool = False,
-) -> dict[str, PlannedComponent]:
-    """Plans of all components; with a device map, each gets the memory that those before it have left.
-
-    travels: they are offloaded as soon as they are loaded. What is not quantized is then loaded to the CPU: it need not
-    fit on the device. store: the folder for what goes to disk.
-    Raises: what `load_component` raises before a weight is read.
-    """
-    planned: dict[str, PlannedComponent] = {}
-    for name, settings in components.items():
-        request = request_load(
+) -> dict[str, LoadRequest]:
+    """`request_load` for every component, each with a folder of its own in `store`."""
+    return {
+        name: request_load(
             source,
             name,
             settings,
@@ -47,13 +42,29 @@ def plan_components(
             max_memory=max_memory,
             store=None if store is None else store / name,
         )
+        for name, settings in components.items()
+    }
+
+
+def plan_components(requests: Mapping[str, LoadRequest], *, travels: bool = False) -> dict[str, PlannedComponent]:
+    """Plan all components; with a device map, each gets the memory that those before it have left.
+
+    travels: they are offloaded as soon as they are loaded. What is not quantized is then loaded to the CPU: it need not
+    fit on the device.
+    Raises: what `load_component` raises before a weight is read.
+    """
+    planned, used = dict[str, PlannedComponent](), Counter[str]()
+    for name, request in requests.items():
         if travels and request.settings.backend.quant_method == "none":
             request = replace(request, device=torch.device("cpu"), device_map=None, max_memory=None)
+        elif request.max_memory is not None:
+            limits = cast("Mapping[str, int]", request.max_memory)  # of several components: in bytes
+            left = {place: max(size - used[place], 0) for place, size in limits.items()}
+            request = replace(request, max_memory=left)
         planned[name] = plan_component(request)
-        if max_memory is not None:
-            used = planned[name].placement.bytes_by_place()
-            max_memory = {place: max(size - used.get(place, 0), 0) for place, size in max_memory.items()}
-    check_shared_patterns({name: component.prepared for name, component in planned.items()}, components)
+        used.update(planned[name].placement.bytes_by_place())
+    prepared = {name: component.prepared for name, component in planned.items()}
+    check_shared_patterns(prepared, {name: request.settings for name, request in requests.items()})
     cast_between((component.prepared.model, component.prepared.compute_dtype) for component in planned.values())
     return planned
 

@@ -78,6 +78,7 @@ def run_job(
     config: RunConfig,
     overrides: Sequence[str],
     *,
+    key: str | None = None,
     number: int | None = None,
     experiment: str = Work.experiment,
     score: str = Work.score,
@@ -85,7 +86,8 @@ def run_job(
 ) -> JobRow:
     """Run one experiment, or reuse its result. Raises nothing but KeyboardInterrupt; failures are in the row.
 
-    number: place in the sweep from 1, None to ask Hydra. experiment, score, check: see `worker.py`.
+    key: its run key, None if it is to be computed. number: place in the sweep from 1, None to ask Hydra. experiment,
+    score, check: see `worker.py`.
     """
     number = number if number is not None else _hydra_number()
     sweep = _read_sweep(Manifest(config.paths.outputs, config.sweep.name)) if number is not None else {}
@@ -94,7 +96,7 @@ def run_job(
     job = _Job(config, tuple(overrides), number, sweep.get("total"), sweep.get("started"), settings, work)
     row = job.row
     try:
-        row = replace(row, key=run_key(config))
+        row = replace(row, key=run_key(config) if key is None else key)
         row = _perform(job, row)
         if sweep.get("pid") != os.getpid():  # else its end waits for all that is to be logged
             WRITER.close()

@@ -15,18 +15,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qexp.config.schema import RunConfig
+    from qexp.loading.component import LoadRequest
     from qexp.models.base import ModelSource
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """source: of the model; folder: of the run; models: by component, skeletons until they are loaded; inputs: of
-    `task=forward`, by the names of the network's arguments."""
+    """source: of the model; folder: of the run; requests: what is loaded, by component, with opened checkpoints;
+    models: by component, skeletons until they are loaded; inputs: of `task=forward`, by the names of the network's
+    arguments."""
 
     config: RunConfig
     source: ModelSource
     device: torch.device
     folder: Path
+    requests: Mapping[str, LoadRequest]
     models: dict[str, nn.Module] = field(default_factory=dict)
     inputs: Mapping[str, Tensor] | None = None
 

@@ -162,12 +162,12 @@ def test_the_page_runs(pipeline_folder: Folder, tmp_path: Path, monkeypatch: pyt
 def test_a_pattern_must_match_in_one_of_those_that_share_it(pipeline_folder: Folder) -> None:
     import torch
 
-    from qexp.loading.components import plan_components
+    from qexp.loading.components import plan_components, request_components
     from qexp.models.base import load_source
 
     def plan(*overrides: str) -> None:
         found = config(pipeline_folder("flux"), "model.quantize=[transformer,text_encoder_2]", *overrides)
-        plan_components(load_source(found.model), found.components, device=torch.device("cpu"))
+        plan_components(request_components(load_source(found.model), found.components, device=torch.device("cpu")))
 
     plan("skip_modules=[proj_out,encoder.block.0]")  # the first is the transformer's, the other the encoder's
     with pytest.raises(ConfigError, match=r"'proj_aut' matches no module; did you mean proj_out"):

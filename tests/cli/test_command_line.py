@@ -19,6 +19,7 @@ from qexp.config import yaml_options
 from qexp.config.schema import RunConfig
 from qexp.errors import ConfigError
 from qexp.results.manifest import JobRow
+from qexp.sweep.run_key import run_key
 from tests.composing import CommandLine, command_line
 from tests.tracking.wandb_server import use_server
 
@@ -37,6 +38,7 @@ def test_one_experiment_prints_its_folder_and_litters_nothing(
     Path(tmp_path, "outputs/runs/key1").mkdir(parents=True)
     assert command("backend=torchao", "seed=3") == 0
     assert [config.seed for config in command.configs] == [3]
+    assert command.keys == [run_key(command.configs[0])]  # computed once: the job is told
     assert capsys.readouterr().out == "  outputs/runs/key1\n"
     assert [path.name for path in tmp_path.rglob("*")] == ["outputs", "runs", "key1"]
     assert command("seed=3") == 0
@@ -167,7 +169,7 @@ def test_seeds_that_torch_does_not_take(command: CommandLine, capsys: pytest.Cap
 def test_ctrl_c_ends_a_sweep_with_its_own_exit_code(
     command: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(config: RunConfig, overrides: list[str]) -> JobRow:
+    def interrupted(config: RunConfig, overrides: list[str], *, key: str) -> JobRow:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(qexp.sweep.job, "run_job", interrupted)
@@ -194,7 +196,7 @@ def test_a_traceback_is_shown_if_asked_for(command: CommandLine, monkeypatch: py
 def test_experiments_see_the_users_environment(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
 
-    def run_job(config: RunConfig, overrides: list[str]) -> JobRow:
+    def run_job(config: RunConfig, overrides: list[str], *, key: str) -> JobRow:
         seen.append(os.environ.get("HYDRA_FULL_ERROR"))
         return JobRow(1, "key", (), "label", "done")
 
@@ -230,7 +232,7 @@ def test_the_parent_of_a_sweep_does_not_import_torch(tmp_path: Path) -> None:
 import sys, qexp.sweep.job
 from qexp.results.manifest import JobRow
 from tests.composing import CommandLine, command_line
-qexp.sweep.job.run_job = lambda config, overrides: JobRow(1, "key", (), "label", "done")
+qexp.sweep.job.run_job = lambda config, overrides, key: JobRow(1, "key", (), "label", "done")
 sys.argv = ["qexp", "-m", "backend=none,bitsandbytes,torchao,quanto", "task=generate,roundtrip", "offload=none,leaf"]
 from qexp.__main__ import main
 try:

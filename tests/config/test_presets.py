@@ -16,7 +16,7 @@ import yaml
 from qexp.config.module_patterns import unmatched_patterns
 from qexp.config.yaml_options import options_of_plugin
 from qexp.experiments.stored import run_config_from_container
-from qexp.loading.components import plan_components
+from qexp.loading.components import plan_components, request_components
 from qexp.models.architectures import architecture, network
 from qexp.models.base import load_source
 from qexp.models.diffusers import DENOISERS
@@ -128,8 +128,8 @@ def test_a_presets_patterns_are_the_denoisers(
 ) -> None:
     config = run_config("model=sd3_medium", f"model.path={pipeline_folder('sd3')}", "task.prompt=[a]", quantize)
     assert config.components["transformer"].skip_modules == transformer
-    source = load_source(config.model)
-    planned = plan_components(source, config.components, device=torch.device("cpu"))  # no pattern is without a module
+    requests = request_components(load_source(config.model), config.components, device=torch.device("cpu"))
+    planned = plan_components(requests)  # no pattern is without a module
     assert ("proj_out" in planned["transformer"].prepared.plan.skipped) == bool(transformer)
 
 

@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import qexp
 from qexp.checkpoints import gguf_header, parse_once
+from qexp.experiments import resolve
 from qexp.experiments.run import run_experiment
+from qexp.loading import lifecycle
+from qexp.models.component_settings import merge_with_checkpoint
 from qexp.scoring.score import score
 from qexp.sweep.run_key import reference_key, run_key
 from tests.composing import run_config
@@ -84,10 +87,22 @@ def parses(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
 
 @pytest.mark.parametrize("make", [one_file, shards, gguf, pipeline, lora, round_trip], ids=lambda make: make.__name__)
 def test_each_file_is_parsed_once_in_each_process(
-    make: Callable[[Path], tuple[str, ...]], tmp_path: Path, parses: Counter[Any]
+    make: Callable[[Path], tuple[str, ...]],
+    tmp_path: Path,
+    parses: Counter[Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And the settings of each component are merged with its checkpoint once."""
     overrides, run = make(tmp_path), tmp_path / "run"
     run.mkdir()
+    merged = Counter[str]()
+
+    def counting_merge(settings: Any, checkpoint: Any, component: str, *rest: Any, **options: Any) -> Any:
+        merged[component] += 1
+        return merge_with_checkpoint(settings, checkpoint, component, *rest, **options)
+
+    for module in (resolve, lifecycle):
+        monkeypatch.setattr(module, "merge_with_checkpoint", counting_merge)
     parse_once._parsed.clear()
     parses.clear()
     config = run_config("device=cpu", "backend=torchao", *overrides)
@@ -95,9 +110,12 @@ def test_each_file_is_parsed_once_in_each_process(
     if config.task.saves_outputs:
         reference_key(config)
     assert parses and max(parses.values()) == 1, parses.most_common(2)
+    assert merged == dict.fromkeys(config.components, 1)
 
     parse_once._parsed.clear()  # the worker is another process
     parses.clear()
+    merged.clear()
     run_experiment(config, run)
     score(config, run, None)
     assert parses and max(parses.values()) == 1, parses.most_common(2)
+    assert merged == dict.fromkeys(config.components, 1)
