@@ -93,7 +93,7 @@ def old_kept(folder: RunFolder) -> Iterator[None]:
     """A second set of names for a run's files, which `clear` and renaming leave alone; put back unless removed."""
     if folder.holds("result.json"):
         try:
-            shutil.copytree(folder.path, aside(folder), copy_function=_link, ignore=shutil.ignore_patterns(LOCK))
+            shutil.copytree(folder.path, aside(folder), copy_function=_link_file, ignore=shutil.ignore_patterns(LOCK))
         except OSError as error:
             shutil.rmtree(aside(folder), ignore_errors=True)
             raise disk_error(aside(folder), error) from error
@@ -120,7 +120,7 @@ def put_back(folder: RunFolder) -> None:
     print(f"the old result is kept: {folder.path}")
 
 
-def _link(source: str, target: str) -> None:
+def _link_file(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:  # not every file system can
@@ -210,10 +210,10 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tup
     for name in sorted({**before, **after}):
         old, new = before.get(name, "absent"), after.get(name, "absent")
         if old != new:
-            yield name, f"{name}: {_text(old)} -> {_text(new)}{_relative(old, new)}"
+            yield name, f"{name}: {_format_value(old)} -> {_format_value(new)}{_relative(old, new)}"
 
 
-def _text(value: object) -> str:
+def _format_value(value: object) -> str:
     return "null" if value is None else str(value)
 
 

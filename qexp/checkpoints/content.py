@@ -76,13 +76,13 @@ def _sampled_digest(stream: BufferedReader, size: int, header: Header) -> str:
     digest = hashlib.sha256(f"samples {VERSION} {size} {header.nbytes}".encode())
     stream.seek(0)
     digest.update(stream.read(header.nbytes))
-    for start, nbytes in _places(header.entries):
+    for start, nbytes in _sample_ranges(header.entries):
         stream.seek(start)
         digest.update(stream.read(nbytes))
     return "samples-" + digest.hexdigest()
 
 
-def _places(entries: Sequence[TensorEntry]) -> Iterator[tuple[int, int]]:
+def _sample_ranges(entries: Sequence[TensorEntry]) -> Iterator[tuple[int, int]]:
     """(offset, bytes) of the samples, in the order of the file."""
     sizes, nbytes = [entry.nbytes for entry in entries], PLACE_BYTES
     while sum(min(size, PLACES * nbytes) for size in sizes) < min(SAMPLES_BYTES, sum(sizes)):
@@ -98,7 +98,7 @@ def _places(entries: Sequence[TensorEntry]) -> Iterator[tuple[int, int]]:
 def _recall(state: FileState, is_sampled: bool) -> str | None:
     if (state, is_sampled) not in _digests:
         with suppress(OSError, ValueError):
-            text = _memory(state, is_sampled).read_text(encoding="ascii")
+            text = _digest_file(state, is_sampled).read_text(encoding="ascii")
             if SHA256.fullmatch(text.removeprefix("samples-")):
                 _digests[state, is_sampled] = text
     return _digests.get((state, is_sampled))
@@ -108,10 +108,10 @@ def _remember(state: FileState, is_sampled: bool, digest: str) -> None:
     _digests[state, is_sampled] = digest
     if state.size > REMEMBERED_BYTES:
         with suppress(OSError):
-            write_text(_memory(state, is_sampled), digest)
+            write_text(_digest_file(state, is_sampled), digest)
 
 
-def _memory(state: FileState, is_sampled: bool) -> Path:
+def _digest_file(state: FileState, is_sampled: bool) -> Path:
     """The file in the user's cache folder that holds a digest."""
     name = hashlib.sha256(repr((VERSION, tuple(state), is_sampled)).encode()).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()

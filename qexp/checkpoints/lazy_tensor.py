@@ -76,16 +76,16 @@ class Lazy:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not callable(getattr(Tensor, name, None)):
             raise AttributeError(name)
-        return lambda *args, **named: _call(getattr(Tensor, name), (self, *args), named)
+        return lambda *args, **named: _apply_function(getattr(Tensor, name), (self, *args), named)
 
     def __getitem__(self, index: Any) -> Any:
-        return _call(Tensor.__getitem__, (self, index), {})
+        return _apply_function(Tensor.__getitem__, (self, index), {})
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return _call(func, args, dict(kwargs or {}))
+        return _apply_function(func, args, dict(kwargs or {}))
 
     def entry(self, name: str) -> TensorEntry:
         """Where this tensor lies, under a name."""
@@ -102,7 +102,7 @@ class Lazy:
         )
 
 
-def _call(func: Any, args: Sequence[Any], named: dict[str, Any]) -> Any:
+def _apply_function(func: Any, args: Sequence[Any], named: dict[str, Any]) -> Any:
     """What a function of torch makes of lazy tensors: pieces where they do, else a function of what is read."""
     by_pieces = BY_PIECES.get(func.__name__)
     result = by_pieces(*args, **named) if by_pieces is not None else None
@@ -176,7 +176,7 @@ def _getitem(tensor: Lazy, index: Any) -> Lazy | None:
     return _narrow(tensor, 0, start, max(stop - start, 0))
 
 
-def _split(tensor: Lazy, split_size: int | Iterable[int], dim: int = 0) -> tuple[Lazy, ...] | None:
+def _split_lazy(tensor: Lazy, split_size: int | Iterable[int], dim: int = 0) -> tuple[Lazy, ...] | None:
     dim = dim % max(tensor.ndim, 1)
     total = tensor.shape[dim]
     if isinstance(split_size, int):
@@ -191,12 +191,12 @@ def _split(tensor: Lazy, split_size: int | Iterable[int], dim: int = 0) -> tuple
 
 
 def _chunk(tensor: Lazy, chunks: int, dim: int = 0) -> tuple[Lazy, ...] | None:
-    return _split(tensor, max(math.ceil(tensor.shape[dim] / chunks), 1), dim)
+    return _split_lazy(tensor, max(math.ceil(tensor.shape[dim] / chunks), 1), dim)
 
 
 def _unbind(tensor: Lazy, dim: int = 0) -> tuple[Lazy, ...] | None:
     dim = dim % tensor.ndim
-    parts = _split(tensor, 1, dim)
+    parts = _split_lazy(tensor, 1, dim)
     return parts and tuple(Lazy(part.pieces, (*part.shape[:dim], *part.shape[dim + 1 :])) for part in parts)
 
 
@@ -255,7 +255,7 @@ def _unsqueeze(tensor: Lazy, dim: int) -> Lazy | None:
 
 
 BY_PIECES: Mapping[str, Callable[..., Any]] = {
-    "__getitem__": _getitem, "cat": _cat, "concat": _cat, "stack": _stack, "split": _split, "chunk": _chunk,
+    "__getitem__": _getitem, "cat": _cat, "concat": _cat, "stack": _stack, "split": _split_lazy, "chunk": _chunk,
     "unbind": _unbind, "reshape": _reshape, "view": _reshape, "squeeze": _squeeze, "unsqueeze": _unsqueeze,
     "contiguous": _contiguous, "clone": _contiguous, "detach": _contiguous,
 }  # fmt: skip
@@ -282,9 +282,9 @@ def _computed(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
             f"'{inputs[0].name}' would have to be converted by `{func.__name__}`, which cannot be planned: {error}"
         ) from error
     if isinstance(outcome, Tensor):
-        return _result(inputs, outcome, apply)
+        return _lazy_result(inputs, outcome, apply)
     if isinstance(outcome, tuple | list):
-        return tuple(_result(inputs, one, partial(_one_of, apply, number)) for number, one in enumerate(outcome))
+        return tuple(_lazy_result(inputs, one, partial(_one_of, apply, number)) for number, one in enumerate(outcome))
     return outcome
 
 
@@ -293,7 +293,7 @@ def _one_of(apply: Callable[[Iterable[Tensor]], Any], number: int, tensors: Iter
     return result
 
 
-def _result(inputs: Sequence[Lazy], outcome: Tensor, apply: Callable[[Iterable[Tensor]], Tensor]) -> Lazy:
+def _lazy_result(inputs: Sequence[Lazy], outcome: Tensor, apply: Callable[[Iterable[Tensor]], Tensor]) -> Lazy:
     counts = [sum(math.prod(piece.shape) for piece in one.pieces) for one in inputs]
 
     def transform(numbers: Tensor) -> Tensor:

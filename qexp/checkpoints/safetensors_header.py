@@ -60,7 +60,7 @@ def parse_safetensors_header(file: Path, stream: BufferedReader, state: FileStat
         raise LoadError(f"'{file}' is not a safetensors file: its header is not a JSON object; download it again")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(file, "__metadata__ must map names to texts")
+        raise _file_error(file, "__metadata__ must map names to texts")
     start = 8 + len(raw)
     entries = sorted(
         (_entry(file, name, info, start, state) for name, info in header.items()), key=lambda e: (e.offset, e.nbytes)
@@ -68,7 +68,7 @@ def parse_safetensors_header(file: Path, stream: BufferedReader, state: FileStat
     end = start
     for entry in entries:
         if entry.offset != end:
-            raise _damaged(file, f"tensor '{entry.name}' starts at byte {entry.offset}, not at {end}")
+            raise _file_error(file, f"tensor '{entry.name}' starts at byte {entry.offset}, not at {end}")
         end = entry.offset + entry.nbytes
     if end != state.size:
         kind = "truncated" if state.size < end else "damaged"
@@ -80,7 +80,7 @@ def parse_safetensors_header(file: Path, stream: BufferedReader, state: FileStat
 
 def _entry(file: Path, name: str, info: object, start: int, state: FileState) -> TensorEntry:
     if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(file, f"tensor '{name}' must have exactly dtype, shape and data_offsets")
+        raise _file_error(file, f"tensor '{name}' must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         known = ", ".join(DTYPE_BYTES)
@@ -88,18 +88,18 @@ def _entry(file: Path, name: str, info: object, start: int, state: FileState) ->
             f"tensor '{name}' of '{file}' has dtype {brief(dtype)}; known are {known}: convert it, or download it again"
         )
     if not _are_naturals(shape) or not _are_naturals(offsets) or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
-        raise _damaged(
+        raise _file_error(
             file,
             f"tensor '{name}' has shape {brief(shape)} and data_offsets {brief(offsets)}, which must be a list of at "
             f"most {MAX_DIMENSIONS} integers >= 0 and one of two",
         )
     needed, found = math.prod(shape) * DTYPE_BYTES[dtype], offsets[1] - offsets[0]
     if needed != found:
-        raise _damaged(file, f"tensor '{name}' of shape {shape} and dtype {dtype} needs {needed} bytes, not {found}")
+        raise _file_error(file, f"tensor '{name}' of shape {shape} and dtype {dtype} needs {needed} bytes, not {found}")
     return TensorEntry(name, dtype, tuple(shape), file, start + offsets[0], needed, state=state)
 
 
-def _damaged(file: Path, what: str) -> LoadError:
+def _file_error(file: Path, what: str) -> LoadError:
     return LoadError(f"'{file}' is damaged: {what}; download it again")
 
 

@@ -54,8 +54,8 @@ def with_scales_applied(
     quantization = config.get("quantization_config") or {}
     used, result = {entry.name for entry in scales.values()}, dict(entries)
     for name, scale in scales.items():
-        result[name] = _scaled(entries[name], scale, quantization.get("weight_block_size"))
-        used |= {found for own in (*OF_ACTIVATIONS, LAYER_FORMAT) if (found := _beside(name, own)) in entries}
+        result[name] = _apply_scale(entries[name], scale, quantization.get("weight_block_size"))
+        used |= {found for own in (*OF_ACTIVATIONS, LAYER_FORMAT) if (found := _sibling_name(name, own)) in entries}
     used |= {name for name in entries if name.rpartition(".")[2] == MARKER}
     says_more = any(entry.dtype in FLOAT8 for name, entry in result.items() if name not in used)
     is_all = quantization.get("quant_method") in METHODS and not says_more
@@ -63,7 +63,7 @@ def with_scales_applied(
     return kept, {name: entry for name, entry in result.items() if name not in used}
 
 
-def _beside(name: str, own: str) -> str:
+def _sibling_name(name: str, own: str) -> str:
     return f"{name.removesuffix('weight')}{own}"
 
 
@@ -71,8 +71,8 @@ def _scale_of(name: str, entries: Mapping[str, TensorEntry]) -> TensorEntry | No
     """The scale of a weight. Raises: LoadError where there are several, or more that this is not enough for."""
     if not name.endswith(".weight") or entries[name].dtype not in (*FLOAT8, "I8"):
         return None
-    found = [other for own in SCALES if (other := _beside(name, own)) in entries]
-    more = [other for own in ("weight_scale_2", "weight_zero_point") if (other := _beside(name, own)) in entries]
+    found = [other for own in SCALES if (other := _sibling_name(name, own)) in entries]
+    more = [other for own in ("weight_scale_2", "weight_zero_point") if (other := _sibling_name(name, own)) in entries]
     if len(found) > 1 or (found and more):
         raise LoadError(
             f"'{name}' in '{entries[name].file}' has {choices([*found, *more])} beside it: what they mean together is "
@@ -109,7 +109,7 @@ def _json(text: str | bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"format": text}
 
 
-def _scaled(weight: TensorEntry, scale: TensorEntry, block_size: Any) -> TensorEntry:
+def _apply_scale(weight: TensorEntry, scale: TensorEntry, block_size: Any) -> TensorEntry:
     """The tensor that a weight and its scale stand for."""
     blocks = _blocks(weight, scale, block_size)
     pieces = tuple(replace(entry, dtype="U8", shape=(entry.nbytes,)) for entry in (scale, weight))  # scale: aligned

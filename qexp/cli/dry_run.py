@@ -50,7 +50,10 @@ class Preview:
         except QexpError as error:
             self.refuse(name, error)
             return
-        words = [f"{VERBS[decision.action]}{_reason(decision, folder)}", f"weights {format_memory(nbytes / GIB)}"]
+        words = [
+            f"{VERBS[decision.action]}{_say_why(decision, folder)}",
+            f"weights {format_memory(nbytes / GIB)}",
+        ]
         if decision.action == "run":
             words += [] if reference_is_known else ["its reference first"]
             words.append(self._time(config))
@@ -127,5 +130,5 @@ def earlier_runs(outputs: str) -> Sequence[tuple[tuple[str, str, str], float]]:
     return found
 
 
-def _reason(decision: Decision, folder: RunFolder) -> str:
+def _say_why(decision: Decision, folder: RunFolder) -> str:
     return f" from {folder.key}" if decision.action == "keep" else f" ({decision.why})" if decision.why else ""

@@ -42,7 +42,7 @@ The exit code is 0 whenever the table could be made, whatever is in it."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 with a table, 1 with one line that says why there is none, 130 for Ctrl-C."""
-    parser = _parser()
+    parser = _doctor_parser()
     options = parser.parse_args(arguments)
     if not options.timeout > 0:
         parser.error(f"--timeout {options.timeout:g} must be above 0 seconds")
@@ -103,7 +103,7 @@ def format_text(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     cells = [_cells(row) for row in rows]
     table = [("option", "backend", "label", "device", "status", "bits/weight", "SQNR dB bf16", "fp32"), *cells]
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    lines = [_line(line, widths) for line in table]
+    lines = [_format_line(line, widths) for line in table]
     lines.insert(1, "  ".join("─" * width for width in widths))
     running = sum(row["status"] == "runs" for row in rows)
     return "\n".join([*head, "", *lines, *_reasons(rows), "", f"{running} of {len(rows)} run"])
@@ -112,17 +112,17 @@ def format_text(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     measured = row["measured"]
     bits = " / ".join(dict.fromkeys(f"{one['bits_per_weight']:.3f}" for one in measured.values()))
-    quality = [_quality(measured.get(dtype)) for dtype in ("bfloat16", "float32")]
+    quality = [_quality_cell(measured.get(dtype)) for dtype in ("bfloat16", "float32")]
     return (row["option"], row["backend"], row["label"] or "", row["device"], row["status"], bits, *quality)
 
 
-def _quality(one: dict[str, Any] | None) -> str:
+def _quality_cell(one: dict[str, Any] | None) -> str:
     if one is None:
         return ""
     return "exact" if one["exact"] else "none" if one["sqnr_db"] is None else f"{one['sqnr_db']:.2f}"
 
 
-def _line(words: tuple[str, ...], widths: list[int]) -> str:
+def _format_line(words: tuple[str, ...], widths: list[int]) -> str:
     parts = [word.ljust(width) for word, width in zip(words[:5], widths[:5], strict=True)]
     return "  ".join([*parts, *map(str.rjust, words[5:], widths[5:])]).rstrip()
 
@@ -143,7 +143,7 @@ def _seconds(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds, such as 60") from None
 
 
-def _parser() -> argparse.ArgumentParser:
+def _doctor_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program_name("doctor"),
         description="Try every backend on this machine: what runs, and what the rest needs.",

@@ -104,7 +104,7 @@ def _run_model(context: RunContext) -> Metrics:
     write_json(context.folder / "plan.json", {name: _plan_of(component) for name, component in planned.items()})
     loaded, offloads, weights_bytes = _load_components(context, planned)
     if context.config.save.wanted:
-        _save(context)
+        _save_components(context)
     with PeakMemory(context.device) as peak:
         result = _run_task(context)
     save_tensors(context.folder / "outputs.safetensors", result.outputs)
@@ -194,7 +194,7 @@ def _run_task(context: RunContext) -> TaskResult:
     return tasks[name](context)
 
 
-def _save(context: RunContext) -> None:
+def _save_components(context: RunContext) -> None:
     """Save every component, one straight into the folder, those of a pipeline into folders of their names with what
     else belongs to it; push them to a hub.
 

@@ -156,9 +156,9 @@ def _downloaded(repo: str, revision: str, variant: str | None, place: str) -> st
         ) from None
     if constants.HF_HUB_OFFLINE:
         return _from_cache(repo, revision, variant, place, "HF_HUB_OFFLINE forbids the network")
-    with _clear_errors(f"{place}={repo}", repo, revision):
+    with _download_errors(f"{place}={repo}", repo, revision):
         try:
-            commit, files = _listed(repo, revision)
+            commit, files = _list_files(repo, revision)
         except _Unreachable as error:
             reason = str(error)
         else:
@@ -173,7 +173,7 @@ class _Unreachable(Exception):
     """A hub that does not answer, or answers that it cannot now."""
 
 
-def _listed(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
+def _list_files(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
     """The commit of a revision, and its files by name. Raises: _Unreachable, errors of the library."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -260,7 +260,7 @@ def _from_cache(repo: str, revision: str, variant: str | None, place: str, why: 
 
 
 @contextmanager
-def _clear_errors(place: str, repo: str, revision: str) -> Iterator[None]:
+def _download_errors(place: str, repo: str, revision: str) -> Iterator[None]:
     """Failures of the hub, the network and the disk as one error of ours."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
@@ -272,12 +272,12 @@ def _clear_errors(place: str, repo: str, revision: str) -> Iterator[None]:
     except QexpError:
         raise
     except HTTPError as error:
-        raise HubError(f"{place}: {_reason(error, repo, revision, constants.ENDPOINT)}") from error
+        raise HubError(f"{place}: {_explain_answer(error, repo, revision, constants.ENDPOINT)}") from error
     except OSError as error:
         raise disk_error(Path(constants.HF_HUB_CACHE), error, "HF_HUB_CACHE=") from error
 
 
-def _reason(error: Exception, repo: str, revision: str, endpoint: str) -> str:
+def _explain_answer(error: Exception, repo: str, revision: str, endpoint: str) -> str:
     """What a hub's answer means, and what to do about it."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 

@@ -65,10 +65,10 @@ def _model_files(
     here = [name for name in here if "/" not in name]
     side = [name for name in here if name.endswith(SIDE_SUFFIXES) and ".index." not in name]
     where = f"{place}, {folder.rstrip('/')}" if folder else place
-    return [folder + name for name in side + _weights(folder, here, read, where, variant, needs_weights)]
+    return [folder + name for name in side + _weights_in_folder(folder, here, read, where, variant, needs_weights)]
 
 
-def _weights(
+def _weights_in_folder(
     folder: str, here: list[str], read: ReadJson, where: str, variant: str | None, needs_weights: bool
 ) -> list[str]:
     def read_here(name: str) -> Mapping[str, Any]:

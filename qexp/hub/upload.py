@@ -76,7 +76,7 @@ def push(folder: Path, files: Sequence[Path], save: SaveConfig, message: str) ->
     configs = [name for name in paths if not SAVED_WEIGHTS.fullmatch(PurePosixPath(name).name)]  # and a tokenizer
     weights = [name for name in paths if name not in configs]
     where: dict[str, Any] = {"repo_id": repo, "revision": save.revision}
-    with _clear_errors(save, api.endpoint) as progress:
+    with _upload_errors(save, api.endpoint) as progress:
         api.create_repo(repo, private=save.private, exist_ok=True)
         if save.revision is not None:
             api.create_branch(repo, branch=save.revision, exist_ok=True)
@@ -123,7 +123,7 @@ class _Progress:
 
 
 @contextmanager
-def _clear_errors(save: SaveConfig, endpoint: str) -> Iterator[_Progress]:
+def _upload_errors(save: SaveConfig, endpoint: str) -> Iterator[_Progress]:
     """Failures of the hub and of the network as one HubError."""
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -136,14 +136,14 @@ def _clear_errors(save: SaveConfig, endpoint: str) -> Iterator[_Progress]:
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # of the library, of hf_xet, of a server's nonsense
         kept = f"; the model is in {save.path}" if save.path else ""
         raise HubError(
-            f"save.push_to_hub={save.push_to_hub}: {_reason(error, save, endpoint)}; {progress}{kept}"
+            f"save.push_to_hub={save.push_to_hub}: {_explain_failure(error, save, endpoint)}; {progress}{kept}"
         ) from error
     finally:
         if quiet:
             enable_progress_bars()
 
 
-def _reason(error: BaseException, save: SaveConfig, endpoint: str) -> str:
+def _explain_failure(error: BaseException, save: SaveConfig, endpoint: str) -> str:
     """What went wrong, and what to do about it."""
     error = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error  # of one file
     status = getattr(getattr(error, "response", None), "status_code", None)

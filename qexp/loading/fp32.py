@@ -74,17 +74,17 @@ def _to_own(dtype: torch.dtype, module: nn.Module, arguments: Any, keywords: Any
         if isinstance(value, dict):  # added_cond_kwargs and the like
             return {key: cast(str(key), inner) for key, inner in value.items()}
         is_activation = ACTIVATIONS.search(name) and not POSITIONS.search(name)
-        return _cast(dtype, value, 2) if is_activation or name in names[:1] else value
+        return _cast_tensors(dtype, value, 2) if is_activation or name in names[:1] else value
 
     return tuple(cast(name, value) for name, value in named), {key: cast(key, value) for key, value in keywords.items()}
 
 
 def _call_in_own(name: str, dtype: torch.dtype, model: nn.Module, *arguments: Any, **keywords: Any) -> Any:
     own = torch.float32 if getattr(model, "dtype", None) == torch.float32 else dtype
-    return getattr(type(model), name)(model, *_cast(own, arguments, 2), **_cast(own, keywords, 2))
+    return getattr(type(model), name)(model, *_cast_tensors(own, arguments, 2), **_cast_tensors(own, keywords, 2))
 
 
-def _cast(dtype: torch.dtype, values: Any, dimensions: int = 0) -> Any:
+def _cast_tensors(dtype: torch.dtype, values: Any, dimensions: int = 0) -> Any:
     """`values` with every floating-point tensor in them in `dtype`, if it has as many dimensions."""
 
     def cast(value: Tensor) -> Tensor:
@@ -94,8 +94,8 @@ def _cast(dtype: torch.dtype, values: Any, dimensions: int = 0) -> Any:
 
 
 def _to_fp32(module: nn.Module, arguments: Any, keywords: Any) -> tuple[Any, Any]:
-    return _cast(torch.float32, arguments), _cast(torch.float32, keywords)
+    return _cast_tensors(torch.float32, arguments), _cast_tensors(torch.float32, keywords)
 
 
 def _to_compute_dtype(dtype: torch.dtype, module: nn.Module, arguments: Any, output: Any) -> Any:
-    return _cast(dtype, output)
+    return _cast_tensors(dtype, output)

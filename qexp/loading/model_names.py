@@ -64,7 +64,7 @@ def _without_wrappers(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     `module` is also a name that authors give: it goes only from the middle of a name, where the rest is one of the
     model's tensors or layers.
     """
-    places = _places(model)
+    places = _names_of_places(model)
     own = {segment for name in places for segment in name.split(".")}
     names = dict[str, str]()
     for name in checkpoint.entries:
@@ -103,11 +103,11 @@ def _take_off(length: int) -> Any:
 
 def _has_places(checkpoint: Checkpoint, model: nn.Module) -> bool:
     """Whether any tensor is one of the model's, or a part of a quantized weight of one of its layers."""
-    names = _places(model)
+    names = _names_of_places(model)
     return any(name in names or name.rpartition(".")[0] in names for name in checkpoint.entries)
 
 
-def _places(model: nn.Module) -> set[str]:
+def _names_of_places(model: nn.Module) -> set[str]:
     """Names of the model's modules and tensors."""
     return {name for name, _ in model.named_modules(remove_duplicate=False)} - {""} | model.state_dict().keys()
 

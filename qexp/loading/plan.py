@@ -72,7 +72,7 @@ class LoadPlan:
 
     def placed(self, device_of: Callable[[str], torch.device]) -> LoadPlan:
         """Return the plan with the device of each item, by its target."""
-        return replace(self, items=tuple(_on_device(item, device_of(item.target)) for item in self.items))
+        return replace(self, items=tuple(_put_on_device(item, device_of(item.target)) for item in self.items))
 
     def _by_format(self) -> dict[str, Any]:
         """Format -> its layers, their bytes, and the bits of a weight in it."""
@@ -262,7 +262,7 @@ def _choose_read(item: WorkItem, quantizer: Quantizer) -> Read:
     return "in_place" if item.is_unchanged else "staged"
 
 
-def _on_device(item: WorkItem, device: torch.device) -> WorkItem:
+def _put_on_device(item: WorkItem, device: torch.device) -> WorkItem:
     # without streams, copying in pieces while the next are read gains nothing over one copy of the whole
     is_copied_whole = item.read == "in_place" and device.type != "cpu" and not has_streams(device)
     return replace(item, device=device, read="staged" if is_copied_whole else item.read)

@@ -44,26 +44,26 @@ class Guarded(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """To a device. Raises: ConfigError for a dtype, or a tensor, which has one."""
         if torch._C._nn._parse_to(*args, **kwargs)[1] is not None:
-            raise _refusal(self, ".to(dtype)")
+            raise _cast_error(self, ".to(dtype)")
         return super().to(*args, **kwargs)
 
     def cuda(self, device: int | torch.device | None = None) -> Any:
         return self.to(torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda"))
 
     def half(self) -> Any:
-        raise _refusal(self, ".half()")
+        raise _cast_error(self, ".half()")
 
     def float(self) -> Any:
-        raise _refusal(self, ".float()")
+        raise _cast_error(self, ".float()")
 
     def double(self) -> Any:
-        raise _refusal(self, ".double()")
+        raise _cast_error(self, ".double()")
 
     def bfloat16(self) -> Any:
-        raise _refusal(self, ".bfloat16()")
+        raise _cast_error(self, ".bfloat16()")
 
     def type(self, dst_type: torch.dtype | str) -> Any:
-        raise _refusal(self, ".type(dtype)")
+        raise _cast_error(self, ".type(dtype)")
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Put ordinary linear layers back, in place, in the dtype the weights were quantized from, or in `dtype`.
@@ -85,7 +85,7 @@ class Guarded(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What all of the above come down to, and what a module that holds this one calls."""
         if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in PROBES):
-            raise _refusal(self, "a cast")
+            raise _cast_error(self, "a cast")
         _refuse_offloaded(self, "moved")
         apart = _special_sites(self)
         before = [store[name] for store, name in apart]
@@ -172,7 +172,7 @@ def _refuse_offloaded(model: nn.Module, what: str) -> None:
         )
 
 
-def _refusal(model: Any, what: str) -> ConfigError:
+def _cast_error(model: Any, what: str) -> ConfigError:
     dtype = str(model._pre_quantization_dtype).removeprefix("torch.")
     return ConfigError(
         f"{what} on a model quantized with {model.quantization_method}: its weights cannot be cast. It computes in "

@@ -105,7 +105,7 @@ def save_model(
     stem = TRANSFORMERS_STEM if "model_type" in config else STEM
     names = [f"{stem}-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     names = names if len(shards) > 1 else [f"{stem}.safetensors"]
-    with _beside(folder) as beside:
+    with _replace_when_complete(folder) as beside:
         for name, shard in zip(names, shards, strict=True):
             save_tensors(beside / name, shard, metadata)
         if len(shards) > 1:
@@ -132,7 +132,7 @@ def _copy_carried_files(model: Any, beside: Path) -> list[str]:
 
 
 @contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
+def _replace_when_complete(folder: Path) -> Iterator[Path]:
     """A folder to write a model to, whose files are moved into `folder` once all of them are there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def _save_as_gguf(
 ) -> list[Path]:
     architecture = str(config.get("_class_name") or config.get("model_type") or "unknown")
     texts = {GGUF_CONFIG_KEY: json.dumps(config, sort_keys=True), **metadata}
-    with _beside(folder) as beside:
+    with _replace_when_complete(folder) as beside:
         save_gguf(beside / SAVED_GGUF, tensors, architecture=architecture, metadata=texts)
         sides = _copy_carried_files(model, beside)
         _write_config(beside / "config.json", config)

@@ -29,16 +29,16 @@ def with_tied_entries(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     """
     targets, names_of = dict(model.state_dict(keep_vars=True)), dict[Any, list[str]]()
     for name, tensor in targets.items():
-        names_of.setdefault(_memory(tensor), []).append(name)
+        names_of.setdefault(_memory_key(tensor), []).append(name)
     entries, metadata = dict(checkpoint.entries), dict(checkpoint.metadata)
     for names in (names for names in names_of.values() if len(names) > 1):
-        parts = {name: _parts(name, model, targets, checkpoint.entries) for name in names}
+        parts = {name: _names_of_parts(name, model, targets, checkpoint.entries) for name in names}
         holders = [name for name in names if parts[name]]
         for name in names:
             if name in checkpoint.entries or not holders:  # stored by itself, or missing
                 continue
             # a quantized weight is that of a linear layer, and an embedding tied to it stays dense
-            first = min(holders, key=lambda holder: _is_linear(model, holder) != _is_linear(model, name))
+            first = min(holders, key=lambda holder: _is_linear_weight(model, holder) != _is_linear_weight(model, name))
             for part in parts[first]:
                 entries.setdefault(_renamed(part, first, name), checkpoint.entries[part])
             if first in metadata:  # torchao describes its weights there
@@ -46,15 +46,15 @@ def with_tied_entries(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     return replace(checkpoint, entries=entries, metadata=metadata)
 
 
-def _is_linear(model: nn.Module, name: str) -> bool:
+def _is_linear_weight(model: nn.Module, name: str) -> bool:
     """Whether a tensor is the weight of a linear layer."""
     layer, _, own = name.rpartition(".")
     return own == "weight" and weight_shape(model.get_submodule(layer)) is not None
 
 
-def _parts(name: str, model: nn.Module, targets: Iterable[str], entries: Iterable[str]) -> list[str]:
+def _names_of_parts(name: str, model: nn.Module, targets: Iterable[str], entries: Iterable[str]) -> list[str]:
     """The tensors of a checkpoint that make up the one called `name`: itself, and what else lies below its layer."""
-    if not _is_linear(model, name):
+    if not _is_linear_weight(model, name):
         return [name] if name in entries else []
     layer = name.rpartition(".")[0]
     others = {target for target in targets if target != name}
@@ -85,10 +85,10 @@ def tied_targets(items: Iterable[WorkItem], targets: Mapping[str, Tensor], quant
 
 def aliases(model: nn.Module, tied: Mapping[str, str]) -> dict[str, str]:
     """Those of the tied parameters that are the same parameter of the same module, under another name."""
-    return {name: first for name, first in tied.items() if _place(model, name) == _place(model, first)}
+    return {name: first for name, first in tied.items() if _site_of(model, name) == _site_of(model, first)}
 
 
-def _place(model: nn.Module, target: str) -> tuple[int, str]:
+def _site_of(model: nn.Module, target: str) -> tuple[int, str]:
     path, _, own = target.rpartition(".")
     return id(model.get_submodule(path)), own
 
@@ -122,10 +122,10 @@ def layers_by_weight(model: nn.Module) -> list[list[str]]:
 def _weight_id(model: nn.Module, name: str) -> Any:
     module = model.get_submodule(name)
     weight = module._parameters.get("weight")
-    return id(module) if weight is None else _memory(weight)
+    return id(module) if weight is None else _memory_key(weight)
 
 
-def _memory(tensor: Tensor) -> Any:
+def _memory_key(tensor: Tensor) -> Any:
     """What tells tensors on the meta device apart; a parameter that is assigned there twice becomes two objects."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
 

@@ -136,7 +136,7 @@ def _reads_in(method: ast.FunctionDef) -> Iterator[tuple[str, tuple[str, ...]]]:
     for node in ast.walk(method):
         if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
             path = _path(node.value, names)
-            what = _use(node, above)
+            what = _kind_of_use(node, above)
             if path and what is not None:
                 yield what, path
 
@@ -170,7 +170,7 @@ def _path(node: ast.AST, names: dict[str, tuple[str, ...]]) -> tuple[str, ...] |
     return None
 
 
-def _use(node: ast.Attribute, above: dict[ast.AST, ast.AST]) -> str | None:
+def _kind_of_use(node: ast.Attribute, above: dict[ast.AST, ast.AST]) -> str | None:
     """What of a weight is asked for; None for what is the same of every tensor."""
     parent = above.get(node)
     if isinstance(parent, ast.Attribute):

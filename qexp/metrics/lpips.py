@@ -56,12 +56,12 @@ def _prepared(images: Tensor) -> Tensor:
 def _distance(first: Sequence[Tensor], second: Sequence[Tensor], heads: Sequence[Tensor]) -> Tensor:
     total = first[0].new_zeros(len(first[0]))
     for a, b, weight in zip(first, second, heads, strict=True):
-        difference = (_unit(a) - _unit(b)).square()  # [n, channels, height, width]
+        difference = (_normalize_channels(a) - _normalize_channels(b)).square()  # [n, channels, height, width]
         total += (difference * weight).sum(1).mean((1, 2))
     return total
 
 
-def _unit(features: Tensor) -> Tensor:
+def _normalize_channels(features: Tensor) -> Tensor:
     """Each position's channels as a vector of length 1."""
     return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()
 

@@ -38,7 +38,7 @@ class Comparison:
     max_abs_error: float | None = None
 
 
-def _chunks(original: Tensor, restored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _matching_pieces(original: Tensor, restored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Matching pieces in fp64: of the flat tensors if both are contiguous, otherwise whole rows of the first axis."""
     original, restored = original.detach(), restored.detach()
     if original.dim() == 0 or (original.is_contiguous() and restored.is_contiguous()):
@@ -60,7 +60,7 @@ def compare_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
     for original, restored in pairs:
         if original.shape != restored.shape:
             raise ValueError(f"cannot compare shapes {tuple(original.shape)} and {tuple(restored.shape)}")
-        for a, b in _chunks(original, restored):
+        for a, b in _matching_pieces(original, restored):
             if a.numel() == 0:
                 continue
             difference = a - b

@@ -42,16 +42,16 @@ class Clip:
         """uint8 [n, 3, height, width] -> [n, dims] of length 1."""
         with torch.no_grad():
             pixels = [self.processor(list(part), return_tensors="pt")["pixel_values"] for part in images.split(BATCH)]
-            return torch.cat([_unit(self.model.get_image_features(part)) for part in pixels])
+            return torch.cat([_normalize_features(self.model.get_image_features(part)) for part in pixels])
 
     def text_features(self, texts: list[str]) -> Tensor:
         """[texts, dims] of length 1; of a text that is too long, its beginning."""
         longest = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         with torch.no_grad():
-            return _unit(self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]))
+            return _normalize_features(self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]))
 
 
-def _unit(output: Any) -> Tensor:
+def _normalize_features(output: Any) -> Tensor:
     features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return features / features.norm(dim=-1, keepdim=True)

@@ -120,13 +120,15 @@ def read_updates(configs: tuple[LoraConfig, ...], pipeline_class: Any, models: M
                 f"model.lora: component={config.component} of '{config.path}' is none of this pipeline's"
                 f"{did_you_mean(config.component, list(models))}; it has {choices(models)}"
             )
-        for component, layers in _read(config, pipeline_class, models).items():
+        for component, layers in _read_file(config, pipeline_class, models).items():
             for layer, update in layers.items():
                 found.setdefault(component, {}).setdefault(layer, []).append(update)
     return found
 
 
-def _read(config: LoraConfig, pipeline_class: Any, models: Mapping[str, nn.Module]) -> dict[str, dict[str, Update]]:
+def _read_file(
+    config: LoraConfig, pipeline_class: Any, models: Mapping[str, nn.Module]
+) -> dict[str, dict[str, Update]]:
     """One file: component -> layer -> update."""
     file, place = config.file, f"model.lora={config.path}"
     stored = _stored_tensors(file)
@@ -202,7 +204,7 @@ def _converted(
     options: dict[str, Any] = {"local_files_only": True, "return_lora_metadata": True}
     if "unet" in models:
         options["unet_config"] = models["unet"].config
-    elif "return_alphas" in _parameters(kind.lora_state_dict):
+    elif "return_alphas" in _signature_of(kind.lora_state_dict):
         options["return_alphas"] = True
     try:
         with quiet():
@@ -253,7 +255,7 @@ def _without_prefix(named: Mapping[str, Any], component: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
 
 
-def _parameters(function: Any) -> Any:
+def _signature_of(function: Any) -> Any:
     import inspect
 
     return inspect.signature(function).parameters

@@ -59,14 +59,14 @@ class _Hook:
     def __call__(self, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         (x, *_), result = arguments, output
         if self.updates[0].down.device != x.device:
-            self.updates = [_moved(update, x.device) for update in self.updates]
+            self.updates = [_move_update(update, x.device) for update in self.updates]
         for update in self.updates:
             x = x.to(self.dtype)
             result = result + _low_rank(layer, update, x) * update.scale
         return result.to(output.dtype)
 
 
-def _moved(update: Update, device: torch.device) -> Update:
+def _move_update(update: Update, device: torch.device) -> Update:
     bias = None if update.bias is None else update.bias.to(device)
     return Update(update.down.to(device), update.up.to(device), bias, update.scale)
 

@@ -88,10 +88,10 @@ def scaled_by_adapter_config(
             scales[layer] = scale_of(layer, rank, config)
     if len({*scales.values()}) == 1:
         return dict(stored), next(iter(scales.values()))
-    return {name: _scaled(name, tensor, scales) for name, tensor in stored.items()}, 1.0
+    return {name: _apply_scale_of(name, tensor, scales) for name, tensor in stored.items()}, 1.0
 
 
-def _scaled(name: str, tensor: Tensor, scales: Mapping[str, float]) -> Tensor:
+def _apply_scale_of(name: str, tensor: Tensor, scales: Mapping[str, float]) -> Tensor:
     layer, is_up, _ = name.partition(".lora_B.")
     return tensor.float() * scales[layer] if is_up and layer in scales else tensor
 

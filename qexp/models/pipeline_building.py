@@ -61,7 +61,7 @@ def _component_class(folder: PipelineFolder, component: str) -> Any:
     if isinstance(kind, type):
         return kind
     raise LoadError(
-        f"'{folder.path / INDEX}' says that '{component}' is {name} of {library}, {_missing(folder, library)}"
+        f"'{folder.path / INDEX}' says that '{component}' is {name} of {library}, {_why_missing(folder, library)}"
     )
 
 
@@ -71,10 +71,10 @@ def pipeline_class(folder: PipelineFolder) -> Any:
         kind = getattr(diffusers, folder.class_name, None)
     if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline):
         return kind
-    raise LoadError(f"'{folder.path / INDEX}' is of a {folder.class_name}, {_missing(folder, 'diffusers')}")
+    raise LoadError(f"'{folder.path / INDEX}' is of a {folder.class_name}, {_why_missing(folder, 'diffusers')}")
 
 
-def _missing(folder: PipelineFolder, library: str) -> str:
+def _why_missing(folder: PipelineFolder, library: str) -> str:
     """What to say of a class that is not installed."""
     made = folder.index.get("_diffusers_version")
     installed = {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
@@ -99,7 +99,7 @@ def assemble(folder: PipelineFolder, models: Mapping[str, nn.Module]) -> Any:
     absent = {name: None for name, value in folder.arguments.items() if value is None and name in known}
     try:
         with quiet(), _no_progress():
-            pipeline = _on_device(kind).from_pretrained(folder.path, local_files_only=True, **models, **absent)
+            pipeline = _with_own_device(kind).from_pretrained(folder.path, local_files_only=True, **models, **absent)
     except (ImportError, OSError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise LoadError(
@@ -117,7 +117,7 @@ def _made_by(folder: PipelineFolder) -> str:
 
 
 @cache
-def _on_device(kind: Any) -> Any:
+def _with_own_device(kind: Any) -> Any:
     """The pipeline's class, which knows where models compute whose weights rest elsewhere."""
 
     @property  # type: ignore[misc]

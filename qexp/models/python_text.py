@@ -47,7 +47,7 @@ def parsed(spec: ModuleSpec) -> ast.Module | None:
 def check_arguments(name: str, module: ast.Module | None, given: Mapping[str, Any]) -> None:
     """Raises ConfigError for an argument that the factory `name` does not take, or whose type is another one than it
     declares; what the text does not say is left to the call."""
-    found = _parameters(module, name.partition(":")[2]) if module is not None else None
+    found = _find_parameters(module, name.partition(":")[2]) if module is not None else None
     if found is None:
         return
     known = {argument.arg: argument for argument in found}
@@ -55,7 +55,7 @@ def check_arguments(name: str, module: ast.Module | None, given: Mapping[str, An
         if key not in known:
             takes = f"it takes {choices(known)}" if known else "it takes none"
             raise ConfigError(f"model.arguments.{key}{did_you_mean(key, known)} is no argument of {name}; {takes}")
-        types = _types(known[key])
+        types = _declared_types(known[key])
         if types and not _is_any(value, types):
             wanted = choices(WORDS[kind] for kind in types)
             raise ConfigError(
@@ -64,7 +64,7 @@ def check_arguments(name: str, module: ast.Module | None, given: Mapping[str, An
             )
 
 
-def _parameters(module: ast.Module, function: str) -> list[ast.arg] | None:
+def _find_parameters(module: ast.Module, function: str) -> list[ast.arg] | None:
     """The parameters of a function, or of a class's own __init__; None if it takes any, or is not found."""
     node = next((n for n in module.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == function), None)
     if isinstance(node, ast.ClassDef):
@@ -79,7 +79,7 @@ def _parameters(module: ast.Module, function: str) -> list[ast.arg] | None:
     return [*node.args.args[count:], *node.args.kwonlyargs]
 
 
-def _types(argument: ast.arg) -> list[type]:
+def _declared_types(argument: ast.arg) -> list[type]:
     """The scalar types that a parameter is declared to take; [] if it says nothing, or more than such types."""
     if argument.annotation is None:
         return []

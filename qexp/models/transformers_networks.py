@@ -187,12 +187,12 @@ def _class_for(kind: Any, config: Any) -> Any:
         return kind
     for auto in vars(modeling_auto).values():
         known = getattr(auto, "_model_mapping", None)
-        if known is not None and type(config) in known and kind in _listed(known, kind.config_class):
-            return _listed(known, type(config))[0]
+        if known is not None and type(config) in known and kind in _listed_networks(known, kind.config_class):
+            return _listed_networks(known, type(config))[0]
     return kind
 
 
-def _listed(classes: Any, config_class: Any) -> tuple[Any, ...]:
+def _listed_networks(classes: Any, config_class: Any) -> tuple[Any, ...]:
     """The networks that an Auto class has for a class of configs."""
     found = classes.get(config_class, ())
     return found if isinstance(found, tuple) else (found,)

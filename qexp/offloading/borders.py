@@ -95,7 +95,7 @@ class Borders:
 
     def _as_outermost(self, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
-            home = next((tensor.device for tensor in _tensors((args, kwargs))), self._main)
+            home = next((tensor.device for tensor in _tensors_in((args, kwargs))), self._main)
             args, kwargs = travel((args, kwargs), self._main)
             return travel(forward(*args, **kwargs), home)
 
@@ -139,7 +139,7 @@ class Alignment(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._is_active and func not in TAKES_ANY:
-            tensors = list(_tensors((args, kwargs)))
+            tensors = list(_tensors_in((args, kwargs)))
             if len({tensor.device for tensor in tensors if tensor.dim() or tensor.device.type != "cpu"}) > 1:
                 args, kwargs = travel((args, kwargs), self._target(func, tensors, kwargs))
         return func(*args, **kwargs)
@@ -147,7 +147,7 @@ class Alignment(TorchFunctionMode):
     def _target(self, func: Any, tensors: list[Tensor], kwargs: Mapping[str, Any]) -> torch.device:
         name = func.__name__
         changes_first = name.endswith("_") and (not name.startswith("__") or name.startswith("__i"))
-        changed = list(_tensors(kwargs.get("out"))) or tensors[:1] * changes_first
+        changed = list(_tensors_in(kwargs.get("out"))) or tensors[:1] * changes_first
         own = {
             id(tensor) for module in self.owners for tensor in (*module._parameters.values(), *module._buffers.values())
         }
@@ -158,7 +158,7 @@ class Alignment(TorchFunctionMode):
 def travel(value: Any, device: torch.device) -> Any:
     """A value with all tensors in it on a device; the value itself if they are there."""
     if isinstance(value, Tensor):
-        return value if value.device == device else _moved(value, device)
+        return value if value.device == device else _move_tensor(value, device)
     if isinstance(value, list | tuple):
         parts = [travel(part, device) for part in value]
         if all(new is old for new, old in zip(parts, value, strict=True)):
@@ -170,7 +170,7 @@ def travel(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Any:
+def _move_tensor(tensor: Tensor, device: torch.device) -> Any:
     """Through its leaves: `.to()` of some quantized tensors loses parts."""
     if type(tensor) in (Tensor, nn.Parameter):
         return tensor.to(device)
@@ -178,14 +178,14 @@ def _moved(tensor: Tensor, device: torch.device) -> Any:
     return rebuild([part.to(device) for part in parts])[0]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _tensors(part)
+            yield from _tensors_in(part)
     elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
+        yield from _tensors_in(list(value.values()))
 
 
 def _current(device: torch.device) -> Any:

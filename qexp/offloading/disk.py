@@ -78,7 +78,7 @@ class DiskStore:
                         os.posix_fallocate(handle, 0, nbytes)  # a full disk is found here, not in the middle
                     for chunk in _stream(pieces, nbytes):
                         digest.update(chunk)
-                        _write_all(handle, chunk)
+                        _write_chunk(handle, chunk)
                     os.fdatasync(handle)  # dirty pages cannot be dropped
                     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
                 finally:
@@ -139,7 +139,7 @@ class WeightFile:
                 if direct:
                     _read_directly(handle, view)
                 else:
-                    _read(handle, view)
+                    _fill_from_file(handle, view)
                     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(handle)
@@ -160,7 +160,7 @@ class WeightFile:
         self.path.unlink(missing_ok=True)
 
 
-def _read(handle: int, view: memoryview, done: int = 0) -> None:
+def _fill_from_file(handle: int, view: memoryview, done: int = 0) -> None:
     """Fill a buffer from a file's beginning. done: bytes that are there already."""
     while done < len(view):
         got = os.preadv(handle, [view[done:]], done)
@@ -250,7 +250,7 @@ def _stream(pieces: Pieces, nbytes: int) -> Iterator[memoryview]:
     yield memoryview(bytes(nbytes - position))
 
 
-def _write_all(handle: int, chunk: memoryview) -> None:
+def _write_chunk(handle: int, chunk: memoryview) -> None:
     while len(chunk):
         chunk = chunk[os.write(handle, chunk) :]
 

@@ -147,7 +147,7 @@ def published_overrides(name: str, compute_dtype: str) -> list[str]:
     ]
 
 
-def _parser(program: str | None = None) -> argparse.ArgumentParser:
+def _predict_parser(program: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -170,7 +170,7 @@ def _parser(program: str | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 with tables, 1 with one line that says why there are none."""
-    options = _parser(program_name("predict")).parse_args(arguments)
+    options = _predict_parser(program_name("predict")).parse_args(arguments)
     try:
         with TemporaryFile() as log, library_output_in(log):
             answer = _answer(options)
@@ -196,7 +196,7 @@ def _answer(options: argparse.Namespace) -> str:
         _check_backend(backend)
     dtype = options.compute_dtype
     if overrides:
-        models = {_name(overrides): [*overrides, *([f"compute_dtype={dtype}"] if dtype else [])]}
+        models = {_name_of_model(overrides): [*overrides, *([f"compute_dtype={dtype}"] if dtype else [])]}
     else:
         models = {name: published_overrides(name, dtype or "bfloat16") for name in names or architecture_names()}
     backends = backends or (_backend_in(overrides),)
@@ -217,7 +217,7 @@ def _sorted_words(words: Sequence[str]) -> tuple[list[str], list[str], int | Non
     for override in list(overrides):
         key, _, value = override.partition("=")
         if key == "memory":
-            memory = _memory(value)
+            memory = _parse_memory(value)
         elif key == "backend":
             backends = tuple(value.split(","))
         else:
@@ -247,7 +247,7 @@ def _check_backend(name: str) -> None:
         )
 
 
-def _memory(value: str) -> int:
+def _parse_memory(value: str) -> int:
     if value.strip().isdigit():
         raise ConfigError(f"memory={value} has no unit; write memory={value.strip()}GiB, or MiB or GB")
     found = parse_bytes(value, "memory")
@@ -256,7 +256,7 @@ def _memory(value: str) -> int:
     return found
 
 
-def _name(overrides: Sequence[str]) -> str:
+def _name_of_model(overrides: Sequence[str]) -> str:
     """What to call a model: its folder's or file's name, else its option."""
     given = {key.lstrip("+"): value.strip("'\"") for key, _, value in (one.partition("=") for one in overrides)}
     path = given.get("model.path") or given.get("model.checkpoint")

@@ -40,7 +40,7 @@ def weights_table(
         for component in model.components:
             parts = [column.get(component) for column in model.columns.values()]
             known = next((part for part in parts if part is not None), None)
-            head = [_count(known.parameters), size(known.file_bytes, unit)] if known else [NOTHING, NOTHING]
+            head = [_count_cell(known.parameters), size(known.file_bytes, unit)] if known else [NOTHING, NOTHING]
             cells = [size(part.result_bytes, unit) if part else NOTHING for part in parts]
             lines.append([model.name, component, *head, *cells])
         lines += _sums(model, backends, unit)
@@ -52,16 +52,16 @@ def weights_table(
 def _sums(model: ModelForecast, backends: Sequence[str], unit: str) -> list[list[str]]:
     whole = [list(column.values()) for name, column in model.columns.items() if name in model.offload]
     first = whole[0] if whole else []
-    head = [_count(sum(part.parameters for part in first)), size(sum(part.file_bytes for part in first), unit)]
+    head = [_count_cell(sum(part.parameters for part in first)), size(sum(part.file_bytes for part in first), unit)]
     totals = [model.offload[name]["none"] if name in model.offload else None for name in backends]
     return [
         [
             model.name,
             "total",
             *(head if first else [NOTHING, NOTHING]),
-            *(_cell(one.device if one else None, unit) for one in totals),
+            *(_memory_cell(one.device if one else None, unit) for one in totals),
         ],
-        [model.name, "peak of loading", "", "", *(_cell(one.loading if one else None, unit) for one in totals)],
+        [model.name, "peak of loading", "", "", *(_memory_cell(one.loading if one else None, unit) for one in totals)],
     ]
 
 
@@ -91,11 +91,11 @@ def size(nbytes: int, unit: str) -> str:
     return f"{nbytes / UNITS[unit]:.2f}"
 
 
-def _cell(nbytes: int | None, unit: str) -> str:
+def _memory_cell(nbytes: int | None, unit: str) -> str:
     return NOTHING if nbytes is None else size(nbytes, unit)
 
 
-def _count(number: int) -> str:
+def _count_cell(number: int) -> str:
     """'11.90 B', '5.01 M' or '610': how many numbers a model has."""
     for letter, amount in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if number >= amount / 10 and number >= 1000:

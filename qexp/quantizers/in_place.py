@@ -57,17 +57,17 @@ def check_not_in_place(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
         return
     if func == SET_DATA:
         if _is_quantized(args[0]) and _is_dense(args[1], args[0]):
-            raise _refusal(name, args[0])
+            raise _in_place_error(name, args[0])
     elif name in COPIES:
         if len(args) > 1 and _is_quantized(args[0]) and not _has_same_format(args[0], args[1]):
-            raise _refusal(name, args[0])
+            raise _in_place_error(name, args[0])
     elif name in OPERATORS or (name.endswith("_") and not name.endswith("__")):
-        for target in _tensors(args[:1] or [(kwargs or {}).get("tensor")]):
+        for target in _tensors_among(args[:1] or [(kwargs or {}).get("tensor")]):
             if _is_quantized(target) and not _is_transformers_initializing():
-                raise _refusal(name, target)
-    for target in _tensors([kwargs.get("out")] if kwargs else ()):
+                raise _in_place_error(name, target)
+    for target in _tensors_among([kwargs.get("out")] if kwargs else ()):
         if _is_quantized(target):
-            raise _refusal(name, target)
+            raise _in_place_error(name, target)
 
 
 def call_unless_in_place(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
@@ -101,7 +101,7 @@ class PackedBytes(Tensor):
         return call_unless_in_place(func, args, kwargs)
 
 
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+def _tensors_among(values: Sequence[Any]) -> Iterator[Tensor]:
     for value in values:
         yield from (part for part in (value if isinstance(value, (list, tuple)) else [value]) if _is_tensor(part))
 
@@ -152,7 +152,7 @@ def _has_same_format(target: Any, source: Any) -> bool:
         )
 
 
-def _refusal(name: str, weight: Tensor) -> ConfigError:
+def _in_place_error(name: str, weight: Tensor) -> ConfigError:
     what = ".data = …" if name == "__set__" else name
     return ConfigError(
         f"{what} on a quantized weight ({type(weight).__name__}): its numbers cannot be changed in place. Keep a LoRA "

@@ -41,10 +41,10 @@ def is_linear_forward(kind: type[nn.Linear]) -> bool:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body
     except (OSError, TypeError, SyntaxError, ValueError):  # made at run time
         return False
-    return isinstance(function, ast.FunctionDef) and _is_linear(function, kind.forward.__globals__)
+    return isinstance(function, ast.FunctionDef) and _computes_linear(function, kind.forward.__globals__)
 
 
-def _is_linear(function: ast.FunctionDef, names: dict[str, Any]) -> bool:
+def _computes_linear(function: ast.FunctionDef, names: dict[str, Any]) -> bool:
     arguments = function.args
     more = [*arguments.posonlyargs, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
     if function.decorator_list or len(arguments.args) != 2 or any(more):
@@ -102,7 +102,7 @@ class _Run:
         if isinstance(node, ast.Attribute):
             return self.attribute(node)
         if isinstance(node, ast.BinOp):
-            operation = {ast.MatMult: _product, ast.Add: _sum}.get(type(node.op))
+            operation = {ast.MatMult: _product, ast.Add: _add_terms}.get(type(node.op))
             return operation(self.value(node.left), self.value(node.right)) if operation else None
         return self.call(node) if isinstance(node, ast.Call) else None
 
@@ -116,13 +116,13 @@ class _Run:
         values = [self.value(argument) for argument in node.args]
         function = self.resolve(node.func)
         if function in LINEAR and named.keys() <= {"bias"} and values[:2] == [INPUT, WEIGHT]:
-            return _sum(PRODUCT, [*values[2:], named.get("bias", NOTHING)][0])
+            return _add_terms(PRODUCT, [*values[2:], named.get("bias", NOTHING)][0])
         if named:
             return None
         if function in MATMUL and len(values) == 2:
             return _product(values[0], values[1])
         if function in ADD and len(values) == 2:
-            return _sum(values[0], values[1])
+            return _add_terms(values[0], values[1])
         if isinstance(node.func, ast.Attribute) and self.value(node.func.value) == WEIGHT:
             dims = {ast.unparse(argument) for argument in node.args}
             is_turned = (node.func.attr, frozenset(dims)) in {("t", frozenset()), *_TRANSPOSED}
@@ -143,7 +143,7 @@ def _product(left: str | None, right: str | None) -> str | None:
     return PRODUCT if (left, right) == (INPUT, TURNED) else None
 
 
-def _sum(left: str | None, right: str | None) -> str | None:
+def _add_terms(left: str | None, right: str | None) -> str | None:
     if {left, right} == {PRODUCT, BIAS}:
         return RESULT
     return PRODUCT if (left, right) == (PRODUCT, NOTHING) else None

@@ -65,7 +65,7 @@ def row_slices(
     start = 0
     while start < rows:
         stop = rows if rows - start <= step + 1 else start + step
-        part = _cast(
+        part = _cast_part(
             _rows_on(device, weight, start, stop, columns), spec.dtype
         ).contiguous()  # kernels take addresses, not strides
         if check:
@@ -84,7 +84,7 @@ def _rows_on(device: torch.device, weight: Tensor | Rows, start: int, stop: int,
     return part
 
 
-def _cast(part: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast_part(part: Tensor, dtype: torch.dtype) -> Tensor:
     """In a dtype; from bf16 to fp16 by way of fp32, which is exact, and four times as fast on a CPU."""
     is_slow = part.itemsize == 2 and dtype.itemsize == 2 and part.dtype != dtype
     return part.float().to(dtype) if is_slow and part.device.type == "cpu" else part.to(dtype)

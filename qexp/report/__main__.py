@@ -23,7 +23,7 @@ from qexp.system.program_name import program_name
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 1 with one line that says what is wrong."""
-    parser = _parser()
+    parser = _report_parser()
     options = parser.parse_args(arguments)
     if options.online and not options.wandb:
         parser.error("--online says where the W&B report goes: add --wandb")
@@ -70,7 +70,7 @@ def write_report(outputs: Path, name: str, rows: list[Row]) -> list[Path]:
     return [folder / file for file in ("results.csv", "report.md", *plots)]
 
 
-def _parser() -> argparse.ArgumentParser:
+def _report_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program_name("report"), description="Compare the experiments of a sweep.")
     parser.add_argument("sweep", nargs="?", help="its name, a folder in <outputs>/sweeps (default: the latest)")
     parser.add_argument("--outputs", default="outputs", help="where results are kept (default: outputs)")

@@ -27,19 +27,19 @@ def report_markdown(manifest: Mapping[str, Any], rows: list[Row], folder: Path, 
     parts = [f"# Sweep {manifest['name']}", report_intro(manifest, rows)]
     parts += ["## Results", _results(done, folder)] if done else []
     parts += [f"![memory against quality]({plot})" for plot in plots]
-    parts += ["## Without a result", _failures(failures, folder)] if failures else []
+    parts += ["## Without a result", _failures_table(failures, folder)] if failures else []
     parts += ["## Machine and versions", *_environments(rows)] if done else []
     return "\n\n".join([*parts, "All numbers, and every setting that varies: [results.csv](results.csv)."]) + "\n"
 
 
 def report_intro(manifest: Mapping[str, Any], rows: list[Row]) -> str:
     """What was run, why, how it ended, and the command that runs it again."""
-    notes = [_cell(manifest["notes"])] if manifest.get("notes") else []
+    notes = [_escape_cell(manifest["notes"])] if manifest.get("notes") else []
     command = [f"To run it again:\n\n```\n{shlex.join(manifest['command'])}\n```"] if manifest["command"] else []
-    return "\n\n".join([_summary(manifest, rows), *notes, *command])
+    return "\n\n".join([_summary_line(manifest, rows), *notes, *command])
 
 
-def _summary(manifest: Mapping[str, Any], rows: list[Row]) -> str:
+def _summary_line(manifest: Mapping[str, Any], rows: list[Row]) -> str:
     """'12 experiments, started 2026-01-02 03:04: 9 done (2 reused), 2 failed, 1 not run, or cut off.'"""
     number, _, counts = count_line(rows, manifest.get("total")).partition(": ")
     models = ", ".join(dict.fromkeys(str(row["config"]["model"]["source"]) for row in rows if row["config"]))
@@ -52,27 +52,27 @@ def _summary(manifest: Mapping[str, Any], rows: list[Row]) -> str:
 def _results(done: list[Row], folder: Path) -> str:
     """The smallest weights first, quality and time beside them."""
     table = [{name: text for name, text in line.items() if name not in ("#", "status")} for line in table_cells(done)]
-    links = [", ".join(dict.fromkeys(_link(run, folder) for run in row.get("members", [row]))) for row in done]
+    links = [", ".join(dict.fromkeys(_folder_link(run, folder) for run in row.get("members", [row]))) for row in done]
     lines = [[*line.values(), link] for line, link in zip(table, links, strict=True)]
     header = list(table[0])
     aligned = [":--" if name in TEXTS else "--:" for name in header]
     return _table([*(name.replace("/ ", "/") for name in header), "run"], [*aligned, ":--"], lines)
 
 
-def _failures(failures: list[Row], folder: Path) -> str:
-    lines = [[row["name"], status_text(row), row["message"], _link(row, folder)] for row in failures]
+def _failures_table(failures: list[Row], folder: Path) -> str:
+    lines = [[row["name"], status_text(row), row["message"], _folder_link(row, folder)] for row in failures]
     return _table(["experiment", "status", "reason", "run"], [":--"] * 4, lines)
 
 
 def _table(header: list[str], aligned: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in [header, aligned, *lines])
+    return "\n".join("| " + " | ".join(map(_escape_cell, line)) + " |" for line in [header, aligned, *lines])
 
 
-def _cell(value: object) -> str:
+def _escape_cell(value: object) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
-def _link(row: Row, folder: Path) -> str:
+def _folder_link(row: Row, folder: Path) -> str:
     if row["folder"] is None:
         return ""
     target = os.path.relpath(row["folder"], folder).replace(os.sep, "/").replace(" ", "%20")
@@ -84,7 +84,7 @@ def _environments(rows: list[Row]) -> list[str]:
     machines: dict[tuple[str, ...], list[Row]] = {}
     for row in (row for row in rows if row["status"] == "done"):
         machines.setdefault(tuple(str(row["env"].get(name)) for name in MACHINE), []).append(row)
-    texts = [_environment([row["env"] for row in found]) for found in machines.values()]
+    texts = [_environment_table([row["env"] for row in found]) for found in machines.values()]
     if len(texts) == 1:
         return texts
     warning = f"Measured on {len(texts)} different machines: times and peaks of memory cannot be compared between them."
@@ -92,7 +92,7 @@ def _environments(rows: list[Row]) -> list[str]:
     return [warning, *named]
 
 
-def _environment(environments: list[Mapping[str, Any]]) -> str:
+def _environment_table(environments: list[Mapping[str, Any]]) -> str:
     first = environments[0]
     versions: dict[str, dict[str, None]] = {}
     for environment in environments:

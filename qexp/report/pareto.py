@@ -67,25 +67,25 @@ def points_of(rows: list[Row], metric: Metric) -> list[Point]:
     """
     shared: dict[tuple[float, float], list[Row]] = {}
     for row in sorted(prepare(rows), key=lambda row: row["number"]):
-        quality, memory = _quality(row, metric), row["metrics"].get(MEMORY)
+        quality, memory = _quality_of(row, metric), row["metrics"].get(MEMORY)
         if memory is not None and quality is not None:
             shared.setdefault((memory, quality), []).append(row)
     return [_point(memory, quality, group, metric) for (memory, quality), group in sorted(shared.items())]
 
 
-def _quality(row: Row, metric: Metric) -> float | None:
+def _quality_of(row: Row, metric: Metric) -> float | None:
     value: float | None = row["metrics"].get(metric.name)
     return math.inf if is_infinite(row["metrics"], metric) else value
 
 
 def _point(memory: float, quality: float, group: list[Row], metric: Metric) -> Point:
-    names = [_name(row) for row in group]
+    names = [_name_of_point(row) for row in group]
     offloads = tuple(dict.fromkeys(row["offload"] for row in group))
     spread = max(row.get("spread", {}).get(metric.name, 0.0) for row in group)
     return Point(memory, quality, tuple(dict.fromkeys(names)), offloads, backend_family(group[0]["backend"]), spread)
 
 
-def _name(row: Row) -> str:
+def _name_of_point(row: Row) -> str:
     seeds = f"({row['seeds']} seeds)" if "seeds" in row else ""
     return " ".join(filter(None, (row["model"], row["backend"], row["setting"], seeds)))
 

@@ -32,11 +32,11 @@ def results_csv(rows: list[Row]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*FIRST, *settings, *metrics])
     for row, values in zip(rows, _flat_configs(rows), strict=True):
-        first = row | _labels(row) | {"group": groups.get(row["number"], "")}
+        first = row | _label_columns(row) | {"group": groups.get(row["number"], "")}
         writer.writerow(
-            [_cell(first[name]) for name in FIRST]
-            + [_cell(values.get(name)) for name in settings]
-            + [_cell(row["metrics"].get(name)) for name in metrics]
+            [_csv_cell(first[name]) for name in FIRST]
+            + [_csv_cell(values.get(name)) for name in settings]
+            + [_csv_cell(row["metrics"].get(name)) for name in metrics]
         )
     return text.getvalue()
 
@@ -68,7 +68,7 @@ def varying_settings(rows: list[Row]) -> list[str]:
     """
     configs = [flat for row, flat in zip(rows, _flat_configs(rows), strict=True) if row["config"] is not None]
     names = dict.fromkeys(name for flat in configs for name in flat)
-    return [name for name in names if len({_cell(flat[name]) for flat in configs if name in flat}) > 1]
+    return [name for name in names if len({_csv_cell(flat[name]) for flat in configs if name in flat}) > 1]
 
 
 def _flat_configs(rows: list[Row]) -> list[dict[str, Any]]:
@@ -84,13 +84,13 @@ def _flatten(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
             yield f"{prefix}{name}", item
 
 
-def _labels(row: Row) -> dict[str, str]:
+def _label_columns(row: Row) -> dict[str, str]:
     if row["config"] is None:
         return {"backend": "", "offload": ""}
     return {"backend": backend_label(row["config"]), "offload": offload_label(row["config"])}
 
 
-def _cell(value: Any) -> str:
+def _csv_cell(value: Any) -> str:
     if value is None:
         return ""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict | bool) else str(value)

@@ -54,9 +54,9 @@ def format_table(rows: Iterable[Any]) -> str:
     lines = [[_heads(name)[part] for name in header] for part in (0, 1)]
     lines += [[line[name] for name in header] for line in table]
     widths = _fit([max(map(len, column)) for column in zip(*lines, strict=True)], header)
-    text = [_line(line, widths, header) for line in lines]
-    text.insert(2, _line(["─" * width for width in widths], widths, header))
-    return "\n".join([*text, *_cut_settings(table, dict(zip(header, widths, strict=True))), *_failures(prepared)])
+    text = [_table_line(line, widths, header) for line in lines]
+    text.insert(2, _table_line(["─" * width for width in widths], widths, header))
+    return "\n".join([*text, *_cut_settings(table, dict(zip(header, widths, strict=True))), *_failure_lines(prepared)])
 
 
 def _heads(name: str) -> tuple[str, str]:
@@ -185,7 +185,7 @@ def _fit(widths: list[int], header: list[str]) -> list[int]:
     return widths
 
 
-def _line(words: list[str], widths: list[int], header: list[str]) -> str:
+def _table_line(words: list[str], widths: list[int], header: list[str]) -> str:
     align: list[Callable[[str, int], str]] = [str.ljust if name in TEXTS[1:] else str.rjust for name in header]
     parts = zip(align, words, widths, strict=True)
     return "  ".join(put(_shorten(word, width), width) for put, word, width in parts).rstrip()
@@ -202,7 +202,7 @@ def _cut_settings(table: list[dict[str, str]], widths: Mapping[str, int]) -> lis
     return ["", *(f"#{line['#']}: {line['setting']}" for line in cut)] if cut else []
 
 
-def _failures(prepared: list[Row]) -> list[str]:
+def _failure_lines(prepared: list[Row]) -> list[str]:
     """A paragraph for each experiment without a result: its name, and what it says."""
     lines = []
     for row in sorted(prepared, key=lambda row: row["number"]):

@@ -49,7 +49,7 @@ def publish_report(outputs: Path, name: str, rows: list[Row], *, online: bool | 
         report = _build(read_manifest(outputs, name), rows, tracking["project"], entity)
         spec = _spec(report)
         if mode == "online":
-            stored = _save(report, stored["id"])
+            stored = _save_report(report, stored["id"])
     write_json(folder / FILE_NAME, {"title": report.title, "project": report.project, **stored, "spec": spec})
     return f"W&B report: {stored['url']}" if mode == "online" else f"wrote {folder / FILE_NAME}"
 
@@ -126,7 +126,7 @@ def _spec(report: Any) -> Any:
     return json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
 
 
-def _save(report: Any, known_id: str | None) -> dict[str, Any]:
+def _save_report(report: Any, known_id: str | None) -> dict[str, Any]:
     """Save the report, over the one that was saved from this sweep before."""
     if known_id is not None:
         report.id = known_id

@@ -42,7 +42,7 @@ def model_packages(config: RunConfig) -> tuple[str, ...]:
 
 def versions_of(packages: Iterable[str]) -> dict[str, str | None]:
     """Installed versions, None for what is not installed."""
-    return {package: _version(package) for package in packages}
+    return {package: _package_version(package) for package in packages}
 
 
 def describe_environment(config: RunConfig) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _required(plugin: Any) -> tuple[str, ...]:
     return tuple(plugin.required_packages)
 
 
-def _version(package: str) -> str | None:
+def _package_version(package: str) -> str | None:
     if package == "qexp":
         return __version__  # of a checkout, metadata is that of the day it was set up
     try:

@@ -47,10 +47,10 @@ def outcome_of(error: BaseException) -> Outcome:
         return Outcome("failed", "exit", f"the experiment called sys.exit({error.code!r})")
     named = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if _is_out_of_memory(error, text):
-        return Outcome("failed", "oom", f"out of memory ({_shortened(named)}); {SMALLER}")
+        return Outcome("failed", "oom", f"out of memory ({_cut_text(named)}); {SMALLER}")
     if _is_disk(error, text):
-        return Outcome("failed", "disk", f"{_shortened(named)}; free space or make it writable, or set paths.outputs=")
-    return Outcome("failed", "error", _shortened(named))
+        return Outcome("failed", "disk", f"{_cut_text(named)}; free space or make it writable, or set paths.outputs=")
+    return Outcome("failed", "error", _cut_text(named))
 
 
 def outcome_of_exit(code: int, oom_kills: int | None = None) -> Outcome:
@@ -93,5 +93,5 @@ def _is_disk(error: BaseException, text: str) -> bool:
     return any(words in text for words in DISK_WORDS)
 
 
-def _shortened(text: str, limit: int = 400) -> str:
+def _cut_text(text: str, limit: int = 400) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"

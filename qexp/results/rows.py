@@ -23,10 +23,10 @@ GONE = ("missing", "damaged")  # statuses of an experiment that had a result, wh
 def sweep_names(outputs: Path | str) -> list[str]:
     """Names of the sweeps in an outputs folder, the one that started last at the end."""
     folders = [path.parent.name for path in Path(outputs, "sweeps").glob("*/manifest.json")]
-    return sorted(folders, key=lambda name: (_started(outputs, name), name))
+    return sorted(folders, key=lambda name: (_read_start(outputs, name), name))
 
 
-def _started(outputs: Path | str, name: str) -> str:
+def _read_start(outputs: Path | str, name: str) -> str:
     try:
         return str(read_manifest(outputs, name).get("started"))
     except DiskError:  # reported when it is the one that is asked for
@@ -74,19 +74,19 @@ def _row(job: dict[str, Any], folder: RunFolder) -> Row:
         return row | _missing(folder.path) if job["status"] == "done" else row
     row["folder"] = folder.path
     try:
-        return row | _labels(folder) | _ending(job, folder)
+        return row | _read_labels(folder) | _read_ending(job, folder)
     except DiskError as error:
-        return row | _damaged(str(error))
+        return row | _damaged_row(str(error))
     except (KeyError, TypeError, AttributeError) as error:
-        return row | _damaged(f"{folder.path}: lacks what a run leaves ({error!r}); run it again")
+        return row | _damaged_row(f"{folder.path}: lacks what a run leaves ({error!r}); run it again")
 
 
-def _labels(folder: RunFolder) -> Row:
+def _read_labels(folder: RunFolder) -> Row:
     config = read_yaml(folder.path / "config.yaml")
     return {"config": config, "label": run_label(config)} if config is not None else {}
 
 
-def _ending(job: Row, folder: RunFolder) -> Row:
+def _read_ending(job: Row, folder: RunFolder) -> Row:
     """How the experiment ended, and its numbers if it did well."""
     status = folder.read_status()
     if status is None:
@@ -102,7 +102,7 @@ def _ending(job: Row, folder: RunFolder) -> Row:
     )
 
 
-def _damaged(message: str) -> Row:
+def _damaged_row(message: str) -> Row:
     return {"status": "damaged", "reason": None, "message": message}
 
 

@@ -65,12 +65,12 @@ def torch_hub_folder() -> Path:
 
 def backbone_file(net: str) -> Path:
     """The classifier's weights. Raises: LoadError."""
-    return _downloaded("lpips", (BACKBONE_SOURCES[net],))
+    return _find_downloaded("lpips", (BACKBONE_SOURCES[net],))
 
 
 def inception_file() -> Path:
     """The weights of FID's Inception. Raises: LoadError."""
-    return _downloaded("fid", INCEPTION_SOURCES)
+    return _find_downloaded("fid", INCEPTION_SOURCES)
 
 
 def heads_file(net: str) -> Path:
@@ -114,7 +114,7 @@ def image_files(folder: str) -> list[Path]:
     return found
 
 
-def _downloaded(metric: str, sources: tuple[str, ...]) -> Path:
+def _find_downloaded(metric: str, sources: tuple[str, ...]) -> Path:
     """The file of one of `sources` in torch.hub's folder."""
     folder = torch_hub_folder()
     for source in sources:

@@ -40,7 +40,7 @@ def sheet(values: Tensor, title: str, names: Sequence[object]) -> Image.Image:
     """
     from PIL import Image, ImageDraw
 
-    pixels = _rgb(_resized(values[:MAX_IMAGES]))  # [n, height, width, 3]
+    pixels = _to_rgb_bytes(_resized(values[:MAX_IMAGES]))  # [n, height, width, 3]
     columns = min(COLUMNS, len(pixels), max(1, MAX_WIDTH // (pixels.shape[2] + GAP)))
     shown = [str(name) for name in names[: len(pixels)]]
     of_columns = all(name == shown[number % columns] for number, name in enumerate(shown))
@@ -54,12 +54,12 @@ def sheet(values: Tensor, title: str, names: Sequence[object]) -> Image.Image:
         left, line = GAP + number % columns * width, top + number // columns * height
         picture.paste(Image.fromarray(image.numpy()), (left, line + above))
         if (number == 0 or shown[number] != shown[number - 1]) and (number < columns or not of_columns):
-            name = _shortened(shown[number], pixels.shape[2])
+            name = _shorten_label(shown[number], pixels.shape[2])
             draw.text((left + pixels.shape[2] // 2, line + above - TITLE_HEIGHT - 2), name, INK, anchor="ma")
     return picture
 
 
-def _shortened(name: str, width: int) -> str:
+def _shorten_label(name: str, width: int) -> str:
     letters = max(width // LETTER_WIDTH, 1)
     plain = name.encode("latin-1", "replace").decode("latin-1")  # what the font has
     return plain if len(plain) <= letters else f"{plain[: letters - 2]}.." if letters > 4 else plain[:letters]
@@ -75,7 +75,7 @@ def _resized(values: Tensor) -> Tensor:
     return values.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
 
 
-def _rgb(values: Tensor) -> Tensor:
+def _to_rgb_bytes(values: Tensor) -> Tensor:
     """[n, 1 or 3, height, width] in [0, 1] -> uint8 [n, height, width, 3], magenta where a channel is not finite."""
     values = values.float().expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
     broken = ~values.isfinite().all(-1, keepdim=True)
@@ -117,19 +117,19 @@ def write_images(images: Tensor, frames: int, folder: Path) -> None:
     from PIL import Image
 
     for number, video in enumerate(images.split(frames)[:MAX_IMAGES]):
-        first, *others = [Image.fromarray(pixels.numpy()) for pixels in _rgb((video + 1) / 2)]
+        first, *others = [Image.fromarray(pixels.numpy()) for pixels in _to_rgb_bytes((video + 1) / 2)]
         if not others:
             save_png(first, folder / f"{number:04}.png")
             continue
-        _save(first, folder / f"{number:04}.webp", "WEBP", save_all=True, append_images=others, duration=FRAME_MS)
+        _save_image(first, folder / f"{number:04}.webp", "WEBP", save_all=True, append_images=others, duration=FRAME_MS)
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write a picture so that `path` never holds half of one. Raises DiskError."""
-    _save(picture, path, "PNG")
+    _save_image(picture, path, "PNG")
 
 
-def _save(picture: Image.Image, path: Path, kind: str, **settings: Any) -> None:
+def _save_image(picture: Image.Image, path: Path, kind: str, **settings: Any) -> None:
     data = io.BytesIO()
     picture.save(data, kind, **settings)
     write_bytes(path, data.getvalue())

@@ -23,15 +23,15 @@ def job_name(number: int | None, total: int | None, label: str) -> str:
 
 def end_line(name: str, row: JobRow, manifest: Mapping[str, Any] | None) -> str:
     """How a job ended: its main numbers, or why it has none; and how far the sweep is."""
-    parts = [f"{_ending(row)}"]
+    parts = [f"{_ending_words(row)}"]
     if row.status == "done":
-        parts += [words for words in (_quality(row.metrics), _weights(row.metrics)) if words]
+        parts += [words for words in (_quality_words(row.metrics), _weights_words(row.metrics)) if words]
     elif row.message:
         parts[0] += f": {row.message}"
     return f"{name}: {', '.join(parts)}{_how_far(manifest)}"
 
 
-def _ending(row: JobRow) -> str:
+def _ending_words(row: JobRow) -> str:
     if row.status == "done":
         done = "scored again" if row.rescored else f"done in {row.seconds:.1f} s"
         return f"reused from {row.key}" if row.reused else done
@@ -39,7 +39,7 @@ def _ending(row: JobRow) -> str:
     return f"{'still ' if row.reused and row.status != 'skipped' else ''}{row.status}{reason}"
 
 
-def _quality(metrics: Mapping[str, float | None]) -> str | None:
+def _quality_words(metrics: Mapping[str, float | None]) -> str | None:
     if metrics.get("quality/finite") == 0:
         count = metrics.get("quality/nonfinite")
         return f"not finite ({count:.0f} values)" if count else "not finite"
@@ -51,7 +51,7 @@ def _quality(metrics: Mapping[str, float | None]) -> str | None:
     return next((brief.format(value) for brief, value in shown if value is not None), None)
 
 
-def _weights(metrics: Mapping[str, float | None]) -> str | None:
+def _weights_words(metrics: Mapping[str, float | None]) -> str | None:
     gib = metrics.get("memory/weights_gib")
     return None if gib is None else format_memory(gib)
 

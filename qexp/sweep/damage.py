@@ -44,10 +44,10 @@ def find_damage(folder: RunFolder) -> dict[str, str]:
         "config.yaml": lambda: read_yaml(folder.path / "config.yaml"),
         OUTPUTS: lambda: _check_outputs(folder.path / OUTPUTS),
     }
-    return {name: reason for name, check in checks.items() if (reason := _reason(check)) is not None}
+    return {name: reason for name, check in checks.items() if (reason := _find_damage(check)) is not None}
 
 
-def _reason(check: Callable[[], object]) -> str | None:
+def _find_damage(check: Callable[[], object]) -> str | None:
     try:
         check()
     except DamagedFileError as error:

@@ -149,7 +149,7 @@ def _perform(job: _Job, row: JobRow) -> JobRow:
             _say_what_differs(job, folder)
         else:
             if decision.action == "run":
-                _check(job.config, folder)
+                _check_before_clearing(job.config, folder)
             job.say(_start_words(decision))
             status = _score(job, folder) if decision.action == "score" else _execute(job, folder, None)
         rescored = decision.action == "score" and status is not None and status.status == "done"
@@ -170,7 +170,7 @@ def _say_what_differs(job: _Job, folder: RunFolder) -> None:
 _SAID: set[tuple[str | None, str]] = set()  # (beginning of a sweep, what differs)
 
 
-def _check(config: RunConfig, folder: RunFolder) -> None:
+def _check_before_clearing(config: RunConfig, folder: RunFolder) -> None:
     """Raises: QexpError for what can be known while an earlier result is still there."""
     if config.save.path is not None:
         check_writable(Path(config.save.path), "save.path=")
@@ -217,7 +217,7 @@ def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -
         if saves_outputs(job.config):
             reference = known_reference(job.config, (previous or {}).get("reference"))
             if reference is None:
-                check = partial(_refusal, job, folder, run) if previous is None else lambda: None
+                check = partial(_find_refusal, job, folder, run) if previous is None else lambda: None
                 reference, status = ensure_reference(job.config, work, run, job.say, job.since, check)
                 if reference is None:
                     return status
@@ -236,7 +236,7 @@ def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -
         return status
 
 
-def _refusal(job: _Job, folder: RunFolder, run: Callable[[Work], Status]) -> Status | None:
+def _find_refusal(job: _Job, folder: RunFolder, run: Callable[[Work], Status]) -> Status | None:
     """How an experiment ends that cannot run, as far as that is known before weights are read; None if it can."""
     status = run(replace(job.work, folder=folder.path, steps="check"))
     if status.status != "done":

@@ -90,11 +90,11 @@ def do_work(work: Work) -> Status:
     try:
         folder.write_status(running)
         if work.steps == "check":
-            config = _config_of(folder)
+            config = _read_config(folder)
             folder.write_json("env.json", describe_environment(config))
             _function(work.check)(config, folder.path)
         else:
-            folder.write_json("result.json", _result(work, folder))
+            folder.write_json("result.json", _make_result(work, folder))
     except BaseException as error:
         outcome = outcome_of(error)
         _log_traceback(folder)
@@ -110,13 +110,13 @@ def do_work(work: Work) -> Status:
     return status
 
 
-def _config_of(folder: RunFolder) -> RunConfig:
+def _read_config(folder: RunFolder) -> RunConfig:
     return run_config_from_container(yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8")))
 
 
-def _result(work: Work, folder: RunFolder) -> dict[str, Any]:
+def _make_result(work: Work, folder: RunFolder) -> dict[str, Any]:
     """Run and score as ordered; the contents of result.json."""
-    config = _config_of(folder)
+    config = _read_config(folder)
     wanted = config
     if work.steps == "score":
         earlier = _earlier(folder)

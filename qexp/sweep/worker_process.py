@@ -37,7 +37,7 @@ def run_worker(work: Work, isolation: IsolationConfig, modules: Sequence[str] = 
     """
     timeout_minutes = isolation.timeout_minutes
     started, clock, oom_kills = now_iso(), time.monotonic(), count_oom_kills()
-    process, screen = _start(work, isolation.start, modules)
+    process, screen = _start_with_screen(work, isolation.start, modules)
     try:
         in_time = _follow(process, screen, work.folder / "worker.log", timeout_minutes)
     except BaseException as error:
@@ -68,11 +68,11 @@ def run_inline(work: Work) -> Status:
         return do_work(work)
 
 
-def _start(work: Work, start: str, modules: Sequence[str]) -> tuple[ChildProcess, int]:
+def _start_with_screen(work: Work, start: str, modules: Sequence[str]) -> tuple[ChildProcess, int]:
     """(the worker, the reading end of the pipe that is its screen)."""
     screen, shown = os.pipe()
     try:
-        process = _started(work, start, modules, shown)
+        process = _start_process(work, start, modules, shown)
     except BaseException:
         os.close(screen)
         raise
@@ -82,14 +82,14 @@ def _start(work: Work, start: str, modules: Sequence[str]) -> tuple[ChildProcess
     return process, screen
 
 
-def _started(work: Work, start: str, modules: Sequence[str], screen: int) -> ChildProcess:
+def _start_process(work: Work, start: str, modules: Sequence[str], screen: int) -> ChildProcess:
     """Start a worker as `start` says, or by spawn where forking is not possible."""
-    environment = _environment()
+    environment = _worker_environment()
     if start == "fork" and SERVER.is_usable:
         try:
             worker = SERVER.fork(modules, [*work.arguments(), "--start", "fork"], environment, screen)
         except ServerDied:
-            return _started(work, start, modules, screen)
+            return _start_process(work, start, modules, screen)
         if isinstance(worker, ForkedWorker):
             return worker
         _say_once(f"isolation.start=fork: {worker}; such experiments start with a fresh Python")
@@ -110,7 +110,7 @@ def _say_once(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _environment() -> dict[str, str]:
+def _worker_environment() -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": ":backslashreplace"}  # a locale may lack a letter
     return environment | {"PYTHONHASHSEED": environment.get("PYTHONHASHSEED", "0")}

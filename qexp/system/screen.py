@@ -32,7 +32,7 @@ def say(message: object, *, end: str = "\n") -> None:
 def open_screen(descriptor: int) -> None:
     """Take a descriptor as this process's screen: from here on, standard output and error are a log."""
     os.set_inheritable(descriptor, False)
-    _use(os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace"))
+    _set_screen(os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace"))
     _say_own_warnings()
 
 
@@ -49,10 +49,10 @@ def library_output_in(log: IO[bytes]) -> Iterator[None]:
         for number in kept:  # libraries print from C, too, and log to streams that they took before
             os.dup2(log.fileno(), number)
         with text, redirect_stdout(text), redirect_stderr(text):
-            _use(screen)
+            _set_screen(screen)
             yield
     finally:
-        _use(before)
+        _set_screen(before)
         logging.getLogger("qexp").removeHandler(handler)
         for number, descriptor in kept.items():
             os.dup2(descriptor, number)
@@ -70,7 +70,7 @@ def sayings_in(messages: list[str]) -> Iterator[None]:
         _collected = before
 
 
-def _use(screen: IO[str] | None) -> None:
+def _set_screen(screen: IO[str] | None) -> None:
     global _screen
     _screen = screen
 

@@ -53,13 +53,13 @@ def in_dtype(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 
-def _parameters(skeleton: nn.Module) -> dict[str, inspect.Parameter]:
+def _forward_parameters(skeleton: nn.Module) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(skeleton.forward).parameters)
 
 
 def _first_argument(skeleton: nn.Module) -> str:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = [name for name, item in _parameters(skeleton).items() if item.kind in kinds]
+    names = [name for name, item in _forward_parameters(skeleton).items() if item.kind in kinds]
     if not names:
         raise ConfigError(
             f"forward of {type(skeleton).__name__} names no argument to give a .npy file to; use .safetensors"
@@ -68,7 +68,7 @@ def _first_argument(skeleton: nn.Module) -> str:
 
 
 def _check_names(task: ForwardConfig, inputs: Mapping[str, Tensor], skeleton: nn.Module) -> None:
-    parameters, kind = _parameters(skeleton), type(skeleton).__name__
+    parameters, kind = _forward_parameters(skeleton), type(skeleton).__name__
     named = [name for name, item in parameters.items() if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
     further = next((_further_names(item) for item in parameters.values() if item.kind is item.VAR_KEYWORD), ())
     for name in inputs:

@@ -60,7 +60,7 @@ def log_run(folder: Path, config: RunConfig, sweep_name: str | None, settings: s
         try:
             _log_history(run, folder)
             _log_media(wandb, run, folder)
-            run.summary.update(_summary(folder))
+            run.summary.update(_run_summary(folder))
         except BaseException:
             run.finish(exit_code=1)
             raise
@@ -160,7 +160,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _summary(folder: Path) -> dict[str, Any]:
+def _run_summary(folder: Path) -> dict[str, Any]:
     """Metrics of a run that is done; of any other only how it ended."""
     status = read_json(folder / "status.json") or {}
     ended = {name: status.get(name) for name in ("status", "reason", "message", "seconds")}

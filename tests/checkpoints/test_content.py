@@ -70,7 +70,7 @@ def test_digest_of_large_file_sees_four_places_of_every_tensor(tensor: str, plac
 
 def test_digest_of_large_file_reads_as_many_bytes_as_promised(large: Path) -> None:
     entries = read_header(large).entries
-    places = list(content._places(entries))
+    places = list(content._sample_ranges(entries))
     assert sum(nbytes for _, nbytes in places) >= 200_000
     for entry in entries:
         own = [(start, n) for start, n in places if entry.offset <= start < entry.offset + entry.nbytes]
@@ -81,7 +81,7 @@ def test_digest_of_large_file_reads_as_many_bytes_as_promised(large: Path) -> No
 
 def test_full_digest_of_large_file_sees_every_byte_and_samples_do_not(large: Path) -> None:
     entry = read_header(large).entries[-1]
-    starts = [start for start, _ in content._places([entry])]
+    starts = [start for start, _ in content._sample_ranges([entry])]
     unseen = next(
         offset for offset in range(entry.offset, starts[-1]) if not any(s <= offset < s + 4096 * 64 for s in starts)
     )

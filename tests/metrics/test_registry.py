@@ -20,7 +20,7 @@ from qexp.report.pareto import file_name, plotted_metrics, points_of
 from qexp.report.results_csv import results_csv
 from qexp.report.table import format_table, number_columns, prepare, table_cells
 from qexp.results.rows import Row, rows_of_sweep
-from qexp.tracking.wandb_run import _summary
+from qexp.tracking.wandb_run import _run_summary
 from tests.report.factory import config, job, manifest, run_folder
 
 ROOT = Path(__file__).parents[2]
@@ -172,7 +172,7 @@ def test_one_file_is_a_metric_everywhere(mae: Metric, tmp_path: Path) -> None:
     assert "mae" in chosen_metrics()
     metrics = {"memory/weights_gib": 0.004, "quality/mae": result.value}
     folder = run_folder(tmp_path, "a", config(), metrics)
-    assert _summary(folder)["quality/mae"] == 0.25  # of the run on W&B
+    assert _run_summary(folder)["quality/mae"] == 0.25  # of the run on W&B
     run_folder(tmp_path, "b", config("quanto"), metrics | {"memory/weights_gib": 0.005, "quality/mae": 0.5})
     manifest(tmp_path, "first", [job(0, "a", []), job(1, "b", [])])
     rows = rows_of_sweep(tmp_path, "first")

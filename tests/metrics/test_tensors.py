@@ -60,7 +60,7 @@ def test_scratch_is_a_chunk_and_not_a_layer() -> None:
     layer = torch.zeros(1).expand(4096, 4096)  # no memory behind it, and not contiguous
     column = torch.zeros(4 * tensors.CHUNK_ELEMENTS + 1)
     for tensor in (layer, column):
-        pieces = [a.numel() for a, _ in tensors._chunks(tensor, tensor)]
+        pieces = [a.numel() for a, _ in tensors._matching_pieces(tensor, tensor)]
         assert max(pieces) <= tensors.CHUNK_ELEMENTS and sum(pieces) == tensor.numel()
 
 

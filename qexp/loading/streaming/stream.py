@@ -74,7 +74,7 @@ def stream(
     def make(reader: Reader, item: WorkItem, room: Tensor | None) -> Any:
         if item.read == "rows":
             return create(item, reader.rows(item.source))
-        tensors = [reader.read(entry, part) for entry, part in _parts(item, room)]
+        tensors = [reader.read(entry, part) for entry, part in _buffers_of(item, room)]
         return create(item, *_transformed(item, tensors))
 
     def worker() -> None:
@@ -173,7 +173,7 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
 
 
-def _parts(item: WorkItem, room: Tensor | None) -> Iterator[tuple[TensorEntry, Tensor]]:
+def _buffers_of(item: WorkItem, room: Tensor | None) -> Iterator[tuple[TensorEntry, Tensor]]:
     """Each entry of an item with the uint8 tensor to read it into: a part of `room`, or memory of its own."""
     start = 0
     for entry in item.entries:

@@ -108,7 +108,7 @@ def assemble_8bit(
     order = int(companions["weight_format"]) if "weight_format" in companions else 0
     if order != 0:
         remedy = "load and save it with bitsandbytes >= 0.45 first"
-        raise _damaged(spec, f"weight_format={order} is not rows in order (0); {remedy}")
+        raise _unusable_weight(spec, f"weight_format={order} is not rows in order (0); {remedy}")
     values, scale = values.to(device), companions["SCB"].to(device)
     return int8_params(values, scale, spec.dtype)
 
@@ -117,14 +117,14 @@ def check_quant_state(spec: WeightSpec, companions: Mapping[str, Tensor]) -> Non
     """Raises LoadError for a quant state that does not describe this weight, which the library would not notice."""
     described = [part for part in DESCRIPTIONS if part in companions]
     if len(described) != 1:
-        raise _damaged(spec, f"it has {choices(described)} at once")
+        raise _unusable_weight(spec, f"it has {choices(described)} at once")
     try:
         state: Any = json.loads(bytes(companions[described[0]].cpu().flatten().tolist()).decode())
         sizes = {name: state[name] for name in ("blocksize", "nested_blocksize") if name in state}
         shape, dtype, quant_type = list(state["shape"]), state["dtype"], state["quant_type"]
         offset = float(state.get("nested_offset", 0))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise _damaged(spec, f"its quant state cannot be read ({type(error).__name__}: {error})") from None
+        raise _unusable_weight(spec, f"its quant state cannot be read ({type(error).__name__}: {error})") from None
     rules = {
         f"shape {shape}": shape == list(spec.shape),
         f"quant_type {quant_type}": described[0].endswith(f"__{quant_type}"),
@@ -154,7 +154,7 @@ def _is_block_size(value: object) -> bool:
 def _check_rules(spec: WeightSpec, rules: Mapping[str, bool]) -> None:
     for value, holds in rules.items():
         if not holds:
-            raise _damaged(spec, f"its quant state has {value}")
+            raise _unusable_weight(spec, f"its quant state has {value}")
 
 
 def _check_complete(spec: WeightSpec, parts: Mapping[str, TensorEntry], needed: set[str]) -> None:
@@ -162,5 +162,5 @@ def _check_complete(spec: WeightSpec, parts: Mapping[str, TensorEntry], needed: 
         raise lacks(f"{lacking[0]!r} of the quantized weight of '{spec.module}'")
 
 
-def _damaged(spec: WeightSpec, why: str) -> LoadError:
+def _unusable_weight(spec: WeightSpec, why: str) -> LoadError:
     return LoadError(f"the quantized weight of '{spec.module}' cannot be used: {why}; download the checkpoint again")

@@ -87,7 +87,7 @@ def round_quotients(source: Any, shift: int, divisors: Any, drop: int, out: Any)
         divisor = divisors[row]
         for column in range(source.shape[1]):
             quotient = widened(source[row, column], shift) / divisor
-            out[row, column] = _int8(from_bits(_rounded(as_bits(quotient), drop)) if drop else quotient)
+            out[row, column] = _int8(from_bits(_round_bits(as_bits(quotient), drop)) if drop else quotient)
 
 
 @compiled
@@ -173,7 +173,7 @@ def _int8(value: Any) -> Any:
 
 
 @compiled
-def _rounded(bits: Any, drop: int) -> Any:
+def _round_bits(bits: Any, drop: int) -> Any:
     """The bits of a float32 rounded to even after all but its last `drop` bits."""
     last = np.uint32(np.uint32(bits >> np.uint32(drop)) & np.uint32(1))
     half = np.uint32(np.uint32(np.uint32(1) << np.uint32(drop - 1)) - np.uint32(1))
@@ -189,14 +189,14 @@ def narrowed(value: Any, drop: int) -> Any:
         return bits
     if _magnitude(bits) > INFINITY:
         return np.uint32(np.uint32(0x7FC00000) >> np.uint32(drop))  # NaN, which rounding might turn into a number
-    return np.uint32(_rounded(bits, drop) >> np.uint32(drop))
+    return np.uint32(_round_bits(bits, drop) >> np.uint32(drop))
 
 
 @compiled
 def _half(bits: Any) -> Any:
     """The float32 nearest to one in fp16, from its bits; infinite for what is infinite in fp16, or NaN."""
     magnitude = np.uint32(bits & MAGNITUDE)
-    normal = _rounded(magnitude, HALF_SHIFT)
+    normal = _round_bits(magnitude, HALF_SHIFT)
     in_steps = np.float32(from_bits(magnitude) + np.float32(0.75))  # of 2^-24, as fp16 below its normal numbers
     denormal = np.float32(in_steps - np.float32(0.75))
     found = normal if magnitude >= HALF_NORMAL else as_bits(denormal)

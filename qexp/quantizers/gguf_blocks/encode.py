@@ -85,44 +85,44 @@ def _from_minimum(blocks: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return torch.cat([half_bytes(d), half_bytes(low)], dim=1), codes.view(torch.uint8)
 
 
-def _rounded(blocks: Tensor, d: Tensor) -> Tensor:
+def _round_to_codes(blocks: Tensor, d: Tensor) -> Tensor:
     """round(w / d), half away from zero, as int8."""
     scaled = blocks * inverse_of(d)
     return scaled.add_(torch.full_like(d, BELOW_HALF).copysign(scaled)).to(torch.int8)
 
 
-def _q4_0(blocks: Tensor) -> Tensor:
+def _encode_q4_0(blocks: Tensor) -> Tensor:
     d, codes = _around_zero(blocks, 16)
     return torch.cat([d, _nibbles(codes)], dim=1)
 
 
-def _q5_0(blocks: Tensor) -> Tensor:
+def _encode_q5_0(blocks: Tensor) -> Tensor:
     d, codes = _around_zero(blocks, 32)
     return torch.cat([d, _fifth_bits(codes), _nibbles(codes)], dim=1)
 
 
-def _q4_1(blocks: Tensor) -> Tensor:
+def _encode_q4_1(blocks: Tensor) -> Tensor:
     scales, codes = _from_minimum(blocks, 16)
     return torch.cat([scales, _nibbles(codes)], dim=1)
 
 
-def _q5_1(blocks: Tensor) -> Tensor:
+def _encode_q5_1(blocks: Tensor) -> Tensor:
     scales, codes = _from_minimum(blocks, 32)
     return torch.cat([scales, _fifth_bits(codes), _nibbles(codes)], dim=1)
 
 
-def _q8_0(blocks: Tensor) -> Tensor:
+def _encode_q8_0(blocks: Tensor) -> Tensor:
     d = blocks.abs().amax(dim=1, keepdim=True) / 127
-    return torch.cat([half_bytes(d), _rounded(blocks, d).view(torch.uint8)], dim=1)
+    return torch.cat([half_bytes(d), _round_to_codes(blocks, d).view(torch.uint8)], dim=1)
 
 
 def _ternary(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """(scale as fp16 bytes, codes uint8 0..2)."""
     d = blocks.abs().amax(dim=1, keepdim=True)
-    return half_bytes(d), _rounded(blocks, d).add_(1).view(torch.uint8)
+    return half_bytes(d), _round_to_codes(blocks, d).add_(1).view(torch.uint8)
 
 
-def _tq1_0(blocks: Tensor) -> Tensor:
+def _encode_tq1_0(blocks: Tensor) -> Tensor:
     d, codes = _ternary(blocks)
     parts = [  # the digits of a byte lie 32, 16 or 4 weights apart, the most significant first
         _base_3(codes[:, :160].view(-1, 5, 32)),
@@ -143,13 +143,13 @@ def _base_3(digits: Tensor) -> Tensor:
     return number
 
 
-def _tq2_0(blocks: Tensor) -> Tensor:
+def _encode_tq2_0(blocks: Tensor) -> Tensor:
     d, codes = _ternary(blocks)
     first, second, third, fourth = codes.view(-1, 2, 4, 32).unbind(dim=2)
     return torch.cat([(first | second << 2 | third << 4 | fourth << 6).flatten(1), d], dim=1)
 
 
-def _mxfp4(blocks: Tensor) -> Tensor:
+def _encode_mxfp4(blocks: Tensor) -> Tensor:
     largest = blocks.abs().amax(dim=1, keepdim=True)
     exponent = torch.where(largest > 0, largest.log2().floor() + 125, 0).clamp_(min=0)  # of a block of zeros: 0
     magnitudes, unit = blocks.abs(), torch.exp2(exponent - 128)
@@ -161,6 +161,6 @@ def _mxfp4(blocks: Tensor) -> Tensor:
 
 
 ENCODERS: dict[str, Encoder] = {
-    "Q8_0": _q8_0, "Q5_1": _q5_1, "Q5_0": _q5_0, "Q4_1": _q4_1, "Q4_0": _q4_0,
-    "MXFP4": _mxfp4, "TQ2_0": _tq2_0, "TQ1_0": _tq1_0,
+    "Q8_0": _encode_q8_0, "Q5_1": _encode_q5_1, "Q5_0": _encode_q5_0, "Q4_1": _encode_q4_1, "Q4_0": _encode_q4_0,
+    "MXFP4": _encode_mxfp4, "TQ2_0": _encode_tq2_0, "TQ1_0": _encode_tq1_0,
 }  # fmt: skip

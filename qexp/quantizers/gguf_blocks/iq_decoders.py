@@ -54,7 +54,7 @@ def _shifted(field: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
     return (field.int()[..., None] >> table(shifts, field.device, torch.int32) & mask).flatten(1)
 
 
-def _scaled(weights: Tensor, scale: Tensor) -> Tensor:
+def _scale_parts(weights: Tensor, scale: Tensor) -> Tensor:
     """Scales for equal parts of a block: [n, 256] times [n, parts]."""
     return weights.view(*scale.shape, -1).mul_(scale[..., None]).flatten(1)
 
@@ -70,7 +70,7 @@ def _iq2_xxs(blocks: Tensor) -> Tensor:
     words = as_type(codes[..., 4:].flatten(1), torch.int32)  # [n, 8]
     scale = half(d) * (0.5 + (words >> 28 & 15).float()) * 0.25
     signs = _select(_sign_patterns(blocks.device), _shifted(words, (0, 7, 14, 21), 127))
-    return _scaled(_select(_grid("IQ2_XXS", blocks.device), codes[..., :4].flatten(1).int()), scale).mul_(signs)
+    return _scale_parts(_select(_grid("IQ2_XXS", blocks.device), codes[..., :4].flatten(1).int()), scale).mul_(signs)
 
 
 def _iq2_xs(blocks: Tensor) -> Tensor:
@@ -78,14 +78,14 @@ def _iq2_xs(blocks: Tensor) -> Tensor:
     words = _unsigned(codes)  # [n, 32]: 9 bits of grid index, 7 of sign pattern
     scale = half(d) * (0.5 + _shifted(scales, (0, 4), 15).float()) * 0.25  # [n, 16]
     signs = _select(_sign_patterns(blocks.device), words >> 9)
-    return _scaled(_select(_grid("IQ2_XS", blocks.device), words & 511), scale).mul_(signs)
+    return _scale_parts(_select(_grid("IQ2_XS", blocks.device), words & 511), scale).mul_(signs)
 
 
 def _iq2_s(blocks: Tensor) -> Tensor:
     d, low, signs, high, scales = cut(blocks, 2, 32, 32, 8)
     scale = half(d) * (0.5 + _shifted(scales, (0, 4), 15).float()) * 0.25  # [n, 16]
     index = low.int() | _shifted(high, (0, 2, 4, 6), 3) << 8
-    return _scaled(_select(_grid("IQ2_S", blocks.device), index), scale).mul_(_signs(signs))
+    return _scale_parts(_select(_grid("IQ2_S", blocks.device), index), scale).mul_(_signs(signs))
 
 
 def _iq3_xxs(blocks: Tensor) -> Tensor:
@@ -93,14 +93,14 @@ def _iq3_xxs(blocks: Tensor) -> Tensor:
     words = as_type(rest, torch.int32)  # [n, 8]
     scale = half(d) * (0.5 + (words >> 28 & 15).float()) * 0.5
     signs = _select(_sign_patterns(blocks.device), _shifted(words, (0, 7, 14, 21), 127))
-    return _scaled(_select(_grid("IQ3_XXS", blocks.device), low.int()), scale).mul_(signs)
+    return _scale_parts(_select(_grid("IQ3_XXS", blocks.device), low.int()), scale).mul_(signs)
 
 
 def _iq3_s(blocks: Tensor) -> Tensor:
     d, low, high, signs, scales = cut(blocks, 2, 64, 8, 32)
     scale = half(d) * (1 + 2 * _shifted(scales, (0, 4), 15))  # [n, 8]
     index = low.int() | bits(high).int() << 8
-    return _scaled(_select(_grid("IQ3_S", blocks.device), index), scale).mul_(_signs(signs))
+    return _scale_parts(_select(_grid("IQ3_S", blocks.device), index), scale).mul_(_signs(signs))
 
 
 def _iq1_s(blocks: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def _iq1_s(blocks: Tensor) -> Tensor:
     scale = half(d) * (2 * (words >> 12 & 7) + 1)
     delta = IQ1_DELTA - 2 * IQ1_DELTA * (words >> 15).float()
     grid = _select(_grid("IQ1_S", blocks.device), low.int() | _shifted(words, (0, 3, 6, 9), 7) << 8)
-    return _scaled(grid.view(-1, 8, 32).add_(delta[..., None]).flatten(1), scale)
+    return _scale_parts(grid.view(-1, 8, 32).add_(delta[..., None]).flatten(1), scale)
 
 
 def _iq1_m(blocks: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def _iq1_m(blocks: Tensor) -> Tensor:
     halves = _shifted(high, (0, 4), 15)  # [n, 32]: three high bits of an index, the sign of delta
     delta = IQ1_DELTA - 2 * IQ1_DELTA * (halves >> 3).float()
     grid = _select(_grid("IQ1_M", blocks.device), low.int() | (halves & 7) << 8)
-    return _scaled(grid.view(-1, 32, 8).add_(delta[..., None]).flatten(1), scale)
+    return _scale_parts(grid.view(-1, 32, 8).add_(delta[..., None]).flatten(1), scale)
 
 
 def _iq4_nl(blocks: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def _iq4_nl(blocks: Tensor) -> Tensor:
 def _iq4_xs(blocks: Tensor) -> Tensor:
     d, high, low, codes = cut(blocks, 2, 2, 4)
     scale = _shifted(low, (0, 4), 15) | _shifted(_unsigned(high), tuple(range(0, 16, 2)), 3) << 4  # [n, 8]
-    return _scaled(_iq4(codes), half(d) * (scale - 32))
+    return _scale_parts(_iq4(codes), half(d) * (scale - 32))
 
 
 def _iq4(packed: Tensor) -> Tensor:

@@ -41,26 +41,31 @@ def decode(name: str, blocks: Tensor, out: Tensor) -> None:
         future.result()
 
 
-def _q8_0(blocks: Tensor, out: Any, drop: int) -> None:
+def _decode_q8_0(blocks: Tensor, out: Any, drop: int) -> None:
     _signed_bytes(blocks.numpy(), half(blocks[:, :2]).numpy(), drop, out)
 
 
-def _q4_0(blocks: Tensor, out: Any, drop: int) -> None:
+def _decode_q4_0(blocks: Tensor, out: Any, drop: int) -> None:
     _nibbles_around_8(blocks.numpy(), half(blocks[:, :2]).numpy(), drop, out)
 
 
-def _q4_k(blocks: Tensor, out: Any, drop: int) -> None:
+def _decode_q4_k(blocks: Tensor, out: Any, drop: int) -> None:
     d, dmin, scales, _ = cut(blocks, 2, 2, 12)
     scale, minimum = scales_and_minima(scales)
     _nibbles_above_minima(blocks.numpy(), (half(d) * scale).numpy(), (half(dmin) * minimum).numpy(), drop, out)
 
 
-def _q6_k(blocks: Tensor, out: Any, drop: int) -> None:
+def _decode_q6_k(blocks: Tensor, out: Any, drop: int) -> None:
     _, scales, d = cut(blocks, 192, 16)
     _six_bits(blocks.numpy(), (half(d) * scales.view(torch.int8)).numpy(), drop, out)
 
 
-DECODED: dict[str, Callable[[Tensor, Any, int], None]] = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_K": _q4_k, "Q6_K": _q6_k}
+DECODED: dict[str, Callable[[Tensor, Any, int], None]] = {
+    "Q8_0": _decode_q8_0,
+    "Q4_0": _decode_q4_0,
+    "Q4_K": _decode_q4_k,
+    "Q6_K": _decode_q6_k,
+}
 
 
 def encode(name: str, rows: Tensor) -> Tensor:

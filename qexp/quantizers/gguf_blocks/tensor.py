@@ -85,7 +85,7 @@ class GGUFTensor(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is functional.linear:
-            return _linear(*args, **(kwargs or {}))
+            return _multiply_blocks(*args, **(kwargs or {}))
         return call_unless_in_place(func, args, kwargs)
 
     @classmethod
@@ -99,7 +99,7 @@ class GGUFTensor(Tensor):
         return OPERATIONS[func](*args, **(kwargs or {}))
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _multiply_blocks(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input [..., in] -> [..., out], multiplied in the weight's compute dtype, returned in that of the input."""
     if not isinstance(weight, GGUFTensor):
         raise NotImplementedError("a weight in GGUF blocks can only be the weight of a linear layer")
@@ -108,7 +108,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return _multiply(input, weight, bias)
 
 
-def _chunks(weight: GGUFTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def _decode_slices(weight: GGUFTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """(rows, those rows dense), a bounded number of weights at a time."""
     rows, columns = weight.shape
     step = max(CHUNK_WEIGHTS.get(weight.device.type, 1 << 22) // max(columns, 1), 1)
@@ -121,7 +121,7 @@ def _multiply(input: Tensor, weight: GGUFTensor, bias: Tensor | None) -> Tensor:
     dtype = weight.compute_dtype or weight.dtype
     x, b = input.to(dtype), None if bias is None else bias.to(dtype)
     out = input.new_empty(*input.shape[:-1], weight.shape[0])
-    for rows, dense in _chunks(weight, dtype):
+    for rows, dense in _decode_slices(weight, dtype):
         part = functional.linear(x, dense, None if b is None else b[rows])
         if rows.stop - rows.start == weight.shape[0]:
             return part.to(input.dtype)
@@ -143,7 +143,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dtype = weight.compute_dtype or weight.dtype
             total = torch.zeros(*gradient.shape[:-1], weight.shape[1], dtype=dtype, device=gradient.device)
-            for rows, dense in _chunks(weight, dtype):
+            for rows, dense in _decode_slices(weight, dtype):
                 total += gradient[..., rows].to(dtype) @ dense
             for_input = total.to(gradient.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:

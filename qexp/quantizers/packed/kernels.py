@@ -76,7 +76,7 @@ def _integers(
                     code = _integer(weights[at], tried_offset, divisor, levels)
                     difference = np.float32(np.float32(code * tried_scale) + tried_offset) - weights[at]
                     errors[at] = difference * difference
-                error = _sum(errors)
+                error = _sum_by_halves(errors)
             if number == 0 or error < least:
                 scale, offset, least = tried_scale, tried_offset, error
         scales[group], offsets[group] = scale, offset
@@ -110,7 +110,7 @@ def _floats(
                     value = np.float32(np.float32(np.float32(magnitude + rounder) - rounder) * tried)
                     difference = value - abs(weights[at])  # the sign is the weight's
                     errors[at] = difference * difference
-                error = _sum(errors)
+                error = _sum_by_halves(errors)
             if number == 0 or error < least:
                 scale, least = tried, error
         scales[group] = scale
@@ -165,7 +165,7 @@ def _below(value: Any) -> Any:
 
 
 @compiled
-def _sum(values: Any) -> Any:
+def _sum_by_halves(values: Any) -> Any:
     """The sum, added up in halves: many at a time, and close to the exact one. The values are lost."""
     count = values.shape[0]
     while count > 1:

@@ -92,7 +92,7 @@ class PackedTensor(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is linear:
-            return _linear(*args, **(kwargs or {}))
+            return _multiply_packed(*args, **(kwargs or {}))
         return call_unless_in_place(func, args, kwargs)
 
     @classmethod
@@ -167,7 +167,7 @@ OPERATIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _multiply_packed(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, PackedTensor):
         raise NotImplementedError("a packed weight can only be the weight of a linear layer; dequantize() it first")
     if torch.is_autocast_enabled(input.device.type):

@@ -63,12 +63,12 @@ def calibrate(layers: Mapping[str, Any], run: Callable[[], object]) -> None:
     finally:
         for note in notes:
             note.remove()
-    _check(layers, [name for name in layers if name not in reached], "were reached by no sample of the calibration")
+    _refuse_if(layers, [name for name in layers if name not in reached], "were reached by no sample of the calibration")
     infinite = [name for name, layer in layers.items() if not layer.input_scale.isfinite()]
-    _check(layers, infinite, "have inputs that are not finite")
+    _refuse_if(layers, infinite, "have inputs that are not finite")
 
 
-def _check(layers: Mapping[str, Any], wrong: list[str], why: str) -> None:
+def _refuse_if(layers: Mapping[str, Any], wrong: list[str], why: str) -> None:
     """Raises ConfigError if there are wrong ones, and lets all layers refuse to run again."""
     if not wrong:
         return

@@ -65,15 +65,15 @@ def layout_of(config: Any, shape: tuple[int, int], dtype: torch.dtype, device: t
             grown = {name: ((count * size[0], *size[1:]), kind) for name, (size, kind) in parts.items()}
             return Layout(grown, multiple)
     try:
-        found = _parts(config, shape, dtype, torch.device("meta"))
+        found = _try_parts(config, shape, dtype, torch.device("meta"))
     except REFUSALS:
         try:
-            found = _parts(config, shape, dtype, device)  # what looks at the values cannot run on meta
+            found = _try_parts(config, shape, dtype, device)  # what looks at the values cannot run on meta
         except REFUSALS as error:
             kind = str(dtype).removeprefix("torch.")
             raise ConfigError(
-                f"torchao's {type(config).__name__} refuses a weight of shape {list(shape)} in {kind}: {_text(error)}; "
-                "add the layer to skip_modules, or use another compute_dtype"
+                f"torchao's {type(config).__name__} refuses a weight of shape {list(shape)} in {kind}: "
+                f"{_first_line(error)}; add the layer to skip_modules, or use another compute_dtype"
             ) from None
     return None if found is None else Layout(found, None)
 
@@ -100,7 +100,7 @@ def _stored_dtypes(dtype: torch.dtype) -> tuple[str, ...]:
 Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def _parts(config: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Parts | None:
+def _try_parts(config: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Parts | None:
     tensor = quantize(torch.ones(shape, dtype=dtype, device=device), config)
     if not is_quantized(tensor):
         return None
@@ -110,7 +110,7 @@ def _parts(config: Any, shape: tuple[int, int], dtype: torch.dtype, device: torc
 def _parts_of_slice(config: Any, rows: int, columns: int, dtype: torch.dtype) -> Parts | None:
     """The inner tensors of a slice of so many rows, if those of twice and three times as many are as much longer."""
     try:
-        once, twice, thrice = (_parts(config, (n * rows, columns), dtype, torch.device("meta")) for n in (1, 2, 3))
+        once, twice, thrice = (_try_parts(config, (n * rows, columns), dtype, torch.device("meta")) for n in (1, 2, 3))
     except REFUSALS:
         return None
     if once is None or twice is None or thrice is None:
@@ -156,7 +156,7 @@ def obstacle(config: Any, device: torch.device) -> str | None:
         except ConfigError:
             raise
         except REFUSALS as error:
-            reasons.append(_text(error))
+            reasons.append(_first_line(error))
     return reasons[0]
 
 
@@ -192,7 +192,7 @@ def check_runs(layer: Any, quant_type: str, device: torch.device) -> None:
             layer(torch.ones(16, layer.weight.shape[1], dtype=layer.weight.dtype, device=device))
     except REFUSALS as error:
         raise UnsupportedError(
-            f"the checkpoint holds {quant_type} weights, which do not run on {device}: {_text(error)}; "
+            f"the checkpoint holds {quant_type} weights, which do not run on {device}: {_first_line(error)}; "
             "use another machine, or dequantize it there and save it"
         ) from None
 
@@ -204,6 +204,6 @@ def _here(device: torch.device) -> str:
     return f"{device}, compute capability {major}.{minor}"
 
 
-def _text(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """The first line of a message, or its kind if there is none."""
     return next(iter(str(error).strip().splitlines()), "").rstrip(".") or type(error).__name__

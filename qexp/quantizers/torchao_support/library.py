@@ -93,7 +93,7 @@ def build(name: str, arguments: Mapping[str, Any]) -> Any:
     values = {key: _value(value, hints[key], known[key].default, key) for key, value in arguments.items()}
     if "set_inductor_config" in known:
         values.setdefault("set_inductor_config", False)  # True changes how torch.compile works everywhere
-    return _call(classes[name], values)
+    return _build_config(classes[name], values)
 
 
 def config_for(config: Any, module: str) -> Any:
@@ -195,10 +195,10 @@ def _object(name: str, arguments: Mapping[str, Any], place: str) -> Any:
         raise ConfigError(
             f"backend.quant_type_kwargs.{place}={name} is unknown{did_you_mean(name, known)}; use {choices(known)}"
         )
-    return _call(cls, {key: _value(value, Any, None, f"{place}.{key}") for key, value in arguments.items()})
+    return _build_config(cls, {key: _value(value, Any, None, f"{place}.{key}") for key, value in arguments.items()})
 
 
-def _call(cls: Any, arguments: Mapping[str, Any]) -> Any:
+def _build_config(cls: Any, arguments: Mapping[str, Any]) -> Any:
     try:
         return cls(**arguments)
     except (AssertionError, TypeError, ValueError) as error:
