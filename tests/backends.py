@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from qexp.config.backend_options import backend_of
 from qexp.config.hydra_schema import register_schemas
 from qexp.config.yaml_options import conf_folder, option_names
+from qexp.errors import ConfigError
 from qexp.experiments.resolve import to_run_config
 from qexp.models.base import ModelSource
+from qexp.quantizers.base import Quantizer
+from qexp.quantizers.rows import WeightSpec
 from tests.products import representatives
 
 # not mixed, whose recipes name layers
@@ -89,3 +92,11 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
+
+
+def can_hold(quantizer: Quantizer, spec: WeightSpec) -> bool:
+    """Whether the format can hold a weight of this shape: not, say, one that its groups do not divide."""
+    try:
+        return quantizer.reason_to_skip(spec) is None
+    except ConfigError:
+        return False

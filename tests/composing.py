@@ -77,3 +77,9 @@ def command_line(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Comm
     finally:
         root.handlers[:], root.level = handlers, level
         HydraConfig.instance().cfg = None
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[CommandLine]:
+    with command_line(monkeypatch, tmp_path) as line:
+        yield line

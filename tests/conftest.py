@@ -9,7 +9,8 @@ import ipaddress
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Generator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,29 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         return made[name]
 
     return folder
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    """Fail a test behind which a thread still runs."""
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) == before
+
+
+@pytest.fixture
+def without_repacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have bitsandbytes' layers keep their bytes: on some CPUs the first forward of its own ones repacks the weight."""
+    import bitsandbytes.nn.modules as modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
+
+
+@pytest.fixture
+def open_gate(without_repacking: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have diffusers load bitsandbytes' formats on the CPU, which it refuses though the library can."""
+    import diffusers.quantizers.bitsandbytes.bnb_quantizer as gated
+
+    for quantizer in (gated.BnB4BitDiffusersQuantizer, gated.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(quantizer, "validate_environment", lambda self, *arguments, **fields: None)
+        monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: device_map or {"": "cpu"})

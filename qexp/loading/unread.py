@@ -7,12 +7,11 @@ which no scale is known.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from qexp.checkpoints.checkpoint import Checkpoint
 from qexp.checkpoints.scaled_weights import FLOAT8
 from qexp.errors import LoadError, first_names
 from qexp.loading.plan import LoadPlan
+from qexp.models.single_file import paths_above
 
 HARMLESS = ("num_batches_tracked",)  # of batch norms that are frozen in the model
 
@@ -32,18 +31,12 @@ def check_meaning(plan: LoadPlan, checkpoint: Checkpoint, *, plain_fp8: bool) ->
     read = {entry.name for item in plan.items for entry in item.entries} | {item.target for item in plan.items}
     read |= checkpoint.converted_names
     layers = {name.removesuffix(".weight") for name in read if name.endswith(".weight")}
-    found = [name for name in plan.unused if not name.endswith(HARMLESS) and layers & {*_paths_above(name)}]
+    found = [name for name in plan.unused if not name.endswith(HARMLESS) and layers & {*paths_above(name)}]
     if found:
-        layer = next(path for path in _paths_above(found[0]) if path in layers)
+        layer = next(path for path in paths_above(found[0]) if path in layers)
         file = checkpoint.entries[found[0]].file
         raise LoadError(
             f"'{file}' has {first_names(found)} beside '{layer}.weight', which nothing here reads: the weight means "
             "something else without it, or the model's config is of another version; use the checkpoint that the "
             "model's own library opens, or an unquantized one"
         )
-
-
-def _paths_above(name: str) -> Iterable[str]:
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 SIDE = 299
-DIMENSIONS = 2048
 Size = int | tuple[int, int]
 
 

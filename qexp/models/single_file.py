@@ -58,7 +58,7 @@ def has_own_names(model: nn.Module, names: Iterable[str]) -> bool:
     """
     layers = {path for path, module in model.named_modules(remove_duplicate=False) if _is_layer(module)}
     distinct, own = {path for path, module in model.named_modules() if _is_layer(module)}, model.state_dict().keys()
-    found = {name: next((path for path in _paths_above(name) if path in layers), None) for name in names}
+    found = {name: next((path for path in paths_above(name) if path in layers), None) for name in names}
     return all(found[name] is not None or name in own for name in found) or distinct <= set(found.values())
 
 
@@ -66,7 +66,7 @@ def _is_layer(module: nn.Module) -> bool:
     return bool(module.state_dict()) and next(module.children(), None) is None
 
 
-def _paths_above(name: str) -> Iterator[str]:
+def paths_above(name: str) -> Iterator[str]:
     """The modules that a tensor may be of, the nearest first."""
     while "." in name:
         name = name.rpartition(".")[0]

@@ -7,7 +7,6 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,11 @@ from qexp.config.schema import RunConfig
 from qexp.errors import ConfigError
 from qexp.results.manifest import JobRow
 from qexp.sweep.run_key import run_key
-from tests.composing import CommandLine, command_line
+from tests.composing import CommandLine
+from tests.composing import command as command
 from tests.tracking.wandb_server import use_server
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[CommandLine]:
-    with command_line(monkeypatch, tmp_path) as line:
-        yield line
 
 
 def test_one_experiment_prints_its_folder_and_litters_nothing(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.composing import CommandLine, command_line
+from tests.composing import CommandLine
+from tests.composing import command as command
 
 USER_YAMLS = {
     "backend/unknown": "defaults: [/schema/backend/torchao@_here_, _self_]\nquant_typ: int8wo\n",
@@ -24,12 +24,6 @@ USER_YAMLS = {
     "offload/typo": "strategi: leaf\n",
     "offload/list": "- leaf\n",
 }
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[CommandLine]:
-    with command_line(monkeypatch, tmp_path) as line:
-        yield line
 
 
 MISTAKES = {

@@ -4,13 +4,13 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.products import exhaustive
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,10 +32,3 @@ def test_ending_signal_marks_the_experiment_removes_its_files_and_prints_the_tab
     assert (status["status"], status["reason"]) == ("failed", "signal") and f"stopped by {name}" in status["message"]
     assert not list(tmp_path.glob("*/*/offload"))
     assert not [process for process in family if process.is_running() and process.status() != "zombie"]
-
-
-def wait_for(condition, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)

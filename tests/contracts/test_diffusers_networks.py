@@ -38,15 +38,7 @@ KEPT += [("WanAnimateTransformer3DModel", "gguf"), ("SanaTransformer2DModel", "t
 Dense = Callable[[str], Path]
 
 
-@pytest.fixture(autouse=True)
-def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    import bitsandbytes.nn.modules as modules
-    import diffusers.quantizers.bitsandbytes.bnb_quantizer as gated
-
-    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)  # or their first forward repacks the weight
-    for quantizer in (gated.BnB4BitDiffusersQuantizer, gated.BnB8BitDiffusersQuantizer):
-        monkeypatch.setattr(quantizer, "validate_environment", lambda self, *arguments, **fields: None)
-        monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: device_map or {"": "cpu"})
+pytestmark = pytest.mark.usefixtures("open_gate")
 
 
 @pytest.fixture(scope="module")

@@ -35,11 +35,7 @@ KEPT = ("LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM", "T5ForCondi
 Dense = Callable[[str], Path]
 
 
-@pytest.fixture(autouse=True)
-def without_repacking(monkeypatch: pytest.MonkeyPatch) -> None:
-    import bitsandbytes.nn.modules as modules
-
-    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)  # or their first forward repacks the weight
+pytestmark = pytest.mark.usefixtures("without_repacking")
 
 
 @pytest.fixture(scope="module")

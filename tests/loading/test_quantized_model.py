@@ -18,7 +18,7 @@ from qexp.loading.quantized_model import Guarded
 from qexp.offloading.payload import leaves
 from qexp.offloading.strategies import apply_offload
 from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, same_bytes
-from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
+from tests.loading.toys import WIDTH, Toy, answer_of, load_in_bf16, load_toy, random_state, save_state, settings
 
 BF16 = torch.bfloat16
 CASTS = {
@@ -42,16 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_state(tmp_path_factory.mktemp("toy"), random_state(Toy))
 
 
-def load(folder: Path, backend: str) -> Any:
-    return load_toy(folder, settings(backend, compute_dtype="bfloat16")).model
-
-
-def answer(model: Any) -> Tensor:
-    with torch.no_grad():
-        output: Tensor = model(torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1)).to(BF16))
-    return output
-
-
 def all_leaves(model: nn.Module) -> list[Tensor]:
     return [leaf.clone() for parameter in model.parameters() for leaf in leaves(parameter)]
 
@@ -59,8 +49,8 @@ def all_leaves(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_dtype_assignment(backend: str, folder: Path) -> None:
     """Every cast is refused, and has changed nothing by then; `.to(device)` is not one."""
-    model = load(folder, backend)
-    expected = answer(model)  # LLM.int8 hands scales from weights to layers now
+    model = load_in_bf16(folder, backend)
+    expected = answer_of(model)  # LLM.int8 hands scales from weights to layers now
     before = all_leaves(model)
     for name, cast in CASTS.items():
         with pytest.raises(ValueError, match=r"cannot be cast.*compute_dtype.*dequantize") as caught:
@@ -69,37 +59,37 @@ def test_dtype_assignment(backend: str, folder: Path) -> None:
     assert all(same_bytes(a, b) for a, b in zip(before, all_leaves(model), strict=True))
     for moved in (model.to("cpu"), model.to(device=CPU), model.cpu(), model.to(CPU, non_blocking=True)):
         assert moved is model
-        assert torch.equal(answer(model), expected)
+        assert torch.equal(answer_of(model), expected)
 
 
 @pytest.mark.parametrize("state", ["loaded", "after a forward"])
 @pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_copies_and_pickles_answer_the_same(backend: str, state: str, folder: Path) -> None:
-    model = load(folder, backend)
+    model = load_in_bf16(folder, backend)
     if state == "after a forward":
-        answer(model)
+        answer_of(model)
     stream = io.BytesIO()
     torch.save(model, stream)
     stream.seek(0)
     twins = [copy.deepcopy(model), torch.load(stream, weights_only=False)]
     if "float8" not in backend:  # torch cannot unpickle a float8 tensor that `pickle` wrote
         twins.append(pickle.loads(pickle.dumps(model)))
-    expected = answer(model)
+    expected = answer_of(model)
     for twin in twins:
         assert type(twin) is type(model) and type(twin).__name__ == "Toy"
         assert type(twin.embed.weight) is type(model.embed.weight)
-        assert torch.equal(answer(twin), expected)
+        assert torch.equal(answer_of(twin), expected)
         assert not {leaf.data_ptr() for leaf in leaves(twin.embed.weight)} & {
             leaf.data_ptr() for leaf in leaves(model.embed.weight)
         }
         with pytest.raises(ConfigError):
             twin.half()
         assert type(twin.dequantize()) is Toy
-    assert torch.equal(answer(model), expected)
+    assert torch.equal(answer_of(model), expected)
 
 
 def test_a_copy_keeps_tied_weights_tied(folder: Path) -> None:
-    model = load(folder, "quanto")
+    model = load_in_bf16(folder, "quanto")
     model.again = nn.ModuleDict({"embed": model.embed})
     model.head.weight = model.blocks[0].fc1.weight
     twin = copy.deepcopy(model)
@@ -111,8 +101,8 @@ def test_the_guard_keeps_no_model_alive(folder: Path) -> None:
     gc.collect()
     gc.disable()
     try:
-        model = load(folder, "bitsandbytes")
-        answer(model)
+        model = load_in_bf16(folder, "bitsandbytes")
+        answer_of(model)
         gone = weakref.ref(model.embed.weight)
         del model
         assert gone() is None
@@ -121,17 +111,17 @@ def test_the_guard_keeps_no_model_alive(folder: Path) -> None:
 
 
 def test_a_guarded_model_is_of_its_class(folder: Path) -> None:
-    model = load(folder, "torchao")
+    model = load_in_bf16(folder, "torchao")
     kind = type(model)
     assert isinstance(model, Toy) and isinstance(model, Guarded)
     assert (kind.__name__, kind.__qualname__, kind.__module__) == (Toy.__name__, Toy.__qualname__, Toy.__module__)
-    assert kind is type(load(folder, "quanto"))
-    assert type(load(folder, "none")) is Toy
-    assert load(folder, "none").half().head.weight.dtype == torch.float16
+    assert kind is type(load_in_bf16(folder, "quanto"))
+    assert type(load_in_bf16(folder, "none")) is Toy
+    assert load_in_bf16(folder, "none").half().head.weight.dtype == torch.float16
 
 
 def test_an_adapter_stays_the_parameter_that_its_optimizer_knows(folder: Path) -> None:
-    model = load(folder, "bitsandbytes_int8")
+    model = load_in_bf16(folder, "bitsandbytes_int8")
     model.adapter = nn.Linear(WIDTH, 4)
     weight, quantized = model.adapter.weight, model.embed.weight
     assert model.to("cpu").adapter.weight is weight and weight.requires_grad
@@ -154,12 +144,12 @@ def test_memory_footprint(backend: str, folder: Path) -> None:
 
 
 def test_an_offloaded_model_is_not_moved_or_copied(folder: Path, tmp_path: Path) -> None:
-    model = load(folder, "torchao")
-    expected = answer(model)
+    model = load_in_bf16(folder, "torchao")
+    expected = answer_of(model)
     config = OffloadConfig("leaf", "cpu").resolved("cpu")
     offload = apply_offload(model, config, device=CPU, block_lists=[], store=tmp_path)
     for attempt in (lambda: model.to("cpu"), lambda: copy.deepcopy(model)):
         with pytest.raises(ConfigError, match=r"offloaded model cannot be (moved|copied).*remove_offload"):
             attempt()
     offload.remove()
-    assert torch.equal(answer(copy.deepcopy(model.to("cpu"))), expected)
+    assert torch.equal(answer_of(copy.deepcopy(model.to("cpu"))), expected)

@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.errors import ConfigError
 from qexp.offloading.payload import leaves
-from qexp.quantizers.base import Quantizer, load_quantizer
+from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.quanto_support import library
 from qexp.quantizers.rows import WeightSpec
-from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, backend_config, same_bytes
+from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, backend_config, can_hold, same_bytes
 
 SHAPES = [(16, 64), (48, 128), (7, 96), (64, 130), (1, 256), (9, 256), (33, 34)]
 
@@ -30,13 +29,6 @@ def restless() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
-def fits(quantizer: Quantizer, spec: WeightSpec) -> bool:
-    try:
-        return quantizer.reason_to_skip(spec) is None
-    except ConfigError:
-        return False
-
-
 @pytest.mark.usefixtures("restless")
 @pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
 def test_quantizing_on_several_threads_at_once(backend: str) -> None:
@@ -44,7 +36,7 @@ def test_quantizing_on_several_threads_at_once(backend: str) -> None:
     quantizer.validate_environment(CPU)
     generator = torch.Generator().manual_seed(0)
     specs = [WeightSpec(str(shape), shape, torch.bfloat16) for shape in SHAPES]
-    specs = [spec for spec in specs if fits(quantizer, spec)]
+    specs = [spec for spec in specs if can_hold(quantizer, spec)]
     weights = [torch.randn(spec.shape, generator=generator) for spec in specs]
     assert len(specs) > 1
 

@@ -101,3 +101,14 @@ def load_toy(
 ) -> LoadedComponent:
     source, loader = ToySource(folder, build), LoaderConfig(in_flight_mib=1, workers=workers)
     return load_component(source, "toy", settings, device=CPU, loader=loader)
+
+
+def load_in_bf16(folder: Path, backend: str) -> Any:
+    return load_toy(folder, settings(backend, compute_dtype="bfloat16")).model
+
+
+def answer_of(model: Any) -> Tensor:
+    """Its output for a seeded input in bf16, [3, 10]."""
+    with torch.no_grad():
+        output: Tensor = model(torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16))
+    return output

@@ -183,11 +183,7 @@ THEIRS: dict[str, Callable[[list[str]], Any]] = {
 QUANTIZED = ["T5ForConditionalGeneration", "BertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM"]
 
 
-@pytest.fixture(autouse=True)
-def without_repacking(monkeypatch: pytest.MonkeyPatch) -> None:
-    import bitsandbytes.nn.modules as modules
-
-    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)  # or their first forward repacks the weight
+pytestmark = pytest.mark.usefixtures("without_repacking")
 
 
 @pytest.mark.parametrize(("name", "backend"), diagonal(QUANTIZED, THEIRS))

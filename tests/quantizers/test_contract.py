@@ -13,7 +13,7 @@ from qexp.offloading.payload import leaves, true_nbytes
 from qexp.quantizers import base
 from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.rows import SLICE_WEIGHTS, WeightSpec
-from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, QUANTIZING, backend_config, same_bytes
+from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, QUANTIZING, backend_config, can_hold, same_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # relative error of one layer's output on N(0, 1) weights and inputs: twice what the formats' SQNR leads one to expect
@@ -53,20 +53,12 @@ def bits(backend: str) -> str:
     return low[1] if low else "4" if getattr(backend_config(backend), "load_in_4bit", False) else "8"
 
 
-def holds(quantizer: base.Quantizer, spec: WeightSpec) -> bool:
-    """Whether the format can hold a weight of this shape: not, say, one that its groups do not divide."""
-    try:
-        return quantizer.reason_to_skip(spec) is None
-    except ConfigError:
-        return False
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", QUANTIZING)
 def test_bytes_are_as_predicted(backend: str, dtype: torch.dtype) -> None:
     for rows, columns in [(256, 512), (48, 96), (100, 320), (17, 64), (2, 4096)]:
         spec = WeightSpec("layer", (rows, columns), dtype)
-        if columns % 64 and not holds(load_quantizer(backend_config(backend)), spec):
+        if columns % 64 and not can_hold(load_quantizer(backend_config(backend)), spec):
             continue
         quantizer, parameter = quantize(backend, gaussian(rows, columns, dtype=dtype))
         assert true_nbytes(parameter) == quantizer.quantized_nbytes(spec), (rows, columns)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from qexp.sweep.reference import prepare_folder
 from qexp.sweep.worker import Work
 from qexp.sweep.worker_process import run_worker
 from tests.sweep.settings import run_config
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 FAKES = "tests.sweep.fake_experiment"
@@ -103,12 +103,12 @@ def test_killed_parent_takes_server_and_worker_along(tmp_path) -> None:
         f"run_worker(Work(Path({str(folder.path)!r}), 'run', experiment='{FAKES}:run'), IsolationConfig())"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
-    wait_until(lambda: (folder.path / "started").exists())
+    wait_for(lambda: (folder.path / "started").exists())
     family = psutil.Process(parent.pid).children(recursive=True)
     assert len(family) == 2, family  # the server and the worker
     parent.kill()
     parent.wait()
-    wait_until(lambda: not any(process.is_running() and process.status() != "zombie" for process in family))
+    wait_for(lambda: not any(process.is_running() and process.status() != "zombie" for process in family))
 
 
 def test_timeout_kills_a_forked_worker_and_the_server_stays(tmp_path) -> None:
@@ -138,10 +138,3 @@ def test_forked_digits_equal_spawned_ones_in_outputs_and_memory(tmp_path) -> Non
     assert len(compared) >= 6
     for name in compared:
         assert abs(metrics["fork"][name] - metrics["spawn"][name]) < 2 / 1024, name
-
-
-def wait_until(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)

@@ -33,6 +33,7 @@ from tests.products import exhaustive
 from tests.sweep import fake_experiment
 from tests.sweep.fake_experiment import FAKES
 from tests.sweep.settings import run_config
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -625,13 +626,6 @@ def parent(tmp_path: Path, behaviour: int, sweep: str, seed: int = 0) -> subproc
 
 def is_running(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
-def wait_for(condition, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 def test_a_worker_that_the_kernel_kills_for_memory_is_out_of_memory(tmp_path, monkeypatch) -> None:

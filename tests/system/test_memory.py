@@ -1,9 +1,7 @@
 """Peak memory: short-lived allocations are seen, anonymous and mapped pages are told apart, idling costs nothing."""
 
 import mmap
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,14 +15,7 @@ from qexp.system.memory import GIB, PeakMemory, device_memory, host_memory, rele
 
 MIB = 1 << 20
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.own_process
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    assert set(threading.enumerate()) == before
+pytestmark = [pytest.mark.own_process, pytest.mark.usefixtures("no_thread_is_left")]
 
 
 @pytest.fixture

@@ -35,11 +35,7 @@ from qexp.quantizers.rows import WeightSpec
 KIB, MIB = 1 << 10, 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    assert set(threading.enumerate()) == before
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 def save(folder: Path, tensors: dict[str, Tensor]) -> list[WorkItem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,7 @@ KIB = 1 << 10
 STORED = ["none", "bitsandbytes", "bitsandbytes_int8", "torchao", "quanto", "packed_fp6_e3w2", "gguf"]
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    assert set(threading.enumerate()) == before
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 def plain(model: nn.Module) -> list[Tensor]:
