@@ -66,12 +66,13 @@ def to_run_config(cfg: Any) -> RunConfig:
     check_placed(task, device_map, max_memory)
     check_saves(top.save, task)
     check_perceptual(top.metrics, load_source(model), task)
-    check_before_download(model, task, top)
+    check_before_download(model, task, top)  # a mistake in the settings must not cost a download
     model = pinned_model(model)  # from here on it is on this machine
     source = load_source(model)
     components = merge_components(source, base, top.components)
     check_reference_files(model)
     components = _with_embedded(source, components, device)
+    # after the checkpoints had their say: a quantized one needs the streaming path too
     check_streaming(top.low_cpu_mem_usage, components)
     check_task(model, task)
     check_sensitivity(task, source, components)

@@ -62,7 +62,7 @@ def plan_components(requests: Mapping[str, LoadRequest], *, travels: bool = Fals
             left = {place: max(size - used[place], 0) for place, size in limits.items()}
             request = replace(request, max_memory=left)
         planned[name] = plan_component(request)
-        used.update(planned[name].placement.bytes_by_place())
+        used.update(planned[name].placement.bytes_by_place())  # what it takes is not there for the next
     prepared = {name: component.prepared for name, component in planned.items()}
     check_shared_patterns(prepared, {name: request.settings for name, request in requests.items()})
     cast_between((component.prepared.model, component.prepared.compute_dtype) for component in planned.values())

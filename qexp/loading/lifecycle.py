@@ -48,7 +48,7 @@ def request_load(
     See `LoadRequest`. Raises: LoadError.
     """
     checkpoint = open_component(source, component)
-    kind = main_device(device_map, device).type
+    kind = main_device(device_map, device).type  # torchao's int4 is another backend on a CPU, for example
     settings = merge_with_checkpoint(settings, checkpoint, component, kind)
     return LoadRequest(source, component, checkpoint, settings, device, device_map, max_memory, store)
 
@@ -66,6 +66,7 @@ def load_stages(request: LoadRequest) -> Generator[PlannedComponent, LoaderConfi
         request = replace(request, device=device, device_map=device_map)
         prepared = prepare(request, quantizer)  # 3 to 6: machine, dtypes, skeleton, plan
         model = prepared.model
+        # without a map everything is in one place, and nothing can be split
         no_split = no_split_classes(model, request.source.block_lists(model) if device_map is not None else ())
         placement = place(model, prepared.plan, device_map, device, request.max_memory, no_split)
         if spilled := to_keep_in_fp32(model, quantizer, placement):  # stays dense there: plan again, in the same places
@@ -77,6 +78,7 @@ def load_stages(request: LoadRequest) -> Generator[PlannedComponent, LoaderConfi
     planned = PlannedComponent(prepared, placement)
     loader = yield planned
     dispatch = Dispatch(model, placement, no_split, request.store) if placement.is_spread else None
+    # before the clock starts and memory is measured: what libraries take is not the model's
     warm_up(prepared, device)
     started = time.perf_counter()
     with PeakMemory(device) as memory:
@@ -87,6 +89,7 @@ def load_stages(request: LoadRequest) -> Generator[PlannedComponent, LoaderConfi
         if dispatch is not None:
             dispatch.start()
     seconds = time.perf_counter() - started
+    # not in the time: it checks what has been loaded
     audit(model, quantizer, prepared.plan.quantized_nbytes)
     if device_map is not None:
         model.hf_device_map = placement.hf_device_map()  # type: ignore[assignment]

@@ -228,6 +228,7 @@ def make_plan(
     """Match the preprocessed skeleton with the checkpoint. Raises LoadError for missing keys and wrong shapes."""
     targets, stored = _targets(model), _stored_items(quantizer, checkpoint, chosen, dtype)
     absent = [name for name in targets if name not in checkpoint.entries and name not in stored]
+    # tables that the network computes itself need no file
     absent = [name for name in absent if not hasattr(targets[name], COMPUTED)]
     missing = quantizer.update_missing_keys(absent)
     if missing:
@@ -247,6 +248,7 @@ def make_plan(
             _check_fits(name, entry, tuple(tensor.shape), tensor.is_floating_point(), checkpoint)
             items.append(_copied(name, entry, torch.float32 if covering(fp32_patterns, name) else dtype, tensor.dtype))
     items = [replace(item, read=_choose_read(item, quantizer)) for item in items]
+    # in the order of the files, which the kernel reads ahead
     items.sort(key=lambda item: (str(item.source.file), item.source.offset))
     used = {entry.name for item in items for entry in item.entries} | targets.keys()
     unused = tuple(name for name, entry in checkpoint.entries.items() if not {name, entry.name} & used)

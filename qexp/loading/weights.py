@@ -77,7 +77,7 @@ def load_weights(planned: PlannedComponent, dispatch: Dispatch | None, loader: L
             return copied
         companions = dict(zip(item.companions, others, strict=True))
         weight = prepared.quantizer.create_quantized_param(item.spec, [first], companions, item.device)
-        refuse_in_place(type(weight))
+        refuse_in_place(type(weight))  # what adds a LoRA in place would write into packed bytes
         return weight
 
     # groups that travel are loaded one by one, so each has a tied parameter of its own

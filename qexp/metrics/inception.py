@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-SIDE = 299
+SIDE = 299  # pixels a side, as the network was trained
 Size = int | tuple[int, int]
 
 

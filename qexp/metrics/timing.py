@@ -12,7 +12,7 @@ from math import inf
 
 from qexp.metrics.registry import MODEL_TASKS, Metric
 
-WARM_UP_STEPS = 1
+WARM_UP_STEPS = 1  # the first step compiles kernels and fills caches
 
 
 def step_times(times_ms: Sequence[float]) -> dict[str, float | None]:

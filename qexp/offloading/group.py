@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qexp.errors import ConfigError
 from qexp.offloading.payload import Rebuild, Site, as_bytes, flatten, holders, sites, span_bytes
 
-ALIGNMENT = 256
+ALIGNMENT = 256  # bytes, as cudaMalloc aligns: kernels load several numbers at once
 
 
 class Rest(Protocol):

@@ -13,6 +13,7 @@ from qexp.errors import QexpError, UnsupportedError
 from qexp.system.signals import Terminated
 
 REASONS = ("config", "load", "oom", "timeout", "signal", "exit", "disk", "hub", "unsupported", "error")
+# full, over quota, read-only, forbidden
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 # Libraries that write files from native code report these as errors of their own
 DISK_WORDS = ("No space left on device", "Read-only file system", "Disk quota exceeded")

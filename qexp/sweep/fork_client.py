@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
 from typing import IO, Any
 
-MAX_DEATHS = 2
+MAX_DEATHS = 2  # one may be an accident, such as the kernel's choice when memory runs out
 # Libraries of linear algebra start a thread for each core as they are imported, but for these.
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "BLIS_NUM_THREADS": "1"}
 # torch asks the driver's library for devices; without, asking would initialize CUDA

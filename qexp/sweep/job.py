@@ -140,9 +140,11 @@ def _read_sweep(manifest: Manifest) -> dict[str, Any]:
 def _perform(job: _Job, row: JobRow) -> JobRow:
     """Decide, run, track: one experiment with its folder locked."""
     folder = RunFolder(Path(job.config.paths.outputs, "runs", row.key))
+    # a lock would make the folder of a run that is left alone
     if not folder.path.exists() and decide(job.config, folder).action == "keep":
         return _filled(row, folder, None, reused=False)
     with folder.locked(job.say):
+        # again: another process may have finished it before this one had the lock
         decision = decide(job.config, folder, set_damage_aside(folder, job.say))
         if decision.action == "keep":
             status = folder.read_status()
@@ -217,6 +219,7 @@ def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -
         if saves_outputs(job.config):
             reference = known_reference(job.config, (previous or {}).get("reference"))
             if reference is None:
+                # the reference may take hours: what cannot run is refused before it
                 check = partial(_find_refusal, job, folder, run) if previous is None else lambda: None
                 reference, status = ensure_reference(job.config, work, run, job.say, job.since, check)
                 if reference is None:
@@ -226,6 +229,7 @@ def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -
                     return _mark(folder, outcome, started)
             work = replace(work, reference=reference, steps="all" if previous is None else "score")
         status = run(work)
+        # the worker read the files after the key was made of them
         if status.status == "done" and previous is None and run_key(job.config) != folder.key:
             raise LoadError(FILES_CHANGED)
         return status

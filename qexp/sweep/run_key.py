@@ -51,9 +51,10 @@ def run_key(config: RunConfig) -> str:
 def reference_key(config: RunConfig) -> str:
     """Key of the reference of `config`, the same for all candidates that share one."""
     identity = _identity(reference_config(config))
+    # they move weights and change no bit of the outputs
     for name in ("offload", "device_map", "max_memory"):
         identity.pop(name, None)
-    identity["device"] = config.device.partition(":")[0]
+    identity["device"] = config.device.partition(":")[0]  # the same numbers on each GPU of a machine
     identity["versions"] = versions_of(("qexp", "torch", *model_packages(config)))
     return _digest(identity)
 
@@ -74,7 +75,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         del identity["task"][name]  # their content counts, not where they are
     source = load_source(config.model)
     is_full = config.identity == "full"
-    identity["checkpoints"] = _contents(source, is_full)
+    identity["checkpoints"] = _contents(source, is_full)  # by content: a copy elsewhere is the same model
     if side_files := source.side_files():
         identity["side_files"] = _digests(side_files)
     if adapters := source.adapters():
@@ -134,6 +135,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
+    # 6.0 and 6 are one experiment
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value

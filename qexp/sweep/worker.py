@@ -75,7 +75,7 @@ def seeded_experiment(config: RunConfig, folder: Path) -> Metrics:
     from qexp.experiments.run import run_experiment
 
     random.seed(config.seed)
-    np.random.seed(config.seed % 2**32)
+    np.random.seed(config.seed % 2**32)  # numpy takes 32 bits, torch 64
     torch.manual_seed(config.seed)
     return dict(run_experiment(config, folder))
 
@@ -95,6 +95,7 @@ def do_work(work: Work) -> Status:
             _function(work.check)(config, folder.path)
         else:
             folder.write_json("result.json", _make_result(work, folder))
+    # SystemExit and KeyboardInterrupt too: whatever ends the work must be in status.json
     except BaseException as error:
         outcome = outcome_of(error)
         _log_traceback(folder)
@@ -105,6 +106,7 @@ def do_work(work: Work) -> Status:
     finally:
         seconds = before.seconds if before else time.monotonic() - started
         status = _finished(running, outcome, seconds)
+        # first: a folder whose status is final has nothing left over
         folder.remove_scratch()
         folder.write_status(status)
     return status

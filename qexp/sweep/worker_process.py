@@ -77,8 +77,8 @@ def _start_with_screen(work: Work, start: str, modules: Sequence[str]) -> tuple[
         os.close(screen)
         raise
     finally:
-        os.close(shown)
-    os.set_blocking(screen, False)
+        os.close(shown)  # or the reading end would never see that the worker is gone
+    os.set_blocking(screen, False)  # it is read together with the output, whichever has something
     return process, screen
 
 
@@ -89,7 +89,7 @@ def _start_process(work: Work, start: str, modules: Sequence[str], screen: int) 
         try:
             worker = SERVER.fork(modules, [*work.arguments(), "--start", "fork"], environment, screen)
         except ServerDied:
-            return _start_process(work, start, modules, screen)
+            return _start_process(work, start, modules, screen)  # ends: after MAX_DEATHS the server is not usable
         if isinstance(worker, ForkedWorker):
             return worker
         _say_once(f"isolation.start=fork: {worker}; such experiments start with a fresh Python")
@@ -101,7 +101,7 @@ def _start_process(work: Work, start: str, modules: Sequence[str], screen: int) 
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
+        start_new_session=True,  # Ctrl-C reaches the parent, which ends the whole session of the worker
     )
 
 
@@ -111,8 +111,10 @@ def _say_once(message: str) -> None:
 
 
 def _worker_environment() -> dict[str, str]:
+    # W&B's variables may name a run of the calling program, which no worker must join
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": ":backslashreplace"}  # a locale may lack a letter
+    # sets of texts are walked in the same order in every run
     return environment | {"PYTHONHASHSEED": environment.get("PYTHONHASHSEED", "0")}
 
 
@@ -124,6 +126,7 @@ def _follow(process: ChildProcess, screen: int, log_path: Path, timeout_minutes:
     with output, open(screen, "rb", buffering=0) as said, _Log(log_path) as log, _Console() as console:
         for stream, data in read_streams(process, (output, said), lambda: deadline - time.monotonic()):
             (log if stream is output else console).write(data)
+        # the pipes may be closed by a process that still runs
         in_time = ends_within(process, deadline - time.monotonic())
         if not in_time:
             kill_session(process)

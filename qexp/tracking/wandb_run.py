@@ -103,12 +103,12 @@ def _settings(
         run_group=None if sweep_name is None else cut(sweep_name),
         run_job_type=container["task"]["name"],
         run_tags=tuple(run_tags(container, tracking)),
-        reinit="create_new",
+        reinit="create_new",  # a run that the calling program has open stays open
         init_timeout=INIT_TIMEOUT_SECONDS,
         finish_timeout=FINISH_TIMEOUT_SECONDS,
-        finish_timeout_raises=True,
+        finish_timeout_raises=True,  # or an upload that was cut off would look complete
         silent=True,
-        console="off",
+        console="off",  # worker.log has it
         label_disable=True,
         **dict.fromkeys(off, True),
         **dict.fromkeys(("save_code", "x_save_requirements", "symlink"), False),
@@ -123,6 +123,7 @@ def run_tags(container: Mapping[str, Any], tracking: TrackingConfig) -> list[str
 
 def _log_history(run: Any, folder: Path) -> None:
     """A row per generation step; memory.csv stands in for the history of a run that was never scored."""
+    # the last step's value would stand among the results of the run
     run.define_metric("steps/*", summary="none")
     path = next((path for name in ("history.csv", "memory.csv") if (path := folder / name).exists()), None)
     for row in _read_csv(path) if path else []:

@@ -88,7 +88,7 @@ def stream(
                     done.put((index, result))
                     del result
                     if ticket is not None:
-                        arena.release(ticket)
+                        arena.release(ticket)  # after the result is handed over: nothing of it is in the arena
         except Stopped:
             pass
         except BaseException as error:
@@ -135,7 +135,7 @@ def _in_order(
             early[index] = result
             del result
         yield item, early.pop(expected)
-        window.leave(item.result_nbytes)
+        window.leave(item.result_nbytes)  # only now: the caller asks for the next one when it is done with this
 
 
 def _turns(items: Sequence[WorkItem], workers: int) -> list[tuple[int, WorkItem]]:
