@@ -14,6 +14,7 @@ from qexp.loading.components import plan_components
 from qexp.loading.lifecycle import load_planned
 from qexp.results.environment import versions_of
 from qexp.sensitivity.exact import score_exactly
+from qexp.sensitivity.gradient import passes_of, score_by_gradient
 from qexp.sensitivity.groups import ComponentGroups, Group, plan_groups
 from qexp.sensitivity.partial import PartialScores
 from qexp.sensitivity.samples import Calibration, read_text, read_trajectory
@@ -80,17 +81,24 @@ def _score(context: RunContext, groups: Mapping[str, ComponentGroups]) -> None:
     is_text = source.modality == "text"
     calibration = read_text(context) if is_text else read_trajectory(context, list(groups))
     header = _header(context, groups, calibration)
-    total = sum(len(group.formats) for one in groups.values() for group in one.groups)
+    of_gradient = config.task.score == "gradient"
+    calls = {
+        name: passes_of(context.models[name], batches, config.task.projections) if of_gradient else batches
+        for name, batches in calibration.batches.items()
+    }
+    counts = {name: len(calls[name]) if of_gradient else 1 for name in groups}
+    total = sum(len(group.formats) * counts[name] for name, one in groups.items() for group in one.groups)
     partial = PartialScores(context.folder, header.versions, total, anew=config.resume == "none")
+    candidates = []
     for name, own in groups.items():
-        model, batches = context.models[name], calibration.batches[name]
-        score_exactly(name, model, own, batches, calibration.error, source.block_lists(model), partial)
-    candidates = [
-        candidate
-        for name, own in groups.items()
-        for group in own.groups
-        for candidate in _candidates(name, group, own, partial.done[name, group.name])
-    ]
+        model = context.models[name]
+        shared = (name, model, own, calls[name])
+        blocks = source.block_lists(model)
+        if of_gradient:
+            scores = score_by_gradient(*shared, config.task.projections, calibration.error, blocks, partial)
+        else:
+            scores = score_exactly(*shared, calibration.error, blocks, partial)
+        candidates += [one for group in own.groups for one in _candidates(name, group, own, scores[group.name])]
     write_table(context.folder, SensitivityTable(header, tuple(candidates)))
     partial.remove()
 

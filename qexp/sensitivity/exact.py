@@ -10,7 +10,7 @@ from qexp.sensitivity.blocks import Tail, blocks_of, order_of_calls
 from qexp.sensitivity.candidates import candidate_weight, weights_in_place
 from qexp.sensitivity.errors import output_error
 from qexp.sensitivity.groups import ComponentGroups
-from qexp.sensitivity.partial import PartialScores
+from qexp.sensitivity.partial import PartialScores, Scores
 from qexp.sensitivity.samples import Batch
 
 
@@ -22,11 +22,9 @@ def score_exactly(
     error: str,
     block_lists: Sequence[str],
     partial: PartialScores,
-) -> None:
-    """Add the scores of all groups that are not done. error: "squared_error" or "kl"."""
+) -> dict[str, Scores]:
+    """Return the scores of all groups; each is kept in `partial` as it comes. error: "squared_error" or "kl"."""
     left = [group for group in groups.groups if (component, group.name) not in partial.done]
-    if not left:
-        return
     blocks, starts = order_of_calls(model, blocks_of(model, block_lists), groups.layers, batches[0])
     tail = Tail(model, blocks, batches)
     for group in left:
@@ -42,3 +40,4 @@ def score_exactly(
                     for number, batch in enumerate(batches)
                 )
         partial.add(component, group.name, scores)
+    return {group.name: partial.done[component, group.name] for group in groups.groups}

@@ -51,7 +51,7 @@ def test_table_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
         (",64,0.0", ",64,0.5", "no line 'none'"),
         (",18,", ",18.5,", "line 3: invalid literal"),
         ("q;k,gguf", "q,gguf", "other layers"),
-        ("quant_method: gguf", "method: gguf", "names no quant_method"),
+        ('quant_method"": ""gguf', 'method"": ""gguf', "names no quant_method"),
         ("bytes,score", "score,bytes", "the columns must be"),
         ("transformer,q,q;k,none", "q;k,none", "has 6 values"),
     ],

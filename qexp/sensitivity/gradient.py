@@ -1,0 +1,211 @@
+"""Scores of all formats of all groups from a few backward passes, by Gaussian projections of the output.
+
+A small change dW of a layer's weight moves the output by J dW. For a random v with covariance M (`errors.py`),
+E[(v^T J dW)^2] = (J dW)^T M (J dW), the error that exact scores measure, to second order. v^T J is the gradient of
+v^T y: for one row of the output, with the layer's input x and the gradient g of its output, v^T J dW = <g, x dW^T>,
+summed over tokens. So a backward pass gives every format of every layer one sample for each row.
+
+Blocks are computed again in the backward pass, so that activations of one block are in memory, and the inputs of the
+others. The cost of the passes does not depend on how many formats there are. Groups of several layers are summed before
+they are squared.
+
+Sources: arXiv:1604.00556 (recomputation); arXiv:2106.08295, section 3 (errors of weights to second order).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from qexp.errors import ConfigError
+from qexp.sensitivity.blocks import blocks_of
+from qexp.sensitivity.candidates import candidate_weight
+from qexp.sensitivity.errors import draw_projection
+from qexp.sensitivity.groups import ComponentGroups, Group
+from qexp.sensitivity.partial import PartialScores, Scores
+from qexp.sensitivity.samples import Batch, first_tensor, merge_calls
+
+GRADIENTS_BYTES, CHANGES_BYTES = 64 << 20, 128 << 20  # of weight gradients of rows, and of changed weights, at a time
+
+
+def passes_of(model: nn.Module, batches: Sequence[Batch], projections: int) -> list[Batch]:
+    """Return the calls to go through: each batch so many times, at once where the network can answer that."""
+    return [one for batch in batches for one in merge_calls(model, [batch] * projections)]
+
+
+def score_by_gradient(
+    component: str,
+    model: nn.Module,
+    groups: ComponentGroups,
+    passes: Sequence[Batch],
+    projections: int,
+    error: str,
+    block_lists: Sequence[str],
+    partial: PartialScores,
+) -> dict[str, Scores]:
+    """Return the scores of all groups; parts of them, of one pass each, are kept in `partial` as they come."""
+    blocks = blocks_of(model, block_lists)
+    for number, batch in enumerate(passes):
+        keys = {group.layers: part_name(group, number) for group in groups.groups}
+        left = [group for group in groups.groups if (component, keys[group.layers]) not in partial.done]
+        if left:
+            random = torch.Generator().manual_seed(number)
+            with _Backward(model, groups, left, len(batch.weights)) as backward:
+                backward.on_done = lambda group, scores, keys=keys: partial.add(component, keys[group.layers], scores)
+                backward.run(batch, blocks, error, random)
+    scores: dict[str, Scores] = {}
+    for group in groups.groups:
+        parts = [partial.done[component, part_name(group, number)] for number in range(len(passes))]
+        scores[group.name] = {name: sum(part[name] for part in parts) / projections for name in group.formats}
+    return scores
+
+
+def part_name(group: Group, number: int) -> str:
+    """Return the name by which a pass's part of a group's scores is kept."""
+    return f"{group.name} of pass {number + 1}"
+
+
+class _Backward:
+    """One backward pass, in which every layer of some groups meets its input and the gradient of its output."""
+
+    on_done: Any
+
+    def __init__(self, model: nn.Module, groups: ComponentGroups, left: Sequence[Group], rows: int) -> None:
+        self._model, self._groups, self._rows = model, groups, rows
+        self._group_of = {layer: group for group in left for layer in group.layers}
+        self._calls: Counter[str] = Counter()  # of the layers of a group, in the forward pass, without an answer yet
+        self._sums: dict[str, Tensor] = {}  # name of a group -> [rows, formats]
+        self._is_forward = True
+        self._left = {group.name: group for group in left}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Backward:
+        modules: dict[nn.Module, str] = {}
+        for layer in self._group_of:
+            modules.setdefault(self._model.get_submodule(layer), layer)  # a module under two names is called once
+        for module, layer in modules.items():
+            self._handles.append(module.register_forward_hook(self._hook(layer)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def run(self, batch: Batch, blocks: Sequence[nn.Module], error: str, random: torch.Generator) -> None:
+        with torch.enable_grad(), _recomputed(blocks):
+            output = first_tensor(self._model(*batch.args, **batch.kwargs))
+            self._is_forward = False
+            if not output.requires_grad:
+                raise ConfigError(
+                    f"no gradient passes through {type(self._model).__name__}; use task.score=exact, which needs none"
+                )
+            output.backward(draw_projection(error, output.detach(), batch.weights, random))
+        for group in list(self._left.values()):  # some layer of it has no part in the output
+            self._finish(group)
+
+    def _hook(self, layer: str) -> Any:
+        group = self._group_of[layer]
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            if self._is_forward:
+                self._calls[group.name] += 1
+            if not torch.is_grad_enabled():
+                return None  # within a block, which is computed again
+            is_first = not output.requires_grad
+            if is_first:
+                output = output.detach().requires_grad_()
+            input = args[0].detach()
+            output.register_hook(lambda gradient: self._meet(layer, input, gradient))
+            return output.clone() if is_first else None
+
+        return hook
+
+    def _meet(self, layer: str, input: Tensor, gradient: Tensor) -> None:
+        group = self._group_of[layer]
+        with torch.no_grad():
+            found = self._products(layer, group.formats, input, gradient.detach())
+        before = self._sums.get(group.name)
+        if before is not None and before.shape != found.shape:  # of layers that see rows apart, and together
+            before, found = before.sum(0, keepdim=True), found.sum(0, keepdim=True)
+        self._sums[group.name] = found if before is None else before + found
+        self._calls[group.name] -= 1
+        if self._calls[group.name] == 0:
+            self._finish(group)
+
+    def _finish(self, group: Group) -> None:
+        """Square what was summed. A group that has no part in the output costs nothing."""
+        del self._left[group.name]
+        sums = self._sums.pop(group.name, None)
+        squares = [0.0] * len(group.formats) if sums is None else sums.double().square().sum(0).tolist()
+        self.on_done(group, dict(zip(group.formats, squares, strict=True)))
+
+    def _products(self, layer: str, names: Sequence[str], input: Tensor, gradient: Tensor) -> Tensor:
+        """Return <g, x dW^T> of each row and format, [rows, formats].
+
+        Rows that cannot be told apart (tokens that a network has picked) are one: its square has the same mean.
+        """
+        x, g = self._by_rows(input), self._by_rows(gradient)  # [rows, tokens, in], [rows, tokens, out]
+        dense: Any = self._model.get_submodule(layer)._parameters["weight"]
+        transposed = self._groups.formats[names[0]].chosen[layer].transposed
+        if transposed:
+            x, g = g, x  # the weight is [in, out]
+        rows_at_once = max(GRADIENTS_BYTES // (4 * dense.numel()), 1)
+        found = []
+        for some in _chunks(names, max(CHANGES_BYTES // (4 * dense.numel()), 1)):
+            weights = (candidate_weight(self._model, layer, self._groups.formats[name]) for name in some)
+            changes = torch.stack([(weight - dense).flatten() for weight in weights])  # [formats, out * in]
+            parts = zip(x.split(rows_at_once), g.split(rows_at_once), strict=True)
+            found.append(torch.cat([torch.bmm(own_g.mT, own_x).flatten(1) @ changes.T for own_x, own_g in parts]))
+        return torch.cat(found, dim=1)
+
+    def _by_rows(self, tensor: Tensor) -> Tensor:
+        count = tensor.numel() // tensor.shape[-1]
+        rows = self._rows if count % self._rows == 0 else 1
+        return tensor.reshape(rows, -1, tensor.shape[-1]).float()
+
+
+def _chunks(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (names[start : start + size] for start in range(0, len(names), size))
+
+
+@contextmanager
+def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Have blocks keep their inputs alone in the forward pass, and be computed again in the backward pass."""
+    for block in blocks:
+        block.forward = _recomputing(block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _recomputing(forward: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        floating = [place for place in places if leaves[place].is_floating_point()]
+        if floating and not any(leaves[place].requires_grad for place in floating):
+            leaves[floating[0]] = leaves[floating[0]].detach().requires_grad_()  # else nothing is recomputed
+        structure: list[Any] = []
+
+        def run(*tensors: Tensor) -> tuple[Any, ...]:
+            own = list(leaves)
+            for place, tensor in zip(places, tensors, strict=True):
+                own[place] = tensor
+            own_args, own_kwargs = tree_unflatten(own, spec)
+            returned, own_spec = tree_flatten(forward(*own_args, **own_kwargs))
+            structure[:] = [own_spec]
+            return tuple(returned)
+
+        outputs = checkpoint(run, *(leaves[place] for place in places), use_reentrant=True, preserve_rng_state=False)
+        return tree_unflatten(list(outputs), structure[0])
+
+    return call
