@@ -16,6 +16,7 @@ from qexp.results.environment import versions_of
 from qexp.sensitivity.exact import score_exactly
 from qexp.sensitivity.gradient import passes_of, score_by_gradient
 from qexp.sensitivity.groups import ComponentGroups, Group, plan_groups
+from qexp.sensitivity.heat_map import draw_heat_map
 from qexp.sensitivity.partial import PartialScores
 from qexp.sensitivity.samples import Calibration, read_text, read_trajectory
 from qexp.sensitivity.table import Candidate, Header, SensitivityTable, write_table
@@ -99,7 +100,9 @@ def _score(context: RunContext, groups: Mapping[str, ComponentGroups]) -> None:
         else:
             scores = score_exactly(*shared, calibration.error, blocks, partial)
         candidates += [one for group in own.groups for one in _candidates(name, group, own, scores[group.name])]
-    write_table(context.folder, SensitivityTable(header, tuple(candidates)))
+    table = SensitivityTable(header, tuple(candidates))
+    draw_heat_map(table, context.folder)
+    write_table(context.folder, table)
     partial.remove()
 
 

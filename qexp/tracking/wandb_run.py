@@ -3,7 +3,8 @@
     config    the nested configuration, and the environment under `env`
     summary   every metric, and status, reason, message and seconds
     history   steps/<column> per generation step: time, memory, error against the reference
-    media     images/grid, images/reference, images/difference; tables: layers (of a roundtrip), compared_texts
+    media     images/grid, images/reference, images/difference; tables: layers (of a roundtrip), compared_texts, sensitivity,
+              with a map of it as images/sensitivity
     run       name: readable label, with the settings that vary in its sweep; group: sweep; job type: task; tags: model,
               backend, offload, and the user's
 
@@ -35,7 +36,7 @@ from qexp.tracking.session import clear_errors, require_login, wandb_session
 INIT_TIMEOUT_SECONDS = 20.0  # without an answer, wandb gives up starting an online run
 FINISH_TIMEOUT_SECONDS = 120.0  # and uploading one
 IMAGES = ("grid", "reference", "difference")
-TABLES = ("layers", "compared_texts")
+TABLES = ("layers", "compared_texts", "sensitivity")
 
 
 def log_run(folder: Path, config: RunConfig, sweep_name: str | None, settings: str = "") -> str | None:
@@ -133,6 +134,7 @@ def _log_history(run: Any, folder: Path) -> None:
 
 def _log_media(wandb: Any, run: Any, folder: Path) -> None:
     paths = {f"images/{name}": folder / "images" / f"{name}.png" for name in IMAGES}
+    paths["images/sensitivity"] = folder / "sensitivity.png"
     media: dict[str, Any] = {
         name: wandb.Image(str(path), caption=name.rpartition("/")[2]) for name, path in paths.items() if path.exists()
     }
