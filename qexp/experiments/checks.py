@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.checkpoints.checkpoint import open_components, refuse_source
+from qexp.config.offload import OffloadConfig
 from qexp.config.schema import ComponentConfig, SaveConfig, TopLevelConfig
 from qexp.errors import ConfigError, LoadError, choices
 from qexp.hub.download import hub_id
@@ -116,7 +117,9 @@ def check_streaming(low_cpu_mem_usage: bool, components: Mapping[str, ComponentC
         )
 
 
-def check_sensitivity(task: Any, source: Any, components: Mapping[str, ComponentConfig]) -> None:
+def check_sensitivity(
+    task: Any, source: Any, components: Mapping[str, ComponentConfig], offload: OffloadConfig
+) -> None:
     """Raises ConfigError for what task=sensitivity cannot score."""
     if task.name != "sensitivity":
         return
@@ -126,6 +129,11 @@ def check_sensitivity(task: Any, source: Any, components: Mapping[str, Component
                 f"task=sensitivity with components.{name}.backend={component.backend.quant_method}: it loads the "
                 "unquantized model, and tries task.formats; use backend=none, and a checkpoint that is not quantized"
             )
+    if offload.strategy != "none":
+        raise ConfigError(
+            f"task=sensitivity with offload.strategy={offload.strategy}: weights are exchanged where they are; use "
+            "offload=none"
+        )
     of_other = ("samples", "text", "window", "batch_size") if source.modality == "text" else ()
     for item in fields(type(task)) if of_other else ():
         is_own = item.name in (*of_other, "name", "score", "formats", "groups", "projections")

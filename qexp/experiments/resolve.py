@@ -75,7 +75,7 @@ def to_run_config(cfg: Any) -> RunConfig:
     # after the checkpoints had their say: a quantized one needs the streaming path too
     check_streaming(top.low_cpu_mem_usage, components)
     check_task(model, task)
-    check_sensitivity(task, source, components)
+    check_sensitivity(task, source, components, top.offload)
     if isinstance(task, GenerateConfig):
         task = task.resolved_by(source.resolve_task)
     if top.save.path is not None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GROUPS = ("memory", "load", "time", "quality", "roundtrip", "offload")  # in the order of columns
 MODEL_TASKS = ("generate", "perplexity", "forward")  # tasks that run a model
-TASKS = (*MODEL_TASKS, "roundtrip")
+TASKS = (*MODEL_TASKS, "roundtrip", "sensitivity")
 DECLARES = re.compile(r"^METRICS\b", re.MULTILINE)
 
 

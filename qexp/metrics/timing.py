@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from math import inf
 
-from qexp.metrics.registry import MODEL_TASKS, Metric
+from qexp.metrics.registry import MODEL_TASKS, TASKS, Metric
 
 WARM_UP_STEPS = 1  # the first step compiles kernels and fills caches
 
@@ -28,7 +28,7 @@ def step_times(times_ms: Sequence[float]) -> dict[str, float | None]:
 
 
 def _time(name: str, meaning: str, unit: str, header: str = "", order: int = 20, digits: str = ".1f") -> Metric:
-    tasks = MODEL_TASKS if unit == "ms" else (*MODEL_TASKS, "roundtrip")
+    tasks = MODEL_TASKS if unit == "ms" else TASKS
     return Metric(
         f"time/{name}", meaning, header=header, unit=unit, better="lower", range=(0, inf), tasks=tasks, digits=digits,
         varies=True, order=order,

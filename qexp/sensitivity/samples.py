@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from qexp.config.text_windows import window_and_stride
 from qexp.errors import ConfigError
 from qexp.tasks.forward import tensors_of
-from qexp.tasks.perplexity import read_tokens
 
 if TYPE_CHECKING:
     from qexp.models.base import TextSource
@@ -64,12 +63,13 @@ def first_tensor(returned: Any) -> Tensor:
 def read_text(context: RunContext) -> Calibration:
     """Return windows of the text, cut one behind the other."""
     model: Any = context.models["model"]
-    task, begin = context.task, cast("TextSource", context.source).begin_token
+    task, source = context.task, cast("TextSource", context.source)
+    begin = source.begin_token
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     window = task.window or min(WINDOW, longest or WINDOW)
     size, _ = window_and_stride(longest, window, None, has_begin=begin is not None)
-    tokens = read_tokens(context, task)[: (task.samples or WINDOWS) * size]
+    tokens = source.encode(source.text(task.text))[: (task.samples or WINDOWS) * size]
     if len(tokens) < (1 if begin is not None else 2):
         raise ConfigError(f"task.text has {len(tokens)} tokens, too few to predict any; give a longer text")
     size = min(size, len(tokens))

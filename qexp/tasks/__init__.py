@@ -1,1 +1,1 @@
-"""What is done with a loaded model: generate, forward, perplexity, roundtrip."""
+"""What is done with a loaded model: generate, forward, perplexity, roundtrip, sensitivity."""
