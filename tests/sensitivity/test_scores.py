@@ -52,7 +52,8 @@ def decoded(weight: Tensor, name: str) -> Tensor:
 
 
 def test_exact_scores_are_the_weighted_error_with_one_layer_quantized(tmp_path: Path) -> None:
-    model, batches = save_stack(tmp_path, SHAPES, dtype=torch.float32), batches_of(3, 2)
+    model: Any = save_stack(tmp_path, SHAPES, dtype=torch.float32)
+    batches = batches_of(3, 2)
     found = scored(model, planned(tmp_path), batches, tmp_path)
     weights = [layer.weight.clone() for layer in model.layers]
     for number, layer in enumerate(model.layers):
@@ -77,7 +78,8 @@ def test_scores_do_not_depend_on_where_the_forward_pass_begins(tmp_path: Path) -
 
 
 def test_a_block_is_skipped_only_if_it_ended_before_the_layer_began(tmp_path: Path) -> None:
-    model, batches = save_stack(tmp_path, SHAPES, dtype=torch.float32), batches_of(3)
+    model: Any = save_stack(tmp_path, SHAPES, dtype=torch.float32)
+    batches = batches_of(3)
     blocks, starts = order_of_calls(model, blocks_of(model, ["layers"]), ["layers.0", "layers.2"], batches[0])
     assert (blocks, starts) == (list(model.layers), {"layers.0": 0, "layers.2": 2})
     tail = Tail(model, blocks, batches)
