@@ -24,8 +24,7 @@ from qexp.system.files import write_json
 from qexp.system.memory import PeakMemory
 
 if TYPE_CHECKING:
-    from qexp.config.schema import ComponentConfig, RunConfig
-    from qexp.loading.component import PlannedComponent
+    from qexp.loading.component import LoadRequest, PlannedComponent
     from qexp.tasks.context import RunContext
 
 DTYPE = "float32"  # of the networks that are scored: rounded activations bury small differences
@@ -55,16 +54,16 @@ def plan_sensitivity(
         name: plan_groups(source, name, config.components[name], config.task, context.device)
         for name in source.quantized_components()
     }
-    planned = plan_components(source, _in_fp32(config, groups), device=context.device)
+    planned = plan_components(_in_fp32(context.requests, groups))
     context = replace(context, models={name: component.prepared.model for name, component in planned.items()})
     source.check_run(context.models, config.task)
     return context, planned, groups
 
 
-def _in_fp32(config: RunConfig, scored: Mapping[str, ComponentGroups]) -> dict[str, ComponentConfig]:
+def _in_fp32(requests: Mapping[str, LoadRequest], scored: Mapping[str, ComponentGroups]) -> dict[str, LoadRequest]:
     return {
-        name: replace(settings, compute_dtype=DTYPE) if name in scored else settings
-        for name, settings in config.components.items()
+        name: replace(request, settings=replace(request.settings, compute_dtype=DTYPE)) if name in scored else request
+        for name, request in requests.items()
     }
 
 
