@@ -52,6 +52,12 @@ class DamagedFileError(DiskError):
         self.what = what
 
 
+class WaitedTooLongError(QexpError):
+    """Another process held what an experiment needs for longer than it may take."""
+
+    reason = "timeout"
+
+
 class HubError(QexpError):
     """A model could not be pushed to a hub or downloaded from it, or not all of it."""
 

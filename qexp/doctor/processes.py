@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from qexp.results.outcome import outcome_of_exit
-from qexp.system.child_process import ends_within, kill_session, read_output
+from qexp.system.child_process import ends_within, kill_family, read_output
 
 PROBE = [sys.executable, "-m", "qexp.doctor.probe"]
 
@@ -46,7 +46,7 @@ def _run(trials: Sequence[dict[str, Any]], device: str, timeout: float) -> Itera
             if given < len(trials):
                 yield _ended(process, errors, timeout, time.monotonic() - started)
         finally:
-            kill_session(process)
+            kill_family(process)
 
 
 def _lines(process: subprocess.Popen[bytes], timeout: float) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ A folder is guarded by an flock on its `.lock`, which the kernel releases when i
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from qexp.errors import DamagedFileError, DiskError
+from qexp.errors import DamagedFileError, DiskError, WaitedTooLongError
 from qexp.system.files import disk_error, file_lock, read_json, write_json, write_text
 
 LOCK = ".lock"
@@ -96,10 +97,21 @@ class RunFolder:
         write_text(self.path / name, text)
 
     @contextmanager
-    def locked(self, waiting: Callable[[str], None]) -> Iterator[None]:
-        """Hold this folder alone. `waiting(message)` is called once if another process has it."""
+    def locked(self, waiting: Callable[[str], None], timeout_minutes: float | None = None) -> Iterator[None]:
+        """Hold this folder alone. `waiting(message)` is called once if another process has it.
+
+        Raises: WaitedTooLongError once it has it for so long; None waits as long as it takes.
+        """
         message = f"{self.path} is being run by another process; waiting for it to finish"
-        with file_lock(self.path / LOCK, lambda: waiting(message)):
+        patience = math.inf if timeout_minutes is None else 60 * timeout_minutes
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(file_lock(self.path / LOCK, lambda: waiting(message), patience))
+            except TimeoutError as error:
+                raise WaitedTooLongError(
+                    f"{self.path} was run by another process for all of isolation.timeout_minutes={timeout_minutes:g}; "
+                    "run this again once that has finished, or raise it (null waits as long as it takes)"
+                ) from error
             yield
 
     def clear(self) -> None:

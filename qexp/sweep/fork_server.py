@@ -30,7 +30,7 @@ from typing import Any
 
 from qexp.sweep import worker
 from qexp.sweep.preload import import_modules
-from qexp.system.child_process import die_with_parent
+from qexp.system.child_process import adopt_orphans, die_with_parent
 from qexp.system.file_pages import map_file_pages, resident_file_pages
 
 Pages = Iterable[tuple[int, int]]  # runs of pages: address, bytes
@@ -99,6 +99,7 @@ def become_worker(
     try:
         os.setsid()
         die_with_parent(server)
+        adopt_orphans()
         nothing, (output, screen) = os.open(os.devnull, os.O_RDONLY), outputs
         for source, target in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(source, target)

@@ -143,7 +143,7 @@ def _perform(job: _Job, row: JobRow) -> JobRow:
     # a lock would make the folder of a run that is left alone
     if not folder.path.exists() and decide(job.config, folder).action == "keep":
         return _filled(row, folder, None, reused=False)
-    with folder.locked(job.say):
+    with folder.locked(job.say, job.config.isolation.timeout_minutes):
         # again: another process may have finished it before this one had the lock
         decision = decide(job.config, folder, set_damage_aside(folder, job.say))
         if decision.action == "keep":

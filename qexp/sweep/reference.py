@@ -33,7 +33,7 @@ def ensure_reference(
     `since` (when it began) or later stands.
     """
     folder = RunFolder(Path(config.paths.outputs, "references", reference_key(config)))
-    with folder.locked(say):
+    with folder.locked(say, config.isolation.timeout_minutes):
         damaged = set_damage_aside(folder, say)
         status = folder.read_status() if not damaged else None
         if status is not None and _stands(folder, status, config.resume, since):

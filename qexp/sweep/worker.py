@@ -38,7 +38,7 @@ from qexp.results.outcome import DONE, Outcome, outcome_of
 from qexp.results.run_folder import RunFolder, Status, now_iso, start_ticks
 from qexp.sweep.preload import import_modules, modules_of
 from qexp.sweep.resume import scored_names
-from qexp.system.child_process import die_with_parent
+from qexp.system.child_process import adopt_orphans, die_with_parent
 from qexp.system.files import read_json
 from qexp.system.screen import open_screen, say
 
@@ -227,6 +227,7 @@ def main(typed: Sequence[str] | None = None) -> int:
         open_screen(screen)
     if parent is not None:
         die_with_parent(parent)
+        adopt_orphans()
     faulthandler.enable()
     try:
         status = do_work(Work(**arguments))

@@ -23,7 +23,7 @@ from qexp.results.outcome import Outcome, outcome_of, outcome_of_exit, timed_out
 from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.fork_client import SERVER, ForkedWorker, ServerDied
 from qexp.sweep.worker import Work, do_work
-from qexp.system.child_process import CHUNK, ChildProcess, ends_within, kill_session, read_streams
+from qexp.system.child_process import CHUNK, ChildProcess, ends_within, kill_family, read_streams
 from qexp.system.oom_kills import count_oom_kills
 from qexp.system.screen import library_output_in
 
@@ -41,7 +41,7 @@ def run_worker(work: Work, isolation: IsolationConfig, modules: Sequence[str] = 
     try:
         in_time = _follow(process, screen, work.folder / "worker.log", timeout_minutes)
     except BaseException as error:
-        kill_session(process)
+        kill_family(process)
         _settle(work, process, outcome_of(error), started, clock)
         raise
     if isinstance(process, ForkedWorker) and process.server_died and in_time:
@@ -129,7 +129,7 @@ def _follow(process: ChildProcess, screen: int, log_path: Path, timeout_minutes:
         # the pipes may be closed by a process that still runs
         in_time = ends_within(process, deadline - time.monotonic())
         if not in_time:
-            kill_session(process)
+            kill_family(process)
         while data := said.read(CHUNK):  # what came last; None where the worker's own children keep it open
             console.write(data)
     return in_time

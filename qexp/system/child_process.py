@@ -1,4 +1,4 @@
-"""Follow a process that leads its own session, and end it with everything that it started, or with its parent."""
+"""Follow a process that leads a session of its own, and end it with everything that it started, or with its parent."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import IO, Protocol
 
+import psutil
+
 POLL_SECONDS = 0.2  # how late an ended process is noticed whose own children keep its output open
 CHUNK = 1 << 16
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 class ChildProcess(Protocol):
@@ -69,11 +71,36 @@ def ends_within(process: ChildProcess, seconds: float) -> bool:
     return True
 
 
-def kill_session(process: ChildProcess) -> None:
-    """Kill a process, if it has not ended, and everything that it started."""
-    with suppress(ProcessLookupError):
+def adopt_orphans() -> None:
+    """Be the parent of all descendants whose own parent ends, so that `kill_family` finds them all."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def kill_family(process: ChildProcess) -> None:
+    """Kill a process, if it has not ended, and everything that it started, in sessions of their own too."""
+    stopped: dict[int, psutil.Process] = {}
+    while new := [one for one in _family_of(process) if one.pid not in stopped]:  # a stopped one starts no other
+        for one in new:
+            stopped[one.pid] = one
+            with suppress(psutil.Error):
+                one.suspend()
+    for one in stopped.values():
+        with suppress(psutil.Error):
+            one.kill()
+    with suppress(ProcessLookupError):  # what the process has left, if it has ended: they are not its children any more
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _family_of(process: ChildProcess) -> list[psutil.Process]:
+    if process.poll() is not None:
+        return []  # its number may be another's
+    try:
+        leader = psutil.Process(process.pid)
+        return [leader, *leader.children(recursive=True)]
+    except psutil.Error:
+        return []
 
 
 def die_with_parent(parent: int) -> None:

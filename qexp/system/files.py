@@ -11,7 +11,9 @@ import errno
 import fcntl
 import io
 import json
+import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +23,8 @@ from typing import Any
 import yaml
 
 from qexp.errors import DamagedFileError, DiskError
+
+LOCK_POLL_SECONDS = 0.1
 
 
 @contextmanager
@@ -101,8 +105,13 @@ def append_line(path: Path, line: str) -> None:
 
 
 @contextmanager
-def file_lock(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold an exclusive lock on `path`, across processes and threads; `waiting` is called once if it is taken."""
+def file_lock(
+    path: Path, waiting: Callable[[], None] = lambda: None, patience_seconds: float = math.inf
+) -> Iterator[None]:
+    """Hold an exclusive lock on `path`, across processes and threads; `waiting` is called once if it is taken.
+
+    Raises: TimeoutError if it is taken for so long, DiskError.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -113,10 +122,25 @@ def file_lock(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterato
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             waiting()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _wait_for_lock(descriptor, patience_seconds)
         yield
     finally:
         os.close(descriptor)
+
+
+def _wait_for_lock(descriptor: int, patience_seconds: float) -> None:
+    if patience_seconds == math.inf:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return
+    deadline = time.monotonic() + patience_seconds
+    while True:  # the call itself knows no time limit
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if (left := deadline - time.monotonic()) <= 0:
+                raise TimeoutError from None
+            time.sleep(min(left, LOCK_POLL_SECONDS))
 
 
 def disk_error(path: Path, error: OSError, option: str = "paths.outputs=") -> DiskError:

@@ -3,8 +3,8 @@
     config    the nested configuration, and the environment under `env`
     summary   every metric, and status, reason, message and seconds
     history   steps/<column> per generation step: time, memory, error against the reference
-    media     images/grid, images/reference, images/difference; tables: layers (of a roundtrip), compared_texts, sensitivity,
-              with a map of it as images/sensitivity
+    media     images/grid, images/reference, images/difference; tables: layers (of a roundtrip), compared_texts,
+              sensitivity, with a map of it as images/sensitivity
     run       name: readable label, with the settings that vary in its sweep; group: sweep; job type: task; tags: model,
               backend, offload, and the user's
 

@@ -155,6 +155,14 @@ def _sleep_with_child(folder: Path) -> None:
     _sleep(folder)
 
 
+def _sleep_with_a_daemon(folder: Path) -> None:
+    """Its grandchild leads a session of its own, and its child has ended."""
+    code = "import subprocess, sys; child = subprocess.Popen(['sleep', '600'], start_new_session=True)"
+    code += "; open(sys.argv[1], 'w').write(str(child.pid))"
+    subprocess.run([sys.executable, "-c", code, str(folder / "child.pid")], check=True)
+    _sleep(folder)
+
+
 def _leave_child(folder: Path) -> None:
     """The child keeps this process's output open."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -208,4 +216,5 @@ BEHAVIOURS = {
     21: _raise(KeyboardInterrupt()),
     22: _allocate_past_a_limit,
     23: _fill_the_disk,
+    24: _sleep_with_a_daemon,
 }

@@ -221,6 +221,31 @@ def test_a_timeout_kills_the_worker_with_its_children_and_what_was_half_written(
     assert not left & {"offload", ".outputs.safetensors.1.tmp", "result.json"}
 
 
+def test_a_timeout_also_kills_what_leads_a_session_of_its_own(tmp_path) -> None:
+    config = have_reference(run_config(tmp_path, 24, isolation=IsolationConfig(timeout_minutes=5.0 / 60)))
+    assert run(config).reason == "timeout"
+    assert not is_running(int((folder_of(config).path / "child.pid").read_text()))
+
+
+@pytest.mark.parametrize("waits_for", ["its folder", "its reference"])
+def test_a_timeout_bounds_the_wait_for_another_process(waits_for, tmp_path, capfd) -> None:
+    config = run_config(tmp_path, isolation=IsolationConfig(timeout_minutes=0.3 / 60))
+    reference = RunFolder(Path(config.paths.outputs, "references", reference_key(config)))
+    taken = folder_of(config) if waits_for == "its folder" else reference
+    with taken.locked(print):
+        started = time.monotonic()
+        row = run(config)
+        assert 0.3 <= time.monotonic() - started < 60
+    assert (row.status, row.reason) == ("failed", "timeout") and str(taken.path) in row.message
+    assert "isolation.timeout_minutes=0.005" in row.message and ran(config) == []
+    captured = capfd.readouterr()
+    assert "waiting for it to finish" in captured.out and "Traceback" not in captured.err
+    status = folder_of(config).read_status()
+    assert status is None if waits_for == "its folder" else status.reason == "timeout"
+    with pytest.raises(ValueError), taken.locked(print, timeout_minutes=0.001):
+        raise ValueError  # what happens with the lock in hand is nobody's timeout
+
+
 def test_a_child_that_keeps_the_output_open_does_not_hold_up_the_sweep(tmp_path) -> None:
     config = have_reference(run_config(tmp_path, 17))
     started = time.monotonic()
