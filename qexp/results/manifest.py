@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from qexp.errors import ConfigError, DamagedFileError
 from qexp.results.run_folder import is_alive, now_iso, start_ticks
 from qexp.system.files import append_line, disk_error, file_lock, read_json, write_json
 
-JOB_FIELDS = ("number", "key", "label", "overrides", "status", "reason", "message", "reused", "seconds")
+JOB_FIELDS = ("number", "key", "label", "overrides", "status", "reason", "message", "reused", "seconds", "kept")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class JobRow:
     seconds: float = 0.0
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     rescored: bool = False  # only metrics were added to it; `seconds` is of the run
+    kept: str | None = None  # when the result began that an attempt which failed has left as it was
 
 
 class Manifest:
@@ -57,6 +59,7 @@ class Manifest:
         """Begin anew. total: planned experiments, None if a sweeper decides as it goes. varying: names of the settings
         that differ between them.
 
+        The token tells what this sweep has done from what others did, whatever a clock says.
         Raises: ConfigError if a running sweep has this name, DiskError if the folder cannot be written.
         """
         with file_lock(self.folder / ".lock"):
@@ -69,7 +72,8 @@ class Manifest:
             values = {"name": self.name, "command": list(command), "notes": notes, "total": total}
             values |= {"varying": list(varying)}
             values |= {"pid": os.getpid(), "ticks": start_ticks(os.getpid())}
-            self._write(values | {"started": now_iso(), "finished": None, "jobs": []})
+            values |= {"token": uuid.uuid4().hex, "started": now_iso(), "finished": None, "jobs": []}
+            self._write(values)
 
     def _read_old(self) -> dict[str, Any] | None:
         """The sweep of this name before; a damaged manifest is kept beside the new one."""
@@ -115,7 +119,10 @@ class Manifest:
 
     def _with_added(self, values: dict[str, Any]) -> dict[str, Any]:
         """The contents with what was added since; of a number that was added twice, the last one."""
-        jobs = {job["number"]: job for job in [*values["jobs"], *lines_of(self.added, values["started"])]}
+        jobs = {
+            job["number"]: job
+            for job in [*values["jobs"], *lines_of(self.added, values.get("token", values["started"]))]
+        }
         return values | {"jobs": [jobs[number] for number in sorted(jobs)]}
 
     def _read(self) -> dict[str, Any]:

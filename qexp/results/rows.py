@@ -94,7 +94,7 @@ def _read_ending(job: Row, folder: RunFolder) -> Row:
     found = {"status": status.status, "reason": status.reason, "message": status.message, "seconds": status.seconds}
     if status.status != "done":
         return found
-    if job["status"] == "failed" and (status.finished or "") <= job.get("recorded", ""):
+    if job["status"] == "failed" and job.get("kept") == status.started:
         return {}  # it was to be scored again, and that failed; the result is from before
     result = folder.read_result()
     return found | (

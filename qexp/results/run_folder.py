@@ -30,7 +30,8 @@ SCRATCH = "offload"  # where an experiment offloads weights to disk
 @dataclass(frozen=True)
 class Status:
     """status.json. status: running, done, failed or unsupported; reason: of the last two, see `results/outcome.py`;
-    ticks: when the process that is running began, see `start_ticks`."""
+    ticks: when the process that is running began, see `start_ticks`; sweep: of a reference, the token of the sweep that
+    ran it, see `Manifest.start`."""
 
     status: str
     pid: int
@@ -40,6 +41,7 @@ class Status:
     finished: str | None = None
     seconds: float = 0.0
     ticks: int | None = None
+    sweep: str | None = None
 
 
 STATUSES = ("running", "done", "failed", "unsupported")
@@ -52,6 +54,7 @@ STATUS_FIELDS: dict[str, Any] = {
     "finished": str | None,
     "seconds": int | float,
     "ticks": int | None,
+    "sweep": str | None,
 }
 _DEFAULTS = {item.name: item.default for item in fields(Status)}
 

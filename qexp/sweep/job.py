@@ -47,13 +47,16 @@ TRACKED = {"offline": "wandb/offline-run-*", "online": "wandb/run-*"}  # what W&
 
 @dataclass(frozen=True)
 class _Job:
-    """One call of `run_job`: what to run, and where it stands in a sweep (number is None outside of one)."""
+    """One call of `run_job`: what to run, and where it stands in a sweep (number is None outside of one).
+
+    sweep: the sweep's token.
+    """
 
     config: RunConfig
     overrides: tuple[str, ...]
     number: int | None
     total: int | None
-    since: str | None
+    sweep: str | None
     settings: str  # those that vary in the sweep, with their values
     work: Work
 
@@ -93,7 +96,7 @@ def run_job(
     sweep = _read_sweep(Manifest(config.paths.outputs, config.sweep.name)) if number is not None else {}
     work = Work(Path(), experiment=experiment, score=score, check=check)
     settings = settings_label(overrides, sweep.get("varying") or ())
-    job = _Job(config, tuple(overrides), number, sweep.get("total"), sweep.get("started"), settings, work)
+    job = _Job(config, tuple(overrides), number, sweep.get("total"), sweep.get("token"), settings, work)
     row = job.row
     try:
         row = replace(row, key=run_key(config) if key is None else key)
@@ -106,8 +109,19 @@ def run_job(
     except Exception as error:  # whatever it is, the other experiments go on
         row = replace(row, **asdict(_explained(error)))
     finally:
+        row = replace(row, kept=_kept_result(config, row))
         _record(job.manifest, row, job.name)
     return row
+
+
+def _kept_result(config: RunConfig, row: JobRow) -> str | None:
+    """When the result began that a failed attempt has left as it was; None if there is none."""
+    if row.status != "failed" or not row.key:
+        return None
+    with suppress(DiskError):
+        status = RunFolder(Path(config.paths.outputs, "runs", row.key)).read_status()
+        return status.started if status is not None and status.status == "done" else None
+    return None
 
 
 def refuse_job(
@@ -164,12 +178,12 @@ def _say_what_differs(job: _Job, folder: RunFolder) -> None:
     """Say in which environment a reused result was made, if it is another: each once for a sweep."""
     result = folder.read_result()
     changed = ", ".join(differences(result["env"], job.config)) if result else ""
-    if changed and (job.since, changed) not in _SAID:
-        _SAID.add((job.since, changed))
+    if changed and (job.sweep, changed) not in _SAID:
+        _SAID.add((job.sweep, changed))
         print(f"reused results were made in another environment: {changed}; resume=stale runs them again", flush=True)
 
 
-_SAID: set[tuple[str | None, str]] = set()  # (beginning of a sweep, what differs)
+_SAID: set[tuple[str | None, str]] = set()  # (token of a sweep, what differs)
 
 
 def _check_before_clearing(config: RunConfig, folder: RunFolder) -> None:
@@ -221,7 +235,7 @@ def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -
             if reference is None:
                 # the reference may take hours: what cannot run is refused before it
                 check = partial(_find_refusal, job, folder, run) if previous is None else lambda: None
-                reference, status = ensure_reference(job.config, work, run, job.say, job.since, check)
+                reference, status = ensure_reference(job.config, work, run, job.say, job.sweep, check)
                 if reference is None:
                     return status
                 if status.status != "done":

@@ -22,21 +22,21 @@ def ensure_reference(
     work: Work,
     run: Callable[[Work], Status],
     say: Callable[[str], None],
-    since: str | None,
+    sweep: str | None,
     check: Callable[[], Status | None],
 ) -> tuple[Path | None, Status]:
     """(folder, status) of the reference that `config` is compared with, computed now if it is not there yet.
 
     check: called before it is computed; returns how the experiment ends if it cannot run, else None. The reference then
     stays as it is, and (None, that status) is returned.
-    `resume=none` computes it anew. Neither that nor a failure is repeated for every experiment of a sweep: what is from
-    `since` (when it began) or later stands.
+    `resume=none` computes it anew. Neither that nor a failure is repeated for every experiment of a sweep: what was run
+    with its token stands.
     """
     folder = RunFolder(Path(config.paths.outputs, "references", reference_key(config)))
     with folder.locked(say, config.isolation.timeout_minutes):
         damaged = set_damage_aside(folder, say)
         status = folder.read_status() if not damaged else None
-        if status is not None and _stands(folder, status, config.resume, since):
+        if status is not None and _stands(folder, status, config.resume, sweep):
             return folder.path, status
         if (refused := check()) is not None:
             return None, refused
@@ -46,13 +46,14 @@ def ensure_reference(
         if status.status == "done" and reference_key(config) != folder.key:
             outcome = Outcome("failed", "load", "files of the model were changed while it ran; run it again")
             status = replace(status, **asdict(outcome))
-            folder.write_status(status)
+        status = replace(status, sweep=sweep)
+        folder.write_status(status)
         return folder.path, status
 
 
-def _stands(folder: RunFolder, status: Status, resume: str, since: str | None) -> bool:
-    """Whether a reference is used, or given up, as it is."""
-    of_this_sweep = since is not None and (status.finished or "") >= since
+def _stands(folder: RunFolder, status: Status, resume: str, sweep: str | None) -> bool:
+    """Whether a reference is used, or given up, as it is. sweep: the token of the sweep that needs it."""
+    of_this_sweep = sweep is not None and status.sweep == sweep
     if status.status != "done":
         return of_this_sweep
     return folder.holds(OUTPUTS) and (of_this_sweep or resume != "none")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def test_its_contents(tmp_path) -> None:
     values = manifest.read()
     assert values["started"] <= values["jobs"][0].pop("recorded")
     assert values["started"] <= values.pop("finished") and values.pop("started")
+    assert re.fullmatch("[0-9a-f]{32}", values.pop("token"))
     assert values == {
         "name": "s",
         "command": ["python", "-m", "qexp"],
@@ -60,6 +62,7 @@ def test_its_contents(tmp_path) -> None:
                 "message": "too big",
                 "reused": False,
                 "seconds": 1.5,
+                "kept": None,
             }
         ],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -22,9 +24,10 @@ from qexp.errors import ConfigError
 from qexp.experiments.reference import reference_config
 from qexp.experiments.stored import run_config_from_container
 from qexp.report.table import rows_of_sweep
+from qexp.results import manifest
 from qexp.results.manifest import Manifest
 from qexp.results.run_folder import RunFolder, Status, now_iso
-from qexp.sweep import job, reference, worker_process
+from qexp.sweep import job, reference, worker, worker_process
 from qexp.sweep.job import JobRow, refuse_job, run_job
 from qexp.sweep.run_key import reference_key, run_key
 from qexp.system import files
@@ -419,23 +422,31 @@ def test_scoring_again_makes_a_reference_whose_outputs_are_gone(tmp_path) -> Non
     assert [name.partition("/")[0] for name in ran(config)] == ["references", "runs", "references"]
 
 
-def test_resume_none_runs_the_reference_again_once_a_sweep(tmp_path) -> None:
+@pytest.fixture(params=["forward", "backward"])
+def clock(request, monkeypatch) -> None:
+    """The clock of the machine, which runs, or is set back an hour whenever somebody looks."""
+    if request.param == "backward":
+        hours, noon = itertools.count(), datetime(2026, 1, 2, 12, tzinfo=UTC)
+        for module in (job, worker, manifest):
+            earlier = lambda: (noon - timedelta(hours=next(hours))).isoformat(timespec="milliseconds")  # noqa: E731
+            monkeypatch.setattr(module, "now_iso", earlier)
+
+
+def test_resume_none_runs_the_reference_again_once_a_sweep(tmp_path, clock) -> None:
     config = run_config(tmp_path, isolation=IsolationConfig(mode="inline"))
     run(config)
-    time.sleep(0.01)
     Manifest(config.paths.outputs, "test").start(["x"], 2)
     for number in (1, 2):
         run(replace(config, resume="none"), number=number)
     assert [name.partition("/")[0] for name in ran(config)] == ["references", "runs", "references", "runs", "runs"]
 
 
-def test_a_failed_scoring_is_a_failed_row_of_a_done_run(tmp_path) -> None:
+def test_a_failed_scoring_is_a_failed_row_of_a_done_run(tmp_path, clock) -> None:
     config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
     first = run(config, number=1)
     stored = {
         name: (folder_of(config).path / name).read_text() for name in ("status.json", "config.yaml", "result.json")
     }
-    time.sleep(0.01)
     other = replace(config, metrics=MetricsConfig(names=("ssim",)), sweep=SweepConfig(name="later"))
     run(other, number=1, score="tests.sweep.fake_experiment:score_unscorable")
     assert {name: (folder_of(config).path / name).read_text() for name in stored} == stored
@@ -443,6 +454,8 @@ def test_a_failed_scoring_is_a_failed_row_of_a_done_run(tmp_path) -> None:
     assert (row["status"], row["message"]) == ("failed", "no statistics to compare with")
     (row,) = rows_of_sweep(config.paths.outputs, "test")
     assert row["status"] == "done" and row["metrics"] == first.metrics
+    assert run(other, number=None).status == "done"  # alone, and well: the failure is of the past
+    assert rows_of_sweep(config.paths.outputs, "later")[0]["status"] == "done"
 
 
 def test_scoring_again_keeps_the_group_of_the_first_sweep(tmp_path, monkeypatch) -> None:
@@ -481,8 +494,9 @@ def test_scoring_again_uses_the_reference_that_was_used_before(tmp_path, monkeyp
     assert first.status == "done"
 
 
-def test_a_failed_reference_is_the_experiment_s_failure_and_tried_once_a_sweep(tmp_path) -> None:
-    config = run_config(tmp_path, 3, seed=fake_experiment.BAD_REFERENCE)
+def test_a_failed_reference_is_the_experiment_s_failure_and_tried_once_a_sweep(tmp_path, clock) -> None:
+    inline = IsolationConfig(mode="inline")
+    config = run_config(tmp_path, 3, seed=fake_experiment.BAD_REFERENCE, isolation=inline)
     Manifest(config.paths.outputs, "test").start(["x"], 2)
     other = replace(config, components={"transformer": replace(config.components["transformer"], skip_modules=("a",))})
     for number, one in enumerate((config, other), 1):
