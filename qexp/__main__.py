@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import importlib
 import io
-import signal
 import sys
 
 from qexp.cli.commands import COMMANDS
+from qexp.system.standard_streams import survive_closed_pipes
 from qexp.version import __version__
 
 
 def main() -> None:
     """Run one experiment or a sweep, or another command, and exit with 0 only if all of it is done."""
     arguments = sys.argv[1:]
+    survive_closed_pipes()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt or an arrow that the locale has no letter for
     if arguments and arguments[0] in COMMANDS:
@@ -30,7 +31,6 @@ def main() -> None:
     if "--help" in arguments or "-h" in arguments:
         from qexp.cli.help import help_text
 
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
         print(help_text())
         return
     from qexp.cli import run

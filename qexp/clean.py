@@ -29,6 +29,7 @@ from qexp.results.run_folder import LOCK, SCRATCH, RunFolder, try_lock
 from qexp.system.files import disk_error
 from qexp.system.memory import GIB
 from qexp.system.program_name import program_name
+from qexp.system.standard_streams import survive_closed_pipes
 
 
 @dataclass(frozen=True)
@@ -182,4 +183,5 @@ def clean(outputs: Path, kinds: Sequence[str], is_agreed: bool) -> int:
 
 
 if __name__ == "__main__":
+    survive_closed_pipes()
     sys.exit(main())

@@ -33,6 +33,7 @@ from qexp.sweep.job import run_job
 from qexp.sweep.run_key import run_key
 from qexp.system.files import disk_error, read_yaml
 from qexp.system.program_name import program_name
+from qexp.system.standard_streams import survive_closed_pipes
 from qexp.tracking.session import check_login
 
 
@@ -224,4 +225,5 @@ def _relative(old: object, new: object) -> str:
 
 
 if __name__ == "__main__":
+    survive_closed_pipes()
     sys.exit(main())

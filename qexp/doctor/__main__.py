@@ -29,6 +29,7 @@ from qexp.errors import QexpError
 from qexp.results.environment import RESULT_PACKAGES, cpu_name, device_name, versions_of
 from qexp.system.devices import cuda_device_count
 from qexp.system.program_name import program_name
+from qexp.system.standard_streams import survive_closed_pipes
 
 WIDTH = 120
 STATUSES = """\
@@ -159,4 +160,5 @@ def _doctor_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    survive_closed_pipes()
     sys.exit(main())

@@ -33,6 +33,7 @@ from qexp.predict.tables import UNITS, ModelForecast, formatted, offload_table, 
 from qexp.system.devices import parse_bytes
 from qexp.system.program_name import program_name
 from qexp.system.screen import library_output_in, say, sayings_in
+from qexp.system.standard_streams import survive_closed_pipes
 
 if TYPE_CHECKING:
     from qexp.config.schema import RunConfig
@@ -279,4 +280,5 @@ def _footnote(unit: str, memory: int | None) -> str:
 
 
 if __name__ == "__main__":
+    survive_closed_pipes()
     sys.exit(main())

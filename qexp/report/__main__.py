@@ -19,6 +19,7 @@ from qexp.results.manifest import count_line
 from qexp.results.rows import Row, find_sweep, read_manifest, rows_of_sweep
 from qexp.system.files import write_bytes, write_text
 from qexp.system.program_name import program_name
+from qexp.system.standard_streams import survive_closed_pipes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,4 +89,5 @@ def _report_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    survive_closed_pipes()
     sys.exit(main())

@@ -24,6 +24,7 @@ from qexp.experiments.stored import run_config_from_container
 from qexp.results.outcome import outcome_of
 from qexp.results.run_folder import RunFolder
 from qexp.system.child_process import die_with_parent
+from qexp.system.standard_streams import survive_closed_pipes
 from qexp.tracking.session import import_wandb
 
 LOWER = 10  # of 19: a tenth of the weight of others, where cores are not free
@@ -102,4 +103,5 @@ WRITER = LogWriter()
 atexit.register(WRITER.close)
 
 if __name__ == "__main__":
+    survive_closed_pipes()
     sys.exit(main())

@@ -8,12 +8,15 @@ and inside of `library_output_in`.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import IO, Any
+
+from qexp.system.standard_streams import PatientFile
 
 _screen: IO[str] | None = None  # None while standard error is the screen
 _collected: list[str] | None = None  # where `sayings_in` keeps messages
@@ -79,7 +82,8 @@ def _copy_of(stream: Any) -> IO[str]:
     """A stream to the same place that does not follow its descriptor; the stream itself where it has none."""
     with suppress(OSError, AttributeError, ValueError):
         if stream.fileno() in (1, 2):
-            return os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding, errors="backslashreplace")
+            copy = io.BufferedWriter(PatientFile(os.dup(stream.fileno()), "w"))
+            return io.TextIOWrapper(copy, encoding=stream.encoding, errors="backslashreplace")
     return stream
 
 
