@@ -43,7 +43,7 @@ def _patient(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     raw = PatientFile(stream.fileno(), "w", closefd=False)
     is_buffered = isinstance(stream.buffer, io.BufferedWriter)  # python -u has none
     return io.TextIOWrapper(
-        io.BufferedWriter(raw) if is_buffered else raw,  # type: ignore[type-var]
+        io.BufferedWriter(raw) if is_buffered else raw,
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,

@@ -41,9 +41,13 @@ class RunContext:
     def seed(self) -> int:
         return self.config.seed
 
-    def memory_gib(self) -> tuple[float, float]:
-        """(resident host memory, allocated device memory)."""
-        return host_memory().total_bytes / GIB, device_memory(self.device) / GIB
+    def memory_gib(self) -> tuple[float | None, float]:
+        """(resident host memory, allocated device memory).
+
+        With isolation=inline the process holds more than this experiment: None, as it is null in result.json.
+        """
+        is_shared = self.config.isolation.mode == "inline"
+        return None if is_shared else host_memory().total_bytes / GIB, device_memory(self.device) / GIB
 
     def recorder(self, title: str, steps: int | None) -> Recorder:
         """The clock of a task with so many steps; None if their number is not known."""

@@ -31,12 +31,16 @@ class TaskResult:
 
 @dataclass
 class Recorder:
-    """Collects what `on_step` reports, and shows progress on stderr. steps: None if their number is not known."""
+    """Collects what `on_step` reports, and shows progress on stderr.
+
+    steps: None if their number is not known; memory: (host, device) in GiB, None where the host's is not the
+    experiment's own, and then in no row.
+    """
 
     title: str
     steps: int | None
     device: torch.device
-    memory: Callable[[], tuple[float, float]]
+    memory: Callable[[], tuple[float | None, float]]
     rows: list[dict[str, float]] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
     step_started: float = 0.0
@@ -55,7 +59,8 @@ class Recorder:
             self.steps = None  # a source takes more than it said: better no total than "10/8"
         step_ms = 1000 * (time.perf_counter() - self.step_started)
         host_gib, device_gib = self.memory()
-        self.rows.append({"step": step, "step_ms": step_ms, "host_gib": host_gib, "device_gib": device_gib})
+        host = {} if host_gib is None else {"host_gib": host_gib}
+        self.rows.append({"step": step, "step_ms": step_ms, **host, "device_gib": device_gib})
         if state is not None:
             self.states.append(state.detach().to("cpu", torch.float32, copy=True))
         self._show(step, step_ms)

@@ -15,9 +15,9 @@ from qexp.tasks.context import RunContext
 class FixedMemory(RunContext):
     """A context that says what it is told of memory."""
 
-    memory: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
+    memory: Callable[[], tuple[float | None, float]] = lambda: (0.0, 0.0)
 
-    def memory_gib(self) -> tuple[float, float]:
+    def memory_gib(self) -> tuple[float | None, float]:
         return self.memory()
 
 

@@ -1,15 +1,19 @@
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from qexp.config.generate import GenerateConfig, for_images
+from qexp.config.schema import IsolationConfig
 from qexp.errors import ConfigError
 from qexp.models.digits import Config, Source
 from qexp.models.digits_network import DigitsConfig, DigitsTransformer
+from qexp.tasks.context import RunContext
 from qexp.tasks.generate import TaskResult, run_generate
 from tests.tasks.contexts import context_of
 
@@ -64,6 +68,15 @@ def test_rows_hold_step_time_and_memory() -> None:
         (2, 2.0, 0.25),
         (3, 3.0, 0.125),
     ]
+
+
+@pytest.mark.parametrize("mode", ["process", "inline"])
+def test_rows_have_no_memory_of_a_process_that_is_not_the_experiments_own(mode: str) -> None:
+    config: Any = SimpleNamespace(isolation=IsolationConfig(mode=mode))
+    recorder = RunContext(config, cast(Any, None), torch.device("cpu"), Path()).recorder("generate", 1)
+    recorder.begin()
+    recorder.on_step(1, None)
+    assert list(recorder.rows[0]) == ["step", "step_ms", *["host_gib"][mode == "inline" :], "device_gib"]
 
 
 def test_times_are_of_the_steps_and_not_of_the_recording() -> None:
