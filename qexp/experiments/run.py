@@ -27,8 +27,9 @@ from qexp.offloading.dispatch import Dispatch
 from qexp.offloading.payload import module_nbytes
 from qexp.offloading.strategies import Offload, apply_offload
 from qexp.results.labels import backend_label
-from qexp.results.run_folder import PUSHED
+from qexp.results.run_folder import BESIDE, PUSHED
 from qexp.system.files import to_csv, write_json, write_text
+from qexp.system.machine_load import MachineLoad
 from qexp.system.memory import GIB, PeakMemory
 from qexp.system.screen import say
 from qexp.tasks import forward, forward_inputs, generate, perplexity, text
@@ -105,8 +106,9 @@ def _run_model(context: RunContext) -> Metrics:
     loaded, offloads, weights_bytes = _load_components(context, planned)
     if context.config.save.wanted:
         _save_components(context)
-    with PeakMemory(context.device) as peak:
+    with MachineLoad() as load, PeakMemory(context.device) as peak:
         result = _run_task(context)
+    write_json(context.folder / BESIDE, {"processes": load.beside})
     save_tensors(context.folder / "outputs.safetensors", result.outputs)
     write_text(context.folder / "memory.csv", to_csv(list(result.rows[0]), result.rows))
     return {
@@ -114,6 +116,7 @@ def _run_model(context: RunContext) -> Metrics:
         **plan_statistics([component.plan for component in loaded], weights_bytes),
         **offload_statistics(offloads),
         **result.metrics,
+        **load.metrics(),
         **run_peaks(peak, loaded[0].memory.baseline.total_bytes),
     }
 

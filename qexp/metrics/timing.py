@@ -43,6 +43,15 @@ METRICS = (
     Metric("time/measured_steps", "their number", range=(0, inf), tasks=MODEL_TASKS, digits=".0f", order=14),
     _time("total_seconds", "time of the task: all steps and what is between them", "s", digits=".2f"),
     Metric(
+        "time/other_cores", "cores that other programs kept busy while the task ran; above a tenth of those that it "
+        "may use, reports mark its times", unit="cores", better="lower", range=(0, inf), tasks=MODEL_TASKS, varies=True,
+        order=40,
+    ),
+    Metric(
+        "time/load_average", "load average of the machine over the last minute, when the task ended", range=(0, inf),
+        tasks=MODEL_TASKS, varies=True, order=41,
+    ),
+    Metric(
         "time/tokens_per_second", "tokens of all prompts, or of a text, in a second", unit="1/s", better="higher",
         range=(0, inf), tasks=("generate", "perplexity"), digits=".1f", varies=True, order=30,
     ),

@@ -10,8 +10,10 @@ import shlex
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from qexp.report.marks import OTHER, differing_environments, footnotes, members_of
 from qexp.report.table import TEXTS, prepare, status_text, table_cells
 from qexp.results.manifest import count_line
 from qexp.results.rows import Row
@@ -52,11 +54,13 @@ def _summary_line(manifest: Mapping[str, Any], rows: list[Row]) -> str:
 def _results(done: list[Row], folder: Path) -> str:
     """The smallest weights first, quality and time beside them."""
     table = [{name: text for name, text in line.items() if name not in ("#", "status")} for line in table_cells(done)]
-    links = [", ".join(dict.fromkeys(_folder_link(run, folder) for run in row.get("members", [row]))) for row in done]
+    differing = differing_environments(done)
+    links = [", ".join(dict.fromkeys(_folder_link(run, folder, differing) for run in members_of(row))) for row in done]
     lines = [[*line.values(), link] for line, link in zip(table, links, strict=True)]
     header = list(table[0])
     aligned = [":--" if name in TEXTS else "--:" for name in header]
-    return _table([*(name.replace("/ ", "/") for name in header), "run"], [*aligned, ":--"], lines)
+    table = _table([*(name.replace("/ ", "/") for name in header), "run"], [*aligned, ":--"], lines)
+    return "\n\n".join([table, *(_escape_cell(note).replace("*", "\\*") for note in footnotes(done))])
 
 
 def _failures_table(failures: list[Row], folder: Path) -> str:
@@ -72,11 +76,12 @@ def _escape_cell(value: object) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
-def _folder_link(row: Row, folder: Path) -> str:
+def _folder_link(row: Row, folder: Path, differing: Mapping[int, str] = MappingProxyType({})) -> str:
     if row["folder"] is None:
         return ""
     target = os.path.relpath(row["folder"], folder).replace(os.sep, "/").replace(" ", "%20")
-    return f"[{row['key']}]({target})"
+    number = f" #{row['number']} {OTHER}" if row["number"] in differing else ""
+    return f"[{row['key']}]({target}){number}"
 
 
 def _environments(rows: list[Row]) -> list[str]:

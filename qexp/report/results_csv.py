@@ -2,7 +2,8 @@
 
 Metrics keep their names and units (`memory/weights_gib`); settings are dotted paths
 (`components.transformer.backend.label`), lists and mappings as JSON. A value that is null or was never reached is an
-empty cell. Each run has its line; `group` is the same for runs that differ in their seed alone, the key of their first.
+empty cell. `environment` says how versions, commit, threads or machine differ from those of most runs. Each run has its
+line; `group` is the same for runs that differ in their seed alone, the key of their first.
 """
 
 from __future__ import annotations
@@ -16,23 +17,40 @@ from typing import Any
 
 from qexp.errors import DiskError
 from qexp.metrics.registry import metric_order
+from qexp.report.marks import differing_environments
 from qexp.report.seeds import NOT_SETTINGS, seed_groups
 from qexp.results.labels import backend_label, offload_label
 from qexp.results.rows import GONE, Row
 
-FIRST = ("number", "key", "group", "status", "reason", "message", "reused", "seconds", "backend", "offload")
+FIRST = (
+    "number",
+    "key",
+    "group",
+    "status",
+    "reason",
+    "message",
+    "reused",
+    "seconds",
+    "environment",
+    "backend",
+    "offload",
+)
 
 
 def results_csv(rows: list[Row]) -> str:
     """The text of results.csv."""
     settings = varying_settings(rows)
     metrics = sorted({name for row in rows for name in row["metrics"]}, key=metric_order)
-    groups = seed_groups(rows)
+    groups, differing = seed_groups(rows), differing_environments(rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*FIRST, *settings, *metrics])
     for row, values in zip(rows, _flat_configs(rows), strict=True):
-        first = row | _label_columns(row) | {"group": groups.get(row["number"], "")}
+        first = (
+            row
+            | _label_columns(row)
+            | {"group": groups.get(row["number"], ""), "environment": differing.get(row["number"])}
+        )
         writer.writerow(
             [_csv_cell(first[name]) for name in FIRST]
             + [_csv_cell(values.get(name)) for name in settings]

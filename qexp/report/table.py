@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from qexp.metrics.registry import Metric, all_metrics, is_infinite
+from qexp.report.marks import BUSY, OTHER, busy_cores, differing_environments, footnotes, members_of
 from qexp.report.seeds import with_seeds_united
 from qexp.results.labels import SEPARATOR, experiment_name, settings_labels
 from qexp.results.numbers import format_number, shown_unit
@@ -20,6 +21,7 @@ from qexp.results.rows import Row, rows_of_sweep
 __all__ = ["format_table", "prepare", "rows_of_sweep", "status_text", "table_cells"]
 
 WIDTH = 120
+STEP_MS = "time/step_ms"
 NARROWEST = 12  # a text column is not shortened below this
 PARTS = ("model", "backend", "offload", "task")  # of a label
 TEXTS = ("#", "model", "task", "backend", "offload", "setting", "status", "seeds")
@@ -56,7 +58,16 @@ def format_table(rows: Iterable[Any]) -> str:
     widths = _fit([max(map(len, column)) for column in zip(*lines, strict=True)], header)
     text = [_table_line(line, widths, header) for line in lines]
     text.insert(2, _table_line(["─" * width for width in widths], widths, header))
-    return "\n".join([*text, *_cut_settings(table, dict(zip(header, widths, strict=True))), *_failure_lines(prepared)])
+    notes = [line for note in footnotes(prepared) for line in textwrap.wrap(note, WIDTH, subsequent_indent="  ")]
+    return "\n".join(
+        [
+            *text,
+            *([""] if notes else []),
+            *notes,
+            *_cut_settings(table, dict(zip(header, widths, strict=True))),
+            *_failure_lines(prepared),
+        ]
+    )
 
 
 def _heads(name: str) -> tuple[str, str]:
@@ -99,7 +110,11 @@ def table_cells(prepared: list[Row]) -> list[dict[str, str]]:
     Memory of a device that is not there is 0 everywhere, and no value.
     """
     columns = number_columns(prepared)
-    lines = [_texts(row) | {name: format_value(row, column) for name, column in columns.items()} for row in prepared]
+    differing = differing_environments(prepared)
+    lines = [
+        _texts(row, differing) | {name: format_value(row, column) for name, column in columns.items()}
+        for row in prepared
+    ]
     shown = [
         name
         for name in (*TEXTS, *columns)
@@ -108,10 +123,11 @@ def table_cells(prepared: list[Row]) -> list[dict[str, str]]:
     return [{name: line[name] for name in shown} for line in lines]
 
 
-def _texts(row: Row) -> dict[str, str]:
+def _texts(row: Row, differing: Mapping[int, str]) -> dict[str, str]:
+    mark = f" {OTHER}" if any(member["number"] in differing for member in members_of(row)) else ""
     texts = {
-        "#": _ranges(sorted(member["number"] for member in row.get("members", [row]))),
-        "status": status_text(row),
+        "#": _ranges(sorted(member["number"] for member in members_of(row))),
+        "status": status_text(row) + mark,
         "seeds": str(row.get("seeds", "")),
     }
     return texts | {name: str(row[name]) for name in ("model", "task", "backend", "offload", "setting")}
@@ -155,10 +171,20 @@ def format_value(row: Row, column: Column) -> str:
     text = format_number(value * column.factor, metric.digits)
     if (spread := row.get("spread", {}).get(metric.name)) is not None:
         text += f" ±{format_number(spread * column.factor, metric.digits)}"
+    elif metric.name == STEP_MS:
+        text += _range_of_steps(metrics, metric.digits)
     if (have := row.get("counts", {}).get(metric.name)) is not None and have < row["seeds"]:
         text += f" (of {have})"
     count = metrics.get(metric.count_name) if metric.set_of and metric.count_name else None
-    return text if count is None else f"{text} n={count:g}"
+    text = text if count is None else f"{text} n={count:g}"
+    return text + BUSY if metric.group == "time" and busy_cores(row) is not None else text
+
+
+def _range_of_steps(metrics: Mapping[str, float | None], digits: str) -> str:
+    """' (11.5-14.2)': the fastest and the slowest step; '' where they are not known, or the same."""
+    least, most = (metrics.get(f"{STEP_MS}_{end}") for end in ("min", "max"))
+    texts = [format_number(value, digits) for value in (least, most) if value is not None]
+    return f" ({'-'.join(texts)})" if len(set(texts)) == 2 else ""
 
 
 def _without_extras(table: list[dict[str, str]], columns: Mapping[str, Column]) -> list[str]:

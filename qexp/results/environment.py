@@ -22,6 +22,7 @@ import psutil
 from qexp.config.plugins import PACKAGE_FOLDER, plugin_module
 from qexp.config.schema import RunConfig
 from qexp.results.run_folder import now_iso
+from qexp.system.machine_load import usable_cores
 from qexp.version import __version__
 
 RESULT_PACKAGES = ("qexp", "torch", "numpy", "safetensors", "torchmetrics")
@@ -54,6 +55,7 @@ def describe_environment(config: RunConfig) -> dict[str, Any]:
         "host": socket.gethostname(),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
+        "usable_cores": usable_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 2),
         "threads": number_of_threads(),
         "device": config.device,

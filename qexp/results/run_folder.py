@@ -24,6 +24,7 @@ DAMAGED = "damaged"  # files that were not what a run had written
 PARTIAL = "partial.jsonl"  # what a run that was killed had found by then
 KEPT = (LOCK, "wandb", DAMAGED, PARTIAL)  # what a new attempt leaves in the folder; W&B appends to its own files
 PUSHED = "hub.json"  # where on a hub the model of an experiment is
+BESIDE = "beside.json"  # the processes that took most CPU time beside a run
 SCRATCH = "offload"  # where an experiment offloads weights to disk
 
 

@@ -35,7 +35,7 @@ from qexp.experiments.stored import run_config_from_container
 from qexp.metrics.registry import find_metric
 from qexp.results.environment import describe_environment
 from qexp.results.outcome import DONE, Outcome, outcome_of
-from qexp.results.run_folder import RunFolder, Status, now_iso, start_ticks
+from qexp.results.run_folder import BESIDE, RunFolder, Status, now_iso, start_ticks
 from qexp.sweep.preload import import_modules, modules_of
 from qexp.sweep.resume import scored_names
 from qexp.system.child_process import adopt_orphans, die_with_parent
@@ -140,6 +140,7 @@ def _make_result(work: Work, folder: RunFolder) -> dict[str, Any]:
         "metrics": _finite(metrics),
         "notes": notes,
         "formats": _formats(folder),
+        "beside": (read_json(folder.path / BESIDE) or {}).get("processes", []),
         "scored": config.metrics.scored() if work.steps != "run" else None,
         "reference": work.reference.name if work.reference else None,
         "start": work.start,

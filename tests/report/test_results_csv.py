@@ -16,7 +16,8 @@ def test_every_metric_and_every_setting_that_varies_is_there(tmp_path: Path) -> 
     lines = lines_of(tmp_path)
     assert len(lines) == 6
     assert set(lines[0]) == {
-        "number", "key", "group", "status", "reason", "message", "reused", "seconds", "backend", "offload",
+        "number", "key", "group", "status", "reason", "message", "reused", "seconds", "environment", "backend",
+        "offload",
         "components.transformer.backend.quant_method", "components.transformer.backend.label",
         "offload.strategy", "offload.to", *GENERATE,
     }  # fmt: skip

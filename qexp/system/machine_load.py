@@ -1,0 +1,105 @@
+"""What else ran on the machine for a while: times that were taken meanwhile are slower for it.
+
+CPU time of the whole machine (/proc/stat, with steal: what other guests of its host took) less that of this process,
+its children that have ended, and the writer of W&B's logs, whose priority is low. The processes that took most are
+named, as far as this one sees them: in a container, those of the container.
+Source: man 5 proc_stat, proc_pid_stat, proc_loadavg; the kernel's Documentation/admin-guide/cgroup-v2.rst (cpu.max).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+IDLE = (3, 4)  # fields of /proc/stat: idle, iowait
+COUNTED = 8  # fields of it: guest time, behind them, is in user time too
+LOG_WRITER = b"qexp.sweep.log_writer"
+NAMED = 3
+LEAST_CORES = 0.05  # of a process that is named
+
+
+@dataclass(frozen=True)
+class _Reading:
+    clock: float
+    machine_seconds: float
+    own_seconds: float
+    processes: dict[tuple[int, int], tuple[str, float]]  # (number, ticks at which it began) -> name, CPU seconds
+
+
+class MachineLoad:
+    """Watches inside a `with` block. After it: other_cores, load_average, beside; None where there is no /proc."""
+
+    def __init__(self, proc: Path = PROC) -> None:
+        self.proc = proc
+        self.other_cores: float | None = None
+        self.load_average: float | None = None
+        self.beside: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        self.first = _read(self.proc)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        last = _read(self.proc)
+        if self.first is None or last is None:
+            return
+        seconds = max(last.clock - self.first.clock, 1e-9)
+        took: list[tuple[float, str]] = []
+        for who, (name, cpu) in last.processes.items():
+            took.append(((cpu - self.first.processes.get(who, ("", 0.0))[1]) / seconds, name))
+        writers = sum(cores for cores, name in took if name == LOG_WRITER.decode())
+        total = last.machine_seconds - self.first.machine_seconds
+        own = last.own_seconds - self.first.own_seconds
+        self.other_cores = max((total - own) / seconds - writers, 0.0)
+        self.load_average = float((self.proc / "loadavg").read_text(encoding="utf-8").split()[0])
+        most = sorted((one for one in took if one[1] != LOG_WRITER.decode()), reverse=True)[:NAMED]
+        self.beside = [{"name": name, "cores": round(cores, 2)} for cores, name in most if cores >= LEAST_CORES]
+
+    def metrics(self) -> dict[str, float | None]:
+        """The `time/` metrics of what ran beside; none where that cannot be known."""
+        if self.other_cores is None:
+            return {}
+        return {"time/other_cores": self.other_cores, "time/load_average": self.load_average}
+
+
+def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> float:
+    """Return how many cores this process may use: those it is bound to, or its cgroup's quota if that is less."""
+    quotas = [math.inf]
+    with suppress(OSError, ValueError, IndexError):
+        own = next(
+            line for line in (proc / "self/cgroup").read_text(encoding="utf-8").splitlines() if line[:3] == "0::"
+        )
+        for place in (own[3:].lstrip("/"), ""):  # in a container, the path may be the host's
+            with suppress(OSError, ValueError):
+                quota, period = (cgroups / place / "cpu.max").read_text(encoding="utf-8").split()
+                quotas.append(int(quota) / int(period))
+    return min(*quotas, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _read(proc: Path) -> _Reading | None:
+    try:
+        numbers = [int(word) for word in (proc / "stat").read_text(encoding="utf-8").split("\n")[0].split()[1:]]
+        hertz = os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return None
+    busy = sum(number for place, number in enumerate(numbers[:COUNTED]) if place not in IDLE)
+    return _Reading(time.perf_counter(), busy / hertz, sum(os.times()[:4]), dict(_processes(proc, hertz)))
+
+
+def _processes(proc: Path, hertz: int) -> Iterator[tuple[tuple[int, int], tuple[str, float]]]:
+    for folder in proc.glob("[0-9]*"):
+        if int(folder.name) == os.getpid():
+            continue
+        with suppress(OSError, ValueError, IndexError):  # it has ended
+            name, _, rest = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
+            fields = rest.split()
+            is_writer = LOG_WRITER in (folder / "cmdline").read_bytes()
+            shown = LOG_WRITER.decode() if is_writer else name.partition("(")[2]
+            yield (int(folder.name), int(fields[19])), (shown, (int(fields[11]) + int(fields[12])) / hertz)
