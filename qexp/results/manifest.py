@@ -119,10 +119,8 @@ class Manifest:
 
     def _with_added(self, values: dict[str, Any]) -> dict[str, Any]:
         """The contents with what was added since; of a number that was added twice, the last one."""
-        jobs = {
-            job["number"]: job
-            for job in [*values["jobs"], *lines_of(self.added, values.get("token", values["started"]))]
-        }
+        added = lines_of(self.added, values.get("token", values["started"]))
+        jobs = {job["number"]: job for job in [*values["jobs"], *added]}
         return values | {"jobs": [jobs[number] for number in sorted(jobs)]}
 
     def _read(self) -> dict[str, Any]:

@@ -119,13 +119,18 @@ def file_lock(
         raise disk_error(path, error) from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_now(descriptor)
         except BlockingIOError:
             waiting()
             _wait_for_lock(descriptor, patience_seconds)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock_now(descriptor: int) -> None:
+    """Raises BlockingIOError if somebody has it."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _wait_for_lock(descriptor: int, patience_seconds: float) -> None:
@@ -135,7 +140,7 @@ def _wait_for_lock(descriptor: int, patience_seconds: float) -> None:
     deadline = time.monotonic() + patience_seconds
     while True:  # the call itself knows no time limit
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_now(descriptor)
             return
         except BlockingIOError:
             if (left := deadline - time.monotonic()) <= 0:
