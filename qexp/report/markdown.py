@@ -59,8 +59,8 @@ def _results(done: list[Row], folder: Path) -> str:
     lines = [[*line.values(), link] for line, link in zip(table, links, strict=True)]
     header = list(table[0])
     aligned = [":--" if name in TEXTS else "--:" for name in header]
-    table = _table([*(name.replace("/ ", "/") for name in header), "run"], [*aligned, ":--"], lines)
-    return "\n\n".join([table, *(_escape_cell(note).replace("*", "\\*") for note in footnotes(done))])
+    text = _table([*(name.replace("/ ", "/") for name in header), "run"], [*aligned, ":--"], lines)
+    return "\n\n".join([text, *(_escape_cell(note).replace("*", "\\*") for note in footnotes(done))])
 
 
 def _failures_table(failures: list[Row], folder: Path) -> str:

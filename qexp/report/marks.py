@@ -70,10 +70,9 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     busy = {run["number"]: cores for row in rows for run in members_of(row) if (cores := _busy_cores(run)) is not None}
     lines = []
     if busy:
-        least, most = min(busy.values()), max(busy.values())
-        cores = f"{most:.1f}" if f"{least:.1f}" == f"{most:.1f}" else f"{least:.1f} to {most:.1f}"
+        ends = dict.fromkeys(f"{cores:.1f}" for cores in (min(busy.values()), max(busy.values())))
         numbers = ", ".join(f"#{number}" for number in sorted(busy))
-        lines.append(f"{BUSY} times were taken while other programs kept {cores} cores busy: {numbers}")
+        lines.append(f"{BUSY} times were taken while other programs kept {' to '.join(ends)} cores busy: {numbers}")
     differing: dict[str, list[int]] = {}
     for number, text in sorted(differing_environments(rows).items()):
         differing.setdefault(text, []).append(number)

@@ -177,7 +177,7 @@ def format_value(row: Row, column: Column) -> str:
         text += f" (of {have})"
     count = metrics.get(metric.count_name) if metric.set_of and metric.count_name else None
     text = text if count is None else f"{text} n={count:g}"
-    return text + BUSY if metric.group == "time" and busy_cores(row) is not None else text
+    return f"{text} {BUSY}" if metric.group == "time" and busy_cores(row) is not None else text
 
 
 def _range_of_steps(metrics: Mapping[str, float | None], digits: str) -> str:

@@ -38,12 +38,12 @@ def test_times_of_a_busy_machine_are_marked_and_have_their_spread(tmp_path: Path
     quiet, busy = STEPS | {"time/other_cores": 0.19}, STEPS | {"time/other_cores": 0.21}
     table = sweep_of(tmp_path, (quiet, {}), (busy, {}), (busy | {"time/other_cores": 1.5}, {"usable_cores": 16.0}))
     assert "12.0 (11.5-14.2) " in line_of(table, "format1") + " "
-    assert "12.0 (11.5-14.2)*" in line_of(table, "format2")
+    assert "12.0 (11.5-14.2) *" in line_of(table, "format2")
     assert "*" not in line_of(table, "format3")
     assert "* times were taken while other programs kept 0.2 cores busy: #2" in table
     assert main(["first", "--outputs", str(tmp_path)]) == 0
     report = (tmp_path / "sweeps/first/report.md").read_text()
-    assert "12.0 (11.5-14.2)*" in line_of(report, "format2 ")
+    assert "12.0 (11.5-14.2) *" in line_of(report, "format2 ")
     assert "\\* times were taken while other programs kept 0.2 cores busy: #2" in report
 
 

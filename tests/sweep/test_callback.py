@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from omegaconf import OmegaConf
 
 from qexp.results.manifest import JobRow, Manifest
 from qexp.sweep.callback import SweepCallback, planned_jobs, swept_settings
+from qexp.sweep.run_key import run_key
 from tests.sweep import hydra_app
 from tests.sweep.settings import run_config
 
@@ -19,9 +26,25 @@ ROOT = Path(__file__).parents[2]
 
 
 def sweep(tmp_path: Path, *arguments: str, folder: str = "conf") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.sweep.hydra_app", str(tmp_path / folder), *arguments]
-    command += [f"paths.outputs={tmp_path / 'outputs'}"]
+    command = command_of(tmp_path, *arguments, folder=folder)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def start_sweep(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = command_of(tmp_path, *arguments)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def command_of(tmp_path: Path, *arguments: str, folder: str = "conf") -> list[str]:
+    command = [sys.executable, "-m", "tests.sweep.hydra_app", str(tmp_path / folder), *arguments]
+    return [*command, f"paths.outputs={tmp_path / 'outputs'}"]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
 
 
 def test_a_sweep_goes_on_after_failures_and_exits_with_one(tmp_path) -> None:
@@ -139,6 +162,39 @@ def test_of_24_experiments_six_die_each_in_its_way_and_the_next_sweep_runs_these
     assert again.stdout.splitlines()[-1] == "24 experiments: 18 done (18 reused), 6 failed"
     more = (tmp_path / "outputs/ran.txt").read_text().splitlines()[len(ran) :]
     assert more == [f"runs/{job['key']}" for job in jobs if job["status"] == "failed"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("victim", ["parent", "fork_server"])
+def test_sweep_of_24_that_loses_a_process_in_the_middle_loses_nothing_else(victim: str, tmp_path) -> None:
+    """The process is killed while the experiment that hangs, the 20th, runs."""
+    cases = "case=" + ",".join(map(str, range(24)))
+    hanging = run_key(run_config(tmp_path, 16, seed=10 + 19))
+    first = start_sweep(tmp_path, "-m", cases)
+    wait_until((tmp_path / "outputs/runs" / hanging / "started").exists)
+    family = psutil.Process(first.pid).children(recursive=True)
+    (server,) = (process for process in family if "qexp.sweep.fork_server" in process.cmdline())
+    os.kill(first.pid if victim == "parent" else server.pid, signal.SIGKILL)
+    output = first.communicate(timeout=300)[0]
+    wait_until(lambda: not any(process.is_running() and process.status() != "zombie" for process in family))
+    ran = (tmp_path / "outputs/ran.txt").read_text().splitlines()
+    if victim == "parent":
+        assert first.returncode == -signal.SIGKILL and ran[-1] == f"runs/{hanging}"
+    else:
+        assert "what it was running is run again" in output and ran.count(f"runs/{hanging}") == 2
+        assert output.splitlines()[-1] == "24 experiments: 18 done, 6 failed"
+
+    again = sweep(tmp_path, "-m", cases)
+    reused = 15 if victim == "parent" else 18  # of the first 19, four died
+    assert again.stdout.splitlines()[-1] == f"24 experiments: 18 done ({reused} reused), 6 failed"
+    jobs = Manifest(tmp_path / "outputs", "test").read()["jobs"]
+    assert [job["reason"] for job in jobs if job["status"] == "failed"] == list(hydra_app.DEATHS.values())
+    done = {f"runs/{job['key']}" for job in jobs if job["status"] == "done"}
+    ran = (tmp_path / "outputs/ran.txt").read_text().splitlines()
+    assert len(done) == 18 and all(ran.count(run) == 1 for run in done)
+    assert {f"runs/{path.parent.name}" for path in (tmp_path / "outputs/runs").glob("*/result.json")} == done
+    assert all(json.loads(path.read_text()) for path in (tmp_path / "outputs").rglob("*.json"))
+    assert not [path for path in (tmp_path / "outputs").rglob(".*") if path.name != ".lock"]
 
 
 @pytest.mark.exhaustive
