@@ -172,8 +172,9 @@ def test_sweep_of_24_that_loses_a_process_in_the_middle_loses_nothing_else(victi
     hanging = run_key(run_config(tmp_path, 16, seed=10 + 19))
     first = start_sweep(tmp_path, "-m", cases)
     wait_until((tmp_path / "outputs/runs" / hanging / "started").exists)
-    family = psutil.Process(first.pid).children(recursive=True)
-    (server,) = (process for process in family if "qexp.sweep.fork_server" in process.cmdline())
+    (server,) = psutil.Process(first.pid).children()
+    family = [server, *server.children()]
+    assert len(family) == 2 and "qexp.sweep.fork_server" in server.cmdline()
     os.kill(first.pid if victim == "parent" else server.pid, signal.SIGKILL)
     output = first.communicate(timeout=300)[0]
     wait_until(lambda: not any(process.is_running() and process.status() != "zombie" for process in family))
