@@ -10,7 +10,6 @@ import yaml
 
 from qexp import rerun
 from qexp.config.schema import IsolationConfig, PathsConfig
-from qexp.experiments.stored import with_absolute_paths
 from qexp.results.run_folder import RunFolder
 from qexp.sweep.job import run_job
 from qexp.sweep.run_key import run_key
@@ -154,7 +153,6 @@ def test_it_runs_from_any_directory_although_paths_were_relative(tmp_path, monke
     monkeypatch.chdir(start)
     relative = replace(run_config(start).model, path="models/tiny")
     config = run_config(start, model=relative, isolation=IsolationConfig(mode="inline"), paths=PathsConfig("outputs"))
-    config = with_absolute_paths(config)
     assert run_job(config, [], **FAKES).status == "done"
     key = run_key(config)
     stored = yaml.safe_load((start / "outputs/runs" / key / "config.yaml").read_text())

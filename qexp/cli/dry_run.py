@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import DiskError, QexpError
+from qexp.experiments.stored import with_absolute_paths
 from qexp.results.labels import backend_label, model_label, run_label
 from qexp.results.numbers import format_memory
 from qexp.results.run_folder import RunFolder
@@ -44,7 +45,7 @@ class Preview:
         name = job_name(number, None, " · ".join(filter(None, (run_label(config.to_container()), settings))))
         try:
             folder = RunFolder(Path(config.paths.outputs, "runs", run_key(config)))
-            decision, nbytes = decide(config, folder), weights_bytes(config)
+            decision, nbytes = decide(with_absolute_paths(config), folder), weights_bytes(config)
             if decision.action == "run":
                 reference_is_known = reference_is_there(config)
         except QexpError as error:

@@ -38,7 +38,6 @@ from qexp.experiments.checks import (
     check_streaming,
     check_task,
 )
-from qexp.experiments.stored import with_absolute_paths
 from qexp.hub.download import pinned_model
 from qexp.models.base import ModelSource, load_source
 from qexp.models.component_settings import merge_components, merge_with_checkpoint, parse_component
@@ -80,7 +79,7 @@ def to_run_config(cfg: Any) -> RunConfig:
         task = task.resolved_by(source.resolve_task)
     if top.save.path is not None:
         check_save_path(Path(top.save.path).expanduser(), model, components)
-    config = RunConfig(
+    return RunConfig(
         model=replace(model, skip_modules=()),  # its patterns are in the components now: one place, one run key
         components=components,
         offload=top.offload.resolved(device.partition(":")[0]),
@@ -92,7 +91,6 @@ def to_run_config(cfg: Any) -> RunConfig:
         **{name: getattr(top, name) for name in ("metrics", "tracking", "isolation", "sweep", "loader")},
         **{name: getattr(top, name) for name in ("save", "paths", "seed", "resume", "identity")},
     )
-    return with_absolute_paths(config)
 
 
 def plain_settings(cfg: Any) -> dict[str, Any]:

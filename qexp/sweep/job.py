@@ -19,6 +19,7 @@ from typing import Any
 from qexp.config.schema import RunConfig, SweepConfig
 from qexp.errors import DiskError, LoadError, QexpError
 from qexp.experiments.reference import saves_outputs
+from qexp.experiments.stored import with_absolute_paths
 from qexp.results.environment import differences
 from qexp.results.labels import experiment_name, run_label, settings_label
 from qexp.results.manifest import JobRow, Manifest
@@ -99,8 +100,9 @@ def run_job(
     job = _Job(config, tuple(overrides), number, sweep.get("total"), sweep.get("token"), settings, work)
     row = job.row
     try:
+        # errors until here name files as they were typed
         row = replace(row, key=run_key(config) if key is None else key)
-        row = _perform(job, row)
+        row = _perform(replace(job, config=with_absolute_paths(config)), row)
         if sweep.get("pid") != os.getpid():  # else its end waits for all that is to be logged
             WRITER.close()
     except KeyboardInterrupt as error:

@@ -66,7 +66,7 @@ def test_paths_are_absolute_in_what_is_stored(tmp_path: Path, monkeypatch: pytes
     options = ["model=causal_lm", "model.path=models/tiny", "model.reference_path=models/../models/original"]
     options += ["task.text=text.txt", "task.prompt=@prompts.txt", "skip_modules=@skip.txt", "backend=mixed"]
     options += ["backend.recipe=@recipe.yaml", "metrics.fid_images=images", "save.path=saved"]
-    config = run_config(*options)
+    config = with_absolute_paths(run_config(*options))
     (tmp_path / "elsewhere").mkdir()
     for name in ("prompts.txt", "skip.txt", "recipe.yaml"):
         (tmp_path / name).unlink()
@@ -89,7 +89,7 @@ def test_inputs_of_forward_and_a_users_module_are_found_from_anywhere(tmp_path: 
     save_file({"input": torch.ones(2, 64)}, tmp_path / "x.safetensors")
     monkeypatch.chdir(tmp_path)
     options = ["model=python", "model.factory=mine.anywhere:build", "model.checkpoint=w.safetensors", "task=forward"]
-    config = run_config(*options, "task.inputs=x.safetensors", "backend=torchao")
+    config = with_absolute_paths(run_config(*options, "task.inputs=x.safetensors", "backend=torchao"))
     assert (config.model.folder, config.model.path) == (str(tmp_path), f"{tmp_path}/w.safetensors")
     assert config.task.inputs == f"{tmp_path}/x.safetensors"
     key = run_key(config)
