@@ -100,9 +100,10 @@ def run_job(
     job = _Job(config, tuple(overrides), number, sweep.get("total"), sweep.get("token"), settings, work)
     row = job.row
     try:
-        # errors until here name files as they were typed
-        row = replace(row, key=run_key(config) if key is None else key)
-        row = _perform(replace(job, config=with_absolute_paths(config)), row)
+        key = run_key(config) if key is None else key
+        job = replace(job, config=with_absolute_paths(config))  # later: errors before name files as they were typed
+        row = replace(row, key=key)
+        row = _perform(job, row)
         if sweep.get("pid") != os.getpid():  # else its end waits for all that is to be logged
             WRITER.close()
     except KeyboardInterrupt as error:
