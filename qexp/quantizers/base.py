@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from qexp.checkpoints.tensor_entry import TensorEntry
 
+# torch imports it with the first operation on a tensor whose class has a __torch_dispatch__: a CPU second
+FOR_DISPATCH = "torch.distributed.tensor"
 FP32_MODULES = "_keep_in_fp32_modules"  # of a class of diffusers, which it skips by the same rule
 
 
@@ -37,7 +39,8 @@ class Quantizer:
     """The hooks, in the order in which a load calls them. The defaults quantize nothing."""
 
     required_packages: ClassVar[Mapping[str, str]] = {}  # package -> lowest version that works
-    imports: ClassVar[tuple[str, ...]] = ()  # modules that it imports sooner or later
+    # modules that it imports sooner or later, and functions that do (module:function)
+    imports: ClassVar[tuple[str, ...]] = ()
     has_kernels: ClassVar[bool] = False  # whether it quantizes with compiled loops on a CPU
     is_trainable: bool = True  # whether gradients flow through a layer, to what was there before it
     has_backward: bool = True  # whether the library sees to that; else `loading/straight_through.py` does

@@ -52,7 +52,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
     config: BitsAndBytesConfig
     required_packages: ClassVar[Mapping[str, str]] = {"bitsandbytes": "0.50"}
     # its first product registers a kernel with torch, which imports the compiler
-    imports: ClassVar[tuple[str, ...]] = ("bitsandbytes", "torch._dynamo")
+    imports: ClassVar[tuple[str, ...]] = ("qexp.quantizers.bitsandbytes_support.library:library", "torch._dynamo")
     has_kernels = True
     is_serializable = True
 

@@ -78,6 +78,11 @@ class GGUFConfig(BackendConfig):
 class GGUFQuantizer(base.Quantizer):
     config: GGUFConfig
     required_packages: ClassVar[Mapping[str, str]] = {"gguf": "0.19"}  # has the tables of the IQ types
+    imports: ClassVar[tuple[str, ...]] = (
+        "qexp.quantizers.gguf_blocks.encode",
+        "qexp.quantizers.gguf_blocks.tensor",
+        base.FOR_DISPATCH,
+    )
     has_kernels = True
     is_serializable: ClassVar[bool] = True
     file_format = "gguf"

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
@@ -77,6 +77,7 @@ class PackedConfig(BackendConfig):
 
 class PackedQuantizer(base.Quantizer):
     config: PackedConfig
+    imports: ClassVar[tuple[str, ...]] = ("qexp.quantizers.packed.tensor", base.FOR_DISPATCH)
     has_kernels = True
     is_serializable = True
 

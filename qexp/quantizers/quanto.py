@@ -112,7 +112,7 @@ class QuantoConfig(BackendConfig):
 class QuantoQuantizer(base.Quantizer):
     config: QuantoConfig
     required_packages: ClassVar[Mapping[str, str]] = {"optimum-quanto": "0.2.7"}
-    imports: ClassVar[tuple[str, ...]] = ("qexp.quantizers.quanto_support.library",)
+    imports: ClassVar[tuple[str, ...]] = ("qexp.quantizers.quanto_support.library:library", base.FOR_DISPATCH)
     has_kernels = True
     is_serializable = True
 

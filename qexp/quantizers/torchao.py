@@ -138,7 +138,7 @@ UNUSED_IF_FALSE = ("include_input_output_embeddings", "untie_embedding_weights")
 class TorchAoQuantizer(base.Quantizer):
     config: TorchAoConfig
     required_packages: ClassVar[Mapping[str, str]] = {"torchao": "0.18"}
-    imports: ClassVar[tuple[str, ...]] = ("torchao.quantization",)
+    imports: ClassVar[tuple[str, ...]] = ("qexp.quantizers.torchao_support.layout", base.FOR_DISPATCH)
     has_kernels = True
     is_serializable = True
     has_backward = False  # not of what quantizes activations

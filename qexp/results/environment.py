@@ -25,7 +25,7 @@ from qexp.results.run_folder import now_iso
 from qexp.system.machine_load import usable_cores
 from qexp.version import __version__
 
-RESULT_PACKAGES = ("qexp", "torch", "numpy", "safetensors", "torchmetrics")
+RESULT_PACKAGES = ("qexp", "torch", "numpy", "safetensors")
 OTHER_PACKAGES = ("hydra-core", "omegaconf", "wandb")
 
 

@@ -8,24 +8,37 @@ from collections.abc import Iterable
 from qexp.config.plugins import plugin_module
 from qexp.config.schema import RunConfig
 
-ALWAYS = ("torch", "qexp.experiments.run", "qexp.scoring.score", "safetensors.torch")
-KERNELS = "qexp.quantizers.cpu_kernels.kernels"
-OF_IMAGES = ("torchmetrics.functional.image", "PIL.Image")
+ALWAYS = (
+    *("torch", "numpy", "accelerate", "safetensors.torch"),
+    *("qexp.experiments.run", "qexp.models.skeletons", "qexp.scoring.score", "qexp.metrics.registry:all_metrics"),
+)
+KERNELS = "qexp.quantizers.cpu_kernels.kernels:prepare"
+OF_IMAGES = (
+    *("PIL.ImageDraw", "PIL.Image:preinit"),
+    *("qexp.scoring.detected", "qexp.scoring.perceptual", "qexp.scoring.pictures"),
+)
 
 
 def modules_of(config: RunConfig) -> tuple[str, ...]:
-    """Names of the modules that this experiment and its scoring import, its own and the libraries'. Imports neither."""
+    """Names of what this experiment and its scoring import, of this program and of libraries. Imports nothing.
+
+    module:function stands for what a function imports.
+    """
     methods = sorted({name for component in config.components.values() for name in component.backend.methods()})
     quantizers = [plugin_module("backend", method).Quantizer for method in methods]
     names = [*ALWAYS, *(name for quantizer in quantizers for name in quantizer.imports)]
     if any(quantizer.has_kernels for quantizer in quantizers):
         names.append(KERNELS)
     modality = plugin_module("model", config.model.source).Source.modality
-    if config.task.name == "generate" and modality == "images" and "ssim" in config.metrics.names:
+    if config.task.name == "generate" and modality == "images":
         names += OF_IMAGES
     return tuple(dict.fromkeys(names))
 
 
 def import_modules(names: Iterable[str]) -> None:
+    """Import modules, and call functions, module:function, that import what they need."""
     for name in names:
-        importlib.import_module(name)
+        module, _, function = name.partition(":")
+        imported = importlib.import_module(module)
+        if function:
+            getattr(imported, function)()

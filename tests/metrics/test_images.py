@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qexp.metrics import psnr_db as psnr_db_file
+from qexp.metrics import ssim as ssim_file
 from qexp.metrics.registry import Samples, all_metrics
 from qexp.metrics.ssim import ssim as ssim_result
 
@@ -76,14 +77,46 @@ def numpy_ssim(a: np.ndarray, b: np.ndarray, sigma: float, taps: int) -> float:
 
 
 @pytest.mark.parametrize(("side", "sigma", "taps"), [(8, 0.8, 7), (20, 1.5, 11)])
-def test_ssim_agrees_with_numpy(side: int, sigma: float, taps: int) -> None:
-    reference = random_images(18, side=side)  # more than one batch
+def test_ssim_agrees_with_numpy(side: int, sigma: float, taps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssim_file, "BATCH_ELEMENTS", 4 * side**2)  # batches of 4, 4, 4, 4 and 2
+    reference = random_images(18, side=side)
     images = (reference + 0.3 * random_images(18, side=side, seed=1)).clamp(-1, 1)
     expected = [
         numpy_ssim(a[0], b[0], sigma, taps)
         for a, b in zip(images.double().numpy(), reference.double().numpy(), strict=True)
     ]
     assert ssim(images, reference) == pytest.approx(np.mean(expected), abs=1e-9)
+
+
+@pytest.mark.exhaustive  # importing torchmetrics takes seconds
+@pytest.mark.parametrize(
+    "shape", [(200, 1, 8, 8), (3, 3, 16, 40), (2, 4, 15, 4), (2, 3, 4, 70), (5, 3, 17, 33), (1, 3, 200, 150)]
+)
+@pytest.mark.parametrize("kind", ["noise", "near", "inverted", "constant", "equal"])
+def test_ssim_is_that_of_torchmetrics(shape: tuple[int, ...], kind: str) -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    torch.manual_seed(0)
+    reference = torch.zeros(shape) if kind == "constant" else torch.rand(shape) * 2 - 1
+    images = {
+        "noise": torch.rand(shape) * 2 - 1,
+        "near": reference + 0.01 * torch.randn(shape),
+        "inverted": -reference,
+        "constant": reference + 0.5,
+        "equal": reference,
+    }[kind]
+    sigma = 1.5 if min(shape[-2:]) >= 16 else 0.8
+    expected = structural_similarity_index_measure(
+        images.double(), reference.double(), sigma=sigma, data_range=2.0, reduction="none"
+    )
+    result = ssim_result(images, reference)
+    assert result.samples == pytest.approx(expected.flatten().tolist(), abs=1e-9)
+    assert result.value == pytest.approx(expected.mean().item(), abs=1e-9)
+
+
+def test_ssim_of_images_smaller_than_its_border_is_undefined() -> None:
+    assert ssim(random_images(side=3), random_images(side=3, seed=1)) is None
+    assert ssim(random_images(side=4), random_images(side=4)) == pytest.approx(1, abs=1e-12)
 
 
 def test_relative_l2_and_cosine_are_over_all_images() -> None:

@@ -57,26 +57,45 @@ def config_classes() -> dict[str, Any]:
     """Every config class that torchao can read back from a config.json, by name."""
     found: dict[str, Any] = {}
     for name in sorted(ALLOWED_AO_MODULES, key=lambda name: (name != VALUES, name)):
-        try:
-            with quiet():
-                module = importlib.import_module(name)
-        except ImportError:  # torchao lists modules that it no longer has
-            continue
-        for known, item in vars(module).items():
-            if isinstance(item, type) and issubclass(item, AOBaseConfig) and known == item.__name__:
-                found.setdefault(known, item)
-    return {name: item for name, item in found.items() if item is not AOBaseConfig and name.endswith("Config")}
+        found = {**_classes_in(name), **found}
+    return found
+
+
+def find_config_class(name: str) -> Any:
+    """Return the config class of a name, None if there is none.
+
+    Those of torchao.quantization are found without importing the modules of the others, some of which import
+    transformers.
+    """
+    if not name.endswith("Config"):
+        return None
+    return _classes_in(VALUES).get(name) or config_classes().get(name)
+
+
+def _classes_in(module_name: str) -> dict[str, Any]:
+    try:
+        with quiet():
+            module = importlib.import_module(module_name)
+    except ImportError:  # torchao lists modules that it no longer has
+        return {}
+    found = {name: item for name, item in vars(module).items() if isinstance(item, type) and name == item.__name__}
+    return {
+        name: item
+        for name, item in found.items()
+        if issubclass(item, AOBaseConfig) and item is not AOBaseConfig and name.endswith("Config")
+    }
 
 
 def build(name: str, arguments: Mapping[str, Any]) -> Any:
     """The config object of torchao's class `name`. Raises ConfigError for what torchao does not have, or refuses."""
-    classes = config_classes()
-    if name not in classes:
+    config_class = find_config_class(name)
+    if config_class is None:
+        classes = config_classes()
         raise ConfigError(
             f"backend.quant_type={name} is no config class of torchao that a checkpoint can name"
             f"{did_you_mean(name, classes)}; use {choices(classes)}"
         )
-    known = {item.name: item for item in fields(classes[name])} if is_dataclass(classes[name]) else {}
+    known = {item.name: item for item in fields(config_class)} if is_dataclass(config_class) else {}
     needed = [item.name for item in known.values() if item.default is item.default_factory is MISSING]
     if "act_quant_scale" in known or "step" in needed:
         raise ConfigError(
@@ -89,11 +108,11 @@ def build(name: str, arguments: Mapping[str, Any]) -> Any:
         if argument not in known:
             place = f"backend.quant_type_kwargs.{argument} is no argument of {name}"
             raise ConfigError(f"{place}{did_you_mean(argument, known)}; it takes {choices(known)}")
-    hints = typing.get_type_hints(classes[name])
+    hints = typing.get_type_hints(config_class)
     values = {key: _value(value, hints[key], known[key].default, key) for key, value in arguments.items()}
     if "set_inductor_config" in known:
         values.setdefault("set_inductor_config", False)  # True changes how torch.compile works everywhere
-    return _build_config(classes[name], values)
+    return _build_config(config_class, values)
 
 
 def config_for(config: Any, module: str) -> Any:
@@ -185,7 +204,7 @@ def _enum(hint: Any, default: Any) -> type[Enum] | None:
 
 
 def _object(name: str, arguments: Mapping[str, Any], place: str) -> Any:
-    if name in config_classes():
+    if find_config_class(name) is not None:
         return build(name, arguments)
     modules = (importlib.import_module(module) for module in (VALUES, "torchao.quantization.granularity"))
     cls = next((getattr(module, name) for module in modules if hasattr(module, name)), None)
