@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 COMMAND = re.compile(r"^(?:\$ )?python -m qexp ((?:.*\\\n)*.+)", re.MULTILINE)
 COMMENT = re.compile(r"^# python -m qexp (\S.*?)(?:   .*)?$", re.MULTILINE)
+GROUP = re.compile(r"[+~]*(\w+)")  # the first part of an override's name
 ADDED = {"rowwise", "generator"}  # the backend and the model source that CONTRIBUTING.md adds
 
 
@@ -41,21 +42,58 @@ def test_commands_of_a_page_compose(path: Path) -> None:
 def test_commands_in_the_comments_of_conf_compose() -> None:
     paths = sorted(ROOT.glob("conf/**/*.yaml"))
     assert sum(len(commands_of(path)) for path in paths) > 60
-    for path in paths:
-        compose_all(path)
+    compose_all(*paths)
 
 
-def compose_all(path: Path) -> None:
-    for words in commands_of(path):
-        if (words[0].startswith("-") and words[0] != "-m") or ADDED & {word.partition("=")[2] for word in words}:
-            continue
+def compose_all(*paths: Path) -> None:
+    """Compose every command, several in one composition; if that fails, each alone, to name the one that does not."""
+    commands = [(path, words) for path in paths for words in commands_of(path) if is_experiment(words)]
+    for batch in together([first_of_a_sweep(words) for _, words in commands]):
         try:
-            composed(*first_of_a_sweep(words))
+            composed(*batch)
         except Exception as error:
-            pytest.fail(f"{path.name}: python -m qexp {shlex.join(words)}\n{error}", pytrace=False)
+            for path, words in commands:
+                if set(first_of_a_sweep(words)) <= set(batch):
+                    compose_one(path, words)
+            pytest.fail(f"{batch}\n{error}", pytrace=False)
+
+
+def is_experiment(words: list[str]) -> bool:
+    is_flag = words[0].startswith("-") and words[0] != "-m"
+    return not is_flag and not ADDED & {word.partition("=")[2] for word in words}
+
+
+def compose_one(path: Path, words: list[str]) -> None:
+    try:
+        composed(*first_of_a_sweep(words))
+    except Exception as error:
+        pytest.fail(f"{path.name}: python -m qexp {shlex.join(words)}\n{error}", pytrace=False)
+
+
+def together(commands: list[list[str]]) -> list[list[str]]:
+    """Join commands that set different groups, which a composition checks as it would check each of them alone.
+
+    A preset sets whatever it likes: it stays alone.
+    """
+    batches: list[tuple[set[str], list[str]]] = []
+    for overrides in commands:
+        groups = {GROUP.match(override)[1] for override in overrides}
+        fitting = (batch for batch in batches if "experiment" not in batch[0] | groups and batch[0].isdisjoint(groups))
+        if (batch := next(fitting, None)) is None:
+            batches.append((groups, list(overrides)))
+        else:
+            batch[0].update(groups)
+            batch[1].extend(overrides)
+    return [overrides for _, overrides in batches]
 
 
 def test_a_command_with_a_wrong_field_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text("```\npython -m qexp -m backend=none,torchao offload.wrong=1\n```\n")
-    with pytest.raises(pytest.fail.Exception, match=r"offload\.wrong"):
+    with pytest.raises(pytest.fail.Exception, match=r"page.md: .* offload\.wrong"):
         compose_all(tmp_path / "page.md")
+
+
+def test_commands_are_joined_unless_they_set_the_same_group() -> None:
+    commands = [["backend=a", "backend.x=1"], ["+backend@components.b=c"], ["offload=d"], ["experiment=e"], ["seed=1"]]
+    joined = [["backend=a", "backend.x=1", "offload=d", "seed=1"], ["+backend@components.b=c"], ["experiment=e"]]
+    assert together(commands) == joined
