@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import fcntl
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ from qexp.system.child_process import die_with_parent
 from qexp.system.standard_streams import survive_closed_pipes
 from qexp.tracking.session import import_wandb
 
+PIPE_BYTES = 1 << 20  # some 300 runs can wait to be logged before the sweep waits for the process
 LOWER = 10  # of 19: a tenth of the weight of others, where cores are not free
 
 
@@ -51,6 +53,9 @@ class LogWriter:
         if self.process is None:
             command = [sys.executable, "-m", "qexp.sweep.log_writer", "--parent", str(os.getpid())]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+            assert self.process.stdin is not None
+            with suppress(OSError):  # the system may allow less
+                fcntl.fcntl(self.process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         return self.process
 
     def log(self, folder: Path, config: RunConfig, group: str | None, settings: str = "") -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,3 +59,18 @@ def test_writer_that_was_killed_is_a_warning(tmp_path, capfd) -> None:
     writer.log(folder, config, None)
     assert f"warning: {folder} is not tracked" in capfd.readouterr().err
     writer.close()
+
+
+def test_sweep_does_not_wait_for_runs_that_are_still_to_be_logged(tmp_path) -> None:
+    config, folder = finished_run(tmp_path)
+    writer = LogWriter()
+    process = writer.start()
+    process.send_signal(signal.SIGSTOP)  # it reads nothing
+    orders = [(folder.with_name(f"run{number}"), config, "a sweep") for number in range(100)]
+    thread = threading.Thread(target=lambda: [writer.log(*order) for order in orders], daemon=True)
+    thread.start()
+    thread.join(20)
+    is_waiting = thread.is_alive()
+    process.kill()
+    process.wait()
+    assert not is_waiting
