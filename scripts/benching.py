@@ -198,6 +198,7 @@ def machine() -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
     return {
         "cpu": cpu_name(),
+        "avx512": "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8"),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30), 1),
         "python": platform.python_version(),

@@ -61,7 +61,25 @@ def offloading() -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize(("section", "rows"), [("Loading", loading), ("Full size", full_size)])
+def sweeps() -> list[list[str]]:
+    result = json.loads((DOCS / "bench" / "sweep.json").read_text(encoding="utf-8"))
+    return [
+        [
+            str(row["experiments"]),
+            *(
+                value
+                for kind in ("wall", "cpu")
+                for value in (
+                    *(f"{row[start][f'{kind}_seconds']:.0f}" for start in ("fork", "spawn")),
+                    f"{row[f'{kind}_ratio']:.1f}",
+                )
+            ),
+        ]
+        for row in result["sweeps"]
+    ]
+
+
+@pytest.mark.parametrize(("section", "rows"), [("Loading", loading), ("Full size", full_size), ("Sweeps", sweeps)])
 def test_table_has_the_numbers_of_the_raw_results(section: str, rows: Any) -> None:
     assert sorted(table(section)) == sorted(rows())
 

@@ -67,7 +67,12 @@ def test_sweep_does_not_wait_for_runs_that_are_still_to_be_logged(tmp_path) -> N
     process = writer.start()
     process.send_signal(signal.SIGSTOP)  # it reads nothing
     orders = [(folder.with_name(f"run{number}"), config, "a sweep") for number in range(100)]
-    thread = threading.Thread(target=lambda: [writer.log(*order) for order in orders], daemon=True)
+
+    def log_all() -> None:
+        for order in orders:
+            writer.log(*order)
+
+    thread = threading.Thread(target=log_all, daemon=True)
     thread.start()
     thread.join(20)
     is_waiting = thread.is_alive()
