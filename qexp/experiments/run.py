@@ -32,6 +32,7 @@ from qexp.system.files import to_csv, write_json, write_text
 from qexp.system.machine_load import MachineLoad
 from qexp.system.memory import GIB, PeakMemory
 from qexp.system.screen import say
+from qexp.system.stages import Stage, show_stage
 from qexp.tasks import forward, forward_inputs, generate, perplexity, text
 from qexp.tasks.calibration import calibrate_models
 from qexp.tasks.context import RunContext
@@ -75,6 +76,7 @@ def _open_context(config: RunConfig, folder: Path) -> RunContext:
 
 def _plan_run(context: RunContext) -> tuple[RunContext, dict[str, PlannedComponent]]:
     """Plan the components that the task needs: (the context with their skeletons, plans). No weight is read."""
+    show_stage(Stage("reading the checkpoint"))
     if context.task.name == "forward":
         context = _with_inputs(context)
     planned = plan_components(context.requests, travels=context.config.offload.strategy != "none")
@@ -146,6 +148,8 @@ def _load_components(
             needs_calibration.append(name)
         else:
             offload(name)  # before the next one is loaded: they need not fit together
+    if needs_calibration:
+        show_stage(Stage("calibrating"))
     calibrate_models(context)
     for name in needs_calibration:
         offload(name)
@@ -204,6 +208,7 @@ def _save_components(context: RunContext) -> None:
     A push is noted in hub.json. Without save.path, what is pushed is saved in the run's folder, and removed.
     """
     config, source, run_folder, save = context.config, context.source, context.folder, context.config.save
+    show_stage(Stage("saving the model"))
     with TemporaryDirectory(prefix=".save-", dir=run_folder) as scratch:
         folder = Path(save.path or scratch)
         files: list[Path] = []

@@ -28,7 +28,7 @@ def download_files(repo: str, commit: str, nbytes: Mapping[str, int], snapshot: 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
-    progress = Progress(repo, len(nbytes), sum(nbytes.values()), unit="files")
+    progress = Progress(repo, "downloading {} files", len(nbytes), sum(nbytes.values()))
     patterns = [escape(name) for name in nbytes]
     try:
         snapshot_download(repo, revision=commit, allow_patterns=patterns, tqdm_class=_bar_class(progress))

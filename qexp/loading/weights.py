@@ -32,16 +32,21 @@ def stream_plan(
     create: Any,
     loader: LoaderConfig,
     title: str,
+    words: str | None = None,
     *,
     is_slow: bool = False,
 ) -> Iterator[tuple[WorkItem, Any]]:
     """Run work items through the pipeline with the loader's settings, showing progress.
 
+    title, words: see `Progress`; None is for weights that are loaded.
     is_slow: whether the caller does more with a result than to keep it; no more of them than the loader's
     `in_flight_mib` wait for it then.
     """
     workers, in_flight_bytes = loader.workers or len(os.sched_getaffinity(0)), loader.in_flight_mib << 20
-    progress, unreleased_bytes = Progress(title, len(items), sum(item.nbytes for item in items)), 0
+    layers = [item for item in items if item.spec is not None and not item.stored]
+    words = words or ("quantizing {} layers" if layers else "reading {} tensors")
+    counted = {id(item) for item in layers or items}
+    progress, unreleased_bytes = Progress(title, words, len(counted), sum(item.nbytes for item in items)), 0
     results = stream(
         items,
         create,
@@ -51,7 +56,7 @@ def stream_plan(
     )
     try:
         for item, result in results:
-            progress.advance(item.nbytes)
+            progress.advance(item.nbytes, id(item) in counted)
             unreleased_bytes += item.nbytes
             if unreleased_bytes >= RELEASE_BYTES:
                 release_freed_memory()
@@ -87,7 +92,7 @@ def load_weights(planned: PlannedComponent, dispatch: Dispatch | None, loader: L
         dispatch.expect([item.target for item in items])
 
     is_slow = dispatch is not None  # it packs, pins, and writes groups to disk
-    for item, tensor in stream_plan(items, create, loader, f"{component}: loading", is_slow=is_slow):
+    for item, tensor in stream_plan(items, create, loader, component, is_slow=is_slow):
         _assign(model, item.target, tensor)
         del tensor  # a group that is complete moves away: nobody else may hold it
         if dispatch is not None:

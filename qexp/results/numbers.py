@@ -33,3 +33,11 @@ def format_memory(gib: float) -> str:
     """'2.7 MiB': one value in a unit of its size."""
     unit = next((unit for unit, factor in PER_GIB.items() if abs(gib) * factor >= 1), "KiB")
     return f"{format_number(gib * PER_GIB[unit], '.1f')} {unit}"
+
+
+def format_duration(seconds: float) -> str:
+    """'12 s', '4 min', '1 h 20 min': a time that is left, which is not known to the second."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

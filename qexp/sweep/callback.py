@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from qexp.errors import QexpError
 from qexp.results.manifest import Manifest, count_line
 from qexp.results.run_folder import remove_leftovers
+from qexp.sweep.live_display import DISPLAY
 from qexp.sweep.log_writer import WRITER
 
 
@@ -101,6 +102,7 @@ def print_table(manifest: Manifest) -> None:
     from qexp.report.table import format_table, rows_of_sweep
 
     WRITER.close()
+    DISPLAY.close()
     values = manifest.read() or {"jobs": [], "total": None}
     try:
         print(f"\n{format_table(rows_of_sweep(manifest.folder.parents[1], manifest.name))}\n")

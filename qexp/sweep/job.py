@@ -27,12 +27,14 @@ from qexp.results.outcome import Outcome, outcome_of
 from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.console_lines import end_line, job_name
 from qexp.sweep.damage import set_damage_aside
+from qexp.sweep.live_display import DISPLAY
 from qexp.sweep.log_writer import WRITER, log_run
 from qexp.sweep.preload import modules_of
 from qexp.sweep.reference import ensure_reference, known_reference, prepare_folder
 from qexp.sweep.resume import Decision, decide, scored_names
 from qexp.sweep.run_key import reference_key, run_key
 from qexp.sweep.worker import Work
+from qexp.sweep.worker_console import WorkerConsole
 from qexp.sweep.worker_process import run_inline, run_worker
 from qexp.system.files import check_writable, read_yaml, write_bytes
 
@@ -99,6 +101,8 @@ def run_job(
     settings = settings_label(overrides, sweep.get("varying") or ())
     job = _Job(config, tuple(overrides), number, sweep.get("total"), sweep.get("token"), settings, work)
     row = job.row
+    if number is None or sweep.get("pid") == os.getpid():  # else others that run beside this one print there too
+        DISPLAY.begin(job.name, _left(sweep))
     try:
         key = run_key(config) if key is None else key
         job = replace(job, config=with_absolute_paths(config))  # later: errors before name files as they were typed
@@ -113,7 +117,9 @@ def run_job(
         row = replace(row, **asdict(_explained(error)))
     finally:
         row = replace(row, kept=_kept_result(config, row))
-        _record(job.manifest, row, job.name)
+        _record(job.manifest, row, job.name, config.paths.outputs)
+        if number is None:
+            DISPLAY.close()
     return row
 
 
@@ -125,6 +131,11 @@ def _kept_result(config: RunConfig, row: JobRow) -> str | None:
         status = RunFolder(Path(config.paths.outputs, "runs", row.key)).read_status()
         return status.started if status is not None and status.status == "done" else None
     return None
+
+
+def _left(sweep: Mapping[str, Any]) -> int | None:
+    """How many experiments of a sweep have not ended; None outside of one, or if their number is not known."""
+    return max(sweep["total"] - len(sweep["jobs"]), 0) if sweep.get("total") else None
 
 
 def refuse_job(
@@ -143,7 +154,10 @@ def refuse_job(
     settings = settings_label(overrides, sweep.get("varying") or ()) if label else ""
     label = label or " ".join(overrides) or "this experiment"
     row = replace(JobRow(number or 1, "", tuple(overrides), label, "failed"), **asdict(outcome_of(error)))
-    _record(manifest, row, job_name(number, sweep.get("total"), experiment_name(label, settings)))
+    name = job_name(number, sweep.get("total"), experiment_name(label, settings))
+    if sweep.get("pid") == os.getpid():
+        DISPLAY.begin(name, _left(sweep))
+    _record(manifest, row, name, outputs)
     return row
 
 
@@ -238,7 +252,8 @@ def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -
             if reference is None:
                 # the reference may take hours: what cannot run is refused before it
                 check = partial(_find_refusal, job, folder, run) if previous is None else lambda: None
-                reference, status = ensure_reference(job.config, work, run, job.say, job.sweep, check)
+                run_reference = _runner(job, "reference")
+                reference, status = ensure_reference(job.config, work, run_reference, job.say, job.sweep, check)
                 if reference is None:
                     return status
                 if status.status != "done":
@@ -266,12 +281,13 @@ def _find_refusal(job: _Job, folder: RunFolder, run: Callable[[Work], Status]) -
     return None
 
 
-def _runner(job: _Job) -> Callable[[Work], Status]:
-    config = job.config
+def _runner(job: _Job, of: str = "candidate") -> Callable[[Work], Status]:
+    """What runs a worker for the candidate or its reference, and shows what it says."""
+    config, console = job.config, WorkerConsole(of, job.number, job.total)
     if config.isolation.mode == "inline":
-        return run_inline
+        return partial(run_inline, console=console)
     modules = modules_of(config) if job.work.experiment == Work.experiment else ()
-    return partial(run_worker, isolation=config.isolation, modules=modules)
+    return partial(run_worker, isolation=config.isolation, modules=modules, console=console)
 
 
 def _mark(folder: RunFolder, outcome: Outcome, started: str) -> Status:
@@ -331,13 +347,15 @@ def _group(job: _Job, folder: RunFolder) -> str | None:
     return name if any(other["key"] == folder.key for other in jobs) else None
 
 
-def _record(manifest: Manifest | None, row: JobRow, name: str) -> None:
-    """Add a row to the manifest, if there is one, and print how the experiment ended."""
+def _record(manifest: Manifest | None, row: JobRow, name: str, outputs: str) -> None:
+    """Add a row to the manifest, if there is one, and show how the experiment ended."""
     values: dict[str, Any] | None = None
     try:
         values = manifest.add(row) if manifest is not None else None
     except DiskError as error:
         print(f"warning: this experiment is missing in the sweep's manifest: {error}", file=sys.stderr)
+    log = Path(outputs, "runs", row.key, "worker.log")
+    DISPLAY.end(row, values, log if row.key and log.exists() else None)
     print(end_line(name, row, values), flush=True)
 
 

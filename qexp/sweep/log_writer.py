@@ -15,6 +15,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -47,12 +49,25 @@ class LogWriter:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
+        self.printers: list[threading.Thread] = []
 
     def start(self) -> subprocess.Popen[str]:
         """Have it import W&B's library meanwhile."""
         if self.process is None:
             command = [sys.executable, "-m", "qexp.sweep.log_writer", "--parent", str(os.getpid())]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,  # on the terminal only this process prints
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
+            )
+            outputs = {"stdout": self.process.stdout, "stderr": self.process.stderr}
+            self.printers = [threading.Thread(target=_pass_on, args=each, daemon=True) for each in outputs.items()]
+            for printer in self.printers:
+                printer.start()
             assert self.process.stdin is not None
             with suppress(OSError):  # the system may allow less
                 fcntl.fcntl(self.process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -80,6 +95,14 @@ class LogWriter:
             with suppress(OSError):  # nothing runs beside it any more; not everybody may raise a priority
                 os.setpriority(os.PRIO_PGRP, process.pid, 0)
             process.wait()
+            for printer in self.printers:
+                printer.join()
+
+
+def _pass_on(name: str, lines: Iterable[str]) -> None:
+    """Print lines on this process's stdout or stderr, whatever that is at the time."""
+    for line in lines:
+        print(line, end="", file=getattr(sys, name), flush=True)
 
 
 def main() -> int:

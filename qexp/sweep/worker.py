@@ -41,6 +41,7 @@ from qexp.sweep.resume import scored_names
 from qexp.system.child_process import adopt_orphans, die_with_parent
 from qexp.system.files import read_json
 from qexp.system.screen import open_screen, say
+from qexp.system.stages import Stage, show_stage
 
 Metrics = dict[str, float | None]
 SCHEMA = 1
@@ -131,6 +132,7 @@ def _make_result(work: Work, folder: RunFolder) -> dict[str, Any]:
         folder.write_json("env.json", environment)
         metrics, notes = _meaningful(dict(_function(work.experiment)(config, folder.path)), config.isolation.mode)
     if work.steps != "run":
+        show_stage(Stage("scoring"))
         metrics |= _function(work.score)(wanted, folder.path, work.reference)
     return {
         "schema": SCHEMA,

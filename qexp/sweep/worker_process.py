@@ -3,16 +3,18 @@
 It is forked from a server that has imported the libraries (`fork_client.py`), or spawned where that is not safe. The
 worker leads its own session, so that Ctrl-C reaches only the parent and everything a worker started can be killed with
 it; should the parent be killed, the kernel kills the worker. Everything that it prints goes to worker.log. What qexp
-says (system/screen.py) comes over a pipe of its own too, and is passed on to the console, unchanged, as it comes.
+says (system/screen.py) comes over a pipe of its own too, and is shown as it comes (`worker_console.py`).
 """
 
 from __future__ import annotations
 
+import codecs
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -23,23 +25,26 @@ from qexp.results.outcome import Outcome, outcome_of, outcome_of_exit, timed_out
 from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.fork_client import SERVER, ForkedWorker, ServerDied
 from qexp.sweep.worker import Work, do_work
+from qexp.sweep.worker_console import WorkerConsole
 from qexp.system.child_process import CHUNK, ChildProcess, ends_within, kill_family, read_streams
 from qexp.system.oom_kills import count_oom_kills
-from qexp.system.screen import library_output_in
+from qexp.system.screen import copy_of, followed_by, library_output_in
 
 
-def run_worker(work: Work, isolation: IsolationConfig, modules: Sequence[str] = ()) -> Status:
+def run_worker(
+    work: Work, isolation: IsolationConfig, modules: Sequence[str] = (), console: WorkerConsole | None = None
+) -> Status:
     """Start a worker, follow it to its end, and return its status, which is on disk as well.
 
-    modules: what it imports, which the fork server has then imported before. A worker that dies with the server is
-    run again.
+    modules: what it imports, which the fork server has then imported before. console: shows what it says. A worker
+    that dies with the server is run again.
     Raises: KeyboardInterrupt, once the worker is killed and its folder marked; DiskError if that cannot be written.
     """
     timeout_minutes = isolation.timeout_minutes
     started, clock, oom_kills = now_iso(), time.monotonic(), count_oom_kills()
     process, screen = _start_with_screen(work, isolation.start, modules)
     try:
-        in_time = _follow(process, screen, work.folder / "worker.log", timeout_minutes)
+        in_time = _follow(process, screen, work.folder / "worker.log", timeout_minutes, console or WorkerConsole())
     except BaseException as error:
         kill_family(process)
         _settle(work, process, outcome_of(error), started, clock)
@@ -47,7 +52,7 @@ def run_worker(work: Work, isolation: IsolationConfig, modules: Sequence[str] = 
     if isinstance(process, ForkedWorker) and process.server_died and in_time:
         SERVER.note_death()
         _say_once("the process that forks workers has died; what it was running is run again")
-        return run_worker(work, isolation, modules)
+        return run_worker(work, isolation, modules, console)
     ending = outcome_of_exit(process.wait(), _added(oom_kills, count_oom_kills()))
     outcome = ending if in_time else timed_out(timeout_minutes or 0.0)
     outcome = replace(outcome, message=f"{outcome.message}; its output is in {work.folder / 'worker.log'}")
@@ -58,13 +63,14 @@ def _added(before: int | None, after: int | None) -> int | None:
     return after - before if before is not None and after is not None else None
 
 
-def run_inline(work: Work) -> Status:
+def run_inline(work: Work, console: WorkerConsole) -> Status:
     """Do a worker's work in this process, with what libraries print in its worker.log."""
+    console.stream = copy_of(sys.stdout)  # which becomes a log
     try:
         log = (work.folder / "worker.log").open("ab", buffering=0)
     except OSError:  # a disk that takes nothing is reported where the work writes its status
         return do_work(work)
-    with log, library_output_in(log):
+    with log, library_output_in(log, console), followed_by(console.show_record):
         return do_work(work)
 
 
@@ -118,20 +124,25 @@ def _worker_environment() -> dict[str, str]:
     return environment | {"PYTHONHASHSEED": environment.get("PYTHONHASHSEED", "0")}
 
 
-def _follow(process: ChildProcess, screen: int, log_path: Path, timeout_minutes: float | None) -> bool:
+def _follow(
+    process: ChildProcess, screen: int, log_path: Path, timeout_minutes: float | None, console: WorkerConsole
+) -> bool:
     """Pass output on until the worker ends; False if it had to be killed for taking too long."""
     deadline = time.monotonic() + 60 * timeout_minutes if timeout_minutes is not None else float("inf")
     output = process.stdout
     assert output is not None
-    with output, open(screen, "rb", buffering=0) as said, _Log(log_path) as log, _Console() as console:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    with output, open(screen, "rb", buffering=0) as said, _Log(log_path) as log, closing(console):
         for stream, data in read_streams(process, (output, said), lambda: deadline - time.monotonic()):
-            (log if stream is output else console).write(data)
-        # the pipes may be closed by a process that still runs
+            if stream is output:
+                log.write(data)
+            else:
+                console.write(decoder.decode(data))
         in_time = ends_within(process, deadline - time.monotonic())
         if not in_time:
             kill_family(process)
         while data := said.read(CHUNK):  # what came last; None where the worker's own children keep it open
-            console.write(data)
+            console.write(decoder.decode(data))
     return in_time
 
 
@@ -178,32 +189,3 @@ class _Log:
         except OSError as error:
             self.file = None
             print(f"warning: {self.path} is incomplete: {error.strerror}", file=sys.stderr)
-
-
-class _Console:
-    """Writes bytes to standard output, and ends a last line that a progress bar has left open."""
-
-    def __init__(self) -> None:
-        self.ended_line = True
-
-    def __enter__(self) -> _Console:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self.ended_line:
-            _to_console(b"\n")
-
-    def write(self, data: bytes) -> None:
-        _to_console(data)
-        self.ended_line = data.endswith(b"\n")
-
-
-def _to_console(data: bytes) -> None:
-    """Unchanged bytes where standard output takes them, else text (notebooks, test runners)."""
-    raw = getattr(sys.stdout, "buffer", None)
-    sys.stdout.flush()
-    if raw is None:
-        sys.stdout.write(data.decode(errors="replace"))
-    else:
-        raw.write(data)
-    sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Progress of long work on standard error: one line rewritten on a terminal, a few lines elsewhere."""
+"""Progress of long work: a stage for what displays it, else one line rewritten on a terminal, a few lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,36 +7,43 @@ import time
 
 from qexp.system.memory import GIB
 from qexp.system.screen import say
+from qexp.system.stages import Stage, show_stage
 
 
 class Progress:
-    """Counts items (of which `unit` is the plural) and bytes. Silent for work that ends within a second."""
+    """Counts items and bytes. Without a display it is silent for work that ends within a second.
 
-    def __init__(self, title: str, total_items: int, total_bytes: int, unit: str = "tensors") -> None:
-        self._title, self._total_items, self._total_bytes = title, total_items, max(total_bytes, 1)
-        self._unit = unit
+    title: whose work it is; words: what is done, with {} where the number of items stands ('loading {} tensors').
+    """
+
+    def __init__(self, title: str, words: str, total_items: int, total_bytes: int) -> None:
+        self._title, self._words = title, words
+        self._total_items, self._total_bytes = total_items, max(total_bytes, 1)
         self._items = self._bytes = self._shown_quarter = 0
         self._started = self._shown_at = time.monotonic()
+        show_stage(self._stage(""))
 
     def advance(self, nbytes: int, items: int = 1) -> None:
         self._items, self._bytes = self._items + items, self._bytes + nbytes
         now = time.monotonic()
-        if now - self._started < 1:
-            return
-        quarter = 4 * self._bytes // self._total_bytes
-        due = now - self._shown_at > 0.2 if sys.stderr.isatty() else quarter > self._shown_quarter
-        if due:
+        quarter, is_long = 4 * self._bytes // self._total_bytes, now - self._started >= 1
+        is_terminal = sys.stderr.isatty()
+        is_due = is_long and (now - self._shown_at > 0.2 if is_terminal else quarter > self._shown_quarter)
+        is_followed = show_stage(self._stage(self._line() if is_due else ""))
+        if is_due:
             self._shown_at, self._shown_quarter = now, quarter
-            self._show("\r" if sys.stderr.isatty() else "", "" if sys.stderr.isatty() else "\n")
+            if not is_followed:
+                say(f"\r{self._line()}" if is_terminal else self._line(), end="" if is_terminal else "\n")
 
     def close(self) -> None:
-        if sys.stderr.isatty() and self._shown_at > self._started:
-            self._show("\r", "\n")
+        is_followed = show_stage(self._stage(""))
+        if not is_followed and sys.stderr.isatty() and self._shown_at > self._started:
+            say(f"\r{self._line()}")
 
-    def _show(self, before: str, after: str) -> None:
-        seconds = time.monotonic() - self._started
-        line = (
-            f"{self._title} {self._items}/{self._total_items} {self._unit}, "
-            f"{self._bytes / GIB:.2f}/{self._total_bytes / GIB:.2f} GiB, {seconds:.0f} s"
-        )
-        say(f"{before}{line}", end=after)
+    def _stage(self, line: str) -> Stage:
+        seconds, total = time.monotonic() - self._started, (self._total_items, self._total_bytes)
+        return Stage(self._words, self._items, total[0], self._bytes, total[1], seconds, line)
+
+    def _line(self) -> str:
+        gib, seconds = f"{self._bytes / GIB:.2f}/{self._total_bytes / GIB:.2f} GiB", time.monotonic() - self._started
+        return f"{self._title}: {self._words.format(f'{self._items}/{self._total_items}')}, {gib}, {seconds:.0f} s"

@@ -4,21 +4,29 @@ Libraries warn of kernels for other machines, of deprecated names, and draw prog
 the screen to the lines of this program. `say` prints a line as `print` to standard error does. Where standard output
 and error have become a log, the line is shown on the screen as well: in a worker, whose screen is a pipe of its own,
 and inside of `library_output_in`.
+
+A record (`stages.py`) goes to what displays this work. From a worker it travels over its screen, as a line that begins
+with RECORD.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from io import TextIOBase
 from typing import IO, Any
 
 from qexp.system.standard_streams import PatientFile
 
-_screen: IO[str] | None = None  # None while standard error is the screen
+RECORD = "\x1e"  # no text begins with ASCII's record separator
+
+_screen: IO[str] | TextIOBase | None = None  # None while standard error is the screen
+_follower: Callable[[Mapping[str, Any]], None] | None = None  # what displays this work; None if nothing does
 _collected: list[str] | None = None  # where `sayings_in` keeps messages
 
 
@@ -32,17 +40,52 @@ def say(message: object, *, end: str = "\n") -> None:
         print(message, end=end, file=_screen, flush=True)
 
 
+def is_followed() -> bool:
+    """Whether something displays this work."""
+    return _follower is not None and _collected is None
+
+
+def show_record(record: Mapping[str, Any], line: str = "") -> None:
+    """Hand a record to what displays this work, and its line to the log, if there is one."""
+    if line and _screen is not None:
+        print(line, file=sys.stderr, flush=True)
+    if _follower is not None:
+        _follower(record)
+
+
+def set_follower(follower: Callable[[Mapping[str, Any]], None] | None) -> None:
+    """Have records of this process's work handed to `follower`, or with None to nobody."""
+    global _follower
+    _follower = follower
+
+
+@contextmanager
+def followed_by(follower: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
+    """Have records handed to `follower` for a while."""
+    before = _follower
+    set_follower(follower)
+    try:
+        yield
+    finally:
+        set_follower(before)
+
+
 def open_screen(descriptor: int) -> None:
     """Take a descriptor as this process's screen: from here on, standard output and error are a log."""
     os.set_inheritable(descriptor, False)
-    _set_screen(os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace"))
+    screen = os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace")
+    _set_screen(screen)
+    set_follower(lambda record: print(f"{RECORD}{json.dumps(record)}", file=screen, flush=True))
     _say_own_warnings()
 
 
 @contextmanager
-def library_output_in(log: IO[bytes]) -> Iterator[None]:
-    """Send what this process prints to a log, but for what it says. log: a file, open for writing."""
-    before, screen = _screen, _screen or _copy_of(sys.stderr)
+def library_output_in(log: IO[bytes], screen: TextIOBase | None = None) -> Iterator[None]:
+    """Send what this process prints to a log, but for what it says.
+
+    log: a file, open for writing. screen: for what it says; None is what standard error is now.
+    """
+    before, shown = _screen, screen or _screen or copy_of(sys.stderr)
     kept = {number: os.dup(number) for number in (1, 2)}
     sys.stdout.flush()
     sys.stderr.flush()
@@ -52,7 +95,7 @@ def library_output_in(log: IO[bytes]) -> Iterator[None]:
         for number in kept:  # libraries print from C, too, and log to streams that they took before
             os.dup2(log.fileno(), number)
         with text, redirect_stdout(text), redirect_stderr(text):
-            _set_screen(screen)
+            _set_screen(shown)
             yield
     finally:
         _set_screen(before)
@@ -73,12 +116,12 @@ def sayings_in(messages: list[str]) -> Iterator[None]:
         _collected = before
 
 
-def _set_screen(screen: IO[str] | None) -> None:
+def _set_screen(screen: IO[str] | TextIOBase | None) -> None:
     global _screen
     _screen = screen
 
 
-def _copy_of(stream: Any) -> IO[str]:
+def copy_of(stream: Any) -> IO[str]:
     """A stream to the same place that does not follow its descriptor; the stream itself where it has none."""
     with suppress(OSError, AttributeError, ValueError):
         if stream.fileno() in (1, 2):

@@ -49,6 +49,6 @@ class RunContext:
         is_shared = self.config.isolation.mode == "inline"
         return None if is_shared else host_memory().total_bytes / GIB, device_memory(self.device) / GIB
 
-    def recorder(self, title: str, steps: int | None) -> Recorder:
-        """The clock of a task with so many steps; None if their number is not known."""
-        return Recorder(title, steps, self.device, self.memory_gib)
+    def recorder(self, verb: str, steps: int | None) -> Recorder:
+        """The clock of a task with so many steps; None if their number is not known. verb: what a step does."""
+        return Recorder(verb, steps, self.device, self.memory_gib)

@@ -49,7 +49,7 @@ def run_forward(context: RunContext) -> TaskResult:
     assert inputs is not None  # read when the run was planned
     batches = list(batches_of(inputs, task.batch_size))
     parts: dict[str, list[Tensor]] = {}
-    recorder = context.recorder("forward", len(batches))
+    recorder = context.recorder("calling the network", len(batches))
     started = recorder.begin()
     for step, batch in enumerate(batches, start=1):
         for name, tensor in call_network(model, batch, context.device).items():

@@ -28,7 +28,7 @@ def run_generate(context: RunContext) -> TaskResult:
     import torch
 
     source, task = context.source, context.task
-    recorder = context.recorder("generate", source.number_of_steps(context.models, task))
+    recorder = context.recorder("generating", source.number_of_steps(context.models, task))
     started = recorder.begin()
     outputs = source.generate(context.models, task, seed=context.seed, device=context.device, on_step=recorder.on_step)
     total_seconds = time.perf_counter() - started

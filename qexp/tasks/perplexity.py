@@ -87,7 +87,7 @@ def run_perplexity(context: RunContext) -> TaskResult:
     Metrics: those of `Recorder.step_times` (a step is a batch of windows), time/total_seconds, time/tokens_per_second.
     """
     tokens = read_tokens(context, context.task)
-    recorder = context.recorder("perplexity", None)
+    recorder = context.recorder("reading the text", None)
     started = recorder.begin()
     outputs = score_text(context, tokens, context.task, recorder)
     seconds = time.perf_counter() - started

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from qexp.metrics.timing import step_times
 from qexp.system.screen import say
+from qexp.system.stages import Stage, show_stage
 
 if TYPE_CHECKING:
     import torch
@@ -31,24 +32,26 @@ class TaskResult:
 
 @dataclass
 class Recorder:
-    """Collects what `on_step` reports, and shows progress on stderr.
+    """Collects what `on_step` reports, and shows how far it is.
 
-    steps: None if their number is not known; memory: (host, device) in GiB, None where the host's is not the
-    experiment's own, and then in no row.
+    verb: what a step does, such as 'generating'. steps: None if their number is not known.
+    memory: (host, device) in GiB, None where the host's is not the experiment's own, and then in no row.
     """
 
-    title: str
+    verb: str
     steps: int | None
     device: torch.device
     memory: Callable[[], tuple[float | None, float]]
     rows: list[dict[str, float]] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
     step_started: float = 0.0
+    started: float = 0.0
 
     def begin(self) -> float:
         """Wait for earlier work of the device and start the clock of step 1."""
+        show_stage(self._stage(0, ""))
         self._synchronize()
-        self.step_started = time.perf_counter()
+        self.started = self.step_started = time.perf_counter()
         return self.step_started
 
     def on_step(self, step: int, state: Tensor | None) -> None:
@@ -77,10 +80,18 @@ class Recorder:
             torch.accelerator.synchronize(self.device)
 
     def _show(self, step: int, step_ms: float) -> None:
-        """Rewrite one line on a terminal; elsewhere write a line at every quarter, or at powers of two."""
-        last = step == self.steps
-        line = f"{self.title}: step {step}{f'/{self.steps}' if self.steps else ''}, {step_ms:.0f} ms a step"
-        if sys.stderr.isatty():
-            say(f"\r{line}\x1b[K", end="\n" if last else "")
-        elif step * 4 // self.steps > (step - 1) * 4 // self.steps if self.steps else step & (step - 1) == 0:
+        """Hand on the stage; without a display rewrite one line on a terminal, elsewhere write a line at every quarter,
+        or at powers of two."""
+        line = f"{self._stage(step, '').describe()}, {step_ms:.0f} ms a step"
+        is_terminal = sys.stderr.isatty()
+        is_due = step * 4 // self.steps > (step - 1) * 4 // self.steps if self.steps else step & (step - 1) == 0
+        if show_stage(self._stage(step, line if is_due else "")):
+            return
+        if is_terminal:
+            say(f"\r{line}\x1b[K", end="\n" if step == self.steps else "")
+        elif is_due:
             say(line)
+
+    def _stage(self, step: int, line: str) -> Stage:
+        seconds = time.perf_counter() - self.started if step else 0.0
+        return Stage(f"{self.verb} step {{}}", step, self.steps, seconds=seconds, line=line)

@@ -29,7 +29,7 @@ def run_generate_text(context: RunContext) -> TaskResult:
     """
     source, task = cast("TextSource", context.source), context.task
     prompts = source.prompts(task)
-    recorder = context.recorder("generate", None)
+    recorder = context.recorder("generating", None)
     started = recorder.begin()
     outputs = source.generate(context.models, task, seed=context.seed, device=context.device, on_step=recorder.on_step)
     seconds = time.perf_counter() - started
@@ -43,7 +43,7 @@ def run_generate_text(context: RunContext) -> TaskResult:
     }
     if task.text is not None or source.has_text:
         reading = PerplexityConfig(text=task.text)
-        tokens, progress = read_tokens(context, reading), context.recorder("perplexity", None)
+        tokens, progress = read_tokens(context, reading), context.recorder("reading the text", None)
         progress.begin()
         outputs |= score_text(context, tokens, reading, progress)
     return TaskResult(outputs, recorder.rows, metrics)

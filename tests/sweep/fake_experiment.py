@@ -19,6 +19,7 @@ from pathlib import Path
 from qexp.config.schema import RunConfig
 from qexp.errors import ConfigError, LoadError, UnsupportedError
 from qexp.system.screen import say
+from qexp.system.stages import Stage, show_stage
 
 FAKES = {"experiment": f"{__name__}:run", "score": f"{__name__}:score", "check": f"{__name__}:check"}
 BAD_REFERENCE = 7
@@ -176,6 +177,15 @@ def _print(folder: Path) -> None:
     say("50 %\r100 %\r\u00e4 \u4e2d")
 
 
+def _show_stages(folder: Path) -> None:
+    """As a task shows its steps, each twice as long as a terminal takes to show it."""
+    for step in (8, 10):
+        line = f"generating step {step}/20, 500 ms a step" if step == 10 else ""
+        show_stage(Stage("generating step {}", step, 20, seconds=step / 2, line=line))
+        time.sleep(0.5)
+    say("said beside the stages")
+
+
 class OutOfMemoryError(RuntimeError):
     """Named like torch's."""
 
@@ -217,4 +227,5 @@ BEHAVIOURS = {
     22: _allocate_past_a_limit,
     23: _fill_the_disk,
     24: _sleep_with_a_daemon,
+    25: _show_stages,
 }

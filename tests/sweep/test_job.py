@@ -257,12 +257,13 @@ def test_a_child_that_keeps_the_output_open_does_not_hold_up_the_sweep(tmp_path)
     os.kill(int((folder_of(config).path / "child.pid").read_text()), signal.SIGKILL)
 
 
-def test_output_goes_to_the_log_and_own_lines_to_the_console_as_they_are(tmp_path, capfdbinary) -> None:
-    config = have_reference(run_config(tmp_path, 18))
+@pytest.mark.parametrize("mode", ["process", "inline"])
+def test_output_goes_to_the_log_and_own_lines_to_the_console(mode, tmp_path, capfdbinary) -> None:
+    config = have_reference(run_config(tmp_path, 18, isolation=IsolationConfig(mode=mode)))
     run(config)
     shown, log = capfdbinary.readouterr().out, (folder_of(config).path / "worker.log").read_bytes()
-    said = "50 %\r100 %\rä 中\n".encode()
-    assert said in shown and said in log
+    assert "50 %\r100 %\rä 中\n".encode() in log
+    assert "\ncandidate: ä 中\n".encode() in shown  # of a line that was rewritten, what stands last
     for printed in (b"50 %\r100 %\r\xff\n", b"to stderr\n"):
         assert printed in log and printed not in shown
 

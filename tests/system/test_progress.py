@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from qexp.system import progress
+from qexp.system import progress, stages
 from qexp.system.progress import Progress
+from qexp.system.screen import followed_by
 
 
 class Terminal(io.StringIO):
@@ -22,7 +23,7 @@ class Clock:
 
 def run(clock: Clock, stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, *, items: int, seconds: float) -> str:
     monkeypatch.setattr(sys, "stderr", stream)
-    shown = Progress("toy: loading", items, items << 30)
+    shown = Progress("toy", "loading {} tensors", items, items << 30)
     for _ in range(items):
         clock.now += seconds
         shown.advance(1 << 30)
@@ -54,7 +55,21 @@ def test_on_a_terminal_one_line_is_rewritten_and_ended(monkeypatch: pytest.Monke
 def test_nothing_to_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    shown = Progress("empty", 1, 0)
+    shown = Progress("empty", "reading {} files", 1, 0)
     clock.now += 5
     shown.advance(0)
     shown.close()
+
+
+def test_what_displays_it_gets_stages_instead_and_lines_for_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, records = Clock(monkeypatch), list[dict[str, object]]()
+    monkeypatch.setattr(stages.time, "monotonic", lambda: clock.now)
+    with followed_by(lambda record: records.append(dict(record))):
+        assert run(clock, io.StringIO(), monkeypatch, items=40, seconds=0.0625) == ""
+    assert [record["done"] for record in records[:3]] == [0, 2, 4]  # every tenth of a second
+    last = {"words": "loading {} tensors", "done": 40, "total": 40, "done_bytes": 40 << 30, "total_bytes": 40 << 30}
+    assert last.items() <= records[-1].items() and records[-1]["seconds"] == 2.5
+    # a line for each quarter, once a second is over
+    assert [record["line"] for record in records if record["line"]] == [
+        f"toy: loading {n}/40 tensors, {n}.00/40.00 GiB, {s} s" for n, s in ((16, 1), (20, 1), (30, 2), (40, 2))
+    ]

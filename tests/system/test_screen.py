@@ -74,3 +74,14 @@ def test_children_of_a_worker_do_not_inherit_its_screen() -> None:
     os.close(written)
     os.close(screen)
     assert done.stdout == "False\n"
+
+
+def test_records_of_a_worker_are_lines_of_its_screen_and_only_their_text_is_logged() -> None:
+    screen, written = os.pipe()
+    code = "import qexp.system.screen as s; assert not s.is_followed(); open_screen(int(sys.argv[1]));"
+    code += "assert s.is_followed(); s.show_record({'a': 1}); s.show_record({'a': 2}, 'in the log')"
+    done = run(code, str(written), pass_fds=(written,))
+    os.close(written)
+    with open(screen) as said:
+        assert said.read() == '\x1e{"a": 1}\n\x1e{"a": 2}\n'
+    assert done.stderr == "in the log\n" and done.stdout == ""

@@ -109,7 +109,7 @@ def test_an_accelerator_is_waited_for_before_each_reading_of_the_clock(monkeypat
 def test_progress_goes_to_a_log_in_quarters(capsys: pytest.CaptureFixture[str]) -> None:
     run_sampler(num_inference_steps=20)
     steps = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
-    assert steps == [f"generate: step {step}/20" for step in (5, 10, 15, 20)]
+    assert steps == [f"generating step {step}/20" for step in (5, 10, 15, 20)]
 
 
 def test_progress_rewrites_one_line_on_a_terminal(
