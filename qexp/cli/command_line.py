@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -28,7 +28,9 @@ from omegaconf.errors import OmegaConfBaseException
 from qexp.cli.dry_run import Preview
 from qexp.cli.flags import flags_first
 from qexp.cli.hydra_errors import explain
+from qexp.config.dataclass_io import convert
 from qexp.config.hydra_schema import register_schemas
+from qexp.config.objectives import check_sweeper, objective_values
 from qexp.config.schema import SweepConfig
 from qexp.config.yaml_options import conf_folder
 from qexp.errors import ConfigError, QexpError
@@ -56,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     not_done: list[JobRow] = []
     refusals: list[QexpError] = []  # of a single run; raised through Hydra they would be announced twice
 
-    def job(cfg: DictConfig) -> JobRow | None:
+    def job(cfg: DictConfig) -> JobRow | float | tuple[float, ...] | None:
         with environment(FULL_ERROR, wanted):
             if cfg.sweep.get("dry_run"):
                 preview_one(cfg, preview)
@@ -69,7 +71,8 @@ def run(arguments: Sequence[str]) -> int:
                 return None
             if row.status == "failed" or (row.status != "done" and not in_sweep()):
                 not_done.append(row)
-            return row
+            names = cfg.sweep.get("objectives")
+            return objective_values(list(names), row.metrics if row.status == "done" else {}) if names else row
 
     preview = Preview()
     register_schemas()
@@ -85,6 +88,10 @@ def run(arguments: Sequence[str]) -> int:
             print(preview.summary())
             SweepFolder.remove_unused()
     except KeyboardInterrupt as error:
+        if SweepFolder.is_dry or preview.counts:
+            SweepFolder.remove_unused()
+            print(f"interrupted: {preview.summary()}")
+            return INTERRUPTED
         print("interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
         return 128 + error.number if isinstance(error, Terminated) else INTERRUPTED
     except SystemExit:
@@ -172,17 +179,20 @@ class SweepFolder(Callback):
     """
 
     unused: Path | None = None  # created for this sweep, in which nothing has run yet
+    is_dry = False
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         try:
-            SweepConfig(config.sweep.name)
+            objectives = convert(tuple[str, ...], _plain(config.sweep.get("objectives") or []), "sweep.objectives")
+            SweepConfig(config.sweep.name, objectives=objectives)
+            check_sweeper(objectives, _plain(config.hydra.sweeper), bool(config.sweep.get("dry_run")))
             if config.tracking.get("mode") == "online":
                 check_login()
         except QexpError as error:  # Hydra would make it a warning
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
         folder = Path(config.hydra.sweep.dir)
-        SweepFolder.unused = None if folder.exists() else folder
+        SweepFolder.unused, SweepFolder.is_dry = None if folder.exists() else folder, bool(config.sweep.get("dry_run"))
         if re.fullmatch(DEFAULT_NAME, config.sweep.name):
             _take_free_name(config, folder)
 
@@ -193,6 +203,10 @@ class SweepFolder(Callback):
             with suppress(OSError):  # unless other sweeps are there
                 cls.unused.parent.rmdir()
                 cls.unused.parent.parent.rmdir()
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
 
 
 def _take_free_name(config: DictConfig, folder: Path) -> None:

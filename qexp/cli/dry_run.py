@@ -81,7 +81,8 @@ class Preview:
         unknown = f" ({self.unknown} unknown)" if self.unknown else ""
         known = f"about {self.seconds:.1f} s{unknown}" if self.unknown < self.counts["run"] else "time unknown"
         time = f"; {known}" if self.counts["run"] else ""
-        return f"{total} experiment{'' if total == 1 else 's'}: {', '.join(parts)}{time}. Nothing was run."
+        counts = f": {', '.join(parts)}{time}" if parts else ""
+        return f"{total} experiment{'' if total == 1 else 's'}{counts}. Nothing was run."
 
 
 def weights_bytes(config: RunConfig) -> int:

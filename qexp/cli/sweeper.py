@@ -18,7 +18,8 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qexp.cli.hydra_errors import explain
@@ -30,6 +31,13 @@ MOST_TRIED = 20  # compositions before the first experiment, an eighth of a seco
 
 class SweepAsItComes(BasicSweeper):
     """See above. Needs the settings of qexp's configuration: paths.outputs and sweep.name."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """See Hydra's; a dry run stays in this process, whatever the launcher, since it counts what it says."""
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        if config.sweep.get("dry_run") and not isinstance(self.launcher, BasicLauncher):
+            self.launcher = BasicLauncher()
+            self.launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> list[Any]:
         """Run all experiments; returns what each returned."""
@@ -48,6 +56,8 @@ class SweepAsItComes(BasicSweeper):
         try:
             return [self._run(number, job) for number, job in enumerate(jobs)]
         except KeyboardInterrupt:  # Hydra then calls no end of the sweep
+            if self.config.sweep.get("dry_run"):
+                raise
             from qexp.sweep.callback import print_table
 
             with suppress(QexpError):

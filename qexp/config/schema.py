@@ -14,6 +14,7 @@ from typing import Any
 
 from qexp.config.dataclass_io import to_plain
 from qexp.config.module_patterns import check_patterns
+from qexp.config.objectives import check_objectives
 from qexp.config.offload import STRATEGIES, OffloadConfig
 from qexp.config.wandb_names import MAX_TAG, problem_of_project
 from qexp.errors import ConfigError, choices, did_you_mean
@@ -107,15 +108,17 @@ class IsolationConfig:
 @dataclass(frozen=True)
 class SweepConfig:
     """name: folder below outputs/sweeps; notes: free text kept in the manifest; dry_run: say what would run, and run
-    nothing."""
+    nothing; objectives: metrics whose values Hydra's sweeper gets from each experiment."""
 
     name: str = "default"
     notes: str | None = None
     dry_run: bool = False
+    objectives: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ConfigError(f"sweep.name={self.name!r} must be a folder's name: not empty, without /, no . in front")
+        check_objectives(self.objectives)
 
 
 @dataclass(frozen=True)

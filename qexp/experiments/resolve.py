@@ -19,6 +19,7 @@ from qexp.checkpoints.checkpoint import open_components
 from qexp.config.backend_options import default_backend
 from qexp.config.dataclass_io import from_plain
 from qexp.config.generate import GenerateConfig
+from qexp.config.objectives import check_measured
 from qexp.config.plugins import plugin_config
 from qexp.config.schema import (
     ComponentConfig,
@@ -64,6 +65,7 @@ def to_run_config(cfg: Any) -> RunConfig:
     task = task.resolved()
     check_placed(task, device_map, max_memory)
     check_saves(top.save, task)
+    check_measured(top.sweep.objectives, task.name, top.metrics.names, top.isolation.mode)
     check_perceptual(top.metrics, load_source(model), task)
     check_before_download(model, task, top)  # a mistake in the settings must not cost a download
     model = pinned_model(model)  # from here on it is on this machine

@@ -13,7 +13,9 @@ import pytest
 from hydra.core.plugins import Plugins
 
 import qexp.__main__
+import qexp.cli.command_line
 import qexp.sweep.job
+from qexp.cli.dry_run import Preview
 from qexp.cli.flags import flags_first
 from qexp.config import yaml_options
 from qexp.config.schema import RunConfig
@@ -266,3 +268,47 @@ def test_every_option_and_then_other_values_are_tried_first() -> None:
     tried = list(with_each_value(jobs, ["backend", "task"], 5))
     assert [job[1] for job in tried[:3]] == ["backend=a", "backend=b", "backend=c"]
     assert len(tried) == 5 and {job[0] for job in tried[3:]} == {"seed=1", "seed=2"}
+
+
+def test_experiments_return_their_objectives_to_hydras_sweeper(
+    command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_job(config: RunConfig, overrides: list[str]) -> JobRow:
+        metrics = {"quality/psnr_db": 30.0 + config.seed, "memory/weights_gib": 0.5}
+        return JobRow(1, "key", tuple(overrides), "label", "failed" if config.seed == 2 else "done", metrics=metrics)
+
+    returned = []
+    values = qexp.cli.command_line.objective_values
+
+    def noted(names: list[str], metrics: dict[str, float | None]) -> object:
+        returned.append(values(names, metrics))
+        return returned[-1]
+
+    monkeypatch.setattr(qexp.cli.command_line, "objective_values", noted)
+    monkeypatch.setattr(qexp.sweep.job, "run_job", run_job)
+    command("-m", "seed=0,1,2", "sweep.objectives=[quality/psnr_db,memory/weights_gib]")
+    assert returned == [(30.0, 0.5), (31.0, 0.5), None]
+
+
+@pytest.mark.parametrize("objectives", ["[quality/psnr]", "quality/psnr_db", "[1]"])
+def test_objectives_that_are_wrong_end_a_sweep_before_anything_runs(
+    objectives: str, command: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert command("-m", "seed=0,1", f"sweep.objectives={objectives}") == 1
+    assert "sweep.objectives" in capsys.readouterr().err
+    assert command.configs == [] and not Path(tmp_path, "outputs").exists()
+
+
+def test_ctrl_c_in_a_dry_run_says_what_was_counted_and_leaves_nothing(
+    command: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(self: object, config: RunConfig, number: int, settings: str) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+        self.counts["run"] += 1  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Preview, "show", interrupted)
+    assert command("-m", "seed=1,2,3", "sweep.dry_run=true") == 130
+    captured = capsys.readouterr()
+    assert captured.out == "interrupted: 1 experiment: 1 would run; about 0.0 s. Nothing was run.\n"
+    assert not captured.err and not Path(tmp_path, "outputs").exists()
