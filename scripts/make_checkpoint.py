@@ -75,7 +75,7 @@ class Layout:
     def write(self, folder: Path, title: str, seed: int = 0, workers: int | None = None) -> None:
         """config.json, the weights, and their index if there are several files."""
         folder.mkdir(parents=True, exist_ok=True)
-        progress = Progress(title, len(self.tensors), self.nbytes)
+        progress = Progress(title, "writing {} tensors", len(self.tensors), self.nbytes)
         with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as threads:
             for file, names in self.files.items():
                 self._write_file(folder / file, names, seed, threads, progress)

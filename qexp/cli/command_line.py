@@ -36,6 +36,7 @@ from qexp.config.yaml_options import conf_folder
 from qexp.errors import ConfigError, QexpError
 from qexp.experiments.resolve import to_run_config
 from qexp.results.labels import SHOWN_GROUPS, run_label
+from qexp.results.manifest import Manifest
 from qexp.sweep.console_lines import job_name
 from qexp.system.signals import Terminated, ending_signals_interrupt
 from qexp.tracking.session import check_login
@@ -198,7 +199,8 @@ class SweepFolder(Callback):
 
     @classmethod
     def remove_unused(cls) -> None:
-        if cls.unused is not None:
+        """Remove what is still empty: with other launchers, experiments ran in other processes, which cannot say so."""
+        if cls.unused is not None and not (Manifest(cls.unused.parents[1], cls.unused.name).read() or {}).get("jobs"):
             shutil.rmtree(cls.unused, ignore_errors=True)
             with suppress(OSError):  # unless other sweeps are there
                 cls.unused.parent.rmdir()

@@ -18,6 +18,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,6 +32,8 @@ MOST_TRIED = 20  # compositions before the first experiment, an eighth of a seco
 
 class SweepAsItComes(BasicSweeper):
     """See above. Needs the settings of qexp's configuration: paths.outputs and sweep.name."""
+
+    launcher: Launcher | None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """See Hydra's; a dry run stays in this process, whatever the launcher, since it counts what it says."""

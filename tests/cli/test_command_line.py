@@ -20,9 +20,9 @@ from qexp.cli.flags import flags_first
 from qexp.config import yaml_options
 from qexp.config.schema import RunConfig
 from qexp.errors import ConfigError
-from qexp.results.manifest import JobRow
+from qexp.results.manifest import JobRow, Manifest
 from qexp.sweep.run_key import run_key
-from tests.composing import CommandLine
+from tests.composing import CommandLine, command_line
 from tests.composing import command as command
 from tests.tracking.wandb_server import use_server
 
@@ -227,7 +227,7 @@ def test_help_is_quick_and_imports_neither_hydra_nor_torch(tmp_path: Path) -> No
 def test_the_parent_of_a_sweep_does_not_import_torch(tmp_path: Path) -> None:
     code = """
 import sys, qexp.sweep.job
-from qexp.results.manifest import JobRow
+from qexp.results.manifest import JobRow, Manifest
 from tests.composing import CommandLine, command_line
 qexp.sweep.job.run_job = lambda config, overrides, key: JobRow(1, "key", (), "label", "done")
 sys.argv = ["qexp", "-m", "backend=none,bitsandbytes,torchao,quanto", "task=roundtrip", "offload=leaf"]
@@ -312,3 +312,17 @@ def test_ctrl_c_in_a_dry_run_says_what_was_counted_and_leaves_nothing(
     captured = capsys.readouterr()
     assert captured.out == "interrupted: 1 experiment: 1 would run; about 0.0 s. Nothing was run.\n"
     assert not captured.err and not Path(tmp_path, "outputs").exists()
+
+
+@pytest.mark.parametrize("jobs", [0, 1])
+def test_folder_of_a_sweep_is_removed_only_while_no_experiment_is_in_it(jobs: int, tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path / "outputs", "s")
+    manifest.start([], 1)
+    for number in range(jobs):  # of another process
+        manifest.add(JobRow(number + 1, "key", (), "label", "failed"))
+    try:
+        qexp.cli.command_line.SweepFolder.unused = manifest.folder
+        qexp.cli.command_line.SweepFolder.remove_unused()
+    finally:
+        qexp.cli.command_line.SweepFolder.unused = None
+    assert manifest.folder.exists() == bool(jobs)

@@ -164,7 +164,7 @@ def test_every_import_is_declared_and_every_dependency_imported() -> None:
     imported = third_party_imports("qexp")
     assert imported - names_of(requirements("diffusers")) == set()
     assert names_of(requirements()) - imported == FOR_FILES
-    assert third_party_imports("scripts") - names_of(requirements("train", "diffusers")) == set()
+    assert third_party_imports("scripts") - names_of(requirements("dev")) == set()
     assert third_party_imports("tests") - names_of(requirements(*EXTRAS)) == set()
 
 
