@@ -22,7 +22,7 @@ from qexp.config.schema import RunConfig
 from qexp.errors import ConfigError
 from qexp.results.manifest import JobRow, Manifest
 from qexp.sweep.run_key import run_key
-from tests.composing import CommandLine, command_line
+from tests.composing import CommandLine
 from tests.composing import command as command
 from tests.tracking.wandb_server import use_server
 
@@ -228,7 +228,7 @@ def test_the_parent_of_a_sweep_does_not_import_torch(tmp_path: Path) -> None:
     code = """
 import sys, qexp.sweep.job
 from qexp.results.manifest import JobRow, Manifest
-from tests.composing import CommandLine, command_line
+from tests.composing import CommandLine
 qexp.sweep.job.run_job = lambda config, overrides, key: JobRow(1, "key", (), "label", "done")
 sys.argv = ["qexp", "-m", "backend=none,bitsandbytes,torchao,quanto", "task=roundtrip", "offload=leaf"]
 from qexp.__main__ import main
