@@ -1,12 +1,11 @@
-"""What a checkpoint on disk holds: its config and where each tensor's bytes are. Reads headers only; imports no torch.
+"""Open a checkpoint: its config, and the place of each tensor's bytes. Reads headers only; imports no torch.
 
 A checkpoint is a folder with `config.json` and weights (`weight_files.py` says which files those are); or a single
 `.safetensors` or `.gguf` file, or the index of some shards. An index decides which of its files a tensor is read from.
 The config of a file is the `config.json` beside it; without one, a `.gguf` file has it in its metadata if this program
 saved it.
 
-The headers are read by `safetensors_header.py` and `gguf_header.py`, which check everything a damaged file could lie
-about.
+`safetensors_header.py` and `gguf_header.py` parse the headers and validate every count, length and offset in them.
 """
 
 from __future__ import annotations
@@ -24,7 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qexp.checkpoints.content import content_digest
-from qexp.checkpoints.foreign_files import convert_remedy, pickles_in, refuse_cache_folder, refuse_foreign
+from qexp.checkpoints.foreign_files import (
+    REAL_FILES,
+    convert_remedy,
+    pickles_in,
+    refuse_cache_folder,
+    refuse_foreign,
+)
 from qexp.checkpoints.gguf_header import parse_gguf_header
 from qexp.checkpoints.parse_once import parse_once
 from qexp.checkpoints.regular_file import FileState, unreadable
@@ -43,8 +48,11 @@ SAVED_WEIGHTS = re.compile(  # what `loading/saving.py` calls the weights of a m
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """config: parsed config.json ({} for a bare file); entries: tensor name -> where it lies; metadata: the files';
-    converted_names: of tensors in the files that have other names in `entries`."""
+    """A checkpoint's config and tensors.
+
+    config: parsed config.json ({} for a single file without one). entries: tensor name -> place. metadata: of the
+    files. converted_names: tensors that have another name in the files than in `entries`.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -58,9 +66,9 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.entries.values())
 
     def content_hash(self, *, full: bool = False) -> str:
-        """A hash of the config and of what is in the files: a copy has the same one.
+        """Return a hash of the config and the files' contents, which is equal for a copy.
 
-        full: read all of large files; see `content.py`.
+        full: read large files completely instead of samples (`content.py`).
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in self.files:
@@ -76,7 +84,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not os.path.exists(path):
         raise LoadError(
-            f"checkpoint '{path}' does not exist; set model.path to a folder with config.json and safetensors, or to a "
+            f"checkpoint '{path}' does not exist; give a folder with config.json and safetensors, or a .safetensors or "
             ".gguf file"
         )
     refuse_cache_folder(path)
@@ -93,7 +101,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             if entry.name in entries:
                 raise LoadError(
                     f"tensor '{entry.name}' is in both '{entries[entry.name].file}' and '{file}', and the index does "
-                    "not say which one counts; download both again"
+                    "not choose one; download both again"
                 )
             entries[entry.name] = entry
     if wrong := [name for name in placed if name not in entries]:
@@ -105,9 +113,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def open_component(source: Any, component: str) -> Checkpoint:
-    """The checkpoint of one component of a model source, with the config that the source knows for it if it has
-    none.
-    """
+    """Open one component of a model source. Its config is the checkpoint's own, else the source's."""
     checkpoint = open_checkpoint(source.checkpoints()[component])
     config = source.component_config(component)
     states_class = any(name in checkpoint.config for name in ("_class_name", "architectures", "model_type"))
@@ -119,12 +125,12 @@ def open_components(source: Any) -> dict[str, Checkpoint]:
 
 
 def refuse_source(folder: Path, source: Path, place: str) -> None:
-    """Raises ConfigError if the checkpoint `source` is in `folder`: a model saved there would replace it."""
+    """Raise ConfigError if the checkpoint `source` is in `folder`: saving a model there would overwrite it."""
     own = source if source.is_dir() else source.parent
     if os.path.exists(folder) and os.path.exists(own) and os.path.samefile(folder, own):
         raise ConfigError(
-            f"{place}: '{folder}' holds the checkpoint that the model comes from, and saving there would replace it; "
-            "choose another folder"
+            f"{place}: '{folder}' contains the checkpoint that the model is loaded from, and saving would overwrite "
+            "it; choose another folder"
         )
 
 
@@ -133,7 +139,7 @@ def is_gguf(file: Path) -> bool:
 
 
 def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """config.json of the folder, or beside the file; else the one in a GGUF file; {} if there is none."""
+    """Return config.json of the folder, or the one beside the file, or the one inside a GGUF file, or {}."""
     if path.is_dir():
         return read_object(path / "config.json")
     if os.path.exists(path.with_name("config.json")):
@@ -144,7 +150,7 @@ def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 class FileHeader(NamedTuple):
-    """entries: in the order of their bytes; metadata: its texts; nbytes: of all that is before the tensors."""
+    """entries: in the order of their bytes; metadata: its strings; nbytes: everything before the tensors."""
 
     entries: tuple[TensorEntry, ...]
     metadata: Mapping[str, str]
@@ -161,11 +167,11 @@ def _parse_safetensors(file: Path, stream: BufferedReader, state: FileState) -> 
 
 
 def _parse_gguf(file: Path, stream: BufferedReader, state: FileState) -> FileHeader:
-    """Parse a whole model's file; of its metadata, which may hold a large vocabulary, the texts are kept."""
+    """Parse the file of a whole model. Only strings are kept of its metadata, which may hold a large vocabulary."""
     header = parse_gguf_header(file, stream, state)
     parts = header.metadata.get("split.count", 0)
     if isinstance(parts, int) and parts > 1:
-        raise LoadError(f"'{file}' is one of {parts} parts; put them together with llama.cpp's gguf-split --merge")
+        raise LoadError(f"'{file}' is one of {parts} parts; merge them with llama.cpp's gguf-split --merge")
     texts = {name: value for name, value in header.metadata.items() if isinstance(value, str)}
     return FileHeader(header.entries, texts, header.nbytes)
 
@@ -191,11 +197,13 @@ def _json_object(text: str | bytes, place: str) -> dict[str, Any]:
 
 
 def _files(path: Path) -> tuple[tuple[Path, ...], Path | None]:
-    """(the files that hold the tensors, their index) of a folder, an index or one file."""
+    """Return (files with tensors, their index or None) of a folder, an index or a single file."""
     if not path.is_dir() and path.suffix != ".json":
         return (path,), None
     folder = path if path.is_dir() else path.parent
     names = _names(folder)
+    if path.name in names and path.name in REAL_FILES:
+        raise WrongFileError(f"'{path}' describes a model and has no weights; give its folder, '{folder}'")
 
     def read(name: str) -> dict[str, Any]:
         return read_object(folder / name)
@@ -206,15 +214,14 @@ def _files(path: Path) -> tuple[tuple[Path, ...], Path | None]:
         found = [path.name, *shard_files(path.name, names, read, f"'{folder}'")]
     if not found:
         if "model_index.json" in names:
-            raise LoadError(f"'{folder}' is a pipeline of diffusers: use model=diffusers, in Python qexp.load_pipeline")
+            raise LoadError(f"'{folder}' is a diffusers pipeline; use model=diffusers, in Python qexp.load_pipeline")
         if pickles := pickles_in(folder, names):
             shown = first_names([file.name for file in pickles])
             raise WrongFileError(
-                f"'{folder}' needs safetensors or GGUF, and has pickles ({shown}); {convert_remedy(pickles)}"
+                f"'{folder}' has only pickle files ({shown}), which are not opened; {convert_remedy(pickles)}"
             )
         raise LoadError(
-            f"'{folder}' needs one .safetensors file (or .gguf), or shards with an index; found: none; give the folder "
-            "that has them"
+            f"'{folder}' has no weights; give a folder with one .safetensors or .gguf file, or shards and their index"
         )
     index = folder / found[0] if found[0].endswith(".json") else None
     return tuple(folder / name for name in found if not name.endswith(".json")), index

@@ -1,13 +1,13 @@
-"""What is in a file, as a digest: the same for a copy, another one for another fine-tune of the same size and date.
+"""Compute a digest of a file's content: equal for a copy, different for a fine-tune of the same size and date.
 
-Up to FULL_BYTES it is the sha256 of all bytes. A larger checkpoint would take longer to read than some experiments to
-run: of it the header and samples of every tensor are read, from PLACES places, at least SAMPLES_BYTES in all.
-Fine-tunes differ in nearly every value of what they train, so that samples tell them apart; `identity=full` reads
-everything. The cache of a hub names large files by their sha256, which is taken as it is.
+Up to FULL_BYTES it is the sha256 of all bytes. Reading a larger checkpoint would take longer than some experiments, so
+only its header and samples of every tensor are hashed: PLACES places per tensor, at least SAMPLES_BYTES in total.
+Fine-tunes differ in nearly every value of the tensors that they train, so samples distinguish them; `identity=full`
+hashes everything. A hub's cache names large files by their sha256, which is used unchanged.
 
-A digest is remembered by the file's state (device, inode, size, times), in this process and in the user's cache folder,
-so that a file is read once. A file that was written just now is not remembered: times have a resolution, and a write
-within the same tick would not show.
+Digests are cached by the file's state (device, inode, size, times), in this process and in the user's cache folder, so
+that a file is read once. A file written moments ago is not cached: a second write within the same clock tick would go
+unnoticed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VERSION = 1  # of how samples are taken
 
 
 class Header(Protocol):
-    """The header of a checkpoint's file; nbytes: of all that is before the tensors."""
+    """The header of a checkpoint's file; nbytes: everything before the tensors."""
 
     @property
     def entries(self) -> Sequence[TensorEntry]: ...
@@ -50,9 +50,9 @@ _digests: dict[tuple[FileState, bool], str] = {}
 
 
 def content_digest(file: Path, *, full: bool = False, header: Callable[[Path], Header] | None = None) -> str:
-    """The digest of a file's content.
+    """Return the digest of a file's content.
 
-    full: read all of a large file. header: reads that of a checkpoint; a file without one is always read in full.
+    full: read a large file completely. header: parses a checkpoint's header; without it the file is read completely.
     Raises: LoadError if it cannot be read.
     """
     stored = file.resolve()
@@ -112,7 +112,7 @@ def _remember(state: FileState, is_sampled: bool, digest: str) -> None:
 
 
 def _digest_file(state: FileState, is_sampled: bool) -> Path:
-    """The file in the user's cache folder that holds a digest."""
+    """Return the path of a digest in the user's cache folder."""
     name = hashlib.sha256(repr((VERSION, tuple(state), is_sampled)).encode()).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return cache / "qexp" / "digests" / name[:2] / name

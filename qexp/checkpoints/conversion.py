@@ -1,4 +1,4 @@
-"""A checkpoint under other names: what a library's conversion would do, recorded without reading a byte.
+"""Rename and reshape a checkpoint's tensors by a library's conversion, recorded without reading a byte.
 
 Files of single models often keep their authors' layout: q, k and v in one matrix, shift before scale; checkpoints of
 mixtures keep every expert by itself where the network has one tensor for all. A library has functions that take such
@@ -20,10 +20,10 @@ Conversion = Callable[[MutableMapping[str, Any]], Mapping[str, Any]]
 
 
 def converted(checkpoint: Checkpoint, conversion: Conversion) -> Checkpoint:
-    """The checkpoint with the tensors that `conversion` makes of its own; what it leaves over keeps its name.
+    """Return the checkpoint with converted tensors; those that `conversion` does not use keep their names.
 
     conversion: takes a dict, from which it may pop, and returns one.
-    Raises: LoadError if it fails, which it does on tensors of another model.
+    Raises: LoadError if the conversion fails, as it does for the tensors of another model.
     """
     state: dict[str, Any] = {name: Lazy.of(entry) for name, entry in checkpoint.entries.items()}
     try:
@@ -31,14 +31,14 @@ def converted(checkpoint: Checkpoint, conversion: Conversion) -> Checkpoint:
     except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
         name = getattr(conversion, "__name__", "the conversion")
         raise LoadError(
-            f"the tensors of '{checkpoint.path}' are not those that {name} expects ({type(error).__name__}: {error}); "
-            "the file belongs to another model: check its config.json"
+            f"{name} cannot convert the tensors of '{checkpoint.path}' ({type(error).__name__}: {error}): the file "
+            "belongs to another model; check its config.json"
         ) from error
     entries = {name: tensor.entry(name) for name, tensor in {**state, **result}.items()}
     return replace(checkpoint, entries=entries, converted_names=frozenset(checkpoint.entries.keys() - entries.keys()))
 
 
 def transposed(entry: TensorEntry) -> TensorEntry:
-    """A matrix of plain numbers with rows and columns exchanged."""
+    """Return the entry of a transposed matrix of plain numbers."""
     exchanged: Lazy = Lazy.of(entry).t()
     return exchanged.entry(entry.name)

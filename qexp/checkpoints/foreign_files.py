@@ -1,7 +1,7 @@
-"""Files and folders that are often put where a checkpoint belongs, told by their first bytes, and the remedy of each.
+"""Recognize files and folders that are often given in place of a checkpoint, by their first bytes, with a remedy each.
 
-A download that went wrong leaves a pointer of git-lfs, a web page or nothing; older weights are pickles, which run code
-when they are opened, and are never opened here; and a hub's cache has its models two folders further down.
+A failed download leaves a git-lfs pointer, a web page or an empty file. Older weights are pickles, which run code when
+they are opened; qexp never opens them. The models of a hub's cache are two folders below its root.
 """
 
 from __future__ import annotations
@@ -27,33 +27,30 @@ REAL_FILES = ("config.json", "model_index.json")  # of a folder that is a model,
 
 
 def refuse_foreign(file: Path, stream: BufferedReader) -> None:
-    """Raise WrongFileError for a file that is known to be neither a checkpoint nor JSON; rewind the stream.
-
-    A file that is not known is left to its own reader.
-    """
+    """Raise WrongFileError for a file recognized as neither a checkpoint nor JSON; rewind the stream."""
     head = stream.read(HEAD_BYTES)
     stream.seek(0)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
-        raise WrongFileError(f"'{file}' is empty (0 bytes): a download that did not begin; download it again")
+        raise WrongFileError(f"'{file}' is empty (0 bytes): its download failed; download it again")
     if head.startswith(b"version https://git-lfs"):
         raise WrongFileError(
-            f"'{file}' is a pointer of git-lfs, not the file itself; run `git lfs pull` in its folder, or download it "
+            f"'{file}' is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder, or download it "
             "again with `hf download user/name`"
         )
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<!--")):
         raise WrongFileError(
-            f"'{file}' is a web page, not a checkpoint's file: the address was that of a page, or needed a login; "
+            f"'{file}' is a web page, not a checkpoint: its address led to a page, or the download needed a login; "
             "download it again with `hf download user/name`"
         )
     if _is_pickle(head):
         raise WrongFileError(
-            f"'{file}' is a pickle of PyTorch or a zip archive, not safetensors; {convert_remedy([file])}"
+            f"'{file}' is a PyTorch pickle or a zip archive, not safetensors; {convert_remedy([file])}"
         )
 
 
 def refuse_other_format(file: Path, stream: BufferedReader, *, wants_gguf: bool) -> None:
-    """Raises WrongFileError for a file in the one format that is named as the other."""
+    """Raise WrongFileError for GGUF in a .safetensors file, or the reverse."""
     head = stream.read(9)
     stream.seek(0)
     if wants_gguf and head[8:9] == b"{":
@@ -67,13 +64,13 @@ def refuse_other_format(file: Path, stream: BufferedReader, *, wants_gguf: bool)
 
 
 def _is_pickle(head: bytes) -> bool:
-    """Of any protocol since 2, or in a zip. The first eight bytes of safetensors are a length, which may look so."""
+    """Recognize pickles of protocol 2 and later, and zips. A safetensors header length may look like one."""
     is_protocol = head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     return head[8:9] != b"{" and (is_protocol or head.startswith(b"PK\x03\x04"))
 
 
 def convert_remedy(files: Sequence[Path]) -> str:
-    """The command that makes safetensors of one pickle, the first, or of all shards of one model."""
+    """Return the command that converts the first pickle, or all shards of one model, to safetensors."""
     files = [file for file in files if "-of-" in file.name] or files[:1]
     target = files[0].with_suffix(".safetensors") if len(files) == 1 else files[0].parent / "model.safetensors"
     names = " ".join(shlex.quote(str(file)) for file in (target, *files))
@@ -81,20 +78,20 @@ def convert_remedy(files: Sequence[Path]) -> str:
 
 
 def pickles_in(folder: Path, names: Iterable[str]) -> list[Path]:
-    """The files of a folder that are pickles by their names; training leaves small ones, which hold no weights."""
+    """Return the pickles in a folder, by name; small ones are left by training and hold no weights."""
     no_weights = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
     return [folder / name for name in sorted(names) if name.endswith(PICKLE_SUFFIXES) and name not in no_weights]
 
 
 def refuse_cache_folder(folder: Path) -> None:
-    """Raises WrongFileError for a folder of a hub's cache that is above the snapshots of models."""
+    """Raise WrongFileError for a folder of a hub's cache above the models' snapshots."""
     names = sorted(os.listdir(folder)) if folder.is_dir() and os.access(folder, os.R_OK) else []
     if any(name in names for name in REAL_FILES) or any(name.endswith((".safetensors", ".gguf")) for name in names):
         return
     repositories = [_repository(name) for name in names if name.startswith(CACHE_PREFIX)]
     if repositories:
         raise WrongFileError(
-            f"'{folder}' is a hub's cache of {len(repositories)} models; set model.path to one of them by its name: "
+            f"'{folder}' is a hub's cache of {len(repositories)} models; set model.path to the name of one: "
             f"{first_names(repositories)}"
         )
     snapshots = folder if folder.name == SNAPSHOTS and folder.parent.name.startswith(CACHE_PREFIX) else None
@@ -106,9 +103,9 @@ def refuse_cache_folder(folder: Path) -> None:
     by_name = f"{_repository(name)} or " if name.startswith(CACHE_PREFIX) else ""
     found = [f"'{path}'" for path in sorted(snapshots.iterdir()) if path.is_dir()]
     remedy = f"set model.path to {by_name}{choices(found)}" if found else "it has no snapshot: download the model again"
-    raise WrongFileError(f"'{folder}' is a repository's folder in a hub's cache, above the model itself; {remedy}")
+    raise WrongFileError(f"'{folder}' is a repository in a hub's cache, and its models are in subfolders; {remedy}")
 
 
 def _repository(name: str) -> str:
-    """user/name of a folder of the cache, models--user--name."""
+    """Return user/name for a cache folder models--user--name."""
     return name.removeprefix(CACHE_PREFIX).replace("--", "/", 1)

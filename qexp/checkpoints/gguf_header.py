@@ -1,15 +1,15 @@
-"""GGUF files: what tensors one holds and where their bytes are. Reads the header only; imports no torch.
+"""Parse the header of a GGUF file: its metadata, its tensors and their offsets. Imports no torch.
 
 A file is "GGUF", a version, the numbers of tensors and of metadata fields; the fields (name, type, value); for each
 tensor its name, dimensions (the fastest first: [in, out]), type and offset; then, from the next multiple of
 `general.alignment` on, the tensors' bytes, each at such a multiple, in order. All numbers are little-endian.
 
-ComfyUI's converter stores a tensor whose rows are no whole blocks as rows of 256, and its shape in metadata,
-`comfy.gguf.orig_shape.<tensor>`: the tensor has that shape here.
+If a tensor's rows are not whole blocks, ComfyUI's converter stores rows of 256 values and the original shape as
+metadata, `comfy.gguf.orig_shape.<tensor>`; the parsed tensor gets that shape.
 
-The file is read, never mapped, and what it says of itself is checked before memory is reserved for it: a count or a
-length cannot exceed what is left of the file, a header no more than MAX_HEADER_BYTES, and the tensors must fill the
-rest of the file without gap or overlap, as ggml demands.
+The file is read, never mapped, and every size is validated before memory is allocated for it: a count or length must
+fit into the rest of the file, a header into MAX_HEADER_BYTES, and the tensors must fill the rest of the file without
+gap or overlap, as ggml requires.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -46,7 +46,7 @@ UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """metadata: strings, numbers, lists of strings, arrays of numbers; nbytes: of all that is before the tensors."""
+    """metadata: strings, numbers, lists of strings, arrays of numbers; nbytes: everything before the tensors."""
 
     entries: tuple[TensorEntry, ...]
     metadata: Mapping[str, Any]
@@ -54,17 +54,17 @@ class GGUFHeader:
 
 
 def read_gguf_header(file: Path) -> GGUFHeader:
-    """Read the header of a GGUF file: `parse_gguf_header`."""
+    """Read and parse the header of a GGUF file, once in a process. Raises LoadError if it is damaged."""
     with open_regular(file) as (stream, state):
         return parse_gguf_header(file, stream, state)
 
 
 def parse_gguf_header(file: Path, stream: BufferedReader, state: FileState) -> GGUFHeader:
-    """Parse the header of an open file: tensors in the order of their bytes, and metadata. Raises LoadError if it is
-    damaged.
+    """Parse the header of an open file: tensors in the order of their bytes, and metadata.
 
-    An entry's dtype is safetensors' name for plain numbers, else the type's with GGUF_ before it ("GGUF_Q4_0"); its
-    shape is that of the dense tensor, [out, in].
+    An entry's dtype is safetensors' name for plain numbers, else "GGUF_" and the block type ("GGUF_Q4_0"). Its shape is
+    the dense tensor's, [out, in].
+    Raises: LoadError if the header is damaged.
     """
     refuse_foreign(file, stream)
     refuse_other_format(file, stream, wants_gguf=True)
@@ -72,7 +72,7 @@ def parse_gguf_header(file: Path, stream: BufferedReader, state: FileState) -> G
 
 
 class _Header:
-    """One pass over a header. Every method reads on from where the last one stopped."""
+    """One pass over a header. Every method continues where the previous one stopped."""
 
     def __init__(self, file: Path, stream: BinaryIO, state: FileState) -> None:
         self.file, self.stream, self.state, self.size = file, stream, state, state.size
@@ -122,10 +122,10 @@ class _Header:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code), what))[0]
 
     def count(self, least_bytes: int, what: str) -> int:
-        """A number of things that take so many bytes each, at least."""
+        """Read a count of items that take at least `least_bytes` each."""
         count: int = self.number("Q", f"the number of {what}")
         if count > (self.limit - self.position) // least_bytes:
-            raise self.damaged(f"it says that {count} {what} follow, more than there is room for")
+            raise self.damaged(f"it declares {count} {what}, more than fit into the file")
         return count
 
     def string(self, what: str) -> str:
@@ -151,11 +151,11 @@ class _Header:
 
     def _format(self, kind: int, what: str) -> str:
         if kind not in SCALARS:
-            raise self.damaged(f"{what} has type {kind}, which is none")
+            raise self.damaged(f"{what} has the unknown type {kind}")
         return SCALARS[kind]
 
     def _text(self, what: str) -> str:
-        """Values need not be UTF-8: words of a tokenizer may be parts of a character."""
+        """Read a string that need not be UTF-8: tokens of a vocabulary may be parts of a character."""
         return self.take(self.number("Q", what), what).decode(errors="surrogateescape")
 
     def _array(self, kind: int, what: str) -> list[str] | array[Any]:
@@ -167,7 +167,7 @@ class _Header:
         return numbers
 
     def tensor(self, name: str) -> tuple[GGMLType, tuple[int, ...], int]:
-        """(type, shape, offset) of a tensor, which follow its name."""
+        """Read the type, shape and offset of a tensor, which follow its name."""
         dimensions = self.number("I", f"tensor {brief(name)}")
         if dimensions > MAX_DIMENSIONS:
             raise self.damaged(f"tensor {brief(name)} has {dimensions} dimensions, more than {MAX_DIMENSIONS}")
@@ -181,7 +181,7 @@ class _Header:
             )
         kind = BY_NUMBER[number]
         if any(size >= 2**62 for size in shape) or math.prod(shape) >= 2**62 or (shape or (1,))[-1] % kind.block:
-            raise self.damaged(f"tensor {brief(name)} of type {kind.name} has shape {brief(shape)}, which it cannot")
+            raise self.damaged(f"tensor {brief(name)} has shape {brief(shape)}, impossible for type {kind.name}")
         return kind, shape, self.number("Q", f"tensor {brief(name)}")
 
     def _entries(
@@ -206,16 +206,14 @@ class _Header:
         return tuple(entries)
 
     def _in_original_shape(self, entry: TensorEntry, metadata: Mapping[str, Any]) -> TensorEntry:
-        """The tensor with the shape that its metadata gives it. Raises LoadError if it has not so many numbers."""
+        """Return the tensor in the shape given by its metadata. Raises LoadError if the number of values differs."""
         key = ORIGINAL_SHAPE_KEY + entry.name
         if key not in metadata:
             return entry
         shape = metadata[key]
         is_shape = isinstance(shape, array) and shape.typecode not in "fd" and min(shape, default=0) >= 0
         if not is_shape or len(shape) > MAX_DIMENSIONS or math.prod(shape) != math.prod(entry.shape):
-            raise self.damaged(
-                f"{brief(key)} is {brief(shape)}, no shape of the tensor's {math.prod(entry.shape)} numbers"
-            )
+            raise self.damaged(f"{brief(key)} is {brief(shape)}, but the tensor has {math.prod(entry.shape)} values")
         return replace(entry, shape=tuple(shape))
 
     def damaged(self, what: str) -> LoadError:

@@ -1,7 +1,8 @@
-"""The tensor types of GGUF files: the number that a file has for each, and how many bytes hold how many weights.
+"""The tensor types of GGUF files: their numbers in a file, weights per block and bytes per block.
 
-A type cuts each row of a weight into blocks of consecutive weights, and a block into its scales and packed values. A
-row must be whole blocks. Types with one weight a block are plain numbers, named as in safetensors files.
+Each row of a weight is divided into blocks of consecutive weights; a block holds scales and packed values. The row
+length must be a multiple of the block. Types with one weight per block are plain numbers, named as in safetensors
+files.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and ggml-common.h
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GGMLType:
-    """number: in files; block: weights that are packed together, into `block_bytes` bytes."""
+    """number: in files; block: weights packed together into `block_bytes` bytes."""
 
     name: str
     number: int
@@ -23,7 +24,7 @@ class GGMLType:
     block_bytes: int
 
     def nbytes(self, shape: Sequence[int]) -> int:
-        """Bytes of a tensor whose rows, the last dimension of `shape`, are whole blocks."""
+        """Return the bytes of a tensor; the last dimension of `shape` must be a multiple of the block."""
         return math.prod(shape) // self.block * self.block_bytes
 
 

@@ -1,9 +1,9 @@
-"""Tensors without data, which remember where in a checkpoint's files their numbers lie.
+"""Tensors without data that record which pieces of a checkpoint's files hold their values.
 
-Most of what a conversion does to tensors leaves pieces of the file, read one behind the other into their place: `cat`,
-`stack`, `chunk`, `split`, slices and reshapes. So blocks of quantized formats, of which rows are whole, are converted
-like plain numbers and stay as they are. What is not pieces (a transposition, rows cut into crumbs) is recorded as a
-function of what is read, and computed then: for plain numbers anything that depends on no value.
+Most operations of a conversion (`cat`, `stack`, `chunk`, `split`, slices, reshapes) only rearrange pieces of a file,
+which are read in order. Quantized blocks are rearranged in the same way and stay unchanged, since rows are whole
+blocks. Other operations (a transposition, rows cut into many small pieces) are recorded as a function and applied after
+reading; this works for plain numbers and any function that does not depend on values.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from qexp.checkpoints.gguf_types import TYPES
 from qexp.checkpoints.tensor_entry import DTYPE_BYTES, TensorEntry
 from qexp.errors import LoadError
 
-Transform = Callable[[Tensor], Tensor]  # all numbers of the pieces, [n] -> the tensor
-MANY_PIECES, SMALL_PIECE_BYTES = 256, 16 << 10  # more than so many of less than that are read at once and put in order
+Transform = Callable[[Tensor], Tensor]  # all values of the pieces, [n] -> the tensor
+MANY_PIECES, SMALL_PIECE_BYTES = 256, 16 << 10  # more pieces than this, each smaller: read as one, then sorted
 
 
 class Lazy:
-    """A tensor without data: the pieces of a file that its numbers lie in, and what makes the tensor of them.
+    """A tensor without data: the pieces of a file that hold its values, and the transform applied to them.
 
-    pieces: of one dtype; without a transform they are the tensor's numbers in their order. transform: see `Transform`;
-    dtype_name: of what it returns, if that is another one than the pieces'.
+    pieces: all of one dtype; without a transform, the tensor's values in order. transform: see `Transform`.
+    dtype_name: of the transform's result, if it differs from the pieces'.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Lazy:
         return _apply_function(func, args, dict(kwargs or {}))
 
     def entry(self, name: str) -> TensorEntry:
-        """Where this tensor lies, under a name."""
+        """Return the entry of this tensor under a new name."""
         if len(self.pieces) == 1 and self.transform is None:
             return replace(self.pieces[0], name=name, shape=tuple(self.shape))
         return replace(
@@ -103,7 +103,7 @@ class Lazy:
 
 
 def _apply_function(func: Any, args: Sequence[Any], named: dict[str, Any]) -> Any:
-    """What a function of torch makes of lazy tensors: pieces where they do, else a function of what is read."""
+    """Apply a torch function to lazy tensors: by rearranging pieces if possible, else after reading."""
     by_pieces = BY_PIECES.get(func.__name__)
     result = by_pieces(*args, **named) if by_pieces is not None else None
     return _computed(func, args, named) if result is None else result
@@ -114,7 +114,7 @@ def _contiguous(tensor: Lazy, **_: Any) -> Lazy:
 
 
 def _cut(tensor: Lazy, start: int, stop: int) -> list[TensorEntry]:
-    """The pieces of the numbers from `start` to `stop`, counted through the whole tensor in its order."""
+    """Return the pieces that hold values `start` to `stop` of the flattened tensor."""
     found, position = [], 0
     for piece in tensor.pieces:
         count = math.prod(piece.shape)
@@ -126,7 +126,7 @@ def _cut(tensor: Lazy, start: int, stop: int) -> list[TensorEntry]:
 
 
 def _part(piece: TensorEntry, low: int, high: int) -> TensorEntry:
-    """Some numbers of a piece, in one dimension; of blocks, whole ones."""
+    """Return values `low` to `high` of a piece as a 1-D entry; quantized pieces are cut between blocks only."""
     total = math.prod(piece.shape)
     if piece.block_type is not None:
         block = TYPES[piece.block_type].block
@@ -137,7 +137,7 @@ def _part(piece: TensorEntry, low: int, high: int) -> TensorEntry:
 
 
 def _narrow(tensor: Lazy, dim: int, start: int, length: int) -> Lazy | None:
-    """`length` of dimension `dim` from `start`; None if that is no matter of pieces."""
+    """Return `length` items of dimension `dim` from `start`, or None if they are not contiguous pieces."""
     if tensor.transform is not None:
         return None
     outer, inner = math.prod(tensor.shape[:dim]), math.prod(tensor.shape[dim + 1 :])
@@ -156,7 +156,7 @@ def _nothing(tensor: Lazy) -> TensorEntry:
 
 
 def _is_crumbs(tensor: Lazy, count: int, numbers: int) -> bool:
-    """Whether `count` pieces of so many numbers are better read in one. Blocks are never: they are read as they lie."""
+    """Return whether many small pieces are read faster as one. Never for quantized blocks, which are read in place."""
     piece = tensor.pieces[0]
     if piece.block_type is not None:
         return False
@@ -164,7 +164,7 @@ def _is_crumbs(tensor: Lazy, count: int, numbers: int) -> bool:
 
 
 def _getitem(tensor: Lazy, index: Any) -> Lazy | None:
-    """A slice along the first dimension, or one of its items."""
+    """Return a slice along the first dimension, or one of its items."""
     if isinstance(index, int):
         if not -len(tensor) <= index < len(tensor):
             raise IndexError(f"'{tensor.name}' has no row {index}")
@@ -184,7 +184,7 @@ def _split_lazy(tensor: Lazy, split_size: int | Iterable[int], dim: int = 0) -> 
     else:
         lengths = list(split_size)
     if sum(lengths) != total:
-        raise ValueError(f"parts of {lengths} are not the {total} of '{tensor.name}'")
+        raise ValueError(f"parts of {lengths} do not add up to the {total} of '{tensor.name}'")
     ends = [sum(lengths[: number + 1]) for number in range(len(lengths))]
     parts = [_narrow(tensor, dim, end - length, length) for end, length in zip(ends, lengths, strict=True)]
     return None if None in parts else tuple(part for part in parts if part is not None)
@@ -232,7 +232,7 @@ def _stack(tensors: Sequence[Lazy], dim: int = 0) -> Lazy | None:
 
 
 def _reshape(tensor: Lazy, *sizes: Any) -> Lazy | None:
-    """The same numbers in the same order in another shape; blocks stay whole in their rows."""
+    """Return the same values in another shape; the rows of quantized tensors must stay whole blocks."""
     shape = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
     if -1 in shape:
         shape[shape.index(-1)] = tensor.numel() // max(-math.prod(shape), 1)
@@ -240,7 +240,9 @@ def _reshape(tensor: Lazy, *sizes: Any) -> Lazy | None:
         return None
     block = TYPES[kind].block if (kind := tensor.pieces[0].block_type) is not None else 1
     if shape and shape[-1] % block:
-        raise LoadError(f"'{tensor.name}' would have to be given rows of {shape[-1]}, not of whole blocks of {block}")
+        raise LoadError(
+            f"'{tensor.name}' cannot have rows of {shape[-1]}, which is not a multiple of its block {block}"
+        )
     return Lazy(tensor.pieces, shape)
 
 
@@ -262,11 +264,11 @@ BY_PIECES: Mapping[str, Callable[..., Any]] = {
 
 
 def _computed(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
-    """Lazy tensors that `func` is applied to when they are read; its shape is what it has on the meta device."""
+    """Record `func` to be applied after reading; its result's shape is found on the meta device."""
     leaves, structure = tree_flatten((tuple(args), dict(named)), is_leaf=lambda leaf: isinstance(leaf, Lazy))
     inputs = [leaf for leaf in leaves if isinstance(leaf, Lazy)]
     if any(one.pieces[0].block_type is not None for one in inputs):
-        raise LoadError(f"'{inputs[0].name}' would have to be converted by `{func.__name__}`, which blocks cannot be")
+        raise LoadError(f"'{inputs[0].name}' is quantized in blocks and cannot be converted by `{func.__name__}`")
     if len({(one.dtype_name, one.pieces[0].dtype) for one in inputs}) > 1:
         raise LoadError(f"'{inputs[0].name}' and others differ in type; `{func.__name__}` cannot join them")
 
@@ -278,9 +280,7 @@ def _computed(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
     try:
         outcome = apply(torch.empty(one.shape, dtype=one.dtype, device="meta") for one in inputs)
     except (RuntimeError, NotImplementedError) as error:
-        raise LoadError(
-            f"'{inputs[0].name}' would have to be converted by `{func.__name__}`, which cannot be planned: {error}"
-        ) from error
+        raise LoadError(f"'{inputs[0].name}' cannot be converted by `{func.__name__}`: {error}") from error
     if isinstance(outcome, Tensor):
         return _lazy_result(inputs, outcome, apply)
     if isinstance(outcome, tuple | list):
@@ -305,5 +305,5 @@ def _lazy_result(inputs: Sequence[Lazy], outcome: Tensor, apply: Callable[[Itera
 
 
 def _made(tensor: Lazy, numbers: Tensor) -> Tensor:
-    """A tensor from all numbers of its pieces, [n]."""
+    """Build a tensor from all values of its pieces, [n]."""
     return numbers.view(tensor.shape) if tensor.transform is None else tensor.transform(numbers)

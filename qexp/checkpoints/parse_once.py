@@ -1,7 +1,7 @@
 """Parse each file that describes a checkpoint (a header, a config.json, an index) once in a process.
 
-A file is known again by its state, which every write changes. Times have a resolution, though, and a second write
-within the same tick would not show: a file that was written just before it was parsed is compared byte by byte.
+A file is recognized by its state, which every write changes. A second write within the same clock tick would go
+unnoticed, so a file written just before it was parsed is compared byte by byte.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _parsed: dict[tuple[Path, Callable[..., Any]], _Parsed] = {}
 
 
 def parse_once(file: Path, parse: Callable[[Path, BufferedReader, FileState], Value]) -> Value:
-    """Return what `parse` makes of a file, from memory if the file has not changed since.
+    """Return the parsed content of a file, from memory if the file has not changed since.
 
     Args:
         file: a regular file.
-        parse: reads the stream from its start to the end of what it parses; its result must not be changed.
-    Raises: LoadError if the file cannot be read, and what `parse` raises.
+        parse: reads the stream from its start to the end of the parsed part; callers must not change its result.
+    Raises: LoadError if the file cannot be read, and the errors of `parse`.
     """
     with open_regular(file) as (stream, state):
         known = _parsed.pop((file, parse), None)
@@ -47,6 +47,6 @@ def parse_once(file: Path, parse: Callable[[Path, BufferedReader, FileState], Va
             known = _Parsed(state, stream.read(end) if is_fresh else None, value)
         if len(_parsed) == REMEMBERED_FILES:
             del _parsed[next(iter(_parsed))]
-        _parsed[file, parse] = known  # at the end: the first are those that were asked for longest ago
+        _parsed[file, parse] = known  # at the end: the least recently used come first
         result: Value = known.value
         return result

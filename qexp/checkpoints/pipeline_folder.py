@@ -1,9 +1,9 @@
-"""A pipeline of diffusers on disk, read without diffusers: model_index.json, and a folder for each component.
+"""Read a diffusers pipeline on disk without diffusers: model_index.json, and a folder for each component.
 
 model_index.json names the pipeline's class (`_class_name`), the library and class of each component
-(`"vae": ["diffusers", "AutoencoderKL"]`, or `[null, null]` for one that this pipeline does without), and other
-arguments of the class. A component is a model if its folder has config.json; schedulers, tokenizers and processors have
-a file of their own (scheduler_config.json, tokenizer_config.json, preprocessor_config.json).
+(`"vae": ["diffusers", "AutoencoderKL"]`, or `[null, null]` for an unused one), and other arguments of the class. A
+component is a model if its folder has config.json; schedulers, tokenizers and processors have scheduler_config.json,
+tokenizer_config.json or preprocessor_config.json instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qexp.checkpoints.checkpoint import read_object
 from qexp.errors import ConfigError, LoadError, choices, first_names
 
 INDEX = "model_index.json"
-# what a folder of something else than a model holds; a tokenizer of old has its vocabulary alone
+# files of components that are not models; old tokenizers have only a vocabulary
 OTHER_FILES = (
     "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
     "tokenizer.json", "spiece.model", "vocab.json",
@@ -35,18 +35,18 @@ class PipelineFolder:
 
     @property
     def class_name(self) -> str:
-        """The pipeline's class. Raises: LoadError if it is not one of diffusers' own."""
+        """Return the name of the pipeline's class. Raises LoadError if diffusers does not have it."""
         name = self.index.get("_class_name")
         if not isinstance(name, str):
             raise LoadError(
-                f"'{self.path / INDEX}' has _class_name={name!r}, which is no class of diffusers: pipelines with code "
-                f"of their own are not loaded; use one that diffusers has"
+                f"'{self.path / INDEX}' has _class_name={name!r}, which is not a class of diffusers; pipelines with "
+                "their own code are not supported: use one of diffusers"
             )
         return name
 
     @cached_property
     def parts(self) -> dict[str, tuple[str, str]]:
-        """Component -> (library, class), without those that the pipeline does without."""
+        """Component -> (library, class), without unused ones."""
         return {
             name: (str(value[0]), str(value[1]))
             for name, value in self.index.items()
@@ -55,7 +55,7 @@ class PipelineFolder:
 
     @cached_property
     def models(self) -> tuple[str, ...]:
-        """The components that have weights. Raises: LoadError for a component whose folder is missing or empty."""
+        """Return the components with weights. Raises LoadError for a component with a missing or empty folder."""
         return tuple(name for name in self.parts if self._is_model(name))
 
     @property
@@ -65,7 +65,7 @@ class PipelineFolder:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What else the pipeline's class is made with; None for components that it does without."""
+        """Return the other arguments of the pipeline's class; None for unused components."""
         return {
             name: None if isinstance(value, list) and value == [None, None] else value
             for name, value in self.index.items()
@@ -73,14 +73,14 @@ class PipelineFolder:
         }
 
     def weights(self, name: str, variant: str | None) -> Path:
-        """The folder of a component's weights, or of a variant that it has the file, or the index of the shards."""
+        """Return the folder of a component's weights, or the variant's file or index if it has one."""
         folder = self.path / name
         files = [file.name for file in folder.iterdir() if file.is_file()] if variant is not None else []
         found = variant_file(files, variant, f"'{folder}'")
         return folder if found is None else folder / found
 
     def side_files(self) -> list[Path]:
-        """All files that are no model's: the index, and those of the other components."""
+        """Return all files apart from models: the index, and those of the other components."""
         folders = [self.path / name for name in self.others]
         return [self.path / INDEX, *sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())]
 
@@ -98,9 +98,9 @@ class PipelineFolder:
 
 
 def variant_names(variant: str | None) -> list[str]:
-    """What the file of a variant, or the index of its shards, may be called; the first that is there is taken.
+    """Return the possible names of a variant's file or index; the first one that exists is used.
 
-    The last ones are of diffusers before 0.32. Source: `variant_compatible_siblings` of diffusers.
+    The last ones were written by diffusers before 0.32. Source: `variant_compatible_siblings` of diffusers.
     """
     stems = ("diffusion_pytorch_model", "model") if variant is not None else ()
     ends = (f"{variant}.safetensors", f"safetensors.index.{variant}.json", f"safetensors.{variant}.index.json")
@@ -108,9 +108,9 @@ def variant_names(variant: str | None) -> list[str]:
 
 
 def variant_file(names: Collection[str], variant: str | None, place: str) -> str | None:
-    """The file to open of a variant among those of a component, or None if it has none of the variant.
+    """Return the file or index of a variant among a component's files, or None if it has none.
 
-    Raises: LoadError for files of the variant that nothing says how to open.
+    Raises: LoadError for files of the variant without the index that opens them.
     """
     found = next((name for name in variant_names(variant) if name in names), None)
     if variant is None or found is not None:
@@ -118,7 +118,7 @@ def variant_file(names: Collection[str], variant: str | None, place: str) -> str
     other = [name for name in names if name.endswith(".safetensors") and {variant} & {*re.split("[.-]", name)}]
     if other:
         raise LoadError(
-            f"{place} has {first_names(sorted(other))} of the variant {variant}, but neither of the files that open "
+            f"{place} has {first_names(sorted(other))} of the variant {variant}, but none of the files that open "
             f"them: {choices(variant_names(variant))}; download it again, or leave the variant out"
         )
     return None
@@ -127,12 +127,12 @@ def variant_file(names: Collection[str], variant: str | None, place: str) -> str
 def open_pipeline(path: Path, place: str) -> PipelineFolder:
     """Read a pipeline's index. place: what names the path, for messages.
 
-    Raises: ConfigError for something else than a pipeline, LoadError for an index that cannot be read.
+    Raises: ConfigError if the path is not a pipeline, LoadError if its index is missing or cannot be read.
     """
     if not path.exists():
-        raise LoadError(f"{place}: '{path}' does not exist; give the folder of a pipeline, the one with {INDEX}")
+        raise LoadError(f"{place}: '{path}' does not exist; give the folder of a pipeline, which has {INDEX}")
     if not (path / INDEX).is_file():
-        raise ConfigError(f"{place}: {_what_else(path)}; give the folder of a pipeline, the one with {INDEX}")
+        raise ConfigError(f"{place}: {_what_else(path)}; give the folder of a pipeline, which has {INDEX}")
     index = read_object(path / INDEX)
     folder = PipelineFolder(path, index)
     if not folder.parts:
@@ -142,7 +142,7 @@ def open_pipeline(path: Path, place: str) -> PipelineFolder:
 
 def _what_else(path: Path) -> str:
     if path.is_file():
-        return f"'{path}' is a file; of a pipeline's denoiser, set it with +model.checkpoints.transformer={path}"
+        return f"'{path}' is a file (for a pipeline's denoiser, write +model.checkpoints.transformer={path})"
     if not (path / "config.json").is_file():
         subfolders = [file.parent.name for file in sorted(path.glob(f"*/{INDEX}"))]
         return f"'{path}' has no {INDEX}" + (f", but its subfolder {choices(subfolders)} has" if subfolders else "")

@@ -1,4 +1,4 @@
-"""Regular files, and what tells that one has not changed since it was looked at."""
+"""Open regular files, and record the state that changes with every write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qexp.errors import LoadError
 
 
 class FileState(NamedTuple):
-    """What changes with a file's content: every write sets the times, and nobody can set ctime."""
+    """The state of a file that every write changes; ctime cannot be set by users."""
 
     device: int
     inode: int
@@ -25,10 +25,9 @@ class FileState(NamedTuple):
 
 @contextmanager
 def open_regular(file: Path) -> Iterator[tuple[BufferedReader, FileState]]:
-    """Open a file for reading; its state is that of the open descriptor.
+    """Open a file for reading, with the state of the open descriptor.
 
-    Raises: LoadError if it cannot be opened or read, or is a pipe or a device, which could keep a reader waiting for
-    ever.
+    Raises: LoadError if it cannot be read, or is a pipe or a device, which could block the reader forever.
     """
     try:
         descriptor = open_descriptor(file)
@@ -39,7 +38,7 @@ def open_regular(file: Path) -> Iterator[tuple[BufferedReader, FileState]]:
 
 
 def open_descriptor(file: Path) -> int:
-    """Open a regular file. Raises: OSError, or LoadError for anything that is not one; never waits."""
+    """Open a regular file without blocking. Raises OSError, or LoadError if it is not a regular file."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -54,5 +53,5 @@ def state_of(descriptor: int) -> FileState:
 
 def unreadable(file: Path, error: OSError) -> LoadError:
     return LoadError(
-        f"'{file}' cannot be read: {error.strerror}; the checkpoint needs it: put it there, or make it readable"
+        f"'{file}' cannot be read: {error.strerror}; the checkpoint needs this file: add it, or make it readable"
     )

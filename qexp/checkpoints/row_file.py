@@ -1,7 +1,7 @@
-"""A safetensors file that is written while its rows come, so that they are never all in memory.
+"""Write a safetensors file row by row, so that the rows are never all in memory.
 
-The header of a safetensors file says where every tensor lies, so names, dtypes and shapes must be known before; rows
-may then come in any order. Read it back with `safetensors.safe_open(...).get_slice(name)[start:stop]`.
+The header of a safetensors file has the offset of every tensor, so names, dtypes and shapes must be known first; rows
+may then be written in any order. Read it back with `safetensors.safe_open(...).get_slice(name)[start:stop]`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAMES = {torch.float32: "F32", torch.int32: "I32"}
 
 
 class RowFile:
-    """Use through `row_file`; `put` writes rows of one tensor from `start` on."""
+    """An open file of `row_file`; `put` writes rows of one tensor, starting at row `start`."""
 
     def __init__(self, descriptor: int, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -47,7 +47,7 @@ class RowFile:
 
 @contextmanager
 def row_file(path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Iterator[RowFile]:
-    """A file of tensors by name, each (dtype, shape); it has its name once all is written. Raises DiskError."""
+    """Create a file of tensors, each (dtype, shape); it gets its name when it is complete. Raises DiskError."""
     with replacing(path) as beside:
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:

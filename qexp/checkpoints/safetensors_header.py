@@ -1,8 +1,7 @@
 """The header of a safetensors file.
 
 A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}, "__metadata__":
-{...}}, then the tensors' bytes. Everything a damaged file could lie about is checked here, before memory is reserved
-for it.
+{...}}, then the tensors' bytes. Every size and offset is validated here before memory is allocated for it.
 
 Source: https://github.com/huggingface/safetensors#format
 """
@@ -26,7 +25,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
 class SafetensorsHeader(NamedTuple):
-    """entries: in the order of their bytes; nbytes: of all that is before the tensors."""
+    """entries: in the order of their bytes; nbytes: everything before the tensors."""
 
     entries: tuple[TensorEntry, ...]
     metadata: Mapping[str, str]
@@ -34,7 +33,7 @@ class SafetensorsHeader(NamedTuple):
 
 
 def parse_safetensors_header(file: Path, stream: BufferedReader, state: FileState) -> SafetensorsHeader:
-    """Parse the header of an open file. Raises LoadError if the file is damaged, or no safetensors file."""
+    """Parse the header of an open file. Raises LoadError if the file is damaged or not in this format."""
     refuse_foreign(file, stream)
     refuse_other_format(file, stream, wants_gguf=False)
     length_bytes = stream.read(8)
@@ -42,7 +41,7 @@ def parse_safetensors_header(file: Path, stream: BufferedReader, state: FileStat
     if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, state.size - 8):
         if file.suffix.lower() not in (".safetensors", ".sft"):
             raise WrongFileError(
-                f"'{file}' is neither a .safetensors nor a .gguf file, by its name and its first bytes; give one, or a "
+                f"'{file}' is not a checkpoint (neither safetensors nor GGUF); give a .safetensors or .gguf file, or a "
                 "folder with config.json and weights"
             )
         raise LoadError(
@@ -60,7 +59,7 @@ def parse_safetensors_header(file: Path, stream: BufferedReader, state: FileStat
         raise LoadError(f"'{file}' is not a safetensors file: its header is not a JSON object; download it again")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _file_error(file, "__metadata__ must map names to texts")
+        raise _file_error(file, "__metadata__ must map names to strings")
     start = 8 + len(raw)
     entries = sorted(
         (_entry(file, name, info, start, state) for name, info in header.items()), key=lambda e: (e.offset, e.nbytes)

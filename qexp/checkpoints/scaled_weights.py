@@ -1,15 +1,15 @@
-"""Weights in 8 bits with a scale beside them: read as what they stand for, weight × scale.
+"""Read 8-bit weights that are stored with separate scales as weight × scale.
 
-What programs write beside `X.weight` in float8 or int8:
+Scales that programs write for `X.weight` in float8 or int8:
 
     X.scale_weight        one number: ComfyUI, with a tensor `scaled_fp8` in the file
     X.weight_scale        one number, one a row [out] or [out, 1], or one a block or group [out/b, in/g]: ComfyUI,
                           llm-compressor (compressed-tensors), fbgemm, ModelOpt
     X.weight_scale_inv    one a block [⌈out/128⌉, ⌈in/128⌉]: DeepSeek, transformers' fp8. Multiplied, whatever its name
 
-Scales of activations (X.input_scale, X.scale_input) are for products in 8 bits, which are not computed here. ComfyUI
-names a layer's format in `X.comfy_quant`, or in the file's metadata; a format that is another one than these is an
-error, and so is a zero point: what a number means cannot be guessed.
+Scales of activations (X.input_scale, X.scale_input) are ignored: they serve 8-bit products, which are not computed
+here. ComfyUI names a layer's format in `X.comfy_quant` or in the file's metadata. Any other format, and a zero point,
+is an error: its values would be misread.
 
 Source: ComfyUI's comfy/ops.py and quant_ops.py, transformers' integrations/finegrained_fp8.py, compressed-tensors.
 """
@@ -43,9 +43,9 @@ BLOCK = 128  # of weight_scale_inv, where no config says more
 def with_scales_applied(
     config: Mapping[str, Any], entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
-    """A checkpoint's config and tensors with every scaled weight as a tensor in fp32, its scale being part of it.
+    """Return a checkpoint's config and tensors with every scaled weight as an fp32 tensor, its scale applied.
 
-    Raises: LoadError for scales that cannot be those of their weight, and formats that are unknown.
+    Raises: LoadError for scales that do not fit their weight, and for unknown formats.
     """
     scales = {name: scale for name in entries if (scale := _scale_of(name, entries)) is not None}
     if not scales:
@@ -68,21 +68,21 @@ def _sibling_name(name: str, own: str) -> str:
 
 
 def _scale_of(name: str, entries: Mapping[str, TensorEntry]) -> TensorEntry | None:
-    """The scale of a weight. Raises: LoadError where there are several, or more that this is not enough for."""
+    """Return the scale of a weight, if any. Raises LoadError for several scales, or for a zero point."""
     if not name.endswith(".weight") or entries[name].dtype not in (*FLOAT8, "I8"):
         return None
     found = [other for own in SCALES if (other := _sibling_name(name, own)) in entries]
     more = [other for own in ("weight_scale_2", "weight_zero_point") if (other := _sibling_name(name, own)) in entries]
     if len(found) > 1 or (found and more):
         raise LoadError(
-            f"'{name}' in '{entries[name].file}' has {choices([*found, *more])} beside it: what they mean together is "
-            "unknown; use the unquantized checkpoint"
+            f"'{name}' in '{entries[name].file}' has {choices([*found, *more])} beside it, an unknown combination; use "
+            "the unquantized checkpoint"
         )
     return entries[found[0]] if found else None
 
 
 def _check_formats(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
-    """Raises: LoadError for a layer in a format of ComfyUI's that is more than a scale."""
+    """Raise LoadError for a layer in a ComfyUI format other than float8 with a scale."""
     formats = {name: _json(_content(entry)) for name, entry in entries.items() if name.endswith(f".{LAYER_FORMAT}")}
     layers = _json(metadata.get(METADATA_FORMATS, "{}")).get("layers", {})
     formats |= layers if isinstance(layers, dict) else {METADATA_FORMATS: layers}
@@ -90,8 +90,8 @@ def _check_formats(entries: Mapping[str, TensorEntry], metadata: Mapping[str, st
         kind = said.get("format") if isinstance(said, dict) else said
         if kind not in FORMATS:
             raise LoadError(
-                f"'{name}' is stored in the format {kind!r}, which cannot be read; readable are {choices(FORMATS)}: "
-                "use the unquantized checkpoint"
+                f"'{name}' has the format {kind!r}, which is not supported (supported: {choices(FORMATS)}); use the "
+                "unquantized checkpoint"
             )
 
 
@@ -110,7 +110,7 @@ def _json(text: str | bytes) -> dict[str, Any]:
 
 
 def _apply_scale(weight: TensorEntry, scale: TensorEntry, block_size: Any) -> TensorEntry:
-    """The tensor that a weight and its scale stand for."""
+    """Return the entry of a weight with its scale applied."""
     blocks = _blocks(weight, scale, block_size)
     pieces = tuple(replace(entry, dtype="U8", shape=(entry.nbytes,)) for entry in (scale, weight))  # scale: aligned
     return replace(
@@ -123,7 +123,7 @@ def _apply_scale(weight: TensorEntry, scale: TensorEntry, block_size: Any) -> Te
 
 
 def _blocks(weight: TensorEntry, scale: TensorEntry, block_size: Any) -> tuple[int, ...]:
-    """The part of the weight that one number of the scale is for, of each dimension. Raises: LoadError."""
+    """Return the size of the block that one scale covers, for each dimension. Raises LoadError."""
     shape, counts = weight.shape, scale.shape
     if math.prod(counts) == 1:
         return shape
@@ -150,12 +150,12 @@ def _counts(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
 def _unfit(weight: TensorEntry, scale: TensorEntry) -> LoadError:
     return LoadError(
         f"'{scale.name}' {list(scale.shape)} {scale.dtype} cannot be the scale of '{weight.name}' {list(weight.shape)} "
-        f"in '{weight.file}'; it takes one number, one a row or one a block: use the unquantized checkpoint"
+        f"in '{weight.file}': a scale has one number, one per row or one per block; use the unquantized checkpoint"
     )
 
 
 def _dequantize(raw: Tensor, *, weight: TensorEntry, scale: TensorEntry, blocks: tuple[int, ...]) -> Tensor:
-    """raw: the bytes of the scale, then of the weight."""
+    """Multiply the weight by its scale. raw: the bytes of the scale, then of the weight."""
     from qexp.checkpoints.dtypes import TORCH_DTYPES
 
     if raw.is_meta:

@@ -1,4 +1,4 @@
-"""One tensor of a file: its name, dtype and shape, and where its bytes are."""
+"""One tensor of a file: its name, dtype and shape, and the place of its bytes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `nbytes` bytes from `offset` of `file`.
+    """A tensor in a file: `nbytes` bytes from `offset` of `file`.
 
-    dtype: safetensors' name for it; of GGUF blocks "GGUF_" and their type. shape: of the dense tensor.
-    pieces: the parts of other tensors that it is made of, in their order, if it is none of the file's own; transform:
-    makes the tensor of all their numbers, [n], where these are not its own in their order. state: of the file when its
-    header was read.
+    dtype: safetensors' name, or "GGUF_" and the block type. shape: of the dense tensor. pieces: for a converted tensor,
+    the parts of the file's tensors that hold its values, in order. transform: builds the tensor from these values, [n],
+    if they need more than a reshape. state: of the file when its header was read.
     """
 
     name: str
@@ -39,7 +38,7 @@ class TensorEntry:
 
     @property
     def is_scaled(self) -> bool:
-        """Whether the file holds it in fewer bits, with scales."""
+        """Whether the file holds it quantized, with scales."""
         return bool(self.pieces) and self.pieces[0].dtype != self.dtype
 
     @property

@@ -1,11 +1,11 @@
-"""Which files of a folder, or of a hub's repository, hold the weights: one rule for both, in the libraries' order.
+"""Choose the weight files of a folder or of a hub's repository, in the libraries' order.
 
 transformers opens `model.safetensors`, and `model.safetensors.index.json` only without it: its save_pretrained leaves
 the index of an earlier sharded save behind. diffusers opens `diffusion_pytorch_model.safetensors.index.json` first.
-config.json says whose model it is: `_class_name` is diffusers', `model_type` and `architectures` are transformers'
-(`PreTrainedModel.from_pretrained` and `ModelMixin.from_pretrained`; tests compare with both). Other files beside
-these, such as `consolidated.safetensors` or variants, hold the same weights once more. A folder with none of these
-names has one index, one safetensors file or one GGUF file, whatever it is called.
+config.json identifies the library: `_class_name` is diffusers, `model_type` and `architectures` are transformers
+(`PreTrainedModel.from_pretrained` and `ModelMixin.from_pretrained`; tests compare with both). Other files, such as
+`consolidated.safetensors` or variants, hold the same weights again and are ignored. A folder without these names must
+have one index, one safetensors file or one GGUF file, with any name.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ OF_TRANSFORMERS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def weight_files(names: Collection[str], read: ReadJson, place: str) -> list[str]:
-    """The files to open among the `names` of a folder: an index and its shards, or one file; [] if it has no weights.
+    """Return the files to open: an index and its shards, or one file; [] if the folder has no weights.
 
-    place: the folder or repository, for messages.
-    Raises: LoadError if it is not clear which files they are, or if a shard is missing.
+    names: of all files in the folder. place: the folder or repository, for messages.
+    Raises: LoadError if the choice is ambiguous, or a shard is missing.
     """
     config = read("config.json") if "config.json" in names else {}
     chosen = _named_by_config(names, config, place) or _standard_name(names, config, place) or _only_name(names, place)
@@ -37,7 +37,7 @@ def weight_files(names: Collection[str], read: ReadJson, place: str) -> list[str
 
 
 def shard_files(index: str, names: Collection[str], read: ReadJson, place: str) -> list[str]:
-    """The files that an index names. Raises LoadError if one is not among the `names` of its folder."""
+    """Return the files that an index names. Raises LoadError if one is not in `names`, its folder's files."""
     where = f"{place}, {index}"
     shards = sorted({*weight_map(read(index), where).values()})
     for name in shards:
@@ -53,7 +53,7 @@ def shard_files(index: str, names: Collection[str], read: ReadJson, place: str) 
 
 
 def weight_map(index: Mapping[str, Any], place: str) -> dict[str, str]:
-    """The file of each tensor, in a parsed index."""
+    """Return the file of each tensor from a parsed index."""
     found = index.get("weight_map")
     if not isinstance(found, dict) or not found:
         raise LoadError(f"{place} has no weight_map; download it again")
@@ -64,20 +64,20 @@ def weight_map(index: Mapping[str, Any], place: str) -> dict[str, str]:
 
 
 def _named_by_config(names: Collection[str], config: Mapping[str, Any], place: str) -> str | None:
-    """The file that a config of transformers names itself, before any other."""
+    """Return the file that transformers' config names itself, which takes precedence."""
     name = config.get("transformers_weights") if _is_of_transformers(config) else None
     if name is None:
         return None
     if name not in names or not str(name).endswith((".safetensors", INDEX_SUFFIX)):
         raise LoadError(
-            f"{place}: config.json has transformers_weights={brief(name)}, which is no safetensors file or index of "
-            "this folder; download it again"
+            f"{place}: config.json has transformers_weights={brief(name)}, but the folder has no such safetensors file "
+            "or index; download it again"
         )
     return str(name)
 
 
 def _standard_name(names: Collection[str], config: Mapping[str, Any], place: str) -> str | None:
-    """The first of the names that the libraries give to weights, in the order of the library that the model is of."""
+    """Return the first standard name of weights that exists, in the order of the model's library."""
     of_diffusers = next((name for name in OF_DIFFUSERS if name in names), None)
     of_transformers = next((name for name in OF_TRANSFORMERS if name in names), None)
     if "_class_name" in config:
@@ -86,8 +86,8 @@ def _standard_name(names: Collection[str], config: Mapping[str, Any], place: str
         return of_transformers or of_diffusers
     if of_diffusers and of_transformers:
         raise LoadError(
-            f"{place} has {of_diffusers} and {of_transformers}, and its config.json does not say whose model it is (by "
-            "_class_name, or by model_type); keep one of them"
+            f"{place} has {of_diffusers} and {of_transformers}, and its config.json does not say which library's model "
+            "it is (_class_name or model_type); keep one of them"
         )
     return of_diffusers or of_transformers
 
@@ -97,13 +97,13 @@ def _is_of_transformers(config: Mapping[str, Any]) -> bool:
 
 
 def _only_name(names: Collection[str], place: str) -> str | None:
-    """The index, the safetensors file or the GGUF file, in this order, of a folder that has no standard name."""
+    """Return the only index, safetensors file or GGUF file, in this order, of a folder without a standard name."""
     for ending, what in ((INDEX_SUFFIX, "indices"), (".safetensors", "safetensors files"), (".gguf", ".gguf files")):
         found = sorted(name for name in names if name.endswith(ending))
         if len(found) > 1:
             raise LoadError(
-                f"{place} has several {what} ({first_names(found)}), a model each, or shards without their index; set "
-                "model.path to one of them (of a repository: hf download user/name file)"
+                f"{place} has several {what} ({first_names(found)}): different models, or shards without their index; "
+                "set model.path to one of them (from a repository: hf download user/name file)"
             )
         if found:
             return found[0]

@@ -1,4 +1,4 @@
-"""What a quantization backend provides: the hooks of the quantize-on-load lifecycle.
+"""The base class of quantization backends: the hooks of the quantize-on-load lifecycle.
 
 A backend is one file in this folder. It declares `Config`, a frozen dataclass on top of `configs.BackendConfig` whose
 `quant_method` is the file's name, and `Quantizer`, a subclass of the class below. Neither may import torch or its
@@ -39,14 +39,14 @@ class Quantizer:
     """The hooks, in the order in which a load calls them. The defaults quantize nothing."""
 
     required_packages: ClassVar[Mapping[str, str]] = {}  # package -> lowest version that works
-    # modules that it imports sooner or later, and functions that do (module:function)
+    # modules that quantizing or running imports, and functions that import more (module:function)
     imports: ClassVar[tuple[str, ...]] = ()
     has_kernels: ClassVar[bool] = False  # whether it quantizes with compiled loops on a CPU
-    is_trainable: bool = True  # whether gradients flow through a layer, to what was there before it
-    has_backward: bool = True  # whether the library sees to that; else `loading/straight_through.py` does
+    is_trainable: bool = True  # whether gradients flow through a layer to its input
+    has_backward: bool = True  # the library implements backward; if False, loading/straight_through.py does
     is_serializable: ClassVar[bool] = False  # whether `stored_parts` reads what is saved
     file_format: str = "safetensors"  # or gguf: what a saved model is stored in
-    # set when a model is registered: takes off the model what says that it is quantized
+    # set when a model is registered: removes the attributes that mark the model as quantized
     unregister: Callable[[nn.Module, Quantizer], None] | None = None
 
     def __init__(self, config: Any) -> None:
@@ -60,28 +60,30 @@ class Quantizer:
 
     @property
     def skip_modules(self) -> tuple[str, ...]:
-        """Patterns from the backend's own field for layers to leave alone.
+        """Patterns from the backend's own field for unquantized layers.
 
-        None of a checkpoint's own list: it names what is not stored quantized, in upstream's way.
+        Empty for a quantized checkpoint: its list names the layers stored unquantized, by upstream's rules.
         """
         return () if self.stored else tuple(getattr(self.config, self.config.skip_field, ()))
 
     @property
     def requires_calibration(self) -> bool:
-        """Whether `calibrate` has to be called before the model answers."""
+        """Whether `calibrate` must be called before the first forward."""
         return False
 
     def calibrate(self, model: nn.Module, run: Callable[[], object]) -> None:
-        """Settle what depends on activations: `run` puts samples through the model. Raises ConfigError if they do not
-        reach every layer."""
+        """Set activation scales from samples that `run` feeds through the model.
+
+        Raises: ConfigError if the samples do not reach every layer.
+        """
 
     @property
     def model_attributes(self) -> Mapping[str, Any]:
-        """What upstream sets on a model of this format beside what it sets on every quantized one."""
+        """Attributes that upstream sets on a model of this format, beyond those of every quantized model."""
         return {}
 
     def validate_environment(self, device: torch.device) -> None:
-        """Raises MissingLibraryError or UnsupportedError before a byte is read."""
+        """Raise MissingLibraryError or UnsupportedError before a byte is read."""
         for package, lowest in self.required_packages.items():
             try:
                 found = importlib.metadata.version(package)
@@ -95,21 +97,21 @@ class Quantizer:
         if self.has_kernels and device.type == "cpu":
             from qexp.quantizers.cpu_kernels import kernels
 
-            kernels.prepare()  # like the libraries: what it takes is not the model's
+            kernels.prepare()  # allocated first, so that it is not measured as the model's memory
 
     def update_torch_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The compute dtype this backend works with, given the one asked for."""
+        """Return the compute dtype to use for a requested one."""
         return dtype
 
     def update_device_map(self, device_map: Any) -> Any:
-        """The map to load by, given the one asked for."""
+        """Return the device map to use for a requested one."""
         return device_map
 
     # The next three are for planners of other libraries, accelerate's above all, which count elements times a size.
     # Our own counts the bytes of the plan (loading/device_map.py), and quantizing takes a few slices beside them.
 
     def adjust_target_dtype(self, target_dtype: Any) -> Any:
-        """The dtype, one of torch's or accelerate's, whose size comes nearest to that of a quantized weight."""
+        """Return the dtype, of torch or accelerate, closest in size to a quantized weight."""
         from accelerate.utils import CustomDtype
         from torch import bfloat16, int8
 
@@ -121,19 +123,21 @@ class Quantizer:
         return next((dtype for size, dtype in sizes.items() if bits <= size + 0.6), target_dtype)  # 0.6: the scales
 
     def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """Parameters of a loaded model that are not quantized -> their dtype, for which the target dtype is wrong."""
+        """Return parameter -> dtype for the parameters that are not quantized."""
         quantized = {f"{name}.weight" for name, module in model.named_modules() if self.is_quantized(module)}
         return {name: torch_dtype for name, _ in model.named_parameters() if name not in quantized}
 
     def adjust_max_memory(self, max_memory: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Limits that leave a tenth for what quantizing takes, as upstream's quantizers do."""
+        """Return limits that reserve a tenth for temporary memory, as upstream's quantizers do."""
         if self.quantization_method == "none":
             return dict(max_memory)
         return {device: size * 0.9 for device, size in max_memory.items()}
 
     def check_patterns(self, model: nn.Module, kept: Sequence[str], component: str) -> dict[str, str]:
-        """Return the patterns among the backend's own settings that decide nothing in a model, each with what to say of
-        it. model: the skeleton; kept: patterns of what other settings leave unquantized."""
+        """Return the patterns in the backend's own settings that have no effect, each with its error message.
+
+        model: the skeleton. kept: patterns that other settings leave unquantized.
+        """
         return {}
 
     def conflict(self, layers: Sequence[str]) -> str | None:
@@ -149,27 +153,29 @@ class Quantizer:
         return format_name(self.config)
 
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
-        """Why this format cannot hold a weight of this shape, or None. Raises ConfigError where a setting is wrong."""
+        """Return why this format cannot hold a weight, or None. Raises ConfigError if a setting is wrong."""
         return None
 
     def hides(self, spec: WeightSpec) -> Collection[str]:
-        """What its quantized weight does not answer as the dense one would: of "dtype" and "shape"."""
+        """Return the attributes, of "dtype" and "shape", in which its quantized weight differs from the dense one."""
         return ()
 
     def preprocess_model(self, model: nn.Module, names: Sequence[str], compute_dtype: torch.dtype) -> None:
-        """Swap the modules of these names, all on meta, for ones that hold quantized weights."""
+        """Replace the named modules, all on meta, by ones that hold quantized weights."""
 
     def quantized_nbytes(self, spec: WeightSpec) -> int:
-        """Exact bytes of the quantized weight, scales and other inner tensors included."""
+        """Return the exact bytes of the quantized weight, including scales and other inner tensors."""
         raise NotImplementedError
 
     def format_key(self, spec: WeightSpec) -> Any:
-        """What tells the formats of two layers of a model apart; layers tied by one weight share it if it is equal."""
+        """Return a key of a layer's format; layers that share one weight must have equal keys."""
         return None
 
     def takes_rows(self, spec: WeightSpec) -> bool:
-        """Whether a dense weight is quantized in small slices, so that its rows may be read while they are asked for.
-        If not, it is read whole, within the bound of what is in flight."""
+        """Return whether a dense weight is quantized slice by slice, with rows read on demand.
+
+        Otherwise it is read whole, into the staging buffer.
+        """
         return True
 
     def create_quantized_param(
@@ -177,35 +183,36 @@ class Quantizer:
     ) -> nn.Parameter:
         """Quantize one dense weight, sources[0], on `device`. Called from worker threads, without grad.
 
-        sources[0] may be a weight whose rows are read while they are asked for: `row_slices` takes either.
-        If `stored_parts` found this weight, nothing is quantized: sources[0] and the companions are what it found, and
-        the parameter is put together from them; they may become part of it if they are on `device`.
+        sources[0] may be a weight whose rows are read on demand; `row_slices` accepts both.
+        If `stored_parts` found this weight, it is already quantized: sources[0] and the companions are its inner
+        tensors, and the parameter is assembled from them, without a copy if they are on `device`.
         """
         raise NotImplementedError
 
     def stored_dtype(self) -> torch.dtype | None:
-        """The dtype that a checkpoint of this format is computed in where nobody asks for another; None: that of most
-        of what it holds unquantized."""
+        """Return a checkpoint's default compute dtype; None: the most frequent dtype of its unquantized tensors."""
         return None
 
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
-        """The inner tensors by which a checkpoint holds the weight of layer `name` ready quantized, in the order of
-        their names in this format; None if it holds the weight dense."""
+        """Return the inner tensors of a quantized weight in a checkpoint, in the format's order; None if it is dense.
+
+        name: of the layer.
+        """
         return None
 
     def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
-        """Raises LoadError for stored parts that cannot be those of this weight."""
+        """Raise LoadError for stored parts that do not fit this weight."""
 
     def stored_nbytes(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> int:
-        """Exact bytes of a weight that is put together from stored parts."""
+        """Return the exact bytes of a weight assembled from stored parts."""
         return sum(entry.nbytes for entry in parts.values())
 
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """(tensors, file metadata) by which this format stores a state dict; `stored_parts` finds them again."""
+        """Return (tensors, file metadata) of a state dict in this format, as `stored_parts` reads them."""
         return dict(state_dict), {}
 
     def as_safetensors(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """As `get_state_dict_and_metadata`, for a safetensors file, also of a format that has files of its own."""
+        """As `get_state_dict_and_metadata`, always for a safetensors file."""
         return self.get_state_dict_and_metadata(state_dict)
 
     def common_format(self, layers: Mapping[str, Quantizer | None]) -> Quantizer | None:
@@ -216,7 +223,7 @@ class Quantizer:
         return self if have_one_config([part.config for part in layers.values() if part is not None]) else None
 
     def misread(self, model: nn.Module, is_of_transformers: bool) -> str | None:
-        """What the model's own library makes of this model saved in this format, if it is not what it is."""
+        """Return how the model's own library would misread this saved model, or None if it reads it correctly."""
         if is_of_transformers:
             return None
         kept = [*(self.to_dict(model).get(self.config.skip_field) or ()), *(getattr(model, FP32_MODULES, None) or ())]
@@ -224,40 +231,42 @@ class Quantizer:
             taken = self.taken_by_diffusers(name, kept) if weight_shape(module) is not None else None
             if taken is not None and taken != self.is_quantized(module):
                 kind = "a quantized layer" if taken else "a dense layer"
-                return f"diffusers takes '{name}' for {kind}, by the names of others, and reads other weights than qexp"
+                return f"diffusers reads '{name}' as {kind}, because of other layers' names, with different weights"
         return None
 
     def taken_by_diffusers(self, layer: str, kept: Sequence[str]) -> bool | None:
-        """Whether diffusers takes a linear layer of a saved model for a quantized one, given the list of unquantized
-        ones; None where it goes by the file."""
+        """Return whether diffusers would read a saved linear layer as quantized; None if it decides by the file.
+
+        kept: the saved list of unquantized layers.
+        """
         return None
 
     def under_refused_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Saved tensors under names or shapes that other libraries refuse; `stored_parts` finds them, too."""
+        """Rename or reshape saved tensors so that other libraries reject them; `stored_parts` reads them, too."""
         return dict(tensors)
 
     def to_dict(self, model: nn.Module) -> dict[str, Any]:
-        """The `quantization_config` of a saved model: the config's, with every layer that is not quantized."""
+        """Return the `quantization_config` of a saved model, which lists every unquantized layer."""
         values: dict[str, Any] = self.config.to_dict()
         return {**values, self.config.skip_field: unquantized_layers(self, model)}
 
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
-        """Drop the keys that a checkpoint need not have because `postprocess_model` sets them."""
+        """Remove the keys that `postprocess_model` sets, which a checkpoint may lack."""
         return list(missing)
 
     def is_quantized(self, module: nn.Module) -> bool:
-        """Whether this module holds a quantized weight (asked by the audit)."""
+        """Return whether this module holds a quantized weight (called by the audit)."""
         return False
 
     def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
-        """Whatever is left to set once every weight is in place."""
+        """Finish the model after all weights are assigned."""
 
     def dequantize_param(self, param: Tensor, dtype: torch.dtype) -> Tensor:
-        """The dense weight [out, in] that a quantized parameter stands for."""
+        """Return the dense weight [out, in] of a quantized parameter."""
         raise NotImplementedError
 
     def restore_linear_layers(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Put ordinary linear layers of a dtype in the place of the quantized ones."""
+        """Replace quantized layers by ordinary linear layers of a dtype."""
         import torch
 
         restored: dict[nn.Module, nn.Module] = {}  # a layer used twice stays one
@@ -273,11 +282,11 @@ class Quantizer:
             replace_module(model, name, restored[module])
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """Put ordinary linear layers back, in place, and take off all that says that the model is quantized.
+        """Replace quantized layers by ordinary linear layers, in place, and remove the marks of quantization.
 
         Other libraries call this method. dtype: of the weights; None is the dtype that they were quantized from. An
         offloaded model is offloaded again.
-        Raises: ConfigError if another library has taken the weights out of the model.
+        Raises: ConfigError if another library's hooks hold the weights.
         """
         from qexp.offloading.strategies import resident
 
@@ -291,18 +300,18 @@ class Quantizer:
 
 
 def load_quantizer(config: Any) -> Quantizer:
-    """The quantizer that belongs to a backend config."""
+    """Return the quantizer of a backend config."""
     quantizer: Quantizer = importlib.import_module(f"qexp.quantizers.{config.quant_method}").Quantizer(config)
     return quantizer
 
 
 def have_one_config(configs: Sequence[Any]) -> bool:
-    """Whether configs are the same, but for their labels."""
+    """Return whether all configs are equal apart from their labels."""
     plain = [replace(config, label=None) for config in configs]
     return all(config == plain[0] for config in plain)
 
 
 def unquantized_layers(quantizer: Quantizer, model: nn.Module) -> list[str]:
-    """The names of the linear layers that hold no quantized weight, as saved configs list them."""
+    """Return the names of the unquantized linear layers, as saved configs list them."""
     linear = [(name, module) for name, module in model.named_modules() if weight_shape(module) is not None]
     return [name for name, module in linear if not quantizer.is_quantized(module)]

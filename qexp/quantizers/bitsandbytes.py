@@ -68,12 +68,12 @@ class BitsAndBytesQuantizer(base.Quantizer):
         if not self.config.is_quantizable():
             raise ConfigError(
                 "backend.load_in_4bit and backend.load_in_8bit are both false, so nothing would be quantized; "
-                "set one, or use backend=none"
+                "set one to true, or use backend=none"
             )
         if self.config.llm_int8_has_fp16_weight:
             raise ConfigError(
-                "backend.llm_int8_has_fp16_weight=true keeps every weight in 16 bits and quantizes it anew in each "
-                "forward pass, for training all weights: nothing would be smaller; set it to false"
+                "backend.llm_int8_has_fp16_weight=true keeps every weight in 16 bits and quantizes it in each forward "
+                "pass, so no memory would be saved; set it to false"
             )
         library()
 
@@ -175,7 +175,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
 
     @override
     def common_format(self, layers: Mapping[str, base.Quantizer | None]) -> base.Quantizer | None:
-        """4-bit weights describe themselves: type, block size and double quantization may differ by layer."""
+        """Return a quantizer for mixed 4-bit weights: each stores its type, block size and double quantization."""
         parts = [part for part in layers.values() if part is not None]
         if not all(part.config.load_in_4bit for part in parts):
             return super().common_format(layers)
@@ -189,7 +189,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
 
     @override
     def taken_by_diffusers(self, layer: str, kept: Sequence[str]) -> bool | None:
-        """Not if its last part is the whole name of another, or a name is anywhere in its own."""
+        """Apply diffusers' rule: a layer is unquantized if a listed name equals its last part or occurs in its name."""
         is_named = layer.rpartition(".")[2] in kept or layer in kept
         return not is_named and not any(f"{name}." in layer for name in kept)
 
@@ -202,7 +202,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
 
     @override
     def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
-        """Give 8-bit layers that share a weight one state: the first forward takes the values off the weight."""
+        """Share one state among 8-bit layers of one weight, since the first forward moves the values off the weight."""
         states: dict[int, Any] = {}
         for module in model.modules():
             if isinstance(module, library().nn.Linear8bitLt):
@@ -224,7 +224,7 @@ class BitsAndBytesQuantizer(base.Quantizer):
 
 
 def _int8_state(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    """(values, scales) of an 8-bit layer: on its weight before the first forward, on its state after it."""
+    """Return (values, scales) of an 8-bit layer: from its weight before the first forward, from its state after it."""
     if module.weight.CB is not None:
         return module.weight.CB, module.weight.SCB
     return module.state.CB, module.state.SCB

@@ -1,9 +1,9 @@
-"""What every backend's config has in common: upstream's `quantization_config`, as a dict and as JSON.
+"""The base class of backend configs: upstream's `quantization_config`, as a dict and as JSON.
 
-A backend's config is a frozen dataclass on top of this one. Its dict has the fields by upstream's names: dtypes are
-bare names ("bfloat16"), tuples are lists, an empty one is null (upstream's default); `label`, which is ours, is left
-out. `from_dict` reads what diffusers and transformers write, and what their config objects hold: dtypes and enums as
-values, `_load_in_4bit` beside `load_in_4bit`, keys that only one of the two has.
+A backend's config is a frozen dataclass derived from this one. Its dict has upstream's field names: dtypes are bare
+names ("bfloat16"), tuples are lists, an empty tuple is null (upstream's default), and qexp's own `label` is left out.
+`from_dict` reads the dicts and config objects of diffusers and transformers: dtypes and enums as values,
+`_load_in_4bit` beside `load_in_4bit`, keys that only one of the two has.
 
 This module imports no torch.
 """
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BackendConfig:
-    """quant_method: the backend's name, which is its file's; label: how tables call this configuration."""
+    """quant_method: the backend's name, that of its file; label: the configuration's name in tables."""
 
     quant_method: str = ""
     label: str | None = None
@@ -44,24 +44,24 @@ class BackendConfig:
                 object.__setattr__(self, item.name, compute_dtype(getattr(self, item.name), f"backend.{item.name}"))
 
     def to_dict(self) -> dict[str, Any]:
-        """The `quantization_config` of a config.json, every field of it."""
+        """Return the `quantization_config` of a config.json, with every field."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "label"}
         return {name: (list(value) or None) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """`to_dict` without what has its default."""
+        """Return `to_dict` without fields at their defaults."""
         default = type(self)().to_dict()
         return {name: value for name, value in self.to_dict().items() if name not in default or value != default[name]}
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """JSON, indented and sorted, of `to_diff_dict` or of `to_dict`."""
+        """Return indented, sorted JSON of `to_diff_dict` or `to_dict`."""
         return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The config that upstream's dict describes; keys that say nothing here are named in a warning, as upstream.
+        """Build the config from upstream's dict; unknown keys are named in a warning, as upstream does.
 
-        Raises: ConfigError for a value of a wrong type, or one that is not supported.
+        Raises: ConfigError for a value of the wrong type, or an unsupported one.
         """
         kind: Any = cls
         hints, known, unknown = field_types(kind), dict[str, Any](), list[str]()
@@ -80,19 +80,19 @@ class BackendConfig:
 
     @classmethod
     def types(cls) -> list[dict[str, Any]]:
-        """The fields of every type of this backend, for tables of what runs: [{"quant_type": "Q8_0"}, …]."""
+        """Return the fields of every type of this backend, for tables: [{"quant_type": "Q8_0"}, …]."""
         return []
 
     def describe(self) -> str | None:
-        """The label of a checkpoint's config, which stores none."""
+        """Return a label for a checkpoint's config, which stores none."""
         return None
 
     def resolved(self, device_type: str) -> BackendConfig:
-        """The config of what really runs on a device of this type: of another backend, where this one cannot."""
+        """Return the config that runs on a device of this type: another backend's if this one cannot."""
         return self
 
     def check_as_rule(self) -> None:
-        """Raises ConfigError for settings that are about a whole model, not about the layers of a recipe's rule."""
+        """Raise ConfigError for settings of a whole model, which a recipe's rule cannot have."""
         if names := getattr(self, self.skip_field, ()):
             raise ConfigError(
                 f"{self.skip_field}={list(names)} is for a whole model; put a rule with backend: none before this one"
@@ -103,34 +103,34 @@ class BackendConfig:
         return False
 
     def missing(self) -> str | None:
-        """What has to be given before this config can be used; None if it is complete."""
+        """Return the message for a required field that is not set; None if the config is complete."""
         return None
 
     def methods(self) -> tuple[str, ...]:
-        """The backends whose libraries quantize by this config."""
+        """Return the backends that quantize with this config."""
         return (self.quant_method,)
 
     def quantization_method(self) -> str | None:
-        """What kind of quantization this is; None if it is none."""
+        """Return the kind of quantization, or None."""
         return self.quant_method
 
     def is_quantizable(self) -> bool:
-        """Whether anything would be quantized."""
+        """Return whether anything would be quantized."""
         return True
 
 
 def compute_dtype(value: Any, place: str) -> str | None:
-    """A dtype to compute in, by torch's bare name: from "bf16", "torch.bfloat16" or the dtype. Raises ConfigError."""
+    """Return torch's bare name of a compute dtype: from "bf16", "torch.bfloat16" or the dtype. Raises ConfigError."""
     name = plain(value)
     dtype = DTYPES.get(name, name)
     if dtype is not None and dtype not in DTYPES.values():
         names = [*DTYPES, *DTYPES.values()]
-        raise ConfigError(f"{place}={name} is no dtype to compute in{did_you_mean(name, names)}; use {choices(names)}")
+        raise ConfigError(f"{place}={name} is not a compute dtype{did_you_mean(name, names)}; use {choices(names)}")
     return dtype
 
 
 def plain(value: Any) -> Any:
-    """What a config object of upstream holds, as JSON would have it: enums by value, dtypes by bare name."""
+    """Convert a value of upstream's config object to its JSON form: enums by value, dtypes by bare name."""
     value = value.value if isinstance(value, Enum) else value
     if type(value).__module__ == "torch" or isinstance(value, str):
         return str(value).removeprefix("torch.")

@@ -1,7 +1,7 @@
-"""What a checkpoint is quantized with: the `quantization_config` in its config.json, or the types of its GGUF blocks.
+"""Find the quantization of a checkpoint: `quantization_config` in its config.json, or the types of its GGUF blocks.
 
-The checkpoint wins over the user's backend, with a warning that says which fields lost. What GGUF blocks do not say
-(the dtype to compute in, the layers to decode) is as the user's own GGUF backend has it. This module imports no torch.
+The checkpoint overrides the user's backend, with a warning that names the overridden fields. Settings that GGUF blocks
+do not store (compute dtype, layers to decode) come from the user's GGUF backend. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ LOAD_FLAGS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit") 
 
 
 def refused_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The `quantization_config` of a saved model that another library would misread: it knows no field of it."""
+    """Return a `quantization_config` that other libraries reject, for models that they would misread."""
     return {"quant_method": REFUSED_PREFIX + str(plain(values["quant_method"])), REFUSED_FIELDS: dict(values)}
 
 
 def stored_config(checkpoint: Checkpoint, asked: Any) -> Any:
-    """The backend config of a checkpoint that is quantized already, or None for one that is not.
+    """Return the backend config of a quantized checkpoint, or None for an unquantized one.
 
     asked: the user's backend config. Raises: LoadError for a format that cannot be read.
     """
@@ -45,12 +45,12 @@ def stored_config(checkpoint: Checkpoint, asked: Any) -> Any:
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint holds quantized weights."""
+    """Return whether a checkpoint holds quantized weights."""
     return checkpoint.config.get("quantization_config") is not None or bool(_bytes_by_block_type(checkpoint))
 
 
 def _bytes_by_block_type(checkpoint: Checkpoint) -> dict[str, int]:
-    """GGUF type -> bytes of the tensors in its blocks. Raises LoadError for a type that cannot be decoded."""
+    """Return GGUF type -> bytes of its tensors. Raises LoadError for a type that cannot be decoded."""
     nbytes: dict[str, int] = {}
     for entry in checkpoint.entries.values():
         kind = entry.block_type
@@ -58,15 +58,15 @@ def _bytes_by_block_type(checkpoint: Checkpoint) -> dict[str, int]:
             continue
         if kind not in DECODABLE:
             raise LoadError(
-                f"'{entry.name}' is {kind} in '{entry.file}', a type that cannot be decoded; readable are "
-                f"{choices(DECODABLE)}: convert the file"
+                f"'{entry.name}' in '{entry.file}' has type {kind}, which cannot be decoded; convert the file to "
+                f"{choices(DECODABLE)}"
             )
         nbytes[kind] = nbytes.get(kind, 0) + entry.nbytes
     return nbytes
 
 
 def embedded_config(config: Mapping[str, Any], place: str | Path) -> Any:
-    """The backend config that `config` (a parsed config.json) embeds, or None. Raises LoadError for an unknown one."""
+    """Return the backend config in a parsed config.json, or None. Raises LoadError for an unknown one."""
     embedded = config.get("quantization_config")
     if embedded is None:
         return None
@@ -80,8 +80,8 @@ def embedded_config(config: Mapping[str, Any], place: str | Path) -> Any:
     readable = [name for name in plugin_names("backend") if plugin_module("backend", name).Quantizer.is_serializable]
     if method not in readable:
         raise LoadError(
-            f"'{place}' is quantized with quant_method={method!r}, which cannot be read; "
-            f"readable are {choices(readable)}: use the program that wrote it, or the unquantized checkpoint"
+            f"'{place}' is quantized with quant_method={method!r}, which is not supported (supported: "
+            f"{choices(readable)}); use the program that wrote it, or the unquantized checkpoint"
         )
     try:
         return plugin_module("backend", method).Config.from_dict(embedded)
@@ -92,7 +92,7 @@ def embedded_config(config: Mapping[str, Any], place: str | Path) -> Any:
 
 
 def merge(asked: Any, embedded: Any) -> list[str]:
-    """What of the user's backend config loses against the checkpoint's: 'field=value (the checkpoint has …)'."""
+    """Return the user's settings that the checkpoint overrides: 'field=value (the checkpoint has …)'."""
     if asked.quant_method == "none":
         return []
     if asked.quant_method != embedded.quant_method:

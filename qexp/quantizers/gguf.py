@@ -1,11 +1,11 @@
 """GGUF: the block formats of llama.cpp, 4 to 8 bits (and ternary, and MXFP4) on ordinary linear layers.
 
 Q8_0, Q5_0 and Q4_0 have an fp16 scale for 32 weights; Q5_1 and Q4_1 a minimum beside it; MXFP4 a power of two.
-TQ1_0 and TQ2_0 (blocks of 256) are for models trained with weights -1, 0, 1, and ruin others. K and IQ types are made
-by llama.cpp's own search and can be read, not made, here. A layer whose in_features is no multiple of the block is
-left alone, as llama.cpp does.
+TQ1_0 and TQ2_0 (blocks of 256) are for models trained with weights -1, 0, 1; they ruin others. K and IQ types can only
+be read: llama.cpp creates them by a search of its own. A layer with in_features that are not a multiple of the block
+stays unquantized, as in llama.cpp.
 
-A checkpoint that is a `.gguf` file keeps its blocks, of whatever type; a model in blocks is saved as such a file.
+A `.gguf` checkpoint keeps its blocks, of any type; a GGUF-quantized model is saved as a `.gguf` file.
 
 Weights are quantized from the run's compute dtype, with the bytes of gguf-py, and decoded in fp32 to the dtype that
 the layer multiplies in: `compute_dtype`, or the run's. Formats: `checkpoints/gguf_types.py`, `gguf_blocks/encode.py`,
@@ -36,15 +36,18 @@ if TYPE_CHECKING:
     from qexp.checkpoints.tensor_entry import TensorEntry
 
 
-# metadata of files that this program wrote, without which they would be computed as upstream does, in fp32
+# metadata that qexp writes; without it a file is computed in fp32, upstream's default
 MODEL_DTYPE_KEY, COMPUTE_DTYPE_KEY = "qexp.dtype", "qexp.compute_dtype"
 SAVED_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class GGUFConfig(BackendConfig):
-    """quant_type: what dense weights become; compute_dtype: to multiply in, null is that of the run;
-    pre_quantized: the checkpoint holds GGUF blocks, most of them of `quant_type` (set when it is found out)."""
+    """Settings of GGUF quantization.
+
+    quant_type: of quantized weights. compute_dtype: of the products; null is the run's. pre_quantized: the checkpoint
+    holds GGUF blocks, mostly of `quant_type` (set when the checkpoint is opened).
+    """
 
     quant_method: str = "gguf"
     quant_type: str = "Q8_0"
@@ -60,7 +63,7 @@ class GGUFConfig(BackendConfig):
             return
         why, remedy = f"is unknown{did_you_mean(name, ENCODABLE)}", f"use {choices(ENCODABLE)}"
         if name in DECODABLE:
-            why = "can be read from files, but not made from weights"
+            why = "can be read from files, but weights cannot be quantized to it"
         elif name in TYPES and TYPES[name].block == 1:
             why, remedy = "does not quantize", f"{remedy}, or backend=none with compute_dtype"
         raise ConfigError(f"backend.quant_type={name!r} {why}; {remedy}")
@@ -98,7 +101,7 @@ class GGUFQuantizer(base.Quantizer):
 
     @override
     def stored_dtype(self) -> torch.dtype | None:
-        """That of the model whose file this is, if it says so; else upstream's default for GGUF."""
+        """Return the dtype in the file's metadata, else upstream's default for GGUF."""
         import torch
 
         name = saved_dtype(self.metadata, MODEL_DTYPE_KEY) or self.config.compute_dtype or "float32"
@@ -109,7 +112,7 @@ class GGUFQuantizer(base.Quantizer):
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
         if self.config.pre_quantized:
             raise ConfigError(
-                "backend.pre_quantized=true, but the checkpoint holds no GGUF blocks; set model.path to a .gguf file, "
+                "backend.pre_quantized=true, but the checkpoint has no GGUF blocks; set model.path to a .gguf file, "
                 "or backend.pre_quantized=false"
             )
         block = TYPES[self.config.quant_type].block
@@ -162,14 +165,14 @@ class GGUFQuantizer(base.Quantizer):
 
     @override
     def as_safetensors(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The blocks as bytes, u8 [out, bytes of a row]."""
+        """Return the blocks as bytes, u8 [out, bytes of a row]."""
         from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 
         return {name: own.raw if isinstance(own, GGUFTensor) else own for name, own in state_dict.items()}, {}
 
     @override
     def common_format(self, layers: Mapping[str, base.Quantizer | None]) -> base.Quantizer | None:
-        """A file has a type for each tensor, and one dtype to compute in."""
+        """Return a quantizer for mixed GGUF types: a file has a type for each tensor, and one compute dtype."""
         dtypes = {part.config.compute_dtype for part in layers.values() if part is not None}
         return self if len(dtypes) == 1 else None
 
@@ -193,9 +196,9 @@ class GGUFQuantizer(base.Quantizer):
             )
 
     def wrap(self, raw: Tensor, quant_type: str, shape: Sequence[int], dtype: torch.dtype) -> nn.Parameter:
-        """The parameter around encoded bytes, as a file holds them. It shares their memory.
+        """Wrap encoded bytes of a file in a parameter, without a copy.
 
-        raw: uint8, of any shape; shape: [out, in]; dtype: that of the model, which the weight will appear to have.
+        raw: uint8, of any shape. shape: [out, in]. dtype: the model's, which the weight reports as its own.
         Raises: LoadError for a type that cannot be decoded, or the wrong number of bytes.
         """
         import torch
@@ -203,7 +206,7 @@ class GGUFQuantizer(base.Quantizer):
         from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 
         if quant_type not in DECODABLE:
-            raise LoadError(f"GGUF type {quant_type} cannot be decoded, but {choices(DECODABLE)}; convert the file")
+            raise LoadError(f"GGUF type {quant_type} cannot be decoded; convert the file to {choices(DECODABLE)}")
         kind, place = TYPES[quant_type], f"a {quant_type} weight of shape {list(shape)}"
         if shape[-1] % kind.block:
             raise LoadError(f"{place} is not made of whole blocks of {kind.block}; download the file again")
@@ -226,7 +229,7 @@ class GGUFQuantizer(base.Quantizer):
 
 
 def saved_dtype(metadata: Mapping[str, str], key: str) -> str | None:
-    """A dtype that the metadata of a file names. Raises LoadError for what is none to compute in."""
+    """Return the compute dtype named in a file's metadata. Raises LoadError for an unknown one."""
     name = metadata.get(key)
     if name is not None and name not in SAVED_DTYPES:
         raise LoadError(

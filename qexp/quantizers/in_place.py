@@ -1,9 +1,9 @@
-"""Quantized weights are not changed in place: `weight += delta`, `weight.data.mul_(2)`, `weight.data = dense`.
+"""Reject in-place changes of quantized weights: `weight += delta`, `weight.data.mul_(2)`, `weight.data = dense`.
 
-Libraries answer such a change each in its own way. quanto changes a dense copy and drops it, so that `fuse_lora` has no
-effect; bitsandbytes changes the packed bytes, which stand for other numbers then; torchao ignores `.data = dense`. So
-the classes of their weights get a check in front of their `__torch_function__`, which every operation passes. Replacing
-a parameter is no such change: it is how PEFT merges a LoRA into weights of bitsandbytes and torchao, quantizing anew.
+Libraries handle such a change wrongly, each in its own way. quanto changes a dense copy and drops it, so that
+`fuse_lora` has no effect; bitsandbytes changes the packed bytes, which corrupts the weight; torchao ignores
+`.data = dense`. Their weight classes therefore get a check in front of `__torch_function__`, which every operation
+passes. Replacing a parameter is allowed: PEFT merges a LoRA into weights of bitsandbytes and torchao by requantizing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPERATORS = {
     f"__i{name}__" for name in
     ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
 } | {"__setitem__"}  # fmt: skip
-NO_CHANGE = ("requires_grad_", "share_memory_", "detach_", "rename_")  # of the numbers
+NO_CHANGE = ("requires_grad_", "share_memory_", "detach_", "rename_")  # leave the values unchanged
 COPIES = ("copy_", "set_")
 GET_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 STORED_DTYPE: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]  # whatever a subclass shows
@@ -32,7 +32,7 @@ SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
 @cache
 def refuse_in_place(kind: Any) -> None:
-    """Have in-place operations on quantized weights of this class, a subclass of Tensor, raise ConfigError."""
+    """Make in-place operations on quantized weights of a Tensor subclass raise ConfigError."""
     if kind in (Tensor, nn.Parameter) or hasattr(kind, "refuses_in_place"):
         return
     own = kind.__torch_function__
@@ -51,7 +51,7 @@ def refuse_in_place(kind: Any) -> None:
 
 
 def check_not_in_place(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:
-    """Raises ConfigError for an operation that would change a quantized weight among its arguments in place."""
+    """Raise ConfigError for an operation that would change a quantized weight in place."""
     name = getattr(func, "__name__", "")
     if name in NO_CHANGE:
         return
@@ -71,14 +71,14 @@ def check_not_in_place(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def call_unless_in_place(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
-    """Call an operation as for any subclass of Tensor. Raises ConfigError as `check_not_in_place`."""
+    """Call an operation on a Tensor subclass. Raises ConfigError as `check_not_in_place`."""
     check_not_in_place(func, args, kwargs)
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **(kwargs or {}))
 
 
 class PackedBytes(Tensor):
-    """The packed bytes of a weight, to be read; what is computed from them is an ordinary tensor."""
+    """The packed bytes of a weight, read-only; results of operations on them are ordinary tensors."""
 
     refuses_in_place = True
 
@@ -91,7 +91,7 @@ class PackedBytes(Tensor):
             return memo.setdefault(id(self), self.as_subclass(Tensor).clone())
 
     def detach(self) -> Tensor:
-        """Of the same class, as `nn.Parameter` demands."""
+        """Return a tensor of the same class, as `nn.Parameter` requires."""
         return super().detach().as_subclass(PackedBytes)
 
     @classmethod
@@ -111,7 +111,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def _is_quantized(value: Any) -> bool:
-    """Whether a tensor holds a quantized weight; those of bitsandbytes are dense before they are quantized."""
+    """Return whether a tensor holds a quantized weight; those of bitsandbytes are dense before quantization."""
     if isinstance(value, PackedBytes) or is_traceable_wrapper_subclass(value):
         return True
     if type(value) in (Tensor, nn.Parameter) or not isinstance(value, Tensor):
@@ -134,7 +134,7 @@ def _is_transformers_initializing() -> bool:
 
 
 def _is_dense(value: Tensor, weight: Any) -> bool:
-    """Whether a value is no bytes of a weight's format, which libraries do set."""
+    """Return whether a value is dense, and not packed bytes, which libraries may assign."""
     if is_traceable_wrapper_subclass(weight):
         return not is_traceable_wrapper_subclass(value)
     state = getattr(weight, "quant_state", None)
@@ -142,7 +142,7 @@ def _is_dense(value: Tensor, weight: Any) -> bool:
 
 
 def _has_same_format(target: Any, source: Any) -> bool:
-    """Whether one replaces the bytes of the other as they are, as load_state_dict does."""
+    """Return whether packed bytes replace packed bytes, as in load_state_dict."""
     if is_traceable_wrapper_subclass(target):
         return isinstance(source, Tensor) and is_traceable_wrapper_subclass(source)
     with torch._C.DisableTorchFunctionSubclass():
@@ -155,6 +155,6 @@ def _has_same_format(target: Any, source: Any) -> bool:
 def _in_place_error(name: str, weight: Tensor) -> ConfigError:
     what = ".data = …" if name == "__set__" else name
     return ConfigError(
-        f"{what} on a quantized weight ({type(weight).__name__}): its numbers cannot be changed in place. Keep a LoRA "
-        "beside it, unfused; to change the weights, call model.dequantize() first, or change the dense checkpoint"
+        f"{what} on a quantized weight ({type(weight).__name__}) is not possible: it cannot be changed in place. Keep "
+        "a LoRA unfused; to change the weights, call model.dequantize() first, or change the dense checkpoint"
     )

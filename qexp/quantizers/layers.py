@@ -1,11 +1,11 @@
-"""Which layers are linear: `nn.Linear`, and classes that compute the same, y = x Wᵀ + b and nothing else.
+"""Recognize linear layers: `nn.Linear`, and classes that compute exactly y = x Wᵀ + b.
 
-transformers' `Conv1D` (GPT-2 and its kin) is, with its weight the other way round, [in, out]. To be quantized it
-becomes an `nn.Linear`, whose weight is read transposed; where one is saved quantized it is [out, in], as transformers
-has it for bitsandbytes. `dequantize` puts a Conv1D back.
+transformers' `Conv1D` (GPT-2 and similar models) stores its weight transposed, [in, out]. It becomes an `nn.Linear`
+before it is quantized, its weight is read transposed, and it is saved as [out, in], as transformers does for
+bitsandbytes. `dequantize` restores the Conv1D.
 
-A subclass of `nn.Linear` whose own `forward` computes the same (transformers' `FalconLinear`) becomes an `nn.Linear`,
-too: packed weights support `linear`, and not every product that a class may write.
+A subclass of `nn.Linear` with an equivalent `forward` (transformers' `FalconLinear`) becomes an `nn.Linear`, too:
+packed weights support `linear`, but not every product that a class may use.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
-MARK = "_transposed_class"  # of a linear layer that stands for one with its weight [in, out]: that one's class
+MARK = "_transposed_class"  # attribute of a linear layer that replaces a class with weight [in, out]: that class
 
 
 def weight_shape(module: Any) -> tuple[int, int] | None:
-    """[out, in] of a layer that is linear, by class or by what it computes; None for any other."""
+    """Return [out, in] of a linear layer, recognized by class or by its computation; None for other layers."""
     from torch import nn
 
     if isinstance(module, nn.Linear):
@@ -33,12 +33,12 @@ def weight_shape(module: Any) -> tuple[int, int] | None:
 
 
 def is_transposed(module: Any) -> bool:
-    """Whether a layer is linear but for its weight, which is [in, out]."""
+    """Return whether a layer is linear with a transposed weight, [in, out]."""
     return any((kind.__module__, kind.__name__) == CONV1D for kind in type(module).__mro__)
 
 
 def computes_otherwise(module: Any) -> bool:
-    """Whether a layer that is linear by its class does more, or is not called: its weight is used by another module."""
+    """Return whether a subclass of nn.Linear computes something else, or its weight is used by another module."""
     from torch import nn
 
     from qexp.quantizers.linear_forward import is_linear_forward
@@ -53,7 +53,7 @@ def computes_otherwise(module: Any) -> bool:
 
 
 def to_linear(module: Any) -> nn.Linear:
-    """The `nn.Linear` on meta that computes what a layer of another class does."""
+    """Return an equivalent `nn.Linear` on meta for a linear layer of another class."""
     from torch import nn
 
     out_features, in_features = weight_shape(module) or (0, 0)
@@ -62,7 +62,7 @@ def to_linear(module: Any) -> nn.Linear:
 
 
 def to_transposed(kind: Any, weight: Tensor, bias: Tensor) -> nn.Module:
-    """A layer of a class whose weight is [in, out]. weight: [out, in]."""
+    """Build a layer of a class with a transposed weight. weight: [out, in]."""
     import torch
     from torch import nn
 
@@ -74,7 +74,7 @@ def to_transposed(kind: Any, weight: Tensor, bias: Tensor) -> nn.Module:
 
 
 def dense_linear(module: nn.Module, weight: Tensor) -> nn.Module:
-    """An ordinary linear layer around a dense weight and the bias of `module`; of the class that it stands for."""
+    """Build a linear layer from a dense weight and the bias of `module`, in the network's original class."""
     import torch
     from torch import nn
 
@@ -88,13 +88,13 @@ def dense_linear(module: nn.Module, weight: Tensor) -> nn.Module:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the module called `name` (dotted; not the model itself)."""
+    """Replace the submodule with the dotted name `name` by `new`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
 
 def refuse_without_weights(model: nn.Module) -> None:
-    """Raises ConfigError if another library's hooks hold weights of the model, so that they are on meta here."""
+    """Raise ConfigError if another library's hooks hold weights of the model, which are then on meta."""
     from qexp.offloading.payload import leaves, sites
 
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Whether a subclass of `nn.Linear` computes x Wᵀ + b and nothing else, decided from the source of its `forward`.
+"""Decide from the source of `forward` whether a subclass of `nn.Linear` computes exactly x Wᵀ + b.
 
     def forward(self, input):                # transformers' FalconLinear
         hidden_states = input @ self.weight.T
@@ -6,9 +6,9 @@
             return hidden_states
         return hidden_states + self.bias
 
-The body is run on symbols, once with a bias and once without: the product, the sum, names bound to them, and branches
-on `self.bias` are followed; anything else means that the class is another layer. Names of modules (`F`, `torch`) are
-looked up where the function would find them.
+The body is executed symbolically, once with a bias and once without: the product, the sum, names bound to them, and
+branches on `self.bias` are followed; anything else makes it a different layer. Names of modules (`F`, `torch`) are
+resolved in the function's globals.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ADD = (torch.add,)
 
 @cache
 def is_linear_forward(kind: type[nn.Linear]) -> bool:
-    """Whether `forward` of the class gives what that of `nn.Linear` gives."""
+    """Return whether the class's `forward` is equivalent to that of `nn.Linear`."""
     if kind.forward is nn.Linear.forward:
         return True
     own = [one for one in kind.__mro__[: kind.__mro__.index(nn.Linear)]]
@@ -57,13 +57,13 @@ def _computes_linear(function: ast.FunctionDef, names: dict[str, Any]) -> bool:
 
 
 class _Run:
-    """One run on symbols; a value of None stands for anything else."""
+    """One symbolic execution; a value of None is anything unknown."""
 
     def __init__(self, own: str, values: dict[str, str | None], names: dict[str, Any], has_bias: bool) -> None:
         self.own, self.values, self.names, self.has_bias = own, values, names, has_bias
 
     def block(self, statements: Sequence[ast.stmt]) -> str | None:
-        """What is returned; "" where nothing is."""
+        """Return the symbol that the block returns; "" if it has no return."""
         for statement in statements:
             if isinstance(statement, ast.Return):
                 return self.value(statement.value)
@@ -130,7 +130,7 @@ class _Run:
         return None
 
     def resolve(self, node: ast.expr) -> Any:
-        """The function that a dotted name means, from the module of the class."""
+        """Resolve a dotted name to a function, in the globals of the class's module."""
         if isinstance(node, ast.Name):
             return None if node.id in self.values else self.names.get(node.id)
         return getattr(self.resolve(node.value), node.attr, None) if isinstance(node, ast.Attribute) else None

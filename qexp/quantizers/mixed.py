@@ -1,12 +1,12 @@
-"""A format for each layer: the layers of a recipe's rule are quantized by the backend of that rule.
+"""Quantize each layer with the backend of its rule in a recipe.
 
-Every layer has the bytes that its rule's backend gives it alone; this backend only passes each call on. Recipes:
+Every layer gets the same bytes as with its rule's backend alone; this backend only forwards the calls. Recipes:
 `config/recipe.py`.
 
-A saved model is in the format of its layers where one can hold them all, and is opened by whoever opens that: GGUF has
-a type for each tensor, torchao a config for each layer (`FqnToConfig`), 4-bit weights of bitsandbytes describe
-themselves, and quanto, as all of them, has layers that stay dense. Any other mixture is stored as
-`quant_method: qexp_mixed`, which other programs refuse (`mixed_support/container.py`).
+A model is saved in a common format if one can hold all of its layers, and opens in every program that reads that
+format: GGUF has a type for each tensor, torchao a config for each layer (`FqnToConfig`), and 4-bit weights of
+bitsandbytes store their own settings; all of them allow unquantized layers. Other mixtures are saved as
+`quant_method: qexp_mixed`, which other programs reject (`mixed_support/container.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MixedConfig(BackendConfig):
-    """recipe: "@recipe.yaml" or the rules themselves; read and checked here, and then a tuple of `Rule`."""
+    """recipe: "@recipe.yaml" or a list of rules; parsed here into a tuple of `Rule`."""
 
     quant_method: str = "mixed"
     recipe: Any = ()
@@ -63,7 +63,7 @@ class MixedConfig(BackendConfig):
 
     @override
     def check_as_rule(self) -> None:
-        raise ConfigError("backend=mixed is a recipe itself; put its rules in the place of this one")
+        raise ConfigError("backend=mixed is a recipe itself; replace this rule by its rules")
 
     @override
     def to_dict(self) -> dict[str, Any]:
@@ -96,9 +96,9 @@ class MixedConfig(BackendConfig):
 
 
 def _stored_rule(values: Any) -> Rule:
-    """A rule as `to_dict` writes it. Its modules are names of layers, with whatever characters these have."""
+    """Parse a rule written by `to_dict`. Its modules are names of layers, which may have any characters."""
     if not isinstance(values, Mapping) or not isinstance(values.get("backend"), Mapping):
-        raise ConfigError(f"quantization_config.recipe has {values!r}, which is no rule")
+        raise ConfigError(f"quantization_config.recipe has {values!r}, which is not a rule; check its config.json")
     method, modules = values["backend"].get("quant_method"), values.get("modules")
     if method not in plugin_names("backend") or not isinstance(modules, list):
         raise ConfigError(
@@ -108,7 +108,7 @@ def _stored_rule(values: Any) -> Rule:
 
 
 class MixedQuantizer(base.Quantizer):
-    """Passes every call about a layer to the quantizer of its rule."""
+    """Forwards every call about a layer to the quantizer of its rule."""
 
     config: MixedConfig
     is_serializable: ClassVar[bool] = True
@@ -148,12 +148,12 @@ class MixedQuantizer(base.Quantizer):
         return self._numbers[layer]
 
     def part_of(self, layer: str) -> base.Quantizer:
-        """The quantizer of a layer's rule."""
+        """Return the quantizer of a layer's rule."""
         return self.parts[self._number(layer)]
 
     @contextmanager
     def _at_rule(self, number: int) -> Iterator[None]:
-        """Say of errors which rule they are about."""
+        """Prefix errors with their rule."""
         try:
             yield
         except QexpError as error:
@@ -168,7 +168,7 @@ class MixedQuantizer(base.Quantizer):
 
     @property
     def _used(self) -> list[base.Quantizer]:
-        """The quantizers that have layers in the model."""
+        """Return the quantizers that have layers in the model."""
         used = {id(part): part for part in self._layers.values() if part is not None}
         return list(used.values())
 
@@ -186,7 +186,7 @@ class MixedQuantizer(base.Quantizer):
 
     @override
     def adjust_target_dtype(self, target_dtype: Any) -> Any:
-        """That of the format with most bits: a planner that takes it for all layers finds room for them."""
+        """Return the dtype of the format with most bits, so that a planner reserves enough for every layer."""
         import torch
 
         spec = WeightSpec("", (4096, 4096), torch.bfloat16)
@@ -204,7 +204,7 @@ class MixedQuantizer(base.Quantizer):
         if len(numbers) < 2:
             return None
         rules = " and ".join(f"rule {number + 1} ({self.config.recipe[number]})" for number in sorted(numbers.values()))
-        return f"backend.recipe: {rules} give it two formats; name all of them in one rule"
+        return f"backend.recipe: {rules} give one shared weight two formats; name all of its layers in one rule"
 
     @override
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
@@ -225,7 +225,7 @@ class MixedQuantizer(base.Quantizer):
 
     @override
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
-        """Raises ConfigError for a layer that a rule names and its format cannot hold; the default leaves it dense."""
+        """As for any backend, but raise ConfigError if a named rule's format cannot hold the layer."""
         number, part = self._number(spec.module), self.part_of(spec.module)
         rule = self.config.recipe[number]
         if self.keeps_dense(spec.module):
@@ -293,7 +293,7 @@ class MixedQuantizer(base.Quantizer):
             part.restore_linear_layers(model, dtype)
 
     def _by_method(self) -> list[base.Quantizer]:
-        """A quantizer of each library: those of one library tell its layers by their classes, whatever the settings."""
+        """Return one quantizer per library; it recognizes all layers of its library by their classes."""
         return list({part.quantization_method: part for part in self.parts}.values())
 
     # How it is stored
@@ -305,7 +305,7 @@ class MixedQuantizer(base.Quantizer):
         return "safetensors" if writer is None else writer.file_format
 
     def _writer(self) -> base.Quantizer | None:
-        """The quantizer in whose format the model can be stored; None if there is none for all of its layers."""
+        """Return the quantizer with a format for all layers, or None."""
         if len({part.quantization_method for part in self._used}) != 1:
             return None
         return self._used[0].common_format(self._layers)
@@ -351,7 +351,7 @@ class MixedQuantizer(base.Quantizer):
 
 
 def _quantizers(rules: Sequence[Rule]) -> list[base.Quantizer]:
-    """A quantizer for each rule, the same where the configs are, but for their labels."""
+    """Return a quantizer for each rule; rules with equal configs, apart from labels, share one."""
     made: list[base.Quantizer] = []
     found: list[base.Quantizer] = []
     for rule in rules:
@@ -362,7 +362,7 @@ def _quantizers(rules: Sequence[Rule]) -> list[base.Quantizer]:
 
 
 def _stored(part: base.Quantizer, model: nn.Module) -> dict[str, Any]:
-    """The config of a part as its own format stores it, but for the list of unquantized layers."""
+    """Return a rule's config as its own format stores it, without the list of unquantized layers."""
     return {**part.to_dict(model), part.config.skip_field: None}
 
 

@@ -1,23 +1,23 @@
-"""Weights of 1 to 8 bits, integers or floats, really packed: N bits a weight and 16 or 32 bits a group.
+"""Bit-packed weights of 1 to 8 bits, integers or floats: N bits per weight and 16 or 32 bits per group.
 
-`uint1wo` … `uint8wo`: unsigned integers with scale and offset (32 bits a group). `int4wo` is `uint4wo`, under the name
-by which four bits and groups are known. `fpX_eAwB`, 3 to 8 bits: floats of a sign, A bits of exponent and B of
-mantissa, with a scale (16 bits a group). Formulas: `packed/codes.py`; the order of the bits: `packed/bits.py`; the
-weight in a layer: `packed/tensor.py`. All of it is PyTorch and runs on any device.
+`uint1wo` … `uint8wo`: unsigned integers with scale and offset (32 bits per group). `int4wo` is another name of
+`uint4wo`. `fpX_eAwB`, 3 to 8 bits: floats with a sign, A bits of exponent and B of mantissa, and a scale (16 bits per
+group). Formulas: `packed/codes.py`; the order of the bits: `packed/bits.py`; the weight in a layer: `packed/tensor.py`.
+Everything is PyTorch and runs on any device.
 
-Layers stay `nn.Linear`. A forward pass turns the weight back slice by slice, so these formats save memory and give up
-speed. Integers with fewer than 3 bits are for measuring: on Gaussian weights their error is a third of the weight.
-The names are those of torchao 0.7, which had both kinds; neither its packing nor ours is known to other programs.
+Layers stay `nn.Linear`. A forward pass dequantizes the weight slice by slice, so these formats trade speed for memory.
+Integers with fewer than 3 bits are for experiments: on Gaussian weights their error is a third of the weight. The names
+are those of torchao 0.7, which had both kinds; other programs read neither its packing nor this one.
 
-On disk, in safetensors, a packed weight of layer X of N bits, [out, in], has in place of its dense tensor
+On disk, in safetensors, a packed weight of layer X with N bits, [out, in], is stored as
 
     X.weight         uint8 [out, N, ceil(in / 8)]   the packed rows, cut as `packed/bits.py` draws them
     X.weight.scale   bf16 [out, groups]
     X.weight.offset  bf16 [out, groups]             integers only
 
 and config.json has `quantization_config: {quant_method: qexp_packed, quant_type, group_size, modules_to_not_convert}`.
-Another program is not to take one for a dense weight: diffusers refuses the quant_method, and transformers, which
-passes over one that it does not know, refuses the third dimension.
+Other programs do not misread it as a dense weight: diffusers rejects the quant_method, and transformers, which ignores
+an unknown quant_method, rejects the third dimension.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PARAMETER_BYTES = 2  # bf16
 
 @dataclass(frozen=True)
 class PackedConfig(BackendConfig):
-    """group_size: weights of a row that share a scale; null is the whole row."""
+    """group_size: consecutive weights of a row that share a scale; null is the whole row."""
 
     quant_method: str = "qexp_packed"
     quant_type: str = "uint4wo"
@@ -95,11 +95,11 @@ class PackedQuantizer(base.Quantizer):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """What a group has beside its codes."""
+        """The parameters of a group: scale, and offset for integers."""
         return ("scale",) if ELEMENTS[self.config.quant_type].is_float else ("scale", "offset")
 
     def inner_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
-        """The shapes of the inner tensors of a packed weight [out, in]: qdata in uint8, the others in bf16."""
+        """Return the shapes of the inner tensors of a packed weight [out, in]: qdata in uint8, the others in bf16."""
         (rows, columns), element = shape, ELEMENTS[self.config.quant_type]
         per_group = dict.fromkeys(self.parameters, (rows, columns // (self.config.group_size or columns)))
         return {"qdata": (rows, element.bits * math.ceil(columns / 8)), **per_group}

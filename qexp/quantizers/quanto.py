@@ -5,11 +5,11 @@ int8 and float8: symmetric, one scale a row. int4 and int2: affine, a scale and 
 dtype that the weight is quantized from. On a CPU, int4 in bf16 takes the library's layout for its int4 kernel; where
 that kernel cannot run (out_features not divisible by 16) the weight is kept in the general layout instead of failing.
 
-transformers opens what diffusers writes as quanto's with random weights: it looks for X.weight, and not for the
-X.weight._data that is there. Its own models are therefore saved as `quant_method: qexp_quanto`, with the data, as
-[..., 1], under the name X.weight, whose shape it refuses; `save.interchange=true` keeps quanto's own names.
+transformers opens diffusers' quanto files with random weights: it looks for X.weight, not for X.weight._data. Models of
+transformers are therefore saved as `quant_method: qexp_quanto`, with the data as X.weight in the shape [..., 1], which
+transformers rejects; `save.interchange=true` keeps quanto's own names.
 
-Activations can be quantized, too: `quanto_support/activations.py`. What the library needs to be used:
+Activations can be quantized, too: `quanto_support/activations.py`. Workarounds for the library:
 `quanto_support/library.py`.
 """
 
@@ -86,12 +86,12 @@ class QuantoConfig(BackendConfig):
         return self.activations_dtype is not None
 
     def ignored_fields(self) -> set[str]:
-        """Fields without effect on this configuration; they are left out of the run key."""
+        """Return the fields without effect on this configuration, which are left out of the run key."""
         return {"calibration_samples"} if self.activations_dtype is None else set()
 
     @override
     def to_dict(self) -> dict[str, Any]:
-        """As diffusers writes it, whose only float8 is e4m3fn; with what it does not know only where it is used."""
+        """Return diffusers' form, with its only float8 (e4m3fn), and further fields only if they are used."""
         values = super().to_dict()
         values["weights_dtype"] = "float8" if self.weights_dtype == "float8_e4m3fn" else self.weights_dtype
         if self.activations_dtype is None:
@@ -131,8 +131,8 @@ class QuantoQuantizer(base.Quantizer):
 
         if dtype == torch.float16 and self.config.activations_dtype is not None:
             raise ConfigError(
-                f"backend.activations_dtype={self.config.activations_dtype} with compute_dtype=fp16: the library "
-                "multiplies the scales of weights and inputs in that dtype, where they become zero; use bf16 or fp32"
+                f"backend.activations_dtype={self.config.activations_dtype} with compute_dtype=fp16: the product of "
+                "the scales of weights and inputs underflows to zero; use compute_dtype=bf16 or fp32"
             )
         return dtype
 
@@ -321,7 +321,7 @@ class QuantoQuantizer(base.Quantizer):
 
     @override
     def to_dict(self, model: nn.Module) -> dict[str, Any]:
-        """With the last parts of the names of unquantized layers, too: they are all that diffusers looks at."""
+        """Add the last parts of the names of unquantized layers, the only ones that diffusers compares."""
         values = super().to_dict(model)
         names = values[self.config.skip_field]
         return {**values, self.config.skip_field: [*names, *sorted({_last_part(name) for name in names} - {*names})]}
@@ -330,8 +330,8 @@ class QuantoQuantizer(base.Quantizer):
     def misread(self, model: nn.Module, is_of_transformers: bool) -> str | None:
         if is_of_transformers:
             return (
-                "transformers opens this folder with random weights, and says so in a report only; qexp reads it, and "
-                "optimum.quanto.requantize with the tensors of its safetensors files"
+                "transformers opens this folder with random weights and only mentions it in a report; qexp reads it, "
+                "and so does optimum.quanto.requantize with the tensors of its safetensors files"
             )
         return super().misread(model, is_of_transformers)
 
@@ -379,7 +379,7 @@ def tinygemm_fits(rows: int, device: torch.device) -> bool:
 
 
 def group_size(in_features: int) -> int | None:
-    """Weights that share a scale in int4 and int2: the library's rule for a row of `in_features`; None is the row."""
+    """Return the group size in int4 and int2 by the library's rule; None is the whole row."""
     sizes = (128, 96, 64, 32) if in_features > 128 else ()
     return next((size for size in sizes if in_features % size == 0), None)
 

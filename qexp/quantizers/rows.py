@@ -1,7 +1,7 @@
-"""Dense weights in slices of rows, and quantized slices put together again.
+"""Iterate over slices of rows of a dense weight, and assemble the quantized slices.
 
 Library kernels need several times their input in temporary memory. Slices of a million weights keep that small, and
-what is made of a slice stays in the processor's last cache.
+their results stay in the processor's last-level cache.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-SLICE_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 22}  # weights a library kernel is given at a time
+SLICE_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 22}  # weights per call of a library kernel
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """A linear weight to quantize: its module's dotted name, its shape [out, in], the dtype it is quantized from;
-    transposed: the network's own layer, and an unquantized checkpoint, have it [in, out]."""
+    """A linear weight to quantize.
+
+    module: dotted name. shape: [out, in]. dtype: quantized from. transposed: the network's own layer, and an
+    unquantized checkpoint, store it as [in, out].
+    """
 
     module: str
     shape: tuple[int, int]
@@ -37,7 +40,7 @@ class WeightSpec:
 
 
 class Rows(Protocol):
-    """A dense weight of which rows are read from the checkpoint when they are asked for."""
+    """A dense weight with rows that are read from the checkpoint on demand."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -51,12 +54,12 @@ class Rows(Protocol):
 def row_slices(
     spec: WeightSpec, weight: Tensor | Rows, device: torch.device, rows_multiple: int = 1, check: bool = True
 ) -> Iterator[tuple[slice, Tensor]]:
-    """A dense weight in slices of whole rows, on `device`, contiguous, in the dtype it is quantized from.
+    """Yield slices of whole rows of a dense weight, contiguous on `device`, in the dtype it is quantized from.
 
-    Every slice but the last has a multiple of `rows_multiple` rows; a slice has one row only if the weight has. A slice
-    may lie where the next one will.
-    Raises LoadError for a weight that is not finite, also when it leaves the range of `spec.dtype`; with check=False
-    that is left to the caller, who may see it in the scales (`check_slice`).
+    Every slice but the last has a multiple of `rows_multiple` rows; a slice has one row only if the weight has one. The
+    memory of a slice may be reused for the next one.
+    Raises: LoadError for values that are not finite, also after the cast to `spec.dtype`; with check=False the caller
+    checks, for example the scales (`check_slice`).
     """
 
     rows, columns = spec.shape
@@ -85,14 +88,13 @@ def _rows_on(device: torch.device, weight: Tensor | Rows, start: int, stop: int,
 
 
 def _cast_part(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """In a dtype; from bf16 to fp16 by way of fp32, which is exact, and four times as fast on a CPU."""
+    """Cast to a dtype; from bf16 to fp16 through fp32, which is exact and four times as fast on a CPU."""
     is_slow = part.itemsize == 2 and dtype.itemsize == 2 and part.dtype != dtype
     return part.float().to(dtype) if is_slow and part.device.type == "cpu" else part.to(dtype)
 
 
 def check_slice(spec: WeightSpec, rows: slice, values: Tensor) -> None:
-    """Raises LoadError if these rows of a weight are not finite. values: they, or scales that are
-    finite only if they are."""
+    """Raise LoadError if rows of a weight are not finite. values: the rows, or scales that are finite only then."""
     if not is_finite(values):
         raise LoadError(
             f"the weight of '{spec.module}' is not finite in {str(spec.dtype).removeprefix('torch.')} "
@@ -102,7 +104,7 @@ def check_slice(spec: WeightSpec, rows: slice, values: Tensor) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every value is; in one pass and without a temporary, unlike `isfinite().all()`."""
+    """Return whether every value is finite, in one pass and without a temporary, unlike `isfinite().all()`."""
     import torch
 
     if tensor.numel() == 0 or not tensor.is_floating_point():
@@ -112,7 +114,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_parameters(module: str, part: str, tensor: Tensor) -> None:
-    """Raises LoadError for scales or offsets of a stored weight that are not finite."""
+    """Raise LoadError for scales or offsets of a stored weight that are not finite."""
     if tensor.itemsize > 1 and not is_finite(tensor):
         raise LoadError(
             f"the {part} of the quantized weight of '{module}' is not finite; download the checkpoint again"
@@ -120,7 +122,7 @@ def check_parameters(module: str, part: str, tensor: Tensor) -> None:
 
 
 def clear_nan(values: Tensor) -> None:
-    """Make NaN zero in float8 values, in place: the libraries divide a row of zeros by its scale, which is zero."""
+    """Replace NaN by zero in float8 values, in place: the libraries divide a row of zeros by its scale, zero."""
     import torch
 
     if not values.is_floating_point() or values.numel() == 0:
@@ -132,7 +134,7 @@ def clear_nan(values: Tensor) -> None:
 
 
 class RowAssembler:
-    """Puts the inner tensors of quantized row slices together, each written into its place at once.
+    """Assembles the inner tensors of quantized row slices; each slice is written into its place immediately.
 
     Every inner tensor must grow along its first dimension in proportion to the rows of the weight.
     """

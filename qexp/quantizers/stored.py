@@ -1,7 +1,7 @@
-"""What the tensors of a ready-quantized weight must be, compared with a checkpoint's headers before a byte is read.
+"""Check the tensors of an already quantized weight against a checkpoint's headers, before a byte is read.
 
-Libraries put a weight together from whatever they are given, and what does not fit comes out as other numbers, or as a
-crash of the process in a kernel that reads past its end. So every part is compared: its dtype and its shape.
+Libraries assemble a weight from any tensors. Tensors that do not fit give wrong values, or crash the process in a
+kernel that reads past their end. So the dtype and shape of every part are compared.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from qexp.quantizers.rows import WeightSpec
 
 FLOATS = ("F32", "F16", "BF16")
-REMEDY = "the checkpoint is damaged, or another model's: download it again, or check its config.json"
+REMEDY = "the checkpoint is damaged, or belongs to another model: download it again, or check its config.json"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a stored weight. dtypes: safetensors' names; shapes: any of these; None where only the bytes tell."""
+    """A part of a stored weight. dtypes: safetensors' names. shapes: the valid ones, or None if only bytes count."""
 
     dtypes: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...] | None
 
 
 def check_parts(spec: WeightSpec, parts: Mapping[str, TensorEntry], expected: Mapping[str, Part], kind: str) -> None:
-    """Raises LoadError for a part of `spec`'s weight that is not what `kind` (for the message) has there."""
+    """Raise LoadError for a part of a weight with a wrong dtype or shape. kind: the format, for the message."""
     for name, entry in parts.items():
         part = expected[name]
         if entry.dtype not in part.dtypes or (part.shapes is not None and entry.shape not in part.shapes):

@@ -321,7 +321,7 @@ def test_mutations_are_refused_or_harmless(tmp_path: Path) -> None:
 def test_what_is_not_there(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "set model.path")
     refused(tmp_path / ("x" * 300), "does not exist")
-    refused(tmp_path, "needs one .safetensors file", "found: none")
+    refused(tmp_path, "has no weights; give a folder with one .safetensors or .gguf file")
 
 
 def test_config_is_needed(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def weights() -> dict[str, torch.Tensor]:
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is a web page"),
         (pickle.dumps({"a": 1}, protocol=2), "is a pickle.*safetensors.torch"),
         (pickle.dumps([1.5], protocol=5), "is a pickle"),
-        (b"PK\x03\x04" + bytes(30), "is a pickle of PyTorch or a zip archive"),
+        (b"PK\x03\x04" + bytes(30), "is a PyTorch pickle or a zip archive"),
     ],
 )
 def test_foreign_content_is_named_with_its_remedy(name: str, content: bytes, words: str, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_folder_with_pickles_alone_says_how_to_convert_them(names: list[str], co
     (tmp_path / "config.json").write_text("{}")
     for name in names:
         torch.save({}, tmp_path / name)
-    with pytest.raises(LoadError, match="needs safetensors or GGUF, and has pickles") as caught:
+    with pytest.raises(LoadError, match="has only pickle files") as caught:
         open_checkpoint(tmp_path)
     assert str(caught.value).endswith(command.format(tmp_path))
 
@@ -114,7 +114,7 @@ def snapshot(cache: Path, repository: str, commit: str = "abc") -> Path:
 @pytest.mark.parametrize(
     ("below", "remedy"),
     [
-        ("", "hub's cache of 1 models; set model.path to one of them by its name: 'user/some-name'"),
+        ("", "hub's cache of 1 models; set model.path to the name of one: 'user/some-name'"),
         ("models--user--some-name", r"set model.path to user/some-name or '.*/snapshots/abc'"),
         ("models--user--some-name/snapshots", r"set model.path to user/some-name or '.*/snapshots/abc'"),
     ],

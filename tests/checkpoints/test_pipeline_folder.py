@@ -40,5 +40,5 @@ def test_variant_file_is_that_of_diffusers(names: Sequence[str], expected: str |
     [f"{STEM}-00001-of-00002.fp16.safetensors", "model.fp16-00001-of-00002.safetensors", "unet.fp16.safetensors"],
 )
 def test_variant_files_that_nothing_opens_are_refused(name: str) -> None:
-    with pytest.raises(LoadError, match=rf"here has '{name}' of the variant fp16, but neither of the files that open"):
+    with pytest.raises(LoadError, match=rf"here has '{name}' of the variant fp16, but none of the files that open"):
         variant_file([f"{STEM}.safetensors", name], "fp16", "here")

@@ -146,7 +146,7 @@ def test_the_name_is_chosen_by_the_config(config: dict[str, Any], names: list[st
 @pytest.mark.parametrize(
     ("config", "names", "message"),
     [
-        ({}, [MODEL, DIFFUSION], "does not say whose model it is .* keep one of them"),
+        ({}, [MODEL, DIFFUSION], "does not say which library.s model it is .* keep one of them"),
         ({"model_type": "a", "transformers_weights": "b.safetensors"}, [MODEL], "transformers_weights='b.safetensors'"),
         ({"model_type": "a", "transformers_weights": "../b.bin"}, [MODEL, "../b.bin"], "transformers_weights="),
         ({"model_type": "a"}, ["a.gguf", "b.gguf"], "several .gguf files .* set model.path to one of them"),

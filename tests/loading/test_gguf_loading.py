@@ -224,7 +224,7 @@ def test_layers_that_are_skipped_or_kept_in_fp32_are_decoded(q4: Path) -> None:
 
 def test_blocks_that_are_asked_for_must_be_there(tmp_path: Path) -> None:
     dense = save_state(tmp_path, Reader().state_dict())
-    with pytest.raises(ConfigError, match=r"backend\.pre_quantized=true, but the checkpoint holds no GGUF blocks"):
+    with pytest.raises(ConfigError, match=r"backend\.pre_quantized=true, but the checkpoint has no GGUF blocks"):
         load_file(dense, "gguf", "pre_quantized=true")
 
 
@@ -274,7 +274,7 @@ def test_a_part_of_a_file_is_refused(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(LoadError, match=r"x\.gguf' is one of 3 parts; put them together"):
+    with pytest.raises(LoadError, match=r"x\.gguf' is one of 3 parts; merge them"):
         open_checkpoint(tmp_path / "x.gguf")
 
 

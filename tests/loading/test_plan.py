@@ -312,7 +312,7 @@ def test_a_checkpoint_that_is_not_what_it_says_is_refused(tmp_path: Path) -> Non
     embedded: Any
     for embedded, rule in [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "but no quantized weight"),
-        ({"quant_method": "awq"}, "'awq', which cannot be read; readable are bitsandbytes.* quanto.* torchao"),
+        ({"quant_method": "awq"}, "'awq', which is not supported .supported: bitsandbytes.* quanto.* torchao"),
         ({"quant_method": "torchao", "quant_type": "int0wo"}, "of torchao cannot be read: .*int0wo"),
         ([], "must be a JSON object"),
     ]:

@@ -141,7 +141,7 @@ def test_a_model_is_not_saved_over_its_own_checkpoint(backend: str, tmp_path: Pa
     before, model = content(dense), load_toy(dense, settings(backend)).model
     (tmp_path / "link").symlink_to(dense)
     for place in (dense, tmp_path / "link", dense / ".." / "dense"):
-        with pytest.raises(ConfigError, match=r"save: .*holds the checkpoint .*choose another folder"):
+        with pytest.raises(ConfigError, match=r"save: .*contains the checkpoint .*choose another folder"):
             save_model(model, place)
     assert content(dense) == before
     save_model(model, tmp_path / "saved")
@@ -159,6 +159,6 @@ def test_a_place_that_holds_the_models_checkpoint_is_refused_before_it_is_loaded
         (f"model.path={next(dense.glob('*.safetensors'))}", f"save.path={dense}"),
         (f"model.reference_path={dense}", f"save.path={dense}"),
     ):
-        with pytest.raises(ConfigError, match=r"save\.path=.*holds the checkpoint .*choose another folder"):
+        with pytest.raises(ConfigError, match=r"save\.path=.*contains the checkpoint .*choose another folder"):
             run_config("device=cpu", *arguments)
     assert run_config("device=cpu", source, f"save.path={tmp_path}/saved").save.path == f"{tmp_path}/saved"

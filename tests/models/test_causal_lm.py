@@ -184,5 +184,5 @@ def test_a_model_of_another_kind_is_told_what_it_is_for(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"'t5' is not a model for AutoModelForCausalLM; use model=seq2seq, or"):
         network({"model_type": "t5"}, tmp_path, "AutoModelForCausalLM")
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(LoadError, match=r"is a pipeline of diffusers: use model=diffusers, in Python qexp\.load_pipe"):
+    with pytest.raises(LoadError, match=r"is a diffusers pipeline; use model=diffusers, in Python qexp\.load_pipe"):
         open_checkpoint(tmp_path)

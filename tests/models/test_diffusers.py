@@ -329,7 +329,9 @@ def test_a_pipeline_is_never_saved_over_its_source(pipeline_folder: Folder, tmp_
     shutil.copytree(folder / first, elsewhere)
     ours = qexp.load_pipeline(folder, "torchao", quantize=[first], checkpoints={first: elsewhere}, device="cpu")
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    with pytest.raises(ConfigError, match=r"save: '.*' holds the checkpoint that the model comes from.*another folder"):
+    with pytest.raises(
+        ConfigError, match=r"save: '.*' contains the checkpoint that the model is loaded from.*another folder"
+    ):
         qexp.save(ours, folder)
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
@@ -449,7 +451,7 @@ def copy_of(folder: Path, target: Path, **index: Any) -> Path:
 INDICES: dict[str, tuple[dict[str, Any], str]] = {
     "class": ({"_class_name": "Flux9Pipeline"}, r"is of a Flux9Pipeline, which diffusers \d.* has not \(the pipeline "
     "was saved by diffusers .*install"),
-    "code": ({"_class_name": ["pipeline", "MyPipeline"]}, "pipelines with code of their own are not loaded"),
+    "code": ({"_class_name": ["pipeline", "MyPipeline"]}, "pipelines with their own code are not supported"),
     "component class": ({"vae": ["diffusers", "AutoencoderXL"]}, r"'vae' is AutoencoderXL of diffusers, which "
     r"diffusers \d.* has not"),
     "library": ({"vae": ["flaxers", "AutoencoderKL"]}, "AutoencoderKL of flaxers, a library whose models are not "

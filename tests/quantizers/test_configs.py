@@ -94,7 +94,7 @@ def test_dtypes_are_understood_in_every_spelling() -> None:
     for spelling in ("bf16", "bfloat16", "torch.bfloat16", torch.bfloat16):
         assert GGUFConfig.from_dict({"compute_dtype": spelling}).compute_dtype == "bfloat16"
         assert BitsAndBytesConfig(bnb_4bit_compute_dtype=spelling).bnb_4bit_compute_dtype == "bfloat16"  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="bnb_4bit_compute_dtype=int8 is no dtype to compute in"):
+    with pytest.raises(ConfigError, match="bnb_4bit_compute_dtype=int8 is not a compute dtype"):
         BitsAndBytesConfig(bnb_4bit_compute_dtype="int8")
 
 
@@ -129,5 +129,5 @@ def test_a_fields_own_name_wins_over_others_for_it() -> None:
 
 def test_methods_without_a_reader_are_refused_with_those_that_have_one() -> None:
     for method in ("none", "gptq", None):
-        with pytest.raises(LoadError, match=f"quant_method='{method}', which cannot be read; readable are bitsandb"):
+        with pytest.raises(LoadError, match=f"quant_method='{method}', which is not supported .supported: bitsandb"):
             embedded_config({"quantization_config": {"quant_method": method}}, "here")

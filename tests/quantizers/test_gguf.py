@@ -307,7 +307,9 @@ def test_compute_dtype_is_what_the_layer_multiplies_in() -> None:
 def test_fields_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"'Q8_O' is unknown \(did you mean Q8_0"):
         GGUFConfig(quant_type="Q8_O")
-    with pytest.raises(ConfigError, match="'Q4_K' can be read from files, but not made from weights; use MXFP4"):
+    with pytest.raises(
+        ConfigError, match="'Q4_K' can be read from files, but weights cannot be quantized to it; use MXFP4"
+    ):
         GGUFConfig(quant_type="Q4_K")
     with pytest.raises(ConfigError, match=r"'F16' does not quantize; use .*backend=none"):
         GGUFConfig(quant_type="F16")
