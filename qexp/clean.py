@@ -21,11 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qexp.errors import DamagedFileError, DiskError, QexpError
+from qexp.errors import ConfigError, DamagedFileError, DiskError, QexpError, choices, did_you_mean
 from qexp.results.manifest import Manifest
 from qexp.results.numbers import format_memory
 from qexp.results.rows import sweep_names
 from qexp.results.run_folder import LOCK, SCRATCH, RunFolder, try_lock
+from qexp.system.command_parser import CommandParser
 from qexp.system.files import disk_error
 from qexp.system.memory import GIB
 from qexp.system.program_name import program_name
@@ -139,7 +140,7 @@ def _is_free(leftover: Leftover) -> bool:
 
 def main() -> int:
     """0 if everything that was found is gone, or nothing was found."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program_name("clean"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -147,16 +148,22 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*", help=f"of {', '.join(KINDS)}; default: failed scratch")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the folder (default: outputs)")
     parser.add_argument("--yes", action="store_true", help="remove it without a question")
-    arguments = parser.parse_args()
-    if unknown := [kind for kind in arguments.kinds if kind not in KINDS]:
-        parser.error(f"{unknown[0]!r} is not a kind; use {', '.join(KINDS)}")
-    if not arguments.outputs.is_dir():
-        parser.error(f"--outputs {arguments.outputs} is no folder; give the one that paths.outputs= named")
+    arguments = parser.parse()
     try:
+        check_arguments(arguments.kinds, arguments.outputs)
         return clean(arguments.outputs, arguments.kinds or ["failed", "scratch"], arguments.yes)
     except QexpError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def check_arguments(kinds: Sequence[str], outputs: Path) -> None:
+    """Raise ConfigError for an unknown kind, or a folder that is not there."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(f"{kind!r} is not a kind{did_you_mean(kind, KINDS)}; use {choices(KINDS)}")
+    if not outputs.is_dir():
+        raise ConfigError(f"--outputs {outputs} is not a folder; give the one that paths.outputs= named")
 
 
 def clean(outputs: Path, kinds: Sequence[str], is_agreed: bool) -> int:

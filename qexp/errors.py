@@ -79,7 +79,9 @@ def first_names(names: Sequence[str]) -> str:
 
 def did_you_mean(name: object, names: Iterable[object]) -> str:
     """' (did you mean seed?)' if one of `names` is close to what was written, else ''; goes right behind the value."""
-    words = dict.fromkeys(str(word) for word in names)
-    same = [word for word in words if word.lower() == str(name).lower()]
-    near = same or difflib.get_close_matches(str(name).lower(), list(words), n=3, cutoff=0.6)
+    words, typed = dict.fromkeys(str(word) for word in names), str(name).lower()
+    same = [word for word in words if word.lower() == typed]
+    near = same or difflib.get_close_matches(typed, list(words), n=3, cutoff=0.6)
+    if not near and len(typed) > 2:  # steps: num_inference_steps
+        near = [word for word in words if typed in word.lower().split("_")][:3]
     return f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -10,7 +10,6 @@ equal to the last digit.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import shutil
@@ -31,6 +30,7 @@ from qexp.results.run_folder import LOCK, RunFolder
 from qexp.sweep.damage import check_result
 from qexp.sweep.job import run_job
 from qexp.sweep.run_key import run_key
+from qexp.system.command_parser import CommandParser
 from qexp.system.files import disk_error, read_yaml
 from qexp.system.program_name import program_name
 from qexp.system.standard_streams import survive_closed_pipes
@@ -39,10 +39,10 @@ from qexp.tracking.session import check_login
 
 def main() -> int:
     """0 if every metric was reproduced, 1 if one was not or the run failed."""
-    parser = argparse.ArgumentParser(prog=program_name("rerun"), description="Run a stored experiment again.")
+    parser = CommandParser(prog=program_name("rerun"), description="Run a stored experiment again.")
     parser.add_argument("run", type=Path, help="a run folder: outputs/runs/<key>")
     parser.add_argument("--outputs", type=Path, help="put the new run below this folder, and keep the old one")
-    arguments = parser.parse_args()
+    arguments = parser.parse()
     try:
         return rerun(arguments.run, arguments.outputs)
     except QexpError as error:

@@ -31,9 +31,9 @@ from qexp.cli.hydra_errors import explain
 from qexp.config.dataclass_io import convert
 from qexp.config.hydra_schema import register_schemas
 from qexp.config.objectives import check_sweeper, objective_values
-from qexp.config.schema import SweepConfig
+from qexp.config.schema import PathsConfig, SweepConfig
 from qexp.config.yaml_options import conf_folder
-from qexp.errors import ConfigError, QexpError
+from qexp.errors import QexpError
 from qexp.experiments.resolve import to_run_config
 from qexp.results.labels import SHOWN_GROUPS, run_label
 from qexp.results.manifest import Manifest
@@ -117,7 +117,6 @@ def run_one(cfg: DictConfig) -> JobRow:
 
     overrides = typed_overrides()
     try:
-        check_outputs(cfg.paths.outputs)
         config = to_run_config(cfg)
         key = run_key(config)  # opens every file: one that is wrong is an error of the command line, too
     except QexpError as error:
@@ -151,13 +150,6 @@ def preview_one(cfg: DictConfig, preview: Preview) -> None:
         preview.refuse(job_name(number, None, raw_label(cfg) or " ".join(words)), error)
 
 
-def check_outputs(outputs: str) -> None:
-    """Raise ConfigError for a place where no results can be kept."""
-    file = next((part for part in (Path(outputs), *Path(outputs).parents) if part.is_file()), None)
-    if file is not None:
-        raise ConfigError(f"paths.outputs={outputs}: '{file}' is a file; give a folder, which need not exist")
-
-
 def raw_label(cfg: DictConfig) -> str:
     """The label of an experiment that does not resolve; '' if not even its parts have names."""
     try:
@@ -187,6 +179,7 @@ class SweepFolder(Callback):
             objectives = convert(tuple[str, ...], _plain(config.sweep.get("objectives") or []), "sweep.objectives")
             SweepConfig(config.sweep.name, objectives=objectives)
             check_sweeper(objectives, _plain(config.hydra.sweeper), bool(config.sweep.get("dry_run")))
+            PathsConfig(config.paths.outputs)
             if config.tracking.get("mode") == "online":
                 check_login()
         except QexpError as error:  # Hydra would make it a warning

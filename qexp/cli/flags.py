@@ -59,7 +59,16 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
             flags.append(f"{name}={topic}")
         else:
             flags.append(name)
+    _check_together(flags)
     return [*flags, *overrides]
+
+
+def _check_together(flags: Sequence[str]) -> None:
+    """Raise ConfigError for flags that change what --cfg prints, without --cfg."""
+    names = {flag.partition("=")[0] for flag in flags}
+    for name in ("--resolve", "--package"):
+        if name in names and "--cfg" not in names:
+            raise ConfigError(f"{name} changes what --cfg prints; add --cfg job, or leave {name} out")
 
 
 def _long_name(name: str) -> str:
@@ -69,13 +78,15 @@ def _long_name(name: str) -> str:
     if found is None:
         known = [word for pair in flags.items() for word in pair if word]
         bare = name.lstrip("-").replace("-", "_")
-        if bare in group_names() or bare in field_types(TopLevelConfig):
-            raise ConfigError(f"{name} is a setting, and no flag; write {bare}=<value>, without dashes")
-        raise ConfigError(f"{name} is no flag{did_you_mean(name, known)}; use {choices(flags)}, or --help for the rest")
+        if bare.partition(".")[0] in (*group_names(), *field_types(TopLevelConfig)):
+            raise ConfigError(f"{name} is a setting, not a flag; write {bare}=<value>, without dashes")
+        raise ConfigError(
+            f"{name} is not a flag{did_you_mean(name, known)}; use {choices(flags)}, or --help for the rest"
+        )
     return found
 
 
 def _check_value(name: str, value: str) -> None:
     if not value or (name in WITH_CHOICES and value not in WITH_CHOICES[name]):
         wanted = f"use {choices(WITH_CHOICES[name])}" if name in WITH_CHOICES else f"write {name} <value>"
-        raise ConfigError(f"{name} {value or 'without a value'} does not work; {wanted}")
+        raise ConfigError(f"{name} {value} is unknown; {wanted}" if value else f"{name} needs a value; {wanted}")

@@ -85,7 +85,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
 
 
 def _unknown_option(problem: Problem) -> str:
-    group, _, name = problem["option"].rpartition("/")
+    group, name = _split_option(problem["option"])
     if group.startswith("schema/"):
         plugins = plugin_names(group.removeprefix("schema/")) if group.removeprefix("schema/") in PLUGINS else ()
         return f"/{group}/{name}{problem.place} is no schema{did_you_mean(name, plugins)}; use {choices(plugins)}"
@@ -98,12 +98,22 @@ def _unknown_option(problem: Problem) -> str:
     return f"{group}={name}{problem.place} is unknown{hint}; use {choices(names)}"
 
 
+def _split_option(option: str) -> tuple[str, str]:
+    """Split 'hydra/launcher/basic' or 'model/user/name' into the group and the option."""
+    group = next((group for group in group_names() if option.startswith(f"{group}/")), "")
+    return (
+        (group, option.removeprefix(f"{group}/")) if group else (option.rpartition("/")[0], option.rpartition("/")[2])
+    )
+
+
 def _other_word(group: str, name: str) -> str:
     """What to say behind an option's name that is meant for something else."""
     if group == "backend":
         return other_word(name)
     if group == "offload" and name in DESTINATIONS:
         return f" (it is where weights rest: write offload=leaf offload.to={name})"
+    if group == "model" and "/" in name:
+        return f" (it is a path or a repository: write model=<kind> model.path={name})"
     if group == "metrics" and name in (*QUALITY_METRICS, *PERCEPTUAL_METRICS):
         return f" (it is a metric: write metrics.names=[{name}])"
     return ""
@@ -195,7 +205,25 @@ def _nothing_chosen(problem: Problem) -> str:
 
 
 def _nothing_to_delete(problem: Problem) -> str:
-    return f"~{problem['key']} deletes nothing{did_you_mean(problem['key'], field_types(TopLevelConfig))}"
+    key = problem["key"]
+    hint = did_you_mean(key, field_types(TopLevelConfig))
+    return f"~{key} deletes nothing{hint}; leave it out, or write {key}=null for the default"
+
+
+def _option_added(problem: Problem) -> str:
+    """Of `+group=option` or `++group=option`, where the group has an option already."""
+    typed = next((one for one in problem.arguments if one.lstrip("+").partition("=")[0] == problem["group"]), "")
+    return f"{typed} adds a second option to {problem['group']}; write {typed.lstrip('+')}"
+
+
+def _no_folder(problem: Problem) -> str:
+    return f"--config-dir {problem['path']} is not a folder; give one with options in <group>/<name>.yaml"
+
+
+def _no_config(problem: Problem) -> str:
+    return (
+        f"--config-name {problem['name']} is not found; leave it out, or add --config-dir with the folder that has it"
+    )
 
 
 def _unreadable_override(problem: Problem) -> str:
@@ -210,6 +238,10 @@ def _unreadable_override(problem: Problem) -> str:
         return f"{written} has two =; write {key}{value}"
     if key != key.strip() or value != value.lstrip():
         return f"{written} has spaces around the =; write {key.strip()}={value.strip()}"
+    if value.startswith("~/"):
+        return f"cannot read {written}: the shell does not expand ~ behind =; write {key}=$HOME{value[1:]}"
+    if re.fullmatch(r"(choice|range|interval|glob|sort|shuffle)\(.*\)", value):
+        return f"cannot read {written}; write {key}=choice(a,b), {key}=range(0,4) or {key}=glob(*)"
     if value.endswith(",") and value[:1] not in ("[", "{"):
         return f"{written} ends with a comma; write {key}={value.rstrip(',')}, or another value behind it"
     reason = problem.find(r"(?:^|: )(Unknown function.*)$")  # what the parser says of its tokens helps nobody
@@ -225,11 +257,12 @@ def _unreadable_override(problem: Problem) -> str:
         )
     if is_unbalanced(written):
         reason = "a quote is not closed"
-    own = f"; here: {quoted(written)}" if written.partition("=")[2][:1] not in ("", "[", "{") else ""
+    own = (
+        quoted(written) if written.partition("=")[2][:1] not in ("", "[", "{") else """'task.prompt=["1+1=","a, b"]'"""
+    )
     return (
-        f"cannot read {written or 'the command line'}{f' ({reason})' if reason else ''}: an override is key=value "
-        "without spaces around =, and a value with spaces, commas, quotes, braces, =, #, ! or letters such as ü is "
-        f'quoted twice: \'sweep.notes="a, b"\' or \'task.prompt=["1+1=","a, b"]\'{own}'
+        f"cannot read {written or 'the command line'}{f' ({reason})' if reason else ''}: a value with spaces, commas, "
+        f"quotes, braces, brackets, =, #, ! or letters such as ü is quoted twice; write {own}"
     )
 
 
@@ -246,7 +279,8 @@ def _split_value(arguments: Sequence[str], word: str) -> str:
         if "=" in one or one.startswith("-"):
             break
         words.append(one)
-    return f"{word} stands by itself: a value with spaces is quoted twice; here: {quoted(' '.join(words))}"
+    typed = quoted(" ".join(words))
+    return f"{word} has no =: the shell splits a value at its spaces, so it is quoted twice; write {typed}"
 
 
 def _known_words() -> list[str]:
@@ -279,7 +313,7 @@ def _bare_word(word: str) -> str:
     """Of a word without =: the name of a command, a group, an option or a field, or nothing."""
     name = word.removeprefix("qexp.").rstrip(":")
     if name in COMMANDS:
-        return f"{word} is a command, and no setting: it comes first, python -m qexp {name}"
+        return f"{word} is a command and comes first; write python -m qexp {name}"
     if name in group_names():
         return f"{name} is a group and needs an option: {name}=<name>; use {choices(option_names(name))}"
     groups = [group for group in group_names() if name in option_names(group)]
@@ -287,11 +321,15 @@ def _bare_word(word: str) -> str:
     remedy = f"write {choices(f'{group}={name}' for group in groups)}" if groups else ""
     if name in fields:
         remedy = f"write {name}=<value>"
+    if name in ("help", "version"):
+        remedy = f"write --{name}"
+    if name == "qexp":
+        remedy = "leave it out: python -m qexp comes only once"
     if (group := name.partition(":")[0]) in group_names() and group != name:
         remedy = f"write {group}={name.partition(':')[2].strip()}"
     hint = did_you_mean(name, dict.fromkeys([*COMMANDS, *group_names(), *fields]))
-    rest = remedy or f"use key=value, or a command: {choices(COMMANDS)}; --help names them all"
-    return f"{word} is no setting, which an override is, key=value{'' if remedy else hint}; {rest}"
+    rest = remedy or f"use key=value, or a command: {choices(COMMANDS)} (--help lists everything)"
+    return f"{word} is not a setting (key=value){'' if remedy else hint}; {rest}"
 
 
 RULES: tuple[tuple[str, Callable[[Problem], str]], ...] = (
@@ -300,6 +338,10 @@ RULES: tuple[tuple[str, Callable[[Problem], str]], ...] = (
     (r"Key '(?P<name>[^']+)'(?: is)? not in (?:')?(?P<owner>\w+)", _unknown_field),
     (r"Ambiguous value for argument '(?P<override>.+)'$", _sweep_or_list),
     (r"Sweep parameters '(?P<override>.+)' requires --multirun", _needs_sweep),
+    (r"Multiple values for (?P<group>\S+)\. To override", _option_added),
+    (r"force-add of config groups is not supported: '\++(?P<group>[^=']+)", _option_added),
+    (r"Additional config directory '(?P<path>.*)' not found", _no_folder),
+    (r"Cannot find primary config '(?P<name>[^']+)'", _no_config),
     (r"Config group override must be a string or a list", _nothing_chosen),
     (r"Could not delete from config\. '(?P<key>[^']+)' does not exist", _nothing_to_delete),
     (r"Merge error: (?P<given>\w+) is not a subclass of (?P<wanted>\w+)", _wrong_kind),

@@ -17,6 +17,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -50,6 +51,8 @@ class SweepAsItComes(BasicSweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         (jobs,) = self.split_arguments(overrides, None)
+        if not jobs:
+            raise ConfigError(empty_sweep_message(overrides))
         if not self.config.sweep.get("dry_run"):
             folder = Path(self.config.hydra.sweep.dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +85,14 @@ class SweepAsItComes(BasicSweeper):
         message = ConfigError(explain(error, sys.argv[1:]))
         place = {"outputs": self.config.paths.outputs, "sweep_name": self.config.sweep.name}
         return refuse_job(message, job, **place, number=number + 1)
+
+
+def empty_sweep_message(overrides: Sequence[Override]) -> str:
+    """Say which override of a sweep has no value, so that there is no experiment."""
+    swept = [item for item in overrides if item.is_sweep_override()]
+    empty = [item for item in swept if not list(item.sweep_string_iterator())] or swept
+    shown = ", ".join(str(item.input_line or item.key_or_group) for item in empty)
+    return f"{shown} has no value, so the sweep has no experiment; give one or more, such as seed=1,2"
 
 
 def with_each_value(jobs: Sequence[Sequence[str]], groups: Sequence[str], most: int) -> Iterator[Sequence[str]]:

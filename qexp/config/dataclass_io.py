@@ -7,11 +7,13 @@ reach the program only through here.
 from __future__ import annotations
 
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError, choices, did_you_mean
@@ -76,6 +78,25 @@ def refuse_word_for_null(value: Any, place: str) -> None:
     """Raise ConfigError for Python's word in place of yaml's: it would be a text, a path or a name."""
     if value in ("None", "nil", "undefined"):
         raise ConfigError(f"{place}={value} is the text '{value}'; for no value write {place}=null")
+
+
+def check_path(value: str | None, place: str, remedy: str) -> None:
+    """Raise ConfigError for an empty path, which would mean the current folder, or a web address."""
+    if value is not None and not value.strip():
+        raise ConfigError(f"{place}={value} is empty; {remedy}")
+    address = re.match(r"(?:https?|hf)://(?:huggingface\.co/)?([\w.-]+/[\w.-]+)?", value or "")
+    if address:
+        name = address[1] or "user/name"
+        raise ConfigError(f"{place}={value} is an address, not a path; {remedy}, or a repository: {place}={name}")
+
+
+def check_folder(value: str | None, place: str) -> None:
+    """Raise ConfigError for a folder that cannot be created: an empty name, an address, or a path through a file."""
+    check_path(value, place, "give a folder, which need not exist")
+    path = Path(value or ".")
+    file = next((part for part in (path, *path.parents) if part.is_file()), None)
+    if file is not None:
+        raise ConfigError(f"{place}={value}: '{file}' is a file; give a folder, which need not exist")
 
 
 def check_finite(value: Any, place: str) -> None:

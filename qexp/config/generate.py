@@ -126,8 +126,8 @@ def _complete(task: GenerateConfig, found: GenerateConfig, taken: Sequence[str])
         if item.name not in taken and value not in (None, {}) and value != getattr(found, item.name):
             typed = list(value) if isinstance(value, tuple) else value
             raise ConfigError(
-                f"task.{item.name}={typed} is of no use to this model{did_you_mean(item.name, taken)}; it takes "
-                f"{choices(taken)}"
+                f"task.{item.name}={typed} has no effect on this model{did_you_mean(item.name, taken)}; leave it "
+                f"out, or set {choices(taken)}"
             )
     return found
 

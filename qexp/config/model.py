@@ -1,4 +1,4 @@
-"""What every model source's settings have in common, and what the rest of the program asks of them."""
+"""The settings that all model sources share."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from qexp.config.dataclass_io import check_path
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """source: the model source, which is the name of its file; path: the checkpoint, a folder, a file, or user/name of
-    a hub's repository, of which revision is a branch, tag or commit (null: main); reference_path: the unquantized
-    checkpoint to compare with where `path` is quantized already; skip_modules: patterns to leave unquantized."""
+    """Settings of a model.
+
+    source: the model source, the name of its file. path: the checkpoint: a folder, a file, or a hub's user/name;
+    revision: its branch, tag or commit (null: main). reference_path: the unquantized original, if `path` is already
+    quantized. skip_modules: patterns of modules to leave unquantized.
+    """
 
     source: str = ""
     path: str | None = None
@@ -20,13 +25,17 @@ class ModelConfig:
     reference_path: str | None = None
     skip_modules: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("path", "reference_path"):
+            check_path(getattr(self, name), f"model.{name}", "give a folder or a file")
+
     @property
     def has_original(self) -> bool:
-        """Whether the settings name the unquantized checkpoint that a quantized one was made from."""
+        """Whether the settings name the unquantized original of a quantized checkpoint."""
         return self.reference_path is not None
 
     def unquantized(self) -> Self:
-        """The model to compare with where `path` is quantized already."""
+        """Return the settings of the unquantized original, to compare with a quantized checkpoint."""
         return replace(self, path=self.reference_path, reference_path=None)
 
     def with_paths(self, absolute: Callable[[str], str]) -> Self:
@@ -36,5 +45,5 @@ class ModelConfig:
         return self
 
     def input_files(self) -> dict[str, Path]:
-        """Field -> file beside the checkpoint that defines the model; its content is part of a run's key."""
+        """Return field -> file beside the checkpoint that defines the model; its content is part of a run's key."""
         return {}

@@ -68,8 +68,7 @@ def read_recipe(value: Any, place: str) -> tuple[str | None, tuple[Rule, ...]]:
     if isinstance(value, str):
         name, value, place = Path(value).stem, _from_file(value, place), f"{place}={value}"
     if isinstance(value, Mapping):
-        if not {"rules"} <= value.keys() <= {"rules", "name"}:
-            raise ConfigError(f"{place} has the keys {', '.join(map(str, value))}; a recipe has 'rules', and a 'name'")
+        _check_keys(value, place)
         name, value = value.get("name", name), value["rules"]
     if not isinstance(name, str | None):
         raise ConfigError(f"{place}: name={name!r} must be a string")
@@ -78,6 +77,16 @@ def read_recipe(value: Any, place: str) -> tuple[str | None, tuple[Rule, ...]]:
     rules = tuple(_read_rule(rule, f"{place}: rule {number + 1}") for number, rule in enumerate(value))
     _check_order(rules, place)
     return name, rules
+
+
+def _check_keys(value: Mapping[Any, Any], place: str) -> None:
+    """Raise ConfigError unless the keys are 'rules' and perhaps 'name'."""
+    others = [str(key)[:40] for key in value if key not in ("rules", "name")]
+    if "rules" not in value:
+        found = f"has {first_names(others)} and no 'rules'" if others else "is empty"
+        raise ConfigError(f"{place} is not a recipe: it {found}; give {EXAMPLE}")
+    if others:
+        raise ConfigError(f"{place} has {first_names(others)}; a recipe has only 'rules' and, if wanted, 'name'")
 
 
 def undecided_patterns(rules: Sequence[Rule], layers: Sequence[str], kept: Sequence[str], place: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from qexp.config.dataclass_io import to_plain
+from qexp.config.dataclass_io import check_folder, to_plain
 from qexp.config.module_patterns import check_patterns
 from qexp.config.objectives import check_objectives
 from qexp.config.offload import STRATEGIES, OffloadConfig
@@ -170,6 +170,7 @@ class SaveConfig:
         return " ".join(f"save.{name}={place}" for name, place in places.items() if place is not None)
 
     def __post_init__(self) -> None:
+        check_folder(self.path, "save.path")
         if not 0 < self.max_shard_gib < inf:
             raise ConfigError(f"save.max_shard_gib={self.max_shard_gib} must be a number above 0")
         hub = {name: getattr(self, name) for name in ("private", "revision", "commit_message")}
@@ -187,6 +188,9 @@ class PathsConfig:
     """outputs: where runs, references and sweeps are kept."""
 
     outputs: str = "outputs"
+
+    def __post_init__(self) -> None:
+        check_folder(self.outputs, "paths.outputs")
 
 
 @dataclass(frozen=True)

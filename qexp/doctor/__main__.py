@@ -25,8 +25,9 @@ from qexp.config.dataclass_io import to_plain
 from qexp.config.plugins import plugin_module, plugin_names
 from qexp.doctor.options import trials
 from qexp.doctor.processes import probe
-from qexp.errors import QexpError
+from qexp.errors import ConfigError, QexpError
 from qexp.results.environment import RESULT_PACKAGES, cpu_name, device_name, versions_of
+from qexp.system.command_parser import CommandParser
 from qexp.system.devices import cuda_device_count
 from qexp.system.program_name import program_name
 from qexp.system.standard_streams import survive_closed_pipes
@@ -43,11 +44,10 @@ The exit code is 0 whenever the table could be made, whatever is in it."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 with a table, 1 with one line that says why there is none, 130 for Ctrl-C."""
-    parser = _doctor_parser()
-    options = parser.parse_args(arguments)
-    if not options.timeout > 0:
-        parser.error(f"--timeout {options.timeout:g} must be above 0 seconds")
+    options = _doctor_parser().parse(arguments)
     try:
+        if not options.timeout > 0:
+            raise ConfigError(f"--timeout {options.timeout:g} must be above 0 seconds; leave it out for 120")
         machine = describe_machine()
         rows = list(rows_of(options.option, options.timeout))
     except QexpError as error:
@@ -144,8 +144,8 @@ def _seconds(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds, such as 60") from None
 
 
-def _doctor_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _doctor_parser() -> CommandParser:
+    parser = CommandParser(
         prog=program_name("doctor"),
         description="Try every backend on this machine: what runs, and what the rest needs.",
         epilog=STATUSES,

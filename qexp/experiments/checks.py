@@ -52,8 +52,6 @@ def check_task(model: Any, task: Any) -> None:
 
 def check_save_path(path: Path, model: Any, components: Iterable[str]) -> None:
     """Raises ConfigError for a folder that holds what the model, or its reference, is loaded from."""
-    if path.is_file():
-        raise ConfigError(f"save.path={path} is a file; give a folder, which need not exist")
     places = [path, *(path / name for name in components)]
     original = model.reference_path
     for config in (model, *([replace(model, path=original)] if original is not None else [])):

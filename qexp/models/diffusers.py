@@ -61,9 +61,11 @@ class DiffusersConfig(ModelConfig):
     lora: Any = None
     task_defaults: dict[str, Any] = field(default_factory=dict)
 
+    @override
     def __post_init__(self) -> None:
         from qexp.config.generate import GenerateConfig
 
+        super().__post_init__()
         lora_configs(self.lora)
         for name in self.task_defaults:
             place = f"model.task_defaults.{name}"

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from qexp.config.dataclass_io import check_path
 from qexp.config.model import ModelConfig
 from qexp.errors import ConfigError, choices, did_you_mean
 from qexp.hub.download import local_folder
@@ -51,10 +52,13 @@ class PythonConfig(ModelConfig):
     checkpoint: str | None = None
     arguments: Any = None
 
+    @override
     def __post_init__(self) -> None:
+        check_path(self.checkpoint, "model.checkpoint", "give a .safetensors file")
+        super().__post_init__()
         if self.checkpoint is not None and self.path not in (None, self.checkpoint):
             raise ConfigError(
-                f"model.checkpoint={self.checkpoint} and model.path={self.path} are two words for one thing; set one"
+                f"model.checkpoint={self.checkpoint} and model.path={self.path} mean the same; set only one"
             )
         object.__setattr__(self, "path", self.path or self.checkpoint)  # by one name for all that asks for it
         object.__setattr__(self, "checkpoint", None)

@@ -23,13 +23,16 @@ from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from qexp.cli.backend_words import other_word
-from qexp.config.dataclass_io import from_plain
+from qexp.config.dataclass_io import field_types, from_plain
 from qexp.config.hydra_schema import compose_settings
 from qexp.config.offload import OffloadConfig
-from qexp.config.yaml_options import option_names
+from qexp.config.schema import TopLevelConfig
+from qexp.config.yaml_options import group_names, option_names
 from qexp.errors import ConfigError, LoadError, QexpError, choices, did_you_mean
 from qexp.models.architectures import architecture, architecture_names, write_headers
 from qexp.predict.tables import UNITS, ModelForecast, formatted, offload_table, size, unit_of, weights_table
+from qexp.quantizers.configs import compute_dtype
+from qexp.system.command_parser import CommandParser
 from qexp.system.devices import parse_bytes
 from qexp.system.program_name import program_name
 from qexp.system.screen import library_output_in, say, sayings_in
@@ -51,19 +54,20 @@ def forecast(name: str, overrides: Sequence[str], backends: Sequence[str]) -> Mo
     from qexp.models.base import load_source
 
     columns, offloads, names = dict[str, Any](), dict[str, Any](), tuple[str, ...]()
-    failed: dict[str, QexpError] = {}
+    failures: list[tuple[str, str, QexpError]] = []  # backend, component, why it cannot be planned
     with _repeated_once(name), _local_models() as headers_of:
         for backend in backends:
             config, offload = resolved([*overrides, f"backend={backend}"], headers_of)
             names = tuple(config.components)
             columns[backend], failed = forecast_components(load_source(config.model), config, offload)
-            for component, error in failed.items():
-                say(f"{component}, backend={backend}: {error}")
+            failures += [(backend, component, error) for component, error in failed.items()]
             if not failed:
                 dense = [part.backend.quant_method == "none" for part in config.components.values()]
                 offloads[backend] = dict(forecast_offload(list(columns[backend].values()), offload, dense))
-    if failed and not any(columns.values()):
-        raise next(iter(failed.values()))  # no backend can hold any of it: the files are at fault
+        if failures and not any(columns.values()):
+            raise failures[0][2]  # no backend can hold any of it: the files are at fault
+        for backend, component, error in failures:
+            say(f"{component}, backend={backend}: {error}")
     return ModelForecast(name, names, columns, offloads)
 
 
@@ -148,10 +152,9 @@ def published_overrides(name: str, compute_dtype: str) -> list[str]:
     ]
 
 
-def _predict_parser(program: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _predict_parser(program: str | None = None) -> CommandParser:
+    parser = CommandParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.settings = ("memory", *group_names(), *field_types(TopLevelConfig))
     parser.add_argument(
         "what",
         nargs="*",
@@ -162,8 +165,7 @@ def _predict_parser(program: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--backends", nargs="+", help="options of conf/backend (default: six of them, or backend=)")
     parser.add_argument(
         "--compute-dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="of unquantized weights (default: bfloat16 for published names, else as compute_dtype= says)",
+        help="of unquantized weights, such as bf16 (default: bf16 for published names, else as compute_dtype= says)",
     )
     parser.add_argument("--markdown", action="store_true", help="tables in markdown")
     return parser
@@ -171,7 +173,7 @@ def _predict_parser(program: str | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 with tables, 1 with one line that says why there are none."""
-    options = _predict_parser(program_name("predict")).parse_args(arguments)
+    options = _predict_parser(program_name("predict")).parse(arguments)
     try:
         with TemporaryFile() as log, library_output_in(log):
             answer = _answer(options)
@@ -191,11 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _answer(options: argparse.Namespace) -> str:
     """Check everything that was typed, then plan. Raises: QexpError, or what Hydra raises."""
-    overrides, names, memory, backends = _sorted_words(options.what)
-    backends = options.backends or backends or (() if overrides else BACKENDS)
+    asked, words = _split_backends(options.backends or ())
+    overrides, names, memory, backends = _sorted_words([*options.what, *words])
+    backends = asked or backends or (() if overrides else BACKENDS)
     for backend in backends:
         _check_backend(backend)
-    dtype = options.compute_dtype
+    dtype = compute_dtype(options.compute_dtype, "compute_dtype")
     if overrides:
         models = {_name_of_model(overrides): [*overrides, *([f"compute_dtype={dtype}"] if dtype else [])]}
     else:
@@ -208,6 +211,15 @@ def _answer(options: argparse.Namespace) -> str:
         for backend, strategies in found[0].offload.items():
             parts += [f"backend={backend}", formatted(offload_table(strategies, unit, memory), 1, options.markdown)]
     return "\n\n".join([*parts, _footnote(unit, memory)])
+
+
+def _split_backends(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(backends, other words) of what is typed behind --backends, which may be followed by settings and models."""
+    names = [name for word in words if "=" not in word for name in word.split(",") if name]
+    published = [name for name in names if name in architecture_names()]
+    if len(published) == len(names):  # no backend at all: the check of backends says so
+        published = []
+    return [name for name in names if name not in published], [*published, *(word for word in words if "=" in word)]
 
 
 def _sorted_words(words: Sequence[str]) -> tuple[list[str], list[str], int | None, Sequence[str]]:
@@ -231,13 +243,26 @@ def _sorted_words(words: Sequence[str]) -> tuple[list[str], list[str], int | Non
             raise ConfigError(
                 f"{name} is a path; write model=<kind> model.path={name}, with one of {choices(option_names('model'))}"
             )
-        architecture(name)
+        if name not in architecture_names():
+            raise ConfigError(_unknown_name(name))
     if names and overrides:
         raise ConfigError(
             f"{overrides[0]} is an override, and {names[0]} a published name, which takes none but memory= and "
             f"backend=; write model={names[0]} {overrides[0]} for what an experiment loads"
         )
     return overrides, names, memory, backends
+
+
+def _unknown_name(name: str) -> str:
+    if name in option_names("backend"):
+        return f"{name} is an option of backend=, not a model; write backend={name}"
+    if name[:1].isdigit():
+        return f"{name} is not a published model; write memory={name} for the memory of a device"
+    names = architecture_names()
+    return (
+        f"{name} is not a published model{did_you_mean(name, names)}; use {choices(names)}, or another model with "
+        "model=<kind> model.path=<folder>"
+    )
 
 
 def _check_backend(name: str) -> None:

@@ -8,15 +8,15 @@ Everything is written into outputs/sweeps/<sweep>/. Importing this module import
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qexp.errors import LoadError, QexpError
+from qexp.errors import ConfigError, LoadError, QexpError
 from qexp.report.table import format_table
 from qexp.results.manifest import count_line
 from qexp.results.rows import Row, find_sweep, read_manifest, rows_of_sweep
+from qexp.system.command_parser import CommandParser
 from qexp.system.files import write_bytes, write_text
 from qexp.system.program_name import program_name
 from qexp.system.standard_streams import survive_closed_pipes
@@ -24,11 +24,10 @@ from qexp.system.standard_streams import survive_closed_pipes
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 1 with one line that says what is wrong."""
-    parser = _report_parser()
-    options = parser.parse_args(arguments)
-    if options.online and not options.wandb:
-        parser.error("--online says where the W&B report goes: add --wandb")
+    options = _report_parser().parse(arguments)
     try:
+        if options.online and not options.wandb:
+            raise ConfigError("--online says where the W&B report goes, and there is none; add --wandb")
         name = find_sweep(options.outputs, options.sweep)
         rows = rows_of_sweep(options.outputs, name)
         print(f"{format_table(rows)}\n\n{count_line(rows, read_manifest(options.outputs, name).get('total'))}")
@@ -71,8 +70,8 @@ def write_report(outputs: Path, name: str, rows: list[Row]) -> list[Path]:
     return [folder / file for file in ("results.csv", "report.md", *plots)]
 
 
-def _report_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program_name("report"), description="Compare the experiments of a sweep.")
+def _report_parser() -> CommandParser:
+    parser = CommandParser(prog=program_name("report"), description="Compare the experiments of a sweep.")
     parser.add_argument("sweep", nargs="?", help="its name, a folder in <outputs>/sweeps (default: the latest)")
     parser.add_argument("--outputs", default="outputs", help="where results are kept (default: outputs)")
     parser.add_argument(

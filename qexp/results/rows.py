@@ -36,6 +36,8 @@ def _read_start(outputs: Path | str, name: str) -> str:
 def find_sweep(outputs: Path | str, name: str | None) -> str:
     """`name` if there is such a sweep, the latest for None. Raises ConfigError that lists those there."""
     place = Path(outputs, "sweeps")
+    if name is not None and Path(name).parent == place:
+        name = Path(name).name  # its folder, as the shell completes it
     if name is not None and (place / name / "manifest.json").exists():
         return name
     names = sweep_names(outputs)

@@ -47,7 +47,9 @@ def resolve_device(device: str, place: str = "device") -> str:
         return device
     kind, _, index = device.partition(":")
     if kind != "cuda" or not (index.isdigit() or device == "cuda"):
-        raise ConfigError(f"{place}={device} is unknown; use auto, cpu, cuda or cuda:<index>")
+        meant = f"cuda:{device}" if device.isdigit() else {"gpu": "cuda"}.get(kind.lower(), "")
+        hint = f" (did you mean {meant}?)" if meant else ""
+        raise ConfigError(f"{place}={device} is unknown{hint}; use auto, cpu, cuda or cuda:<index>")
     if int(index or 0) >= count:
         here = f"this machine has {count}" if count else "this machine, or its torch build, has none"
         raise UnsupportedError(f"{place}={device} needs CUDA device {int(index or 0)}, and {here}; use cpu or auto")

@@ -129,7 +129,9 @@ def test_a_run_compared_with_another_model_is_another_run(pipeline_folder: Folde
 
 @pytest.mark.parametrize("setting", ["task.num_images=3", "task.max_new_tokens=3", "task.temperature=0.5"])
 def test_a_setting_that_pipelines_have_no_use_for_is_refused(setting: str, pipeline_folder: Folder) -> None:
-    with pytest.raises(ConfigError, match=rf"{setting} is of no use to this model.*; it takes .*num_images_per_prompt"):
+    with pytest.raises(
+        ConfigError, match=rf"{setting} has no effect on this model.*; leave it out, or set .*num_images_per_prompt"
+    ):
         config(pipeline_folder("flux"), setting)
 
 

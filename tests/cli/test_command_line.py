@@ -103,11 +103,11 @@ def test_overrides_stand_on_both_sides_of_a_flag(command: CommandLine) -> None:
 
 
 FLAGS = {
-    "--multi": "--multi is no flag (did you mean --multirun?); use --cfg, ",
-    "-x": "-x is no flag",
-    "--cfg": "--cfg without a value does not work; use all, hydra or job",
-    "--cfg=jbo": "--cfg jbo does not work; use all, hydra or job",
-    "--config-dir=": "--config-dir without a value does not work; write --config-dir <value>",
+    "--multi": "--multi is not a flag (did you mean --multirun?); use --cfg, ",
+    "-x": "-x is not a flag",
+    "--cfg": "--cfg needs a value; use all, hydra or job",
+    "--cfg=jbo": "--cfg jbo is unknown; use all, hydra or job",
+    "--config-dir=": "--config-dir needs a value; write --config-dir <value>",
 }
 
 

@@ -85,7 +85,7 @@ def test_types_that_another_backend_runs_are_resolved_by_rule() -> None:
         ([{"backend": {"quant_method": "gguf"}, "modules": None}], "rule 1: modules=None must be a list"),
         ([{"backend": {"quant_method": "gguf"}, "quant_type": "Q4_0"}], "quant_type beside a backend in full"),
         (["gguf"], "rule 1 is 'gguf', not a group of fields"),
-        ({"rules": [], "rule": 1}, "has the keys rules, rule"),
+        ({"rules": [], "rule": 1}, "has 'rule'; a recipe has only 'rules' and"),
         ({"rules": [{"backend": "gguf"}], "name": 3}, "name=3 must be a string"),
         (3, "must be a list of rules"),
         ("recipe.yaml", "recipe.yaml must be @file"),
@@ -102,7 +102,8 @@ def test_a_wrong_recipe_is_one_clear_error(rules: Any, message: str) -> None:
     [
         ("- {modules: *.mlp, backend: gguf}", "is no yaml: .*a pattern with \\* needs quotes"),
         ("rules: [{backend: gguf, backend: none}]", "is no yaml: .*duplicate key"),
-        ("", "has the keys "),
+        ("", "is not a recipe: it is empty; give "),
+        ("some notes", "is not a recipe: it has 'some notes' and no 'rules'; give "),
         ("rules: [{backend: ${nowhere}}]", "is no yaml: .*nowhere"),
     ],
 )

@@ -160,7 +160,7 @@ def test_a_checkpoint_that_does_not_fit(folder: Path) -> None:
 
 
 def test_settings_that_contradict_each_other_or_lack_something(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"checkpoint=a and model\.path=b are two words for one thing"):
+    with pytest.raises(ConfigError, match=r"checkpoint=a and model\.path=b mean the same; set only one"):
         PythonConfig(factory="mynets:Net", checkpoint="a", path="b")
     with pytest.raises(ConfigError, match=r"model\.arguments=5 must be names and values"):
         PythonConfig(factory="mynets:Net", checkpoint="a", arguments=5)

@@ -182,7 +182,7 @@ def test_a_format_that_cannot_hold_a_component_says_so(tiny: Path, capsys: pytes
     ("arguments", "message"),
     [
         (["sdxl", "model.quantize=[unet]"], "model.quantize=[unet] is an override, and sdxl a published name"),
-        (["sdxl", "sdlx"], "architecture 'sdlx' is unknown (did you mean sdxl"),
+        (["sdxl", "sdlx"], "sdlx is not a published model (did you mean sdxl?); use flux_dev, "),
         (["sdxl", "--backends", "wan"], "backend=wan is unknown"),
         (["backend=torchoa"], "backend=torchoa is unknown (did you mean torchao"),
         (["digits"], "digits is an option of model=, and no published model; write model=digits"),
@@ -196,6 +196,9 @@ def test_a_format_that_cannot_hold_a_component_says_so(tiny: Path, capsys: pytes
         (["model=diffusers", "model.path=nobody/nothing"], "model.path=nobody/nothing is not on this machine"),
         (["model=diffusers", "model.path=./nothing"], "model.path=./nothing: 'nothing' does not exist"),
         (["model=digits", "skip_modules=[prj_out]"], "skip_modules of 'transformer': the pattern 'prj_out' matches"),
+        (["bitsandbytes"], "bitsandbytes is an option of backend=, not a model; write backend=bitsandbytes"),
+        (["sdxl", "16GiB"], "16GiB is not a published model; write memory=16GiB for the memory of a device"),
+        (["sdxl", "--compute-dtype", "int8"], "compute_dtype=int8 is not a compute dtype"),
         (["."], ". is a path; write model=<kind> model.path=."),
     ],
 )  # fmt: skip
