@@ -6,7 +6,7 @@
     failed       runs that failed, cannot run here, were cut off, or are damaged
     scratch      offloaded weights, half-saved models and half-written files that killed processes left
     references   references that no run is compared with
-    sweeps       sweeps none of whose runs is there
+    sweeps       sweeps without any remaining run
 
 A finished run is never removed, nor anything that a running process holds.
 """
@@ -35,7 +35,7 @@ from qexp.system.standard_streams import survive_closed_pipes
 
 @dataclass(frozen=True)
 class Leftover:
-    """path: a folder or file; folder: the run folder whose lock covers it, None for a sweep; why: for people."""
+    """path: a folder or file. folder: the run folder with its lock, None for a sweep. why: for the table."""
 
     kind: str
     path: Path
@@ -49,7 +49,7 @@ class Leftover:
 
 
 def find_failed(outputs: Path) -> Iterator[Leftover]:
-    """Runs and references without a finished result."""
+    """Find runs and references without a finished result."""
     for folder in _folders(outputs):
         try:
             status, result = folder.read_status(), folder.read_result()
@@ -66,7 +66,7 @@ def find_failed(outputs: Path) -> Iterator[Leftover]:
 
 
 def find_scratch(outputs: Path) -> Iterator[Leftover]:
-    """What a process that was killed left in the folders of runs."""
+    """Find files that killed processes left in run folders."""
     for folder in _folders(outputs):
         hidden = [path for path in folder.path.glob(".*") if path.name != LOCK]
         for path in [folder.path / SCRATCH, *hidden]:
@@ -75,7 +75,7 @@ def find_scratch(outputs: Path) -> Iterator[Leftover]:
 
 
 def find_references(outputs: Path) -> Iterator[Leftover]:
-    """References that no run names."""
+    """Find references that no run uses."""
     used = set()
     for path in outputs.glob("runs/*/result.json"):
         with suppress(DiskError):
@@ -86,7 +86,7 @@ def find_references(outputs: Path) -> Iterator[Leftover]:
 
 
 def find_sweeps(outputs: Path) -> Iterator[Leftover]:
-    """Sweeps that have finished, none of whose runs is there."""
+    """Find finished sweeps without any remaining run."""
     for name in sweep_names(outputs):
         manifest = Manifest(outputs, name)
         with suppress(DiskError):
@@ -105,14 +105,14 @@ KINDS: dict[str, Callable[[Path], Iterator[Leftover]]] = {
 
 
 def find_leftovers(outputs: Path, kinds: Sequence[str]) -> list[Leftover]:
-    """Everything of these kinds that no process holds; what lies within another one stands once."""
+    """Return everything of these kinds that no process holds, without paths inside another one."""
     found = [leftover for kind in kinds for leftover in KINDS[kind](outputs) if _is_free(leftover)]
     whole = {leftover.path for leftover in found}
     return [leftover for leftover in found if not whole & {*leftover.path.parents}]
 
 
 def remove(leftover: Leftover) -> bool:
-    """Remove it; False if a process has taken its folder meanwhile. Raises DiskError."""
+    """Remove it; return False if a process uses its folder by now. Raises DiskError."""
     with try_lock(leftover.folder) as is_free:
         if not is_free:
             return False
@@ -127,7 +127,7 @@ def remove(leftover: Leftover) -> bool:
 
 
 def _folders(outputs: Path) -> Iterator[RunFolder]:
-    """Folders of runs and references, apart from the old runs that `rerun` keeps."""
+    """Yield the folders of runs and references, without the old runs that `rerun` keeps."""
     for path in sorted([*outputs.glob("runs/*"), *outputs.glob("references/*")]):
         if path.is_dir() and not path.name.startswith("."):
             yield RunFolder(path)
@@ -139,7 +139,7 @@ def _is_free(leftover: Leftover) -> bool:
 
 
 def main() -> int:
-    """0 if everything that was found is gone, or nothing was found."""
+    """Run the command; return 0 if everything found was removed, or nothing was found."""
     parser = CommandParser(
         prog=program_name("clean"),
         description=__doc__,
@@ -184,7 +184,7 @@ def clean(outputs: Path, kinds: Sequence[str], is_agreed: bool) -> int:
             return 1
     kept = [leftover.path for leftover in found if not remove(leftover)]
     for path in kept:
-        print(f"{path} is in use by now, and stays")
+        print(f"{path} is in use, and was kept")
     print(f"removed {len(found) - len(kept)}")
     return 1 if kept else 0
 

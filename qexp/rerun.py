@@ -1,4 +1,4 @@
-"""Run a stored experiment again and say whether its numbers come out the same.
+"""Run a stored experiment again and compare its metrics.
 
     python -m qexp.rerun outputs/runs/<key>
 
@@ -38,7 +38,7 @@ from qexp.tracking.session import check_login
 
 
 def main() -> int:
-    """0 if every metric was reproduced, 1 if one was not or the run failed."""
+    """Run the command; return 0 if every metric was reproduced, else 1."""
     parser = CommandParser(prog=program_name("rerun"), description="Run a stored experiment again.")
     parser.add_argument("run", type=Path, help="a run folder: outputs/runs/<key>")
     parser.add_argument("--outputs", type=Path, help="put the new run below this folder, and keep the old one")
@@ -51,22 +51,22 @@ def main() -> int:
 
 
 def rerun(path: Path, outputs: Path | None) -> int:
-    """Run the experiment stored in `path` again and print what differs; the exit code."""
+    """Run the experiment in `path` again, print the differences, and return the exit code."""
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise ConfigError(f"{path} {what}; give the folder of a run, outputs/runs/<key>")
     folder = RunFolder(path.resolve())
     if folder.path.parent.name == "references":
         raise ConfigError(
-            f"{path} is a reference, which is computed for the runs that are compared with it; delete it, and the next "
-            "run that needs it computes it again"
+            f"{path} is a reference, which runs are compared with, and not a run; to compute it again, delete it and "
+            "run an experiment that needs it"
         )
     put_back(folder)
     config = stored_config(folder, outputs)
     old, overrides = read_old_result(folder), read_overrides(folder)
     key, old_key = run_key(config), old["key"] if old else folder.key
     if key != old_key:
-        print(f"note: it is now {key}, not {old_key}: its checkpoint has changed, or what a key is made of")
+        print(f"note: its key is now {key}, not {old_key}: the checkpoint or the rules of keys changed")
     for change in differences(old["env"], config) if old else ():
         print(f"note: the environment has changed: {change}")
     if config.tracking.mode == "online":
@@ -85,13 +85,13 @@ def rerun(path: Path, outputs: Path | None) -> int:
 
 
 def aside(folder: RunFolder) -> Path:
-    """Where an old run waits for the new one."""
+    """Return the folder that keeps the old run until the new one is complete."""
     return folder.path.with_name(f".{folder.key}.before")
 
 
 @contextmanager
 def old_kept(folder: RunFolder) -> Iterator[None]:
-    """A second set of names for a run's files, which `clear` and renaming leave alone; put back unless removed."""
+    """Keep hard links to a run's files, which `clear` and renaming do not touch; restore them unless removed."""
     if folder.holds("result.json"):
         try:
             shutil.copytree(folder.path, aside(folder), copy_function=_link_file, ignore=shutil.ignore_patterns(LOCK))
@@ -105,7 +105,7 @@ def old_kept(folder: RunFolder) -> Iterator[None]:
 
 
 def put_back(folder: RunFolder) -> None:
-    """Give a folder the old run that is kept beside it: the new one has failed, or was cut off."""
+    """Restore the old run that is kept beside a folder, after the new one failed or was interrupted."""
     kept = aside(folder)
     if not kept.is_dir():
         return
@@ -129,7 +129,7 @@ def _link_file(source: str, target: str) -> None:
 
 
 def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
-    """The configuration in a run folder, set to run whatever is there, and to publish nothing.
+    """Return the configuration of a run folder, changed to run in any case and to publish nothing.
 
     Raises: LoadError if there is none that this version can read.
     """
@@ -137,7 +137,7 @@ def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
     container = read_yaml(path)
     if container is None:
         raise LoadError(
-            f"{folder.path} is no run folder: it has no config.yaml; give the folder of a run, outputs/runs/<key>"
+            f"{folder.path} is not a run folder: it has no config.yaml; give the folder of a run, outputs/runs/<key>"
         )
     try:
         config = run_config_from_container(container)
@@ -186,7 +186,7 @@ def read_overrides(folder: RunFolder) -> list[str]:
 
 
 def report(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
-    """Print the comparison of two runs' metrics; 0 if all that can be equal are."""
+    """Print the comparison of two runs' metrics; return 0 if all metrics that must be equal are."""
     changed = list(changes(before, after))
     fixed = [line for name, line in changed if not is_varying(name)]
     varying = [line for name, line in changed if is_varying(name)]
@@ -201,13 +201,13 @@ def report(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
 
 
 def is_varying(name: str) -> bool:
-    """Return whether the metric is declared to differ from run to run; one that is not declared may not."""
+    """Return whether the metric is declared to vary from run to run."""
     metric = find_metric(name)
     return metric is not None and metric.varies
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, 'name: old -> new (relative difference)') of each metric that is not the same in both."""
+    """Yield (name, 'name: old -> new (relative difference)') for each metric that differs."""
     for name in sorted({**before, **after}):
         old, new = before.get(name, "absent"), after.get(name, "absent")
         if old != new:

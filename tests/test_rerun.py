@@ -82,7 +82,7 @@ def test_what_has_changed_since_is_named(folder, tmp_path, monkeypatch, capsys) 
     main(monkeypatch, folder.path)
     output = capsys.readouterr().out
     assert "torch 1.0 -> " in output
-    assert f"not {folder.key}: its checkpoint has changed" in output
+    assert f"not {folder.key}: the checkpoint or the rules of keys changed" in output
 
 
 def test_a_folder_without_a_run_is_one_clear_message(tmp_path, monkeypatch, capsys) -> None:

@@ -1,12 +1,12 @@
-"""Models from a hub: a path of the form user/name, or user/name@revision, where there is no such file or folder here.
+"""Download models from a hub: paths of the form user/name or user/name@revision without such a local file or folder.
 
-`pinned` downloads what is missing, in the process that composes experiments, and answers the same id with the commit
-that it has: user/name@<commit>. That goes into the stored configuration, and wherever a model is opened `local_folder`
-finds it in the cache, without a network. Both leave a path on this machine as it is.
+`pinned` downloads missing files, in the process that composes experiments, and returns the id with its commit:
+user/name@<commit>. The stored configuration has that id, and `local_folder` finds it in the cache wherever a model is
+opened, without a network. Both return local paths unchanged.
 
-The cache is huggingface_hub's, shared with every program that uses it: HF_HUB_CACHE, or HF_HOME. HF_TOKEN, or
-what `hf auth login` stored, is the token; HF_ENDPOINT names another hub; HF_HUB_OFFLINE=1 is for what is cached. A hub
-that does not answer is given up within seconds, and then what is cached is used, if all of it is there.
+The cache is huggingface_hub's, shared with other programs: HF_HUB_CACHE, or HF_HOME. The token is HF_TOKEN, or that of
+`hf auth login`; HF_ENDPOINT names another hub; HF_HUB_OFFLINE=1 uses only the cache. If a hub does not respond within
+seconds, a complete snapshot in the cache is used.
 
 Importing this module imports neither torch nor huggingface_hub.
 """
@@ -34,15 +34,15 @@ from qexp.system.screen import say
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>.+))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of a small file, of a large one
-FILE_SUFFIXES = (".safetensors", ".gguf", *PICKLE_SUFFIXES)  # a name that ends so is of a file, which is missing
+FILE_SUFFIXES = (".safetensors", ".gguf", *PICKLE_SUFFIXES)  # names of files, not of repositories
 SPARE_BYTES = 64 << 20  # to leave on a disk
 TIMEOUT_SECONDS = 5.0  # for the list of files
-AGAIN = "run the same command again: files that are there are not downloaded twice"
+AGAIN = "run the same command again: complete files are not downloaded again"
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """etag: the name of its content in the cache, the sha256 of a large file, git's hash of a small one."""
+    """etag: the content's name in the cache: sha256 of a large file, git's hash of a small one."""
 
     nbytes: int
     etag: str
@@ -58,7 +58,7 @@ class HubId:
 
 
 def hub_id(path: str | Path) -> HubId | None:
-    """The repository that a path names; None for one that is here, or that has not the form of a repository's name."""
+    """Return the repository that a path names; None for a local path, or one that is not of the form user/name."""
     found = HUB_ID.fullmatch(path) if isinstance(path, str) else None
     if found is None or path.endswith(FILE_SUFFIXES) or Path(path).exists():  # type: ignore[union-attr]
         return None
@@ -66,7 +66,7 @@ def hub_id(path: str | Path) -> HubId | None:
 
 
 def pinned_model(model: Any) -> Any:
-    """A model source's config with the repositories in `path` and `reference_path` downloaded, and their commits."""
+    """Download the repositories in `path` and `reference_path` of a model's config, and add their commits."""
     changes: dict[str, Any] = {}
     revision = getattr(model, "revision", None)
     for name in ("path", "reference_path"):
@@ -76,24 +76,24 @@ def pinned_model(model: Any) -> Any:
         if path is not None:
             changes[name] = pinned(path, of_path, variant, place=f"model.{name}")
         elif of_path is not None:
-            raise ConfigError(f"model.revision={revision} is of a hub's repository; set model.path=user/name too")
+            raise ConfigError(f"model.revision={revision} needs a hub's repository; set model.path=user/name, too")
     if revision is not None:
         changes["revision"] = None  # the path has it now
     return replace(model, **changes) if changes else model
 
 
 def pinned(path: str, revision: str | None = None, variant: str | None = None, *, place: str) -> str:
-    """A path here as it is; of a hub's repository, downloaded as far as it is missing, user/name@<commit>.
+    """Download a repository's missing files and return user/name@<commit>; return a local path unchanged.
 
     variant: of the weights' files, such as "fp16". place: the setting, for messages.
-    Raises: ConfigError, HubError, LoadError for a repository without weights that can be opened, DiskError.
+    Raises: ConfigError, HubError, DiskError, LoadError for a repository without readable weights.
     """
     found = hub_id(path)
     if found is None:
         if revision is not None:
             remedy = "leave the revision out" if Path(path).expanduser().exists() else "give such a path"
             raise ConfigError(
-                f"{place}={path} is a path on this machine, and revision={revision} is of a hub's user/name; {remedy}"
+                f"{place}={path} is a local path, but revision={revision} needs a hub's user/name; {remedy}"
             )
         return path
     if revision is not None and found.revision not in (None, revision):
@@ -102,9 +102,9 @@ def pinned(path: str, revision: str | None = None, variant: str | None = None, *
 
 
 def local_folder(path: str | Path) -> Path:
-    """Where a model is on this machine: a path as it is, a repository's snapshot in the cache; never asks a network.
+    """Return the local folder of a model: a path unchanged, or a repository's snapshot in the cache; no network.
 
-    Raises: LoadError for a repository that is not in the cache, and for a folder of the cache above a snapshot.
+    Raises: LoadError for a repository that is not in the cache, and for a folder of the cache above its snapshots.
     """
     found = hub_id(path)
     if found is None:
@@ -114,19 +114,21 @@ def local_folder(path: str | Path) -> Path:
     storage = _storage(found.repo)
     commit = _cached_commit(storage, found.revision or "main")
     if commit is None:
-        raise LoadError(f"'{path}' is neither a path here nor a repository in the cache {storage.parent}")
+        raise LoadError(
+            f"'{path}' is neither a local path nor a repository in the cache {storage.parent}; check the name"
+        )
     return storage / "snapshots" / commit
 
 
 def _storage(repo: str) -> Path:
-    """The folder of a repository in the cache."""
+    """Return the folder of a repository in the cache."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repo.replace('/', '--')}"
 
 
 def _cached_commit(storage: Path, revision: str) -> str | None:
-    """The commit of a revision whose snapshot is in the cache, or None."""
+    """Return the commit of a revision with a snapshot in the cache, or None."""
     try:
         commit = (
             revision
@@ -140,7 +142,7 @@ def _cached_commit(storage: Path, revision: str) -> str | None:
 
 @cache
 def _downloaded(repo: str, revision: str, variant: str | None, place: str) -> str:
-    """The commit of a revision, all of which that is needed is in the cache now. A sweep asks once."""
+    """Download the needed files of a revision and return its commit. Cached: a sweep asks once."""
     try:
         from huggingface_hub import constants
         from huggingface_hub.utils import validate_repo_id
@@ -152,7 +154,7 @@ def _downloaded(repo: str, revision: str, variant: str | None, place: str) -> st
         validate_repo_id(repo)
     except ValueError as error:
         raise ConfigError(
-            f"{place}={repo} is no path here, and no name of a repository either: {error} Give a path, or user/name"
+            f"{place}={repo} is neither a local path nor a repository's name: {error} Give a path, or user/name"
         ) from None
     if constants.HF_HUB_OFFLINE:
         return _from_cache(repo, revision, variant, place, "HF_HUB_OFFLINE forbids the network")
@@ -170,11 +172,11 @@ def _downloaded(repo: str, revision: str, variant: str | None, place: str) -> st
 
 
 class _Unreachable(Exception):
-    """A hub that does not answer, or answers that it cannot now."""
+    """A hub that does not respond, or responds that it is unavailable."""
 
 
 def _list_files(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
-    """The commit of a revision, and its files by name. Raises: _Unreachable, errors of the library."""
+    """Return the commit of a revision, and its files by name. Raises _Unreachable and errors of the library."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
@@ -193,17 +195,19 @@ def _list_files(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
     for one in info.siblings or ():
         name, etag = one.rfilename, one.lfs.sha256 if one.lfs is not None else one.blob_id
         if one.size is None or not HASH.fullmatch(str(etag)) or ".." in PurePosixPath(name).parts:
-            raise HubError(f"{endpoint} lists {name!r} with size {one.size} and hash {etag}, not as a hub does")
+            raise HubError(
+                f"{endpoint} lists {name!r} with size {one.size} and hash {etag}, which is invalid; check HF_ENDPOINT"
+            )
         files[name] = HubFile(one.size, str(etag))
     if not COMMIT.fullmatch(commit):
-        raise HubError(f"{endpoint} names no commit of it, but {commit!r}")
+        raise HubError(f"{endpoint} returned {commit!r} in place of a commit; check HF_ENDPOINT")
     return commit, files
 
 
 def _bring(
     repo: str, revision: str, commit: str, files: Mapping[str, HubFile], variant: str | None, place: str
 ) -> None:
-    """Download what is needed of a repository's files and is not in the cache."""
+    """Download the needed files of a repository that are not in the cache."""
     storage = _storage(repo)
     snapshot = storage / "snapshots" / commit
 
@@ -229,39 +233,39 @@ def _bring(
 
 
 def _check_space(storage: Path, missing: Sequence[HubFile], place: str) -> None:
-    """Raises DiskError if the files are more than the disk has free."""
+    """Raise DiskError if the disk has too little free space for the files."""
     needed = sum(file.nbytes for file in missing if not (storage / "blobs" / file.etag).exists())
     free = shutil.disk_usage(storage.parent).free
     if needed + SPARE_BYTES > free:
         raise DiskError(
-            f"{place}: {needed / GIB:.2f} GiB are to be downloaded, and {storage.parent} has {free / GIB:.2f} GiB "
-            "free; free space there, or choose another folder with HF_HUB_CACHE="
+            f"{place}: the download needs {needed / GIB:.2f} GiB, and {storage.parent} has {free / GIB:.2f} GiB free; "
+            "free space there, or choose another folder with HF_HUB_CACHE="
         )
 
 
 def _from_cache(repo: str, revision: str, variant: str | None, place: str, why: str) -> str:
-    """The commit of a revision in the cache. Raises HubError if not everything that is needed of it is there."""
+    """Return the commit of a revision in the cache. Raises HubError if needed files are missing there."""
     storage = _storage(repo)
-    remedy = f"set {place} to a folder that holds the model, HF_ENDPOINT to a hub that answers, or HF_HUB_CACHE to a "
-    remedy += "cache that has it (HF_HUB_OFFLINE=1 then asks no hub)"
-    where = f"{place}={repo} is no file or folder here, and {why}"
+    remedy = f"set {place} to a folder with the model, HF_ENDPOINT to a reachable hub, or HF_HUB_CACHE to a cache that "
+    remedy += "has it (HF_HUB_OFFLINE=1 then uses no hub)"
+    where = f"{place}={repo} is not a local file or folder, and {why}"
     commit = _cached_commit(storage, revision)
     if commit is None:
         raise HubError(
-            f"{where}; revision {revision} of a repository so called is not in the cache {storage.parent}; {remedy}"
+            f"{where}; revision {revision} of this repository is not in the cache {storage.parent}; {remedy}"
         )
     snapshot = storage / "snapshots" / commit
     names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
     try:
         needed_files(names, lambda name: read_object(snapshot / name), f"{place}={repo}", variant)
     except LoadError as error:
-        raise HubError(f"{where}; what the cache has of it is not complete ({error}); {remedy}") from error
+        raise HubError(f"{where}; its snapshot in the cache is incomplete ({error}); {remedy}") from error
     return commit
 
 
 @contextmanager
 def _download_errors(place: str, repo: str, revision: str) -> Iterator[None]:
-    """Failures of the hub, the network and the disk as one error of ours."""
+    """Convert failures of the hub, the network and the disk to qexp's errors."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
 
@@ -278,23 +282,23 @@ def _download_errors(place: str, repo: str, revision: str) -> Iterator[None]:
 
 
 def _explain_answer(error: Exception, repo: str, revision: str, endpoint: str) -> str:
-    """What a hub's answer means, and what to do about it."""
+    """Describe a hub's error response and its remedy."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     response: Any = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     text = " ".join(str(getattr(error, "server_message", None) or error).split())[:300]
     if isinstance(error, RevisionNotFoundError):
-        return f"{endpoint} has no revision {revision!r} of it; use a branch, a tag or a commit that is listed there"
+        return f"{endpoint} has no revision {revision!r} of it; use a branch, a tag or a commit from its page"
     if isinstance(error, GatedRepoError) or status == 403:
         return (
-            f"it is gated: {endpoint} gives it to those who accepted its licence ({text}); accept it on "
+            f"it is gated: its licence must be accepted first ({text}); accept it on "
             f"{endpoint}/{repo}, and set HF_TOKEN to a token of the same account (or run `hf auth login`)"
         )
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"there is no file or folder so called here, and {endpoint} has no such repository, or hides it from this "
-            "token; check the name, and for a private one set HF_TOKEN (or run `hf auth login`)"
+            f"there is no local file or folder of this name, and {endpoint} has no such repository, or hides it from "
+            "this token; check the name, and for a private one set HF_TOKEN (or run `hf auth login`)"
         )
     if status == 401:
         return f"{endpoint} does not accept the token ({text}); set HF_TOKEN to one that may read, or unset it"

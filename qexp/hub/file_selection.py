@@ -1,11 +1,11 @@
-"""Which files of a hub's repository a model is made of: pure functions of the list of its files.
+"""Choose the files of a hub's repository that a model needs: pure functions of its list of files.
 
-A repository of one model is its config.json, its tokenizer's files, and the weights that are opened in a folder with
-the same files (`checkpoints/weight_files.py`); or those of a variant (fp16) that is asked for, where it has them. Left
-behind are weights in other formats (.bin, .ckpt, .msgpack, .onnx), other variants of them, and documentation.
+A repository with one model needs config.json, the tokenizer's files, and the weights that would be opened in a local
+folder (`checkpoints/weight_files.py`), or those of the requested variant (fp16). Weights in other formats (.bin, .ckpt,
+.msgpack, .onnx), other variants, and documentation are not downloaded.
 
 A pipeline (it has a model_index.json) is that file and a folder for each component that it names; single-file
-checkpoints beside them, such as flux1-dev.safetensors, hold the same weights once more.
+checkpoints beside them, such as flux1-dev.safetensors, hold the same weights again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ NOT_OPENED = (*PICKLE_SUFFIXES, ".msgpack", ".h5", ".onnx", ".onnx_data")
 
 
 def needed_files(names: Collection[str], read: ReadJson, place: str, variant: str | None = None) -> list[str]:
-    """The files to have of a repository with these `names`, weights last.
+    """Return the needed files among `names`, all files of a repository, weights last.
 
-    place: the repository, for messages. variant: of the weights of each model that has it.
-    Raises: LoadError if it has no weights that can be opened, or nothing of the variant.
+    place: the repository, for messages. variant: of the weights, for each model that has it.
+    Raises: LoadError if it has no readable weights, or no file of the variant.
     """
     wanted = variant_names(variant)
     if wanted and not any(PurePosixPath(name).name in wanted for name in names):
@@ -43,13 +43,15 @@ def needed_files(names: Collection[str], read: ReadJson, place: str, variant: st
     for component in component_names(read(PIPELINE_INDEX)):
         found = _model_files(f"{component}/", names, read, place, variant, needs_weights=False)
         if not found:
-            raise LoadError(f"{place}: {PIPELINE_INDEX} names '{component}', but no file is there; it is not complete")
+            raise LoadError(
+                f"{place}: {PIPELINE_INDEX} names '{component}', but the repository has no file of it; use another one"
+            )
         files += found
     return sorted(files, key=lambda name: (name.endswith(OPENED), name))
 
 
 def component_names(index: Mapping[str, Any]) -> list[str]:
-    """The components of a pipeline's model_index.json: the entries that name a library and a class."""
+    """Return the components in a pipeline's model_index.json: the entries with a library and a class."""
     return [
         name
         for name, value in index.items()
@@ -60,7 +62,7 @@ def component_names(index: Mapping[str, Any]) -> list[str]:
 def _model_files(
     folder: str, names: Collection[str], read: ReadJson, place: str, variant: str | None, *, needs_weights: bool
 ) -> list[str]:
-    """The files of one model, in the root or in 'folder/'. needs_weights: a tokenizer, say, has none."""
+    """Return the files of one model, in the root or in 'folder/'. needs_weights: False for a tokenizer and the like."""
     here = sorted(name.removeprefix(folder) for name in names if name.startswith(folder))
     here = [name for name in here if "/" not in name]
     side = [name for name in here if name.endswith(SIDE_SUFFIXES) and ".index." not in name]
@@ -86,6 +88,6 @@ def _weights_in_folder(
         return []
     what = f"only {first_names(others)}" if others else "and no other weights"
     raise LoadError(
-        f"{where}: it has no safetensors, {what}; take a repository or a revision that has them, or save the model "
+        f"{where}: it has no safetensors, {what}; use a repository or a revision that has them, or save the model "
         "with save_pretrained, which writes them"
     )

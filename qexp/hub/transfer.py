@@ -1,6 +1,6 @@
-"""Files of a hub's repository into huggingface_hub's cache, by its `snapshot_download`.
+"""Download files of a repository into huggingface_hub's cache with its `snapshot_download`.
 
-Connections (Xet's or plain ones), retries, locks between processes, and the layout of the cache are the library's.
+The library handles connections (Xet or plain), retries, locks between processes, and the layout of the cache.
 """
 
 from __future__ import annotations

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from qexp.config.schema import SaveConfig
 
 LOGIN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
-AGAIN = "run the same command again: what is there is not sent twice"
+AGAIN = "run the same command again: stored files are not sent again"
 
 
 def check_ready(save: SaveConfig) -> None:
-    """What can be known before a model is loaded: the repository's name, the library, the token.
+    """Check the repository's name, the library and the token, before a model is loaded.
 
     Raises: ConfigError or MissingLibraryError.
     """
@@ -48,9 +48,9 @@ def check_ready(save: SaveConfig) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ConfigError(f"{place} is no name of a repository: {error} Write it as user/name") from None
+        raise ConfigError(f"{place} is not a repository's name: {error} Write it as user/name") from None
     if repo.count("/") != 1:
-        raise ConfigError(f"{place} must be user/name: whose repository it is, and what it is called")
+        raise ConfigError(f"{place} must be user/name: the account and the repository's name")
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"{place}, but HF_HUB_OFFLINE forbids the network; unset it, or use save.path=<folder>")
     try:
@@ -58,15 +58,15 @@ def check_ready(save: SaveConfig) -> None:
     except OIDCError as error:
         raise ConfigError(f"{place}: HF_OIDC_RESOURCE is set, but gives no token ({error}); {LOGIN}") from error
     if token is None:
-        raise ConfigError(f"{place} needs a token of {constants.ENDPOINT}, and there is none here; {LOGIN}")
+        raise ConfigError(f"{place} needs a token of {constants.ENDPOINT}, and none is set; {LOGIN}")
 
 
 def push(folder: Path, files: Sequence[Path], save: SaveConfig, message: str) -> dict[str, Any]:
-    """Upload `files` of `folder` to the repository `save.push_to_hub`, made if it is not there.
+    """Upload `files` of `folder` to the repository `save.push_to_hub`, created if missing.
 
-    Files that an earlier push left in the same folders, and that are no part of this model, are removed.
-    Returns where it is now: {"repo_id", "revision", "commit", "url"}.
-    Raises: HubError, which says what arrived.
+    Weights of an earlier push in the same folders that do not belong to this model are removed.
+    Returns: {"repo_id", "revision", "commit", "url"}.
+    Raises: HubError, which names the files that arrived.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -102,7 +102,7 @@ def push(folder: Path, files: Sequence[Path], save: SaveConfig, message: str) ->
 
 
 def _stale(there: Sequence[str], paths: Mapping[str, Path]) -> list[str]:
-    """Weights in the folders of a model that are none of its own: a loader would take them for a part of it."""
+    """Return weights in a model's folders that do not belong to it, which a loader would read as a part of it."""
     folders = {PurePosixPath(name).parent for name in paths}
     found = [PurePosixPath(name) for name in there if name not in paths]
     return [str(path) for path in found if path.parent in folders and SAVED_WEIGHTS.fullmatch(path.name)]
@@ -110,7 +110,7 @@ def _stale(there: Sequence[str], paths: Mapping[str, Path]) -> list[str]:
 
 @dataclass
 class _Progress:
-    """What has arrived. committed: files in the repository; stored: weights whose content the hub has."""
+    """Progress of an upload. committed: files in the repository; stored: weights not committed yet."""
 
     committed: list[str] = field(default_factory=list)
     stored: list[str] = field(default_factory=list)
@@ -118,13 +118,13 @@ class _Progress:
     def __str__(self) -> str:
         if not self.committed:
             return "nothing was uploaded"
-        waiting = f", and stored for the next try are {', '.join(self.stored)}" if self.stored else ""
-        return f"in the repository is {', '.join(self.committed)}{waiting}; {AGAIN}"
+        waiting = f"; stored for the next try: {', '.join(self.stored)}" if self.stored else ""
+        return f"in the repository: {', '.join(self.committed)}{waiting}; {AGAIN}"
 
 
 @contextmanager
 def _upload_errors(save: SaveConfig, endpoint: str) -> Iterator[_Progress]:
-    """Failures of the hub and of the network as one HubError."""
+    """Convert failures of the hub and of the network to a HubError."""
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -144,7 +144,7 @@ def _upload_errors(save: SaveConfig, endpoint: str) -> Iterator[_Progress]:
 
 
 def _explain_failure(error: BaseException, save: SaveConfig, endpoint: str) -> str:
-    """What went wrong, and what to do about it."""
+    """Describe an error and its remedy."""
     error = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error  # of one file
     status = getattr(getattr(error, "response", None), "status_code", None)
     text = " ".join(str(getattr(error, "server_message", None) or error).split())[:300] or type(error).__name__

@@ -1,1 +1,1 @@
-"""What the model classes of diffusers and transformers expect of a quantizer that is attached to them."""
+"""The interfaces that model classes of diffusers and transformers expect of an attached quantizer."""

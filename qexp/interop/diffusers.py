@@ -1,4 +1,4 @@
-"""What diffusers' `ModelMixin` asks of its `hf_quantizer`: `save_pretrained`, `dequantize` and the config use it."""
+"""The `hf_quantizer` of diffusers' `ModelMixin`, used by `save_pretrained`, `dequantize` and the config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG_ENTRIES = ("quantization_config", "_pre_quantization_dtype")
 
 
 class InterfaceQuantizer(DiffusersQuantizer):
-    """Our quantizer behind diffusers' interface, for a model that is loaded."""
+    """A qexp quantizer behind diffusers' interface, for a loaded model."""
 
     def __init__(
         self, quantizer: Quantizer, quantization_config: Any, modules_to_not_convert: list[str], is_readable: bool
@@ -32,7 +32,7 @@ class InterfaceQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        """Not where diffusers would open what it saves with weights that are not in it."""
+        """Return False if diffusers would open the saved model with other weights."""
         return saves_safetensors(self.quantizer) and self._is_readable
 
     @property
@@ -65,13 +65,13 @@ class InterfaceQuantizer(DiffusersQuantizer):
         return self.quantizer.dequantize(model, dtype)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("this quantizer belongs to a model that is loaded; qexp.load() loads models")
+        raise NotImplementedError("this quantizer belongs to a loaded model; load models with qexp.load()")
 
     _process_model_after_weight_loading = _process_model_before_weight_loading
 
 
 def saved_config(model: Any) -> dict[str, Any]:
-    """Return what `save_pretrained` writes into config.json, without quantization_config: the caller adds that."""
+    """Return the config.json of `save_pretrained` without quantization_config, which the caller adds."""
     values: dict[str, Any] = json.loads(model.to_json_string())
     return {name: value for name, value in values.items() if name not in CONFIG_ENTRIES}
 

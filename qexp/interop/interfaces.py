@@ -1,9 +1,9 @@
-"""Models of diffusers and transformers: what their classes expect of a quantized model, found without an import.
+"""Find the interface module for a model of diffusers or transformers, without importing these libraries.
 
-`interface_of(model)` is the module of this package that speaks to the model's library. Its `attach(model, quantizer)`
-enters the quantization in the model's own config and returns an `hf_quantizer`, ours inside an object of the library's
-own base class; `detach(model)` takes it out of the config again. `saved_config(model)` is the config.json that the
-library would write.
+`interface_of(model)` returns the module of this package for the model's library. Its `attach(model, quantizer)` enters
+the quantization in the model's own config and returns an `hf_quantizer`: qexp's quantizer in an object of the library's
+base class. `detach(model)` removes it from the config. `saved_config(model)` returns the config.json that the library
+would write.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INTERFACES = {
 
 
 def interface_of(model: Any) -> ModuleType | None:
-    """The interface to the library that the model's class comes from; None for any other class."""
+    """Return the interface module of the model's library; None for other classes."""
     for kind in type(model).__mro__:
         if (kind.__module__, kind.__name__) in INTERFACES:
             return importlib.import_module(INTERFACES[kind.__module__, kind.__name__])
@@ -38,7 +38,7 @@ def interface_of(model: Any) -> ModuleType | None:
 
 
 def kept_by_class(model: Any, dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Patterns of what a model's class keeps: (in fp32, in a model that computes in `dtype`; unquantized)."""
+    """Return the patterns that a model's class keeps (in fp32, unquantized), for the compute dtype `dtype`."""
     interface = interface_of(model)
     if interface is not None and hasattr(interface, "kept_by_class"):
         kept: tuple[tuple[str, ...], tuple[str, ...]] = interface.kept_by_class(model, dtype)
@@ -49,7 +49,7 @@ def kept_by_class(model: Any, dtype: torch.dtype) -> tuple[tuple[str, ...], tupl
 
 @dataclass(frozen=True)
 class SavedConfig:
-    """A `quantization_config` of a method that the library has no class for: what it reads from one, and saves."""
+    """A `quantization_config` for methods without a class in the library, with the attributes that it reads."""
 
     values: Mapping[str, Any]
 
@@ -64,7 +64,7 @@ class SavedConfig:
 
 
 def quantization_config(model: nn.Module, quantizer: Quantizer, library: Any) -> Any:
-    """What `hf_quantizer.quantization_config` is: an object of the library's own class, where it has one.
+    """Return `hf_quantizer.quantization_config`: an object of the library's own class, if it has one.
 
     library: the module with the library's AUTO_QUANTIZATION_CONFIG_MAPPING.
     """
@@ -79,5 +79,5 @@ def quantization_config(model: nn.Module, quantizer: Quantizer, library: Any) ->
 
 
 def saves_safetensors(quantizer: Quantizer) -> bool:
-    """Whether the library's `save_pretrained`, which writes safetensors, can save such a model."""
+    """Return whether the library's `save_pretrained`, which writes safetensors, can save the model."""
     return quantizer.is_serializable and quantizer.file_format == "safetensors"

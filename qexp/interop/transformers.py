@@ -1,4 +1,4 @@
-"""What transformers' `PreTrainedModel` asks of its `hf_quantizer`: `save_pretrained`, `dequantize`, training."""
+"""The `hf_quantizer` of transformers' `PreTrainedModel`, used by `save_pretrained`, `dequantize` and training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qexp.quantizers.base import Quantizer
 
 
 class InterfaceQuantizer(HfQuantizer):
-    """Our quantizer behind transformers' interface, for a model that is loaded."""
+    """A qexp quantizer behind transformers' interface, for a loaded model."""
 
     def __init__(self, quantizer: Quantizer, quantization_config: Any, is_readable: bool) -> None:
         super().__init__(quantization_config, pre_quantized=quantizer.stored)
@@ -27,7 +27,7 @@ class InterfaceQuantizer(HfQuantizer):
         self._is_readable = is_readable
 
     def is_serializable(self) -> bool:
-        """Not quanto's: transformers would open it with weights that are not in it, and say so in a report only."""
+        """Return False for quanto: transformers would open the saved model with random weights."""
         return saves_safetensors(self.quantizer) and self._is_readable
 
     @property
@@ -54,11 +54,11 @@ class InterfaceQuantizer(HfQuantizer):
 
 
 def kept_by_class(model: Any, dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Patterns of what stays (in fp32, unquantized), by transformers' rules.
+    """Return the patterns to keep (in fp32, unquantized), by transformers' rules.
 
-    `_keep_in_fp32_modules` are in fp32 where the others are in fp16 (their values leave its range), the strict ones in
-    bf16 models as well; an entry is any part of a name. None of them is ever quantized: their callers look at dtypes.
-    So stay tensors that a class makes in fp32 itself (routers of experts, decays), where the rest is in `dtype`.
+    `_keep_in_fp32_modules` stay in fp32 in fp16 models (their values exceed its range), the strict ones in bf16 models,
+    too; an entry matches any part of a name. They are never quantized, since their callers check dtypes. Tensors that a
+    class creates in fp32 (routers of experts, decays) stay in fp32, too.
     """
     kept, strict = (
         sorted(getattr(model, name, None) or ()) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
@@ -70,9 +70,9 @@ def kept_by_class(model: Any, dtype: torch.dtype) -> tuple[tuple[str, ...], tupl
 
 
 def saved_config(model: Any) -> dict[str, Any]:
-    """Return what `save_pretrained` writes into config.json, of the model as it is: its own class, and dtype.
+    """Return the config.json of `save_pretrained`, with the model's current class and dtype.
 
-    The library's writer encodes infinity, which JSON has not. The caller adds the quantization_config.
+    The library's writer encodes infinity, which JSON lacks. The caller adds the quantization_config.
     """
     config, dtype = copy.copy(model.config), getattr(model, "_pre_quantization_dtype", model.dtype)
     config.architectures, config.dtype = [type(model).__name__], str(dtype).removeprefix("torch.")
@@ -95,7 +95,7 @@ def detach(model: Any) -> None:
 
 
 def _set_quantized(model: Any, is_quantized: bool) -> None:
-    """Of the model and the models in it; attention kernels choose the dtype to compute in by it."""
+    """Set the flag on the model and its submodels; attention kernels choose their dtype by it."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and is_quantized:
             module.config._is_quantized = True

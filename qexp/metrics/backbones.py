@@ -1,7 +1,7 @@
-"""The image classifiers whose features LPIPS compares, as far as it needs them, with the names of torchvision's files.
+"""The image classifiers of LPIPS up to the layers that it compares, with parameter names as in torchvision's files.
 
-torchvision itself is not needed, which is built for one version of torch: a file of weights, as torchvision downloads
-it, is enough. Taps are the activations that LPIPS takes.
+torchvision itself, which is built for one version of torch, is not needed: its file of weights is enough. Taps are the
+activations that LPIPS compares.
 
 Sources: arXiv:1404.5997 (AlexNet, one column), arXiv:1409.1556 (VGG, configuration D), arXiv:1801.03924 (the taps).
 """
@@ -47,7 +47,7 @@ class Backbone(nn.Module):
         self.taps = TAPS[net]
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take the weights of a torchvision file, whose classifier is left out. Raises: RuntimeError if one lacks."""
+        """Load the weights of a torchvision file without its classifier. Raises RuntimeError if one is missing."""
         self.load_state_dict({name: tensor for name, tensor in state.items() if name.startswith("features.")})
 
     def forward(self, images: Tensor) -> Sequence[Tensor]:

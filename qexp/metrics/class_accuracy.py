@@ -1,4 +1,4 @@
-"""Scores that a model source defines for its own outputs: how many are right. Null for a source that defines none."""
+"""Accuracy scores that a model source defines for its own outputs. Null for sources without one."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ def _compute(samples: Samples) -> Result:
     from qexp.metrics.tensors import is_finite
 
     images, prompts = samples.outputs["images"], samples.prompts
-    if not prompts or len(images) % len(prompts) or not is_finite(images):  # nothing says which image is of which
+    if not prompts or len(images) % len(prompts) or not is_finite(images):  # images cannot be assigned to prompts
         return Result(None)
     clip = samples.tools["clip"]()
     texts = clip.text_features(list(prompts)).repeat_interleave(len(images) // len(prompts), 0)

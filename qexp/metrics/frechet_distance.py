@@ -1,6 +1,6 @@
 """Fréchet distance of generated images to real ones, in the features of the embedded classifier (`frechet.py`).
 
-It falls with the number of images: compare only values with the same n.
+It decreases with the number of images: compare only values with the same n.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The Inception v3 whose features FID compares, with the names of the files of torch-fidelity and pytorch-fid.
+"""The Inception v3 network of FID, with parameter names as in the files of torch-fidelity and pytorch-fid.
 
-It is TensorFlow's of 2015-12-05, which differs from torchvision's in four ways that count: images are resized as
-TensorFlow 1 did, to 299 pixels; values are (x - 128) / 128; average pooling does not count the padding; and the last
-block has maximum pooling where the one before has average pooling. Neither torch-fidelity nor torchvision is needed.
+It is TensorFlow's of 2015-12-05, which differs from torchvision's in four ways: images are resized as in TensorFlow 1,
+to 299 pixels; values are (x - 128) / 128; average pooling ignores the padding; and the last block uses maximum pooling,
+the one before it average pooling. Neither torch-fidelity nor torchvision is needed.
 
 Sources: arXiv:1512.00567 (Inception v3), arXiv:1706.08500 (FID).
 """
@@ -32,12 +32,12 @@ class Conv(nn.Module):
 
 
 def flat(channels: int, width: int, length: int) -> Conv:
-    """Of one row of pixels."""
+    """Return a convolution over one row of pixels."""
     return Conv(channels, width, (1, length), padding=(0, length // 2))
 
 
 def tall(channels: int, width: int, length: int) -> Conv:
-    """Of one column of pixels."""
+    """Return a convolution over one column of pixels."""
     return Conv(channels, width, (length, 1), padding=(length // 2, 0))
 
 
@@ -158,7 +158,7 @@ class Inception(nn.Module):
         self.Mixed_7b, self.Mixed_7c = BlockE(1280, is_last=False), BlockE(2048, is_last=True)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take the weights of a file, whose classifier (fc) is left out. Raises: RuntimeError if one lacks."""
+        """Load the weights of a file without its classifier (fc). Raises RuntimeError if one is missing."""
         self.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("fc.")})
 
     def forward(self, images: Tensor) -> Tensor:

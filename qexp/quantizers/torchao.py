@@ -5,9 +5,9 @@ arguments. The common ones: int8wo, symmetric int8, one fp32 scale a row, or one
 same weights, and activations quantized to int8 token by token at run time; int4dq, 4-bit integers in groups of 32,
 stored a byte each, and int8 activations; float8wo_e4m3 and _e5m2, one fp32 scale a row; float8dq, activations too.
 
-Types that torchao no longer has, and int4wo where there is no GPU, are packed by this program: `resolved` makes the
-config one of `qexp_packed`, under which name the run is then known. A weight is quantized row slice by row slice where
-that gives the bytes of the whole (`layout.py`), which is everywhere but with one scale for a whole weight.
+Types that torchao no longer has, and int4wo without a GPU, are packed by qexp: `resolved` returns a config of
+`qexp_packed`, and results carry that name. A weight is quantized in slices of rows if that gives the same bytes as the
+whole weight (`layout.py`), which is always so except with one scale for a whole weight.
 
 On disk: torchao's own safetensors format, which diffusers reads and writes; `X._weight_qdata`, `X._weight_scale` … for
 layer X, described in the file's metadata.
@@ -48,7 +48,7 @@ PACKED_INT4_GROUP_SIZE = 128  # torchao's default for int4wo
 class TorchAoConfig(BackendConfig):
     """quant_type, quant_type_kwargs: see `torchao_support/names.py` and `types.py`.
 
-    group_size: weights that share a scale; null is the type's own number of them.
+    group_size: weights that share a scale; null is the type's default.
     """
 
     quant_method: str = "torchao"
@@ -69,7 +69,7 @@ class TorchAoConfig(BackendConfig):
 
     @override
     def resolved(self, device_type: str) -> BackendConfig:
-        """The config of what really runs: this one, or that of the packed format."""
+        """Return the config that runs: this one, or the packed format's."""
         packed = self.quant_type in ELEMENTS and self.quant_type != "int4wo"
         if not packed and not (self.quant_type == "int4wo" and device_type == "cpu" and not self.quant_type_kwargs):
             return self
@@ -98,7 +98,7 @@ class TorchAoConfig(BackendConfig):
     @classmethod
     @override
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The config that upstream's dict describes: today's, or a name and `quant_type_kwargs`, as there once were."""
+        """Build the config from upstream's dict: today's form, or the former name and `quant_type_kwargs`."""
         fields = {name: value for name, value in values.items() if name not in UNUSED_IF_FALSE or value}
         described = fields.pop("quant_type", "int8wo")
         if isinstance(described, Mapping):
@@ -126,7 +126,7 @@ class TorchAoConfig(BackendConfig):
         return [{"quant_type": name} for name in SHORTHANDS]
 
     def library_config(self) -> Any:
-        """torchao's config object. Raises ConfigError for what torchao does not have, or refuses."""
+        """Return torchao's config object. Raises ConfigError for an unknown class or arguments that torchao rejects."""
         from qexp.quantizers.torchao_support.library import build
 
         return build(*library_call(self.quant_type, self.quant_type_kwargs, self.group_size))
@@ -141,7 +141,7 @@ class TorchAoQuantizer(base.Quantizer):
     imports: ClassVar[tuple[str, ...]] = ("qexp.quantizers.torchao_support.layout", base.FOR_DISPATCH)
     has_kernels = True
     is_serializable = True
-    has_backward = False  # not of what quantizes activations
+    has_backward = False  # missing for types that quantize activations
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -158,7 +158,7 @@ class TorchAoQuantizer(base.Quantizer):
             return
         if self.config.resolved(device.type) is not self.config:
             raise UnsupportedError(
-                f"backend.quant_type={self.config.quant_type} is not of torchao (any more) on {device.type}; use "
+                f"backend.quant_type={self.config.quant_type} is not supported by this torchao on {device.type}; use "
                 f"backend.quant_method=qexp_packed with backend.quant_type={self.config.quant_type}"
             )
         from qexp.quantizers.torchao_support.layout import check_machine
@@ -169,7 +169,7 @@ class TorchAoQuantizer(base.Quantizer):
     @override
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
         if self._library_config(spec.module) is None:
-            return "FqnToConfig leaves it alone"
+            return "FqnToConfig leaves it unquantized"
         size, columns = self.config.group_size or default_group_size(self.config.quant_type), spec.shape[1]
         if size is not None and columns % size:
             fitting = [n for n in (16, 32, 64, 128, 256) if columns % n == 0]
@@ -178,7 +178,7 @@ class TorchAoQuantizer(base.Quantizer):
                 f"backend.group_size={size} does not divide in_features={columns} of '{spec.module}'; "
                 f"{remedy} the layer to skip_modules"
             )
-        return None if self._layout(spec) else f"torchao leaves a weight of {list(spec.shape)} as it is"
+        return None if self._layout(spec) else f"torchao leaves a weight of {list(spec.shape)} unquantized"
 
     @override
     def quantized_nbytes(self, spec: WeightSpec) -> int:
@@ -188,7 +188,7 @@ class TorchAoQuantizer(base.Quantizer):
 
     @override
     def layer_format(self, layer: str) -> str:
-        """By its own config where a FqnToConfig has one for each name."""
+        """Return the layer's format, by its own config in a FqnToConfig."""
         if self.config.quant_type != FQN_TO_CONFIG:
             return super().layer_format(layer)
         from torchao.core.config import config_to_dict
@@ -201,7 +201,7 @@ class TorchAoQuantizer(base.Quantizer):
 
     @override
     def common_format(self, layers: Mapping[str, base.Quantizer | None]) -> base.Quantizer | None:
-        """A FqnToConfig with the exact name of every linear layer, null for those that stay dense."""
+        """Return a quantizer with a FqnToConfig that names every linear layer, null for unquantized ones."""
         if (same := super().common_format(layers)) is not None:
             return same
         from torchao.core.config import config_to_dict
@@ -240,7 +240,7 @@ class TorchAoQuantizer(base.Quantizer):
         for rows, part in row_slices(spec, sources[0], device, whole, check=group_size is None):
             if group_size is not None:
                 if rows.start == 0:
-                    quantized: Any = quantize(part[:1], config)  # the library's tensor, to put its parts into
+                    quantized: Any = quantize(part[:1], config)  # a template of the library's tensor class
                 rows_of.add(rows, self._int8_parts(spec, rows, part, group_size))
                 continue
             quantized = quantize(part, config)
@@ -254,7 +254,7 @@ class TorchAoQuantizer(base.Quantizer):
         return torch.nn.Parameter(tensor, requires_grad=False)
 
     def _int8_parts(self, spec: WeightSpec, rows: slice, part: Tensor, group_size: int) -> dict[str, Tensor]:
-        """The inner tensors of rows in symmetric int8, as torchao makes them."""
+        """Return torchao's inner tensors of rows in symmetric int8."""
         import torch
 
         from qexp.quantizers.cpu_kernels.rowwise_8bit import torchao_int8
@@ -265,7 +265,7 @@ class TorchAoQuantizer(base.Quantizer):
         return {"qdata": values, "scale": scale, "zero_point": torch.zeros_like(scale, dtype=torch.int8)}
 
     def _library_config(self, layer: str) -> Any:
-        """torchao's config for one layer, None if it is left alone."""
+        """Return torchao's config for one layer, or None if it stays unquantized."""
         from qexp.quantizers.torchao_support.library import config_for
 
         if self._built is None:
@@ -273,7 +273,7 @@ class TorchAoQuantizer(base.Quantizer):
         return config_for(self._built, layer)
 
     def _each_config(self) -> list[Any]:
-        """The config for all layers, or those of a FqnToConfig."""
+        """Return the config for all layers, or all of a FqnToConfig."""
         built = self.config.library_config()
         by_name = getattr(built, "fqn_to_config", None)
         return [built] if by_name is None else [config for config in by_name.values() if config is not None]
@@ -298,7 +298,7 @@ class TorchAoQuantizer(base.Quantizer):
         return {part: entries[f"{name}._weight_{part}"] for part in names} or None
 
     def _description(self, name: str) -> dict[str, Any]:
-        """What the file's metadata says of the weight of layer `name`."""
+        """Return the description of a layer's weight in the file's metadata."""
         try:
             description = json.loads(self.metadata[f"{name}.weight"])
         except ValueError:
@@ -321,7 +321,7 @@ class TorchAoQuantizer(base.Quantizer):
 
         name, description = f"{spec.module}.weight", self._description(spec.module)
         attributes = description.get("_data", {})
-        for key in ("dtype", "orig_dtype"):  # in which it comes back, whatever it was quantized from
+        for key in ("dtype", "orig_dtype"):  # dequantize to the model's dtype, not the one it was quantized from
             if key in attributes:
                 attributes[key] = {"_type": "torch.dtype", "_data": str(spec.dtype).removeprefix("torch.")}
         names = description["_tensor_data_names"]
@@ -333,10 +333,13 @@ class TorchAoQuantizer(base.Quantizer):
             weight: Tensor = unflatten_tensor_state_dict(flat, metadata)[0][name]
         except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise LoadError(
-                f"the quantized weight of '{spec.module}' cannot be put together: {error}; download it again"
+                f"the quantized weight of '{spec.module}' cannot be assembled: {error}; download it again"
             ) from None
         if tuple(weight.shape) != spec.shape:
-            raise LoadError(f"the quantized weight of '{spec.module}' is {list(weight.shape)}, not {list(spec.shape)}")
+            raise LoadError(
+                f"the quantized weight of '{spec.module}' is {list(weight.shape)}, not {list(spec.shape)}; download it "
+                "again"
+            )
         return weight
 
     @override
@@ -353,7 +356,7 @@ class TorchAoQuantizer(base.Quantizer):
 
     @override
     def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
-        """Run one stored layer of each kind: whether this machine can is not known before."""
+        """Run one stored layer of each kind, to find out whether this machine can."""
         if self.stored:
             from qexp.quantizers.torchao_support.layout import check_runs
 

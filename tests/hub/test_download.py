@@ -251,9 +251,7 @@ def test_revisions(server: HubServer) -> None:
     assert "has no revision 'nope' of it; use a branch, a tag or a commit" in failure(revision="nope")
     with pytest.raises(ConfigError, match=r"model\.path=user/toy@dev has a revision already; leave out revision=main"):
         pinned("user/toy@dev", "main", place="model.path")
-    with pytest.raises(
-        ConfigError, match=r"model\.path=\./toy is a path on this machine, and revision=a is of a hub's"
-    ):
+    with pytest.raises(ConfigError, match=r"model\.path=\./toy is a local path, but revision=a needs a hub's"):
         pinned("./toy", "a", place="model.path")
 
 
@@ -300,11 +298,11 @@ def test_offline_what_is_cached_is_used(server: HubServer, monkeypatch: pytest.M
         forget()
         assert pinned(path, place="model.path") == known
     message = failure("user/other")
-    assert "is no file or folder here, and HF_HUB_OFFLINE forbids the network" in message
+    assert "is not a local file or folder, and HF_HUB_OFFLINE forbids the network" in message
     assert "is not in the cache" in message and "set model.path to a folder" in message
     (local_folder(known) / WEIGHTS).unlink()
     forget()
-    assert "what the cache has of it is not complete" in failure()
+    assert "its snapshot in the cache is incomplete" in failure()
     assert len(server.requests) == requests
 
 
@@ -315,10 +313,10 @@ def test_a_hub_that_does_not_answer(status: int, server: HubServer, capsys: pyte
     message = failure()
     why = f"answered {status}" if status else r"cannot be reached \(\w+: [^;]*\)"
     assert re.fullmatch(
-        rf"model\.path=user/toy is no file or folder here, and {re.escape(server.url)} {why}; revision main of a "
-        rf"repository so called is not in the cache {re.escape(constants.HF_HUB_CACHE)}; set model\.path to a folder "
-        r"that holds the model, HF_ENDPOINT to a hub that answers, or HF_HUB_CACHE to a cache that has it "
-        r"\(HF_HUB_OFFLINE=1 then asks no hub\)",
+        rf"model\.path=user/toy is not a local file or folder, and {re.escape(server.url)} {why}; revision main of "
+        rf"this repository is not in the cache {re.escape(constants.HF_HUB_CACHE)}; set model\.path to a folder "
+        r"with the model, HF_ENDPOINT to a reachable hub, or HF_HUB_CACHE to a cache that has it "
+        r"\(HF_HUB_OFFLINE=1 then uses no hub\)",
         message,
     )
     assert len(server.requests) == 1
@@ -339,7 +337,7 @@ def test_a_hub_that_is_not_there_fails_within_seconds(server: HubServer, monkeyp
 
 def test_a_repository_that_is_not_there(server: HubServer) -> None:
     message = failure()
-    assert f"there is no file or folder so called here, and {server.url} has no such repository" in message
+    assert f"there is no local file or folder of this name, and {server.url} has no such repository" in message
     assert "set HF_TOKEN" in message
 
 
@@ -347,7 +345,7 @@ def test_a_gated_repository(server: HubServer, monkeypatch: pytest.MonkeyPatch) 
     server.add("user/toy", MODEL)
     server.repositories["user/toy"].gated = True
     message = failure()
-    assert f"it is gated: {server.url} gives it to those who accepted its licence" in message
+    assert "it is gated: its licence must be accepted first" in message
     assert f"accept it on {server.url}/user/toy, and set HF_TOKEN" in message
     server.fault = lambda request: 403 if "/resolve/" in request else None
     assert "it is gated" in failure()
@@ -517,7 +515,7 @@ def test_a_reference_may_be_on_a_hub(digits: Path, server: HubServer, tmp_path: 
 def test_a_revision_without_a_repository_is_refused(server: HubServer, digits: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.revision=a is of a hub's repository; set model\.path=user/name"):
         run_config("model.revision=a")
-    with pytest.raises(ConfigError, match=r"model\.path=/.* is a path on this machine, and revision=a .*leave the rev"):
+    with pytest.raises(ConfigError, match=r"model\.path=/.* is a local path, but revision=a .*leave the rev"):
         run_config(f"model.path={digits}", "model.revision=a")
 
 

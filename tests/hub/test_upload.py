@@ -168,7 +168,7 @@ def test_an_upload_that_breaks_off_says_what_arrived_and_goes_on_there(
     third = "PUT /upload/" + hashlib.sha256((model / SHARDS[2]).read_bytes()).hexdigest()
     server.fault = lambda request: status if request == third else None
     message = failure(model)
-    arrived = f"in the repository is config.json, and stored for the next try are {INDEX}, {SHARDS[0]}, {SHARDS[1]}; "
+    arrived = f"in the repository: config.json; stored for the next try: {INDEX}, {SHARDS[0]}, {SHARDS[1]}; "
     assert arrived + upload.AGAIN in message
     assert ("broke off (" if status == 0 else f"answered {status} (") in message
     assert list(server.files("tester/toy")) == ["config.json"]

@@ -186,8 +186,8 @@ def test_weights_that_do_not_run_here_are_refused_when_they_are_read(
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"_type": "Int8Tensor"', '"_type": "Int7Tensor"', "cannot be put together: .*Int7Tensor"),
-        ('"block_size": [1, 32]', '"block_sizes": [1, 32]', "cannot be put together"),
+        ('"_type": "Int8Tensor"', '"_type": "Int7Tensor"', "cannot be assembled: .*Int7Tensor"),
+        ('"block_size": [1, 32]', '"block_sizes": [1, 32]', "cannot be assembled"),
         ("{", "[", "metadata for 'first.weight' is not a JSON object"),
     ],
 )

@@ -220,7 +220,7 @@ def test_fields_are_checked() -> None:
         BitsAndBytesConfig(bnb_4bit_quant_type="nf5")
     with pytest.raises(ConfigError, match="llm_int8_threshold=-1"):
         BitsAndBytesConfig(llm_int8_threshold=-1)
-    with pytest.raises(ConfigError, match="bnb_4bit_blocksize=48 is no size that the library has; use 32, 64, 128"):
+    with pytest.raises(ConfigError, match="bnb_4bit_blocksize=48 is not supported by bitsandbytes; use 32, 64, 128"):
         BitsAndBytesConfig(bnb_4bit_blocksize=48)
     with pytest.raises(ConfigError, match="bnb_4bit_quant_storage='int16' is unknown"):
         BitsAndBytesConfig(bnb_4bit_quant_storage="int16")

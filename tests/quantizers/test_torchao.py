@@ -168,7 +168,7 @@ def test_a_run_is_known_by_what_really_runs() -> None:
         ("uint4wo", {"groupsize": 32}, r"groupsize is not for uint4wo \(did you mean group_size\?\); it takes"),
         ("fpx_weight_only", {"ebits": 3}, "needs quant_type_kwargs.ebits and .mbits"),
         ("fpx_weight_only", {"ebits": 6, "mbits": 6}, "is no type; use fp3_e1w1"),
-        ("float8_e4m3_row", {}, "needs the scales .* calibration data.*use float8dq_e4m3_row"),
+        ("float8_e4m3_row", {}, "needs calibration data.*use float8dq_e4m3_row"),
         ("float8_static_activation_float8_weight", {}, "calibration data.*use float8dq_e4m3_tensor"),
     ],
 )  # fmt: skip
@@ -195,14 +195,14 @@ def test_two_group_sizes_must_agree() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("Int9WeightOnlyConfig", {}, r"no config class of torchao .*\(did you mean .*IntxWeightOnlyConfig"),
+        ("Int9WeightOnlyConfig", {}, r"not a config class of torchao .*\(did you mean .*IntxWeightOnlyConfig"),
         ("NVFP4WeightOnlyConfig", {"scale": 1}, "scale is no argument of NVFP4WeightOnlyConfig.*it takes"),
         ("FqnToConfig", {"fqn_to_config": {"a": {"_type": "Int8Config"}}}, "fqn_to_config.a=Int8Config is unknown"),
         (INTX, {"mapping_type": "symetric"}, r"mapping_type=SYMETRIC is unknown \(did you mean SYMMETRIC"),
         (INTX, {"granularity": "PerRov"}, r"granularity=PerRov is unknown \(did you mean PerRow"),
         (INTX, {"granularity": "PerTensor"}, r"torchao refuses IntxWeightOnlyConfig\(granularity=PerTensor\(\)\): "),
         (INTX, {"weight_dtype": "uint4"}, "torchao refuses .*weight_dtype must be torch.intx"),
-        (INTX, {"weight_dtype": "int1"}, "makes every weight zero; use uint1wo"),
+        (INTX, {"weight_dtype": "int1"}, "sets every weight to zero; use uint1wo"),
         ("GGUFWeightOnlyConfig", {}, "takes 17.1 bits a weight, where 16 are enough"),
         ("AWQConfig", {}, "AWQConfig needs calibration.*int8dq"),
         ("Int8StaticActivationInt8WeightConfig", {}, "needs calibration"),
@@ -306,7 +306,7 @@ def test_layers_are_found_by_name() -> None:
         spec = dataclasses.replace(SPEC, module=name)
         reason = quantizer.reason_to_skip(spec)
         kinds[name] = reason or type(quantizer.create_quantized_param(spec, [torch.ones(SPEC.shape)], {}, CPU)).__name__
-    alone = "FqnToConfig leaves it alone"
+    alone = "FqnToConfig leaves it unquantized"
     assert kinds == {"a": "Int8Tensor", "b.fc": "IntxUnpackedToInt8Tensor", "b.special": alone, "c": alone}
 
 

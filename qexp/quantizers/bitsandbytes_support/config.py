@@ -53,7 +53,7 @@ class BitsAndBytesConfig(BackendConfig):
             raise ConfigError(f"{storage} is unknown; use {choices(QUANT_STORAGES)}")
         if self.bnb_4bit_blocksize not in stored.BLOCK_SIZES:
             size = f"backend.bnb_4bit_blocksize={self.bnb_4bit_blocksize}"
-            raise ConfigError(f"{size} is no size that the library has; use {choices(stored.BLOCK_SIZES)}")
+            raise ConfigError(f"{size} is not supported by bitsandbytes; use {choices(stored.BLOCK_SIZES)}")
         if self.llm_int8_threshold < 0:
             raise ConfigError(f"backend.llm_int8_threshold={self.llm_int8_threshold} must be 0 or more")
 
@@ -68,16 +68,16 @@ class BitsAndBytesConfig(BackendConfig):
         return self.load_in_8bit  # LLM.int8: arXiv:2208.07339
 
     def ignored_fields(self) -> set[str]:
-        """Fields without effect on this configuration; they are left out of the run key."""
+        """Return the fields without effect on this configuration, which are left out of the run key."""
         if self.load_in_4bit:
             return {"llm_int8_threshold"}
         return {item.name for item in fields(self) if item.name.startswith("bnb_4bit_")}
 
     @override
     def to_dict(self) -> dict[str, Any]:
-        """As upstream writes it: the load flags under both of their names, and a compute dtype always.
+        """Return upstream's form: the load flags under both names, and always a compute dtype.
 
-        The block size, which upstream has no name for, is named only if it is not upstream's: quant states hold it.
+        The block size, which upstream does not name, is included only if it is not the default: quant states store it.
         """
         values = super().to_dict()
         values |= {"_load_in_4bit": self.load_in_4bit, "_load_in_8bit": self.load_in_8bit}

@@ -1,4 +1,4 @@
-"""Dense weights to bitsandbytes parameters, in slices of rows: the library's bytes, without its temporary memory."""
+"""Create bitsandbytes parameters from slices of rows: the library's bytes without its temporary memory."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def create_4bit(
 
 
 def storage_dtype(config: BitsAndBytesConfig, spec: WeightSpec) -> torch.dtype:
-    """The dtype in which packed bytes are held: networks that cast to `layer.weight.dtype` get what they compute in.
+    """Return the dtype of packed bytes: the compute dtype, for networks that cast inputs to `layer.weight.dtype`.
 
-    Of uint8, upstream's default, such a network would cast its activations to bytes. Files have uint8 all the same
-    (`show_as_stored`), since diffusers reads no other.
+    With uint8, upstream's default, such a network would cast its activations to bytes. Files always have uint8
+    (`show_as_stored`), the only dtype that diffusers reads.
     """
     import torch
 
@@ -89,7 +89,7 @@ def storage_dtype(config: BitsAndBytesConfig, spec: WeightSpec) -> torch.dtype:
 
 
 def show_as_stored(module: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """A hook on a layer's `state_dict`: its packed weight in the dtype that files have."""
+    """Convert a layer's packed weight to the dtype of files: a hook on its `state_dict`."""
     import torch
 
     weight, name = module._parameters["weight"], f"{prefix}weight"
@@ -115,7 +115,7 @@ def create_8bit(spec: WeightSpec, weight: Tensor | Rows, device: torch.device) -
 
 
 def _quantize_on_cpu(code: Tensor, blocksize: int) -> Quantize:
-    """Faster than the library, with its bytes."""
+    """Quantize with compiled loops: the library's bytes, faster."""
     from qexp.quantizers.cpu_kernels.blockwise_4bit import code_table, quantize_4bit
 
     table = code_table(code)
@@ -134,16 +134,18 @@ def _quantize_by_library(quant_type: str, blocksize: int, device: torch.device) 
 
 @once
 def _nested_code(device: torch.device) -> Tensor:
-    """The library's own, which it has on the first device alone, and copies to others with every call."""
+    """Return the library's code table on a device; the library copies it from the first device in every call."""
     code: Tensor = library().functional.create_dynamic_map().to(device)
     return code
 
 
 @contextmanager
 def _blockwise(device: torch.device) -> Iterator[None]:
-    """The library's kernels that quantize blocks take no stream: on CUDA they run on the device's default one, whatever
-    the current one is (0.50.2; github.com/bitsandbytes-foundation/bitsandbytes/pull/2052). Each waits for the other:
-    for what the current one has made before the block, and for what they make in it."""
+    """Synchronize the library's quantization kernels with the current CUDA stream, before and after the block.
+
+    They always run on the device's default stream (0.50.2;
+    github.com/bitsandbytes-foundation/bitsandbytes/pull/2052).
+    """
     import torch
 
     module: Any = None if device.type == "cpu" else torch.get_device_module(device)

@@ -1,12 +1,13 @@
-"""The library, imported without what it would fetch, compile and say.
+"""Import bitsandbytes without its downloads, compilation and warnings, and with two fixes.
 
-On CPUs with AVX512 it dequantizes blocks of 2048 weights and more in PyTorch, compiled anew by `torch.compile` for each
-shape of a weight: seconds each. The same lines are run as they are written. Its other functions are compiled when they
-are first called: to ask for that while it is imported would import the compiler, 4 CPU seconds to the library's 0.05.
+On CPUs with AVX512 it dequantizes blocks of 2048 weights and more in PyTorch, compiled by `torch.compile` for each
+shape of a weight, which takes seconds each; here the same lines run uncompiled. Its other functions are compiled on
+their first call: requesting that at import would import the compiler, which takes 4 CPU seconds (the library alone
+0.05).
 
-Its 4-bit kernel for CPUs begins a new block with every row, while its quantizers, its other kernels and its files let
-blocks run on into the next row: a weight whose in_features is no multiple of the block size would be garbage.
-Its 8-bit layers fail on inputs of one, four or more dimensions. Both are made right when it is imported.
+Fixes: its 4-bit kernel for CPUs starts a new block with every row, while its quantizers, other kernels and files
+continue blocks across rows, so a weight with in_features that are not a multiple of the block size would be wrong; its
+8-bit layers fail on inputs of one, four or more dimensions.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ DEQUANTIZE_4BIT = "bitsandbytes::dequantize_4bit"
 
 @once
 def library() -> Any:
-    """bitsandbytes, imported without its look-up of kernels on a hub."""
+    """Import bitsandbytes without its search for kernels on a hub."""
     with quiet(), _no_kernels(), _compiled_when_called():
         import bitsandbytes
-    # it would say at every call of every layer that inputs are cast to fp16
+    # it would warn in every call of every layer that inputs are cast to fp16
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     general: Any = importlib.import_module("bitsandbytes.backends.default.ops")
     compiled = general._dequantize_4bit_compute
@@ -46,8 +47,10 @@ def library() -> Any:
 
 
 def _of_any_dimensions(matmul: Any) -> Any:
-    """The library's product with 8-bit weights, which takes inputs of two and three dimensions, for all inputs that
-    `nn.Linear` takes: attention with latent keys and values calls layers with four."""
+    """Extend the library's 8-bit product from two and three dimensions to all inputs of `nn.Linear`.
+
+    Attention with latent keys and values calls layers with four dimensions.
+    """
 
     @wraps(matmul)
     def flattened(A: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -61,7 +64,7 @@ def _of_any_dimensions(matmul: Any) -> Any:
 
 
 def _let_blocks_span_rows(general: Any) -> None:
-    """Call the library's CPU kernel for 4-bit weights with one block a row, where a block would end inside a row.
+    """Call the library's CPU kernel for 4-bit weights with one block per row if a block would end inside a row.
 
     general: the library's implementation in PyTorch, for weights whose last block is not full.
     """
@@ -103,7 +106,7 @@ def _no_kernels() -> Iterator[None]:
 
 @contextmanager
 def _compiled_when_called() -> Iterator[None]:
-    """The library's own functions, and nobody else's, that the block asks torch to compile are compiled when called."""
+    """Defer torch.compile of the library's own functions, requested in the block, to their first call."""
     import torch
 
     compiler: Any = torch.compile

@@ -1,4 +1,4 @@
-"""bitsandbytes' parameters, which show their network the dtype that it computes in, and survive a cast of it."""
+"""bitsandbytes parameters that report the compute dtype and ignore casts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class Int8Params(library_nn.Int8Params):
-    """The library's, but for `dtype`: networks cast activations to `layer.weight.dtype`, which must not be int8.
+    """The library's class with the compute dtype as `dtype`: networks cast activations to `layer.weight.dtype`.
 
-    `data.dtype` is int8, which the library itself looks at.
+    `data.dtype` is int8, which the library itself reads.
     """
 
     shown_dtype: torch.dtype | None = None
@@ -30,9 +30,9 @@ class Int8Params(library_nn.Int8Params):
 
 
 class Params4bit(library_nn.Params4bit):
-    """The library's, but for casts: its packed bytes, held in a dtype of floating point, are no numbers to be cast.
+    """The library's class without casts: its packed bytes, stored in a floating-point dtype, must not be converted.
 
-    Networks cast layers of theirs (Switch its router, to fp32); of uint8, nothing would happen.
+    Networks cast some of their layers (Switch its router, to fp32); uint8 bytes would ignore the cast anyway.
     """
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -47,13 +47,13 @@ class Params4bit(library_nn.Params4bit):
 
 
 def int8_params(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Int8Params:
-    """The quantized parameter of rows [out, in], with their absmaxes [out]. dtype: what its layer computes in."""
+    """Return the quantized parameter of rows [out, in], with their absmaxes [out]. dtype: of its layer's products."""
     found = Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
     return shown_as(found, dtype)
 
 
 def shown_as(parameter: Any, dtype: torch.dtype | None) -> Any:
-    """A parameter of the library as ours, which shows a dtype."""
+    """Convert the library's parameter to one that reports a dtype."""
     if isinstance(parameter, library_nn.Int8Params):
         parameter.__class__ = Int8Params
         parameter.shown_dtype = dtype
@@ -61,6 +61,6 @@ def shown_as(parameter: Any, dtype: torch.dtype | None) -> Any:
 
 
 def safe_from_casts(parameter: Any) -> Any:
-    """A parameter of the library as ours, which is not cast."""
+    """Convert the library's parameter to one that ignores casts."""
     parameter.__class__ = Params4bit
     return parameter

@@ -45,14 +45,14 @@ def _is_compiled(name: str, out: Tensor) -> bool:
 
 @cache
 def gguf_kernels() -> Any:
-    """The compiled loops, imported with the first tensor to decode: importing Numba takes a second."""
+    """Import the compiled loops, on first use: importing Numba takes a second."""
     from qexp.quantizers.gguf_blocks import kernels
 
     return kernels
 
 
 def decode_tensor(name: str, raw: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A whole tensor, of any number of dimensions, from the bytes that a file has for it, uint8 of any shape."""
+    """Decode a whole tensor of any dimensions from its bytes in a file, uint8 of any shape."""
     out = torch.empty(*shape, dtype=dtype, device=raw.device)
     decode(name, raw.reshape(-1, TYPES[name].block_bytes), out.view(-1, TYPES[name].block))
     return out

@@ -33,7 +33,7 @@ E2M1_MIDDLES = (0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0)  # between the magnitudes 0 
 
 
 def encode(name: str, rows: Tensor) -> Tensor:
-    """Encoded rows, uint8 [n, bytes of a row], of weights [n, in].
+    """Encode weights [n, in] to rows of blocks, uint8 [n, bytes of a row].
 
     Raises: OverflowError if a block's scale or minimum leaves the range of fp16.
     """

@@ -1,4 +1,4 @@
-"""A linear weight that is stored as GGUF blocks and decoded where it is used.
+"""A linear weight that is stored as GGUF blocks and decoded on use.
 
 `GGUFTensor` looks like the dense weight [out, in] in the dtype that the model computes in, and holds nothing but `raw`,
 uint8 [out, bytes of a row], with the name of its type. An ordinary `nn.Linear` computes with it: `linear` decodes a
@@ -24,7 +24,7 @@ CHUNK_WEIGHTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # dense at a time; smaller ch
 
 
 class GGUFTensor(Tensor):
-    """raw: uint8 [out, bytes of a row]; dtype: what it looks like; compute_dtype: what it multiplies in, if other."""
+    """raw: uint8 [out, bytes of a row]; dtype: reported; compute_dtype: of the products, if different."""
 
     raw: Tensor
     quant_type: str
@@ -40,7 +40,7 @@ class GGUFTensor(Tensor):
         compute_dtype: torch.dtype | None = None,
         requires_grad: bool = False,
     ) -> GGUFTensor:
-        """raw may be such a tensor itself: accelerate's hooks call the class of a parameter on its new value."""
+        """Accept a GGUFTensor as raw, too: accelerate's hooks call a parameter's class with its new value."""
         if isinstance(raw, GGUFTensor):
             return torch.nn.Parameter(raw.detach(), requires_grad)  # type: ignore[return-value]
         kind = TYPES[quant_type]
@@ -54,11 +54,11 @@ class GGUFTensor(Tensor):
         super().__init__()
 
     def around(self, raw: Tensor, dtype: torch.dtype | None = None) -> GGUFTensor:
-        """The same kind of weight with other bytes."""
+        """Return the same kind of weight with other bytes."""
         return GGUFTensor(raw, self.quant_type, dtype or self.dtype, self.compute_dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight [out, in]."""
+        """Return the dense weight [out, in]."""
         return self.decoded_rows(0, self.shape[0], dtype or self.dtype)
 
     def decoded_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -100,7 +100,7 @@ class GGUFTensor(Tensor):
 
 
 def _multiply_blocks(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """input [..., in] -> [..., out], multiplied in the weight's compute dtype, returned in that of the input."""
+    """Multiply input [..., in] -> [..., out] in the weight's compute dtype; return the input's dtype."""
     if not isinstance(weight, GGUFTensor):
         raise NotImplementedError("a weight in GGUF blocks can only be the weight of a linear layer")
     if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
@@ -109,7 +109,7 @@ def _multiply_blocks(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
 
 def _decode_slices(weight: GGUFTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, those rows dense), a bounded number of weights at a time."""
+    """Yield (rows, dense weights of these rows), a bounded number of weights at a time."""
     rows, columns = weight.shape
     step = max(CHUNK_WEIGHTS.get(weight.device.type, 1 << 22) // max(columns, 1), 1)
     for start in range(0, rows, step):

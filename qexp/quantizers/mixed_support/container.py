@@ -1,12 +1,12 @@
-"""One safetensors file for weights of several formats, which only qexp reads.
+"""A safetensors file for weights of several formats, which only qexp reads.
 
-Every layer has the tensors of its own format, under that format's names. Other programs are not to take them for
-something else: diffusers refuses the quant_method, but transformers passes over one that it does not know, and fills
-what it does not find with random numbers. So `X.weight` of a quantized layer always has a shape that it refuses:
+Every layer has the tensors of its own format, under that format's names. Other programs must not misread them:
+diffusers rejects the quant_method, but transformers ignores an unknown one and fills missing tensors with random
+numbers. So `X.weight` of a quantized layer always has a shape that transformers rejects:
 
-    X.weight   the tensor that the format calls so, with one more dimension of size 1; if it calls none so, u8 [1, 1, 1]
+    X.weight   the format's tensor of that name with an extra dimension of size 1; if it has none, u8 [1, 1, 1]
 
-GGUF blocks, whose own files are others, are there as u8 [out, bytes of a row, 1].
+GGUF blocks, which have a file format of their own, are stored as u8 [out, bytes of a row, 1].
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def pack(state_dict: Mapping[str, Tensor], layers: Mapping[str, Quantizer]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, file metadata) of a model. layers: the quantized ones, with the quantizer of each.
+    """Return (tensors, file metadata) of a model. layers: quantized layer -> its quantizer.
 
     Raises: ConfigError for a format that cannot be stored.
     """
@@ -48,9 +48,7 @@ def _pack_layer(
     import torch
 
     if not quantizer.is_serializable:
-        raise ConfigError(
-            f"save: {quantizer.quantization_method} of '{layer}' has no format to be stored in; dequantize it first"
-        )
+        raise ConfigError(f"save: {quantizer.quantization_method} of '{layer}' has no file format; dequantize it first")
     tensors, metadata = quantizer.as_safetensors(own)
     weight = f"{layer}.weight"
     if weight in tensors:
@@ -61,7 +59,7 @@ def _pack_layer(
 
 
 def native_entries(layer: str, entries: Mapping[str, TensorEntry]) -> Mapping[str, TensorEntry]:
-    """The tensors of a file, with those of a layer as its format has them."""
+    """Return the tensors of a file, with a layer's tensors in their original shapes."""
     weight = entries.get(f"{layer}.weight")
     if weight is None or weight.shape[-1:] != (1,):
         return entries
@@ -69,7 +67,7 @@ def native_entries(layer: str, entries: Mapping[str, TensorEntry]) -> Mapping[st
 
 
 def _layer_of(tensor: str, layers: Mapping[str, Quantizer]) -> str | None:
-    """The quantized layer that a tensor of a state dict belongs to."""
+    """Return the quantized layer of a tensor in a state dict."""
     name = tensor
     while "." in name:
         name = name.rpartition(".")[0]

@@ -41,13 +41,13 @@ class Codes(Protocol):
     bits: int
 
     def parameters(self, weight: Tensor, shrink: float, limit: float) -> Parameters:
-        """Those that map `shrink` of each group's range onto the codes, and no code beyond -limit or limit."""
+        """Return the parameters that map `shrink` of each group's range onto the codes, within -limit and limit."""
 
     def codes(self, weight: Tensor, parameters: Parameters) -> Tensor:
-        """The codes of the nearest values."""
+        """Return the codes of the nearest values."""
 
     def values(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        """What the codes stand for."""
+        """Return the values of the codes."""
 
 
 class IntegerCodes:
@@ -102,7 +102,7 @@ class FloatCodes:
 
 @once
 def float_table(bits: int, mantissa_bits: int, device: torch.device) -> Tensor:
-    """The value of every code, fp32 [2^bits]: sign in the highest bit, then exponent, then mantissa."""
+    """Return the value of every code, fp32 [2^bits]: sign in the highest bit, then exponent, then mantissa."""
     lowest = 2 - 2 ** (bits - 1 - mantissa_bits)
     magnitude = torch.arange(2 ** (bits - 1), dtype=torch.float64)
     exponent, mantissa = torch.floor(magnitude / 2**mantissa_bits), magnitude % 2**mantissa_bits
@@ -169,7 +169,7 @@ def _squared_error(codes: Codes, weight: Tensor, parameters: Parameters) -> Tens
 
 
 def decode(inner: dict[str, Tensor], quant_type: str, columns: int) -> Tensor:
-    """Rows that `encode` made, as fp32 [rows, in]."""
+    """Decode rows of `encode` to fp32 [rows, in]."""
     codes, (rows, groups) = codes_of(quant_type), inner["scale"].shape
     parameters = {name: value.float().unsqueeze(2) for name, value in inner.items() if name != "qdata"}
     grouped = unpack(inner["qdata"], codes.bits, columns).reshape(rows, groups, -1)
@@ -177,11 +177,11 @@ def decode(inner: dict[str, Tensor], quant_type: str, columns: int) -> Tensor:
 
 
 def bf16_below(values: Tensor) -> Tensor:
-    """The largest bf16 number that is not above each fp32 value, as fp32."""
+    """Round fp32 values down to bf16, returned as fp32."""
     bits = values.view(torch.int32)  # bf16 is the upper half, and to cut the lower half off rounds towards zero
     return (torch.where(values < 0, bits + 0xFFFF, bits) & -0x10000).view(torch.float32)
 
 
 def or_one(scale: Tensor) -> Tensor:
-    """A divisor: 1 where the scale is 0 because a group's range is below what bf16 can tell from zero."""
+    """Return a divisor: the scale, or 1 where it underflows to 0 in bf16."""
     return torch.where(scale > 0, scale, 1.0)

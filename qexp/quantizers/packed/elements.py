@@ -1,4 +1,4 @@
-"""The number formats that a packed weight is made of."""
+"""The number formats of packed weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Element:
-    """What a code stands for: an unsigned integer, or a float of a sign, exponent_bits and what is left as mantissa."""
+    """A code: an unsigned integer, or a float of a sign, exponent_bits and the remaining bits as mantissa."""
 
     bits: int
     exponent_bits: int = 0

@@ -1,8 +1,7 @@
-"""What torchao's types do, found by doing it: how a quantized weight lies in memory, and what runs on this machine.
+"""Find by experiment how torchao's types store a weight, and which types run on this machine.
 
-torchao says neither. The inner tensors of a weight are those of one on meta, which costs no memory; where each grows
-in proportion to the rows, a weight can be quantized in slices of rows and put together. What a machine runs is tried
-on a small layer.
+torchao documents neither. A weight on meta has the same inner tensors and costs no memory; if each of them grows in
+proportion to the rows, a weight can be quantized in slices of rows. Whether a type runs is tested on a small layer.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from qexp.quantizers.torchao_support.library import (
 from qexp.quantizers.torchao_support.names import SHORTHANDS
 from qexp.quantizers.torchao_support.types import library_call
 
-ROWS, COLUMNS = 64, 512  # of the layer that is tried
+ROWS, COLUMNS = 64, 512  # of the test layer
 DTYPES = (torch.bfloat16, torch.float32)
-NEEDS = {  # what a machine must have for a class, where torchao's own message does not say it
+NEEDS = {  # requirements of a class that torchao's own message does not name
     "Float8DynamicActivationFloat8WeightConfig": "compute capability 8.9",
     "Int4WeightOnlyConfig": "a GPU of compute capability 8.0",
     "MXDynamicActivationMXWeightConfig": "compute capability 10.0",
@@ -41,8 +40,11 @@ REFUSALS = (AssertionError, AttributeError, ImportError, NotImplementedError, Ru
 
 @dataclass(frozen=True)
 class Layout:
-    """parts: inner tensor -> (shape, dtype). rows_multiple: how many rows a slice that is quantized by itself may be a
-    multiple of; None if only the whole weight can be quantized."""
+    """The stored form of a weight.
+
+    parts: inner tensor -> (shape, dtype). rows_multiple: slices must have a multiple of this many rows; None if only
+    the whole weight can be quantized.
+    """
 
     parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     rows_multiple: int | None
@@ -53,9 +55,9 @@ class Layout:
 
 
 def layout_of(config: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Layout | None:
-    """How a weight [out, in] of this dtype is stored; None if torchao would leave it as it is.
+    """Return the layout of a quantized weight [out, in]; None if torchao would leave it unquantized.
 
-    Raises: ConfigError for a weight that torchao refuses.
+    Raises: ConfigError for a weight that torchao rejects.
     """
     rows, columns = shape
     for multiple in (1, 16):  # some kernels take only 16 rows at a time
@@ -72,14 +74,14 @@ def layout_of(config: Any, shape: tuple[int, int], dtype: torch.dtype, device: t
         except REFUSALS as error:
             kind = str(dtype).removeprefix("torch.")
             raise ConfigError(
-                f"torchao's {type(config).__name__} refuses a weight of shape {list(shape)} in {kind}: "
+                f"torchao's {type(config).__name__} rejects a weight of shape {list(shape)} in {kind}: "
                 f"{_first_line(error)}; add the layer to skip_modules, or use another compute_dtype"
             ) from None
     return None if found is None else Layout(found, None)
 
 
 def stored_layout(config: Any, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Part]:
-    """What a file must hold of a weight; nothing for what cannot be made here, which is compared when it is read."""
+    """Return the parts that a file must have; {} for types that do not run here, which are checked when read."""
     if isinstance(config, Float8DynamicActivationFloat8WeightConfig):  # whose weights are the same, and made anywhere
         config = Float8WeightOnlyConfig(config.weight_dtype, granularity=config.granularity[1])
     try:
@@ -91,7 +93,7 @@ def stored_layout(config: Any, shape: tuple[int, int], dtype: torch.dtype) -> di
 
 
 def _stored_dtypes(dtype: torch.dtype) -> tuple[str, ...]:
-    """By safetensors' names; the floats of a scale have been those of another compute dtype, perhaps."""
+    """Return the valid safetensors dtypes of a part; scales may have been saved in another compute dtype."""
     if dtype.is_floating_point and dtype.itemsize > 1:
         return FLOATS
     return tuple(name for name, known in TORCH_DTYPES.items() if known == dtype)
@@ -108,7 +110,7 @@ def _try_parts(config: Any, shape: tuple[int, int], dtype: torch.dtype, device: 
 
 
 def _parts_of_slice(config: Any, rows: int, columns: int, dtype: torch.dtype) -> Parts | None:
-    """The inner tensors of a slice of so many rows, if those of twice and three times as many are as much longer."""
+    """Return the inner tensors of a slice of `rows`, if they grow in proportion to the rows; else None."""
     try:
         once, twice, thrice = (_try_parts(config, (n * rows, columns), dtype, torch.device("meta")) for n in (1, 2, 3))
     except REFUSALS:
@@ -125,9 +127,9 @@ def _parts_of_slice(config: Any, rows: int, columns: int, dtype: torch.dtype) ->
 
 
 def check_machine(name: str, config: Any, device: torch.device) -> None:
-    """Raises UnsupportedError unless layers of this config can be made and run on `device`; name: what the user typed.
+    """Raise UnsupportedError unless layers of this config run on `device`. name: as the user typed it.
 
-    Raises: ConfigError for a config that would make something worthless.
+    Raises: ConfigError for a config with a useless result, such as weights of zeros.
     """
     reason = obstacle(config, device)
     if reason is None:
@@ -141,13 +143,13 @@ def check_machine(name: str, config: Any, device: torch.device) -> None:
 
 
 def running_types(device: torch.device) -> list[str]:
-    """The shorthands of torchao's that run on a device."""
+    """Return torchao's shorthands that run on a device."""
     configs = {name: build(*library_call(name, {}, None)) for name in SHORTHANDS}
     return [name for name, config in configs.items() if obstacle(config, device) is None]
 
 
 def obstacle(config: Any, device: torch.device) -> str | None:
-    """What keeps a small layer from being quantized and run, in torchao's words; None if nothing does."""
+    """Return torchao's error for quantizing and running a small layer, or None if it works."""
     reasons = []
     for dtype in DTYPES:
         try:
@@ -168,25 +170,25 @@ def _try_layer(config: Any, dtype: torch.dtype, device: torch.device) -> None:
     weight = quantize(dense, config)
     if not is_quantized(weight):
         raise ConfigError(
-            f"backend.quant_type: torchao's {type(config).__name__} leaves a layer of {ROWS} x {columns} as it is, "
-            "without a word; use other quant_type_kwargs"
+            f"backend.quant_type: torchao's {type(config).__name__} silently leaves a layer of {ROWS} x {columns} "
+            "unquantized; use other quant_type_kwargs"
         )
     stored = sum(part.nbytes for part in inner_tensors(weight).values())
     if stored >= dense.nbytes:
         raise ConfigError(
-            f"backend.quant_type: torchao's {type(config).__name__} takes {8 * stored / dense.numel():.1f} bits a "
-            f"weight, where {8 * dtype.itemsize} are enough for the weight itself; use another type"
+            f"backend.quant_type: torchao's {type(config).__name__} needs {8 * stored / dense.numel():.1f} bits per "
+            f"weight, and the unquantized weight {8 * dtype.itemsize}; use another type"
         )
     answer = torch.nn.functional.linear(dense[:2], weight)
     if not answer.any():
         raise ConfigError(
-            f"backend.quant_type: torchao's {type(config).__name__} with these quant_type_kwargs makes every weight "
+            f"backend.quant_type: torchao's {type(config).__name__} with these quant_type_kwargs sets every weight to "
             "zero; use uint1wo for one bit, or more bits"
         )
 
 
 def check_runs(layer: Any, quant_type: str, device: torch.device) -> None:
-    """Raises UnsupportedError for a layer of stored weights that cannot be run on `device`."""
+    """Raise UnsupportedError for a layer of stored weights that does not run on `device`."""
     try:
         with torch.no_grad():
             layer(torch.ones(16, layer.weight.shape[1], dtype=layer.weight.dtype, device=device))
@@ -205,5 +207,5 @@ def _here(device: torch.device) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of a message, or its kind if there is none."""
+    """Return the first line of an error's message, or its class if it has none."""
     return next(iter(str(error).strip().splitlines()), "").rstrip(".") or type(error).__name__

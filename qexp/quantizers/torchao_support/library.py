@@ -1,6 +1,6 @@
-"""torchao's config objects from plain values, and what they make of a weight.
+"""Build torchao's config objects from plain values, and quantize with them.
 
-Imported by nothing before a model is loaded: it imports torch and torchao.
+Imports torch and torchao, so it is imported only when a model is loaded.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ VALUES = "torchao.quantization"  # where granularities and the like are, beside 
 
 @cache
 def config_classes() -> dict[str, Any]:
-    """Every config class that torchao can read back from a config.json, by name."""
+    """Return every config class that torchao can read from a config.json, by name."""
     found: dict[str, Any] = {}
     for name in sorted(ALLOWED_AO_MODULES, key=lambda name: (name != VALUES, name)):
         found = {**_classes_in(name), **found}
@@ -87,26 +87,26 @@ def _classes_in(module_name: str) -> dict[str, Any]:
 
 
 def build(name: str, arguments: Mapping[str, Any]) -> Any:
-    """The config object of torchao's class `name`. Raises ConfigError for what torchao does not have, or refuses."""
+    """Build a config object of torchao. Raises ConfigError for an unknown class or rejected arguments."""
     config_class = find_config_class(name)
     if config_class is None:
         classes = config_classes()
         raise ConfigError(
-            f"backend.quant_type={name} is no config class of torchao that a checkpoint can name"
+            f"backend.quant_type={name} is not a config class of torchao that a checkpoint can store"
             f"{did_you_mean(name, classes)}; use {choices(classes)}"
         )
     known = {item.name: item for item in fields(config_class)} if is_dataclass(config_class) else {}
     needed = [item.name for item in known.values() if item.default is item.default_factory is MISSING]
     if "act_quant_scale" in known or "step" in needed:
         raise ConfigError(
-            f"backend.quant_type={name} needs calibration, which there is no data for while a model loads; use a type "
-            "whose activations are scaled as they come, such as int8dq or float8dq_e4m3_tensor"
+            f"backend.quant_type={name} needs calibration data, which a load does not have; use a type with dynamic "
+            "activation scales, such as int8dq or float8dq_e4m3_tensor"
         )
     if lacking := [argument for argument in needed if argument not in arguments]:
         raise ConfigError(f"backend.quant_type={name} needs quant_type_kwargs.{lacking[0]}")
     for argument in arguments:
         if argument not in known:
-            place = f"backend.quant_type_kwargs.{argument} is no argument of {name}"
+            place = f"backend.quant_type_kwargs.{argument} is not an argument of {name}"
             raise ConfigError(f"{place}{did_you_mean(argument, known)}; it takes {choices(known)}")
     hints = typing.get_type_hints(config_class)
     values = {key: _value(value, hints[key], known[key].default, key) for key, value in arguments.items()}
@@ -116,9 +116,9 @@ def build(name: str, arguments: Mapping[str, Any]) -> Any:
 
 
 def config_for(config: Any, module: str) -> Any:
-    """The config that a FqnToConfig has for one layer, None if it leaves it alone; any other is for all layers.
+    """Return the config of one layer in a FqnToConfig, None if it stays unquantized; other configs apply to all layers.
 
-    The order is that of diffusers: the exact name, of the parameter before the module; patterns; _default.
+    The order is diffusers': the exact name of the parameter, then of the module; patterns; _default.
     """
     if not isinstance(config, FqnToConfig):
         return config
@@ -134,7 +134,7 @@ def config_for(config: Any, module: str) -> Any:
 
 
 def quantize(weight: Tensor, config: Any) -> Tensor:
-    """What torchao makes of a weight [out, in] by itself: a tensor subclass, or the weight if it leaves it alone."""
+    """Quantize a weight [out, in] with torchao: return a tensor subclass, or the weight if it stays unquantized."""
     holder = torch.nn.Linear(1, 1, bias=False, device="meta")
     holder.weight = torch.nn.Parameter(weight, requires_grad=False)
     quantize_(holder, config, filter_fn=lambda module, name: True)
@@ -144,7 +144,7 @@ def quantize(weight: Tensor, config: Any) -> Tensor:
 
 
 def int8_group_size(config: Any, columns: int) -> int | None:
-    """The weights that share a scale in a row of so many, if it is symmetric int8 that `rowwise_8bit` makes too."""
+    """Return the group size if the config is symmetric int8 as `rowwise_8bit` computes it, else None."""
     if type(config) not in (Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig):
         return None
     granularity = config.granularity
@@ -156,7 +156,7 @@ def int8_group_size(config: Any, columns: int) -> int | None:
 
 
 def dequantize(weight: Tensor) -> Tensor:
-    """The dense weight [out, in], in its own dtype."""
+    """Return the dense weight [out, in] in its own dtype."""
     try:
         return weight.dequantize()
     except NotImplementedError:  # of a class that only has a kernel: what that makes of the unit vectors, exactly
@@ -173,7 +173,7 @@ def is_quantized(tensor: Any) -> bool:
 
 
 def _value(value: Any, hint: Any, default: Any, place: str) -> Any:
-    """A plain value as the object that an argument takes: a dtype, an enum's member, a granularity, a config."""
+    """Convert a plain value to the object of an argument: a dtype, an enum member, a granularity, a config."""
     if isinstance(value, Mapping) and "_type" in value:
         rest = {key: item for key, item in value.items() if key != "_type"}
         return _object(str(value["_type"]), rest, place)
@@ -222,4 +222,6 @@ def _build_config(cls: Any, arguments: Mapping[str, Any]) -> Any:
         return cls(**arguments)
     except (AssertionError, TypeError, ValueError) as error:
         shown = ", ".join(f"{name}={value}" for name, value in arguments.items() if name != "set_inductor_config")
-        raise ConfigError(f"backend.quant_type: torchao refuses {cls.__name__}({shown}): {error}") from None
+        raise ConfigError(
+            f"backend.quant_type: torchao rejects {cls.__name__}({shown}): {error}; change quant_type_kwargs"
+        ) from None

@@ -1,4 +1,4 @@
-"""The names of torchao's types, and the config class that each one is today: tables alone.
+"""Tables of the names of torchao's types and their config classes.
 
 Source: torchao 0.18; for the names, the tables of diffusers' TorchAoConfig while it took names.
 """
@@ -27,7 +27,7 @@ class LibraryClass:
 
 @dataclass(frozen=True)
 class NamedType:
-    """A name for `config` with these arguments. former: arguments that the name took once -> today's."""
+    """A name for `config` with these arguments. former: earlier arguments of the name -> today's."""
 
     config: str
     arguments: Mapping[str, Any] = field(default_factory=dict)

@@ -1,8 +1,8 @@
-"""torchao's types by every name that users know them by, and the config class that each one is today.
+"""Map every name of torchao's types to today's config class.
 
-A type is named by a shorthand (`int8wo`), by the name of the function that once made it (`int8_weight_only`), or by a
-config class of torchao (`Int8WeightOnlyConfig`). `settle` brings all spellings of one type to one: the shorthand,
-where there is one, and only those arguments that differ from the defaults. Values are written as in a yaml:
+A type is named by a shorthand (`int8wo`), by its former function (`int8_weight_only`), or by a config class of torchao
+(`Int8WeightOnlyConfig`). `settle` reduces all spellings of a type to one: the shorthand, if any, and only those
+arguments that differ from the defaults. Values are written as in yaml:
 
     torch.int4                  int4
     MappingType.SYMMETRIC       SYMMETRIC
@@ -36,15 +36,14 @@ Arguments = dict[str, Any]
 
 
 def settle(quant_type: str, arguments: Mapping[str, Any], group_size: int | None) -> tuple[str, Arguments, int | None]:
-    """(type, arguments, group size) in the one spelling that all of the same meaning have.
+    """Return the canonical (type, arguments, group size) of equivalent spellings.
 
     Raises: ConfigError for an unknown type or argument, or one that needs calibration.
     """
     if quant_type in STATIC:
         raise ConfigError(
-            f"backend.quant_type={quant_type} needs the scales of its activations measured on calibration data, which "
-            f"there is none of while a model loads; use {STATIC[quant_type]}: the same weights, activations scaled as "
-            "they come"
+            f"backend.quant_type={quant_type} needs calibration data for its activation scales, which a load does not "
+            f"have; use {STATIC[quant_type]}: the same weights with dynamic activation scales"
         )
     given = {name: spelled(value) for name, value in arguments.items()}
     group_size = _only_group_size(given.pop("group_size", None), group_size)
@@ -68,7 +67,7 @@ def settle(quant_type: str, arguments: Mapping[str, Any], group_size: int | None
 
 
 def named_type(quant_type: str) -> NamedType:
-    """What a name stands for; a class of torchao stands for itself. Raises ConfigError."""
+    """Return the type of a name, or of a torchao class. Raises ConfigError."""
     if quant_type.endswith("Config") and quant_type.isidentifier():
         return NamedType(quant_type)
     shorthand = OTHER_SHORTHANDS.get(quant_type, quant_type)
@@ -84,9 +83,9 @@ def named_type(quant_type: str) -> NamedType:
 
 
 def packed_type(quant_type: str, arguments: Mapping[str, Any]) -> str | None:
-    """The type of `qexp_packed` that a name of torchao's packed types stands for, None if it stands for none.
+    """Return the type of `qexp_packed` for a name of torchao's former packed types, or None.
 
-    Raises: ConfigError for an argument that is not for it.
+    Raises: ConfigError for an argument that it does not have.
     """
     takes: tuple[str, ...] = ()
     if quant_type == "uintx_weight_only":
@@ -104,7 +103,7 @@ def packed_type(quant_type: str, arguments: Mapping[str, Any]) -> str | None:
         quant_type = f"fp{bits}_e{bits // 2}w{bits - 1 - bits // 2}"
     if quant_type == "int4wo" or quant_type not in ELEMENTS:
         if takes:
-            raise ConfigError(f"backend.quant_type_kwargs={dict(arguments)} is no type; use {choices(ELEMENTS)}")
+            raise ConfigError(f"backend.quant_type_kwargs={dict(arguments)} is not a type; use {choices(ELEMENTS)}")
         return None
     for name in sorted(arguments.keys() - takes):
         raise ConfigError(
@@ -115,7 +114,7 @@ def packed_type(quant_type: str, arguments: Mapping[str, Any]) -> str | None:
 
 
 def library_call(quant_type: str, arguments: Mapping[str, Any], group_size: int | None) -> tuple[str, Arguments]:
-    """(config class, its arguments) of a settled type."""
+    """Return (config class, arguments) of a canonical type."""
     named = named_type(quant_type)
     call = {**named.arguments, **arguments}
     known = CLASSES.get(named.config)
@@ -127,13 +126,13 @@ def library_call(quant_type: str, arguments: Mapping[str, Any], group_size: int 
 
 
 def default_group_size(quant_type: str) -> int | None:
-    """How many weights share a scale where nothing else is said; None for a row or all, or if it is not known."""
+    """Return the default group size; None for one scale per row or weight, or if it is unknown."""
     known = CLASSES.get(named_type(quant_type).config)
     return known.group_size if known is not None else None
 
 
 def spelled(value: Any) -> Any:
-    """A value in the words above, whether written in them or as torchao writes it into a config.json."""
+    """Return a value in the spelling above, from that spelling or from torchao's in a config.json."""
     if isinstance(value, str):
         return value.removeprefix("torch.")
     if isinstance(value, list | tuple):
@@ -170,12 +169,12 @@ def _only_group_size(argument: Any, group_size: int | None) -> int | None:
 
 
 def _todays(quant_type: str, named: NamedType, arguments: Arguments) -> Arguments:
-    """The arguments by their names of today. Raises ConfigError for one that the type does not take."""
+    """Return the arguments under today's names. Raises ConfigError for an unknown one."""
     result = {named.former.get(name, name): value for name, value in arguments.items()}
     if named.config == "Int4WeightOnlyConfig":
         if result.pop("inner_k_tiles", 8) != 8:
             raise ConfigError(
-                "backend.quant_type_kwargs.inner_k_tiles must be 8: torchao packs no other tiles any more"
+                "backend.quant_type_kwargs.inner_k_tiles must be 8, the only one that torchao still packs; leave it out"
             )
         if result.pop("use_hqq", False):
             result["int4_choose_qparams_algorithm"] = "HQQ"
@@ -187,14 +186,14 @@ def _todays(quant_type: str, named: NamedType, arguments: Arguments) -> Argument
         elif known is not None and name not in names:
             names = sorted({*names, *named.former} - {"version"})
             raise ConfigError(
-                f"backend.quant_type_kwargs.{name} is no argument of {quant_type}{did_you_mean(name, names)}; "
+                f"backend.quant_type_kwargs.{name} is not an argument of {quant_type}{did_you_mean(name, names)}; "
                 f"it takes {choices(names)}"
             )
     return result
 
 
 def _shortest(config: str, arguments: Arguments, group_size: int | None) -> tuple[str, Arguments, int | None]:
-    """The shorthand for a class and its arguments, and what is left to say beside it."""
+    """Return the shorthand of a class and its arguments, with the remaining arguments."""
     known = CLASSES[config]
     if known.groups is not None:
         granularity = arguments.get(known.groups)
