@@ -1,4 +1,4 @@
-"""The yaml files in conf/ that Python callers name: a backend's config, a model's list of unquantized modules."""
+"""Read options of conf/ for Python callers: a backend's config, a model's list of unquantized modules."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def backend_of(option: str, fields: Mapping[str, Any] | None = None) -> Any:
 
 @cache
 def default_backend() -> Any:
-    """The backend that nobody asked for: the one in the defaults of conf/config.yaml."""
+    """Return the default backend of conf/config.yaml."""
     from omegaconf import OmegaConf
 
     written: Any = OmegaConf.load(conf_folder() / "config.yaml")
@@ -45,7 +45,7 @@ def default_backend() -> Any:
 
 
 def model_skip_modules(option: str) -> tuple[str, ...]:
-    """The modules that an option of conf/model leaves unquantized."""
+    """Return the modules that an option of conf/model leaves unquantized."""
     from omegaconf import OmegaConf
 
     written: Any = OmegaConf.load(conf_folder() / "model" / f"{option}.yaml")

@@ -1,7 +1,7 @@
-"""Typed dataclasses from plain containers and back, checked field by field.
+"""Convert plain containers to typed dataclasses and back, with a check of every field.
 
-Hydra's schemas check most of this while composing, but a yaml that inherits no schema, and a stored config.yaml,
-reach the program only through here.
+Hydra's schemas check most fields while composing, but a yaml without a schema, and a stored config.yaml, are only
+checked here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a st
 
 @cache
 def field_types(cls: type) -> dict[str, Any]:
-    """The resolved type of every field of a dataclass, in order."""
+    """Return the resolved type of every field of a dataclass, in order."""
     hints = typing.get_type_hints(cls)
     return {item.name: hints[item.name] for item in fields(cls)}
 
@@ -51,7 +51,10 @@ def check_known(place: str, name: str, names: list[str]) -> None:
 
 
 def convert(hint: Any, value: Any, place: str, rule: str = "") -> Any:
-    """`value` as the type `hint` (scalars, unions with None, tuples, dicts, dataclasses), or ConfigError by `rule`."""
+    """Convert `value` to the type `hint`: a scalar, union with None, tuple, dict or dataclass. Raises ConfigError.
+
+    rule: for the message, if not the type's own description.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         refuse_word_for_null(value, place)
@@ -75,7 +78,7 @@ def convert(hint: Any, value: Any, place: str, rule: str = "") -> Any:
 
 
 def refuse_word_for_null(value: Any, place: str) -> None:
-    """Raise ConfigError for Python's word in place of yaml's: it would be a text, a path or a name."""
+    """Raise ConfigError for 'None' in place of yaml's null: it would be read as a text, a path or a name."""
     if value in ("None", "nil", "undefined"):
         raise ConfigError(f"{place}={value} is the text '{value}'; for no value write {place}=null")
 
@@ -102,8 +105,8 @@ def check_folder(value: str | None, place: str) -> None:
 def check_finite(value: Any, place: str) -> None:
     """Raise ConfigError for NaN or infinity, at any depth of a plain value.
 
-    Comparisons with NaN are false, so that limits let it through, and no JSON holds either: a finished run would be
-    lost when its result is written.
+    Comparisons with NaN are false, so it passes limits; JSON cannot hold it, so a finished run would be lost when its
+    result is written.
     """
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -112,11 +115,11 @@ def check_finite(value: Any, place: str) -> None:
         for number, item in enumerate(value):
             check_finite(item, f"{place}[{number}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{place}={value} must be a finite number; give one (a text that reads so goes in quotes)")
+        raise ConfigError(f"{place}={value} must be a finite number; give one (or quote it, if it is a text)")
 
 
 def describe(hint: Any) -> str:
-    """A type in a user's words: 'an integer, or null'."""
+    """Describe a type for users: 'an integer, or null'."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return f"{describe(_only_type(typing.get_args(hint)))}, or null"
@@ -126,7 +129,7 @@ def describe(hint: Any) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses to dicts and tuples to lists, all the way down."""
+    """Convert dataclasses to dicts and tuples to lists, recursively."""
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
@@ -135,6 +138,6 @@ def to_plain(value: Any) -> Any:
 
 
 def _only_type(arguments: tuple[Any, ...]) -> Any:
-    """The X of `X | None`; a field with two other types would need a rule of its own here."""
+    """Return the X of `X | None`. Unions of other types are not supported."""
     (kind,) = [argument for argument in arguments if argument is not type(None)]
     return kind

@@ -1,4 +1,4 @@
-"""The settings of `task=generate`, and which of them each kind of model takes."""
+"""The settings of `task=generate`, and the ones that each kind of model uses."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class GenerateConfig(TaskConfig):
             raise ConfigError(f"task.top_p={self.top_p} must be above 0, and at most 1")
 
     def resolved_by(self, resolve: Callable[[GenerateConfig], GenerateConfig]) -> GenerateConfig:
-        """Return the task as a model source resolves it."""
+        """Return the settings with a list of prompts in place of one prompt or a file's name."""
         return resolve(self)
 
     def resolved(self) -> Self:
@@ -86,16 +86,16 @@ class GenerateConfig(TaskConfig):
         return replace(self, prompt=read_prompts(self.prompt), negative_prompt=negative)
 
     def ignored_fields(self) -> set[str]:
-        """Of pipelines, what is as the pipeline's own default: other models have no such fields."""
+        """Return the fields of pipelines that have their defaults: other models do not have them."""
         return {name for name in OF_PIPELINES if not getattr(self, name) and getattr(self, name) != 0}
 
     def input_files(self) -> dict[str, Path]:
-        """Fields that name a file, whose content is what counts."""
+        """Return the fields that name a file; its content is part of a run's key."""
         return {"text": Path(self.text).expanduser()} if self.text is not None else {}
 
 
 def for_images(task: GenerateConfig) -> GenerateConfig:
-    """What a model of images takes that is no pipeline, with defaults. Raises: ConfigError for what it does not."""
+    """Return the settings of an image model other than a pipeline. Raises ConfigError for one without effect."""
     found = GenerateConfig(
         num_images=200 if task.num_images is None else task.num_images,
         num_inference_steps=20 if task.num_inference_steps is None else task.num_inference_steps,
@@ -106,21 +106,21 @@ def for_images(task: GenerateConfig) -> GenerateConfig:
 
 
 def for_text(task: GenerateConfig) -> GenerateConfig:
-    """What a model of text takes, with defaults. Raises: ConfigError for what it does not."""
+    """Return the settings of a text model, with defaults. Raises ConfigError for one without effect."""
     batch_size = 50 if task.batch_size is None else task.batch_size
     own = {name: getattr(task, name) for name in OF_TEXT}
     return _complete(task, replace(for_images(GenerateConfig()), **{**own, "batch_size": batch_size}), OF_TEXT)
 
 
 def for_pipelines(task: GenerateConfig) -> GenerateConfig:
-    """What a pipeline takes; null is its own default. Raises: ConfigError for what none takes."""
+    """Return the settings of a pipeline; null is its own default. Raises ConfigError for one without effect."""
     names = ("prompt", "num_inference_steps", "guidance_scale", "batch_size", *OF_PIPELINES)
     own = {name: getattr(task, name) for name in names}
     return _complete(task, GenerateConfig(**{**own, "batch_size": task.batch_size or 1}), names)
 
 
 def _complete(task: GenerateConfig, found: GenerateConfig, taken: Sequence[str]) -> GenerateConfig:
-    """What was found in a task, if that is all. taken: the fields that the model takes."""
+    """Return `found`, or raise ConfigError for a setting without effect. taken: the fields that the model uses."""
     for item in fields(task):
         value = getattr(task, item.name)
         if item.name not in taken and value not in (None, {}) and value != getattr(found, item.name):
@@ -133,7 +133,7 @@ def _complete(task: GenerateConfig, found: GenerateConfig, taken: Sequence[str])
 
 
 def read_prompts(value: Any, place: str = "task.prompt", may_be_empty: bool = False) -> tuple[str, ...] | None:
-    """task.prompt as a tuple: of one text, of a list, or of the lines of @file. Raises ConfigError."""
+    """Return task.prompt as a tuple: of one text, of a list, or of the lines of @file. Raises ConfigError."""
     if value is None:
         return None
     if isinstance(value, str) and value.startswith("@"):
@@ -141,7 +141,5 @@ def read_prompts(value: Any, place: str = "task.prompt", may_be_empty: bool = Fa
         value = [line for line in lines if line]
     prompts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
     if not prompts or not all(isinstance(prompt, str) and (prompt or may_be_empty) for prompt in prompts):
-        raise ConfigError(
-            f"{place}={value} must be a text, a list of them, or @file with one a line; quote what looks like a number"
-        )
+        raise ConfigError(f"{place}={value} must be a text, a list of texts, or @file with one per line; quote numbers")
     return prompts

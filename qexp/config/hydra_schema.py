@@ -1,7 +1,7 @@
-"""Hydra's schemas, made from the frozen dataclasses.
+"""Generate Hydra's schemas from the frozen dataclasses.
 
-A frozen structured config cannot be overridden at all, so each dataclass gets an unfrozen twin without its checks.
-They are stored as `schema/...`, which `conf/` inherits from and which no visible group lists.
+A frozen structured config cannot be overridden, so each dataclass gets an unfrozen copy without its checks. The copies
+are stored as `schema/...`, which the files in `conf/` inherit.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from qexp.config.yaml_options import conf_folder
 
 @cache
 def schema_of(cls: type) -> type:
-    """The unfrozen twin of a frozen dataclass: the same names, resolved types and defaults, tuples as lists."""
+    """Return an unfrozen copy of a dataclass: the same names, resolved types and defaults, tuples as lists."""
     types = field_types(cls)
     twin = [(item.name, _twin_type(types[item.name]), _default(item, types[item.name])) for item in fields(cls)]
     return make_dataclass(cls.__name__, twin)
 
 
 def register_schemas() -> None:
-    """Store the top-level schema and one for every plugin; calling it again changes nothing."""
+    """Store the top-level schema and one for every plugin. Idempotent."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -37,9 +37,9 @@ def register_schemas() -> None:
 
 
 def compose_settings(overrides: Sequence[str], *, with_hydra: bool = False) -> Any:
-    """Compose what the command line would hand over, without running it; with Hydra's own node if that is asked for.
+    """Compose the configuration of a command line without running it. with_hydra: include Hydra's own node.
 
-    Raises: what Hydra raises; cli/hydra_errors.py retells it.
+    Raises: Hydra's errors; cli/hydra_errors.py explains them.
     """
     from hydra import compose, initialize_config_dir
 

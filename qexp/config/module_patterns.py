@@ -1,8 +1,8 @@
-"""The one skip rule: dotted patterns over module names, anchored at segment borders.
+"""Match modules by dotted patterns, anchored at segment borders.
 
-`*` stands for one segment and `**` for any number of them, none included. A pattern covers the module it names and
-everything below it: `blocks.0.attn` covers `blocks.0.attn.to_q`, and never `extra_blocks.0.attn`. Settings give
-patterns as a list, or as `@file` with one a line.
+`*` matches one segment and `**` any number of them, also none. A pattern covers the modules that it matches and
+everything below them: `blocks.0.attn` covers `blocks.0.attn.to_q`, but not `extra_blocks.0.attn`. Settings give
+patterns as a list, or as `@file` with one per line.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def covers(pattern: str, name: str) -> bool:
-    """Whether `pattern` covers the module `name` ('' is the model itself), or a module above it."""
+    """Return whether `pattern` covers the module `name` ('' is the model itself), or a module above it."""
     return _compiled(pattern).match(f"{name}." if name else "") is not None
 
 
 def covering(patterns: Iterable[str], name: str) -> str | None:
-    """The first of `patterns` that covers `name`."""
+    """Return the first of `patterns` that covers `name`, or None."""
     return next((pattern for pattern in patterns if covers(pattern, name)), None)
 
 
 def anywhere(name: str) -> str:
-    """The pattern of a `_keep_in_fp32_modules` entry: a module of that name at any depth."""
+    """Return the pattern of a `_keep_in_fp32_modules` entry: a module of that name at any depth."""
     return f"**.{name}"
 
 
 def unmatched_patterns(
     patterns: Iterable[str], names: Iterable[str], place: str, kind: str = "module"
 ) -> dict[str, str]:
-    """The patterns that cover none of the module names, each with what to say of it. kind: what has these names."""
+    """Return the patterns that match no name, each with its message. kind: of the named things, for the message."""
     known, messages = [name for name in names if name], dict[str, str]()
     for pattern in patterns:
         if any(covers(pattern, name) for name in known):
@@ -66,7 +66,7 @@ def _top(names: Iterable[str]) -> str:
 
 
 def patterns_lost(patterns: Sequence[str], quantized: Iterable[str]) -> str | None:
-    """What to say of a user's patterns for layers that a checkpoint holds quantized already; None if there are none."""
+    """Return a warning about patterns for layers that the checkpoint holds quantized, or None."""
     covered = {name: pattern for name in quantized if (pattern := covering(patterns, name)) is not None}
     if not covered:
         return None
@@ -82,23 +82,23 @@ def patterns(value: Any, place: str) -> tuple[str, ...]:
         patterns: tuple[str, ...] = convert(tuple[str, ...], list(value) if is_iterable else value, place)
         return patterns
     if not value.startswith("@"):
-        raise ConfigError(f"{place}={value} must be a list, such as [{value}], or @file with one pattern a line")
+        raise ConfigError(f"{place}={value} must be a list, such as [{value}], or @file with one pattern per line")
     lines = read_lines(value[1:], f"{place}={value}", f"give a path from {Path.cwd()}, or a list of patterns")
     return tuple(pattern for line in lines if (pattern := line.partition("#")[0].strip()))
 
 
 def check_patterns(patterns: Iterable[str], place: str) -> None:
-    """Raises ConfigError for a pattern that no module's name can match: an empty segment, or a sign of regexes."""
+    """Raise ConfigError for a pattern that cannot match a module: an empty segment, or characters of a regex."""
     for pattern in patterns:
         segments = pattern.split(".")
         if all(segments) and not re.search(r"[\\^$()|+?\[\]{}\s/,]", pattern) and "***" not in pattern:
             continue
         raise ConfigError(
-            f"{place}: {pattern!r} can match no module; a pattern is names with dots between them, such as "
-            "'blocks.0.attn', where '*' stands for one segment and '**' for any number: '**.attn' (no regex, no path)"
+            f"{place}: {pattern!r} can match no module; a pattern is a dotted name, not a regex or a path: "
+            "'blocks.0.attn', with '*' for one segment and '**' for any number of them: '**.attn'"
         )
 
 
 def union(*lists: tuple[str, ...]) -> tuple[str, ...]:
-    """Sorted, since order means nothing: the same patterns are the same experiment."""
+    """Merge lists of patterns, sorted: their order has no effect, so equal sets give the same run key."""
     return tuple(sorted({pattern for patterns in lists for pattern in patterns}))

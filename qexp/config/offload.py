@@ -1,4 +1,4 @@
-"""Settings of offloading: where weights rest, in which groups they travel to the compute device, and how."""
+"""Settings of offloading: where weights are stored, how they are grouped, and how groups are copied to the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class OffloadConfig:
 
     strategy: none (resident), model (whole components, one at a time), sequential (module by module, when it runs),
         leaf (module by module, fetched ahead) or block (`num_blocks_per_group` blocks at a time, fetched ahead).
-    to: where weights rest; auto is cpu where there is an accelerator and disk elsewhere.
+    to: where weights are stored; auto is cpu with an accelerator, else disk.
     use_stream: copy on a stream of its own, while the groups before run; null means where the device has streams. On
         the CPU, a thread that reads from disk is the stream; for what rests in memory there is none.
     prefetch_depth: slots for groups, with a stream: for the one that runs, and those that are fetched ahead. Each slot
@@ -65,7 +65,7 @@ class OffloadConfig:
             )
 
     def _check_kinds(self) -> None:
-        """Raises ConfigError for a number of another kind; what is too small is checked by itself."""
+        """Raise ConfigError for a value of the wrong type; ranges are checked separately."""
         for name in ("num_blocks_per_group", "prefetch_depth"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
@@ -74,9 +74,9 @@ class OffloadConfig:
             raise ConfigError(f"offload.resident_gib={self.resident_gib!r} must be a number of GiB, such as 4.0")
 
     def resolved(self, device_type: str) -> OffloadConfig:
-        """Settle what depends on the compute device, and reset the fields that strategy and device ignore.
+        """Resolve the fields that depend on the compute device, and reset those that strategy and device ignore.
 
-        Raises: ConfigError if what is asked for cannot be done together, or on this device.
+        Raises: ConfigError for settings that conflict, or that this device does not support.
         """
         if self.strategy == "none":
             return OffloadConfig()
@@ -96,7 +96,7 @@ class OffloadConfig:
         return replace(self, **settled)
 
     def _streams_on(self, device_type: str, to: str) -> bool:
-        """Whether copies run on a stream of their own. Raises: ConfigError for a conflict."""
+        """Return whether copies run on a separate stream. Raises ConfigError for a conflict."""
         if self.use_stream and not has_streams(device_type, to):
             remedy = "offload.to=disk, which a thread reads ahead, or " * (device_type == "cpu")
             raise ConfigError(
@@ -105,8 +105,8 @@ class OffloadConfig:
             )
         if self.use_stream and not self.non_blocking and device_type != "cpu":
             raise ConfigError(
-                "offload.use_stream=true with offload.non_blocking=false lets the host wait for each copy, so that "
-                "none overlaps; leave out one of them"
+                "offload.use_stream=true with offload.non_blocking=false makes the host wait for each copy, so that "
+                "copies do not overlap; leave out one of them"
             )
         is_possible = has_streams(device_type, to) and (self.non_blocking or device_type == "cpu")
         use_stream = is_possible if self.use_stream is None else self.use_stream
@@ -120,7 +120,7 @@ class OffloadConfig:
 
 
 def has_streams(device_type: str, to: str) -> bool:
-    """Whether something can be copied while something else runs: from disk to the CPU, by a thread that reads."""
+    """Return whether copies can overlap with compute: on streams, or from disk to the CPU by a reader thread."""
     return device_type not in WITHOUT_STREAMS or (device_type, to) == ("cpu", "disk")
 
 

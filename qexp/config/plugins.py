@@ -1,7 +1,7 @@
-"""Backends, model sources and tasks: a file of the package is an option, and its name is the registry.
+"""Find backends, model sources and tasks: every plugin file of a package is an option with the file's name.
 
-A plugin is a module that binds `Config`, a frozen dataclass, at its top level. Files are found by reading their
-syntax tree, so that neighbours which are not plugins (a network, a tensor subclass) are never imported.
+A plugin is a module that binds `Config`, a frozen dataclass, at its top level. Plugins are recognized by their syntax
+tree, so that other modules in the folder (a network, a tensor subclass) are never imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PLUGINS = {
 
 @cache
 def plugin_names(group: str) -> tuple[str, ...]:
-    """The options of a plugin group, sorted."""
+    """Return the options of a plugin group, sorted."""
     folder = PACKAGE_FOLDER.joinpath(*PLUGINS[group][0].split(".")[1:])
     return tuple(sorted(path.stem for path in folder.glob("*.py") if _binds_config(path)))
 
@@ -45,7 +45,7 @@ def plugin_config(group: str, values: Any, place: str) -> Any:
         raise ConfigError(f"{place}=null chooses nothing; use {choices(names)}")
     if not isinstance(values, Mapping):
         remedy = f"write {place}={values} on the command line, or 'override /{group}: {values}' in a yaml's defaults"
-        raise ConfigError(f"{place}={values} is a name where a group of fields belongs; {remedy}")
+        raise ConfigError(f"{place}={values} must be a group of fields, not a name; {remedy}")
     if field_name not in values:
         raise ConfigError(f"{place}.{field_name} is missing; use {choices(names)}")
     name = values[field_name]

@@ -1,15 +1,15 @@
-"""A recipe of `backend=mixed`: which layers get which format.
+"""A recipe of `backend=mixed`: rules that assign a format to each layer.
 
-    name: edges                                          # what tables call it; else the file's name
+    name: edges                                          # in tables; default: the file's name
     rules:
       - {modules: [blocks.0, proj_out], backend: gguf}   # an option of conf/backend
       - {modules: "**.mlp", backend: gguf, quant_type: Q5_1}   # with any of its fields
       - {modules: "**.norm1", backend: none}             # stays dense
       - {backend: gguf_q4_0}                             # the default, which comes last
 
-The first rule with a pattern that covers a layer decides. Patterns are those of `module_patterns.py`, one, a list, or
-`@file`. The list of rules alone is a recipe, too. A resolved recipe has a backend's config, every field of it, where
-the user gave an option, and in a rule of a checkpoint names of layers in place of patterns.
+The first rule that covers a layer applies. Patterns are those of `module_patterns.py`: one, a list, or `@file`. A list
+of rules without a name is a recipe, too. A resolved recipe has a backend's full config in place of an option, and a
+checkpoint's recipe has names of layers in place of patterns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXAMPLE = "backend.recipe=@recipe.yaml, or '[{modules: blocks.0, backend: gguf},
 
 @dataclass(frozen=True)
 class Rule:
-    """modules: patterns, none of the default rule; backend: the config of the backend for the layers they cover."""
+    """modules: patterns, empty for the default rule; backend: config of the backend for the covered layers."""
 
     modules: tuple[str, ...]
     backend: Any
@@ -48,21 +48,21 @@ class Rule:
 
 
 def format_name(backend: Any) -> str:
-    """How tables call a backend's config: 'gguf Q4_0'."""
+    """Return the name of a backend's config in tables: 'gguf Q4_0'."""
     method, label = backend.quant_method, backend.label or backend.describe()
     return method if label in (None, "", method) else f"{method} {label}"
 
 
 def rule_for(rules: Sequence[Rule], layer: str) -> int:
-    """The number of the rule that decides about a layer: the first that covers it, or the default."""
+    """Return the number of the first rule that covers a layer, or of the default."""
     decided = (number for number, rule in enumerate(rules) if not rule.modules or covering(rule.modules, layer))
     return next(decided)
 
 
 def read_recipe(value: Any, place: str) -> tuple[str | None, tuple[Rule, ...]]:
-    """(name, rules) of a recipe as the user gives it: "@file", its content, or what this returned before.
+    """Parse a recipe ("@file", its content, or parsed rules) into (name, rules).
 
-    Raises: ConfigError for a rule that says nothing, contradicts itself, or stands where it cannot apply.
+    Raises: ConfigError for a rule that is empty, contradictory, or unreachable.
     """
     name = None
     if isinstance(value, str):
@@ -90,9 +90,9 @@ def _check_keys(value: Mapping[Any, Any], place: str) -> None:
 
 
 def undecided_patterns(rules: Sequence[Rule], layers: Sequence[str], kept: Sequence[str], place: str) -> dict[str, str]:
-    """The patterns that decide about none of the linear layers of a model, each with what to say of it.
+    """Return the patterns that apply to no linear layer of a model, each with its message.
 
-    kept: patterns of skip_modules and the like, which win against a recipe.
+    kept: patterns of skip_modules and the like, which take precedence over a recipe.
     """
     named = [pattern for rule in rules for pattern in rule.modules]
     found = unmatched_patterns(named, layers, place, "linear layer")
@@ -129,7 +129,7 @@ def _from_file(value: str, place: str) -> Any:
         return OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{place}={value} is no yaml: {reason}; a pattern with * needs quotes") from None
+        raise ConfigError(f"{place}={value} is not valid yaml: {reason}; a pattern with * needs quotes") from None
 
 
 def _read_rule(value: Any, place: str) -> Rule:
@@ -165,28 +165,29 @@ def _read_modules(value: Any, place: str) -> tuple[str, ...]:
         return ()
     given = (value,) if isinstance(value, str) and not value.startswith("@") else patterns(value, f"{place}: modules")
     if not given:
-        raise ConfigError(f"{place}: modules={value} names nothing; give a pattern, or leave modules out for a default")
+        raise ConfigError(f"{place}: modules={value} is empty; give a pattern, or leave modules out for a default")
     check_patterns(given, f"{place}: modules")
     return union(given)
 
 
 def _check_order(rules: Sequence[Rule], place: str) -> None:
-    """Raises ConfigError unless there is one default, at the end. No rules at all are left to the caller."""
+    """Raise ConfigError unless there is one default, at the end. An empty recipe is left to the caller."""
     if not rules:
         return
     for number, rule in enumerate(rules[:-1]):
         if not rule.modules:
             raise ConfigError(
-                f"{place}: rule {number + 1} ({rule}) covers every layer, so that no rule behind it is reached; give "
-                "it modules, or move it to the end"
+                f"{place}: rule {number + 1} ({rule}) covers every layer, so later rules never apply; give it modules, "
+                "or move it to the end"
             )
     if rules[-1].modules:
         raise ConfigError(
-            f"{place}: the last rule ({rules[-1]}) is no default; add one without modules, such as {{backend: none}}"
+            f"{place}: the last rule ({rules[-1]}) is not a default; add a rule without modules, such as "
+            "{backend: none}"
         )
 
 
 def describe_formats(rules: Iterable[Rule]) -> str:
-    """The formats of a recipe, in a few words: a label for one without a name."""
+    """Return a short label of a recipe's formats, for recipes without a name."""
     names = list(dict.fromkeys(rule.format for rule in rules))
     return "+".join(names[:3]) + (f"+{len(names) - 3} more" if len(names) > 3 else "")

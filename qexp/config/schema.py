@@ -52,7 +52,7 @@ class MetricsConfig:
         check_choice("metrics.lpips_net", self.lpips_net, ("alex", "vgg"))
 
     def scored(self) -> dict[str, Any]:
-        """What a result says it was scored for: the names, and the settings that change their numbers."""
+        """Return the record of a result's scoring: the metrics' names, and the settings that change their values."""
         settings = {setting for name, setting in PERCEPTUAL_METRICS.items() if name in self.names}
         return {"names": list(self.names), **{setting: getattr(self, setting) for setting in sorted(settings)}}
 
@@ -123,23 +123,23 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """in_flight_mib: tensors read whole and not yet done with (never less than the largest such tensor);
-    workers: threads that read and quantize, null for one a core."""
+    """in_flight_mib: staging buffer (MiB) for tensors read whole; grows to the largest one. workers: threads that read
+    and quantize; null: one per core."""
 
     in_flight_mib: int = 64
     workers: int | None = None
 
     def __post_init__(self) -> None:
         if self.in_flight_mib < 1:
-            raise ConfigError(f"loader.in_flight_mib={self.in_flight_mib} must be 1 or more")
+            raise ConfigError(f"loader.in_flight_mib={self.in_flight_mib} must be 1 or more; the default is 64")
         if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"loader.workers={self.workers} must be 1 or more, or null for one a core")
+            raise ConfigError(f"loader.workers={self.workers} must be 1 or more, or null for one per core")
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """dtype: of the unquantized model that outputs are compared with; null is the checkpoint's own.
-    offload: strategy the reference is run with (it changes its memory, not its answer)."""
+    """dtype: of the unquantized model that outputs are compared with; null: the checkpoint's own. offload: strategy of
+    the reference run (it affects memory, not outputs)."""
 
     dtype: str | None = None
     offload: str = "none"
@@ -150,10 +150,12 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class SaveConfig:
-    """path: folder to save the quantized model to; max_shard_gib: of a file of it; interchange: under the format's own
-    name also where the model's library would misread it (quanto with transformers).
-    push_to_hub: repository to upload it to, user/name; private: of one that is made (null: as its owner's settings
-    say); revision: branch (null: main); commit_message: null names the backend."""
+    """Settings for saving the quantized model.
+
+    path: folder. max_shard_gib: largest file. interchange: keep the format's own name even if the model's library
+    would misread it (quanto with transformers). push_to_hub: repository to upload to, user/name. private: create the
+    repository as private; null: account default. revision: branch; null: main. commit_message: null names the backend.
+    """
 
     path: str | None = None
     max_shard_gib: float = 5.0
@@ -165,7 +167,7 @@ class SaveConfig:
 
     @property
     def wanted(self) -> str:
-        """What was asked for, in the user's words; '' if the model is not to be saved."""
+        """Return the requested destinations as the user wrote them; '' if the model is not saved."""
         places = {name: getattr(self, name) for name in ("path", "push_to_hub")}
         return " ".join(f"save.{name}={place}" for name, place in places.items() if place is not None)
 
@@ -176,9 +178,7 @@ class SaveConfig:
         hub = {name: getattr(self, name) for name in ("private", "revision", "commit_message")}
         for name, value in hub.items():
             if value is not None and self.push_to_hub is None:
-                raise ConfigError(
-                    f"save.{name}={value} is about a hub's repository; set save.push_to_hub=user/name too"
-                )
+                raise ConfigError(f"save.{name}={value} needs a hub's repository; set save.push_to_hub=user/name, too")
             if value == "":
                 raise ConfigError(f"save.{name} must not be empty; give it a value, or null")
 
@@ -195,13 +195,13 @@ class PathsConfig:
 
 @dataclass(frozen=True)
 class ComponentConfig:
-    """How one component of a model (a transformer, a text encoder) is quantized."""
+    """Settings of one component of a model (a transformer, a text encoder)."""
 
     backend: Any
     skip_modules: tuple[str, ...] = ()
     keep_in_fp32_modules: tuple[str, ...] = ()
     compute_dtype: str | None = None
-    plain_fp8: bool = False  # whether weights in float8 without scales are what they seem
+    plain_fp8: bool = False  # read float8 weights without scales as a plain cast
 
     def __post_init__(self) -> None:
         check_patterns(self.skip_modules, "skip_modules")
@@ -210,7 +210,7 @@ class ComponentConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One experiment, completely resolved. `components` has every component that is loaded by our loader."""
+    """One experiment, completely resolved. `components` has every component that qexp's loader loads."""
 
     model: Any
     components: Mapping[str, ComponentConfig]
@@ -232,7 +232,7 @@ class RunConfig:
     max_memory: Mapping[str, int] | None = None  # bytes by device, "cpu" and "disk"
 
     def to_container(self) -> dict[str, Any]:
-        """Plain dicts, lists and scalars that YAML and JSON can hold; `run_config_from_container` reads them."""
+        """Convert to plain dicts, lists and scalars for YAML and JSON; `run_config_from_container` reads them."""
         container: dict[str, Any] = to_plain(self)
         return container
 
@@ -270,4 +270,4 @@ class TopLevelConfig:
         check_choice("resume", self.resume, RESUME_MODES)
         check_choice("identity", self.identity, IDENTITIES)
         if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed={self.seed} must be from 0 to {2**63 - 1}: torch's generators take no other")
+            raise ConfigError(f"seed={self.seed} must be from 0 to {2**63 - 1}, the range of torch's generators")

@@ -1,4 +1,4 @@
-"""What every task's settings have in common, and what the rest of the program asks of them."""
+"""The settings that all tasks share."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class TaskConfig:
     is_seeded: ClassVar[bool] = True  # False: its result does not depend on the seed
 
     def resolved(self) -> Self:
-        """The settings with their files read. Raises ConfigError or LoadError for one that cannot be read."""
+        """Return the settings with their files read. Raises ConfigError or LoadError for one that cannot be read."""
         return self
 
     def input_files(self) -> dict[str, Path]:
-        """Field -> file that the task reads; its content is part of a run's key."""
+        """Return field -> file that the task reads; its content is part of a run's key."""
         return {}

@@ -1,4 +1,4 @@
-"""The windows in which a language model reads a text: how many tokens one may have, and how many it may score."""
+"""Split a text into windows of a language model: tokens per window, and tokens scored per window."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "
 def window_and_stride(
     longest: int | None, window: int | None, stride: int | None, *, has_begin: bool
 ) -> tuple[int, int]:
-    """(tokens of the text in a window, tokens that it scores).
+    """Return (tokens of the text in a window, tokens that it scores).
 
-    longest: the positions of the model, if that is known. has_begin: whether a token that begins a text takes a place.
-    Raises: ConfigError if the model cannot see as many, or if tokens would be left out.
+    longest: the positions of the model, if known. has_begin: whether a begin token takes one position.
+    Raises: ConfigError if a window exceeds the positions, or if tokens would not be scored.
     """
     if longest is not None and window is not None and window > longest:
         raise ConfigError(
@@ -34,7 +34,7 @@ def window_and_stride(
 
 
 def positions(config: Mapping[str, Any]) -> int | None:
-    """The positions that a parsed config.json gives the text model, None if it does not say."""
+    """Return the text model's number of positions from a parsed config.json, or None."""
     text = config.get("text_config")
     own = text if isinstance(text, Mapping) else config
     found = next((own[name] for name in POSITIONS if type(own.get(name)) is int), None)

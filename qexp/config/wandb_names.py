@@ -1,4 +1,4 @@
-"""What W&B takes as the name of a run, a group or a project, and which variables of the environment name one."""
+"""Limits of W&B's names of runs, groups and projects, and the environment variables that set them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OF_A_RUN = (
 
 
 def cut(name: str) -> str:
-    """A name of at most MAX_NAME characters; a longer one ends with a digest, so that two of them stay two."""
+    """Cut a name to MAX_NAME characters; a cut name ends with a digest, which keeps names distinct."""
     if len(name) <= MAX_NAME:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -26,7 +26,7 @@ def cut(name: str) -> str:
 
 
 def problem_of_project(name: str) -> str | None:
-    """Why W&B would refuse a project's name, None if it takes it."""
+    """Return why W&B would reject a project's name, or None."""
     found = [character for character in NOT_IN_PROJECTS if character in name]
     if found:
         return f"must be without {' '.join(NOT_IN_PROJECTS)}"

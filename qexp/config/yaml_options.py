@@ -1,4 +1,4 @@
-"""The yaml files in conf/, read as text: which groups and options there are, and what their comments say."""
+"""Read the yaml files in conf/ as text: groups, options and their comments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GROUP_ORDER = ("model", "backend", "offload", "task", "metrics", "tracking", "is
 
 
 def conf_folder() -> Path:
-    """conf/ inside an installed package, else beside the package in a checkout."""
+    """Return conf/ inside an installed package, else beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if (installed / "config.yaml").is_file() else package.parent / "conf"
@@ -30,13 +30,13 @@ def option_names(group: str) -> list[str]:
 
 
 def options_of_plugin(group: str, plugin: str) -> list[str]:
-    """The options of a group that inherit one plugin's schema: torchao has torchao, torchao_int8dq and others."""
+    """Return the options of a group that inherit a plugin's schema: for torchao, torchao_int8dq and others."""
     inherits = f"/schema/{group}/{plugin}@"
     return [path.stem for path in option_files(group) if inherits in path.read_text(encoding="utf-8")]
 
 
 def description(path: Path) -> str:
-    """The first line of a yaml's opening comment, Hydra's own `# @package` line left out."""
+    """Return the first line of a yaml's opening comment, without Hydra's `# @package` line."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#") and not line.startswith("# @"):
             return line.lstrip("# ").rstrip()
@@ -44,12 +44,12 @@ def description(path: Path) -> str:
 
 
 def default_options() -> dict[str, str]:
-    """The option that config.yaml chooses for each group."""
+    """Return the default option of each group in config.yaml."""
     text = (conf_folder() / "config.yaml").read_text(encoding="utf-8")
     return dict(re.findall(r"^  - (\w+): (\w+)", text, flags=re.MULTILINE))
 
 
 def top_level_settings() -> str:
-    """The settings of config.yaml with their comments: what stands between the defaults list and Hydra's own."""
+    """Return the settings of config.yaml with their comments, between the defaults list and Hydra's own."""
     text = (conf_folder() / "config.yaml").read_text(encoding="utf-8")
     return text.partition("\n\n")[2].partition("\nhydra:")[0].strip("\n")

@@ -35,11 +35,11 @@ from qexp.system.standard_streams import survive_closed_pipes
 WIDTH = 120
 STATUSES = """\
 status of an option on a device
-  runs    its layer was quantized, gave the answer of its dequantized weight, and took the bytes that were planned
-  needs   a library, or another machine: the line below the table says which
-  fails   an error, a crash (signal, exit) or no answer in time (timeout), also explained below the table
+  runs    its layer was quantized, computed the same as its dequantized weight, and has the planned size
+  needs   a library, or another machine: see the line below the table
+  fails   an error, a crash (signal, exit) or a timeout: see below the table
 
-The exit code is 0 whenever the table could be made, whatever is in it."""
+The exit code is 0 if the table was printed, whatever it contains."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def describe_machine() -> dict[str, Any]:
-    """The header: versions, processor, memory and devices, found without importing torch."""
+    """Return the header: versions, processor, memory and devices, without importing torch."""
     quantizers = [plugin_module("backend", name).Quantizer for name in plugin_names("backend")]
     libraries = [package for quantizer in quantizers for package in quantizer.required_packages]
     versions = versions_of(dict.fromkeys((*RESULT_PACKAGES, *libraries)))
@@ -79,7 +79,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def rows_of(names: list[str], timeout: float) -> Iterator[dict[str, Any]]:
-    """A row for each option on each device, backend by backend."""
+    """Yield a row per option and device, backend by backend."""
     by_backend: dict[str, list[dict[str, Any]]] = {}
     for name, config in trials(names).items():
         by_backend.setdefault(config.quant_method, []).append({"option": name, "config": to_plain(config)})
@@ -93,7 +93,7 @@ def rows_of(names: list[str], timeout: float) -> Iterator[dict[str, Any]]:
 
 
 def format_text(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The header, the table, and a paragraph for each row that does not run."""
+    """Format the header, the table, and a paragraph for each row that does not run."""
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine["versions"].items())
     head = [
         f"python {machine['python']}, torch {machine['torch'] or 'not installed'}, {machine['platform']}",

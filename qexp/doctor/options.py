@@ -1,4 +1,4 @@
-"""Every type of every backend as a config: the options of conf/backend, and what their fields can be set to beside.
+"""Build a config for every type of every backend: the options of conf/backend, and the other types of their fields.
 
 Composed without Hydra: a yaml over the schema that it inherits.
 """
@@ -20,14 +20,14 @@ from qexp.errors import ConfigError, choices, did_you_mean
 
 
 def trials(names: list[str]) -> dict[str, Any]:
-    """What to try, by what is typed for it: 'torchao', or 'torchao quant_type=int8dq' where no option has the type.
+    """Return the configs to try, by their command line: 'torchao', or 'torchao quant_type=int8dq' without an option.
 
-    With names, these options alone; else all that need no recipe. Raises ConfigError for a name that is none.
+    names: of the options to try; empty for all types except recipes. Raises: ConfigError for an unknown name.
     """
     options = {path.stem: backend_config(path) for path in backend_files(names)}
     for name in names:
         if (missing := options[name].missing()) is not None:
-            raise ConfigError(f"{missing} to python -m qexp; what its rules name is tried by those names")
+            raise ConfigError(f"{missing} to python -m qexp, or give doctor the backends of its rules")
     if names:
         return options
     options = {name: config for name, config in options.items() if config.missing() is None}
@@ -53,8 +53,7 @@ def _has(config: Any, fields: Mapping[str, Any]) -> bool:
 
 
 def _nearest(options: Mapping[str, Any], method: str, fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(option, the fields to change): as few as possible, and rather of the option that is named like its backend,
-    or else has the most bits among those of short names."""
+    """Return (option, fields to change) with the fewest changes; ties go to the option named like its backend."""
     changes = {
         name: {field: value for field, value in fields.items() if getattr(config, field) != value}
         for name, config in options.items()
@@ -68,16 +67,16 @@ def _typed(value: Any) -> str:
 
 
 def backend_files(names: list[str]) -> list[Path]:
-    """The yamls of these options, of all if there are no names. Raises ConfigError for a name that is none."""
+    """Return the yaml files of these options, or of all without names. Raises ConfigError for an unknown name."""
     files = {path.stem: path for path in option_files("backend")}
     for name in names:
         if name not in files:
-            raise ConfigError(f"{name} is no option of backend{did_you_mean(name, files)}; use {choices(files)}")
+            raise ConfigError(f"{name} is not an option of backend={did_you_mean(name, files)}; use {choices(files)}")
     return [files[name] for name in names or files]
 
 
 def backend_config(path: Path) -> Any:
-    """The config of one option with its own defaults. Raises ConfigError."""
+    """Return the config of one option with its defaults. Raises ConfigError."""
     plugin = _plugin_of(path)
     values = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(values, dict), path

@@ -1,4 +1,4 @@
-"""The process that tries backends: it loads one small layer, quantized, and says what came of it.
+"""The process that tries backends: it loads one small quantized layer per option and reports the result.
 
 Reads {"device", "trials": [{"option", "config"}, ...]} from standard input. For each trial it writes a line of JSON
 when it begins, {"begin": option}, so that a crash has a name, and one with the result. What libraries print goes to
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float32")
 ROWS, COLUMNS, TOKENS = 64, 256, 8  # of the layer and of its input; every format's groups divide 256
-AGREEMENT = 0.05  # relative L2 between the quantized layer's answer and that of its dequantized weight
+AGREEMENT = 0.05  # relative L2 between the outputs of the quantized layer and of its dequantized weight
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def attempt(config: dict[str, Any], device: str, measure: Callable[[Any, str, str], dict[str, Any]]) -> dict[str, Any]:
-    """Measure one option in every dtype; what stops it becomes its status, reason and message."""
+    """Measure one option in every dtype; an error becomes its status, reason and message."""
     started, measured = time.monotonic(), {}
     status, reason, message = "runs", None, ""
     for dtype in DTYPES:
@@ -64,7 +64,7 @@ def attempt(config: dict[str, Any], device: str, measure: Callable[[Any, str, st
 
 
 def verdict_of(error: Exception) -> tuple[str, str, str]:
-    """(status, reason, one line): needs what is missing here, or fails."""
+    """Return (status, reason, one line) of an error: needs something, or fails."""
     if isinstance(error, MissingLibraryError):
         return "needs", "library", " ".join(str(error).split())
     if isinstance(error, ImportError):
@@ -76,7 +76,7 @@ def verdict_of(error: Exception) -> tuple[str, str, str]:
 
 
 def measure(config: Any, dtype: str, device: str) -> dict[str, Any]:
-    """Load a linear layer through the loader, run it, dequantize it. Raises ArithmeticError for a wrong answer."""
+    """Load a linear layer through the loader, run it, dequantize it. Raises ArithmeticError for a wrong output."""
     import torch
 
     from qexp.config.schema import ComponentConfig, LoaderConfig
@@ -100,7 +100,7 @@ def measure(config: Any, dtype: str, device: str) -> dict[str, Any]:
         dense = _dequantized(loaded.model)
         agreement = compare(dense(tokens), answer).relative_l2
     if agreement is None or agreement > AGREEMENT:
-        raise ArithmeticError(f"its answer is not that of its dequantized weight (relative L2 {agreement})")
+        raise ArithmeticError(f"its output differs from that of its dequantized weight (relative L2 {agreement})")
     compared = compare(weight, dense.get_parameter("0.weight").cpu())
     if not compared.finite:
         raise ArithmeticError("its dequantized weight is not finite")

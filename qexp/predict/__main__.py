@@ -46,9 +46,9 @@ OF_RUNS = ("device_map", "max_memory")  # settings that place modules in another
 
 
 def forecast(name: str, overrides: Sequence[str], backends: Sequence[str]) -> ModelForecast:
-    """The model that overrides name, with its weights in each backend. name: what to call it.
+    """Return the forecast of the model in `overrides`, for each backend. name: its name in tables.
 
-    Raises: QexpError, or what Hydra raises, for settings that do not resolve in any backend.
+    Raises: QexpError, or Hydra's errors, for settings that do not resolve in any backend.
     """
     from qexp.loading.forecast import forecast_components, forecast_offload
     from qexp.models.base import load_source
@@ -72,7 +72,7 @@ def forecast(name: str, overrides: Sequence[str], backends: Sequence[str]) -> Mo
 
 
 def resolved(overrides: Sequence[str], headers_of: Any) -> tuple[RunConfig, OffloadConfig]:
-    """(the experiment of some overrides, whatever its task; its offload settings).
+    """Return (the experiment of `overrides` without its task, its offload settings).
 
     headers_of: name of a published model -> a folder with its headers.
     """
@@ -90,12 +90,12 @@ def resolved(overrides: Sequence[str], headers_of: Any) -> tuple[RunConfig, Offl
     model |= {name: None for name in ("reference_path", "revision") if name in model}
     for name in ("save", "metrics"):
         settings.pop(name, None)
-    settings["task"] = {"name": "roundtrip"}  # the one that every model has; it needs no inputs
+    settings["task"] = {"name": "roundtrip"}  # every model has it, and it needs no inputs
     return to_run_config(settings), from_plain(OffloadConfig, settings.pop("offload"), "offload")
 
 
 def _path_here(path: str, headers_of: Any) -> str:
-    """A path on this machine: as it is, a snapshot in the cache, or the headers of a published model."""
+    """Return a local path: the path itself, a snapshot in the cache, or the headers of a published model."""
     from qexp.hub.download import hub_id, local_folder
 
     found = hub_id(path)
@@ -109,13 +109,13 @@ def _path_here(path: str, headers_of: Any) -> str:
     except LoadError as error:
         raise ConfigError(
             f"model.path={path} is not on this machine, and predict downloads nothing ({error}); give a folder, or "
-            f"one of the published models that are known: {choices(architecture_names())}"
+            f"a published model: {choices(architecture_names())}"
         ) from error
 
 
 @contextmanager
 def _local_models() -> Iterator[Any]:
-    """A function that writes the headers of a published model, once, and returns their folder."""
+    """Provide a function that writes the headers of a published model, once, and returns their folder."""
     with TemporaryDirectory(prefix="qexp-predict-") as scratch:
 
         def headers_of(name: str) -> Path:
@@ -129,7 +129,7 @@ def _local_models() -> Iterator[Any]:
 
 @contextmanager
 def _repeated_once(name: str) -> Iterator[None]:
-    """What is said of a network is said once, and not for each backend."""
+    """Print messages about a network once, not for each backend."""
     said: list[str] = []
     try:
         with sayings_in(said):
@@ -140,7 +140,7 @@ def _repeated_once(name: str) -> Iterator[None]:
 
 
 def published_overrides(name: str, compute_dtype: str) -> list[str]:
-    """A published model with every component quantized, all but a decoder of convolutions."""
+    """Return the overrides that quantize every component of a published model except the autoencoder."""
     parts = [component for component in architecture(name).components if component != "vae"]
     option = name if name in option_names("model") else "diffusers"
     path = architecture(name).repository
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _answer(options: argparse.Namespace) -> str:
-    """Check everything that was typed, then plan. Raises: QexpError, or what Hydra raises."""
+    """Check the command line, then plan; return the text to print. Raises QexpError, or Hydra's errors."""
     asked, words = _split_backends(options.backends or ())
     overrides, names, memory, backends = _sorted_words([*options.what, *words])
     backends = asked or backends or (() if overrides else BACKENDS)
@@ -214,7 +214,7 @@ def _answer(options: argparse.Namespace) -> str:
 
 
 def _split_backends(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(backends, other words) of what is typed behind --backends, which may be followed by settings and models."""
+    """Split the words after --backends into (backends, settings and models)."""
     names = [name for word in words if "=" not in word for name in word.split(",") if name]
     published = [name for name in names if name in architecture_names()]
     if len(published) == len(names):  # no backend at all: the check of backends says so
@@ -223,7 +223,7 @@ def _split_backends(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _sorted_words(words: Sequence[str]) -> tuple[list[str], list[str], int | None, Sequence[str]]:
-    """(overrides, published names, bytes of memory=, backends of backend=). Raises: ConfigError."""
+    """Return (overrides, published names, bytes of memory=, backends of backend=). Raises ConfigError."""
     overrides = [word for word in words if "=" in word or word.startswith("~")]
     names = [word for word in words if word not in overrides]
     memory, backends = None, tuple[str, ...]()
@@ -238,7 +238,7 @@ def _sorted_words(words: Sequence[str]) -> tuple[list[str], list[str], int | Non
         overrides.remove(override)
     for name in names:
         if name in option_names("model") and name not in architecture_names():
-            raise ConfigError(f"{name} is an option of model=, and no published model; write model={name}")
+            raise ConfigError(f"{name} is an option of model=, not a published model; write model={name}")
         if name.endswith(("/", ".gguf", ".safetensors")) or Path(name).exists():
             raise ConfigError(
                 f"{name} is a path; write model=<kind> model.path={name}, with one of {choices(option_names('model'))}"
@@ -247,8 +247,8 @@ def _sorted_words(words: Sequence[str]) -> tuple[list[str], list[str], int | Non
             raise ConfigError(_unknown_name(name))
     if names and overrides:
         raise ConfigError(
-            f"{overrides[0]} is an override, and {names[0]} a published name, which takes none but memory= and "
-            f"backend=; write model={names[0]} {overrides[0]} for what an experiment loads"
+            f"{overrides[0]} is an override, and {names[0]} a published name, which takes only memory= and backend=; "
+            f"write model={names[0]} {overrides[0]} for what an experiment loads"
         )
     return overrides, names, memory, backends
 
@@ -283,14 +283,14 @@ def _parse_memory(value: str) -> int:
 
 
 def _name_of_model(overrides: Sequence[str]) -> str:
-    """What to call a model: its folder's or file's name, else its option."""
+    """Return a model's name for tables: of its folder or file, else of its option."""
     given = {key.lstrip("+"): value.strip("'\"") for key, _, value in (one.partition("=") for one in overrides)}
     path = given.get("model.path") or given.get("model.checkpoint")
     return Path(path).name if path else given.get("model") or given.get("experiment") or "model"
 
 
 def _backend_in(overrides: Sequence[str]) -> str:
-    """The option of backend= that overrides without one choose."""
+    """Return the default option of backend= for these overrides."""
     return str(compose_settings(overrides, with_hydra=True).hydra.runtime.choices["backend"])
 
 

@@ -16,8 +16,11 @@ UNITS = {"GiB": GIB, "MiB": 1 << 20, "KiB": KIB}
 
 @dataclass(frozen=True)
 class ModelForecast:
-    """A model in several backends. columns: backend -> component -> forecast, without those that a format cannot hold;
-    offload: backend -> strategy -> forecast, of backends that hold every component."""
+    """A model in several backends.
+
+    columns: backend -> component -> forecast, without components that a format cannot hold. offload: backend ->
+    strategy -> forecast, for backends that can hold every component.
+    """
 
     name: str
     components: tuple[str, ...]
@@ -26,7 +29,7 @@ class ModelForecast:
 
 
 def unit_of(models: Sequence[ModelForecast]) -> str:
-    """The unit in which the largest total has at least two digits before its decimals."""
+    """Return the largest unit in which the largest total is at least 1."""
     totals = [strategies["none"].device for model in models for strategies in model.offload.values()]
     return next((unit for unit, size in UNITS.items() if max(totals, default=GIB) >= size), "KiB")
 
@@ -34,7 +37,7 @@ def unit_of(models: Sequence[ModelForecast]) -> str:
 def weights_table(
     models: Sequence[ModelForecast], backends: Sequence[str], unit: str, memory: int | None
 ) -> list[list[str]]:
-    """A row for each component, one for the total, one for what loading takes, and with `memory` one for what fits."""
+    """Return a row per component, the total, the peak of loading, and with `memory` the strategy that fits."""
     lines = [["model", "component", "weights", f"files {unit}", *(f"{name} {unit}" for name in backends)]]
     for model in models:
         for component in model.components:
@@ -74,7 +77,7 @@ def _fitting(model: ModelForecast, backend: str, memory: int) -> str:
 
 
 def offload_table(strategies: Mapping[str, OffloadForecast], unit: str, memory: int | None) -> list[list[str]]:
-    """A row for each strategy, and with `memory` whether it fits."""
+    """Return a row per strategy, and with `memory` whether it fits."""
     verdict = [] if memory is None else [f"device of {size(memory, unit)} {unit}"]
     lines = [["offload", f"on the device {unit}", f"while loading {unit}", f"in host memory {unit}", *verdict]]
     for name, found in strategies.items():
@@ -96,7 +99,7 @@ def _memory_cell(nbytes: int | None, unit: str) -> str:
 
 
 def _count_cell(number: int) -> str:
-    """'11.90 B', '5.01 M' or '610': how many numbers a model has."""
+    """Format a number of parameters: '11.90 B', '5.01 M' or '610'."""
     for letter, amount in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if number >= amount / 10 and number >= 1000:
             return f"{number / amount:.2f} {letter}"
@@ -104,7 +107,7 @@ def _count_cell(number: int) -> str:
 
 
 def formatted(lines: Sequence[Sequence[str]], left: int, markdown: bool) -> str:
-    """A table whose first line is its head; the first `left` columns are aligned to the left."""
+    """Format a table with a header line; the first `left` columns are left-aligned."""
     if markdown:
         head = ["---"] * left + ["--:"] * (len(lines[0]) - left)
         return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], head, *lines[1:]))

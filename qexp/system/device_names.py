@@ -1,4 +1,4 @@
-"""Places by their names: what a device map and max_memory may say, and what there is on this machine."""
+"""Parse the device names of device_map and max_memory, and check them against this machine."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MaxMemory = Mapping[str, int] | Mapping[int | str, int | str] | None
 
 
 def parse_place(value: Any, device: torch.device) -> Place:
-    """A value of a map. An index is an accelerator of the kind of `device`.
+    """Parse a value of a device map. An index is an accelerator of the kind of `device`.
 
-    Raises: ConfigError for what is not on this machine.
+    Raises: ConfigError for a device that this machine lacks.
     """
     kind = accelerator_kind(device)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -38,7 +38,9 @@ def parse_place(value: Any, device: torch.device) -> Place:
     count = torch.get_device_module(kind).device_count() if place.type == kind else 0
     if (place.index or 0) >= count:
         known = [*PLANNED_DEVICE_MAPS, "cpu", DISK, *(f"{kind}:{index}" for index in range(count))]
-        raise ConfigError(f"device_map has {value!r}{did_you_mean(str(value), known)}; here there are {choices(known)}")
+        raise ConfigError(
+            f"device_map has {value!r}{did_you_mean(str(value), known)}; this machine has {choices(known)}"
+        )
     return torch.device(kind, place.index or 0)
 
 
@@ -64,7 +66,7 @@ def device_of_key(key: Key, device: torch.device) -> torch.device:
 
 
 def limits_of(max_memory: MaxMemory, device: torch.device) -> dict[Key, int]:
-    """Bytes of each device that may be used, in the order in which they are filled: as given, or what is free."""
+    """Return the usable bytes of each device, in the order of filling: as given, or what is free."""
     if max_memory is not None:
         given = {
             key_of(parse_place(_number(name), device)): parse_bytes(size, f"max_memory[{name}]")

@@ -1,4 +1,4 @@
-"""Which device an experiment computes on, found without importing torch (the parent process must stay light)."""
+"""Resolve the compute device of an experiment without importing torch (the parent process must stay light)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from qexp.errors import ConfigError, UnsupportedError, choices, did_you_mean
 
-EVERYTHING_ELSE = "*"  # in a map: what is not named. Elsewhere this is "", which Hydra's command line cannot hold
+EVERYTHING_ELSE = "*"  # in a map: unnamed modules. Libraries use "", which Hydra's command line cannot hold
 PLANNED_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 SIZES = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -22,7 +22,7 @@ SIZES = {
 
 @cache
 def cuda_device_count() -> int:
-    """CUDA devices that the installed torch could use: 0 for a CPU build or without a driver."""
+    """Return the number of CUDA devices that the installed torch could use: 0 for a CPU build or without a driver."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return 0
@@ -39,7 +39,7 @@ def cuda_device_count() -> int:
 
 
 def resolve_device(device: str, place: str = "device") -> str:
-    """'auto' -> 'cuda:0' or 'cpu'; 'cuda' -> 'cuda:0'. Raises ConfigError, or UnsupportedError without a GPU."""
+    """Resolve 'auto' to 'cuda:0' or 'cpu', 'cuda' to 'cuda:0'. Raises ConfigError, UnsupportedError without a GPU."""
     count = cuda_device_count()
     if device == "auto":
         return "cuda:0" if count else "cpu"
@@ -57,9 +57,9 @@ def resolve_device(device: str, place: str = "device") -> str:
 
 
 def resolve_device_map(device: str, device_map: Any) -> tuple[str, str | dict[str, str] | None]:
-    """(the device that computes first, the map with devices spelled out; null if everything is on that device).
+    """Return (main device, map with full device names, or None if everything is on the main device).
 
-    A map by module is followed, and one such as auto is planned, when the model's weights are known.
+    Maps by module, and planned ones such as auto, are applied when the model's weights are known.
     Raises: ConfigError; UnsupportedError for a device that this machine lacks.
     """
     if device_map is None:
@@ -67,8 +67,8 @@ def resolve_device_map(device: str, device_map: Any) -> tuple[str, str | dict[st
     if isinstance(device_map, str) and device_map in PLANNED_DEVICE_MAPS:
         if device not in ("auto", "cpu"):
             raise ConfigError(
-                f"device_map={device_map} plans over all accelerators, so device={device} cannot be followed; leave "
-                f"one of them out, or limit the plan: max_memory={{0: 20GiB}}"
+                f"device_map={device_map} uses all accelerators, which contradicts device={device}; leave one of them "
+                f"out, or limit the plan: max_memory={{0: 20GiB}}"
             )
         return resolve_device(device), device_map
     named = device_map if isinstance(device_map, Mapping) else {"": device_map}
@@ -77,7 +77,7 @@ def resolve_device_map(device: str, device_map: Any) -> tuple[str, str | dict[st
     places = {name: _resolve_place(value, written[name]) for name, value in named.items()}
     main = next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
     if device != "auto" and resolve_device(device) != main:
-        raise ConfigError(f"device_map={device_map} and device={device} disagree; set one and leave the other alone")
+        raise ConfigError(f"device_map={device_map} and device={device} disagree; set only one of them")
     return main, None if places == {"": main} else places
 
 
@@ -93,12 +93,12 @@ def _resolve_place(value: Any, place: str) -> str:
 
 
 def resolve_max_memory(max_memory: Any, device_map: Any) -> dict[str, int] | None:
-    """Bytes by device, "cpu" and "disk". Raises: ConfigError; UnsupportedError for a device that this machine lacks."""
+    """Return bytes by device, "cpu" and "disk". Raises ConfigError, UnsupportedError for a missing device."""
     if max_memory is None:
         return None
     if device_map is None:
         raise ConfigError(
-            f"max_memory={max_memory} limits what a device_map may use, and there is none; set device_map"
+            f"max_memory={max_memory} limits a device_map, and none is set; set device_map, such as device_map=auto"
         )
     if not isinstance(max_memory, Mapping):
         raise ConfigError(f"max_memory={max_memory} must give a size for each device, such as {{0: 10GiB, cpu: 30GiB}}")
@@ -110,7 +110,7 @@ def resolve_max_memory(max_memory: Any, device_map: Any) -> dict[str, int] | Non
 
 
 def parse_bytes(size: object, place: str) -> int:
-    """Bytes of a setting: a whole number of them, or a size such as "10GiB" or "500MB". place: the setting.
+    """Parse a size: a number of bytes, or text such as "10GiB" or "500MB". place: the setting.
 
     Raises: ConfigError.
     """
@@ -118,5 +118,5 @@ def parse_bytes(size: object, place: str) -> int:
         return size
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None
     if match is None or match[2].upper() not in SIZES:
-        raise ConfigError(f"{place}={size} is no size; use bytes, or a size such as 10GiB or 500MB")
+        raise ConfigError(f"{place}={size} is not a size; use bytes, or a size such as 10GiB or 500MB")
     return int(float(match[1]) * SIZES[match[2].upper()])

@@ -153,7 +153,7 @@ def test_what_the_command_line_leaves_unquantized() -> None:
 def test_a_device_is_checked_however_it_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qexp.system.devices.cuda_device_count", lambda: 0)
     cpu = torch.device("cpu")
-    with pytest.raises(ConfigError, match=r"max_memory=.* limits what a device_map may use"):
+    with pytest.raises(ConfigError, match=r"max_memory=.* limits a device_map, and none is set"):
         qexp.load(folder, skeleton=stack, device=cpu, max_memory={"cpu": "1KiB"})
     with pytest.raises((ConfigError, LoadError), match="max_memory"):
         qexp.load(folder, skeleton=stack, device=cpu, device_map={"": "cpu"}, max_memory={"cpu": "1KiB"})
@@ -207,7 +207,7 @@ def test_settings_reach_the_load(folder: Path) -> None:
     assert model.layers[2].weight.dtype == torch.float32
     with pytest.raises(ConfigError, match=r"skip_modules of .*'nowhere' matches no module"):
         load(folder, "torchao", skip_modules=["nowhere"])
-    with pytest.raises(ConfigError, match=r"compute_dtype=int8 is no dtype"):
+    with pytest.raises(ConfigError, match=r"compute_dtype=int8 is not a compute dtype"):
         load(folder, compute_dtype="int8")
     with pytest.raises(ConfigError, match=r"device=tpu is unknown"):
         qexp.load(folder, skeleton=stack, device="tpu")
@@ -225,7 +225,7 @@ def test_device_maps_reach_the_load(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(model(x), expected) and not (tmp_path / "weights").exists()
     small = load(folder, "torchao", device_map="auto", max_memory={"cpu": "26KB", "disk": "1GiB"})
     assert torch.equal(small(x), expected)
-    with pytest.raises(ConfigError, match=r"max_memory=.* limits what a device_map may use"):
+    with pytest.raises(ConfigError, match=r"max_memory=.* limits a device_map, and none is set"):
         load(folder, max_memory={"cpu": "1GiB"})
     with pytest.raises(ConfigError, match=r"device_map=everywhere is unknown"):
         load(folder, device_map="everywhere")

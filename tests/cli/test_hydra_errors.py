@@ -71,7 +71,7 @@ MISTAKES = {
     "save.path=undefined": "for no value write save.path=null",
     "backend=nf4": "backend=nf4 is unknown (did you mean backend=bitsandbytes?); use bitsandbytes, ",
     "backend=gptq": "backend=gptq is unknown (a format that is made by a program of its own, and not here); use bits",
-    "skip_modules=[a..b]": "skip_modules: 'a..b' can match no module; a pattern is names with dots between them",
+    "skip_modules=[a..b]": "skip_modules: 'a..b' can match no module; a pattern is a dotted name, not a regex",
     "skip_modules=['blocks/0']": "skip_modules: 'blocks/0' can match no module",
     "keep_in_fp32_modules=['.*norm$']": "keep_in_fp32_modules: '.*norm$' can match no module",
     "sweep.notes=a=b": "quoted twice",

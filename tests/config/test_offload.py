@@ -33,7 +33,12 @@ CONFLICTS: list[tuple[dict[str, Any], str, str, str]] = [
         "needs a device with streams, and device=mps has none",
         "use offload.use_stream=null",
     ),
-    ({"use_stream": True, "non_blocking": False}, "cuda", "with offload.non_blocking=false lets the host", "leave out"),
+    (
+        {"use_stream": True, "non_blocking": False},
+        "cuda",
+        "with offload.non_blocking=false makes the host",
+        "leave out",
+    ),
     ({"record_stream": True}, "cpu", "offload.record_stream=true needs a stream, and device=cpu has none", "leave it"),
     ({"record_stream": True, "use_stream": False}, "cuda", "needs a stream, and offload uses none here", "leave it"),
     (

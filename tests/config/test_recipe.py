@@ -67,8 +67,8 @@ def test_types_that_another_backend_runs_are_resolved_by_rule() -> None:
     [
         ([{"backend": "gguf"}, {"backend": "none"}], r"rule 1 \(default -> gguf Q8_0\) covers every layer"),
         ([{"modules": "**", "backend": "gguf"}, {"backend": "none"}], "rule 1 .* covers every layer"),
-        ([{"modules": "a", "backend": "gguf"}], r"the last rule \(a -> gguf Q8_0\) is no default"),
-        ([{"modules": [], "backend": "gguf"}, {"backend": "none"}], r"rule 1: modules=\[\] names nothing"),
+        ([{"modules": "a", "backend": "gguf"}], r"the last rule \(a -> gguf Q8_0\) is not a default"),
+        ([{"modules": [], "backend": "gguf"}, {"backend": "none"}], r"rule 1: modules=\[\] is empty"),
         ([{"modules": "a|b", "backend": "gguf"}, {"backend": "none"}], r"rule 1: modules: 'a\|b' can match no module"),
         ([{"modules": 3, "backend": "gguf"}, {"backend": "none"}], "rule 1: modules=3 must be a list"),
         ([{"modules": "a"}, {"backend": "none"}], "rule 1 has no backend"),
@@ -100,11 +100,11 @@ def test_a_wrong_recipe_is_one_clear_error(rules: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- {modules: *.mlp, backend: gguf}", "is no yaml: .*a pattern with \\* needs quotes"),
-        ("rules: [{backend: gguf, backend: none}]", "is no yaml: .*duplicate key"),
+        ("- {modules: *.mlp, backend: gguf}", "is not valid yaml: .*a pattern with \\* needs quotes"),
+        ("rules: [{backend: gguf, backend: none}]", "is not valid yaml: .*duplicate key"),
         ("", "is not a recipe: it is empty; give "),
         ("some notes", "is not a recipe: it has 'some notes' and no 'rules'; give "),
-        ("rules: [{backend: ${nowhere}}]", "is no yaml: .*nowhere"),
+        ("rules: [{backend: ${nowhere}}]", "is not valid yaml: .*nowhere"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(text: str, message: str, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_each_result_starts_the_time_anew(line: bytes, received: int, monkeypatc
 
 def test_an_unknown_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["torcha"]) == 1
-    assert "torcha is no option of backend (did you mean torchao" in capsys.readouterr().err
+    assert "torcha is not an option of backend= (did you mean torchao" in capsys.readouterr().err
 
 
 def test_a_gpu_is_tried_as_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -219,7 +219,7 @@ def test_no_library_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> N
 def test_settings_that_need_each_other(server: HubServer) -> None:
     assert run_config("save.push_to_hub=tester/toy", "save.private=true").save.private is True
     for name, value in {"private": "true", "revision": "a", "commit_message": "b"}.items():
-        with pytest.raises(ConfigError, match=rf"save\.{name}=.* set save\.push_to_hub=user/name too"):
+        with pytest.raises(ConfigError, match=rf"save\.{name}=.* set save\.push_to_hub=user/name, too"):
             run_config(f"save.{name}={value}")
     with pytest.raises(ConfigError, match=r"save\.revision must not be empty"):
         run_config("save.push_to_hub=tester/toy", "save.revision=''")

@@ -96,7 +96,7 @@ def test_an_index_is_of_the_kind_of_the_device(gpus: None) -> None:
             {"": "cpu", "blocs.0": "disk"},
             r"names 'blocs.0', which is no module or tensor of Toy \(did you mean blocks.0",
         ),
-        ({"": "dsk"}, r"device_map has 'dsk' \(did you mean disk\?\); here there are auto, balanced"),
+        ({"": "dsk"}, r"device_map has 'dsk' \(did you mean disk\?\); this machine has auto, balanced"),
         ({"": "cuda:7"}, "device_map has 'cuda:7'"),
         ({"": 0}, "device_map has 'cuda:0'"),
         ("balanced_low", r"'balanced_low' \(did you mean balanced"),
@@ -115,7 +115,7 @@ def test_a_map_that_exceeds_the_memory_is_refused_before_anything_is_read(folder
     (source / "model.safetensors").write_bytes(content)
     with pytest.raises(ConfigError, match=r"puts 0\.00\d+ GiB on cpu, which has 0\.000977 GiB by max_memory"):
         load(source, "none", "cpu", {"cpu": "1MiB"})
-    with pytest.raises(ConfigError, match=r"max_memory.cpu.=much is no size"):
+    with pytest.raises(ConfigError, match=r"max_memory.cpu.=much is not a size"):
         load(source, "none", "auto", {"cpu": "much"})
     with pytest.raises(ConfigError, match=r"puts .* GiB on disk, and there is no folder for them: pass offload_folder"):
         load(source, "none", {"": "cpu", "blocks": "disk"})

@@ -313,5 +313,5 @@ def test_fields_are_checked() -> None:
         GGUFConfig(quant_type="Q4_K")
     with pytest.raises(ConfigError, match=r"'F16' does not quantize; use .*backend=none"):
         GGUFConfig(quant_type="F16")
-    with pytest.raises(ConfigError, match=r"backend\.compute_dtype=int8 is no dtype"):
+    with pytest.raises(ConfigError, match=r"backend\.compute_dtype=int8 is not a compute dtype"):
         backend_config("gguf", "compute_dtype=int8")
