@@ -1,4 +1,4 @@
-"""Published models without their weights: what each of them is made of, at true size.
+"""Describe published models without their weights: components, configs and sizes.
 
 `assets/architectures/<name>.json` has a model's repository, its licence, its model_index.json, and for every component
 the config.json that lies in its folder there, with the number of parameters (each counted once), the dtype and the
@@ -60,7 +60,7 @@ def architecture_names() -> list[str]:
 
 @cache
 def architecture(name: str) -> Architecture:
-    """A published model by the name of its file. Raises: ConfigError, with the choices, if there is none."""
+    """Return a published model by its file's name. Raises ConfigError with the choices for an unknown one."""
     if name not in architecture_names():
         names = architecture_names()
         raise ConfigError(f"architecture {name!r} is unknown{did_you_mean(name, names)}; use {choices(names)}")
@@ -70,7 +70,7 @@ def architecture(name: str) -> Architecture:
 
 
 def component_of(name: str, component: str) -> ComponentArchitecture:
-    """Raises: ConfigError, with the choices, if the model has no such component."""
+    """Return a component of a published model. Raises ConfigError with the choices for an unknown one."""
     components = architecture(name).components
     if component not in components:
         hint = did_you_mean(component, components)
@@ -79,7 +79,7 @@ def component_of(name: str, component: str) -> ComponentArchitecture:
 
 
 def network(config: Mapping[str, Any]) -> nn.Module:
-    """The network of a component's config.json, its parameters on the meta device."""
+    """Build the network of a component's config.json on the meta device."""
     from qexp.models.folder import FolderSource
     from qexp.models.skeletons import on_meta
 
@@ -88,7 +88,7 @@ def network(config: Mapping[str, Any]) -> nn.Module:
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name in a published file -> tensor of the network, each tensor once, in the order of the files."""
+    """Return name in a published file -> tensor of the network, each tensor once, in the order of the files."""
     places, names = set[Any](), dict[str, str]()
     tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
@@ -104,7 +104,7 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def as_checkpoint(component: ComponentArchitecture, model: nn.Module, path: Path) -> Checkpoint:
-    """The headers that the published files have, for planning: one file below `path`, which nobody reads."""
+    """Return a checkpoint with the published files' headers, for planning: one file in `path` that is never read."""
     dtype, file, offset, entries = SAFETENSORS_NAMES[component.dtype], path / "model.safetensors", 0, {}
     for name, tensor in stored_tensors(model).items():
         nbytes = tensor.numel() * (4 if dtype == "F32" else 2)
@@ -114,9 +114,9 @@ def as_checkpoint(component: ComponentArchitecture, model: nn.Module, path: Path
 
 
 def write_headers(name: str, folder: Path) -> None:
-    """Write a published model as a folder whose files of weights have their headers, and no data: sparse files.
+    """Write a published model as a folder with sparse weight files: headers without data.
 
-    Everything that is planned from headers (patterns, bytes, groups) is what the real folder gives.
+    Plans from headers (patterns, bytes, groups) are equal to those of the real folder.
     Raises: ConfigError, with the choices, if there is no such model.
     """
     model = architecture(name)

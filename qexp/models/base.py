@@ -1,4 +1,4 @@
-"""What a model source is: where its checkpoints are, how its networks are built, and how it carries out a task.
+"""The base classes of model sources: find checkpoints, build networks, carry out tasks.
 
 A source is one module of this package that binds `Config` (a subclass of `config.model.ModelConfig`) and `Source` (a
 subclass of `ModelSource`, or of `TextSource`); the module's name is the value of `model.source`. CONTRIBUTING.md has a
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 class ModelSource(ABC):
     """One model, which may have several components (a transformer, a text encoder) with a checkpoint each.
 
-    A source has to define `checkpoints` and `skeleton`, and `generate` if "generate" is among its tasks; the other
-    methods do what suits most models, or nothing.
+    A source must define `checkpoints` and `skeleton`, and `generate` if "generate" is among its tasks; the other
+    methods have defaults that suit most models, or do nothing.
     """
 
-    tasks: tuple[str, ...] = ("forward", "roundtrip")  # those that it can do
+    tasks: tuple[str, ...] = ("forward", "roundtrip")  # supported tasks
     modality: str = "tensors"  # what it generates: "images", "text", or nothing but tensors
     is_pipeline: ClassVar[bool] = False  # whether a saved model is a folder with one for each component
     required_packages: ClassVar[tuple[str, ...]] = ()  # whose versions a result depends on, besides torch
@@ -49,90 +49,91 @@ class ModelSource(ABC):
         """Component name -> checkpoint folder or file. Raises LoadError if one is missing."""
 
     def components(self) -> tuple[str, ...]:
-        """The names of the components, in the order in which they are loaded."""
+        """Return the names of the components, in loading order."""
         return tuple(self.checkpoints())
 
     def quantized_components(self) -> tuple[str, ...]:
-        """The components that `backend=` quantizes."""
+        """Return the components that `backend=` quantizes."""
         return self.components()
 
     def preset_patterns(self, quantized: Collection[str]) -> tuple[str, ...]:
-        """The patterns of `model.skip_modules` that apply where these components are quantized."""
+        """Return the patterns of `model.skip_modules` that apply if these components are quantized."""
         patterns: tuple[str, ...] = self.config.skip_modules
         return patterns
 
     def component_config(self, component: str) -> dict[str, Any] | None:
-        """The config.json of a component whose checkpoint has none of its own; None if there is none."""
+        """Return the config of a component for checkpoints without a config.json; None if it has none."""
         return None
 
     def side_files(self) -> list[Path]:
-        """All files beside the checkpoints that it reads (a tokenizer's, a scheduler's): they are part of a run's
-        key."""
+        """Return all files that it reads besides checkpoints (tokenizer, scheduler); they are part of a run's key."""
         return []
 
     def carried_files(self) -> tuple[str, ...]:
-        """Names of files in a checkpoint's folder that a saved model takes along (a tokenizer's)."""
+        """Return the names of files (of a tokenizer) that are copied from a checkpoint's folder to a saved model."""
         return ()
 
     def save_side_files(self, folder: Path) -> list[Path]:
-        """Write what makes saved components a pipeline into a folder; returns the files."""
+        """Write the files that make saved components a pipeline; return them."""
         return []
 
     def adapters(self) -> tuple[LoraConfig, ...]:
-        """What is applied to the model besides; its files are part of a run's key."""
+        """Return the adapters applied to the model; their files are part of a run's key."""
         return ()
 
     # Tasks, checked without torch
 
     def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
-        """The task with this source's defaults, and without what it has no use for."""
+        """Return the task with this source's defaults, without fields that it does not use."""
         return task
 
     def check_task(self, task: Any) -> None:  # noqa: B027
-        """Raises ConfigError for a task that this model cannot do as it is configured."""
+        """Raise ConfigError for a task that this model cannot do as configured."""
 
     # The network
 
     @abstractmethod
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
-        """Build the network that a parsed config.json describes; called where new tensors land on the meta device."""
+        """Build the network of a parsed config.json; called with the meta device as default."""
 
     def conversion(self, component: str, model: nn.Module, checkpoint: Checkpoint) -> Conversion | None:
-        """The function that turns tensors in the layout of the model's authors into the model's own
-        (`checkpoints/conversion.py`); None if every checkpoint has the model's names."""
+        """Return the function that converts the authors' tensor layout to the model's (`checkpoints/conversion.py`).
+
+        None if every checkpoint has the model's names.
+        """
         return None
 
     def skip_modules(self, component: str, model: nn.Module) -> tuple[str, ...]:
-        """Patterns of the modules that stay unquantized, whatever the settings say."""
+        """Return the patterns of modules that always stay unquantized."""
         return ()
 
     def block_lists(self, model: nn.Module) -> list[str]:
-        """Dotted names of the module lists whose items are offloaded block by block."""
+        """Return the dotted names of the module lists that hold blocks for block offloading."""
         from qexp.offloading.grouping import outermost_lists
 
         return outermost_lists(model)
 
     def adapt(self, component: str, model: nn.Module, dtype: torch.dtype) -> None:  # noqa: B027
-        """Apply the adapters to a component that is loaded and computes in `dtype`."""
+        """Apply the adapters to a loaded component that computes in `dtype`."""
 
     # Running it
 
     def check_run(self, models: Mapping[str, nn.Module], task: Any) -> None:  # noqa: B027
-        """Raises ConfigError or LoadError for what cannot be run, given the skeletons: no weight is read yet."""
+        """Raise ConfigError or LoadError for a task that the skeletons cannot run, before weights are read."""
 
     def number_of_steps(self, models: Mapping[str, nn.Module], task: GenerateConfig) -> int | None:
-        """How often `generate` will call `on_step`; None if that is not known."""
+        """Return how often `generate` calls `on_step`, or None if unknown."""
         return task.num_inference_steps
 
     def limit_samples(self, task: GenerateConfig, count: int) -> GenerateConfig:
-        """The task with its first `count` samples, by which a model is calibrated."""
+        """Return the task with its first `count` samples, for calibration."""
         return replace(task, num_images=count)
 
     def forward_inputs(self, model: nn.Module, lines: list[str]) -> dict[str, Tensor]:
-        """The arguments of the network for lines of text, [lines, longest]. Raises ConfigError without a tokenizer."""
+        """Return the network's inputs for lines of text, [lines, longest]. Raises ConfigError without a tokenizer."""
         raise ConfigError(
-            f"task.inputs is text, and model.source={self.config.source} has no tokenizer to read it with; give "
-            "tensors (.safetensors with the names of forward's arguments, or .npy)"
+            f"task.inputs is text, but model.source={self.config.source} has no tokenizer; give tensors (.safetensors "
+            "with the names of forward's arguments, or .npy)"
         )
 
     def generate(
@@ -144,7 +145,7 @@ class ModelSource(ABC):
         device: torch.device,
         on_step: Callable[[int, Tensor | None], None],
     ) -> dict[str, Tensor]:
-        """Samples as cpu tensors.
+        """Generate samples as CPU tensors.
 
         Images: "images" [n, channels, height, width] fp32 in [-1, 1] and "labels" [n]; a value that was not finite is
         NaN. `on_step(step, state)` is called after each integration step, step = 1, 2, ...; states are of one shape.
@@ -155,7 +156,7 @@ class ModelSource(ABC):
         raise NotImplementedError(f"{type(self).__module__} has 'generate' among its tasks, and no such method")
 
     def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
-        """The source's own quality numbers of saved outputs; None where one is undefined."""
+        """Return the source's own quality scores of saved outputs; None where one is undefined."""
         return {}
 
 
@@ -168,27 +169,27 @@ class TextSource(ModelSource):
     @property
     @abstractmethod
     def begin_token(self) -> int | None:
-        """The token that a text begins with, None if there is none."""
+        """Return the token that begins a text, or None."""
 
     @abstractmethod
     def prompts(self, task: GenerateConfig) -> list[str]:
-        """The texts that `generate` goes on from. Raises ConfigError if there are none."""
+        """Return the texts that `generate` continues. Raises ConfigError if there are none."""
 
     @abstractmethod
     def text(self, path: str | None) -> str:
-        """The text in a file, or its own. Raises ConfigError if there is none."""
+        """Return the text of a file, or the source's own. Raises ConfigError if there is none."""
 
     @abstractmethod
     def encode(self, text: str) -> Tensor:
-        """The tokens of a text, [n], without special ones."""
+        """Return the tokens of a text, [n], without special tokens."""
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> list[str]:
-        """The texts of rows of tokens, [n, length], without special ones."""
+        """Return the texts of rows of tokens, [n, length], without special tokens."""
 
 
 def load_source(config: Any) -> ModelSource:
-    """The model source that `config.source` names. Raises ConfigError, with the choices, if there is none."""
+    """Return the model source named by `config.source`. Raises ConfigError with the choices for an unknown one."""
     names = plugin_names("model")
     if config.source not in names:
         raise ConfigError(f"model.source={config.source!r} is unknown; use {choices(names)}")

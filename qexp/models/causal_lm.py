@@ -67,7 +67,7 @@ Config = CausalLMConfig
 
 
 def _tokenizer_message(folder: Path, error: Exception) -> str:
-    """What to say of a tokenizer that cannot be opened: it is not there, damaged, or of another version."""
+    """Describe why a tokenizer cannot be opened: missing, damaged, or of another version."""
     from importlib.metadata import version
 
     reason = (str(error) or type(error).__name__).splitlines()[0][:300]
@@ -94,12 +94,12 @@ class Source(TextSource):
 
     @property
     def folder(self) -> Path:
-        """The model's folder. Raises ConfigError if none is named."""
+        """Return the model's folder. Raises ConfigError if model.path is not set."""
         if self.config.path is None:
             raise ConfigError(
-                "model.path=null names no model; set model.path to a folder as save_pretrained writes it, or to "
-                "user/name of a hub's repository (or, where model.path is quantized already, model.reference_path to "
-                "the checkpoint to compare it with)"
+                "model.path=null, but this model needs a checkpoint; set model.path to a folder as save_pretrained "
+                "writes it, or to a hub's user/name (for a quantized checkpoint, also model.reference_path to the "
+                "original to compare it with)"
             )
         return local_folder(self.config.path)
 
@@ -109,7 +109,7 @@ class Source(TextSource):
 
     @override
     def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
-        """The task with its defaults, and without what it has for images."""
+        """Return the task with its defaults, without fields for images."""
         from qexp.config.generate import for_text
 
         return for_text(task)
@@ -120,12 +120,12 @@ class Source(TextSource):
 
     @override
     def side_files(self) -> list[Path]:
-        """The files of a tokenizer and of generation settings: whatever is there that a library may read."""
+        """Return the files of the tokenizer and of generation settings."""
         return side_files(self.folder)
 
     @override
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
-        """transformers' own network, with the folder's generation_config."""
+        """Build transformers' own network, with the folder's generation_config."""
         from qexp.models.transformers_networks import network, with_generation_config
 
         built: nn.Module = with_generation_config(network(config, self.folder, self.network_class), self.folder)
@@ -133,7 +133,7 @@ class Source(TextSource):
 
     @property
     def network_class(self) -> str | None:
-        """The class of transformers that builds the network; None is the one that config.json names."""
+        """Return the class of transformers for the network; None is the one in config.json."""
         return "AutoModelForCausalLM"
 
     @override
@@ -150,7 +150,7 @@ class Source(TextSource):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The folder's tokenizer. Raises LoadError if it has none."""
+        """Return the folder's tokenizer. Raises LoadError if it has none."""
         from transformers import AutoTokenizer
 
         try:
@@ -165,18 +165,18 @@ class Source(TextSource):
 
     @override
     def carried_files(self) -> tuple[str, ...]:
-        """The files beside config.json and weights that a saved model goes with."""
+        """Return the files that a saved model needs besides config.json and weights."""
         return CARRIED_FILES
 
     @override
     def check_task(self, task: Any) -> None:
-        """Raises ConfigError for a task that lacks what this model cannot supply."""
+        """Raise ConfigError for a task without an input that this model has no default for."""
         if task.name == "generate":
             self.prompts(task)
         if task.name == "forward" and task.is_text and not any((self.folder / name).is_file() for name in TOKENIZERS):
             raise ConfigError(
-                f"task.inputs={task.inputs} is text, and '{self.folder}' has no tokenizer to read it with; put the "
-                "model's tokenizer files (tokenizer.json, tokenizer_config.json) there, or give tensors (.safetensors)"
+                f"task.inputs={task.inputs} is text, but '{self.folder}' has no tokenizer; put the model's tokenizer "
+                "files (tokenizer.json, tokenizer_config.json) there, or give tensors (.safetensors)"
             )
         if task.name in ("perplexity", "sensitivity") or getattr(task, "text", None) is not None:
             self.text(task.text)
@@ -187,31 +187,31 @@ class Source(TextSource):
 
     @override
     def prompts(self, task: GenerateConfig) -> list[str]:
-        """The texts to go on from. Raises ConfigError if there are none."""
+        """Return the texts to continue. Raises ConfigError if there are none."""
         if not task.prompt:
             raise ConfigError(
-                "task.prompt=null names no text to go on from; give some: task.prompt='[Once upon a time]', or "
-                "task.prompt=@file with one a line"
+                "task.prompt=null, but this model has no prompts of its own; give task.prompt='[Once upon a time]', or "
+                "task.prompt=@file with one per line"
             )
         return list(task.prompt)
 
     @property
     @override
     def begin_token(self) -> int | None:
-        """What a text begins with, if this tokenizer puts anything there."""
+        """Return the token that this tokenizer puts before a text, or None."""
         tokens: list[int] = self.tokenizer("")["input_ids"]
         return tokens[0] if len(tokens) > 0 and tokens[0] == self.tokenizer.bos_token_id else None
 
     @override
     def text(self, path: str | None) -> str:
-        """The text to measure perplexity on. Raises ConfigError if it cannot be read."""
+        """Return the text to measure perplexity on. Raises ConfigError if it cannot be read."""
         if path is None:
             raise ConfigError("task.text=null names no text to read; set task.text to a text file")
         return read_text(path, f"task.text={path}", "give a text file")
 
     @override
     def encode(self, text: str) -> Tensor:
-        """The tokens of a text, [n], without special ones: not the one that it begins with either, if it is written."""
+        """Return the tokens of a text, [n], without special tokens, also without a begin token."""
         import torch
 
         tokens = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -221,7 +221,7 @@ class Source(TextSource):
 
     @override
     def check_run(self, models: Mapping[str, nn.Module], task: Any) -> None:
-        """Raises ConfigError or LoadError for what this model cannot do with its tokenizer, before weights are read."""
+        """Raise ConfigError or LoadError for a task that model and tokenizer cannot do, before weights are read."""
         from qexp.models.prompt_tokens import check_tokens, encode_prompts
         from qexp.models.text_generation import generation_settings, string_stops
 
@@ -246,7 +246,7 @@ class Source(TextSource):
 
     @override
     def forward_inputs(self, model: nn.Module, lines: list[str]) -> dict[str, Tensor]:
-        """What the network is called with for lines of text, [lines, longest], padded behind them."""
+        """Return the network's arguments for lines of text, [lines, longest], padded on the right."""
         from qexp.models.prompt_tokens import encode_lines
 
         return encode_lines(model, self.tokenizer, lines)
@@ -271,13 +271,13 @@ class Source(TextSource):
 
     @override
     def decode(self, tokens: Tensor) -> list[str]:
-        """The texts of rows of tokens, [n, length]."""
+        """Return the texts of rows of tokens, [n, length]."""
         texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return texts
 
 
 def side_files(folder: Path) -> list[Path]:
-    """The files beside config.json and weights from which a library reads settings, words and templates."""
+    """Return the files for settings, vocabularies and templates, besides config.json and weights."""
     found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")] if folder.is_dir() else []
     named = [file for file in found if file.suffix in SIDE_SUFFIXES and file.is_file()]
     return sorted(file for file in named if file.name != "config.json" and not file.name.endswith(".index.json"))

@@ -34,7 +34,7 @@ class Clip:
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **here)
         except (OSError, ValueError, KeyError) as error:
             raise LoadError(
-                f"'{folder}' holds no CLIP that transformers can open: {str(error).splitlines()[0]}; download it "
+                f"'{folder}' has no CLIP model that transformers can open: {str(error).splitlines()[0]}; download it "
                 "again, or set metrics.clip_model to another"
             ) from error
 

@@ -121,8 +121,8 @@ class Source(ModelSource):
         """Raises: ConfigError or LoadError if there is no pipeline."""
         if self.config.path is None:
             raise ConfigError(
-                "model.path=null names no pipeline; set it to the folder of one, with model_index.json, or to its name "
-                "on a hub, user/name"
+                "model.path=null, but this model needs a pipeline; set model.path to the folder with model_index.json, "
+                "or to a hub's user/name"
             )
         return open_pipeline(local_folder(self.config.path), f"model.path={self.config.path}")
 
@@ -134,7 +134,7 @@ class Source(ModelSource):
 
     @override
     def quantized_components(self) -> tuple[str, ...]:
-        """Those that `backend` is for. Raises: ConfigError for one that this pipeline has not."""
+        """Return the components that `backend` quantizes. Raises ConfigError for one that the pipeline lacks."""
         known = self.components()
         if self.config.quantize is None:
             names = tuple(name for name in known if name in DENOISERS)
@@ -150,7 +150,7 @@ class Source(ModelSource):
 
     @override
     def preset_patterns(self, quantized: Collection[str]) -> tuple[str, ...]:
-        """A preset's patterns for components that are quantized. They are of the denoiser: none where it is not."""
+        """Return a preset's patterns, which are for the denoiser, if it is quantized."""
         return self.config.skip_modules if any(name in DENOISERS for name in quantized) else ()
 
     @override
@@ -174,9 +174,7 @@ class Source(ModelSource):
 
     @override
     def component_config(self, component: str) -> dict[str, Any] | None:
-        """A file of weights from elsewhere is of the architecture that the pipeline has there, if nothing beside it or
-        in it says more.
-        """
+        """Return the pipeline's config for a file of weights from elsewhere that has no config of its own."""
         own = self.config.checkpoints.get(component)
         if own is None or not Path(own).expanduser().is_file():
             return None
@@ -185,15 +183,16 @@ class Source(ModelSource):
 
     @override
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
-        """The network of the class that model_index.json names. Raises: LoadError for one that is not installed, or
-        weights from elsewhere that are of another class.
+        """Build the network of the class in model_index.json.
+
+        Raises: LoadError for a class that is not installed, or weights from elsewhere of another class.
         """
         stated, expected = config.get("_class_name"), self.folder.parts[component][1]
         fits = stated in (None, expected, *LEGACY) or expected in LEGACY
         if component in self.config.checkpoints and not fits:
             raise LoadError(
-                f"model.checkpoints.{component}={self.config.checkpoints[component]} holds a {stated}, but the "
-                f"pipeline has a {expected} there; give weights of that class"
+                f"model.checkpoints.{component}={self.config.checkpoints[component]} is a {stated}, but the pipeline "
+                f"needs a {expected}; give weights of that class"
             )
         self._tell_of_variant(component)
         network: nn.Module = _building().network(self.folder, component, config)
@@ -209,7 +208,7 @@ class Source(ModelSource):
 
     @override
     def conversion(self, component: str, model: nn.Module, checkpoint: Checkpoint) -> Conversion | None:
-        """What turns other names of tensors into the model's: transformers' rules, or diffusers' for a single file."""
+        """Return the conversion of tensor names: transformers' rules, or diffusers' for a single file."""
         from qexp.models.folder import library_conversion
 
         return library_conversion(model, checkpoint)
@@ -222,12 +221,12 @@ class Source(ModelSource):
 
     @override
     def side_files(self) -> list[Path]:
-        """What a result depends on beside the weights: the index, the scheduler's and tokenizers' files."""
+        """Return the files that a result depends on besides weights: the index, schedulers, tokenizers."""
         return self.folder.side_files()
 
     @override
     def save_side_files(self, folder: Path) -> list[Path]:
-        """Put all that has no weights into the folder of a saved pipeline; returns the files."""
+        """Copy the files without weights to the folder of a saved pipeline; return them."""
         from qexp.system.files import write_bytes
 
         sources = sorted(self.side_files(), key=lambda file: file.name == INDEX)  # which says that all is there
@@ -238,7 +237,7 @@ class Source(ModelSource):
 
     @override
     def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
-        """The task without what pipelines have no use for, and with this one's defaults."""
+        """Return the task with this pipeline's defaults, without fields that pipelines do not use."""
         from qexp.config.generate import for_pipelines
 
         unset = {name: value for name, value in self.config.task_defaults.items() if not getattr(task, name)}
@@ -262,20 +261,20 @@ class Source(ModelSource):
     def prompts(self, task: GenerateConfig) -> list[str]:
         if not task.prompt:
             raise ConfigError(
-                "task.prompt=null names nothing to generate; give a text or a list: task.prompt='[A red cube,A tree]', "
-                "or task.prompt=@file with one a line"
+                "task.prompt=null, but a pipeline needs prompts; give a text or a list: "
+                "task.prompt='[A red cube,A tree]', or task.prompt=@file with one per line"
             )
         return list(task.prompt)
 
     def pipeline(self, models: Mapping[str, nn.Module]) -> Any:
-        """diffusers' pipeline around models that may still be skeletons: the same objects are loaded in place."""
+        """Build diffusers' pipeline around models, which may be skeletons that are loaded in place later."""
         if self._pipeline is None or any(getattr(self._pipeline, name) is not model for name, model in models.items()):
             self._pipeline = _building().assemble(self.folder, models)
         return self._pipeline
 
     @override
     def check_run(self, models: Mapping[str, nn.Module], task: GenerateConfig) -> None:
-        """Raises: ConfigError or LoadError for what this pipeline cannot do, before weights are read."""
+        """Raise ConfigError or LoadError for a task that this pipeline cannot do, before weights are read."""
         from qexp.models.lora import read_updates
         from qexp.models.pipeline_building import pipeline_class
         from qexp.models.pipeline_call import check_arguments
@@ -290,7 +289,7 @@ class Source(ModelSource):
 
     @override
     def adapt(self, component: str, model: nn.Module, dtype: torch.dtype) -> None:
-        """Apply what LoRAs have for a component that is loaded; `check_run` has read them."""
+        """Apply the LoRAs to a loaded component; `check_run` has read them."""
         from qexp.models.lora_layers import apply_updates
 
         apply_updates(model, self._updates.get(component, {}), dtype)
@@ -315,14 +314,14 @@ class Source(ModelSource):
         device: torch.device,
         on_step: Callable[[int, Tensor | None], None],
     ) -> dict[str, Tensor]:
-        """Images of all prompts: see `pipeline_call.run_pipeline`."""
+        """Generate images of all prompts: see `pipeline_call.run_pipeline`."""
         from qexp.models.pipeline_call import run_pipeline
 
         return run_pipeline(self.pipeline(models), self.prompts(task), task, seed=seed, on_step=on_step)
 
 
 def _building() -> Any:
-    """What imports diffusers, without the warnings of its import."""
+    """Import the module that imports diffusers, without its warnings."""
     from qexp.system.imports import quiet
 
     with quiet():
@@ -333,5 +332,5 @@ def _building() -> Any:
 def _check_component(place: str, name: str, known: tuple[str, ...]) -> None:
     if name not in known:
         raise ConfigError(
-            f"{place} is no component of this pipeline{did_you_mean(name, known)}; it has {choices(known)}"
+            f"{place} is not a component of this pipeline{did_you_mean(name, known)}; use {choices(known)}"
         )

@@ -59,14 +59,14 @@ class Source(ModelSource):
 
     @override
     def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
-        """The task with the defaults of this model, and nothing else than what it uses."""
+        """Return the task with this model's defaults, and only the fields that it uses."""
         from qexp.config.generate import for_images
 
         return for_images(task)
 
     @override
     def checkpoints(self) -> dict[str, Path]:
-        """The folder or file of the transformer. Raises LoadError for a folder without config.json or weights."""
+        """Return the transformer's folder or file. Raises LoadError for a folder without config.json or weights."""
         folder = ASSETS if self.config.path is None else local_folder(self.config.path)
         place = f"model.path={self.config.path!r}" if self.config.path else f"the embedded checkpoint in {folder}"
         remedy = "set model.path to a folder with both, to a .gguf file, or to null for the embedded model"
@@ -82,12 +82,12 @@ class Source(ModelSource):
 
     @override
     def side_files(self) -> list[Path]:
-        """What images are scored with."""
+        """Return the files for scoring images."""
         return [CLASSIFIER]
 
     @override
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
-        """A `DigitsTransformer` of the stored architecture. Raises LoadError for a config that does not fit."""
+        """Build a `DigitsTransformer` of the stored architecture. Raises LoadError for an invalid config."""
         from qexp.models.digits_network import DigitsTransformer
 
         return DigitsTransformer(_architecture(config))
@@ -102,7 +102,7 @@ class Source(ModelSource):
         device: torch.device,
         on_step: Callable[[int, Tensor | None], None],
     ) -> dict[str, Tensor]:
-        """Digits 0..9 in turn from the noise of `seed`; see the module's text for the integration."""
+        """Generate digits 0..9 in turn from the noise of `seed`; the module's docstring describes the integration."""
         import torch
 
         task = self.resolve_task(task)
@@ -124,7 +124,7 @@ class Source(ModelSource):
 
     @override
     def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
-        """Accuracy of the embedded classifier on the images, and Fréchet distance of its features to real digits.
+        """Compute the embedded classifier's accuracy, and the Fréchet distance of its features to real digits.
 
         An image with a value that is not finite counts as wrong and leaves the Fréchet distance undefined, as does
         a single image.
@@ -145,7 +145,7 @@ class Source(ModelSource):
 
 
 def _velocity(model: nn.Module, state: Tensor, t: Tensor, labels: Tensor, guidance_scale: float) -> Tensor:
-    """The guided velocity in fp32: state [n, 1, 8, 8], t [n], labels [n] -> [n, 1, 8, 8]."""
+    """Return the guided velocity in fp32: state [n, 1, 8, 8], t [n], labels [n] -> [n, 1, 8, 8]."""
     import torch
 
     from qexp.models.digits_network import NULL_LABEL

@@ -117,7 +117,7 @@ class Source(ModelSource):
         check_arguments(str(self.config.factory), parsed(spec), self.config.arguments or {})
         if task.name == "forward" and task.is_text:
             raise ConfigError(
-                f"task.inputs={task.inputs} is text, and model.source=python has no tokenizer to read it with; give "
+                f"task.inputs={task.inputs} is text, but model.source=python has no tokenizer; give "
                 "tensors (.safetensors with the names of forward's arguments, or .npy)"
             )
 

@@ -1,1 +1,1 @@
-"""Offloading: where weights rest, in which groups they travel to the compute device, and how."""
+"""Offloading: weights are stored in CPU memory or on disk, and copied to the compute device in groups."""

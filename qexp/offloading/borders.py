@@ -49,7 +49,7 @@ class Borders:
         self._crossed = []
 
     def _visit(self, name: str, module: nn.Module) -> set[torch.device]:
-        """Put the borders of a module and below; returns the devices that it computes on."""
+        """Put the borders of a module and its children; return the devices that it computes on."""
         prefix = f"{name}." if name else ""
         tensors = {**module._parameters, **module._buffers}
         devices = {self._device_of(prefix + own) for own, tensor in tensors.items() if tensor is not None}
@@ -124,7 +124,7 @@ class Alignment(TorchFunctionMode):
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Off; and, unless somebody's mode lies above it, not even asked."""
+        """Suspend the mode; it is taken off the stack unless another mode is above it."""
         before, on_top = self._is_active, self._is_active and _get_current_function_mode() is self
         self._is_active = False
         if on_top:
@@ -156,7 +156,7 @@ class Alignment(TorchFunctionMode):
 
 
 def travel(value: Any, device: torch.device) -> Any:
-    """A value with all tensors in it on a device; the value itself if they are there."""
+    """Return a value with all of its tensors on a device; the same object if they are there already."""
     if isinstance(value, Tensor):
         return value if value.device == device else _move_tensor(value, device)
     if isinstance(value, list | tuple):

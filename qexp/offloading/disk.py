@@ -60,14 +60,14 @@ class DiskStore:
         if free < payload_bytes:
             self.remove()
             raise DiskError(
-                f"offload.to=disk needs {_readable(payload_bytes)} for the weights, '{parent}' has {_readable(free)} "
-                "left; free some space, set paths.outputs to another disk or use offload.to=cpu"
+                f"offload.to=disk needs {_readable(payload_bytes)} for the weights, but '{parent}' has "
+                f"{_readable(free)} free; free some space, set paths.outputs to another disk, or use offload.to=cpu"
             )
         self._written = 0
         self._direct = direct and _reads_directly(self.folder)
 
     def write(self, name: str, nbytes: int, pieces: Pieces) -> WeightFile:
-        """Write one group. Raises: DiskError, leaving no half-written file."""
+        """Write one group. Raises DiskError, without leaving a partial file."""
         draft = self.folder / f"{self._written:04d}.part"
         digest = hashlib.sha256()
         with _named(draft, f"write the weights of '{name}'"):
@@ -117,7 +117,7 @@ class WeightFile:
         target.copy_(buffer, non_blocking=non_blocking)
 
     def expect(self) -> None:
-        """Let the system read ahead. What is wrong with the file, `read` will say."""
+        """Start reading ahead in the system. `read` reports errors of the file."""
         with suppress(OSError):
             handle = os.open(self.path, os.O_RDONLY)
             try:
@@ -151,8 +151,8 @@ class WeightFile:
         found = hashlib.sha256(content).digest()
         if found != self.digest:
             raise DiskError(
-                f"'{self.path}' does not hold the weights of '{self.name}' any more: its SHA-256 is {found.hex()[:16]} "
-                f"instead of {self.digest.hex()[:16]}; something else wrote there. Give the run a folder of its own"
+                f"'{self.path}' no longer holds the weights of '{self.name}': its SHA-256 is {found.hex()[:16]} "
+                f"instead of {self.digest.hex()[:16]}; another process wrote there. Use a separate paths.outputs"
             )
         self._verified = identity
 
@@ -185,7 +185,7 @@ def _read_directly(handle: int, view: memoryview) -> None:
 
 
 def _reads_directly(folder: Path) -> bool:
-    """Whether files in a folder can be read past the page cache; found by trying."""
+    """Return whether files in a folder can be read past the page cache, found by trying."""
     probe = folder / "probe.part"
     try:
         probe.write_bytes(bytes(PAGE))
@@ -207,7 +207,7 @@ def _readable(nbytes: int) -> str:
 
 
 def _create_locked_folder(parent: Path) -> tuple[Path, int]:
-    """A new folder and its lock. It gets its name when it is locked: an unlocked folder of that name is stale."""
+    """Create a folder and its lock. It is renamed when it is locked, so an unlocked folder of that name is stale."""
     draft = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
     owner = os.open(draft / OWNER, os.O_CREAT | os.O_RDWR)
     fcntl.flock(owner, fcntl.LOCK_EX)
@@ -215,7 +215,7 @@ def _create_locked_folder(parent: Path) -> tuple[Path, int]:
 
 
 def remove_stale_folders(parent: Path) -> None:
-    """Remove what killed processes left behind."""
+    """Remove the folders of killed processes."""
     for folder in parent.glob(f"{PREFIX}*"):
         try:
             handle = os.open(folder / OWNER, os.O_RDWR)
@@ -241,7 +241,7 @@ def _remove_folder(folder: Path, owner: int, process: int, with_parent: bool) ->
 
 
 def _stream(pieces: Pieces, nbytes: int) -> Iterator[memoryview]:
-    """The flat memory from its start to its end, a leaf or a gap at a time."""
+    """Yield the flat memory from start to end, a leaf or a gap at a time."""
     position = 0
     for offset, piece in pieces:
         yield memoryview(bytes(offset - position))
@@ -257,7 +257,7 @@ def _write_chunk(handle: int, chunk: memoryview) -> None:
 
 @contextmanager
 def _named(path: Path, action: str) -> Iterator[None]:
-    """Turn the system's error into one that says what was being done, where, and what would help."""
+    """Convert an OSError to a DiskError with the action, the place and the remedy."""
     try:
         yield
     except DiskError:

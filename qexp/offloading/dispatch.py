@@ -70,18 +70,18 @@ class Dispatch:
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its inputs."""
+        """The device of the model's inputs."""
         return self.placement.main
 
     def expect(self, names: Collection[str]) -> None:
-        """Say which tensors of the model will be reported to `loaded`."""
+        """Register the tensors that will be reported to `loaded`."""
         for name in names:
             group = self._group_of(name)
             if group is not None:
                 group.missing += 1
 
     def loaded(self, name: str) -> None:
-        """A tensor is in place. The last one of a group: move the group to where it rests."""
+        """Report a loaded tensor. After the last one of a group, the group is moved to its storage."""
         group = self._group_of(name)
         if group is not None:
             group.missing -= 1
@@ -89,11 +89,11 @@ class Dispatch:
                 self._pack(group)
 
     def travels(self, module: nn.Module) -> bool:
-        """Whether the module's own tensors rest elsewhere than they compute."""
+        """Return whether the module's own tensors are stored on another device than they compute on."""
         return id(module) in self._by_owner
 
     def start(self) -> None:
-        """Pack what is not packed yet, and let the model run."""
+        """Pack the remaining groups and attach the hooks."""
         for group in dict.fromkeys(self._by_owner.values()):
             self._pack(group)
         for device, offload in self._offloads.items():
@@ -105,13 +105,13 @@ class Dispatch:
         vars(self.model)[HANDLE] = self
 
     def again(self) -> Dispatch:
-        """Place the model once more, as it was before `remove()`."""
+        """Place the model again, as before `remove()`."""
         dispatch = Dispatch(self.model, self.placement, self._no_split, self._store)
         dispatch.start()
         return dispatch
 
     def statistics(self) -> dict[str, float]:
-        """The offload/ metrics over all devices, and where the weights rest."""
+        """Return the offload/ metrics over all devices, and the bytes of weights by place."""
         total: dict[str, float] = {}
         for offload in self._offloads.values():
             for name, value in offload.statistics().items():
@@ -121,7 +121,7 @@ class Dispatch:
         return total
 
     def bytes_at_rest(self) -> dict[str, int]:
-        """True bytes by place: "cpu", "disk", "cuda:0", …"""
+        """Return true bytes by place: "cpu", "disk", "cuda:0", …"""
         found: Counter[str] = Counter()
         for device, offload in self._offloads.items():
             found.update({str(device): offload.outside_bytes()})
@@ -129,7 +129,7 @@ class Dispatch:
         return {place: nbytes for place, nbytes in found.items() if nbytes}
 
     def remove(self) -> None:
-        """Take the model apart again: weights that travelled are on the CPU, all others where they were."""
+        """Remove the placement: offloaded weights return to the CPU, the others stay."""
         if vars(self.model).get(HANDLE) is self:
             del vars(self.model)[HANDLE]
         if self._borders is not None:
@@ -148,15 +148,15 @@ class Dispatch:
             rests = {to: sum(group.nbytes for group in groups if group.to == to) for to in ("cpu", "disk")}
             if rests["disk"] and self._store is None:
                 raise ConfigError(
-                    f"device_map puts {rests['disk'] / GIB:.3f} GiB on disk, and there is no folder for them: pass "
-                    "offload_folder, or put less on disk (by max_memory for the CPU, or another map)"
+                    f"device_map puts {rests['disk'] / GIB:.3f} GiB on disk, but no folder is given; pass "
+                    "offload_folder, or put less on disk (with max_memory for the CPU, or another map)"
                 )
             self._offloads[device] = Offload(self.model, config, device)
             self._offloads[device].open(self._store, in_memory=rests["cpu"], on_disk=rests["disk"])
             self._by_owner.update({id(owner): group for group in groups for owner in group.owners})
 
     def _choose(self, device: torch.device) -> tuple[list[Travelling], int]:
-        """The largest groups, and as many of them at a time, as there is room for on a device."""
+        """Choose the largest groups, and the number of slots, that fit on a device."""
         room = self.placement.room.get(device, float("inf"))
         ways: list[tuple[Collection[str], int]] = [(self._no_split, 2), ((), 2), (self._no_split, 1), ((), 1)]
         largest = depth = 0
@@ -166,8 +166,8 @@ class Dispatch:
             if depth * largest <= room:
                 return groups, depth
         raise ConfigError(
-            f"device_map leaves {max(room, 0) / GIB:.6f} GiB of {device} for the layers that travel there, and the "
-            f"largest takes {largest / GIB:.6f} GiB; put less on {device}, or raise its max_memory"
+            f"device_map leaves {max(room, 0) / GIB:.6f} GiB of {device} for offloaded layers, but the largest needs "
+            f"{largest / GIB:.6f} GiB; put less on {device}, or raise its max_memory"
         )
 
     def _travelling(self, whole: Collection[str]) -> Iterator[Travelling]:

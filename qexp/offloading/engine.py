@@ -1,4 +1,4 @@
-"""The engine: brings each group to the compute device when it runs, in one transfer, into a ring of reused slots.
+"""The engine copies each group to the compute device before it runs, in one transfer, into a ring of reused slots.
 
 While a group runs, its modules hold values built around a slot; otherwise they hold views of where the bytes rest.
 Nothing is copied back, but for the rare module that changes its own weights (see `Binding` in group.py).
@@ -81,7 +81,7 @@ class Engine:
     ) -> None:
         """depth: slots in the ring; with asynchronous streams, `depth - 1` slots are filled ahead.
 
-        take_turn: makes room on the device; slots are then made when they are needed, and given up when asked for.
+        take_turn: makes room on the device; slots are then created when needed, and released on request.
         """
         self.groups, self.streams, self.make_rest = groups, streams, make_rest
         self.take_turn = take_turn
@@ -120,7 +120,7 @@ class Engine:
         self._handles.append(module.register_forward_hook(leave, always_call=True))
 
     def detach(self) -> None:
-        """Unhook everything, with all groups at rest and nothing in flight."""
+        """Remove all hooks, after all groups returned to their storage and transfers ended."""
         self.reset()
         self.streams.close()
         self.ring.close()
@@ -131,7 +131,7 @@ class Engine:
         self._handles, self._hooked, self.order = [], [], Order()
 
     def enter(self, group: Group, index: int) -> None:
-        """Put the values of a group's module on the device, before its forward."""
+        """Bind a module's weights on the device, before its forward."""
         visit = self._running.get((group, index))
         if visit is not None:  # the module calls itself
             visit.recursion += 1
@@ -145,7 +145,7 @@ class Engine:
         self._running[group, index].binding.bind()
 
     def _coming(self, group: Group) -> dict[Group, None]:
-        """The groups to fetch ahead: one for each other slot; where slots are shared, as many as may have room."""
+        """Return the groups to prefetch: one per other slot, or as many as fit if slots are shared."""
         if not self.streams.asynchronous:
             return {}
         if not self.streams.shares_slots:
@@ -159,7 +159,7 @@ class Engine:
         return coming
 
     def _hold(self, group: Group, coming: Collection[Group]) -> Stay:
-        """The group in the ring, with its bytes there, until it is left; what comes next is on its way."""
+        """Return the group's place in the ring with its bytes, and start to prefetch the next groups."""
         stay = self.ring.stay_of(group) or self._transfer(self._room_for(group, coming))
         stay.users += 1
         try:
@@ -174,7 +174,7 @@ class Engine:
         return stay
 
     def leave(self, group: Group, index: int) -> None:
-        """Put the values at rest back, after the forward or the exception that ended it."""
+        """Bind the stored weights again, after the forward or its exception."""
         visit = self._running.get((group, index))
         if visit is None:
             return  # its enter failed
@@ -190,7 +190,7 @@ class Engine:
             group.at_rest[index].bind()
 
     def reset(self) -> None:
-        """Put everything at rest. At the start of a step this finds something only after an interrupt."""
+        """Return every group to its storage; at the start of a step, needed only after an interrupt."""
         for (group, index), visit in self._running.items():
             visit.stay.users = 0
             visit.stay.slot.free = self.streams.record()
@@ -198,17 +198,17 @@ class Engine:
         self._running.clear()
 
     def give_up(self) -> None:
-        """Make room on the device for another model."""
+        """Release the slots on the device for another model."""
         self.ring.give_up()
 
     def store_changes(self, group: Group) -> None:
-        """Store what a module made of its weights: they are the group's weights from now on."""
+        """Store weights that a module has changed as the group's weights."""
         self.streams.synchronize()
         group.pack(self.make_rest)
         self.ring.forget(group)
 
     def _prefetch(self, coming: Collection[Group]) -> None:
-        """Fetch what comes next, as far as there is room, and announce what comes after that."""
+        """Prefetch the next groups that fit, and announce the following ones to their storage."""
         for group in coming:
             stay = self.ring.stay_of(group)
             if stay is not None and self.streams.is_lost(stay.ready):
@@ -225,14 +225,14 @@ class Engine:
                     following.rest.expect()
 
     def _room_for(self, group: Group, coming: Collection[Group]) -> Stay:
-        """Room for a group that has to run now, rather where nothing is that is needed soon."""
+        """Return a place in the ring for a group that runs now; evict groups that are not needed soon first."""
         if self.take_turn is not None:
             self.take_turn(self)
         self.streams.drop_pending()
         return self.ring.room_for(group, coming) or self.ring.room_for(group, ()) or self.ring.extra_room_for(group)
 
     def _transfer(self, stay: Stay) -> Stay:
-        """Bring a group to its place in the ring."""
+        """Copy a group to its place in the ring."""
         slot, group = stay.slot, stay.group
         self.streams.copy_waits_for(slot.free)
         load = partial(group.rest.load_into, stay.memory, slot.staging, non_blocking=self.streams.non_blocking)

@@ -1,4 +1,4 @@
-"""A group: the modules whose weights travel together, and the layout of their bytes in one flat piece of memory.
+"""A group: modules with weights that are copied together, and the layout of their bytes in one flat buffer.
 
 Every leaf starts at a 256-byte boundary: a weight a few bytes off its alignment changes the last bits of a result.
 Leaves that share memory (tied parameters, LLM.int8 weights, which are data and attribute at once) are stored once.
@@ -52,7 +52,7 @@ class Place:
     origin: torch.device  # the device that the leaf was on before
 
     def view(self, flat: Tensor) -> Tensor:
-        """The leaf in some flat memory; with a version counter of its own, which tells whether it was written to."""
+        """Return a view of the leaf in a flat buffer, with its own version counter to detect writes."""
         if self.nbytes == 0:
             return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=flat.device)
         piece = flat[self.offset : self.offset + self.nbytes].view(self.dtype)
@@ -66,7 +66,10 @@ def lay_out(name: str, leaves: Sequence[Tensor], origin: torch.device | None = N
     for leaf in leaves:
         if leaf.layout is not torch.strided or leaf.device.type == "meta":
             what = "is on the meta device" if leaf.device.type == "meta" else f"has layout {leaf.layout}"
-            raise ConfigError(f"offload: a tensor of '{name}' {what}; only loaded, strided tensors can be offloaded")
+            raise ConfigError(
+                f"offload: a tensor of '{name}' {what}; only loaded, strided tensors can be offloaded: load the model "
+                "first"
+            )
         span = span_bytes(leaf)
         key = (leaf.device, leaf.data_ptr(), span)
         if span and key not in offsets:
@@ -95,7 +98,7 @@ class Binding:
         return all(store.get(name) is value for (store, name), value in self.entries)
 
     def changed(self) -> bool:
-        """Whether, while bound, a value was replaced, pointed elsewhere or written to."""
+        """Return whether a bound value was replaced, moved or written to."""
         with torch._C.DisableTorchFunctionSubclass():
             return not self.is_bound() or any(
                 tensor.data_ptr() != address or tensor._version != version for tensor, address, version in self.watched
@@ -127,11 +130,11 @@ class Group:
         return [site for row in self.sites for site in row]
 
     def measure(self) -> int:
-        """Bytes of the group's flat memory, before it is packed."""
+        """Return the bytes of the group's flat buffer, before it is packed."""
         return lay_out(self.name, flatten(store[name] for store, name in self.all_sites)[0])[2]
 
     def pack(self, make_rest: MakeRest) -> None:
-        """Store the values that the modules hold now, and leave views of the stored bytes in their places."""
+        """Store the modules' current values, and replace them by views of the stored bytes."""
         leaves, self._rebuild = flatten(store[name] for store, name in self.all_sites)
         origin = self.places[0].origin if self.places else self._origin  # weights packed anew come from a slot
         self.places, pieces, self.nbytes = lay_out(self.name, leaves, origin)
@@ -144,7 +147,7 @@ class Group:
             binding.bind()
 
     def bindings(self, flat: Tensor, *, frozen: bool = False) -> list[Binding]:
-        """One binding for each module, around a flat piece of memory that has (or will get) the group's bytes."""
+        """Return a binding per module, around a flat buffer that has (or will get) the group's bytes."""
         with torch.inference_mode(False), torch.no_grad():
             values = iter(self._rebuild([place.view(flat) for place in self.places]))
             entries = [[(site, next(values)) for site in row] for row in self.sites]
@@ -154,7 +157,7 @@ class Group:
             return [Binding(row) for row in entries]
 
     def restore(self) -> list[tuple[Site, Any]]:
-        """Values in memory of their own again, each leaf on the device that it came from."""
+        """Return the values in separate memory again, each leaf on its original device."""
         copies: dict[tuple[int, int], Tensor] = {}
         leaves = []
         for place in self.places:
@@ -166,6 +169,6 @@ class Group:
         return list(zip(self.all_sites, self._rebuild(leaves), strict=True))
 
     def release(self) -> None:
-        """Give up the memory or the file at rest, and the bindings that refer to it."""
+        """Release the stored memory or file, and the bindings that refer to it."""
         self.rest.close()
         self.at_rest, self.packed = [], False

@@ -1,4 +1,4 @@
-"""Which modules travel together.
+"""Form the groups of modules that are copied together.
 
 * model: everything is one group;
 * leaf, sequential: each module without children is a group;
@@ -26,7 +26,7 @@ INDIVISIBLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def plan_groups(model: nn.Module, config: OffloadConfig, block_lists: Sequence[str]) -> list[Group]:
-    """The groups of a strategy. Raises: ConfigError if a block list is not there, or nothing is left to offload."""
+    """Return the groups of a strategy. Raises ConfigError if a block list is missing, or nothing can be offloaded."""
     planned: list[tuple[str, list[Unit]]] = []
     taken: set[int] = set()
     if config.strategy == "model":
@@ -51,7 +51,7 @@ def plan_groups(model: nn.Module, config: OffloadConfig, block_lists: Sequence[s
 
 
 def outermost_lists(model: nn.Module) -> list[str]:
-    """Dotted names of the module lists that are in no other one: where the blocks of most networks are."""
+    """Return the dotted names of the outermost module lists, which hold the blocks of most networks."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
     return [name for name in names if name and not any(name.startswith(f"{other}.") for other in names)]
 
@@ -84,7 +84,7 @@ def is_called(module: nn.Module) -> bool:
 
 
 def called_children(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules right below one that are called, those in containers too."""
+    """Yield the called modules directly below a module, including those in containers."""
     for child in module.children():
         if is_called(child):
             yield child
@@ -121,5 +121,5 @@ def _block_lists(model: nn.Module, names: Sequence[str]) -> dict[str, nn.ModuleL
         raise ConfigError(f"offload.strategy='block' needs block lists, and the model source names none; {remedy}")
     for name in names:
         if name not in lists:
-            raise ConfigError(f"offload.strategy='block': '{name}' is no nn.ModuleList of {kind}; {remedy}")
+            raise ConfigError(f"offload.strategy='block': '{name}' is not an nn.ModuleList of {kind}; {remedy}")
     return {name: lists[name] for name in names}

@@ -1,4 +1,4 @@
-"""Weights at rest in host memory: pinned in slabs where the compute device can copy from pinned memory faster.
+"""Store weights in host memory: in pinned slabs if the compute device copies faster from pinned memory.
 
 Pinning costs the system a call for each piece, and torch's allocator rounds each piece up to a power of two: a 9 MiB
 block would occupy 16. So groups are laid one after the other into slabs of 1 GiB, which is a power of two; only the
@@ -22,7 +22,7 @@ SLAB_BYTES = 2**30
 
 
 def aligned_buffer(nbytes: int, device: torch.device, *, pinned: bool = False, alignment: int = ALIGNMENT) -> Tensor:
-    """Uninitialized uint8 [nbytes] that starts at a boundary of so many bytes."""
+    """Return uninitialized uint8 [nbytes] that starts at a multiple of `alignment` bytes."""
     buffer = torch.empty(nbytes + alignment, dtype=torch.uint8, device=device)
     if pinned:
         try:

@@ -54,10 +54,10 @@ def test_patterns_are_for_what_is_quantized(pipeline_folder: Folder) -> None:
 
 REFUSED = {
     ("model.quantize=[transfomer]",): r"model\.quantize: 'transfomer' is no component .*did you mean transformer",
-    ("+components.text_encoder_3.compute_dtype=fp32",): r"components\.text_encoder_3 is no component of this model",
+    ("+components.text_encoder_3.compute_dtype=fp32",): r"components\.text_encoder_3 is not a component of this model",
     ("+model.checkpoints.tranformer=x.gguf",): r"model\.checkpoints\.tranformer is no component .*did you mean",
-    ("task.prompt=null",): r"task\.prompt=null names nothing to generate; give a text or a list",
-    ("model.path=null",): r"model\.path=null names no pipeline",
+    ("task.prompt=null",): r"task\.prompt=null, but a pipeline needs prompts; give a text or a list",
+    ("model.path=null",): r"model\.path=null, but this model needs a pipeline",
 }
 
 

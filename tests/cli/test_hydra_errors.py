@@ -49,7 +49,7 @@ MISTAKES = {
     "seed=choice(1,2)": "seed=choice(1,2) gives several values to one experiment; add -m",
     "components.transformer.compute_dtype=bf16": "write +components.transformer.compute_dtype=bf16",
     "components.transfomer.compute_dtype=fp32": "write +components.transfomer.compute_dtype=fp32",
-    "+components.transfomer.compute_dtype=fp32": "(did you mean transformer?); it has transformer",
+    "+components.transfomer.compute_dtype=fp32": "(did you mean transformer?); use transformer",
     "task.pipeline_arguments.eta=1": "write +task.pipeline_arguments.eta=1",
     "backend=[none,torchao]": "TorchAoConfig and NoneConfig cannot be combined: choose one option of their group",
     "~backnd": "~backnd deletes nothing (did you mean backend?)",

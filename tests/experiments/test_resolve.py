@@ -172,7 +172,7 @@ MESSAGES = {
     "skip_modules=proj_out": "must be a list, such as [proj_out], or @file",
     "skip_modules=@missing.txt": "skip_modules=@missing.txt cannot be read: No such file or directory",
     "skip_modules=[1]": "skip_modules[0]=1 must be a string",
-    "+components.vae.compute_dtype=fp16": "components.vae is no component of this model; it has transformer",
+    "+components.vae.compute_dtype=fp16": "components.vae is not a component of this model; use transformer",
     "+components.transformr.compute_dtype=fp16": "did you mean transformer?",
     "+components.transformer.dtype=fp16": "components.transformer.dtype is not a known field",
     "+components.transformer.compute_dtype=3": "components.transformer.compute_dtype=3 must be a string, or null",

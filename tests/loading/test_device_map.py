@@ -117,11 +117,11 @@ def test_a_map_that_exceeds_the_memory_is_refused_before_anything_is_read(folder
         load(source, "none", "cpu", {"cpu": "1MiB"})
     with pytest.raises(ConfigError, match=r"max_memory.cpu.=much is not a size"):
         load(source, "none", "auto", {"cpu": "much"})
-    with pytest.raises(ConfigError, match=r"puts .* GiB on disk, and there is no folder for them: pass offload_folder"):
+    with pytest.raises(ConfigError, match=r"puts .* GiB on disk, but no folder is given; pass offload_folder"):
         load(source, "none", {"": "cpu", "blocks": "disk"})
     with pytest.raises(ConfigError, match=r"on disk, which has 0\.000001 GiB by max_memory"):
         load(source, "none", "auto", {"cpu": "2MiB", "disk": 1000})
-    with pytest.raises(ConfigError, match=r"leaves .* of cpu for the layers that travel there, and the largest takes"):
+    with pytest.raises(ConfigError, match=r"leaves .* of cpu for offloaded layers, but the largest needs"):
         load(source, "none", {"": "cpu", "blocks": "disk"}, {"cpu": 300_000}, tmp_path)
     assert not list(tmp_path.glob("offload-*"))
 

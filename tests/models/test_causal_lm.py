@@ -176,7 +176,9 @@ def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_it_says_so() -> None:
-    with pytest.raises(ConfigError, match=r"model\.path=null names no model; set model\.path to a folder"):
+    with pytest.raises(
+        ConfigError, match=r"model\.path=null, but this model needs a checkpoint; set model\.path to a folder"
+    ):
         Source(CausalLMConfig()).checkpoints()
 
 

@@ -247,7 +247,7 @@ def test_weights_from_elsewhere_are_of_the_config_beside_them(pipeline_folder: F
     ours = qexp.load_pipeline(folder, None, checkpoints={"transformer": file}, device="cpu")
     assert torch.equal(call(ours, "flux"), call(quantized, "flux"))
     file = pipeline_folder("sd3") / "transformer" / "diffusion_pytorch_model.safetensors"
-    with pytest.raises(LoadError, match=r"holds a SD3Transformer2DModel, but the pipeline has a FluxTransformer2DMod"):
+    with pytest.raises(LoadError, match=r"is a SD3Transformer2DModel, but the pipeline needs a FluxTransformer2DMod"):
         qexp.load_pipeline(folder, checkpoints={"transformer": file}, device="cpu")
 
 

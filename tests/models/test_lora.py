@@ -279,7 +279,7 @@ def test_lora_for_one_of_two_transformers_is_applied_to_it(pipeline_folder: Fold
             scales_of(pipeline_folder, "wan", str(tmp_path / f"{name}.safetensors"))
     with pytest.raises(ConfigError, match=r"component=transformr_2 .*did you mean transformer_2"):
         scales_of(pipeline_folder, "wan", {"path": str(path), "component": "transformr_2"})
-    with pytest.raises(ConfigError, match=r"model.lora: component=unet is no component of this pipeline"):
+    with pytest.raises(ConfigError, match=r"model.lora: component=unet is not a component of this pipeline"):
         config_of(pipeline_folder("wan"), f"model.lora={{path: {path}, component: unet}}")
 
 

@@ -167,7 +167,7 @@ def test_settings_that_contradict_each_other_or_lack_something(folder: Path) -> 
     with pytest.raises(ConfigError, match=r"checkpoint=null names no weights"):
         Source(PythonConfig(factory="mynets:Net")).checkpoints()
     source = Source(PythonConfig(factory="mynets:Net", checkpoint="a"))
-    with pytest.raises(ConfigError, match="python has no tokenizer to read it with"):
+    with pytest.raises(ConfigError, match="python has no tokenizer"):
         source.check_task(ForwardConfig(inputs="lines.txt"))
 
 

@@ -88,7 +88,7 @@ def test_a_file_that_changed_is_noticed(read_before: bool, tmp_path: Path) -> No
     content = bytearray(file.path.read_bytes())
     content[300] ^= 1
     file.path.write_bytes(content)
-    with pytest.raises(DiskError, match="does not hold the weights of 'layer' any more"):
+    with pytest.raises(DiskError, match="no longer holds the weights of 'layer'"):
         read(file)
 
 

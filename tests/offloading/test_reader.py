@@ -162,7 +162,7 @@ def damage(path: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "gone": (Path.unlink, "could not read the weights of 'layers.5' .*No such file"),
-    "other content": (damage, "does not hold the weights of 'layers.5' any more"),
+    "other content": (damage, "no longer holds the weights of 'layers.5'"),
     "shorter": (lambda path: os.truncate(path, 5000), r"'layers.5' .*ends after 5000 of \d+ bytes"),
 }
 

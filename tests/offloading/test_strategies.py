@@ -227,9 +227,9 @@ def test_block_lists_that_do_not_fit_are_refused() -> None:
     block = OffloadConfig("block", "cpu")
     with pytest.raises(ConfigError, match="names none; use blocks, or offload=leaf"):
         apply_offload(zoo.make("fp32"), block, device=CPU, block_lists=[], store=None)
-    with pytest.raises(ConfigError, match=r"'layers' is no nn.ModuleList of Net; use blocks"):
+    with pytest.raises(ConfigError, match=r"'layers' is not an nn.ModuleList of Net; use blocks"):
         apply_offload(zoo.make("fp32"), block, device=CPU, block_lists=["layers"], store=None)
-    with pytest.raises(ConfigError, match=r"'embed' is no nn.ModuleList"):
+    with pytest.raises(ConfigError, match=r"'embed' is not an nn.ModuleList"):
         apply_offload(zoo.make("fp32"), block, device=CPU, block_lists=["embed"], store=None)
     with pytest.raises(ConfigError, match=r"Linear has no nn.ModuleList"):
         apply_offload(nn.Linear(2, 2), block, device=CPU, block_lists=["blocks"], store=None)

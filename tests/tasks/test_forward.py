@@ -166,7 +166,7 @@ def test_text_goes_through_the_tokenizer_and_padding_is_zero(tmp_path: Path) -> 
         assert torch.allclose(row[: len(alone)], alone, atol=1e-4)
         assert not row[len(alone) :].any()
     (tmp_path / "model" / "tokenizer.json").unlink()
-    with pytest.raises(ConfigError, match=r"is text, and '.*' has no tokenizer to read it with"):
+    with pytest.raises(ConfigError, match=r"is text, but '.*' has no tokenizer"):
         run_config(*chosen, f"task.inputs={tmp_path / 'lines.txt'}")
 
 
