@@ -53,9 +53,9 @@ def test_patterns_are_for_what_is_quantized(pipeline_folder: Folder) -> None:
 
 
 REFUSED = {
-    ("model.quantize=[transfomer]",): r"model\.quantize: 'transfomer' is no component .*did you mean transformer",
+    ("model.quantize=[transfomer]",): r"model\.quantize: 'transfomer' is not a component .*did you mean transformer",
     ("+components.text_encoder_3.compute_dtype=fp32",): r"components\.text_encoder_3 is not a component of this model",
-    ("+model.checkpoints.tranformer=x.gguf",): r"model\.checkpoints\.tranformer is no component .*did you mean",
+    ("+model.checkpoints.tranformer=x.gguf",): r"model\.checkpoints\.tranformer is not a component .*did you mean",
     ("task.prompt=null",): r"task\.prompt=null, but a pipeline needs prompts; give a text or a list",
     ("model.path=null",): r"model\.path=null, but this model needs a pipeline",
 }
