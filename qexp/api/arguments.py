@@ -1,4 +1,4 @@
-"""Turn the arguments of the Python API into what the rest of the program takes: paths, devices, backend configs."""
+"""Convert the arguments of the Python API to paths, devices and backend configs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ SOURCE = "_qexp_source"  # attribute of a pipeline that `load_pipeline` returned
 
 
 def expanded(path: str | Path, name: str) -> Path:
-    """The path with `~` spelled out. Raises ConfigError for one of a user that this machine does not know."""
+    """Return the path with `~` expanded. Raises ConfigError for an unknown user, or a value that is not a path."""
     try:
         return Path(path).expanduser()
+    except TypeError:
+        raise ConfigError(f"{name}={path!r} must be a path: a string or a pathlib.Path") from None
     except RuntimeError as error:
         raise ConfigError(f"{name}={str(path)!r} names no folder: {error}; write the path in full") from None
 
 
 def places_of(device: str | torch.device, device_map: Any, max_memory: Any) -> tuple[torch.device, Any, Any]:
-    """What `load_component` takes. A device of another kind than cpu and cuda is believed, with the map beside it."""
+    """Return (device, device_map, max_memory) as load_component expects them.
+
+    Device types other than cpu and cuda pass unchecked.
+    """
     import torch
 
     device = named(device)
@@ -42,7 +47,7 @@ def places_of(device: str | torch.device, device_map: Any, max_memory: Any) -> t
 
 
 def named(device: Any) -> Any:
-    """A device as the text that is checked against this machine; one of another kind than cpu and cuda as it is."""
+    """Return the name of a device; types other than cpu and cuda unchanged."""
     kind = getattr(device, "type", None)
     if kind is None or kind == "cuda":
         return str(device)
@@ -71,4 +76,13 @@ def backend_config(backend: Any, place: str = "backend") -> Any:
 
 
 def as_list(names: str | Iterable[str]) -> Any:
-    return names if isinstance(names, str) else list(names)
+    """Return a list; a string, and a value that is no list at all, unchanged for `patterns` to check."""
+    return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else names
+
+
+def check_model(model: Any, function: str) -> None:
+    """Raise ConfigError for a value that is not a network. function: of the API, for the message."""
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{function}: model={model!r} must be a torch.nn.Module; qexp.load() returns one")

@@ -99,6 +99,8 @@ def load(
     """
     from qexp.loading.lifecycle import load_component
 
+    if skeleton is not None and not callable(skeleton):
+        raise ConfigError(f"skeleton={skeleton!r} must be a class or a function that builds the network, or None")
     model_source, left_out = _source(source, skeleton, revision)
     place, places, limits = places_of(device, device_map, max_memory)
     settings = parse_component(
@@ -155,6 +157,7 @@ def offload(
     from qexp.offloading.grouping import outermost_lists
     from qexp.offloading.strategies import apply_offload
 
+    check_model(model, "offload")
     device = named(device)
     place = torch.device(resolve_device(device) if isinstance(device, str) else device)
     if isinstance(block_lists, str):
@@ -162,7 +165,7 @@ def offload(
     _check_known(settings)
     config = strategy if isinstance(strategy, OffloadConfig) else OffloadConfig(strategy, to, **settings)
     config = config.resolved(place.type)
-    store = Path(folder) if folder is not None else Path(tempfile.gettempdir()) / "qexp-offload"
+    store = expanded(folder, "folder") if folder is not None else Path(tempfile.gettempdir()) / "qexp-offload"
     lists = outermost_lists(model) if block_lists is None else list(block_lists)
     return apply_offload(model, config, device=place, block_lists=lists, store=store)
 
@@ -171,6 +174,7 @@ def remove_offload(model: nn.Module) -> nn.Module:
     """Bring an offloaded model's weights back to where they were before. Raises: ConfigError if it is not offloaded."""
     from qexp.offloading.strategies import offload_of
 
+    check_model(model, "remove_offload")
     found = offload_of(model)
     if found is None:
         raise ConfigError(f"remove_offload: this {type(model).__name__} is not offloaded; qexp.offload() does that")
@@ -191,8 +195,9 @@ def save(model: Any, folder: str | Path, *, max_shard_gib: float = 5.0, intercha
 
     limit = from_plain(SaveConfig, {"max_shard_gib": max_shard_gib}, "save").max_shard_gib
     place, max_shard_bytes = expanded(folder, "folder"), int(limit * GIB)
-    source = vars(model).get(SOURCE)
+    source = getattr(model, SOURCE, None)
     if source is None:
+        check_model(model, "save")
         return save_model(model, place, max_shard_bytes=max_shard_bytes, interchange=interchange)
     for name in source.components():  # before any of them is written
         checkpoint = getattr(getattr(model, name), "checkpoint_path", None)
@@ -215,6 +220,7 @@ def memory_footprint(model: nn.Module) -> int:
     """
     from qexp.offloading.payload import module_nbytes
 
+    check_model(model, "memory_footprint")
     return module_nbytes(model)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from qexp.config.dataclass_io import check_folder, to_plain
+from qexp.config.dataclass_io import check_folder, convert, to_plain
 from qexp.config.module_patterns import check_patterns
 from qexp.config.objectives import check_objectives
 from qexp.config.offload import STRATEGIES, OffloadConfig
@@ -130,6 +130,8 @@ class LoaderConfig:
     workers: int | None = None
 
     def __post_init__(self) -> None:
+        convert(int, self.in_flight_mib, "loader.in_flight_mib")
+        convert(int | None, self.workers, "loader.workers")
         if self.in_flight_mib < 1:
             raise ConfigError(f"loader.in_flight_mib={self.in_flight_mib} must be 1 or more; the default is 64")
         if self.workers is not None and self.workers < 1:

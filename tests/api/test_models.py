@@ -150,6 +150,28 @@ def test_what_the_command_line_leaves_unquantized() -> None:
     assert unquantized("arithmetic") == unquantized(assets / "arithmetic") == {"lm_head"}
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda folder: load(folder, skip_modules=3), "skip_modules=3 must be a list"),
+        (lambda folder: load(folder, keep_in_fp32_modules=None), "keep_in_fp32_modules=None must be a list"),
+        (lambda folder: load(folder, workers="two"), "loader.workers='two' must be an integer, or null"),
+        (lambda folder: load(folder, in_flight_mib=0.5), "loader.in_flight_mib=0.5 must be an integer"),
+        (lambda folder: qexp.load(folder, skeleton=stack, device=0), r"device=0 is unknown \(did you mean cuda:0\?\)"),
+        (lambda folder: qexp.load(folder, skeleton="Net"), "skeleton='Net' must be a class or a function"),
+        (lambda folder: qexp.offload("digits"), "offload: model='digits' must be a torch.nn.Module"),
+        (lambda folder: qexp.remove_offload(None), "remove_offload: model=None must be a torch.nn.Module"),
+        (lambda folder: qexp.memory_footprint({}), "memory_footprint: model={} must be a torch.nn.Module"),
+        (lambda folder: qexp.save("digits", folder), "save: model='digits' must be a torch.nn.Module"),
+        (lambda folder: qexp.save(nn.ReLU(), None), "folder=None must be a path"),
+        (lambda folder: qexp.save(nn.ReLU(), folder, max_shard_gib="5GB"), "max_shard_gib='5GB' must be a number"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(call: Any, message: str, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call(folder)
+
+
 def test_a_device_is_checked_however_it_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qexp.system.devices.cuda_device_count", lambda: 0)
     cpu = torch.device("cpu")
