@@ -13,7 +13,7 @@ class QexpError(Exception):
 
 
 class ConfigError(QexpError, ValueError):
-    """A setting that is wrong, or wrong together with another one."""
+    """A wrong setting, or settings that conflict."""
 
 
 class MissingLibraryError(QexpError, ImportError):
@@ -27,7 +27,7 @@ class LoadError(QexpError):
 
 
 class WrongFileError(LoadError):
-    """A file that is no checkpoint at all (a web page, a pickle, a git-lfs pointer): the setting names a wrong one."""
+    """A file that is not a checkpoint (a web page, a pickle, a git-lfs pointer): its setting is wrong."""
 
     reason = "config"
 
@@ -59,13 +59,13 @@ class WaitedTooLongError(QexpError):
 
 
 class HubError(QexpError):
-    """A model could not be pushed to a hub or downloaded from it, or not all of it."""
+    """A model could not be uploaded to a hub or downloaded from it, or only partly."""
 
     reason = "hub"
 
 
 def choices(names: Iterable[object]) -> str:
-    """'a, b or c', for the remedy part of a message; numbers in their order."""
+    """Join names as 'a, b or c' for the remedy of a message; numbers are sorted as numbers."""
     words = [str(name) for name in sorted(names, key=lambda name: (name if isinstance(name, int) else 0, str(name)))]
     if not words:
         return "nothing"
@@ -73,12 +73,12 @@ def choices(names: Iterable[object]) -> str:
 
 
 def first_names(names: Sequence[str]) -> str:
-    """The first five names in quotes, and '…' where there are more."""
+    """Return the first five names in quotes, and '…' if there are more."""
     return ", ".join(f"'{name}'" for name in names[:5]) + (" …" if len(names) > 5 else "")
 
 
 def did_you_mean(name: object, names: Iterable[object]) -> str:
-    """' (did you mean seed?)' if one of `names` is close to what was written, else ''; goes right behind the value."""
+    """Return ' (did you mean seed?)' if one of `names` is similar, else ''; it follows the value in messages."""
     words, typed = dict.fromkeys(str(word) for word in names), str(name).lower()
     same = [word for word in words if word.lower() == typed]
     near = same or difflib.get_close_matches(typed, list(words), n=3, cutoff=0.6)

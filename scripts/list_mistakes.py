@@ -1,4 +1,4 @@
-"""What the command line answers to the mistakes of tests/cli/mistakes.yaml, as docs/mistakes.md.
+"""Write docs/mistakes.md: the mistakes in tests/cli/mistakes.yaml and the messages of the command line.
 
     python scripts/list_mistakes.py            write docs/mistakes.md
     python scripts/list_mistakes.py --print    show the answers alone
@@ -28,12 +28,12 @@ from qexp.system import devices
 ROOT = Path(__file__).parents[1]
 LIST, PAGE = ROOT / "tests" / "cli" / "mistakes.yaml", ROOT / "docs" / "mistakes.md"
 INTRODUCTION = """\
-# What a mistake is answered with
+# Messages for mistakes
 
-Commands with a mistake each, and what the program says, before any weight is read and within seconds. The folder that
-they are typed in has a text (`notes.txt`), an empty folder (`empty`), a folder with the config.json of a Llama and no
-weights (`llama`), and files that are no checkpoints: a web page, a pointer of git-lfs, a pickle (`weights.bin`), a
-truncated and an empty file. `python scripts/list_mistakes.py` writes this page.
+Each command has a mistake. Its message comes within seconds, before any weight is read. The current folder has a text
+(`notes.txt`), an empty folder (`empty`), a folder with the config.json of a Llama and no weights (`llama`), and files
+that are not checkpoints: a web page, a git-lfs pointer, a pickle (`weights.bin`), a truncated file and an empty one.
+`python scripts/list_mistakes.py` writes this page.
 """
 
 

@@ -1,4 +1,4 @@
-"""What else people call the backends: names of formats and of other programs, and the option that is meant by each."""
+"""Map names of formats and of other programs to the options of `backend=`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ READ_ONLY = re.compile(r"(gguf_)?(q[2-6]_?k(_[sml]|_xl)?|iq[1-4]_?(xxs|xs|s|m|nl
 
 
 def other_word(name: str) -> str:
-    """What to say behind an unknown backend's name, of a word that is known from elsewhere; '' for any other."""
+    """Return a hint for an unknown backend's name that is known from elsewhere; '' for other names."""
     word = name.lower().replace("-", "_").replace(".", "_").strip("_")
     if word in option_names("backend"):
         return f" (did you mean {word}?)"

@@ -1,7 +1,7 @@
-"""The flags of the command line, which belong to Hydra, put ahead of the overrides.
+"""Move the flags of the command line, which are Hydra's, before the overrides.
 
-Hydra reads its arguments with argparse, which gives up on `backend=none -m seed=1,2`: overrides on both sides of
-a flag. `flags_first` sorts them, and answers a flag that does not exist in one message.
+Hydra parses its arguments with argparse, which fails on `backend=none -m seed=1,2`: overrides on both sides of a flag.
+`flags_first` sorts them, and rejects an unknown flag with one message.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ INFO, INFO_TOPICS = ("--info", "-i"), ("all", "config", "defaults", "defaults-tr
 
 
 def flags_first(arguments: Sequence[str]) -> list[str]:
-    """All arguments, flags and their values in front, otherwise in their order.
+    """Return all arguments with flags and their values first, otherwise in order.
 
     Raises: ConfigError for an unknown flag, or one without its value.
     """
@@ -72,7 +72,7 @@ def _check_together(flags: Sequence[str]) -> None:
 
 
 def _long_name(name: str) -> str:
-    """The long form of a flag."""
+    """Return the long form of a flag. Raises ConfigError for an unknown one."""
     flags = {**SWITCHES, **WITH_VALUE, INFO[0]: INFO[1]}
     found = next((long for long, short in flags.items() if name in (long, short)), None)
     if found is None:

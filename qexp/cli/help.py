@@ -1,4 +1,4 @@
-"""What `python -m qexp --help` prints, put together from the comments in conf/ without importing Hydra."""
+"""Build the text of `python -m qexp --help` from the comments in conf/, without importing Hydra."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def help_text() -> str:
 
 
 def _groups() -> str:
-    """Every group with its options and what they are; a * marks the default."""
+    """List every group with its options and their descriptions; a * marks the default."""
     defaults = default_options()
     lines = ["Groups and their options (* is the default)"]
     for group in group_names():

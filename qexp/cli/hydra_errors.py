@@ -1,8 +1,7 @@
-"""Hydra's and OmegaConf's errors, retold: value, rule, place and remedy, with the valid choices that they leave out.
+"""Rewrite errors of Hydra and OmegaConf: value, rule, place and remedy, with the valid choices that they omit.
 
-Both say what is needed in the text of their messages only, so each message that users meet, and that lacks the choices
-or the remedy, is a pattern here and the function that retells it. The others are passed on as they are, without the
-lines that mean nothing to a user.
+Both have the needed information only in the text of their messages. So each message that lacks the choices or the
+remedy has a pattern here, and a function that rewrites it. Other messages are shown without their internal lines.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ NOISE = ("full_key:", "object_type=", "reference_type=", "Config search path:", 
 
 @dataclass(frozen=True)
 class Problem:
-    """An error's text and that of its cause, the match of the rule that retells it, and the command line."""
+    """The text of an error and its cause, the match of its rule, and the command line."""
 
     text: str
     match: re.Match[str]
@@ -46,7 +45,7 @@ class Problem:
         return self.match[name]
 
     def find(self, pattern: str) -> str:
-        """The first group of a pattern in the text, '' if it is not there."""
+        """Return the first group of a pattern in the text, or ''."""
         found = re.search(pattern, self.text, flags=re.MULTILINE)
         return found[1] if found else ""
 
@@ -56,7 +55,7 @@ class Problem:
 
     @property
     def place(self) -> str:
-        """' (in backend/mine.yaml)' where a yaml and not the command line is at fault, to put behind the value."""
+        """' (in backend/mine.yaml)' if the error is in a yaml file, else ''; follows the value in messages."""
         name = self.find(r"In '([^']+)'")
         return f" (in {name}.yaml)" if name not in ("", "config") else ""
 
@@ -69,7 +68,7 @@ class Problem:
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> str:
-    """One message for what went wrong between the command line and the typed configuration."""
+    """Return one message for an error between the command line and the typed configuration."""
     if isinstance(error, QexpError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -107,7 +106,7 @@ def _split_option(option: str) -> tuple[str, str]:
 
 
 def _other_word(group: str, name: str) -> str:
-    """What to say behind an option's name that is meant for something else."""
+    """Return a hint for an option's name that belongs elsewhere, or ''."""
     if group == "backend":
         return other_word(name)
     if group == "offload" and name in DESTINATIONS:
@@ -144,7 +143,7 @@ def _unknown_field(problem: Problem) -> str:
 
 
 def _options_that_have(name: str, cls: type) -> str:
-    """'backend=torchao or torchao_int8dq': where a field would belong that the plugin of `cls` does not have."""
+    """Return the options that have a field which the plugin of `cls` lacks: 'backend=torchao or torchao_int8dq'."""
     for group in PLUGINS:
         classes = _plugin_classes(group)
         having = [plugin for plugin, other in classes.items() if name in field_types(other)]
@@ -172,7 +171,7 @@ def _wrong_kind(problem: Problem) -> str:
 
 
 def _no_group_of_fields(problem: Problem) -> str:
-    """A value where a group of fields belongs."""
+    """Describe a single value in place of a group of fields."""
     name, _, value = problem.written.partition("=")
     if name.lstrip("+") == "components":
         return f"{name}={value} must be a group of fields for each component: +components.{value}.compute_dtype=bf16"
@@ -211,7 +210,7 @@ def _nothing_to_delete(problem: Problem) -> str:
 
 
 def _option_added(problem: Problem) -> str:
-    """Of `+group=option` or `++group=option`, where the group has an option already."""
+    """Describe `+group=option` or `++group=option` for a group that has an option already."""
     typed = next((one for one in problem.arguments if one.lstrip("+").partition("=")[0] == problem["group"]), "")
     return f"{typed} adds a second option to {problem['group']}; write {typed.lstrip('+')}"
 
@@ -267,7 +266,7 @@ def _unreadable_override(problem: Problem) -> str:
 
 
 def _split_value(arguments: Sequence[str], word: str) -> str:
-    """What to say of a word behind an override with text: the shell has split a value with spaces."""
+    """Return the message for a word after an override with text: the shell has split a value at its spaces."""
     before = list(arguments[: list(arguments).index(word)])
     start = next((one for one in reversed(before) if "=" in one), "")
     value = start.partition("=")[2]
@@ -289,7 +288,7 @@ def _known_words() -> list[str]:
 
 
 def _split_brackets(arguments: Sequence[str], written: str) -> str:
-    """What to say of a list or a group that the shell has split at its spaces, or that is not closed."""
+    """Return the message for a list or a group that the shell has split at its spaces, or that is not closed."""
     missing = [close for open_, close in ("[]", "{}") if written.count(open_) > written.count(close)]
     if not missing or written not in arguments:
         return ""
@@ -310,7 +309,7 @@ def _is_readable(argument: str) -> bool:
 
 
 def _bare_word(word: str) -> str:
-    """Of a word without =: the name of a command, a group, an option or a field, or nothing."""
+    """Return the message for a word without =: a command, a group, an option, a field, or unknown."""
     name = word.removeprefix("qexp.").rstrip(":")
     if name in COMMANDS:
         return f"{word} is a command and comes first; write python -m qexp {name}"
@@ -358,7 +357,7 @@ def _plugin_classes(group: str) -> dict[str, type]:
 
 
 def _classes() -> dict[str, type]:
-    """The dataclasses of the configuration, by the names that their schemas carry in messages."""
+    """Return the dataclasses of the configuration by their schemas' names in messages."""
     nested = [hint for hint in field_types(TopLevelConfig).values() if is_dataclass(hint) and isinstance(hint, type)]
     plugins = [cls for group in PLUGINS for cls in _plugin_classes(group).values()]
     known: list[type] = [TopLevelConfig, *nested, *plugins]
@@ -366,7 +365,7 @@ def _classes() -> dict[str, type]:
 
 
 def _owner(cls: type) -> str:
-    """'backend none' for a plugin's config, '' for settings that belong to no plugin."""
+    """Return 'backend none' for a plugin's config, '' for settings without a plugin."""
     names = [f"{group} {name}" for group in PLUGINS for name, other in _plugin_classes(group).items() if other is cls]
     return names[0] if names else ""
 

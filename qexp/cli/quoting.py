@@ -1,4 +1,4 @@
-"""How an override is typed so that its value is a text as it stands: quoted for Hydra, and around that for the shell.
+"""Quote an override for Hydra and the shell, so that its value is read as plain text.
 
 Hydra's grammar takes letters without accents, digits and `_ / - \\ + . $ % * @ ? | :` without quotes; `${…}` refers to
 another setting, unless a backslash is before it.
@@ -11,7 +11,7 @@ import shlex
 
 
 def quoted(argument: str) -> str:
-    """`key=value` as it is to be typed in a shell. A quote that opens the value and is not closed is left out."""
+    """Return `key=value` quoted for a shell, without an unclosed quote at the start of the value."""
     key, _, text = argument.partition("=")
     if text[:1] in ('"', "'") and (len(text) == 1 or text[-1] != text[0]):
         text = text[1:]
@@ -21,6 +21,6 @@ def quoted(argument: str) -> str:
 
 
 def is_unbalanced(argument: str) -> bool:
-    """Whether the value begins with a quote that is not closed, or has one that opens none."""
+    """Return whether the value has an odd number of quotes."""
     text = argument.partition("=")[2]
     return any(text.count(quote) % 2 for quote in ('"', "'"))
