@@ -79,9 +79,8 @@ def first_names(names: Sequence[str]) -> str:
 
 def did_you_mean(name: object, names: Iterable[object]) -> str:
     """Return ' (did you mean seed?)' if one of `names` is similar, else ''; it follows the value in messages."""
-    words, typed = dict.fromkeys(str(word) for word in names), str(name).lower()
-    same = [word for word in words if word.lower() == typed]
-    near = same or difflib.get_close_matches(typed, list(words), n=3, cutoff=0.6)
+    words, typed = {str(word).lower(): str(word) for word in names}, str(name).lower()
+    near = [typed] if typed in words else difflib.get_close_matches(typed, list(words), n=3, cutoff=0.6)
     if not near and len(typed) > 2:  # steps: num_inference_steps
-        near = [word for word in words if typed in word.lower().split("_")][:3]
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
+        near = [word for word in words if typed in word.split("_")][:3]
+    return f" (did you mean {' or '.join(words[word] for word in near)}?)" if near else ""
