@@ -53,5 +53,5 @@ def state_of(descriptor: int) -> FileState:
 
 def unreadable(file: Path, error: OSError) -> LoadError:
     return LoadError(
-        f"'{file}' cannot be read: {error.strerror}; the checkpoint needs this file: add it, or make it readable"
+        f"'{file}' cannot be read: {error.strerror}; the checkpoint needs this file; put it there, or make it readable"
     )

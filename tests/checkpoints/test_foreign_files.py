@@ -29,12 +29,12 @@ def weights() -> dict[str, torch.Tensor]:
     ("content", "words"),
     [
         (b"", r"is empty \(0 bytes\).*download it again"),
-        (POINTER, "pointer of git-lfs.*git lfs pull"),
+        (POINTER, "is a git-lfs pointer.*git lfs pull"),
         (b"<!DOCTYPE html>\n<html><title>Sign in</title>", "is a web page.*hf download"),
         (b"\n\n  <HTML lang=en>", "is a web page"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is a web page"),
-        (pickle.dumps({"a": 1}, protocol=2), "is a pickle.*safetensors.torch"),
-        (pickle.dumps([1.5], protocol=5), "is a pickle"),
+        (pickle.dumps({"a": 1}, protocol=2), "is a PyTorch pickle.*safetensors.torch"),
+        (pickle.dumps([1.5], protocol=5), "is a PyTorch pickle"),
         (b"PK\x03\x04" + bytes(30), "is a PyTorch pickle or a zip archive"),
     ],
 )
