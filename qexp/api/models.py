@@ -18,7 +18,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qexp.api.arguments import SOURCE, backend_config, expanded, named, places_of
+from qexp.api.arguments import SOURCE, backend_config, check_model, expanded, named, places_of
 from qexp.checkpoints.checkpoint import refuse_source
 from qexp.checkpoints.pipeline_folder import INDEX
 from qexp.config.backend_options import model_skip_modules
