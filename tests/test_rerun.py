@@ -87,7 +87,7 @@ def test_what_has_changed_since_is_named(folder, tmp_path, monkeypatch, capsys) 
 
 def test_a_folder_without_a_run_is_one_clear_message(tmp_path, monkeypatch, capsys) -> None:
     assert main(monkeypatch, tmp_path) == 1
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 def _cut_off(folder: RunFolder, name: str) -> None:
