@@ -38,7 +38,8 @@ def _range(metric: Metric) -> str:
 def _notes(metric: Metric) -> str:
     """What else there is to say: its n, whether it varies, of which tasks it is."""
     group = metric.group
-    notes = [f"a mean over `{group}/{metric.mean_over}`"] if metric.mean_over else []
+    mean = "exp of a mean" if metric.of_mean else "a mean"
+    notes = [f"{mean} over `{group}/{metric.mean_over}`"] if metric.mean_over else []
     notes += [f"depends on n = `{group}/{metric.set_of}`: compare equal n only"] if metric.set_of else []
     notes += ["varies from run to run"] if metric.varies else []
     notes += ["null with `isolation=inline`"] if metric.is_of_process else []

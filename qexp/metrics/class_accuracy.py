@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from qexp.metrics.registry import Metric
+from collections.abc import Callable
+
+from qexp.metrics.registry import Metric, Result, Samples
+
+
+def _own(name: str) -> Callable[[Samples], Result]:
+    return lambda samples: Result(samples.own_scores().get(name), samples.own_samples().get(name))
+
 
 METRICS = (
     Metric(
         "quality/class_accuracy", "images that the embedded classifier recognizes as their label",
         header="class acc.", better="higher", range=(0, 1), tasks=("generate",), mean_over="images", digits=".3f",
-        order=30, needs=("images",), compute=lambda samples: samples.own_scores().get("class_accuracy"),
+        order=30, needs=("images",), compute=_own("class_accuracy"),
     ),
     Metric(
         "quality/answer_accuracy", "arithmetic problems among the prompts that are solved",
         header="answer acc.", better="higher", range=(0, 1), tasks=("generate",), mean_over="prompts", digits=".3f",
-        order=110, needs=("tokens",), compute=lambda samples: samples.own_scores().get("answer_accuracy"),
+        order=110, needs=("tokens",), compute=_own("answer_accuracy"),
     ),
 )  # fmt: skip

@@ -21,15 +21,18 @@ if TYPE_CHECKING:
     Rows = tuple[Tensor, Tensor | None]  # ln p [rows, kept] and ids [rows, kept], falling; without ids: the vocabulary
 
 
-def kl_divergence(parts: Iterable[tuple[Rows, Rows]]) -> tuple[float | None, float | None]:
-    """Return (mean KL divergence, coverage) of (reference, ours), some rows at a time; None where not finite."""
+def kl_divergence(parts: Iterable[tuple[Rows, Rows]]) -> Result:
+    """Return the mean KL divergence of (reference, ours), some rows at a time, and the coverage; None if not finite."""
     total = covered = 0.0
-    count = 0
+    samples = list[float]()
     for reference, ours in parts:
         divergence, coverage = divergence_of_rows(reference, ours)
-        total, covered, count = total + divergence.sum().item(), covered + coverage.sum().item(), count + len(coverage)
-    mean = total / count
-    return (max(mean, 0.0), covered / count) if math.isfinite(mean) else (None, None)
+        total, covered = total + divergence.sum().item(), covered + coverage.sum().item()
+        samples += divergence.tolist()
+    mean, count = total / len(samples), len(samples)
+    if not math.isfinite(mean):
+        return Result(None, also={"quality/kl_coverage": None})
+    return Result(max(mean, 0.0), samples, also={"quality/kl_coverage": covered / count})
 
 
 def divergence_of_rows(reference: Rows, ours: Rows) -> tuple[Tensor, Tensor]:
@@ -52,10 +55,8 @@ def divergence_of_rows(reference: Rows, ours: Rows) -> tuple[Tensor, Tensor]:
 
 
 def _compute(samples: Samples) -> Result:
-    divergence, coverage = kl_divergence(samples.tools["logprobs"]())
-    if not samples.is_comparable:
-        divergence = coverage = None
-    return Result(divergence, also={"quality/kl_coverage": coverage})
+    found = kl_divergence(samples.tools["logprobs"]())
+    return found if samples.is_comparable else Result(None, also={"quality/kl_coverage": None})
 
 
 METRICS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from qexp.metrics.registry import Metric
+from qexp.metrics.registry import Metric, Result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ METRICS = (
     Metric(
         "quality/perplexity", "exp of the mean negative log-probability of a token",
         header="perplexity", better="lower", range=(1, math.inf), tasks=("generate", "perplexity"), mean_over="tokens",
-        digits=".4f", order=120, brief="perplexity {:.4f}", needs=("nll",),
-        compute=lambda samples: perplexity(samples.outputs["nll"]),
+        of_mean="exp", digits=".4f", order=120, brief="perplexity {:.4f}", needs=("nll",),
+        compute=lambda samples: Result(perplexity(samples.outputs["nll"]), samples.outputs["nll"].double().tolist()),
     ),
 )  # fmt: skip

@@ -7,6 +7,7 @@ and None when all are identical, or when a value is not finite.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from qexp.metrics.registry import Metric, Result, Samples
@@ -29,7 +30,7 @@ def psnr_db(images: Tensor, reference: Tensor) -> Result:
     differing = errors[errors != 0]
     each = 10 * (DATA_RANGE**2 / differing).log10()
     values = iter(each.tolist())
-    samples = [next(values) if error else None for error in errors.tolist()]
+    samples = [next(values) if error else math.inf for error in errors.tolist()]
     count = {"quality/differing_images": float(len(differing))}
     return Result(each.mean().item() if len(each) else None, samples, count)
 

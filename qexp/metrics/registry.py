@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 GROUPS = ("memory", "load", "time", "quality", "roundtrip", "offload")  # in the order of columns
 MODEL_TASKS = ("generate", "perplexity", "forward")  # tasks that run a model
 TASKS = (*MODEL_TASKS, "roundtrip", "sensitivity")
+SAMPLE_KINDS = ("images", "prompts", "tokens")  # what metrics are means over; of layers, layers.csv has the values
 DECLARES = re.compile(r"^METRICS\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Result:
-    """value: None where it is undefined. samples: the values whose mean it is, one for each image or prompt; None where
-    one is undefined. also: further metrics of the same file that the formula gives."""
+    """value: None where it is undefined. samples: the values whose mean it is (`Metric.of_mean`), one for each image,
+    prompt or token; None where one is undefined, infinite where nothing differs from the reference. also: further
+    metrics of the same file that the formula gives."""
 
     value: float | None
     samples: Sequence[float | None] | None = None
@@ -51,6 +53,9 @@ class Samples:
         is_comparable: whether every value of both sides is finite.
         prompts: the prompts of images, those of one prompt following one another; None without prompts.
         own_scores: computes the metrics that the model source defines.
+        own_samples: computes the values whose means some of these are.
+        names: of the samples, by what they are ('images', 'prompts', 'tokens'), one for each value of `Result.samples`.
+            Values with one name are of one sample: the tokens of a window, the frames of a video.
         settings: the `metrics` group of the configuration.
         tools: loads what a formula needs beside the outputs (a network, log-probabilities), by name.
     """
@@ -62,6 +67,8 @@ class Samples:
     is_comparable: bool = True
     prompts: Sequence[str] | None = None
     own_scores: Callable[[], Mapping[str, float | None]] = dict
+    own_samples: Callable[[], Mapping[str, Sequence[float | None]]] = dict
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     settings: Any = None
     tools: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
@@ -92,6 +99,7 @@ class Metric:
         range: the least and the greatest value.
         tasks: the tasks that it is of.
         mean_over: the samples that it is a mean over; group/<that> is their number.
+        of_mean: 'exp' where it is the exponential of their mean.
         set_of: the samples whose number changes its value, so that only values with the same n can be compared.
         digits: format of a value in tables.
         varies: whether it differs between runs of the same experiment on the same machine.
@@ -117,6 +125,7 @@ class Metric:
     range: tuple[float, float] = (-inf, inf)
     tasks: tuple[str, ...] = TASKS
     mean_over: str = ""
+    of_mean: Literal["", "exp"] = ""
     set_of: str = ""
     digits: str = ".2f"
     varies: bool = False
@@ -140,6 +149,12 @@ class Metric:
     @property
     def short_name(self) -> str:
         return self.name.partition("/")[2]
+
+    @property
+    def sample_kind(self) -> str:
+        """What its samples are: 'images', 'prompts' or 'tokens'; '' for a metric that is no mean over such."""
+        kind = "images" if self.mean_over == "differing_images" else self.mean_over
+        return kind if kind in SAMPLE_KINDS else ""
 
     @property
     def count_name(self) -> str | None:

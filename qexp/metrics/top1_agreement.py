@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from qexp.metrics.registry import Metric, Samples
+from qexp.metrics.registry import Metric, Result, Samples
 
 
-def _compute(samples: Samples) -> float | None:
+def _compute(samples: Samples) -> Result:
     assert samples.expected is not None
-    same = samples.outputs["top1"] == samples.expected["top1"]
-    return same.double().mean().item() if samples.is_comparable else None  # the most probable of NaN is always 0
+    if not samples.is_comparable:  # the most probable of NaN is always 0
+        return Result(None)
+    same = (samples.outputs["top1"] == samples.expected["top1"]).double()
+    return Result(same.mean().item(), same.tolist())
 
 
 METRICS = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,11 +69,21 @@ class Source(causal_lm.Source):
     @override
     def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
         """answer_accuracy: how many of the problems among the prompts are solved; None if no prompt is a problem."""
+        answers = self.sample_scores(outputs)
+        right = [value for value in answers.get("answer_accuracy", ()) if value is not None]
+        return {name: sum(right) / len(right) if right else None for name in answers}
+
+    @override
+    def sample_scores(self, outputs: dict[str, Tensor]) -> dict[str, Sequence[float | None]]:
+        """answer_accuracy: 1 for a problem that is solved, 0 for another, None for a prompt that is no problem."""
         if "tokens" not in outputs:
             return {}
         lines = zip(self._characters(outputs["prompts"]), self._characters(outputs["tokens"]), strict=True)
-        right = [answer == solution(prompt) for prompt, answer in lines if PROBLEM.fullmatch(prompt)]
-        return {"answer_accuracy": sum(right) / len(right) if right else None}
+        return {
+            "answer_accuracy": [
+                float(answer == solution(prompt)) if PROBLEM.fullmatch(prompt) else None for prompt, answer in lines
+            ]
+        }
 
     def _characters(self, tokens: Tensor) -> list[str]:
         """Rows of tokens as text, without the line's end and special tokens: the tokenizer, but nothing is imported."""

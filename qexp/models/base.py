@@ -9,7 +9,7 @@ that is misspelt. Methods that need no torch are called by the process that comp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -157,6 +157,10 @@ class ModelSource(ABC):
 
     def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
         """Return the source's own quality scores of saved outputs; None where one is undefined."""
+        return {}
+
+    def sample_scores(self, outputs: dict[str, Tensor]) -> dict[str, Sequence[float | None]]:
+        """The values whose means some of `scores` are, one for each image or prompt; None where one is undefined."""
         return {}
 
 

@@ -10,7 +10,7 @@ Sources: arXiv:2210.02747 (flow matching), arXiv:2207.12598 (classifier-free gui
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,14 +134,33 @@ class Source(ModelSource):
         from qexp.metrics.frechet import frechet_distance, mean_and_covariance
 
         classifier, real_mean, real_covariance = _classifier()
-        images, labels = outputs["images"].float(), outputs["labels"]
+        images = outputs["images"].float()
         with torch.no_grad():
             features = classifier.features(images)
-            correct = (classifier.head(features).argmax(-1) == labels) & images.flatten(1).isfinite().all(-1)
+        correct = _is_correct(classifier, features, outputs)
         distance = None
         if len(images) > 1 and bool(images.isfinite().all()):
             distance = frechet_distance(*mean_and_covariance(features), real_mean, real_covariance)
-        return {"class_accuracy": correct.double().mean().item(), "frechet_distance": distance}
+        return {"class_accuracy": correct.mean().item(), "frechet_distance": distance}
+
+    @override
+    def sample_scores(self, outputs: dict[str, Tensor]) -> dict[str, Sequence[float | None]]:
+        """class_accuracy: 1 for an image that is recognized as its label, else 0."""
+        import torch
+
+        classifier, _, _ = _classifier()
+        with torch.no_grad():
+            features = classifier.features(outputs["images"].float())
+        return {"class_accuracy": _is_correct(classifier, features, outputs).tolist()}
+
+
+def _is_correct(classifier: DigitsClassifier, features: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+    """1 for each image that is recognized as its label, else 0: fp64 [n]."""
+    import torch
+
+    with torch.no_grad():
+        recognized = classifier.head(features).argmax(-1) == outputs["labels"]
+    return (recognized & outputs["images"].flatten(1).isfinite().all(-1)).double()
 
 
 def _velocity(model: nn.Module, state: Tensor, t: Tensor, labels: Tensor, guidance_scale: float) -> Tensor:

@@ -1,9 +1,10 @@
 """The second, pure step of a task: quality numbers and pictures from saved outputs, without running a model.
 
 Reads outputs.safetensors (and memory.csv) of the run and of its reference; writes images/*.png (sheets, and where there
-are prompts each image; of text: compared_texts.csv, of a network's outputs: outputs.csv) and history.csv into the run's
-folder; the numbers depend on nothing but those files and `config`. Which metrics there are, and their formulas, is in
-`qexp/metrics/`. Values that are not finite are counted in a warning, and magenta in the pictures.
+are prompts each image; of text: compared_texts.csv, of a network's outputs: outputs.csv), history.csv and samples.csv
+(`qexp/results/samples.py`) into the run's folder. The numbers depend on nothing but those files and `config`. Which
+metrics there are, and their formulas, is in `qexp/metrics/`. Values that are not finite are counted in a warning, and
+magenta in the pictures.
 
 Importing this module imports no torch, so that `check_names` can run while the configuration is composed.
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 from qexp.errors import ConfigError, LoadError, choices
 from qexp.metrics.registry import Metric, Result, Samples, all_metrics, chosen_metrics
 from qexp.models.base import load_source
+from qexp.results.samples import mean_by_sample, shorten_text, write_samples
 from qexp.system.screen import say
 
 if TYPE_CHECKING:
@@ -56,12 +58,31 @@ def score(config: RunConfig, folder: Path, reference: Path | None) -> Numbers:
     prepare = {"images": _prepare_images, "text": _prepare_text, "outputs": _prepare_outputs}[kind]
     samples, numbers = prepare(config, folder, outputs, reference, expected)
     numbers |= {"quality/finite": float(not broken), **({"quality/nonfinite": broken} if broken else {})}
+    values: dict[str, dict[str, tuple[float, float]]] = {}
     for metric in all_metrics().values():
         if metric.compute is not None and _is_wanted(metric, config, samples):
             found = metric.compute(samples)
             result = found if isinstance(found, Result) else Result(found)
             numbers |= {**result.also, metric.name: result.value}
+            values[metric.name] = _values_by_sample(metric, result, samples)
+    write_samples(folder, config.seed, {name: found for name, found in values.items() if found})
     return {name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def _values_by_sample(metric: Metric, result: Result, samples: Samples) -> dict[str, tuple[float, float]]:
+    """Sample -> (value, weight); {} for a metric that is no mean over samples, or whose value is undefined.
+
+    Outputs of version 0.2 do not say which window a token is of; and where a safety checker replaced images, the source
+    may have scored others than those that are shown.
+    """
+    names = samples.names.get(metric.sample_kind, ())
+    is_exact = (
+        result.value is None and bool(result.samples) and all(value == math.inf for value in result.samples or ())
+    )
+    is_defined = is_exact or (result.value is not None and math.isfinite(result.value))
+    if result.samples is None or len(names) != len(result.samples) or not is_defined:
+        return {}
+    return mean_by_sample(names, result.samples)
 
 
 def _is_wanted(metric: Metric, config: RunConfig, samples: Samples) -> bool:
@@ -117,16 +138,32 @@ def _prepare_images(
         is_complete=bool(shown.all()),
         prompts=prompts,
         own_scores=cache(lambda: load_source(config.model).scores(outputs)),
+        own_samples=lambda: load_source(config.model).sample_scores(outputs),
+        names={"images": _image_names(config, outputs, shown.tolist())},
         tools=perceptual_tools(config.metrics, images, theirs),
     )
     counts: Numbers = {f"quality/{name}": value for name, value in detected.items()}
     return samples, {**counts, "quality/images": float(len(images))}
 
 
+def _frames_of(outputs: Tensors) -> int:
+    """How many images belong to one sample: the frames of a video."""
+    return len(outputs["images"]) // len(outputs["latents"]) if "latents" in outputs else 1
+
+
+def _image_names(config: RunConfig, outputs: Tensors, shown: list[bool]) -> list[str]:
+    """'image 3: 7' (its label) or 'video 0: A red cube' (its prompt) for each image that is shown."""
+    frames, prompts = _frames_of(outputs), config.task.prompt
+    kind = "image" if frames == 1 else "video"
+    labels = [shorten_text(prompts[label]) if prompts else label for label in outputs["labels"].tolist()]
+    names = [f"{kind} {number // frames}: {label}" for number, label in enumerate(labels)]
+    return [name for name, is_shown in zip(names, shown, strict=True) if is_shown]
+
+
 def _prepare_text(
     config: RunConfig, folder: Path, outputs: Tensors, reference: Path | None, expected: Tensors | None
 ) -> tuple[Samples, Numbers]:
-    from qexp.scoring.text import paired_rows, write_compared_texts
+    from qexp.scoring.text import paired_rows, text_names, write_compared_texts
 
     if expected is not None:
         _check_fit(("prompts", "targets"), outputs, expected, folder, reference)
@@ -138,6 +175,8 @@ def _prepare_text(
         expected=expected,
         is_comparable=not broken + _count_nonfinite("text", expected or {}),
         own_scores=dict if broken else cache(lambda: load_source(config.model).scores(outputs)),
+        own_samples=dict if broken else lambda: load_source(config.model).sample_scores(outputs),
+        names=text_names(folder, outputs),
         tools={} if reference is None else {"logprobs": lambda: paired_rows(folder, reference)},
     )
     counted = {"quality/prompts": "tokens", "quality/tokens": "nll"}  # metric -> the output with a row for each
@@ -184,7 +223,7 @@ def _write_pictures(config: RunConfig, outputs: Tensors, expected: Tensors | Non
     from qexp.scoring.pictures import difference_sheet, image_sheet, save_png, write_images
 
     prompts = config.task.prompt
-    frames = len(outputs["images"]) // len(outputs["latents"]) if "latents" in outputs else 1
+    frames = _frames_of(outputs)
     if prompts:
         write_images(outputs["images"], frames, folder / "images")
     shown = _shown(len(outputs["images"]), frames)

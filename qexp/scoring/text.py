@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from qexp.errors import LoadError
 from qexp.metrics.tensors import count_nonfinite
+from qexp.results.samples import shorten_text
 from qexp.system.files import to_csv, write_text
 from qexp.tasks.perplexity import LOGPROBS
 from qexp.tasks.text import TEXTS
@@ -54,6 +56,20 @@ def write_compared_texts(folder: Path, reference: Path | None) -> None:
     for row, other in zip(rows, read_texts(reference), strict=True) if reference is not None else ():
         row |= {"reference": other["text"], "same": str(int(row["text"] == other["text"]))}
     write_text(folder / COMPARED, to_csv(list(rows[0]), rows))
+
+
+def text_names(folder: Path, outputs: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return the name of the sample of each prompt and of each scored token: 'tokens 64-127 (9a3f5b1c)' is a window."""
+    names: dict[str, list[str]] = {}
+    if "tokens" in outputs:
+        prompts = enumerate(row["prompt"] for row in read_texts(folder))
+        names["prompts"] = [f"prompt {number}: {shorten_text(prompt)}" for number, prompt in prompts]
+    if "windows" in outputs:
+        names["tokens"] = []
+        for targets in outputs["targets"].split(outputs["windows"].bincount().tolist()):
+            start, checksum = len(names["tokens"]), zlib.crc32(targets.long().numpy().tobytes())
+            names["tokens"] += [f"tokens {start}-{start + len(targets) - 1} ({checksum:08x})"] * len(targets)
+    return names
 
 
 def read_texts(folder: Path) -> list[dict[str, str]]:

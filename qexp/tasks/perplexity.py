@@ -7,7 +7,8 @@ first one of the text is not scored.)
 
 What is saved, of each scored token, is enough to compare any two models afterwards without running them again:
 
-    outputs.safetensors    targets, the tokens; nll = -ln p(token), fp32; top1, the most probable token
+    outputs.safetensors    targets, the tokens; nll = -ln p(token), fp32; top1, the most probable token; windows, the
+                           number of the window that scores it
     logprobs.safetensors   logprobs [tokens, kept], fp32, and ids [tokens, kept]: ln p of the `logprobs` most probable
                            next tokens, in falling order. Where all of the vocabulary is kept it lies in its own order,
                            without ids. Written window by window: it is never all in memory
@@ -106,7 +107,7 @@ def read_tokens(context: RunContext, task: PerplexityConfig) -> Tensor:
 
 
 def score_text(context: RunContext, tokens: Tensor, task: PerplexityConfig, recorder: Recorder) -> dict[str, Tensor]:
-    """Return targets, nll and top1 of every scored token; write their log-probabilities to the run's folder.
+    """Return targets, nll, top1 and window of every scored token; write their log-probabilities to the run's folder.
 
     task: how the text is read; it is not the run's own where `task=generate` reads one besides.
     """
@@ -125,6 +126,7 @@ def score_text(context: RunContext, tokens: Tensor, task: PerplexityConfig, reco
         "targets": tokens[first:].to(torch.int32),
         "nll": torch.empty(count),
         "top1": torch.empty(count, dtype=torch.int32),
+        "windows": _windows_of_tokens(windows),
     }
     shapes = {"logprobs": (torch.float32, (count, kept)), "ids": (torch.int32, (count, kept))}
     if kept == vocabulary:
@@ -140,6 +142,14 @@ def score_text(context: RunContext, tokens: Tensor, task: PerplexityConfig, reco
                     _keep(part, window.scored - first + start, outputs, file, kept)
             recorder.on_step(step, None)
     return outputs
+
+
+def _windows_of_tokens(windows: list[Window]) -> Tensor:
+    """The number of its window for each scored token, int32."""
+    import torch
+
+    scored = torch.tensor([window.stop - window.scored for window in windows])
+    return torch.arange(len(windows), dtype=torch.int32).repeat_interleave(scored)
 
 
 def window_sizes(config: Any, task: PerplexityConfig, begin_token: int | None) -> tuple[int, int]:

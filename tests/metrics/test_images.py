@@ -46,7 +46,7 @@ def test_psnr_leaves_out_images_that_are_identical() -> None:
     assert psnr_db(*off_by([0.2, 0.0, 0.02])) == pytest.approx(30, abs=1e-4)
     assert compare_images(*off_by([0.2, 0.0, 0.02]))["exact"] == 0
     result = psnr_db_file.psnr_db(*off_by([0.2, 0.0, 0.02]))
-    assert result.samples == [pytest.approx(20, abs=1e-4), None, pytest.approx(40, abs=1e-4)]
+    assert result.samples == [pytest.approx(20, abs=1e-4), math.inf, pytest.approx(40, abs=1e-4)]
     assert result.also == {"quality/differing_images": 2}
 
 

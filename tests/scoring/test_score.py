@@ -24,7 +24,7 @@ ALWAYS = {"quality/exact", "quality/finite", "quality/images"}
 
 def config(*names: str, task: Any = None) -> Any:
     metrics = MetricsConfig(names=names or QUALITY_METRICS)
-    return SimpleNamespace(model=Config(), task=task or GenerateConfig(), metrics=metrics)
+    return SimpleNamespace(model=Config(), task=task or GenerateConfig(), metrics=metrics, seed=0)
 
 
 def outputs(error: float = 0.0, count: int = 20) -> dict[str, Tensor]:
@@ -100,7 +100,8 @@ def test_without_a_reference_only_the_sources_scores(tmp_path: Path) -> None:
 
 
 def test_scores_that_are_no_numbers_or_not_defined_are_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = SimpleNamespace(scores=lambda outputs: {"class_accuracy": float("inf")})
+    scores = {"class_accuracy": float("inf")}
+    source = SimpleNamespace(scores=lambda outputs: scores, sample_scores=lambda outputs: {})
     monkeypatch.setattr("qexp.scoring.score.load_source", lambda config: source)
     result = score(config(), write_run(tmp_path / "run", outputs()), None)
     undefined = {"quality/class_accuracy": None, "quality/frechet_distance": None}

@@ -33,7 +33,8 @@ def write(folder: Path, full: Tensor, kept: int = VOCABULARY) -> Path:
 
 
 def kl_divergence(ours: Path, reference: Path) -> tuple[float | None, float | None]:
-    return kl_file.kl_divergence(paired_rows(ours, reference))
+    found = kl_file.kl_divergence(paired_rows(ours, reference))
+    return found.value, found.also["quality/kl_coverage"]
 
 
 def exact_match(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float | None:
