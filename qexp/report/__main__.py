@@ -1,6 +1,7 @@
 """`python -m qexp.report [sweep]`: the table of a sweep, and its results.csv, report.md and plots, from files alone.
 
     python -m qexp.report                      the latest sweep
+    python -m qexp.report first_look --baseline "torchao int8wo"      which are better or worse on the same samples
     python -m qexp.report first_look --wandb   also a W&B report; for runs tracked offline its specification
 
 Everything is written into outputs/sweeps/<sweep>/. Importing this module imports no torch.
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qexp.errors import ConfigError, LoadError, QexpError
+from qexp.report.comparison import comparison_notes, prepare_compared, read_all_samples
 from qexp.report.table import format_table
 from qexp.results.manifest import count_line
 from qexp.results.rows import Row, find_sweep, read_manifest, rows_of_sweep
@@ -30,8 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError("--online says where the W&B report goes, and there is none; add --wandb")
         name = find_sweep(options.outputs, options.sweep)
         rows = rows_of_sweep(options.outputs, name)
-        print(f"{format_table(rows)}\n\n{count_line(rows, read_manifest(options.outputs, name).get('total'))}")
-        for path in write_report(Path(options.outputs), name, rows):
+        for warning in read_all_samples(rows):
+            print(f"warning: {warning}", file=sys.stderr)
+        prepared = prepare_compared(rows, options.baseline)
+        print("\n".join([format_table(prepared), "", *comparison_notes(prepared)]))
+        print(count_line(rows, read_manifest(options.outputs, name).get("total")))
+        for path in write_report(Path(options.outputs), name, rows, prepared):
             print(f"wrote {path}")
         if options.wandb:
             from qexp.report.wandb_report import publish_report
@@ -43,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_report(outputs: Path, name: str, rows: list[Row]) -> list[Path]:
-    """Write results.csv, report.md and the plots of a sweep; returns their paths.
+def write_report(outputs: Path, name: str, rows: list[Row], prepared: list[Row]) -> list[Path]:
+    """Write results.csv, report.md and the plots of a sweep; returns their paths. prepared: see `prepare_compared`.
 
     Raises: LoadError if results.csv has numbers of runs that are gone since: it is all that is left of them.
     """
@@ -61,12 +67,12 @@ def write_report(outputs: Path, name: str, rows: list[Row]) -> list[Path]:
         )
     plots = []
     for metric in plotted_metrics():
-        picture = pareto_png(rows, metric, f"{name}: memory against quality")
+        picture = pareto_png(prepared, metric, f"{name}: memory against quality")
         if picture is not None:
             write_bytes(folder / file_name(metric), picture)
             plots.append(file_name(metric))
     write_text(folder / "results.csv", results_csv(rows))
-    write_text(folder / "report.md", report_markdown(read_manifest(outputs, name), rows, folder, plots))
+    write_text(folder / "report.md", report_markdown(read_manifest(outputs, name), rows, prepared, folder, plots))
     return [folder / file for file in ("results.csv", "report.md", *plots)]
 
 
@@ -74,6 +80,12 @@ def _report_parser() -> CommandParser:
     parser = CommandParser(prog=program_name("report"), description="Compare the experiments of a sweep.")
     parser.add_argument("sweep", nargs="?", help="its name, a folder in <outputs>/sweeps (default: the latest)")
     parser.add_argument("--outputs", default="outputs", help="where results are kept (default: outputs)")
+    parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="compare every row with this one on the same samples (better, worse or undecided): the name of a backend "
+        "as in the table, or the key of a run",
+    )
     parser.add_argument(
         "--wandb",
         action="store_true",

@@ -13,21 +13,29 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from qexp.report.comparison import comparison_notes
 from qexp.report.marks import OTHER, differing_environments, footnotes, members_of
-from qexp.report.table import TEXTS, prepare, status_text, table_cells
+from qexp.report.table import TEXTS, status_text, table_cells
 from qexp.results.manifest import count_line
 from qexp.results.rows import Row
 
 MACHINE = ("host", "cpu", "cores", "memory_gib", "device", "device_name", "threads", "platform", "python")
 
 
-def report_markdown(manifest: Mapping[str, Any], rows: list[Row], folder: Path, plots: list[str]) -> str:
-    """The text of report.md in `folder`; `plots` are file names beside it."""
-    prepared = prepare(rows)
+def report_markdown(
+    manifest: Mapping[str, Any], rows: list[Row], prepared: list[Row], folder: Path, plots: list[str]
+) -> str:
+    """Return the text of report.md in `folder`.
+
+    Args:
+        rows: of the sweep.
+        prepared: these as rows of the table, see `prepare_compared`.
+        plots: file names beside it.
+    """
     done = [row for row in prepared if row["status"] == "done"]
     failures = sorted((row for row in prepared if row["status"] != "done"), key=lambda row: row["number"])
     parts = [f"# Sweep {manifest['name']}", report_intro(manifest, rows)]
-    parts += ["## Results", _results(done, folder)] if done else []
+    parts += ["## Results", _results(done, folder), *comparison_notes(prepared)] if done else []
     parts += [f"![memory against quality]({plot})" for plot in plots]
     parts += ["## Without a result", _failures_table(failures, folder)] if failures else []
     parts += ["## Machine and versions", *_environments(rows)] if done else []

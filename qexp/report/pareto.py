@@ -19,6 +19,7 @@ from qexp.report.table import prepare
 from qexp.results.labels import backend_family
 from qexp.results.numbers import shown_unit
 from qexp.results.rows import Row
+from qexp.results.uncertainty import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,6 +45,14 @@ class Point:
     offloads: tuple[str, ...]
     family: str  # of its color: the libraries that quantized
     spread: float = 0.0  # standard deviation of the quality over seeds
+    interval: Interval | None = None  # of the quality, 95 %
+
+    @property
+    def bar(self) -> Interval | None:
+        """Ends of its error bar: the interval, or one standard deviation over seeds."""
+        if self.interval is None and self.spread:
+            return self.quality - self.spread, self.quality + self.spread
+        return self.interval
 
     def label(self, common_offloads: tuple[str, ...]) -> str:
         """Its names; and its offload strategies, unless they are the same at every point."""
@@ -82,7 +91,9 @@ def _point(memory: float, quality: float, group: list[Row], metric: Metric) -> P
     names = [_name_of_point(row) for row in group]
     offloads = tuple(dict.fromkeys(row["offload"] for row in group))
     spread = max(row.get("spread", {}).get(metric.name, 0.0) for row in group)
-    return Point(memory, quality, tuple(dict.fromkeys(names)), offloads, backend_family(group[0]["backend"]), spread)
+    interval = next((found for row in group if (found := row.get("intervals", {}).get(metric.name))), None)
+    family = backend_family(group[0]["backend"])
+    return Point(memory, quality, tuple(dict.fromkeys(names)), offloads, family, spread, interval)
 
 
 def _name_of_point(row: Row) -> str:
@@ -109,7 +120,7 @@ def pareto_png(rows: list[Row], metric: Metric, title: str) -> bytes | None:
     points = [replace(point, memory_gib=point.memory_gib * factor) for point in points]  # from here on in this unit
     front = pareto_front(points, is_higher_better=metric.better != "lower")
     offloads = _common_offloads(points)
-    figure, axes = _figure(all_metrics()[MEMORY].axis.format(unit=unit), metric.axis, title, offloads)
+    figure, axes = _figure(all_metrics()[MEMORY].axis.format(unit=unit), metric.axis, title, _notes(points, offloads))
     if points[-1].memory_gib > LOG_FROM * points[0].memory_gib > 0:
         _logarithmic(axes)
     top = _exact_height(points)
@@ -139,7 +150,16 @@ def _height(point: Point, top: float) -> float:
     return point.quality if math.isfinite(point.quality) else top
 
 
-def _figure(memory: str, quality: str, title: str, offloads: tuple[str, ...]) -> tuple[Figure, Axes]:
+def _notes(points: list[Point], offloads: tuple[str, ...]) -> str:
+    """What the line below the title says: the offload of all points, and what their bars are."""
+    shared = f"offload: {', '.join(offloads)}{' share every point' if len(offloads) > 1 else ''}" if offloads else ""
+    intervals = "95 % interval" if any(point.interval for point in points) else ""
+    spreads = "standard deviation over seeds" if any(point.spread and not point.interval for point in points) else ""
+    bars = ", or else ".join(filter(None, (intervals, spreads)))
+    return "; ".join(filter(None, (shared, bars and f"bars: {bars}")))
+
+
+def _figure(memory: str, quality: str, title: str, note: str) -> tuple[Figure, Axes]:
     """An empty plot. A bare `Figure`, without pyplot: nothing is registered anywhere, no display is asked for."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -147,8 +167,7 @@ def _figure(memory: str, quality: str, title: str, offloads: tuple[str, ...]) ->
     figure = Figure(figsize=(11, 5.8), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=24 if offloads else 10)
-    note = f"offload: {', '.join(offloads)}{' share every point' if len(offloads) > 1 else ''}" if offloads else ""
+    axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=24 if note else 10)
     axes.text(0, 1.025, note, transform=axes.transAxes, color=FAINT, fontsize=9)
     axes.set_xlabel(memory, color=INK)
     axes.set_ylabel(quality, color=INK)
@@ -184,7 +203,7 @@ def _colors(points: list[Point]) -> dict[str, str]:
 
 
 def _draw_point(axes: Axes, number: int, points: list[Point], front: list[Point], top: float) -> Line2D:
-    """Full on the front, hollow and further back behind it; with a bar of one standard deviation over seeds."""
+    """Full on the front, hollow and further back behind it; with its bar."""
     point = points[number - 1]
     color = _colors(points)[point.family]
     style: dict[str, Any] = {
@@ -194,8 +213,9 @@ def _draw_point(axes: Axes, number: int, points: list[Point], front: list[Point]
         "zorder": 3 if point in front else 2,
     }
     x, y = [point.memory_gib], [_height(point, top)]
-    if point.spread:
-        axes.errorbar(x, y, yerr=point.spread, color=color, capsize=3, linewidth=1, zorder=1)
+    if point.bar is not None and math.isfinite(point.quality):
+        ends = [[max(point.quality - point.bar[0], 0.0)], [max(point.bar[1] - point.quality, 0.0)]]
+        axes.errorbar(x, y, yerr=ends, color=color, capsize=3, linewidth=1, zorder=1)
     (drawn,) = axes.plot(x, y, "o", markersize=8, **style)
     return drawn
 

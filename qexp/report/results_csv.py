@@ -2,8 +2,10 @@
 
 Metrics keep their names and units (`memory/weights_gib`); settings are dotted paths
 (`components.transformer.backend.label`), lists and mappings as JSON. A value that is null or was never reached is an
-empty cell. `environment` says how versions, commit, threads or machine differ from those of most runs. Each run has its
-line; `group` is the same for runs that differ in their seed alone, the key of their first.
+empty cell. `environment` says how versions, commit, threads or machine differ from those of most runs. `<metric>_low`
+and `_high` are the ends of the 95 % interval of a run's metric; `<metric>_versus` says how its row in the table compares
+with the baseline. Each run has its line; `group` is the same for runs that differ in their seed alone, the key of their
+first.
 """
 
 from __future__ import annotations
@@ -41,11 +43,13 @@ def results_csv(rows: list[Row]) -> str:
     """The text of results.csv."""
     settings = varying_settings(rows)
     metrics = sorted({name for row in rows for name in row["metrics"]}, key=metric_order)
+    columns = [column for name in metrics for column in _metric_columns(name, rows)]
     groups, differing = seed_groups(rows), differing_environments(rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*FIRST, *settings, *metrics])
+    writer.writerow([*FIRST, *settings, *columns])
     for row, values in zip(rows, _flat_configs(rows), strict=True):
+        cells = _metric_cells(row)
         first = (
             row
             | _label_columns(row)
@@ -54,7 +58,7 @@ def results_csv(rows: list[Row]) -> str:
         writer.writerow(
             [_csv_cell(first[name]) for name in FIRST]
             + [_csv_cell(values.get(name)) for name in settings]
-            + [_csv_cell(row["metrics"].get(name)) for name in metrics]
+            + [_csv_cell(cells.get(name)) for name in columns]
         )
     return text.getvalue()
 
@@ -77,6 +81,19 @@ def lost_runs(path: Path, rows: list[Row]) -> list[Path]:
     unexplained = {key for key, run in runs.items() if not (run / "result.json").exists()} - status_now.keys()
     unexplained |= {key for key, status in status_now.items() if status in (*GONE, "skipped")}
     return [run for key, run in runs.items() if key in unexplained]
+
+
+def _metric_columns(name: str, rows: list[Row]) -> list[str]:
+    """A metric, the ends of its interval, and its comparison with the baseline, if any row has these."""
+    parts = {"_low": "intervals", "_high": "intervals", "_versus": "versus"}
+    return [name, *(name + end for end, part in parts.items() if any(name in row.get(part, {}) for row in rows))]
+
+
+def _metric_cells(row: Row) -> dict[str, Any]:
+    cells = dict(row["metrics"])
+    for name, (low, high) in row.get("intervals", {}).items():
+        cells |= {f"{name}_low": low, f"{name}_high": high}
+    return cells | {f"{name}_versus": verdict for name, verdict in row.get("versus", {}).items()}
 
 
 def varying_settings(rows: list[Row]) -> list[str]:

@@ -62,7 +62,8 @@ def _united(group: Sequence[Row]) -> Row:
             spread[name] = statistics.stdev(values)
     overrides = [one for one in group[0]["overrides"] if one.partition("=")[0].lstrip("+") != "seed"]
     united = {"metrics": metrics, "spread": spread, "counts": counts, "seeds": len(runs), "members": list(group)}
-    return {**group[0], "overrides": overrides, "reused": all(row["reused"] for row in group), **united}
+    first = {name: value for name, value in group[0].items() if name not in ("intervals", "versus")}  # of it alone
+    return {**first, "overrides": overrides, "reused": all(row["reused"] for row in group), **united}
 
 
 def _has_mean(name: str, runs: Sequence[Mapping[str, Any]]) -> bool:

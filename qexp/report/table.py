@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal
 
 from qexp.metrics.registry import Metric, all_metrics, is_infinite
 from qexp.report.marks import BUSY, OTHER, busy_cores, differing_environments, footnotes, members_of
@@ -29,11 +29,15 @@ TEXTS = ("#", "model", "task", "backend", "offload", "setting", "status", "seeds
 
 @dataclass(frozen=True)
 class Column:
-    """A column of numbers: its metric, in the one unit that suits all of its values."""
+    """A column of numbers: its metric, in the one unit that suits all of its values.
+
+    part: what is shown of it: the value, its interval, or how it compares with the baseline (`comparison.py`).
+    """
 
     metric: Metric
     header: str  # its last word goes into a second line
     factor: float
+    part: Literal["value", "interval", "versus"] = "value"
 
 
 def number_columns(prepared: list[Row]) -> dict[str, Column]:
@@ -42,7 +46,12 @@ def number_columns(prepared: list[Row]) -> dict[str, Column]:
     for metric in all_metrics().values():
         if metric.header:
             unit, factor = shown_unit(metric, (row["metrics"].get(metric.name) for row in prepared))
-            columns.append(Column(metric, metric.header.format(unit=unit), factor))
+            column = Column(metric, metric.header.format(unit=unit), factor)
+            columns.append(column)
+            if any(metric.name in row.get("intervals", {}) for row in prepared):
+                columns.append(replace(column, header=f"{column.header} 95%", part="interval"))
+            if any(metric.name in row.get("versus", {}) for row in prepared):
+                columns.append(replace(column, header=f"{column.header} vs", part="versus"))
     return {column.header: column for column in columns}
 
 
@@ -158,9 +167,18 @@ def status_text(row: Row) -> str:
 
 
 def format_value(row: Row, column: Column) -> str:
-    """A metric in the unit of its column: of several seeds with ± its standard deviation, with its n where that changes
-    it; in words for a ratio that is infinite since there is no error, and for outputs that are not finite."""
+    """Return the text of a cell, '' where there is nothing to show.
+
+    A value is in the unit of its column: of several seeds with ± its standard deviation, with its n where that changes
+    it; in words for a ratio that is infinite since there is no error, and for outputs that are not finite.
+    """
     metrics, metric = row["metrics"], column.metric
+    if column.part == "versus":
+        return str(row.get("versus", {}).get(metric.name, ""))
+    if column.part == "interval":
+        ends = row.get("intervals", {}).get(metric.name, ())
+        text = ", ".join(format_number(end * column.factor, metric.digits) for end in ends)
+        return f"[{text}]" if text else ""
     value = metrics.get(metric.name)
     if metric.hidden_by in metrics:
         return ""
@@ -190,7 +208,9 @@ def _range_of_steps(metrics: Mapping[str, float | None], digits: str) -> str:
 def _without_extras(table: list[dict[str, str]], columns: Mapping[str, Column]) -> list[str]:
     """The columns; less important ones are left out, the last first, until no other has to be shortened."""
     names = list(table[0])
-    for extra in [name for name in reversed(names) if name in columns and columns[name].metric.is_minor]:
+    intervals = [name for name in reversed(names) if name in columns and columns[name].part == "interval"]
+    minor = [name for name in reversed(names) if name in columns and columns[name].metric.is_minor]
+    for extra in dict.fromkeys((*minor, *intervals)):
         widths = [max(len(text) for text in (*_heads(name), *(line[name] for line in table))) for name in names]
         if _excess(widths) > 0:
             names.remove(extra)
