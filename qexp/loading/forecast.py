@@ -93,7 +93,7 @@ def forecast_components(
 
 
 def _forecast(prepared: Prepared, offload: OffloadConfig, block_lists: Sequence[str]) -> ComponentForecast:
-    plan, known = prepared.plan, _bytes_by_site(prepared)
+    plan, known = prepared.plan, bytes_by_site(prepared)
     groups, problems = dict[str, Sequence[int]](), dict[str, str]()
     for strategy in OFFLOADED:
         try:
@@ -130,7 +130,7 @@ def _travelling(
     return [size for number, size in enumerate(sizes) if number not in staying]
 
 
-def _bytes_by_site(prepared: Prepared) -> dict[int, int]:
+def bytes_by_site(prepared: Prepared) -> dict[int, int]:
     """Identity of each value on the skeleton -> bytes that it will have; what is tied has them once."""
     planned = {item.target: item.result_nbytes for item in prepared.plan.items}
     found, counted = dict[int, int](), set[str]()

@@ -55,7 +55,7 @@ def forecast(name: str, overrides: Sequence[str], backends: Sequence[str]) -> Mo
 
     columns, offloads, names = dict[str, Any](), dict[str, Any](), tuple[str, ...]()
     failures: list[tuple[str, str, QexpError]] = []  # backend, component, why it cannot be planned
-    with _repeated_once(name), _local_models() as headers_of:
+    with _repeated_once(name), local_models() as headers_of:
         for backend in backends:
             config, offload = resolved([*overrides, f"backend={backend}"], headers_of)
             names = tuple(config.components)
@@ -114,7 +114,7 @@ def _path_here(path: str, headers_of: Any) -> str:
 
 
 @contextmanager
-def _local_models() -> Iterator[Any]:
+def local_models() -> Iterator[Any]:
     """Provide a function that writes the headers of a published model, once, and returns their folder."""
     with TemporaryDirectory(prefix="qexp-predict-") as scratch:
 

@@ -3,9 +3,9 @@
 Metrics keep their names and units (`memory/weights_gib`); settings are dotted paths
 (`components.transformer.backend.label`), lists and mappings as JSON. A value that is null or was never reached is an
 empty cell. `environment` says how versions, commit, threads or machine differ from those of most runs. `<metric>_low`
-and `_high` are the ends of the 95 % interval of a run's metric; `<metric>_versus` says how its row in the table compares
-with the baseline. Each run has its line; `group` is the same for runs that differ in their seed alone, the key of their
-first.
+and `_high` are the ends of the 95 % interval of a run's metric; `<metric>_versus` says how its row in the table
+compares with the baseline. Each run has its line; `group` is the same for runs that differ in their seed alone, the key
+of their first.
 """
 
 from __future__ import annotations

@@ -1,0 +1,87 @@
+"""One fit from question to answer: plan, scores, program, proof, and the files that it leaves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from qexp.errors import ConfigError
+from qexp.fit.bandwidth import measured_bandwidth
+from qexp.fit.front import mixed_front, point, uniform_points
+from qexp.fit.opened import OpenedModel, open_model
+from qexp.fit.outcome import plan_lines, write_plan
+from qexp.fit.plan import check_bounds, check_recipe, plan_fit, timed_choice
+from qexp.fit.recipes import backend_overrides, place_overrides, shell_line
+from qexp.fit.request import Request
+from qexp.fit.scores import default_formats, find_scores, make_scores
+from qexp.system.screen import library_output_in
+
+
+def run_fit(request: Request, *, is_plan: bool) -> None:
+    """Choose, and unless only a plan is asked for, prove it; prints the answer and writes its files.
+
+    Raises: QexpError, or what Hydra raises for overrides.
+    """
+    with open_model(request) as opened:
+        if opened.is_published and not is_plan:
+            raise ConfigError(
+                f"the weights of {opened.config.model.path} are not on this machine, so that nothing can be proven; "
+                "add --plan with scores=, or download them: hf download"
+            )
+        folder = fit_folder(opened, request)
+        with _quiet():
+            place = _scores_of(opened, request, is_plan=is_plan)
+        bandwidth = request.bandwidth or (measured_bandwidth(opened.config.device) if request.step_ms else None)
+        with _quiet():
+            plan = plan_fit(opened, request, place, bandwidth)
+            mix, milliseconds = timed_choice(plan, request)
+            overrides = backend_overrides(mix, plan.model, folder, "recipe")
+            check_recipe(opened, plan, mix)
+            front, uniform = mixed_front(plan.groups, plan.size), uniform_points(plan.groups, plan.size)
+        chosen = point("mix", mix, plan.size)
+        write_plan(folder, opened, request, plan, chosen, front, uniform)
+        print("\n".join(plan_lines(opened, request, plan, chosen, uniform, milliseconds)), flush=True)
+        if is_plan:
+            line = [
+                *opened.overrides,
+                *overrides,
+                *place_overrides(mix, opened.config.device, len(opened.config.components) > 1),
+            ]
+            print(f"\nnot proven. To use it:\n  {shell_line(line)}\nfiles: {folder}")
+            return
+        from qexp.fit.answer import prove_and_answer
+
+        prove_and_answer(opened, request, plan, mix, folder)
+
+
+def fit_folder(opened: OpenedModel, request: Request) -> Path:
+    """outputs/fit/<model>_<bounds>: the same question again is answered in the same place."""
+    words = re.sub(r"[^\w.=-]+", "_", f"{opened.name}_{request.bounds}")
+    return Path(opened.config.paths.outputs, "fit", words).resolve()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what libraries print while models are planned."""
+    with TemporaryFile() as log, library_output_in(log):
+        yield
+
+
+def _scores_of(opened: OpenedModel, request: Request, *, is_plan: bool) -> Path:
+    """The folder with scores: as asked for, the latest that are of this model, or new ones."""
+    if request.scores is not None:
+        return request.scores
+    formats = request.formats or default_formats()
+    model = check_bounds(opened, request, formats)
+    found = find_scores(opened, model, request.formats)
+    if found is not None:
+        return found
+    if is_plan or opened.is_published:
+        raise ConfigError(
+            f"{Path(opened.config.paths.outputs, 'runs')} has no scores of this model, and making them reads weights; "
+            "leave --plan out, or give a finished run of task=sensitivity: scores=<folder>"
+        )
+    return make_scores(opened, request)
