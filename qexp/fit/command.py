@@ -59,7 +59,7 @@ def run_fit(request: Request, *, is_plan: bool) -> None:
 
 def fit_folder(opened: OpenedModel, request: Request) -> Path:
     """outputs/fit/<model>_<bounds>: the same question again is answered in the same place."""
-    words = re.sub(r"[^\w.=-]+", "_", f"{opened.name}_{request.bounds}")
+    words = re.sub(r"[^\w.-]+", "-", f"{opened.name}_{request.bounds}")
     return Path(opened.config.paths.outputs, "fit", words).resolve()
 
 

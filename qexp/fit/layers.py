@@ -19,7 +19,7 @@ from qexp.errors import ConfigError, QexpError, first_names
 from qexp.interop.interfaces import kept_by_class
 from qexp.loading.components import check_shared_patterns
 from qexp.loading.forecast import LOADING_BYTES, bytes_by_site
-from qexp.loading.lifecycle import plan_component
+from qexp.loading.lifecycle import plan_component, request_load
 from qexp.loading.plan import LoadPlan, choose_modules
 from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.configs import BackendConfig
@@ -156,7 +156,7 @@ def plan_layers(
     }
     other_bytes = 0
     for name, component in settings.items():
-        prepared[name] = plan_component(source, name, component, device=device).prepared
+        prepared[name] = plan_component(request_load(source, name, component, device=device)).prepared
         if name in chosen:
             components[name] = _component_layers(source, name, component, prepared[name], usable)
         else:

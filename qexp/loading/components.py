@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -31,14 +31,17 @@ def request_components(
     max_memory: MaxMemory = None,
     store: Path | None = None,
 ) -> dict[str, LoadRequest]:
-    """`request_load` for every component, each with a folder of its own in `store`."""
+    """`request_load` for every component, each with a folder of its own in `store`.
+
+    device_map: of all of them, see `entries_of`.
+    """
     return {
         name: request_load(
             source,
             name,
             settings,
             device=device,
-            device_map=device_map,
+            device_map=entries_of(device_map, name, list(components)),
             max_memory=max_memory,
             store=None if store is None else store / name,
         )
@@ -67,6 +70,19 @@ def plan_components(requests: Mapping[str, LoadRequest], *, travels: bool = Fals
     check_shared_patterns(prepared, {name: request.settings for name, request in requests.items()})
     cast_between((component.prepared.model, component.prepared.compute_dtype) for component in planned.values())
     return planned
+
+
+def entries_of(device_map: DeviceMap, component: str, names: Sequence[str]) -> DeviceMap:
+    """Return the entries of a map by module that are for one of several components, by its own names of modules.
+
+    An entry that begins with a component's name is for that one alone: "transformer.blocks.0", "transformer".
+    """
+    if not isinstance(device_map, Mapping) or len(names) < 2:
+        return device_map
+    owner = {module: next((n for n in names if f"{module}.".startswith(f"{n}.")), "") for module in device_map}
+    shared = {module: place for module, place in device_map.items() if not owner[module]}
+    own = {module: place for module, place in device_map.items() if owner[module] == component}
+    return {**shared, **{module[len(component) + 1 :]: place for module, place in own.items()}}
 
 
 def check_shared_patterns(prepared: Mapping[str, Prepared], components: Mapping[str, ComponentConfig]) -> None:

@@ -16,6 +16,7 @@ from qexp.config.offload import OffloadConfig
 from qexp.config.schema import LoaderConfig
 from qexp.errors import ConfigError
 from qexp.loading.component import LoadedComponent
+from qexp.loading.components import entries_of
 from qexp.loading.device_map import main_device, no_split_classes, place
 from qexp.loading.lifecycle import load_component
 from qexp.loading.plan import LoadPlan
@@ -238,3 +239,14 @@ def test_everything_on_disk_computes_on_the_cpu(folder: Path, tmp_path: Path) ->
     assert torch.equal(loaded.model(x), resident(x))
     assert loaded.dispatch is not None and set(loaded.dispatch.bytes_at_rest()) == {"cpu", "disk"}
     assert loaded.dispatch.bytes_at_rest()["cpu"] < 10_000  # tensors of the model itself
+
+
+def test_map_of_a_pipeline_has_entries_of_one_component() -> None:
+    names = ["transformer", "text_encoder", "text_encoder_2"]
+    written = {"transformer.blocks.0": "disk", "": "cpu", "text_encoder_2": "disk", "transformer.out": "cpu"}
+    assert entries_of(written, "transformer", names) == {"": "cpu", "blocks.0": "disk", "out": "cpu"}
+    assert entries_of(written, "text_encoder", names) == {"": "cpu"}
+    assert entries_of(written, "text_encoder_2", names) == {"": "disk"}
+    # a model of one component has its own names, whatever they begin with
+    assert entries_of({"model.layers.0": "disk"}, "model", ["model"]) == {"model.layers.0": "disk"}
+    assert entries_of("auto", "transformer", names) == "auto"
