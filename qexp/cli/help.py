@@ -23,6 +23,7 @@ Commands (the console script `qexp` is the same: qexp report)
   python -m qexp report [sweep]                               table, plot and report of a sweep
   python -m qexp doctor                                       what runs on this machine, and what the rest needs
   python -m qexp predict [model ...] [memory=16GiB]           bytes of a model in each backend, and whether they fit
+  python -m qexp fit model=digits bits=4.5                    the best model that fits: a format for each layer, proven
   python -m qexp rerun outputs/runs/<key>                     a stored experiment again, compared with what it gave
   python -m qexp clean                                        what failed or was left over: shows it, asks, removes it
   each has --help of its own"""

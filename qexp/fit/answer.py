@@ -17,6 +17,7 @@ from qexp.fit.plan import FitPlan, choose_mix, plan_fit
 from qexp.fit.proof import Proven, compared_metric, run_proof
 from qexp.fit.recipes import backend_overrides, place_overrides, shell_line
 from qexp.fit.request import Request
+from qexp.fit.scores import make_scores
 from qexp.fit.search import contestants_for_quality
 from qexp.fit.verdict import Verdict, decide
 from qexp.metrics.registry import Metric
@@ -41,6 +42,10 @@ def prove_and_answer(opened: OpenedModel, request: Request, plan: FitPlan, mix: 
     tried = run_proof(opened, mixes, variants[:1], f"{sweep}_additivity")
     additivity = measure_additivity(tried, plan.table.header.error)
     print(additivity, flush=True)
+    if not additivity.holds and plan.table.header.score != "exact":
+        print("exact scores are made in their place", flush=True)
+        plan = plan_fit(opened, request, make_scores(opened, request, "exact"), plan.bandwidth)
+        mix = choose_mix(plan, request)
     write_json(folder / "additivity.json", additivity.to_container())
     proven, plan, request = _prove(opened, request, plan, mix, folder, variants, sweep)
     verdict = decide(proven, compared_metric(proven, request.quality and request.quality.metric), request, plan.size)
@@ -65,11 +70,11 @@ def _prove(
             contestants = contestants_of(opened, plan, mix, folder)
         proven = run_proof(opened, contestants, variants, sweep)
         beside = max((one.peak_bytes - one.weights_bytes for one in proven if not one.problem), default=0)
-        if request.memory is None or beside <= plan.size.beside or mix.away:
+        if request.memory is None or beside <= plan.size.beside:
             break
         print(f"measured: {format_memory(beside / GIB)} beside the weights; choosing again with that", flush=True)
         request = replace(request, activations=beside)
-        plan = plan_fit(opened, request, plan.place, None)
+        plan = plan_fit(opened, request, plan.place, plan.bandwidth)
         mix = choose_mix(plan, request)
     return proven, plan, request
 

@@ -11,6 +11,7 @@ from tempfile import TemporaryFile
 from qexp.errors import ConfigError
 from qexp.fit.bandwidth import measured_bandwidth
 from qexp.fit.front import mixed_front, point, uniform_points
+from qexp.fit.held_out import check_provable
 from qexp.fit.opened import OpenedModel, open_model
 from qexp.fit.outcome import plan_lines, write_plan
 from qexp.fit.plan import check_bounds, check_recipe, plan_fit, timed_choice
@@ -31,6 +32,8 @@ def run_fit(request: Request, *, is_plan: bool) -> None:
                 f"the weights of {opened.config.model.path} are not on this machine, so that nothing can be proven; "
                 "add --plan with scores=, or download them: hf download"
             )
+        if not is_plan:
+            check_provable(opened)
         folder = fit_folder(opened, request)
         with _quiet():
             place = _scores_of(opened, request, is_plan=is_plan)

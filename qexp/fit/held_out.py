@@ -23,19 +23,26 @@ def proof_variants(
 ) -> list[list[str]]:
     """Overrides of each run of a contestant: a seed for each, or one with the rest of the text.
 
-    Raises: ConfigError for a task whose samples cannot be told from those of the scores, or a text that is too short.
+    Raises: ConfigError for another task, or a text that is too short.
     """
+    check_provable(opened)
     config = opened.config
     if config.task.name == "perplexity":
         path = folder / "held_out.txt"
         write_text(path, _rest_of_text(opened, table, place))
         return [[hydra_override("task.text", str(path))]]
-    if config.task.name == "generate" and opened.source.modality == "images":
-        first = config.seed + 1  # scores are made with the seed itself
-        return [[f"seed={seed}"] for seed in range(first, first + seeds)]
+    first = config.seed + 1  # scores are made with the seed itself
+    return [[f"seed={seed}"] for seed in range(first, first + seeds)]
+
+
+def check_provable(opened: OpenedModel) -> None:
+    """Raises: ConfigError for a task whose samples cannot be told from those of the scores."""
+    task = opened.config.task.name
+    if task == "perplexity" or (task == "generate" and opened.source.modality == "images"):
+        return
     remedy = "task=perplexity" if isinstance(opened.source, TextSource) else "task=generate, or --plan"
     raise ConfigError(
-        f"task={config.task.name}: a proof needs samples that no score was made with: other seeds of images, or the "
+        f"task={task}: a proof needs samples that no score was made with: other seeds of images, or the "
         f"rest of a text; use {remedy}"
     )
 

@@ -27,7 +27,8 @@ from qexp.system.screen import say
 
 @dataclass(frozen=True)
 class FitPlan:
-    """groups: the candidates of each; limits: of the program; table, place: the scores, and where they are."""
+    """groups: the candidates of each; limits: of the program; table, place: the scores, and where they are; bandwidth:
+    bytes a second that travel, None where nothing does."""
 
     model: ModelLayers
     groups: Groups
@@ -35,6 +36,7 @@ class FitPlan:
     limits: Limits
     table: SensitivityTable
     place: Path
+    bandwidth: float | None
 
 
 def check_bounds(opened: OpenedModel, request: Request, formats: Mapping[str, BackendConfig]) -> ModelLayers:
@@ -60,7 +62,7 @@ def plan_fit(opened: OpenedModel, request: Request, place: Path, bandwidth: floa
     groups = scored_groups(table, model, place)
     size = size_of(model, groups, request)
     _check_budget(request, size, groups)
-    return FitPlan(model, groups, size, limits_of(request, size, bandwidth), table, place)
+    return FitPlan(model, groups, size, limits_of(request, size, bandwidth), table, place, bandwidth)
 
 
 def _check_budget(request: Request, size: Size, groups: Groups) -> None:
