@@ -35,8 +35,7 @@ def run_fit(request: Request, *, is_plan: bool) -> None:
         if not is_plan:
             check_provable(opened)
         folder = fit_folder(opened, request)
-        with _quiet():
-            place = _scores_of(opened, request, is_plan=is_plan)
+        place = _scores_of(opened, request, is_plan=is_plan)
         bandwidth = request.bandwidth or (measured_bandwidth(opened.config.device) if request.step_ms else None)
         with _quiet():
             plan = plan_fit(opened, request, place, bandwidth)
@@ -78,8 +77,9 @@ def _scores_of(opened: OpenedModel, request: Request, *, is_plan: bool) -> Path:
     if request.scores is not None:
         return request.scores
     formats = request.formats or default_formats()
-    model = check_bounds(opened, request, formats)
-    found = find_scores(opened, model, request.formats)
+    with _quiet():
+        model = check_bounds(opened, request, formats)
+        found = find_scores(opened, model, request.formats)
     if found is not None:
         return found
     if is_plan or opened.is_published:

@@ -41,7 +41,7 @@ class FitPlan:
 
 def check_bounds(opened: OpenedModel, request: Request, formats: Mapping[str, BackendConfig]) -> ModelLayers:
     """Plan the candidates without scores. Raises: ConfigError for a budget that not even the smallest formats meet."""
-    model = plan_layers(opened.source, opened.config, opened.chosen, formats, hashed=False)
+    model = plan_layers(opened.source, opened.config, opened.chosen, formats, hashed=not opened.is_published)
     groups = model.unscored()
     _check_budget(request, size_of(model, groups, request), groups)
     return model
