@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qexp.errors import LoadError
 from qexp.fit.mix import Mix
 from qexp.fit.program import Groups, undominated
 from qexp.fit.proof import Proven
 from qexp.results.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIXES = 8
 LEAST = 0.9  # Spearman's correlation below which scores are said not to add up
@@ -83,6 +86,13 @@ def measure_additivity(proven: Sequence[Proven], error: str) -> Additivity:
     return Additivity(tuple(one.contestant.mix.score for one in done), tuple(measured))
 
 
+def _last(trajectory: Any) -> Tensor:
+    """The last state of a stored trajectory [steps, ...], in fp64."""
+    steps = trajectory.get_shape()[0]
+    state: Tensor = trajectory[steps - 1 : steps].double()
+    return state
+
+
 def _divergence(one: Proven) -> float:
     values = one.samples["quality/kl_divergence"].values()
     return math.fsum(value * weight for value, weight in values) / math.fsum(weight for _, weight in values)
@@ -99,7 +109,7 @@ def _latent_error(folders: Sequence[Path]) -> float:
         for place in (folder, folder.parents[1] / "references" / str(result.get("reference"))):
             try:
                 with safe_open(place / "outputs.safetensors", "pt") as file:
-                    states.append(file.get_slice("trajectory")[-1:].double())
+                    states.append(_last(file.get_slice("trajectory")))
             except OSError as error:
                 raise LoadError(
                     f"{place}: its outputs cannot be read ({error}); run it again with resume=none"

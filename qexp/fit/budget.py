@@ -76,7 +76,7 @@ def refuse_budget(request: Request, size: Size, groups: Groups, tried: str = "")
     """The error for a budget that nothing meets, with the smallest that can be met."""
     least = smallest_bytes(groups)
     for budget, name, others in _budgets(request, size):
-        if budget < least:
+        if budget < least and (name != "memory" or request.step_ms is None):  # else layers may rest elsewhere
             return ConfigError(_too_small(request, size, name, least, others))
     return ConfigError(
         f"{request.bounds}: no choice of formats and places keeps both{tried}; raise step_ms= or memory=, or name "

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qexp.checkpoints.checkpoint import open_component
+from qexp.config.dataclass_io import to_plain
 from qexp.errors import ConfigError, QexpError, first_names
 from qexp.interop.interfaces import kept_by_class
 from qexp.loading.components import check_shared_patterns
@@ -202,8 +203,7 @@ def _component_layers(
         specs, refused = choose_modules(model, quantizer, kept, fp32, prepared.compute_dtype, unquantized)
         shapes |= {layer: spec.numel for layer, spec in specs.items()}
         nbytes = {layer: quantizer.quantized_nbytes(spec) for layer, spec in specs.items()}
-        fields = {"quant_method": config.quant_method, **config.to_diff_dict()}
-        found[label] = FormatLayers(fields, nbytes, refused)
+        found[label] = FormatLayers(fields_of(config), nbytes, refused)
     planned = {item.target: item.result_nbytes for item in plan.items}
     order = tuple(layer for layer, _ in model.named_modules(remove_duplicate=False) if layer in shapes)
     weight_of = {layer: plan.tied.get(f"{layer}.weight", f"{layer}.weight") for layer in order}
@@ -216,6 +216,16 @@ def _component_layers(
         found,
         tuple(linear_layers(model)),
     )
+
+
+def fields_of(config: BackendConfig) -> dict[str, Any]:
+    """The fields by which a recipe's rule has a backend: those that have not their default."""
+    default = to_plain(type(config)())
+    return {
+        name: value
+        for name, value in to_plain(config).items()
+        if name == "quant_method" or (value is not None and value != default[name])
+    }
 
 
 def linear_layers(model: nn.Module) -> list[str]:

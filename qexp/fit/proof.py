@@ -17,6 +17,7 @@ from qexp.metrics.registry import Metric, all_metrics
 from qexp.results.manifest import Manifest
 from qexp.results.samples import read_samples
 from qexp.sweep.job import run_job
+from qexp.sweep.log_writer import WRITER
 from qexp.sweep.run_key import run_key
 from qexp.system.memory import GIB
 
@@ -71,6 +72,7 @@ def run_proof(
                 runs.append(_run(opened, (*contestant.overrides, *variant), name, number))
             proven.append(_measured(contestant, runs, opened.config.device))
     finally:
+        WRITER.close()  # what is still to be logged to W&B
         manifest.finish()
     return proven
 

@@ -56,6 +56,8 @@ def why_out(one: Proven, metric: Metric, request: Request, size: Size) -> str:
         return one.problem
     if metric.name not in one.samples:
         return f"it has no samples of {metric.short_name}"
+    if request.memory is not None and one.peak_bytes == 0:
+        return "its peak was not measured; use isolation=process"
     groups = one.weights_bytes - size.fixed
     found = [
         (request.weights, one.weights_bytes, "its loaded weights take"),

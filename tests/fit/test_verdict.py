@@ -111,3 +111,9 @@ def test_random_mixes_differ_and_leave_no_layer_dense() -> None:
 def test_folder_of_scores_may_be_named_by_a_file_in_it(tmp_path: Path) -> None:
     (tmp_path / "sensitivity.csv").write_text("")
     assert read_request(["bits=4", f"scores={tmp_path / 'sensitivity.csv'}"]).scores == tmp_path
+
+
+def test_peak_that_was_not_measured_keeps_no_bound() -> None:
+    unknown = replace(proven("q4", 0, 4000), peak_bytes=0)
+    with pytest.raises(ConfigError, match="its peak was not measured; use isolation=process"):
+        decide([unknown], PSNR, read_request(["memory=1GiB"]), SIZE)
