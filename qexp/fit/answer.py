@@ -48,7 +48,8 @@ def prove_and_answer(opened: OpenedModel, request: Request, plan: FitPlan, mix: 
         mix = choose_mix(plan, request)
     write_json(folder / "additivity.json", additivity.to_container())
     proven, plan, request = _prove(opened, request, plan, mix, folder, variants, sweep)
-    verdict = decide(proven, compared_metric(proven, request.quality and request.quality.metric), request, plan.size)
+    wanted = request.quality.metric if request.quality is not None else None
+    verdict = decide(proven, compared_metric(proven, wanted), request, plan.size)
     _write(folder, opened, request, plan, proven, verdict, additivity)
     print("\n".join(["", *answer_lines(opened, plan, proven, verdict, folder)]), flush=True)
 
