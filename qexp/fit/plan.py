@@ -19,7 +19,7 @@ from qexp.fit.program import Groups, Limits, best_mix, smallest_bytes
 from qexp.fit.recipes import config_of
 from qexp.fit.request import Request
 from qexp.loading.forecast import bytes_by_site
-from qexp.loading.lifecycle import plan_component
+from qexp.loading.lifecycle import plan_component, request_load
 from qexp.quantizers.configs import BackendConfig
 from qexp.sensitivity.table import DENSE, SensitivityTable, check_checkpoint, read_table
 from qexp.system.screen import say
@@ -105,8 +105,8 @@ def check_recipe(opened: OpenedModel, plan: FitPlan, mix: Mix) -> None:
         rules = rules_of(mix, name)
         fields = {"quant_method": "mixed", "recipe": rules} if len(rules) > 1 else {"quant_method": DENSE}
         settings = replace(opened.config.components[name], backend=config_of(fields, "the mix"))
-        planned = plan_component(opened.source, name, settings, device=torch.device(opened.config.device))
-        found += sum(bytes_by_site(planned.prepared).values())
+        request = request_load(opened.source, name, settings, device=torch.device(opened.config.device))
+        found += sum(bytes_by_site(plan_component(request).prepared).values())
     if found != plan.size.fixed + mix.nbytes:
         raise ConfigError(
             f"a load of the mix takes {found} bytes, and its layers add up to {plan.size.fixed + mix.nbytes}; please "
