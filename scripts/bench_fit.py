@@ -27,8 +27,8 @@ from benching import machine, write_result
 RESULT = Path(__file__).parents[1] / "docs" / "bench" / "fit.json"
 BITS = (3.5, 4.5, 5.5)
 MODELS: dict[str, tuple[str, ...]] = {
-    "digits": ("model=digits",),
-    "arithmetic fp32": ("model=arithmetic", "task=perplexity", "compute_dtype=fp32"),
+    "digits": ("model=digits", "compute_dtype=fp32", "reference.dtype=fp32"),
+    "arithmetic fp32": ("model=arithmetic", "task=perplexity", "compute_dtype=fp32", "reference.dtype=fp32"),
     "arithmetic bf16": ("model=arithmetic", "task=perplexity", "compute_dtype=bf16"),
 }
 METRICS = {"digits": "quality/psnr_db"} | dict.fromkeys(("arithmetic fp32", "arithmetic bf16"), "quality/kl_divergence")
