@@ -15,6 +15,7 @@ from qexp.fit.plan import FitPlan
 from qexp.fit.program import Groups, best_mix
 from qexp.fit.recipes import backend_overrides, place_overrides
 from qexp.sensitivity.table import DENSE, Candidate
+from qexp.system.screen import say
 
 SENSITIVE = re.compile(r"embed|modulation|adaln|(^|[._])(norm|mod)\d*([._]|$)")  # names that rules by hand keep
 RULE = "rule by hand"
@@ -43,6 +44,8 @@ def contestants_of(opened: OpenedModel, plan: FitPlan, mix: Mix, folder: Path) -
         named += [(name, "uniform", found)] if found is not None else []
     rule = rule_by_hand(plan, plan.model)
     named += [(RULE, "rule", rule)] if rule is not None else []
+    if rule is None:
+        say(f"left out: {RULE} (first and last layer, embeddings and modulations dense): no format of the others fits")
     return [make_contestant(opened, plan, *one, folder) for one in _distinct(named)]
 
 

@@ -36,7 +36,7 @@ class FitPlan:
     limits: Limits
     table: SensitivityTable
     place: Path
-    bandwidth: float | None
+    bandwidth: float | None = None
 
 
 def check_bounds(opened: OpenedModel, request: Request, formats: Mapping[str, BackendConfig]) -> ModelLayers:

@@ -1,0 +1,54 @@
+"""What the proof compares: a rule by hand, uniform formats that fit, and recipes that load each."""
+
+from pathlib import Path
+
+import pytest
+
+from qexp.config.recipe import read_recipe
+from qexp.fit.mix import Mix, rules_of, uniform_mix
+from qexp.fit.program import Limits
+from qexp.sensitivity.table import Candidate
+
+NAMES = ("x_embed", "blocks.0.fc", "blocks.0.modulation.1", "blocks.0.renorm.fc", "out")
+BACKENDS = {"none": {"quant_method": "none"}, "gguf Q4_0": {"quant_method": "gguf", "quant_type": "Q4_0"},
+            "gguf Q8_0": {"quant_method": "gguf", "quant_type": "Q8_0"}}  # fmt: skip
+BYTES = {"none": 1600, "gguf Q4_0": 450, "gguf Q8_0": 850}
+
+
+def groups() -> list[list[Candidate]]:
+    return [
+        [Candidate("m", name, (name,), key, BACKENDS[key], BYTES[key], float(1600 - BYTES[key])) for key in BYTES]
+        for name in NAMES
+    ]
+
+
+@pytest.mark.parametrize(
+    ("budget", "others"),
+    [(3 * 1600 + 2 * 850, "gguf Q8_0"), (3 * 1600 + 2 * 850 - 1, "gguf Q4_0"), (3 * 1600 + 2 * 450 - 1, None)],
+)
+def test_rule_by_hand_keeps_what_people_keep_and_fits(budget: int, others: str | None) -> None:
+    from qexp.fit.budget import Size
+    from qexp.fit.contestants import rule_by_hand
+    from qexp.fit.layers import ComponentLayers, ModelLayers
+    from qexp.fit.plan import FitPlan
+    from qexp.sensitivity.table import Header, SensitivityTable
+
+    header = Header({"m": ""}, "m", "exact", "kl", "", 1, {"m": 0}, (), {})
+    model = ModelLayers({"m": ComponentLayers(0, {}, {}, {}, {}, {}, NAMES)}, 0, 0, {}, {})
+    plan = FitPlan(model, groups(), Size(0, 1, 0), Limits(budget), SensitivityTable(header, ()), Path("."))
+    rule = rule_by_hand(plan, model)
+    found = None if rule is None else {choice.group: choice.format for choice in rule.choices}
+    kept = dict.fromkeys(("x_embed", "blocks.0.modulation.1", "out"), "none")
+    # "renorm" is no norm: names are compared by whole words
+    expected = {**kept, "blocks.0.fc": others, "blocks.0.renorm.fc": others} if others is not None else None
+    assert found == expected
+
+
+def test_rules_of_a_mix_are_a_recipe_that_gives_each_layer_its_format() -> None:
+    mixed = Mix(tuple(group[number % 3] for number, group in enumerate(groups())))
+    _, rules = read_recipe(rules_of(mixed, "m"), "recipe")
+    assert {layer: rule.format for rule in rules for layer in rule.modules} == {
+        "blocks.0.fc": "gguf Q4_0", "blocks.0.modulation.1": "gguf Q8_0", "out": "gguf Q4_0",
+    }  # fmt: skip
+    assert rules[-1].modules == () and rules[-1].format == "none"
+    assert rules_of(uniform_mix(groups(), "none"), "m") == [{"backend": "none"}]
