@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from qexp.fit.additivity import Additivity, measure_additivity, random_mixes
-from qexp.fit.contestants import Contestant, contestants_of, make_contestant
+from qexp.fit.contestants import contestants_of, make_contestant, recommended_overrides
 from qexp.fit.held_out import proof_variants
 from qexp.fit.mix import Mix
 from qexp.fit.opened import OpenedModel
 from qexp.fit.outcome import describe_formats, plan_container, predicted_device_bytes
 from qexp.fit.plan import FitPlan, choose_mix, plan_fit
 from qexp.fit.proof import Proven, compared_metric, run_proof
-from qexp.fit.recipes import backend_overrides, place_overrides, shell_line
+from qexp.fit.recipes import shell_line
 from qexp.fit.request import Request
 from qexp.fit.scores import make_scores
 from qexp.fit.search import contestants_for_quality
@@ -101,7 +101,7 @@ def answer_lines(
     ]
     lines = [formatted([head, *rows], 1, False), "", *_recommendation(verdict)]
     lines += [_memory(plan, best)]
-    words = [*opened.overrides, *_final_overrides(opened, plan, best.contestant, folder)]
+    words = [*opened.overrides, *recommended_overrides(opened, plan, best.contestant.mix, folder)]
     return [*lines, f"  {shell_line(words)}", f"files: {folder}"]
 
 
@@ -122,12 +122,6 @@ def _memory(plan: FitPlan, best: Proven) -> str:
         f"predicted at most {format_memory(predicted_device_bytes(plan, best.contestant.mix) / GIB)}, measured "
         f"{format_memory(best.peak_bytes / GIB)}"
     )
-
-
-def _final_overrides(opened: OpenedModel, plan: FitPlan, best: Contestant, folder: Path) -> list[str]:
-    """Write the recipe that is recommended to its place, and return what loads it."""
-    words = backend_overrides(best.mix, plan.model, folder, "recipe")
-    return [*words, *place_overrides(best.mix, opened.config.device, len(opened.config.components) > 1)]
 
 
 def describe(comparison: PairedComparison, metric: Metric) -> str:

@@ -10,12 +10,13 @@ from tempfile import TemporaryFile
 
 from qexp.errors import ConfigError
 from qexp.fit.bandwidth import measured_bandwidth
+from qexp.fit.contestants import recommended_overrides
 from qexp.fit.front import mixed_front, point, uniform_points
 from qexp.fit.held_out import check_provable
 from qexp.fit.opened import OpenedModel, open_model
 from qexp.fit.outcome import plan_lines, write_plan
 from qexp.fit.plan import check_bounds, check_recipe, plan_fit, timed_choice
-from qexp.fit.recipes import backend_overrides, place_overrides, shell_line
+from qexp.fit.recipes import shell_line
 from qexp.fit.request import Request
 from qexp.fit.scores import default_formats, find_scores, make_scores
 from qexp.system.screen import library_output_in
@@ -40,19 +41,14 @@ def run_fit(request: Request, *, is_plan: bool) -> None:
         with _quiet():
             plan = plan_fit(opened, request, place, bandwidth)
             mix, milliseconds = timed_choice(plan, request)
-            overrides = backend_overrides(mix, plan.model, folder, "recipe")
             check_recipe(opened, plan, mix)
             front, uniform = mixed_front(plan.groups, plan.size), uniform_points(plan.groups, plan.size)
         chosen = point("mix", mix, plan.size)
         write_plan(folder, opened, request, plan, chosen, front, uniform)
         print("\n".join(plan_lines(opened, request, plan, chosen, uniform, milliseconds)), flush=True)
         if is_plan:
-            line = [
-                *opened.overrides,
-                *overrides,
-                *place_overrides(mix, opened.config.device, len(opened.config.components) > 1),
-            ]
-            print(f"\nnot proven. To use it:\n  {shell_line(line)}\nfiles: {folder}")
+            words = [*opened.overrides, *recommended_overrides(opened, plan, mix, folder)]
+            print(f"\nnot proven. To use it:\n  {shell_line(words)}\nfiles: {folder}")
             return
         from qexp.fit.answer import prove_and_answer
 

@@ -59,6 +59,14 @@ def make_contestant(
     return Contestant(name, kind, mix, (*words, *places))
 
 
+def recommended_overrides(opened: OpenedModel, plan: FitPlan, mix: Mix, folder: Path) -> list[str]:
+    """Write the recipe of the answer, in the place of an earlier one, and return what loads it."""
+    for earlier in folder.glob("recipe*.yaml"):
+        earlier.unlink()
+    words = backend_overrides(mix, plan.model, folder, "recipe")
+    return [*words, *place_overrides(mix, opened.config.device, len(opened.config.components) > 1)]
+
+
 def within_limits(plan: FitPlan, groups: Groups) -> Mix | None:
     """The groups, of one candidate each, at the places that keep the limits; None if there are none."""
     mix = Mix(tuple(group[0] for group in groups))
