@@ -15,6 +15,7 @@ from qexp.system.files import write_bytes
 
 PNG = "sensitivity.png"
 ROWS = 400  # groups in a picture; of more, every second, third … one is shown
+LONGEST = 60  # characters of a name
 LABELS = 80  # names of groups beside it
 
 
@@ -28,15 +29,18 @@ def draw_heat_map(table: SensitivityTable, folder: Path) -> None:
     formats = _by_bits(table)
     values = [[_score(candidates, name) for name in formats] for candidates in groups]
     shown = [value for row in values for value in row if value > 0]  # NaN is not
-    figure = Figure(figsize=(3.5 + 0.45 * len(formats), 1.8 + 0.16 * min(len(groups), 140)), layout="constrained")
+    labels = [_label(table, candidates[0]) for candidates in groups]
+    width = 1.8 + 0.06 * max(map(len, labels)) + 0.45 * max(len(formats), 4)  # inches: labels, map, bar
+    height = 0.8 + 0.08 * max(map(len, formats), default=0) + 0.16 * min(max(len(groups), 8), 140)
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     norm = LogNorm(min(shown), max(shown)) if shown and min(shown) < max(shown) else None
     image = axes.imshow(values, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
     figure.colorbar(image, label=table.header.unit.partition(",")[0])
     step = math.ceil(len(groups) / LABELS)
-    axes.set_yticks(range(0, len(groups), step), [_label(table, one[0]) for one in groups[::step]], fontsize=6)
+    axes.set_yticks(range(0, len(groups), step), labels[::step], fontsize=6)
     axes.set_xticks(range(len(formats)), formats, rotation=60, ha="right", fontsize=7)
-    axes.set_title(f"{table.header.model}: what a format costs in each layer ({table.header.score})", fontsize=8)
+    axes.set_title(f"{table.header.model}: cost by layer and format ({table.header.score})", fontsize=8)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150)
     write_bytes(folder / PNG, data.getvalue())
@@ -60,4 +64,5 @@ def _score(candidates: Sequence[Candidate], name: str) -> float:
 def _label(table: SensitivityTable, candidate: Candidate) -> str:
     several = len(table.header.fixed_bytes) > 1
     name = candidate.group if len(candidate.layers) == 1 else f"{candidate.group} + {len(candidate.layers) - 1}"
-    return f"{candidate.component}: {name}" if several else name
+    name = f"{candidate.component}: {name}" if several else name
+    return name if len(name) <= LONGEST else f"…{name[-LONGEST:]}"

@@ -146,3 +146,16 @@ def test_scores_do_not_depend_on_the_compute_dtype_of_activations(tmp_path: Path
     scores = [torch.tensor([one.score for one in table.candidates]) for table in tables]
     assert torch.allclose(scores[0], scores[1], rtol=1e-3)
     assert json.loads((tmp_path / "bf16" / "sensitivity.json").read_text())["unit"] == "nats of a predicted token"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["flux", "sdxl", "wan"])
+def test_both_scores_rank_the_layers_of_a_pipeline_alike(name: str, tmp_path: Path) -> None:
+    from tests.pipelines import save_pipeline
+
+    folder = save_pipeline(name, tmp_path / "pipeline")
+    overrides = ["model=diffusers", f"model.path={folder}", "task.prompt=[a cat,a dog]", "task.formats=[gguf_q4_0]"]
+    overrides += ["task.num_inference_steps=3", "task.states=2", "task.height=32", "task.width=32"]
+    overrides += ["task.num_frames=5"] if name == "wan" else []
+    tables = [run(tmp_path / score, *overrides, f"task.score={score}") for score in ("exact", "gradient")]
+    assert rank_correlation(*tables) > 0.9
