@@ -46,7 +46,8 @@ def record(command: Sequence[str], folder: Path, variables: Mapping[str, str] | 
     """Run a command in a terminal of its own; returns every frame, and the exit code. folder: to run it in."""
     terminal, inside = pty.openpty()
     fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    environment = {**os.environ, "TERM": "xterm-256color", **(variables or {})}
+    size = {"COLUMNS": str(COLUMNS), "LINES": str(ROWS)}  # what runs this may have set them for another terminal
+    environment = {**os.environ, **size, "TERM": "xterm-256color", **(variables or {})}
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdin=inside, stdout=inside, stderr=inside, start_new_session=True
     )

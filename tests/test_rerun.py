@@ -122,7 +122,7 @@ def _take_the_result_of_another_run(folder: RunFolder) -> None:
         (lambda folder: _write(folder, "config.yaml", "model: {"), "config.yaml: is damaged"),
         (lambda folder: _write(folder, "config.yaml", "modell: 1\n"), "config.yaml is damaged, or of another version"),
         (_empty_lists_of_components, "components=[] must be a group"),
-        (lambda folder: (folder.path / "config.yaml").unlink(), "is no run folder"),
+        (lambda folder: (folder.path / "config.yaml").unlink(), "is not a run folder"),
         (lambda folder: (folder.path / "overrides.txt").unlink(), "overrides.txt cannot be read"),
         (lambda folder: (folder.path / "overrides.txt").write_bytes(b"\xff\xfe"), "overrides.txt cannot be read"),
     ],

@@ -100,9 +100,8 @@ def _measured(contestant: Contestant, runs: Sequence[_Run], device: str) -> Prov
         for metric, values in read_samples(run.folder).items():
             samples.setdefault(metric, {}).update(values)
     of_device = "host" if device == "cpu" else "device"
-    peaks = [
-        run.metrics.get(f"{when}_{of_device}_gib") or 0.0 for run in runs for when in ("load/peak", "memory/run_peak")
-    ]
+    peak_names = (f"load/peak_{of_device}_gib", f"memory/run_peak_{of_device}_gib")
+    peaks = [run.metrics.get(name) or 0.0 for run in runs for name in peak_names]
     steps = [run.metrics.get("time/step_ms") or 0.0 for run in runs]
     nbytes = {round((run.metrics["memory/weights_gib"] or 0) * GIB) for run in runs}
     folders = tuple(run.folder for run in runs)

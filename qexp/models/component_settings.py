@@ -94,7 +94,7 @@ def check_component_names(names: Iterable[str], known: tuple[str, ...]) -> None:
     for name in names:
         if name not in known:
             hint = did_you_mean(name, known)
-            raise ConfigError(f"components.{name} is no component of this model{hint}; it has {choices(known)}")
+            raise ConfigError(f"components.{name} is not a component of this model{hint}; use {choices(known)}")
 
 
 def merge_with_checkpoint(

@@ -273,7 +273,7 @@ def test_every_option_and_then_other_values_are_tried_first() -> None:
 def test_experiments_return_their_objectives_to_hydras_sweeper(
     command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_job(config: RunConfig, overrides: list[str]) -> JobRow:
+    def run_job(config: RunConfig, overrides: list[str], key: str) -> JobRow:
         metrics = {"quality/psnr_db": 30.0 + config.seed, "memory/weights_gib": 0.5}
         return JobRow(1, "key", tuple(overrides), "label", "failed" if config.seed == 2 else "done", metrics=metrics)
 

@@ -190,4 +190,4 @@ def test_a_wrong_answer_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TorchAoQuantizer, "dequantize_param", lambda *arguments: 1.1 * right(*arguments))
     result = probe.attempt(to_plain(backend_config("torchao")), "cpu", probe.measure)
     assert (result["status"], result["reason"], result["measured"]) == ("fails", "error", {})
-    assert "is not that of its dequantized weight" in result["message"]
+    assert "differs from that of its dequantized weight" in result["message"]

@@ -35,7 +35,7 @@ WRONG = {
     ("model=digits",): "there is no bound to fit",
     ("memory=6",): "memory=6 has no unit; write memory=6GiB",
     ("memory=0GiB",): "memory=0GiB must be above 0",
-    ("memory=much",): "memory=much is no size",
+    ("memory=much",): "memory=much is not a size",
     ("bits=0",): "bits=0 must be a number above 0",
     ("bits=nan",): "bits=nan must be a number above 0",
     ("bits=4", "weights=1GiB"): "give one of them",

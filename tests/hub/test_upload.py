@@ -343,5 +343,5 @@ def test_a_finished_run_runs_again_to_be_pushed_and_then_is_kept(
 def test_running_again_to_compare_publishes_nothing(digits: Path, tmp_path: Path, server: HubServer) -> None:
     config = run_config(*SMALL, *PUSH, f"model.path={digits}", f"save.path={tmp_path / 'saved'}")
     (tmp_path / "config.yaml").write_text(json.dumps(config.to_container()))
-    save = stored_config(RunFolder(tmp_path), None).save
+    save = stored_config(RunFolder(tmp_path), tmp_path / "outputs").save
     assert save == SaveConfig(path=str(tmp_path / "saved"), max_shard_gib=0.0002)

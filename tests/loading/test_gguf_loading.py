@@ -297,7 +297,7 @@ def test_types_that_cannot_be_decoded_are_refused_before_anything_is_read(
 ) -> None:
     monkeypatch.setattr(weights, "stream", None)
     tensors = {"first.weight": ("Q8_1", np.zeros((512, 8 * 40), np.uint8))}
-    with pytest.raises(LoadError, match=r"'first\.weight' is Q8_1 in '.*x\.gguf', a type that cannot be decoded"):
+    with pytest.raises(LoadError, match=r"'first\.weight' in '.*x\.gguf' has type Q8_1, which cannot be decoded"):
         load_file(write(tmp_path / "x.gguf", tensors))
 
 

@@ -25,10 +25,10 @@ from tests.loading.test_interchange import (
     dense,
     embedded,
     load_theirs,
-    open_gate,
 )
 
-__all__ = ["dense", "flux", "open_gate"]  # fixtures
+__all__ = ["dense", "flux"]  # fixtures
+pytestmark = pytest.mark.usefixtures("open_gate")
 FLUX_RULES: list[dict[str, Any]] = [
     {"modules": ["proj_out", "norm_out.linear"], "backend": "none"},
     {"modules": "transformer_blocks", "backend": "gguf", "quant_type": "Q5_1"},

@@ -213,7 +213,7 @@ def test_gguf_tensor_of_another_shape_is_refused(shape: tuple[int, ...], tmp_pat
 @pytest.mark.parametrize("shape", [[64, 63], [-64, -64], [64.0, 64.0], [4096, 1, 2]])
 def test_metadata_that_is_no_shape_of_the_tensor_is_refused(shape: list[Any], tmp_path: Path) -> None:
     file = write_gguf_file(tmp_path, {"fc.weight": in_blocks("fc.weight")[0]}, {ORIGINAL_SHAPE + "fc.weight": shape})
-    with pytest.raises(LoadError, match=r"m\.gguf' is damaged: 'comfy\.gguf.*4096 numbers; download it again"):
+    with pytest.raises(LoadError, match=r"m\.gguf' is damaged: 'comfy\.gguf.*4096 values; download it again"):
         read_gguf_header(file)
 
 

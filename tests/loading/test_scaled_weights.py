@@ -159,7 +159,7 @@ def test_format_in_the_files_metadata_is_checked(tmp_path: Path) -> None:
     state = load_file(tmp_path / "model.safetensors")
     metadata = {"_quantization_metadata": json.dumps({"layers": {"first": {"format": "mxfp8"}}})}
     save_file(state, tmp_path / "model.safetensors", metadata)
-    with pytest.raises(LoadError, match="'first' is stored in the format 'mxfp8'"):
+    with pytest.raises(LoadError, match="'first' has the format 'mxfp8', which is not supported"):
         load(tmp_path)
 
 

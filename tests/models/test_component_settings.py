@@ -64,7 +64,7 @@ def test_command_line_and_python_merge_alike(
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "field": ({"dtype": "bf16"}, r"components\.vae\.dtype is not a known field"),
-    "dtype": ({"compute_dtype": "int8"}, r"components\.vae\.compute_dtype=int8 is no dtype to compute in"),
+    "dtype": ({"compute_dtype": "int8"}, r"components\.vae\.compute_dtype=int8 is not a compute dtype"),
     "pattern": ({"skip_modules": "head"}, r"components\.vae\.skip_modules=head must be a list, such as \[head\]"),
     "patterns": ({"skip_modules": {"head": 1}}, r"components\.vae\.skip_modules=.* must be a list"),
     "flag": ({"plain_fp8": 1}, r"components\.vae\.plain_fp8=1 must be true or false"),

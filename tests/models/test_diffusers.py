@@ -254,7 +254,7 @@ def test_weights_from_elsewhere_are_of_the_config_beside_them(pipeline_folder: F
 def test_weights_from_elsewhere_that_do_not_belong_there(pipeline_folder: Folder, tmp_path: Path) -> None:
     flux, others = pipeline_folder("flux"), pipeline_folder("sd3") / "transformer"
     with pytest.raises(
-        LoadError, match=r"checkpoints\.transformer=.* holds a SD3Transformer2DModel, but the pipeline has"
+        LoadError, match=r"checkpoints\.transformer=.* is a SD3Transformer2DModel, but the pipeline needs"
     ):
         qexp.load_pipeline(flux, checkpoints={"transformer": others}, device="cpu")
     with pytest.raises(ConfigError, match=r"model\.checkpoints\.vae=.*/nothing does not exist; give a folder"):

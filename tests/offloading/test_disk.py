@@ -114,7 +114,7 @@ def test_a_place_that_is_not_writable(tmp_path: Path) -> None:
 def test_a_disk_without_room_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DiskError, match=r"needs 1048576.00 GiB for the weights, .* has .* GiB left"):
+    with pytest.raises(DiskError, match=r"needs 1048576.00 GiB for the weights, .* has .* GiB free"):
         DiskStore(tmp_path / "new", 2**50)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**19))
     with pytest.raises(DiskError, match=r"needs 3.00 MiB for the weights, .* has 0.50 MiB left"):

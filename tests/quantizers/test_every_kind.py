@@ -24,11 +24,10 @@ from qexp.loading.saving import save_model
 from qexp.offloading.payload import flatten, leaves, module_nbytes, sites, true_nbytes
 from qexp.quantizers.base import Quantizer, load_quantizer
 from qexp.quantizers.rows import SLICE_WEIGHTS, WeightSpec
-from tests.backends import CPU, QUANTIZING
+from tests.backends import CPU, QUANTIZING, can_hold
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
 from tests.products import representatives
 from tests.quantizers.kinds import KINDS, SERIALIZABLE, error_bound
-from tests.quantizers.test_contract import holds
 
 DTYPE = torch.bfloat16
 SKIP = ("head",)
@@ -221,7 +220,7 @@ def test_slices_of_every_kind_give_the_bytes_of_the_whole(kind: str, monkeypatch
     quantizer.validate_environment(CPU)
     weight = torch.randn(144, 128, generator=torch.Generator().manual_seed(0)).to(DTYPE)
     spec, made = WeightSpec("blocks.0", (144, 128), DTYPE), []
-    if not holds(quantizer, spec):
+    if not can_hold(quantizer, spec):
         pytest.skip("its blocks do not divide this shape")
     for size in (1 << 30, 3000):
         monkeypatch.setitem(SLICE_WEIGHTS, "cpu", size)

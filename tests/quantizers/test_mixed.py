@@ -209,7 +209,7 @@ def test_a_format_that_cannot_be_stored_is_said(folder: Path, tmp_path: Path, mo
     model = load_toy(folder, recipe(*RULES)).model
     part = next(part for part in registered_quantizer(model).parts if part.quantization_method == "gguf")  # type: ignore[union-attr]
     monkeypatch.setattr(type(part), "is_serializable", False)
-    with pytest.raises(ConfigError, match="save: gguf of 'embed' has no format to be stored in; dequantize it first"):
+    with pytest.raises(ConfigError, match="save: gguf of 'embed' has no file format; dequantize it first"):
         save_model(model, tmp_path / "saved")
     assert not (tmp_path / "saved" / "config.json").exists()
 
@@ -219,7 +219,7 @@ def test_a_format_that_cannot_be_stored_is_said(folder: Path, tmp_path: Path, mo
     [
         (lambda own: own.update(recipe=3), "recipe must be a list of rules"),
         (lambda own: own.update(recipe=[]), "needs a recipe"),
-        (lambda own: own["recipe"].append({"modules": []}), "which is no rule"),
+        (lambda own: own["recipe"].append({"modules": []}), "which is not a rule"),
         (lambda own: own["recipe"][0]["backend"].update(quant_method="awq"), "quant_method is bitsandbytes, "),
         (lambda own: own["recipe"][0]["backend"].pop("quant_method"), "quant_method is bitsandbytes, "),
         (lambda own: own["recipe"][0].update(modules="embed"), "quant_method is bitsandbytes, "),
@@ -262,7 +262,7 @@ def save_tied(folder: Path) -> Path:
 def test_two_formats_for_one_weight_are_one_error(rule: dict[str, Any], names: str, tmp_path: Path) -> None:
     folder = save_tied(tmp_path)
     message = (
-        rf"{names} have one weight, but backend.recipe: rule 1 \(.*\) and rule 2 \(default -> gguf Q4_0\) give it tw"
+        rf"{names} have one weight, but backend.recipe: rule 1 \(.*\) and rule 2 \(default -> gguf Q4_0\) give one"
     )
     with pytest.raises(ConfigError, match=message):
         prepare_toy(folder, recipe(rule, {"backend": "gguf_q4_0"}), Tied)

@@ -385,5 +385,5 @@ def test_gguf_parameters(backend: str, name: str, dense: Path) -> None:
 
 
 def test_post_init_check() -> None:
-    with pytest.raises(ConfigError, match="group_size1 is no argument of int8wo"):
+    with pytest.raises(ConfigError, match="group_size1 is not an argument of int8wo"):
         TorchAoConfig(quant_type="int8wo", quant_type_kwargs={"group_size1": 32})

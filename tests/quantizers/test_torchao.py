@@ -277,7 +277,7 @@ def test_kernels_that_take_sixteen_rows_get_slices_of_them(monkeypatch: pytest.M
     assert torchao_trial.layout_of(config, (40, 64), torch.bfloat16, CPU) is None
     quantizer = load_quantizer(ao("float8dq_e4m3_row"))
     reason = quantizer.reason_to_skip(WeightSpec("head", (40, 64), torch.bfloat16))
-    assert reason == "torchao leaves a weight of [40, 64] as it is"
+    assert reason == "torchao leaves a weight of [40, 64] unquantized"
 
 
 def test_a_class_that_cannot_be_decoded_is_by_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

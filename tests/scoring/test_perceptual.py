@@ -341,7 +341,9 @@ def test_a_run_is_scored_from_its_files(torch_hub: Path, tmp_path: Path) -> None
     assert (
         result["quality/lpips"] == numbers(config.metrics, outputs(error=0.2)["images"], outputs()["images"])["lpips"]
     )
-    text: Any = SimpleNamespace(model=config.model, task=GenerateConfig(), metrics=MetricsConfig(names=("psnr_db",)))
+    text: Any = SimpleNamespace(
+        model=config.model, seed=config.seed, task=GenerateConfig(), metrics=MetricsConfig(names=("psnr_db",))
+    )
     assert "quality/lpips" not in score(text, run, reference)
 
 

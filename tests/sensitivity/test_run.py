@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qexp.checkpoints.checkpoint import open_component
 from qexp.errors import ConfigError
 from qexp.experiments.run import check_experiment, run_experiment
+from qexp.loading.component import LoadRequest
 from qexp.loading.lifecycle import plan_component
 from qexp.models.base import load_source
 from qexp.models.digits import ASSETS
@@ -89,7 +91,8 @@ def test_bytes_of_one_format_everywhere_are_those_of_its_plan() -> None:
     config = run_config("task=sensitivity", "task.formats=[gguf_q4_0]")
     source, uniform = load_source(config.model), run_config("backend=gguf_q4_0").components["transformer"]
     groups = plan_groups(source, "transformer", config.components["transformer"], config.task, CPU)
-    plan = plan_component(source, "transformer", uniform, device=CPU).prepared.plan
+    checkpoint = open_component(source, "transformer")
+    plan = plan_component(LoadRequest(source, "transformer", checkpoint, uniform, CPU)).prepared.plan
     total = sum(item.result_nbytes for item in plan.distinct)
     assert groups.fixed_bytes + sum(group.nbytes["gguf Q4_0"] for group in groups.groups) == total
 

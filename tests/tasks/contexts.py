@@ -23,4 +23,4 @@ class FixedMemory(RunContext):
 
 def context_of(task: Any, *, source: Any = None, device: str = "cpu", seed: int = 0, **fields: Any) -> RunContext:
     config: Any = SimpleNamespace(task=task, seed=seed)
-    return FixedMemory(config, source, torch.device(device), **{"folder": Path(), **fields})
+    return FixedMemory(config, source, torch.device(device), **{"folder": Path(), "requests": {}, **fields})

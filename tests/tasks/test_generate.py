@@ -73,7 +73,7 @@ def test_rows_hold_step_time_and_memory() -> None:
 @pytest.mark.parametrize("mode", ["process", "inline"])
 def test_rows_have_no_memory_of_a_process_that_is_not_the_experiments_own(mode: str) -> None:
     config: Any = SimpleNamespace(isolation=IsolationConfig(mode=mode))
-    recorder = RunContext(config, cast(Any, None), torch.device("cpu"), Path()).recorder("generate", 1)
+    recorder = RunContext(config, cast(Any, None), torch.device("cpu"), Path(), {}).recorder("generate", 1)
     recorder.begin()
     recorder.on_step(1, None)
     assert list(recorder.rows[0]) == ["step", "step_ms", *["host_gib"][mode == "inline" :], "device_gib"]

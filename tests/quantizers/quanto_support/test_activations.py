@@ -109,7 +109,9 @@ def test_fp16_is_refused_with_the_reason(tmp_path: Path) -> None:
     """float8_e5m2 by float8_e5m2: both scales are about 4 / 57344 = 7e-5, their product is below fp16's 6e-8."""
     assert (torch.tensor(7e-5, dtype=torch.float16) ** 2).item() == 0
     save_stack(tmp_path, SHAPES, dtype=torch.float16)
-    with pytest.raises(ConfigError, match=r"activations_dtype=int8 with compute_dtype=fp16: .*use bf16 or fp32"):
+    with pytest.raises(
+        ConfigError, match=r"activations_dtype=int8 with compute_dtype=fp16: .*use compute_dtype=bf16 or fp32"
+    ):
         load(tmp_path)
     load(tmp_path, activations=None)
 
