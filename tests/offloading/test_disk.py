@@ -117,7 +117,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     with pytest.raises(DiskError, match=r"needs 1048576.00 GiB for the weights, .* has .* GiB free"):
         DiskStore(tmp_path / "new", 2**50)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**19))
-    with pytest.raises(DiskError, match=r"needs 3.00 MiB for the weights, .* has 0.50 MiB left"):
+    with pytest.raises(DiskError, match=r"needs 3.00 MiB for the weights, .* has 0.50 MiB free"):
         DiskStore(tmp_path / "new", 3 * 2**20)
     assert not any(tmp_path.iterdir())
 
