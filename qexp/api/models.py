@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from qexp.api.arguments import SOURCE, backend_config, check_model, expanded, named, places_of
 from qexp.checkpoints.checkpoint import refuse_source
 from qexp.checkpoints.pipeline_folder import INDEX
-from qexp.config.backend_options import model_skip_modules
+from qexp.config.backend_options import backend_of, model_skip_modules
 from qexp.config.dataclass_io import from_plain
 from qexp.config.module_patterns import union
 from qexp.config.plugins import plugin_module, plugin_names
@@ -45,8 +45,8 @@ GIB = 1 << 30
 
 
 def backends() -> tuple[str, ...]:
-    """The names that `load` takes for a backend: those of `backend=` on the command line."""
-    return tuple(option_names("backend"))
+    """Return the names that `load` takes for a backend: options of `backend=` that need nothing else, so not mixed."""
+    return tuple(name for name in option_names("backend") if backend_of(name).missing() is None)
 
 
 def load(

@@ -6,6 +6,7 @@ argparse alone does not take words on both sides of a flag, and its messages nam
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -32,6 +33,7 @@ class CommandParser(argparse.ArgumentParser):
 
     @override
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (\S+): expected (at least )?one argument$", r"\1 needs a value", message)
         usage = " ".join(self.format_usage().split())
         print(f"error: {message}; {usage}", file=sys.stderr)
         sys.exit(2)

@@ -47,7 +47,7 @@ import qexp
 assert {"load", "offload", "save", "memory_footprint", "remove_offload", "backends"} <= set(dir(qexp))
 names = qexp.backends()
 heavy = {"torch", "bitsandbytes", "torchao", "optimum", "diffusers", "transformers", "accelerate", "hydra"}
-assert "bitsandbytes" in names and not heavy & set(sys.modules), heavy & set(sys.modules)
+assert "bitsandbytes" in names and "mixed" not in names and not heavy & set(sys.modules), heavy & set(sys.modules)
 import qexp.config.offload
 assert callable(qexp.offload) and qexp.config.offload.STRATEGIES
 assert not heavy & set(sys.modules)
