@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 
@@ -65,6 +66,13 @@ class Problem:
         quoted = self.find(r"Error merging override (.*)") or self.find(r"To append to your config use \+(.*)")
         of_key = [one for one in self.arguments if one.lstrip("+~").partition("=")[0] == self.key]
         return quoted or (of_key[-1] if of_key else self.key)
+
+
+def print_error(error: Exception, arguments: Sequence[str]) -> None:
+    """Print an error of this program or of Hydra as one line; raise any other again, which is a defect."""
+    if not isinstance(error, QexpError) and type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf"):
+        raise error
+    print(f"error: {explain(error, arguments)}", file=sys.stderr)
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> str:

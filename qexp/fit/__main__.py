@@ -29,16 +29,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from qexp.errors import QexpError
 from qexp.fit.command import run_fit
 from qexp.fit.request import read_request
+from qexp.system.command_parser import CommandParser
 from qexp.system.program_name import program_name
+from qexp.system.standard_streams import survive_closed_pipes
 
 
-def _parser(program: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _fit_parser(program: str | None = None) -> CommandParser:
+    parser = CommandParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="model | key=value", help="overrides, and the words above")
     parser.add_argument("--plan", action="store_true", help="choose, and prove nothing: no weight is read")
     return parser
@@ -46,21 +45,20 @@ def _parser(program: str | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 with a recommendation, 1 with one line that says why there is none."""
-    options = _parser(program_name("fit")).parse_intermixed_args(arguments)
+    options = _fit_parser(program_name("fit")).parse(arguments)
     try:
         run_fit(read_request(options.words), is_plan=options.plan)
     except KeyboardInterrupt:
         print("interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
         return 130
     except Exception as error:
-        if not isinstance(error, QexpError) and type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf"):
-            raise
-        from qexp.cli.hydra_errors import explain
+        from qexp.cli.hydra_errors import print_error
 
-        print(f"error: {explain(error, options.words)}", file=sys.stderr)
+        print_error(error, options.words)
         return 1
     return 0
 
 
 if __name__ == "__main__":
+    survive_closed_pipes()
     sys.exit(main())

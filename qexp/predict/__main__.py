@@ -182,11 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if not isinstance(error, QexpError) and type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf"):
-            raise
-        from qexp.cli.hydra_errors import explain
+        from qexp.cli.hydra_errors import print_error
 
-        print(f"error: {explain(error, options.what)}", file=sys.stderr)
+        print_error(error, options.what)
         return 1
     return 0
 
