@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qexp.checkpoints.checkpoint import open_component
 from qexp.experiments.statistics import Metrics, load_statistics, run_peaks
 from qexp.loading.component import LoadedComponent
 from qexp.loading.components import plan_components
@@ -106,11 +105,11 @@ def _score(context: RunContext, groups: Mapping[str, ComponentGroups]) -> None:
 
 
 def _header(context: RunContext, groups: Mapping[str, ComponentGroups], calibration: Calibration) -> Header:
-    config, source = context.config, context.source
+    config = context.config
     methods = sorted({method for one in config.task.formats for method in one.methods()})
     is_full = config.identity == "full"
     return Header(
-        checkpoint={name: open_component(source, name).content_hash(full=is_full) for name in groups},
+        checkpoint={name: context.requests[name].checkpoint.content_hash(full=is_full) for name in groups},
         model=config.model.source,
         score=config.task.score,
         error=calibration.error,
