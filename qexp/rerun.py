@@ -150,7 +150,7 @@ def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
 
 
 def outputs_of(folder: RunFolder, config: RunConfig) -> Path:
-    """The outputs folder that a run is in; of one that was moved out of it, that folder.
+    """Return the outputs folder that a run is in; of one that was moved out of it, that folder.
 
     Raises: ConfigError if that is not there, or has the run as well: of two, none is overwritten.
     """
@@ -166,7 +166,7 @@ def outputs_of(folder: RunFolder, config: RunConfig) -> Path:
 
 
 def read_old_result(folder: RunFolder) -> dict[str, Any] | None:
-    """The result to compare with, None if there is none. Raises DamagedFileError, DiskError."""
+    """Return the result to compare with, None if there is none. Raises DamagedFileError, DiskError."""
     try:
         check_result(folder)
     except DamagedFileError as error:

@@ -80,7 +80,7 @@ def measure(config: Any, weight: torch.Tensor) -> dict[str, float | None]:
 
 
 def table(machine: Mapping[str, Any], measured: Iterator[Row] | Sequence[Row], date: datetime.date) -> str:
-    """The generated part of the document, in Markdown."""
+    """Return the generated part of the document, in Markdown."""
     versions = {"torch": machine["torch"], **machine["versions"]}
     devices = ", ".join(f"{device} ({name})" for device, name in machine["devices"].items())
     head = [
@@ -119,7 +119,7 @@ def _place(found: str, notes: list[str]) -> str:
 
 
 def inserted(document: str, text: str) -> str:
-    """The document with its generated part replaced."""
+    """Return the document with its generated part replaced."""
     before, _, rest = document.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:

@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, model: str, bits: float, outputs: Path) -> dict[str, Any]:
-    """One fit in a fresh process; its mix beside the best uniform format and the rule by hand."""
+    """Return one fit in a fresh process; its mix beside the best uniform format and the rule by hand."""
     words = [*MODELS[model], f"bits={bits:g}", f"formats={arguments.formats}", f"seeds={arguments.seeds}"]
     words += [f"paths.outputs={outputs}", "tracking=none"]
     subprocess.run([sys.executable, "-m", "qexp.fit", *words], check=True)
@@ -74,14 +74,14 @@ def measure(arguments: argparse.Namespace, model: str, bits: float, outputs: Pat
 
 
 def is_of(path: Path, words: Sequence[str]) -> bool:
-    """Whether a fit.json is of this question."""
+    """Return whether a fit.json is of this question."""
     found = json.loads(path.read_text(encoding="utf-8"))
     own = [word for word in words if word.partition("=")[0] not in ("bits", "formats", "seeds")]
     return bool(found["overrides"] == own and found["bounds"] in words)
 
 
 def summary(proof: Sequence[Mapping[str, str]], metric: str, fit: Mapping[str, Any]) -> dict[str, Any]:
-    """The mix, the best uniform format and the rule by hand, each with its value; and the mix's gain."""
+    """Return the mix, the best uniform format and the rule by hand, each with its value; and the mix's gain."""
     is_higher_better = metric == "quality/psnr_db"
     rows = [row for row in proof if not row["out"] and math.isfinite(float(row[metric] or "nan"))]
 
@@ -109,7 +109,7 @@ def summary(proof: Sequence[Mapping[str, str]], metric: str, fit: Mapping[str, A
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table."""
+    """Return the rows as a table."""
     head = "| model | bits | best uniform | its value | rule by hand | mix | gain | recommended | Spearman |"
     lines = [head, "|---|--:|---|--:|--:|--:|--:|---|--:|"]
     for row in rows:

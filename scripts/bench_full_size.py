@@ -43,7 +43,7 @@ RESULT = Path(__file__).parents[1] / "docs" / "bench" / "full_size.json"
 
 
 def measure(component: str, root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each format of one component."""
+    """Yield a row for each format of one component."""
     formats = [name for name in FORMATS[component] if name in arguments.formats]
     if not formats:
         return
@@ -66,7 +66,7 @@ def measure(component: str, root: Path, arguments: argparse.Namespace) -> Iterat
 
 
 def merged(rows: list[dict[str, Any]], path: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """These rows, and those of a result with the same options that they do not replace."""
+    """Return these rows, and those of a result with the same options that they do not replace."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     kept = before["rows"] if before.get("options") == options else []
     new = {(row["component"], row["format"]): row for row in rows}

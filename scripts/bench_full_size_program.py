@@ -29,7 +29,7 @@ BACKENDS: dict[str, Any] = {  # name in the table -> what qexp.load takes
 
 
 def flux_forward(model: nn.Module, config: Mapping[str, Any], dtype: torch.dtype, image: int, text: int) -> Tensor:
-    """The velocity of one step: [1, image, in_channels]."""
+    """Return the velocity of one step: [1, image, in_channels]."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -49,7 +49,7 @@ def flux_forward(model: nn.Module, config: Mapping[str, Any], dtype: torch.dtype
 
 
 def text_forward(model: nn.Module, config: Mapping[str, Any], dtype: torch.dtype, image: int, text: int) -> Tensor:
-    """The last hidden state of `text` tokens: [1, text, width]."""
+    """Return the last hidden state of `text` tokens: [1, text, width]."""
     answer: Tensor = model(torch.arange(2, text + 2)[None] % config["vocab_size"])[0]
     return answer
 

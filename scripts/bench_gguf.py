@@ -61,7 +61,7 @@ def diffusers_layer(name: str, raw: Tensor) -> tuple[nn.Module, Callable[[], Ten
 
 
 def seconds(work: Callable[[], Any], least: int = 5, budget: float = 3.0) -> float:
-    """The median of as many runs as fit into `budget` seconds, of `least` at the least."""
+    """Return the median of as many runs as fit into `budget` seconds, of `least` at the least."""
     taken, end = list[float](), time.perf_counter() + budget
     while len(taken) < least or (time.perf_counter() < end and len(taken) < 50):
         started = time.perf_counter()

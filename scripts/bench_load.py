@@ -53,7 +53,7 @@ RESULT = Path(__file__).parents[1] / "docs" / "bench" / "load.json"
 
 
 def flux_config(heads: int, layers: tuple[int, int]) -> dict[str, Any]:
-    """The config.json of a FLUX transformer of `heads` × 128 channels and (double, single) blocks."""
+    """Return the config.json of a FLUX transformer of `heads` × 128 channels and (double, single) blocks."""
     return {
         "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 64, "num_layers": layers[0],
         "num_single_layers": layers[1], "attention_head_dim": 128, "num_attention_heads": heads,
@@ -74,7 +74,7 @@ def write_stored(source: Path, target: Path, option: str) -> None:
 
 
 def measure(arguments: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
-    """A row for every (case, format), of all programs."""
+    """Yield a row for every (case, format), of all programs."""
     small = root / "small"
     write_checkpoint(small, flux_config(2, (1, 1)), 1)
     stored = {name: option for name, option in STORED.items() if name in arguments.formats}
@@ -139,7 +139,7 @@ def _reading(files: list[Path], cold: bool, read: bool = True) -> float:
 
 
 def load_command(program: str, name: str, large: Path, small: Path, **options: int | None) -> list[str]:
-    """A program of `bench_load_programs.py`. options: by their names there; None is left out."""
+    """Return a program of `bench_load_programs.py`. options: by their names there; None is left out."""
     script = str(Path(__file__).with_name("bench_load_programs.py"))
     command = [sys.executable, script, program, name, str(large), str(small)]
     for option, value in options.items():
@@ -149,7 +149,7 @@ def load_command(program: str, name: str, large: Path, small: Path, **options: i
 
 
 def describe(row: dict[str, Any]) -> str:
-    """One format's lines: each program's numbers, and qexp's ratios."""
+    """Return one format's lines: each program's numbers, and qexp's ratios."""
     lines, mine = [f"{row['format']} ({row['case']}, {row['files']} files)"], row.get("qexp")
     for program in (program for program in PROGRAMS if program in row):
         run = row[program]

@@ -38,7 +38,7 @@ STORED = {"nf4, stored": "bitsandbytes", "gguf Q4_0, stored": "gguf_q4_0"}  # fo
 
 
 def flux_source(folder: Path) -> Any:
-    """The model source of a FLUX transformer in a folder."""
+    """Return the model source of a FLUX transformer in a folder."""
     from qexp.models.folder import FolderSource
 
     def build(config: dict[str, Any]) -> nn.Module:
@@ -53,14 +53,14 @@ def flux_source(folder: Path) -> Any:
 
 
 def backend_config(name: str) -> Any:
-    """The backend config of a format: one of `FORMATS`, or any option of conf/backend."""
+    """Return the backend config of a format: one of `FORMATS`, or any option of conf/backend."""
     from qexp.config.backend_options import backend_of
 
     return backend_of(FORMATS.get(name, name))
 
 
 def load_with_qexp(folder: Path, name: str, workers: int | None = None, slice_weights: int | None = None) -> Any:
-    """A `LoadedComponent`. slice_weights: weights that a kernel is given at a time."""
+    """Return a `LoadedComponent`. slice_weights: weights that a kernel is given at a time."""
     from qexp.config.schema import ComponentConfig, LoaderConfig
     from qexp.loading.lifecycle import load_component
     from qexp.quantizers.rows import SLICE_WEIGHTS

@@ -48,7 +48,7 @@ RESULT = Path(__file__).parents[1] / "docs" / "bench" / "offload.json"
 
 
 def measure(arguments: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
-    """A row for every format, with the medians of every program and of the disk."""
+    """Yield a row for every format, with the medians of every program and of the disk."""
     print(f"writing {root} …", file=sys.stderr)
     write_checkpoint(root / "large", flux_config(arguments.heads, tuple(arguments.layers)), 1)
     write_checkpoint(root / "small", flux_config(2, (1, 1)), 1)
@@ -96,7 +96,7 @@ def _run(program: str, name: str, root: Path, arguments: argparse.Namespace) -> 
 
 
 def limits(row: dict[str, Any], tokens: list[int]) -> dict[str, float]:
-    """Seconds that no offloaded step can undercut, by cache and tokens."""
+    """Return seconds that no offloaded step can undercut, by cache and tokens."""
     if any("refused" in row.get(program, {"refused": ""}) for program in ("resident", "qexp leaf")):
         return {}
     disk, nbytes = row["disk"], row["qexp leaf"]["offload/payload_gib"] * GIB
@@ -112,7 +112,7 @@ def limits(row: dict[str, Any], tokens: list[int]) -> dict[str, float]:
 
 
 def describe(row: dict[str, Any], tokens: list[int]) -> str:
-    """One format's lines: each program's steps, and how they compare with qexp leaf and the limit."""
+    """Return one format's lines: each program's steps, and how they compare with qexp leaf and the limit."""
     rates = " ".join(f"{name.partition('_')[0]} {value / GIB:.2f}" for name, value in row["disk"].items())
     lines = [f"{row['format']}   (GiB/s: {rates})"]
     for program in (program for program in PROGRAMS if program in row):

@@ -35,7 +35,7 @@ CACHES = ("cold", "warm")
 
 
 def load(program: str, checkpoint: Path, name: str) -> nn.Module:
-    """A FLUX-shaped model; by diffusers itself for the other programs, whose hooks expect its models."""
+    """Return a FLUX-shaped model; by diffusers itself for the other programs, whose hooks expect its models."""
     if program.startswith(("diffusers", "accelerate")):
         model = load_with_diffusers(checkpoint, name)
     else:
@@ -67,7 +67,7 @@ def offload(program: str, model: nn.Module, store: Path) -> dict[str, float]:
 
 
 def inputs(tokens: int) -> dict[str, Tensor]:
-    """One image of so many latent tokens, and as many of text."""
+    """Return one image of so many latent tokens, and as many of text."""
     random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     return {
         "hidden_states": random(1, tokens, 64).to(BF16),
@@ -81,7 +81,7 @@ def inputs(tokens: int) -> dict[str, Tensor]:
 
 
 def step(model: nn.Module, tokens: int) -> str:
-    """One forward; the SHA-256 of its output."""
+    """Return one forward; the SHA-256 of its output."""
     with torch.no_grad():
         output = model(**inputs(tokens), return_dict=False)[0]
     return hashlib.sha256(output.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def compare(root: Path, count: int) -> dict[str, Any]:
-    """The same sweep with either way to start workers."""
+    """Return the same sweep with either way to start workers."""
     row: dict[str, Any] = {"experiments": count}
     for start in ("fork", "spawn"):
         outputs = root / f"{count}_{start}"
@@ -128,7 +128,7 @@ def timed(command: Sequence[str], log: Path, watch: Callable[[int], None] = lamb
 
 
 def gaps(outputs: Path) -> Iterator[float]:
-    """Seconds between the end of one experiment's work and the beginning of the next one's."""
+    """Yield seconds between the end of one experiment's work and the beginning of the next one's."""
     folders = sorted(outputs.glob("r*/*/"), key=began_at)  # runs and references
     for one, following in pairwise(folders):
         if "references" not in (one.parent.name, following.parent.name):
@@ -145,7 +145,7 @@ def spread(values: Iterator[float]) -> dict[str, float]:
 
 
 def pass_over(root: Path, count: int) -> dict[str, Any]:
-    """A sweep over `count` experiments that are finished."""
+    """Return a sweep over `count` experiments that are finished."""
     outputs, memory = root / "finished", dict[int, float]()
     make_finished(outputs, count)
     overrides = ["-m", "backend=quanto", f"seed=range({count})", *SMALL, f"paths.outputs={outputs}"]
@@ -210,7 +210,7 @@ def compose_only(arguments: Sequence[str]) -> None:
 
 
 def misses(found: dict[str, Any]) -> list[str]:
-    """The targets that were missed, of what was measured."""
+    """Return the targets that were missed, of what was measured."""
     measured = {f"ratio_{row['experiments']}": row["wall_ratio"] for row in found["sweeps"]}
     gap = max((row["gap_seconds"]["median"] for row in found["sweeps"]), default=0.0)
     missed = [

@@ -124,7 +124,7 @@ def wait_for_start() -> None:
 
 
 def medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The median of each number over runs of the same program; what is no number is taken from the first."""
+    """Return the median of each number over runs of the same program; what is no number is taken from the first."""
     first = runs[0]
     numbers = [name for name, value in first.items() if isinstance(value, int | float)]
     return {**first, **{name: statistics.median(run[name] for run in runs) for name in numbers}}

@@ -60,14 +60,14 @@ def count_file(path: str, text: str, counts: RoomCounts) -> None:
 
 
 def docstring_lines(node: ast.AST) -> range:
-    """The lines of a node's docstring; none if it has none."""
+    """Return the lines of a node's docstring; none if it has none."""
     if not isinstance(node, ast.Module | ast.ClassDef | Function) or ast.get_docstring(node, clean=False) is None:
         return range(0)
     return range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
 
 
 def chosen_names(tree: ast.Module) -> Iterator[str]:
-    """The names of functions and methods that their author chose."""
+    """Yield the names of functions and methods that their author chose."""
     for node in ast.walk(tree):
         if isinstance(node, Function) and not node.name.startswith("__") and node.name != "main":
             decorators = {str(getattr(one, "attr", getattr(one, "id", ""))) for one in node.decorator_list}
@@ -89,7 +89,7 @@ def sources(commit: str | None) -> Iterator[tuple[str, str]]:
 
 
 def table(rooms: dict[str, RoomCounts]) -> str:
-    """One line a room, and one for all."""
+    """Return one line a room, and one for all."""
     files = Counter(name for counts in rooms.values() for name, paths in counts.names.items() for _ in paths)
     lines = ["room          code lines  names in 2+ files  functions  one word  comments / 100 lines"]
     total, shared = RoomCounts(), {name for name, number in files.items() if number > 1}

@@ -87,7 +87,7 @@ def _reached(*_: object, **__: object) -> None:
 
 
 def page() -> str:
-    """The whole page, of the answers as they are now."""
+    """Return the whole page, of the answers as they are now."""
     parts = [INTRODUCTION]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         write_files(Path(folder))

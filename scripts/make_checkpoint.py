@@ -224,7 +224,7 @@ def _equal_parts(sizes: Mapping[str, int], count: int) -> Iterator[list[str]]:
 
 
 def _scale_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
-    """The tensors that norms multiply with."""
+    """Return the tensors that norms multiply with."""
     owned = {
         id(parameter): name == "weight" or name == "gamma"
         for module in model.modules()
@@ -249,7 +249,7 @@ def _codes(seed: tuple[int, ...], count: int) -> np.ndarray[Any, np.dtype[np.uin
 
 @cache
 def _quantiles(dtype: str, mean: float) -> np.ndarray[Any, Any]:
-    """The bits of 65,536 equally likely values of N(mean, STD²), as whole numbers of the dtype's size."""
+    """Return the bits of 65,536 equally likely values of N(mean, STD²), as whole numbers of the dtype's size."""
     levels = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
     values = (mean + STD * torch.special.ndtri(levels)).to(getattr(torch, dtype))
     return values.view(torch.int32 if values.itemsize == 4 else torch.int16).numpy()
@@ -261,7 +261,7 @@ def _write_json(file: Path, value: Any) -> None:
 
 
 def shortened(config: Mapping[str, Any], fraction: float) -> dict[str, Any]:
-    """The config of a network with that fraction of the blocks, one of each kind at least."""
+    """Return the config of a network with that fraction of the blocks, one of each kind at least."""
     if not 0 < fraction <= 1:
         raise ConfigError(f"--fraction {fraction} must be above 0, and 1 at most")
     counted = [name for name in BLOCK_COUNTS if name in config]
@@ -269,7 +269,7 @@ def shortened(config: Mapping[str, Any], fraction: float) -> dict[str, Any]:
 
 
 def describe() -> str:
-    """A line for each component of each architecture."""
+    """Return a line for each component of each architecture."""
     lines = []
     for name in architecture_names():
         for part, component in architecture(name).components.items():

@@ -82,7 +82,7 @@ class Copy:
         return {**os.environ, **own}
 
     def _check_import(self) -> None:
-        """Raises: SystemExit if another copy of the package would be tested."""
+        """Raise SystemExit if another copy of the package would be tested."""
         code = f"import importlib.util as u; print(u.find_spec({PACKAGE!r}).submodule_search_locations[0])"
         command = [sys.executable, "-c", code]
         found = subprocess.run(
@@ -180,7 +180,7 @@ def take_tests(source: Path, root: Path, revision: str) -> None:
 
 
 def files_of(root: Path) -> list[str]:
-    """The files of a repository that git tracks, or would: new ones that it does not ignore."""
+    """Return the files of a repository that git tracks, or would: new ones that it does not ignore."""
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout.split("\0")
     return [name for name in dict.fromkeys(names) if name and (root / name).is_file()]
@@ -194,5 +194,5 @@ def default_markers(root: Path) -> str:
 
 
 def has_compiled_neighbours(path: Path) -> bool:
-    """Whether a file may change what Numba compiles: a kernel's cache knows its own file alone."""
+    """Return whether a file may change what Numba compiles: a kernel's cache knows its own file alone."""
     return any("numba" in file.read_text(encoding="utf-8") for file in path.parent.glob("*.py"))

@@ -58,7 +58,7 @@ def network_config() -> LlamaConfig:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, <s> before the text."""
+    """Return one token a character, <s> before the text."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -92,7 +92,7 @@ def all_problems() -> tuple[Tensor, Tensor]:
 
 
 def as_tokens(problems: Tensor) -> Tensor:
-    """The lines' tokens, [n, 13], as the tokenizer would give them, computed on all problems at once."""
+    """Return the lines' tokens, [n, 13], as the tokenizer would give them, computed on all problems at once."""
     first, second, adds = problems.unbind(1)
     answer = torch.where(adds == 1, first + second, first - second)
     zero, sign = len(SPECIAL) + CHARACTERS.index("0"), len(SPECIAL) + CHARACTERS.index("+") + 1 - adds
@@ -173,7 +173,7 @@ def save_state(path: Path, model: Any, optimizer: Any, schedule: Any, step: int,
 
 @torch.no_grad()
 def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, lines: list[str]) -> float:
-    """The fraction of lines completed exactly, greedily, by transformers' own generate."""
+    """Return the fraction of lines completed exactly, greedily, by transformers' own generate."""
     right = 0
     for start in range(0, len(lines), 500):
         batch = lines[start : start + 500]

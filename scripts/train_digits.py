@@ -37,7 +37,7 @@ def load_digits_split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def shifted(images: Tensor) -> Tensor:
-    """Each image moved by up to one pixel in each direction."""
+    """Return each image moved by up to one pixel in each direction."""
     padded = F.pad(images, (1, 1, 1, 1), value=-1.0)
     dy, dx = torch.randint(0, 3, (2, len(images)))
     rows = torch.arange(8)[None, :, None] + dy[:, None, None]

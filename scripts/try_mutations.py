@@ -102,7 +102,7 @@ class Trial:
         return Result(fault.file, fault.old, fault.new, "none", "", round(seconds, 1))
 
     def _baseline(self, tests: Tests, copy: Copy) -> Run:
-        """The run without a fault, made once. Raises: RedBaseline if a test fails."""
+        """Return the run without a fault, made once. Raises: RedBaseline if a test fails."""
         with self._lock:
             is_first = tests not in self._baselines
             future = self._baselines.setdefault(tests, Future())
@@ -120,7 +120,7 @@ class Trial:
 
 
 def tests_of(fault: Fault, root: Path, *, whole: bool) -> list[Tests]:
-    """The sets of tests that a fault meets, as far as a repository has them."""
+    """Return the sets of tests that a fault meets, as far as a repository has them."""
     first = tuple(path for path in (fault.first,) if path and (root / path).exists())
     targets, markers = (
         tuple(path for path in fault.targets if (root / path).exists()) or ("tests",),
@@ -147,7 +147,7 @@ class Results:
             self.by_name = {name: Result(**values) for name, values in stored["faults"].items()}
 
     def has(self, fault: Fault) -> bool:
-        """Whether there is a result of this fault, with the texts that it has now."""
+        """Return whether there is a result of this fault, with the texts that it has now."""
         found = self.by_name.get(fault.name)
         return found is not None and (found.old, found.new) == (fault.old, fault.new)
 
@@ -180,7 +180,10 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def chosen(faults: Sequence[Fault], names: Sequence[str], rooms: Sequence[str]) -> list[Fault]:
-    """The faults of these names or rooms, all of them without any. Raises: SystemExit for one that is not there."""
+    """Return the faults of these names or rooms, all of them without any.
+
+    Raises: SystemExit for one that is not there.
+    """
     for asked, known in ((names, [fault.name for fault in faults]), (rooms, sorted({fault.room for fault in faults}))):
         for name in asked:
             if name not in known:

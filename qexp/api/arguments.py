@@ -55,7 +55,7 @@ def named(device: Any) -> Any:
 
 
 def backend_config(backend: Any, place: str = "backend") -> Any:
-    """The config dataclass of a backend, from any of the ways to name one. place: its place in the arguments."""
+    """Return the config dataclass of a backend, from any of the ways to name one. place: its place in the arguments."""
     if backend is None or isinstance(backend, str):
         return backend_of(backend or "none")
     if isinstance(backend, BackendConfig):

@@ -214,7 +214,7 @@ def save(model: Any, folder: str | Path, *, max_shard_gib: float = 5.0, intercha
 
 
 def memory_footprint(model: nn.Module) -> int:
-    """Bytes that a model's parameters and buffers really occupy, on all devices and on disk.
+    """Return bytes that a model's parameters and buffers really occupy, on all devices and on disk.
 
     Inner tensors, scales and quant states are counted, memory that they share is counted once.
     """
@@ -225,7 +225,7 @@ def memory_footprint(model: nn.Module) -> int:
 
 
 def _source(source: Any, skeleton: Any, revision: str | None) -> tuple[Any, tuple[str, ...]]:
-    """A model source, and the patterns that its option of conf/model leaves unquantized.
+    """Return a model source, and the patterns that its option of conf/model leaves unquantized.
 
     A name is one of the sources that need no path, unless there is a file or folder so called.
     """
@@ -265,7 +265,7 @@ def _component(source: ModelSource, asked: str | None) -> str:
 
 
 def _check_known(settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a keyword of `offload` that is no field of `OffloadConfig`."""
+    """Raise ConfigError for a keyword of `offload` that is no field of `OffloadConfig`."""
     from qexp.config.offload import OffloadConfig
 
     known = [field.name for field in fields(OffloadConfig) if field.name not in ("strategy", "to")]

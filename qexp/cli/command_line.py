@@ -111,7 +111,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def run_one(cfg: DictConfig) -> JobRow:
-    """One composed experiment. A setting that is wrong ends a single run here; a sweep goes on with the next."""
+    """Return one composed experiment. A setting that is wrong ends a single run here; a sweep goes on with the next."""
     from qexp.sweep.job import refuse_job, run_job
     from qexp.sweep.run_key import run_key
 
@@ -134,7 +134,7 @@ def run_one(cfg: DictConfig) -> JobRow:
 
 
 def typed_overrides() -> list[str]:
-    """The overrides as they were typed: ${…} in one refers to settings that Hydra's own node does not have."""
+    """Return the overrides as they were typed: ${…} in one refers to settings that Hydra's own node does not have."""
     return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[return-value]
 
 
@@ -151,7 +151,7 @@ def preview_one(cfg: DictConfig, preview: Preview) -> None:
 
 
 def raw_label(cfg: DictConfig) -> str:
-    """The label of an experiment that does not resolve; '' if not even its parts have names."""
+    """Return the label of an experiment that does not resolve; '' if not even its parts have names."""
     try:
         parts = {
             name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "backend", "offload", "task")

@@ -86,7 +86,7 @@ class Preview:
 
 
 def weights_bytes(config: RunConfig) -> int:
-    """Bytes of the weights of all components, once loaded. Raises the errors of the plan."""
+    """Return bytes of the weights of all components, once loaded. Raises the errors of the plan."""
     container = config.to_container()
     key = json.dumps([container["model"], container["components"], config.device], sort_keys=True)
     if key not in _KNOWN:

@@ -21,7 +21,7 @@ from qexp.system.text_files import read_lines
 
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """A regex over names whose segments all end with a dot, so that no segments are the empty string."""
+    """Return a regex over names whose segments all end with a dot, so that no segments are the empty string."""
     segments = (
         r"(?:[^.]+\.)*" if segment == "**" else re.escape(segment).replace(r"\*", "[^.]*") + r"\."
         for segment in pattern.split(".")

@@ -19,7 +19,7 @@ DIRECTIONS = {"higher": "maximize", "lower": "minimize"}
 
 
 def check_objectives(names: Sequence[str]) -> None:
-    """Raises: ConfigError for a name that is no metric, has no better direction, or is named twice."""
+    """Raise ConfigError for a name that is no metric, has no better direction, or is named twice."""
     known = [name for name, metric in all_metrics().items() if metric.better and "*" not in name]
     for name in names:
         if name not in all_metrics():
@@ -70,7 +70,7 @@ def _directions_of(sweeper: Mapping[str, Any]) -> tuple[str, list[str]] | None:
 
 
 def check_measured(names: Sequence[str], task: str, scored: Sequence[str], isolation: str) -> None:
-    """Raises: ConfigError for an objective that this experiment would not measure.
+    """Raise ConfigError for an objective that this experiment would not measure.
 
     Args:
         scored: metrics.names. isolation: isolation.mode.

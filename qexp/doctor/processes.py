@@ -50,7 +50,7 @@ def _run(trials: Sequence[dict[str, Any]], device: str, timeout: float) -> Itera
 
 
 def _lines(process: subprocess.Popen[bytes], timeout: float) -> Iterator[bytes]:
-    """The lines that a process writes, until it ends or no line of a result came for `timeout` seconds."""
+    """Yield the lines that a process writes, until it ends or no line of a result came for `timeout` seconds."""
     rest, deadline = b"", time.monotonic() + timeout
 
     def time_left() -> float:
@@ -66,7 +66,7 @@ def _lines(process: subprocess.Popen[bytes], timeout: float) -> Iterator[bytes]:
 
 
 def _ended(process: subprocess.Popen[bytes], errors: IO[bytes], timeout: float, seconds: float) -> dict[str, Any]:
-    """The result of the option that a process was at when it ended, or when its time was over."""
+    """Return the result of the option that a process was at when it ended, or when its time was over."""
     code = process.poll()
     if code is None:
         reason, message = "timeout", f"it did not answer within {timeout:g} s, and was stopped (--timeout raises that)"

@@ -19,7 +19,7 @@ from qexp.models.component_settings import check_component_names
 
 
 def check_saves(save: SaveConfig, task: Any) -> None:
-    """Raises ConfigError for a model that is to be saved where there will be none, or cannot be sent."""
+    """Raise ConfigError for a model that is to be saved where there will be none, or cannot be sent."""
     if save.wanted and not task.saves_outputs:
         raise ConfigError(
             f"{save.wanted} with task={task.name}: it goes layer by layer and leaves no model to save; "
@@ -40,7 +40,7 @@ def check_before_download(model: Any, task: Any, top: TopLevelConfig) -> None:
 
 
 def check_task(model: Any, task: Any) -> None:
-    """Raises ConfigError for a task that the model cannot do, in general or as it is configured."""
+    """Raise ConfigError for a task that the model cannot do, in general or as it is configured."""
     source = load_source(model)
     if task.name not in source.tasks:
         raise ConfigError(
@@ -51,7 +51,7 @@ def check_task(model: Any, task: Any) -> None:
 
 
 def check_save_path(path: Path, model: Any, components: Iterable[str]) -> None:
-    """Raises ConfigError for a folder that holds what the model, or its reference, is loaded from."""
+    """Raise ConfigError for a folder that holds what the model, or its reference, is loaded from."""
     places = [path, *(path / name for name in components)]
     original = model.reference_path
     for config in (model, *([replace(model, path=original)] if original is not None else [])):
@@ -73,7 +73,7 @@ def check_offload(device_map: Any, strategy: str) -> None:
 
 
 def check_placed(task: Any, device_map: Any, max_memory: Any) -> None:
-    """Raises ConfigError if there is no model to place as the map says."""
+    """Raise ConfigError if there is no model to place as the map says."""
     if task.saves_outputs:
         return
     given = f"device_map={device_map}" if isinstance(device_map, dict) and device_map.keys() != {""} else None
@@ -96,7 +96,7 @@ def check_reference_path(model: Any) -> None:
 
 
 def check_reference_files(model: Any) -> None:
-    """Raises LoadError for a reference checkpoint that cannot be opened, by the setting that names it."""
+    """Raise LoadError for a reference checkpoint that cannot be opened, by the setting that names it."""
     path = model.reference_path
     if path is None:
         return
@@ -118,7 +118,7 @@ def check_streaming(low_cpu_mem_usage: bool, components: Mapping[str, ComponentC
 def check_sensitivity(
     task: Any, source: Any, components: Mapping[str, ComponentConfig], offload: OffloadConfig
 ) -> None:
-    """Raises ConfigError for what task=sensitivity cannot score."""
+    """Raise ConfigError for what task=sensitivity cannot score."""
     if task.name != "sensitivity":
         return
     for name, component in components.items():

@@ -36,7 +36,7 @@ def reference_config(config: RunConfig) -> RunConfig:
 
 
 def unquantized_model(model: ModelConfig) -> ModelConfig:
-    """The model that a quantized checkpoint is compared with. Raises ConfigError if that is quantized itself."""
+    """Return the model that a quantized checkpoint is compared with. Raises ConfigError if that is quantized itself."""
     original: ModelConfig = model.unquantized()
     for name, checkpoint in open_components(load_source(original)).items():
         if is_quantized(checkpoint):

@@ -62,14 +62,14 @@ def run_roundtrip(context: RunContext) -> Metrics:
 
 
 def _measured_components(context: RunContext) -> list[str]:
-    """Components with a backend; with backend=none, the ones that `backend=` would quantize."""
+    """Return components with a backend; with backend=none, the ones that `backend=` would quantize."""
     components = context.config.components
     quantized = [name for name, settings in components.items() if settings.backend.quant_method != "none"]
     return quantized or list(context.source.quantized_components())
 
 
 def _original(config: RunConfig, component: str) -> Checkpoint | None:
-    """The unquantized checkpoint of a component, in `model.reference_path`; None if none is named."""
+    """Return the unquantized checkpoint of a component, in `model.reference_path`; None if none is named."""
     if not config.model.has_original:
         return None
     source = load_source(unquantized_model(config.model))

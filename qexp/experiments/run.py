@@ -53,7 +53,7 @@ def run_experiment(config: RunConfig, folder: Path) -> Metrics:
 
 
 def check_experiment(config: RunConfig, folder: Path) -> None:
-    """Raises what `run_experiment` raises before it reads weights. Not of roundtrip, which begins with that."""
+    """Raise what `run_experiment` raises before it reads weights. Not of roundtrip, which begins with that."""
     context = _open_context(config, folder)
     if config.task.name == "sensitivity":
         plan_sensitivity(context)
@@ -86,7 +86,7 @@ def _plan_run(context: RunContext) -> tuple[RunContext, dict[str, PlannedCompone
 
 
 def _with_inputs(context: RunContext) -> RunContext:
-    """The context with the one component that `task=forward` calls, and what it is called with."""
+    """Return the context with the one component that `task=forward` calls, and what it is called with."""
     config, source = context.config, context.source
     name = forward.component_of(config.task, config.components)
     request = context.requests[name]

@@ -30,7 +30,7 @@ def load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:
 
 
 def offload_statistics(offloads: Sequence[Offload | Dispatch]) -> Metrics:
-    """The `offload/` numbers, and bytes by place where there is a device map, added up over components."""
+    """Return the `offload/` numbers, and bytes by place where there is a device map, added up over components."""
     total: Metrics = {}
     for offload in offloads:
         for name, value in offload.statistics().items():

@@ -15,7 +15,7 @@ from qexp.hub.download import hub_id
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same experiment, to be run from any directory: what it reads and saves, by absolute paths.
+    """Return the same experiment, to be run from any directory: what it reads and saves, by absolute paths.
 
     Files behind @file were read before: their content is what is stored. `paths.outputs` is left as it is shown.
     """
@@ -30,7 +30,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def absolute_path(path: str) -> str:
-    """A path by which the same file is found from any directory.
+    """Return a path by which the same file is found from any directory.
 
     Links are not followed: they may be meant to point elsewhere later, and name what tables call a model.
     """
@@ -38,7 +38,10 @@ def absolute_path(path: str) -> str:
 
 
 def _with_absolute(settings: Any, *names: str, may_be_of_hub: bool = False) -> Any:
-    """Settings with their paths in these fields made absolute. may_be_of_hub: a hub's user/name is left as it is."""
+    """Return settings with their paths in these fields made absolute.
+
+    may_be_of_hub: a hub's user/name is left as it is.
+    """
     paths = {name: path for name in names if (path := getattr(settings, name)) is not None}
     own = {name: path for name, path in paths.items() if not (may_be_of_hub and hub_id(path) is not None)}
     return replace(settings, **{name: absolute_path(path) for name, path in own.items()})

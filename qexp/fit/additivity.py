@@ -87,7 +87,7 @@ def measure_additivity(proven: Sequence[Proven], error: str) -> Additivity:
 
 
 def _last(trajectory: Any) -> Tensor:
-    """The last state of a stored trajectory [steps, ...], in fp64."""
+    """Return the last state of a stored trajectory [steps, ...], in fp64."""
     steps = trajectory.get_shape()[0]
     state: Tensor = trajectory[steps - 1 : steps].double()
     return state
@@ -99,7 +99,7 @@ def _divergence(one: Proven) -> float:
 
 
 def _latent_error(folders: Sequence[Path]) -> float:
-    """The mean squared error of the last state of the trajectory against the reference's, over runs."""
+    """Return the mean squared error of the last state of the trajectory against the reference's, over runs."""
     from safetensors import safe_open
 
     errors = []

@@ -83,7 +83,7 @@ def _prove(
 def answer_lines(
     opened: OpenedModel, plan: FitPlan, proven: Sequence[Proven], verdict: Verdict, folder: Path
 ) -> list[str]:
-    """The table of the proof, what is recommended, and how to use it."""
+    """Return the table of the proof, what is recommended, and how to use it."""
     best, metric = verdict.best, verdict.metric
     found = dict.fromkeys((one.contestant.name for one in proven), "")
     found |= {other.contestant.name: describe(comparison, metric) for other, comparison in verdict.against}

@@ -10,7 +10,7 @@ MEASURED_BYTES = 256 << 20
 
 
 def measured_bandwidth(device: str) -> float:
-    """Bytes a second, the median of five copies of 256 MiB; of a disk, past the page cache where that can be."""
+    """Return bytes a second, the median of five copies of 256 MiB; of a disk, past the page cache where that can be."""
     return _from_disk() if device == "cpu" else _to_accelerator(device)
 
 

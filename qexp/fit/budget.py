@@ -46,7 +46,7 @@ def size_of(model: ModelLayers, groups: Groups, request: Request) -> Size:
 
 
 def limits_of(request: Request, size: Size, bandwidth: float | None = None, compute_ms: float = 0.0) -> Limits:
-    """The limits of the program. bandwidth: bytes a second; compute_ms: of a step in which nothing travels.
+    """Return the limits of the program. bandwidth: bytes a second; compute_ms: of a step in which nothing travels.
 
     Without a bound on bytes (quality= alone) everything fits.
     """
@@ -73,7 +73,7 @@ def _budgets(request: Request, size: Size) -> list[tuple[int, str, int]]:
 
 
 def refuse_budget(request: Request, size: Size, groups: Groups, tried: str = "") -> ConfigError:
-    """The error for a budget that nothing meets, with the smallest that can be met."""
+    """Return the error for a budget that nothing meets, with the smallest that can be met."""
     least = smallest_bytes(groups)
     for budget, name, others in _budgets(request, size):
         if budget < least and (name != "memory" or request.step_ms is None):  # else layers may rest elsewhere
@@ -102,7 +102,7 @@ def _too_small(request: Request, size: Size, name: str, least: int, others: int)
 
 
 def smallest_size(nbytes: int) -> str:
-    """A size to type that is no less than so many bytes: '5.31GiB'."""
+    """Return a size to type that is no less than so many bytes: '5.31GiB'."""
     unit, factor = next(((u, f) for u, f in (("GiB", GIB), ("MiB", 1 << 20)) if nbytes >= f), ("KiB", 1 << 10))
     return f"{-(-nbytes * 100 // factor) / 100:.2f}{unit}"
 

@@ -42,7 +42,7 @@ def formats_in(
 
 
 def scored_groups(table: SensitivityTable, model: ModelLayers, place: Path) -> list[list[Candidate]]:
-    """The groups of a table, each with the candidates that the plan has for it, dense first, and their scores.
+    """Return the groups of a table, each with the candidates that the plan has for it, dense first, and their scores.
 
     Raises: ConfigError where the table is about other layers, or counts other bytes, than the plan.
     """

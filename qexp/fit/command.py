@@ -69,7 +69,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _scores_of(opened: OpenedModel, request: Request, *, is_plan: bool) -> Path:
-    """The folder with scores: as asked for, the latest that are of this model, or new ones."""
+    """Return the folder with scores: as asked for, the latest that are of this model, or new ones."""
     if request.scores is not None:
         return request.scores
     formats = request.formats or default_formats()

@@ -32,7 +32,7 @@ class Contestant:
 
 
 def contestants_of(opened: OpenedModel, plan: FitPlan, mix: Mix, folder: Path) -> list[Contestant]:
-    """All that the proof compares, each within the limits; recipes are written into the folder."""
+    """Return all that the proof compares, each within the limits; recipes are written into the folder."""
     named: list[tuple[str, Literal["mix", "uniform", "rule"], Mix]] = [("mix", "mix", mix)]
     methods = {str(choice.backend["quant_method"]) for choice in mix.choices} - {DENSE}
     for method in sorted(methods) if len(methods) > 1 else ():  # in files of one kind, which other programs open
@@ -68,7 +68,7 @@ def recommended_overrides(opened: OpenedModel, plan: FitPlan, mix: Mix, folder: 
 
 
 def within_limits(plan: FitPlan, groups: Groups) -> Mix | None:
-    """The groups, of one candidate each, at the places that keep the limits; None if there are none."""
+    """Return the groups, of one candidate each, at the places that keep the limits; None if there are none."""
     mix = Mix(tuple(group[0] for group in groups))
     if plan.limits.travel_bytes is not None:
         return best_mix(groups, plan.limits)
@@ -98,7 +98,7 @@ def _by_rule(group: Sequence[Candidate], name: str, kept: set[tuple[str, str]]) 
 def _distinct(
     named: Sequence[tuple[str, Literal["mix", "uniform", "rule"], Mix]],
 ) -> list[tuple[str, Literal["mix", "uniform", "rule"], Mix]]:
-    """Each assignment once, under the name of a uniform format where it is one."""
+    """Return each assignment once, under the name of a uniform format where it is one."""
     found: dict[object, tuple[str, Literal["mix", "uniform", "rule"], Mix]] = {}
     for one in named:
         key = tuple(choice.format for choice in one[2].choices), one[2].away

@@ -27,7 +27,7 @@ class FrontPoint:
 
 
 def mixed_front(groups: Groups, size: Size, count: int = BUDGETS) -> list[FrontPoint]:
-    """The best mix at `count` budgets from the smallest mix to the dense model, each once."""
+    """Return the best mix at `count` budgets from the smallest mix to the dense model, each once."""
     most = sum(max(candidate.nbytes for candidate in group) for group in groups)
     found: dict[int, FrontPoint] = {}
     for budget in budgets_between(smallest_bytes(groups), most, count):
@@ -38,7 +38,7 @@ def mixed_front(groups: Groups, size: Size, count: int = BUDGETS) -> list[FrontP
 
 
 def uniform_points(groups: Groups, size: Size) -> list[FrontPoint]:
-    """Every format for all layers, and the dense model, by bytes."""
+    """Return every format for all layers, and the dense model, by bytes."""
     points = [point(name, uniform_mix(groups, name), size) for name in [*formats_of(groups), DENSE]]
     return sorted(points, key=lambda one: one.weights_bytes)
 

@@ -36,7 +36,7 @@ def proof_variants(
 
 
 def check_provable(opened: OpenedModel) -> None:
-    """Raises: ConfigError for a task whose samples cannot be told from those of the scores."""
+    """Raise ConfigError for a task whose samples cannot be told from those of the scores."""
     task = opened.config.task.name
     if task == "perplexity" or (task == "generate" and opened.source.modality == "images"):
         return
@@ -48,7 +48,7 @@ def check_provable(opened: OpenedModel) -> None:
 
 
 def _rest_of_text(opened: OpenedModel, table: SensitivityTable, place: Path) -> str:
-    """The text behind the windows that were scored, from the beginning of a line on."""
+    """Return the text behind the windows that were scored, from the beginning of a line on."""
     source = cast("TextSource", opened.source)
     lines = source.text(opened.config.task.text).splitlines(keepends=True)
     left = table.header.samples * _window(place)
@@ -66,7 +66,7 @@ def _rest_of_text(opened: OpenedModel, table: SensitivityTable, place: Path) -> 
 
 
 def _window(place: Path) -> int:
-    """Tokens of a window of the sensitivity run in a folder."""
+    """Return tokens of a window of the sensitivity run in a folder."""
     config = place / "config.yaml"
     stored = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     return int((stored.get("task") or {}).get("window") or WINDOW)

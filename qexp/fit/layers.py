@@ -62,7 +62,7 @@ class ComponentLayers:
     order: tuple[str, ...]
 
     def groups(self) -> list[tuple[str, ...]]:
-        """Layers that share a weight together, all others alone."""
+        """Return layers that share a weight together, all others alone."""
         found: dict[str, list[str]] = {}
         for layer, weight in self.weight_of.items():
             found.setdefault(weight, []).append(layer)
@@ -75,7 +75,7 @@ class ComponentLayers:
         return sum(self.dense[weight] for weight in {self.weight_of[layer] for layer in layers})
 
     def bytes_in(self, name: str, layers: Sequence[str]) -> int | None:
-        """Bytes of the layers in a format; None if it cannot hold one of them."""
+        """Return bytes of the layers in a format; None if it cannot hold one of them."""
         known = self.formats[name].nbytes
         if any(layer not in known for layer in layers):
             return None
@@ -104,7 +104,7 @@ class ModelLayers:
         return self.other_bytes + sum(layers.total_bytes for layers in self.components.values())
 
     def unscored(self) -> list[list[Candidate]]:
-        """Every candidate of every group, with bytes alone: score 0."""
+        """Return every candidate of every group, with bytes alone: score 0."""
         return [
             self.candidates(component, group, layers.formats)
             for component, layers in self.components.items()
@@ -112,7 +112,7 @@ class ModelLayers:
         ]
 
     def candidates(self, component: str, group: tuple[str, ...], names: Iterable[str]) -> list[Candidate]:
-        """The candidates of a group, without scores, the dense one first."""
+        """Return the candidates of a group, without scores, the dense one first."""
         layers = self.components[component]
         dense = layers.dense_bytes(group)
         found = [Candidate(component, group[0], group, DENSE, {"quant_method": DENSE}, dense, 0.0)]
@@ -124,7 +124,7 @@ class ModelLayers:
 
 
 def chosen_components(source: ModelSource, own: Collection[str]) -> list[str]:
-    """The components that `backend=` is for. own: those with a backend of their own, which they keep.
+    """Return the components that `backend=` is for. own: those with a backend of their own, which they keep.
 
     Raises: ConfigError where nothing is left to choose.
     """
@@ -219,7 +219,7 @@ def _component_layers(
 
 
 def fields_of(config: BackendConfig) -> dict[str, Any]:
-    """The fields by which a recipe's rule has a backend: those that have not their default."""
+    """Return the fields by which a recipe's rule has a backend: those that have not their default."""
     default = to_plain(type(config)())
     return {
         name: value
@@ -245,6 +245,6 @@ def _dense_bytes(plan: LoadPlan, layers: set[str]) -> dict[str, int]:
 
 
 def _bytes_beside(module: nn.Module, layer: str, planned: Mapping[str, int]) -> int:
-    """Bytes of a layer's tensors beside its weight: what travels along. planned: tensor -> its bytes."""
+    """Return bytes of a layer's tensors beside its weight: what travels along. planned: tensor -> its bytes."""
     names = [name for name, _ in module.named_parameters(recurse=False) if name != "weight"]
     return sum(planned.get(f"{layer}.{name}", 0) for name in names)

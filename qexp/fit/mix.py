@@ -38,7 +38,10 @@ class Mix:
         return dict(counts.most_common())
 
     def travelling(self, extra: Mapping[Key, int]) -> list[int]:
-        """Bytes of each group that travels. extra: (component, group) -> bytes beside its weights (biases, padding)."""
+        """Return bytes of each group that travels.
+
+        extra: (component, group) -> bytes beside its weights (biases, padding).
+        """
         return [choice.nbytes + extra.get(key_of(choice), 0) for choice in self.choices if key_of(choice) in self.away]
 
 
@@ -47,18 +50,18 @@ def key_of(candidate: Candidate) -> Key:
 
 
 def uniform_mix(groups: Sequence[Sequence[Candidate]], name: str) -> Mix:
-    """Every group in one format; groups that it cannot hold stay dense."""
+    """Return every group in one format; groups that it cannot hold stay dense."""
     return Mix(tuple(choice_of(group, name) for group in groups))
 
 
 def choice_of(group: Sequence[Candidate], name: str) -> Candidate:
-    """The candidate of a format, the dense one where the group has none of it."""
+    """Return the candidate of a format, the dense one where the group has none of it."""
     found = {candidate.format: candidate for candidate in group}
     return found.get(name, found[DENSE])
 
 
 def formats_of(groups: Iterable[Sequence[Candidate]]) -> list[str]:
-    """The formats of all groups but the dense one, in the order of the table."""
+    """Return the formats of all groups but the dense one, in the order of the table."""
     names = dict.fromkeys(candidate.format for group in groups for candidate in group)
     return [name for name in names if name != DENSE]
 

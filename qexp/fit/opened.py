@@ -56,7 +56,7 @@ def open_model(request: Request) -> Iterator[OpenedModel]:
 
 
 def _with_published_name(overrides: Sequence[str]) -> list[str]:
-    """A published model's name alone stands for all of its components but the autoencoder, as in predict."""
+    """Resolve a published model's name to all of its components but the autoencoder, as in predict."""
     names = [word for word in overrides if "=" not in word and not word.startswith("~")]
     if not names:
         return list(overrides)
@@ -68,7 +68,7 @@ def _with_published_name(overrides: Sequence[str]) -> list[str]:
 
 
 def _is_shape_alone(model: Mapping[str, Any]) -> bool:
-    """Whether a model is a published one that is not on this machine."""
+    """Return whether a model is a published one that is not on this machine."""
     found = hub_id(model.get("path") or "")
     if found is None or not any(architecture(name).repository == found.repo for name in architecture_names()):
         return False
@@ -80,6 +80,6 @@ def _is_shape_alone(model: Mapping[str, Any]) -> bool:
 
 
 def _own_backends(settings: Mapping[str, Any]) -> list[str]:
-    """The components with a backend of their own, which they keep."""
+    """Return the components with a backend of their own, which they keep."""
     parts = settings.get("components") or {}
     return [name for name, values in parts.items() if isinstance(values, Mapping) and "backend" in values]

@@ -30,7 +30,7 @@ def plan_lines(
     uniform: Sequence[FrontPoint],
     milliseconds: float,
 ) -> list[str]:
-    """The plan as text: what was chosen from, the mix beside the uniform formats, and its memory."""
+    """Return the plan as text: what was chosen from, the mix beside the uniform formats, and its memory."""
     header = plan.table.header
     layers = sum(len(group[0].layers) for group in plan.groups)
     lines = [
@@ -53,7 +53,7 @@ def describe_formats(mix: Mix) -> str:
 
 
 def memory_line(request: Request, plan: FitPlan, mix: Mix) -> str:
-    """The predicted bytes of a mix against what is asked for."""
+    """Return the predicted bytes of a mix against what is asked for."""
     size = plan.size
     weights = size.fixed + mix.nbytes
     words = [
@@ -72,7 +72,7 @@ def memory_line(request: Request, plan: FitPlan, mix: Mix) -> str:
 
 
 def predicted_device_bytes(plan: FitPlan, mix: Mix) -> int:
-    """The peak on the device: weights that rest there, slots, and what loading or running takes beside."""
+    """Return the peak on the device: weights that rest there, slots, and what loading or running takes beside."""
     return plan.size.fixed + plan.limits.device_bytes_of(mix) + plan.size.beside
 
 
@@ -89,7 +89,7 @@ def _rows(points: Sequence[FrontPoint], plan: FitPlan) -> list[list[str]]:
 
 
 def one_fits(plan: FitPlan, mix: Mix) -> bool:
-    """Whether a mix keeps the bounds on bytes."""
+    """Return whether a mix keeps the bounds on bytes."""
     return plan.limits.device_bytes_of(mix) <= plan.limits.device_bytes
 
 
@@ -120,7 +120,7 @@ def write_plan(
 
 
 def plan_container(opened: OpenedModel, request: Request, plan: FitPlan, mix: Mix) -> dict[str, Any]:
-    """The plan as JSON-able data."""
+    """Return the plan as JSON-able data."""
     return {
         "schema": 1,
         "model": opened.name,
@@ -152,7 +152,7 @@ def _front_row(one: FrontPoint, kind: str) -> dict[str, object]:
 
 
 def draw_front(title: str, front: Sequence[FrontPoint], uniform: Sequence[FrontPoint], unit: str) -> bytes:
-    """A plot of predicted error against bits, as PNG: mixes as a line, uniform formats as named points."""
+    """Plot predicted error against bits, as PNG: mixes as a line, uniform formats as named points."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

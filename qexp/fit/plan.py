@@ -66,7 +66,7 @@ def plan_fit(opened: OpenedModel, request: Request, place: Path, bandwidth: floa
 
 
 def _check_budget(request: Request, size: Size, groups: Groups) -> None:
-    """Raises ConfigError where the smallest formats of all groups, all on the device, are too large.
+    """Raise ConfigError where the smallest formats of all groups, all on the device, are too large.
 
     With places the program itself says whether there is a mix.
     """
@@ -76,7 +76,7 @@ def _check_budget(request: Request, size: Size, groups: Groups) -> None:
 
 
 def choose_mix(plan: FitPlan, request: Request) -> Mix:
-    """The mix with the lowest predicted error within the limits. Raises: ConfigError if nothing keeps them."""
+    """Return the mix with the lowest predicted error within the limits. Raises: ConfigError if nothing keeps them."""
     mix = best_mix(plan.groups, plan.limits)
     if mix is None:
         raise refuse_budget(request, plan.size, plan.groups, _with_travel(plan))

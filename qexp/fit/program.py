@@ -84,12 +84,15 @@ def best_mix(groups: Groups, limits: Limits) -> Mix | None:
 
 
 def smallest_bytes(groups: Groups) -> int:
-    """Bytes of the smallest mix there is."""
+    """Return bytes of the smallest mix there is."""
     return sum(min(candidate.nbytes for candidate in group) for group in groups)
 
 
 def greedy_mix(groups: Groups, budget: int) -> Mix | None:
-    """A mix that fits: from the smallest one, the exchange with the most score for a byte first. None if none fits."""
+    """Return a mix that fits: from the smallest one, the exchange with the most score for a byte first.
+
+    None if none fits.
+    """
     hulls = [_lower_hull(group) for group in groups]
     taken, used = [0] * len(hulls), sum(hull[0].nbytes for hull in hulls)
     if used > budget:
@@ -107,7 +110,7 @@ def greedy_mix(groups: Groups, budget: int) -> Mix | None:
 
 
 def open_candidates(groups: Groups, limits: Limits, known: Mix | None) -> list[list[Candidate]]:
-    """The candidates of each group that a mix no worse than the known one can have."""
+    """Return the candidates of each group that a mix no worse than the known one can have."""
     if known is None:
         return [undominated(group) for group in groups]
     most = known.score * (1 + ROUNDING)
@@ -124,7 +127,7 @@ def open_candidates(groups: Groups, limits: Limits, known: Mix | None) -> list[l
 
 
 def _price_of_a_byte(groups: Groups, known: Mix) -> float:
-    """The most that one more byte would bring to a greedy mix: the steepest step that it has not taken."""
+    """Return the most that one more byte would bring to a greedy mix: the steepest step that it has not taken."""
     slopes = [0.0]
     for group, taken in zip(groups, known.choices, strict=True):
         hull = _lower_hull(group)
@@ -134,7 +137,7 @@ def _price_of_a_byte(groups: Groups, known: Mix) -> float:
 
 
 def undominated(group: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates to which no other one is both smaller and better, by bytes."""
+    """Return the candidates to which no other one is both smaller and better, by bytes."""
     kept: list[Candidate] = []
     for candidate in sorted(group, key=lambda candidate: (candidate.nbytes, candidate.score)):
         if not kept or candidate.score < kept[-1].score:
@@ -157,7 +160,7 @@ def _slope(first: Candidate, second: Candidate) -> float:
 
 
 def _solve(groups: Groups, limits: Limits, known: Mix | None) -> Mix | None:
-    """One call of the solver. known: a mix that fits, whose score is the unit; None if there is none yet."""
+    """Return one call of the solver. known: a mix that fits, whose score is the unit; None if there is none yet."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     unit = known.score if known is not None else sum(max(one.score for one in group) for group in groups)
@@ -219,7 +222,7 @@ def _constraints(variables: Sequence[tuple[int, Candidate, bool]], count: int, l
 
 
 def _brought_home(mix: Mix, limits: Limits) -> Mix:
-    """The mix with what need not be away on the device: the solver has no reason to prefer that."""
+    """Return the mix with what need not be away on the device: the solver has no reason to prefer that."""
     for choice in sorted(mix.choices, key=lambda choice: -choice.nbytes):
         if key_of(choice) in mix.away:
             nearer = replace(mix, away=mix.away - {key_of(choice)})

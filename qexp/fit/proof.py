@@ -49,7 +49,7 @@ class Proven:
         return {sample: weight for sample, (_, weight) in self.samples.get(metric.name, {}).items()}
 
     def mean(self, metric: Metric) -> float:
-        """The metric over all samples of all runs; infinite where every sample is identical to the reference."""
+        """Return the metric over all samples of all runs; infinite where every sample is identical to the reference."""
         found = [pair for pair in self.samples[metric.name].values() if math.isfinite(pair[0])]
         if not found:
             return math.inf
@@ -109,7 +109,7 @@ def _measured(contestant: Contestant, runs: Sequence[_Run], device: str) -> Prov
 
 
 def compared_metric(proven: Sequence[Proven], wanted: Metric | None) -> Metric:
-    """The metric that decides: the one of the bound, else the first of some that every result has samples of.
+    """Return the metric that decides: the one of the bound, else the first of some that every result has samples of.
 
     Raises: ConfigError where there is none.
     """

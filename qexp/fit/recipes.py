@@ -46,7 +46,7 @@ def backend_overrides(mix: Mix, model: ModelLayers, folder: Path, name: str) -> 
 
 
 def place_overrides(mix: Mix, device: str, several: bool) -> list[str]:
-    """The overrides that put what travels where it rests: the CPU, or the disk where the CPU computes.
+    """Return the overrides that put what travels where it rests: the CPU, or the disk where the CPU computes.
 
     several: whether the model has several components, whose names stand before those of layers.
     """
@@ -60,12 +60,12 @@ def place_overrides(mix: Mix, device: str, several: bool) -> list[str]:
 
 
 def config_of(fields: Mapping[str, Any], place: str) -> Any:
-    """The config of a backend's fields. Raises: ConfigError for fields that it has not."""
+    """Return the config of a backend's fields. Raises: ConfigError for fields that it has not."""
     return plugin_config("backend", dict(fields), place)
 
 
 def _option_of(mix: Mix, model: ModelLayers, component: str) -> str | None:
-    """The option of conf/backend that gives a component the same; None if there is none."""
+    """Return the option of conf/backend that gives a component the same; None if there is none."""
     own = [choice for choice in mix.choices if choice.component == component and choice.format != DENSE]
     if not own:
         return DENSE
@@ -92,5 +92,5 @@ def hydra_override(name: str, text: str) -> str:
 
 
 def shell_line(overrides: Sequence[str]) -> str:
-    """The command that runs an experiment with these overrides, to copy into a shell."""
+    """Return the command that runs an experiment with these overrides, to copy into a shell."""
     return f"python -m qexp {shlex.join(overrides)}"

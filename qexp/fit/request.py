@@ -193,7 +193,7 @@ def _read_score(value: str, name: str) -> str:
 
 
 def _read_candidates(value: str, name: str) -> dict[str, Any]:
-    """Fields of a `Request`. Raises: ConfigError for what is no list of formats, as task.formats takes it."""
+    """Return fields of a `Request`. Raises: ConfigError for what is no list of formats, as task.formats takes it."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError

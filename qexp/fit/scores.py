@@ -62,6 +62,6 @@ def make_scores(opened: OpenedModel, request: Request, score: str | None = None)
 
 
 def _is_kept(word: str, own: Collection[str]) -> bool:
-    """Whether an override of the experiment is one of a sensitivity run, too."""
+    """Return whether an override of the experiment is one of a sensitivity run, too."""
     name = word.lstrip("+").partition("=")[0]
     return not name.startswith("task.") or name.removeprefix("task.").partition(".")[0] in own

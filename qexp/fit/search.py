@@ -64,7 +64,7 @@ def _reaches(
     variants: Sequence[Sequence[str]],
     sweep: str,
 ) -> bool:
-    """Whether a mix reaches the bound with the first variant. Raises: ConfigError for a run that failed."""
+    """Return whether a mix reaches the bound with the first variant. Raises: ConfigError for a run that failed."""
     assert request.quality is not None
     found: Proven = run_proof(opened, [_contestant(opened, plan, one, folder)], variants[:1], f"{sweep}_search")[0]
     if found.problem or request.quality.metric.name not in found.samples:

@@ -82,7 +82,7 @@ def push(folder: Path, files: Sequence[Path], save: SaveConfig, message: str) ->
             api.create_branch(repo, branch=save.revision, exist_ok=True)
 
         def stored(name: str) -> CommitOperationAdd:
-            """A file ready to be committed, whatever a .gitignore in the repository says about it."""
+            """Return a file ready to be committed, whatever a .gitignore in the repository says about it."""
             addition = CommitOperationAdd(name, paths[name])
             api.preupload_lfs_files(additions=[addition], gitignore_content="", free_memory=False, **where)
             return addition

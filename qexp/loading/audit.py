@@ -14,7 +14,7 @@ from qexp.quantizers.rows import is_finite
 
 
 def audit(model: nn.Module, quantizer: Quantizer, planned: Mapping[str, int]) -> None:
-    """Raises LoadError unless every tensor is real, and the layers planned to be quantized are exactly those that are.
+    """Raise LoadError unless every tensor is real, and the layers planned to be quantized are exactly those that are.
 
     planned: layer -> bytes of its quantized weight. Also checked: a backend that quantized nothing, weights whose bytes
     are not those the plan predicted, and scales (of a stored weight, say) that are not finite.

@@ -59,7 +59,7 @@ class Prepared:
     unmatched: Mapping[str, Mapping[str, str]]  # setting -> pattern that matches no module -> what to say of it
 
     def check_patterns(self) -> None:
-        """Raises ConfigError for a pattern that matches no module."""
+        """Raise ConfigError for a pattern that matches no module."""
         for message in (message for found in self.unmatched.values() for message in found.values()):
             raise ConfigError(message)
 
@@ -87,7 +87,10 @@ class LoadedComponent:
 
 
 def plan_statistics(plans: Sequence[LoadPlan], weights_bytes: int) -> dict[str, float]:
-    """Counts of modules, and the `memory/` numbers of the weights. weights_bytes: true bytes of all components."""
+    """Return counts of modules, and the `memory/` numbers of the weights.
+
+    weights_bytes: true bytes of all components.
+    """
     items = [item for plan in plans for item in plan.distinct]
     quantized = [item for plan in plans for item in plan.quantized]
     numel = sum(item.numel for item in items)

@@ -86,7 +86,7 @@ def entries_of(device_map: DeviceMap, component: str, names: Sequence[str]) -> D
 
 
 def check_shared_patterns(prepared: Mapping[str, Prepared], components: Mapping[str, ComponentConfig]) -> None:
-    """Raises ConfigError for a pattern that matches nothing.
+    """Raise ConfigError for a pattern that matches nothing.
 
     Components that share a list of patterns, or a backend that has patterns, share them: one of them must have a module
     that matches. In a list that is one component's own, each pattern must match there.

@@ -45,7 +45,7 @@ DeviceMap = str | int | torch.device | Mapping[str, int | str | torch.device] | 
 
 
 def main_device(device_map: DeviceMap, device: torch.device) -> torch.device:
-    """The device that decides what a model can be loaded as: the first accelerator of a map, or else the CPU."""
+    """Return the device that decides what a model can be loaded as: the first accelerator of a map, or else the CPU."""
     if device_map is None or device_map in PLANNED_DEVICE_MAPS:
         return device
     named = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
@@ -104,7 +104,7 @@ def place(
 
 
 def no_split_classes(model: nn.Module, block_lists: Sequence[str]) -> set[str]:
-    """Classes of modules that stay on one device: what the model says (`_no_split_modules`), or else its blocks.
+    """Return classes of modules that stay on one device: what the model says (`_no_split_modules`), or else its blocks.
 
     Modules of torch that read the weights of their children are always among them.
     """
@@ -145,7 +145,7 @@ def to_keep_in_fp32(model: nn.Module, quantizer: Quantizer, placement: Placement
 
 
 def _explicit(model: nn.Module, nbytes: Mapping[str, int], places: Mapping[str, Place]) -> dict[str, Place]:
-    """A user's map, in the order of the model. Raises: ConfigError if it cannot be followed."""
+    """Return a user's map, in the order of the model. Raises: ConfigError if it cannot be followed."""
     order = list_names(model)
     for name in places:
         if name not in order:

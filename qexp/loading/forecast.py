@@ -148,7 +148,10 @@ def bytes_by_site(prepared: Prepared) -> dict[int, int]:
 def forecast_offload(
     parts: Sequence[ComponentForecast], offload: OffloadConfig, dense: Sequence[bool]
 ) -> Iterator[tuple[str, OffloadForecast]]:
-    """The strategies, from the fastest to the one that needs least. dense: whether a component is not quantized."""
+    """Yield the strategies, from the fastest to the one that needs least.
+
+    dense: whether a component is not quantized.
+    """
     total = sum(part.result_bytes for part in parts)
     largest = max((part.largest_bytes for part in parts), default=0)
     yield "none", OffloadForecast(total, total + largest + LOADING_BYTES)

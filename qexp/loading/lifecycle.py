@@ -138,7 +138,7 @@ def load_planned(planned: PlannedComponent, loader: LoaderConfig) -> LoadedCompo
 
 
 def _kept_dense(settings: ComponentConfig, names: list[str]) -> ComponentConfig:
-    """Settings that neither quantize these modules nor cast them."""
+    """Return settings that neither quantize these modules nor cast them."""
     return replace(
         settings,
         skip_modules=(*settings.skip_modules, *names),

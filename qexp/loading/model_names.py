@@ -29,7 +29,7 @@ WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 
 def under_model_names(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
-    """The checkpoint with tensors named and shaped as the model's, as far as that can be done.
+    """Return the checkpoint with tensors named and shaped as the model's, as far as that can be done.
 
     A prefix is taken off only if no tensor has a place in the model with it, and some have without it.
     """
@@ -50,7 +50,7 @@ def under_model_names(source: ModelSource, component: str, checkpoint: Checkpoin
 
 
 def _converted_by_source(source: ModelSource, component: str, checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
-    """The checkpoint, converted by the source where a name or shape is not the model's."""
+    """Return the checkpoint, converted by the source where a name or shape is not the model's."""
     entries = checkpoint.entries
     if all(name in entries and entries[name].shape == t.shape for name, t in model.state_dict().items()):
         return checkpoint
@@ -59,7 +59,7 @@ def _converted_by_source(source: ModelSource, component: str, checkpoint: Checkp
 
 
 def _without_wrappers(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
-    """The checkpoint without the segments of wrappers, where the network has no such names itself.
+    """Return the checkpoint without the segments of wrappers, where the network has no such names itself.
 
     `module` is also a name that authors give: it goes only from the middle of a name, where the rest is one of the
     model's tensors or layers.
@@ -83,7 +83,7 @@ def _without_segments(name: str, segments: Collection[str]) -> str:
 
 
 def _without_prefixes(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
-    """The checkpoint without the first segment of its names, the first two, …: as long as all have the same
+    """Yield the checkpoint without the first segment of its names, the first two, …: as long as all have the same
     one."""
     prefix = ""
     while True:
@@ -102,13 +102,13 @@ def _take_off(length: int) -> Any:
 
 
 def _has_places(checkpoint: Checkpoint, model: nn.Module) -> bool:
-    """Whether any tensor is one of the model's, or a part of a quantized weight of one of its layers."""
+    """Return whether any tensor is one of the model's, or a part of a quantized weight of one of its layers."""
     names = _names_of_places(model)
     return any(name in names or name.rpartition(".")[0] in names for name in checkpoint.entries)
 
 
 def _names_of_places(model: nn.Module) -> set[str]:
-    """Names of the model's modules and tensors."""
+    """Return names of the model's modules and tensors."""
     return {name for name, _ in model.named_modules(remove_duplicate=False)} - {""} | model.state_dict().keys()
 
 

@@ -39,7 +39,7 @@ def unused_message(component: str, plan: LoadPlan) -> str | None:
 
 
 def not_linear_message(component: str, plan: LoadPlan) -> str | None:
-    """A warning, if weights that no format quantizes are a large part of the model."""
+    """Return a warning, if weights that no format quantizes are a large part of the model."""
     if not plan.quantized:
         return None
     items = [item for item in plan.distinct if item.target in plan.not_linear]

@@ -89,7 +89,7 @@ class LoadPlan:
         return found
 
     def to_container(self) -> dict[str, Any]:
-        """The plan as JSON-able data, for plan.json."""
+        """Return the plan as JSON-able data, for plan.json."""
         return {
             "result_bytes": sum(item.result_nbytes for item in self.distinct),
             "read_bytes": sum(item.nbytes for item in self.distinct),
@@ -293,7 +293,7 @@ def _kind_of(module: nn.Module, parameter: nn.Parameter) -> str:
 
 
 def stored_part_names(quantizer: Quantizer, checkpoint: Checkpoint) -> set[str]:
-    """The names of all tensors in a checkpoint that are parts of ready-quantized weights."""
+    """Return the names of all tensors in a checkpoint that are parts of ready-quantized weights."""
     above = {name.rsplit(".", levels)[0] for name in checkpoint.entries for levels in range(1, 1 + name.count("."))}
     found = (quantizer.stored_parts(name, checkpoint.entries) for name in above)
     return {entry.name for parts in found if parts is not None for entry in parts.values()}
@@ -302,7 +302,7 @@ def stored_part_names(quantizer: Quantizer, checkpoint: Checkpoint) -> set[str]:
 def _stored_items(
     quantizer: Quantizer, checkpoint: Checkpoint, chosen: Mapping[str, WeightSpec], dtype: torch.dtype
 ) -> dict[str, WorkItem]:
-    """The items of the weights that the checkpoint holds ready quantized, by their targets."""
+    """Return the items of the weights that the checkpoint holds ready quantized, by their targets."""
     items = {}
     for name, spec in chosen.items():
         parts = quantizer.stored_parts(name, checkpoint.entries)
@@ -315,7 +315,7 @@ def _stored_items(
 
 
 def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor that a checkpoint must hold: parameters and persistent buffers."""
+    """Return every tensor that a checkpoint must hold: parameters and persistent buffers."""
     return dict(model.state_dict(keep_vars=True))
 
 

@@ -76,7 +76,7 @@ class Guarded(nn.Module):
         return quantizer.dequantize(self, dtype)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes that the model's weights really occupy, inner tensors and scales included."""
+        """Return bytes that the model's weights really occupy, inner tensors and scales included."""
         if return_buffers:
             return module_nbytes(self)
         buffers = nn.ParameterList(nn.Parameter(buffer, requires_grad=False) for buffer in self.buffers())
@@ -204,7 +204,7 @@ def register(model: nn.Module, prepared: Prepared) -> None:
 
 
 def registered_quantizer(model: nn.Module) -> Quantizer | None:
-    """The quantizer of a model that was loaded quantized, and was not dequantized since."""
+    """Return the quantizer of a model that was loaded quantized, and was not dequantized since."""
     found = getattr(model, "hf_quantizer", None)
     found = getattr(found, "quantizer", found)  # from behind the interface for its class
     return found if isinstance(found, Quantizer) else None

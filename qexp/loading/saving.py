@@ -133,7 +133,7 @@ def _copy_carried_files(model: Any, beside: Path) -> list[str]:
 
 @contextmanager
 def _replace_when_complete(folder: Path) -> Iterator[Path]:
-    """A folder to write a model to, whose files are moved into `folder` once all of them are there."""
+    """Provide a folder to write a model to, whose files are moved into `folder` once all of them are there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".save-", dir=folder) as beside:
@@ -185,7 +185,7 @@ def _without_twins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors in their order, in parts of at most `limit` bytes (or one tensor)."""
+    """Yield the tensors in their order, in parts of at most `limit` bytes (or one tensor)."""
     shard, size = dict[str, Tensor](), 0
     for name, tensor in tensors.items():
         if shard and size + tensor.nbytes > limit:

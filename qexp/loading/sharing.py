@@ -47,7 +47,7 @@ def with_tied_entries(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
 
 
 def _is_linear_weight(model: nn.Module, name: str) -> bool:
-    """Whether a tensor is the weight of a linear layer."""
+    """Return whether a tensor is the weight of a linear layer."""
     layer, _, own = name.rpartition(".")
     return own == "weight" and weight_shape(model.get_submodule(layer)) is not None
 
@@ -62,7 +62,7 @@ def _names_of_parts(name: str, model: nn.Module, targets: Iterable[str], entries
 
 
 def _renamed(part: str, first: str, name: str) -> str:
-    """The name of a part of `first`, as a part of `name`."""
+    """Return the name of a part of `first`, as a part of `name`."""
     if part == first:
         return name
     return name.rpartition(".")[0] + part.removeprefix(first.rpartition(".")[0])
@@ -84,7 +84,7 @@ def tied_targets(items: Iterable[WorkItem], targets: Mapping[str, Tensor], quant
 
 
 def aliases(model: nn.Module, tied: Mapping[str, str]) -> dict[str, str]:
-    """Those of the tied parameters that are the same parameter of the same module, under another name."""
+    """Return those of the tied parameters that are the same parameter of the same module, under another name."""
     return {name: first for name, first in tied.items() if _site_of(model, name) == _site_of(model, first)}
 
 
@@ -104,7 +104,7 @@ def skip_all_names(model: nn.Module, chosen: dict[str, WeightSpec], skipped: dic
 
 
 def check_one_format(model: nn.Module, quantizer: Quantizer) -> None:
-    """Raises ConfigError where a backend gives two formats to one weight. model: the skeleton."""
+    """Raise ConfigError where a backend gives two formats to one weight. model: the skeleton."""
     for names in layers_by_weight(model):
         if len(names) > 1 and (reason := quantizer.conflict(names)) is not None:
             raise ConfigError(f"{first_names(names)} have one weight, but {reason}")
@@ -131,7 +131,7 @@ def _memory_key(tensor: Tensor) -> Any:
 
 
 def distinct_state(model: nn.Module, quantizer: Quantizer | None) -> dict[str, Tensor]:
-    """The state dict of a loaded model, what is shared under the first of its names."""
+    """Return the state dict of a loaded model, what is shared under the first of its names."""
     state, modules, weights = dict(model.state_dict()), set[int](), set[int]()
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in modules:

@@ -17,7 +17,7 @@ HARMLESS = ("num_batches_tracked",)  # of batch norms that are frozen in the mod
 
 
 def check_meaning(plan: LoadPlan, checkpoint: Checkpoint, *, plain_fp8: bool) -> None:
-    """Raises: LoadError for weights that mean nothing without what is not read.
+    """Raise LoadError for weights that mean nothing without what is not read.
 
     plain_fp8: whether weights in float8 without scales are what they seem.
     """

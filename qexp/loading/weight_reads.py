@@ -69,7 +69,7 @@ def keep_to_layers(model: nn.Module, names: Collection[str]) -> None:
 
 
 def _under(name: str, module: nn.Module, path: Iterable[str]) -> list[str]:
-    """The names of the modules that a path leads to."""
+    """Return the names of the modules that a path leads to."""
     reached = [(name, module)]
     for part in path:
         children = [(above, dict(parent.named_children())) for above, parent in reached]
@@ -84,7 +84,7 @@ def _under(name: str, module: nn.Module, path: Iterable[str]) -> list[str]:
 
 @cache
 def _reads_of(kind: type[nn.Module]) -> tuple[WeightRead, ...]:
-    """The reads in the methods of a class and of those it inherits from, but for torch's own."""
+    """Return the reads in the methods of a class and of those it inherits from, but for torch's own."""
     reads: list[WeightRead] = []
     seen: set[str] = set()
     for one in kind.__mro__:
@@ -108,7 +108,7 @@ def _methods(kind: type) -> list[ast.FunctionDef]:
 
 @cache
 def _classes_in(file: str) -> dict[str, ast.ClassDef]:
-    """The classes in a file, by their qualified names."""
+    """Return the classes in a file, by their qualified names."""
     found: dict[str, ast.ClassDef] = {}
 
     def visit(node: ast.AST, prefix: str) -> None:
@@ -156,7 +156,7 @@ def _binding(node: ast.AST) -> tuple[str | None, ast.AST, tuple[str, ...]]:
 
 
 def _path(node: ast.AST, names: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
-    """The names from the module on that an expression follows; None if it does not begin there."""
+    """Return the names from the module on that an expression follows; None if it does not begin there."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
     if isinstance(node, ast.Attribute):

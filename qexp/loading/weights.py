@@ -111,7 +111,7 @@ def load_weights(planned: PlannedComponent, dispatch: Dispatch | None, loader: L
 
 
 def _dense(item: WorkItem, stored: Tensor) -> Tensor:
-    """A tensor that stays dense, on the device and in the dtype planned for it."""
+    """Return a tensor that stays dense, on the device and in the dtype planned for it."""
     if not item.dtype.is_floating_point:
         _check_range(item, stored)
     if item.source.transform is not None:  # of what was read into memory that is used again
@@ -124,7 +124,7 @@ def _dense(item: WorkItem, stored: Tensor) -> Tensor:
 
 
 def _check_range(item: WorkItem, stored: Tensor) -> None:
-    """Raises LoadError for a whole number that the model's dtype cannot hold: a cast would wrap it, and say nothing."""
+    """Raise LoadError for a whole number that the model's dtype cannot hold: a cast would wrap it, and say nothing."""
     if stored.dtype == item.dtype or stored.numel() == 0:
         return
     limits = torch.iinfo(item.dtype) if item.dtype != torch.bool else None
@@ -140,7 +140,7 @@ def _check_range(item: WorkItem, stored: Tensor) -> None:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises LoadError for a parameter with a value that is not finite: every answer of the model would be wrong."""
+    """Raise LoadError for a parameter with a value that is not finite: every answer of the model would be wrong."""
     if not is_finite(tensor):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise LoadError(f"'{name}' is not finite in {dtype}; repair the checkpoint, or use another compute_dtype")

@@ -28,7 +28,7 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet's 
 
 
 def lpips(images: Tensor, reference: Tensor, backbone: Backbone, heads: Sequence[Tensor]) -> Tensor:
-    """The distance of each image to its reference, [n], fp32.
+    """Return the distance of each image to its reference, [n], fp32.
 
     Shapes: images and reference [n, 3, height, width] in [-1, 1]; heads: [1, channels, 1, 1] for each tap.
     """
@@ -62,7 +62,7 @@ def _distance(first: Sequence[Tensor], second: Sequence[Tensor], heads: Sequence
 
 
 def _normalize_channels(features: Tensor) -> Tensor:
-    """Each position's channels as a vector of length 1."""
+    """Return each position's channels as a vector of length 1."""
     return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()
 
 

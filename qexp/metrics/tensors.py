@@ -50,7 +50,7 @@ def _matching_pieces(original: Tensor, restored: Tensor) -> Iterator[tuple[Tenso
 
 
 def compare(original: Tensor, restored: Tensor) -> Comparison:
-    """All numbers of this module in one pass. Raises ValueError for tensors of different shapes."""
+    """Return all numbers of this module in one pass. Raises ValueError for tensors of different shapes."""
     return compare_all([(original, restored)])
 
 

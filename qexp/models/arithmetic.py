@@ -99,6 +99,6 @@ class Source(causal_lm.Source):
 
 
 def solution(prompt: str) -> str:
-    """The answer to a problem: '3240' to '543+870='."""
+    """Return the answer to a problem: '3240' to '543+870='."""
     first, second = int(prompt[:3][::-1]), int(prompt[4:7][::-1])
     return f"{first + second if prompt[3] == '+' else first - second:04d}"[::-1]

@@ -85,7 +85,7 @@ class DiffusersConfig(ModelConfig):
 
     @override
     def unquantized(self) -> DiffusersConfig:
-        """The pipeline to compare with where something is quantized in this one's checkpoints."""
+        """Return the pipeline to compare with where something is quantized in this one's checkpoints."""
         if self.reference_path is not None:
             return replace(
                 self, path=self.reference_path, revision=None, variant=None, checkpoints={}, reference_path=None
@@ -246,7 +246,7 @@ class Source(ModelSource):
 
     @override
     def check_task(self, task: Any) -> None:
-        """Raises: ConfigError for a task without a prompt, or a LoRA that is not there or of no use."""
+        """Raise ConfigError for a task without a prompt, or a LoRA that is not there or of no use."""
         if task.name in ("generate", "sensitivity"):
             self.prompts(task)
         for lora in self.adapters():

@@ -180,7 +180,7 @@ def _velocity(model: nn.Module, state: Tensor, t: Tensor, labels: Tensor, guidan
 
 
 def _architecture(config: dict[str, Any]) -> Any:
-    """The `DigitsConfig` in a parsed config.json, checked as far as the constructor relies on it."""
+    """Return the `DigitsConfig` in a parsed config.json, checked as far as the constructor relies on it."""
     from qexp.models.digits_network import DigitsConfig
 
     if not config:

@@ -40,7 +40,10 @@ class FolderSource(ModelSource):
 
     @override
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
-        """The network of a parsed config.json. Raises: ConfigError or LoadError if nothing says how to build it."""
+        """Return the network of a parsed config.json.
+
+        Raises: ConfigError or LoadError if nothing says how to build it.
+        """
         return self._build(config)
 
     @override
@@ -61,7 +64,7 @@ class FolderSource(ModelSource):
 
     @override
     def carried_files(self) -> tuple[str, ...]:
-        """A tokenizer's files, if there are any."""
+        """Return a tokenizer's files, if there are any."""
         from qexp.models.causal_lm import CARRIED_FILES
 
         return CARRIED_FILES
@@ -131,7 +134,7 @@ def _from_transformers(fields: Mapping[str, Any], path: Path) -> nn.Module:
 
 
 def _class_of(library: Any, name: object, base: type, entry: str, path: Path) -> Any:
-    """The model class that config.json names. Raises LoadError if the library has none so called."""
+    """Return the model class that config.json names. Raises LoadError if the library has none so called."""
     with quiet():  # it imports the module of the class, and all that this one may need
         found = getattr(library, str(name), None)
     if isinstance(found, type) and issubclass(found, base):

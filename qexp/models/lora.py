@@ -63,7 +63,7 @@ class LoraConfig:
         raise ConfigError(f"model.lora={self.path} must be a .safetensors file, or a folder with one; {has}")
 
     def files(self) -> list[Path]:
-        """The files that its numbers come from. Raises: ConfigError if there is no such file."""
+        """Return the files that its numbers come from. Raises: ConfigError if there is no such file."""
         beside = self.file.with_name(ADAPTER_CONFIG)
         return [self.file, beside] if adapter_config_of(self.file) is not None else [self.file]
 
@@ -107,7 +107,7 @@ Updates = dict[str, dict[str, list[Update]]]  # component -> layer -> updates in
 
 
 def read_updates(configs: tuple[LoraConfig, ...], pipeline_class: Any, models: Mapping[str, nn.Module]) -> Updates:
-    """All updates of some LoRA files, checked against the models, which may be skeletons.
+    """Return all updates of some LoRA files, checked against the models, which may be skeletons.
 
     Raises: ConfigError for a pipeline without LoRA, LoadError for a file that does not fit it.
     """
@@ -129,7 +129,7 @@ def read_updates(configs: tuple[LoraConfig, ...], pipeline_class: Any, models: M
 def _read_file(
     config: LoraConfig, pipeline_class: Any, models: Mapping[str, nn.Module]
 ) -> dict[str, dict[str, Update]]:
-    """One file: component -> layer -> update."""
+    """Return one file: component -> layer -> update."""
     file, place = config.file, f"model.lora={config.path}"
     stored = _stored_tensors(file)
     factor = 1.0
@@ -184,7 +184,7 @@ def _stored_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _of_layers(stored: Mapping[str, Tensor], config: LoraConfig, models: Mapping[str, nn.Module]) -> _Converted | None:
-    """A file whose names are those of the layers of one component, as peft writes it; None if they are not."""
+    """Return a file whose names are those of the layers of one component, as peft writes it; None if they are not."""
     bare = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored.items()}
     layers = {name.rpartition(".lora_")[0] for name in bare}
     for component in [config.component] if config.component else list(models):
@@ -227,7 +227,7 @@ def _converted(
 def _of_component(
     tensors: Mapping[str, Tensor], config: LoraConfig, stored: Sequence[str], kind: Any, models: Mapping[str, nn.Module]
 ) -> Mapping[str, Tensor]:
-    """The tensors by component. Raises: ConfigError if it is not said which of two transformers they are for."""
+    """Return the tensors by component. Raises: ConfigError if it is not said which of two transformers they are for."""
     main = str(getattr(kind, "transformer_name", None) or getattr(kind, "unet_name", "unet"))
     target, place = config.component, f"model.lora={config.path}"
     if target is None:
@@ -262,7 +262,7 @@ def _signature_of(function: Any) -> Any:
 
 
 def _peft_names(tensors: Mapping[str, Tensor], model: nn.Module, place: str) -> dict[str, Tensor]:
-    """Names that end with lora_A and lora_B, of the model's layers, for the same tensors."""
+    """Return names that end with lora_A and lora_B, of the model's layers, for the same tensors."""
     from diffusers.utils import (
         convert_state_dict_to_diffusers,
         convert_state_dict_to_peft,

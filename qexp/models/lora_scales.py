@@ -43,7 +43,10 @@ def adapter_config_of(file: Path) -> dict[str, Any] | None:
 
 
 def check_adapter_config(config: Mapping[str, Any], place: str) -> Mapping[str, Any]:
-    """The config itself. Raises: LoadError for a field that changes what the adapter computes and is not read here."""
+    """Return the config itself.
+
+    Raises: LoadError for a field that changes what the adapter computes and is not read here.
+    """
     kind, start = config.get("peft_type") or "LORA", str(config.get("init_lora_weights"))
     kind = str(getattr(kind, "value", kind))
     if kind != "LORA":

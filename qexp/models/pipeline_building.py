@@ -28,7 +28,7 @@ from qexp.system.imports import quiet
 
 
 def network(folder: PipelineFolder, component: str, config: Mapping[str, Any]) -> nn.Module:
-    """A component's network, without weights, from its parsed config.json."""
+    """Return a component's network, without weights, from its parsed config.json."""
     fields = {name: value for name, value in config.items() if name not in NOT_THE_NETWORKS}
     kind = _component_class(folder, component)
     if issubclass(kind, diffusers.ModelMixin):
@@ -66,7 +66,7 @@ def _component_class(folder: PipelineFolder, component: str) -> Any:
 
 
 def pipeline_class(folder: PipelineFolder) -> Any:
-    """Raises: LoadError for a class that this version of diffusers has not."""
+    """Raise LoadError for a class that this version of diffusers has not."""
     with quiet():
         kind = getattr(diffusers, folder.class_name, None)
     if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline):
@@ -118,7 +118,7 @@ def _made_by(folder: PipelineFolder) -> str:
 
 @cache
 def _with_own_device(kind: Any) -> Any:
-    """The pipeline's class, which knows where models compute whose weights rest elsewhere."""
+    """Return the pipeline's class, which knows where models compute whose weights rest elsewhere."""
 
     @property  # type: ignore[misc]
     def _execution_device(self: Any) -> torch.device:

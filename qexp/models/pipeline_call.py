@@ -53,7 +53,7 @@ BATCHED_BY_PROMPT = ("LTXPipeline", "Lumina2Pipeline", "SanaPipeline")  # they r
 
 
 def check_arguments(pipeline: Any, task: GenerateConfig) -> None:
-    """Raises: ConfigError for a task that the pipeline's call does not take."""
+    """Raise ConfigError for a task that the pipeline's call does not take."""
     known = inspect.signature(pipeline.__call__).parameters
     kind = type(pipeline).__name__
     _check_kind(kind, task, known)
@@ -88,7 +88,7 @@ def check_arguments(pipeline: Any, task: GenerateConfig) -> None:
 
 
 def _check_kind(kind: str, task: GenerateConfig, known: Mapping[str, Any]) -> None:
-    """Raises: ConfigError for a pipeline of another kind: not of prompts, not of prompts alone, or without steps."""
+    """Raise ConfigError for a pipeline of another kind: not of prompts, not of prompts alone, or without steps."""
     given = {"prompt", *arguments_of(task, known)}
     required = [
         name
@@ -119,7 +119,7 @@ def arguments_of(task: GenerateConfig, known: Mapping[str, Any]) -> dict[str, An
 
 
 def number_of_steps(pipeline: Any, task: GenerateConfig, prompts: int) -> int | None:
-    """How many steps a task takes, if the pipeline says how many are its default."""
+    """Return how many steps a task takes, if the pipeline says how many are its default."""
     known = inspect.signature(pipeline.__call__).parameters
     default = known["num_inference_steps"].default if "num_inference_steps" in known else None
     steps = task.num_inference_steps or default
@@ -139,7 +139,7 @@ class _Call:
     seeds: list[int]
 
     def alone(self) -> list[_Call]:
-        """The same images, each in a call of its own."""
+        """Return the same images, each in a call of its own."""
         prompts, negative = (_repeated(texts, self.copies) for texts in (self.prompts, self.negative or []))
         return [
             _Call([prompts[number]], [negative[number]] if negative else None, 1, [seed])
@@ -218,7 +218,7 @@ def _said(output: Any, samples: int) -> dict[str, Tensor]:
 
 
 def _repeated(texts: list[str], copies: int) -> list[str]:
-    """Each text that many times, one behind the other, as pipelines order the images of their prompts."""
+    """Repeat each text `copies` times in a row, as pipelines order the images of their prompts."""
     return [text for text in texts for _ in range(copies)]
 
 
@@ -262,7 +262,7 @@ def _as_images(output: Any) -> Tensor:
 
 
 def _check_sizes(pipeline: Any, task: GenerateConfig) -> None:
-    """Raises: ConfigError for sizes that the pipeline would round, with no more than a warning."""
+    """Raise ConfigError for sizes that the pipeline would round, with no more than a warning."""
     processor = getattr(pipeline, "image_processor", None) or getattr(pipeline, "video_processor", None)
     multiple = processor.config.vae_scale_factor if processor is not None else 1
     for name in ("height", "width"):

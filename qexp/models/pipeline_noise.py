@@ -86,7 +86,7 @@ def _draw_like(original: Callable[..., Tensor], generators: list[Generator], arg
 
 
 def _draw_from(original: Callable[..., Tensor], generators: list[Generator], arguments: Any, keywords: Any) -> Tensor:
-    """A draw by the values of a tensor [samples, ...], given as the first argument or as `input`."""
+    """Return a draw by the values of a tensor [samples, ...], given as the first argument or as `input`."""
     named = {**keywords}
     source = arguments[0] if arguments else named.pop("input")
     draw = partial(_draw_row, original, arguments[1:], named)

@@ -19,7 +19,7 @@ SAMPLES = ("images", "frames")  # fields of outputs
 
 
 def checked_arguments(pipeline: Any, given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments that the call will pass to `check_inputs`; None if they are known only when it runs.
+    """Return the arguments that the call will pass to `check_inputs`; None if they are known only when it runs.
 
     given: the call's arguments; known: its parameters.
     """
@@ -49,7 +49,7 @@ def checked_arguments(pipeline: Any, given: Mapping[str, Any], known: Mapping[st
 
 
 def returned_fields(pipeline: Any) -> set[str] | None:
-    """The fields of what the call returns; None if its source does not tell."""
+    """Return the fields of what the call returns; None if its source does not tell."""
     function = _call_of(type(pipeline))  # type: ignore[arg-type]
     if function is None:
         return None
@@ -65,7 +65,7 @@ def returned_fields(pipeline: Any) -> set[str] | None:
 
 
 def steps_of_call(scheduler: Any, steps: int, is_told_each: bool) -> int:
-    """How often a pipeline reports a step: PNDM takes one more than asked for, Heun each but the last twice.
+    """Return how often a pipeline reports a step: PNDM takes one more than asked for, Heun each but the last twice.
 
     is_told_each: False for pipelines of old, which report a step of several evaluations once.
     """

@@ -13,7 +13,7 @@ from qexp.errors import ConfigError, LoadError
 
 
 def encode_prompts(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
-    """The tokens of prompts, with the tokenizer's special ones, but none of these twice.
+    """Return the tokens of prompts, with the tokenizer's special ones, but none of these twice.
 
     A prompt out of a chat template begins with the text of the token that the tokenizer puts in front of it.
     """
@@ -23,7 +23,7 @@ def encode_prompts(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
 
 
 def once_each(row: list[int], own: list[int]) -> list[int]:
-    """A text's tokens without the special ones that were added where the text has the same already.
+    """Return a text's tokens without the special ones that were added where the text has the same already.
 
     row: with special tokens; own: the text's, without.
     """
@@ -51,7 +51,7 @@ def padded_inputs(rows: list[list[int]], padding: int | None, model: Any) -> dic
 
 
 def encode_lines(model: Any, tokenizer: Any, lines: list[str]) -> dict[str, Tensor]:
-    """The arguments of a forward for lines of text, [lines, longest], padded behind them.
+    """Return the arguments of a forward for lines of text, [lines, longest], padded behind them.
 
     A decoder that answers them begins with its start token, so that its outputs are those of the first token to come.
     """
@@ -80,7 +80,7 @@ def encode_lines(model: Any, tokenizer: Any, lines: list[str]) -> dict[str, Tens
 
 
 def check_tokens(model: Any, tokenizer: Any, rows: Iterable[list[int]], place: str) -> None:
-    """Raises LoadError for a token that the network has no embedding for: the tokenizer is another model's."""
+    """Raise LoadError for a token that the network has no embedding for: the tokenizer is another model's."""
     wrong = next((token for row in rows for token in row if not is_in_vocabulary(token, model)), None)
     if wrong is not None:
         raise LoadError(
@@ -91,7 +91,7 @@ def check_tokens(model: Any, tokenizer: Any, rows: Iterable[list[int]], place: s
 
 
 def vocabulary_size(model: Any) -> int | None:
-    """How many tokens a network has embeddings for; None if it has no table of them."""
+    """Return how many tokens a network has embeddings for; None if it has no table of them."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:

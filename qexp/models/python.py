@@ -69,7 +69,7 @@ class PythonConfig(ModelConfig):
 
     @override
     def input_files(self) -> dict[str, Path]:
-        """The module's file, whose content is what counts. Raises ConfigError if there is none so called."""
+        """Return the module's file, whose content is what counts. Raises ConfigError if there is none so called."""
         module, _ = split_name(self.factory)
         spec = find_module(module, self.folder)
         return {"factory": Path(spec.origin)} if spec.origin is not None else {}
@@ -80,7 +80,7 @@ class PythonConfig(ModelConfig):
         return replace(self, folder=absolute(found) if found is not None else None)
 
     def ignored_fields(self) -> set[str]:
-        """The module counts by its content."""
+        """Leave the folder out of a run's key: the module counts by its content."""
         return {"folder"}
 
 
@@ -105,7 +105,7 @@ class Source(ModelSource):
 
     @override
     def check_task(self, task: Any) -> None:
-        """Raises ConfigError for a factory that is not there, or inputs that this network has no tokenizer for."""
+        """Raise ConfigError for a factory that is not there, or inputs that this network has no tokenizer for."""
         module, function = split_name(self.config.factory)
         spec = find_module(module, self.config.folder)
         known = defined_names(spec)
@@ -195,7 +195,7 @@ def _modules_in(folders: list[str]) -> Iterator[str]:
 
 
 def defined_names(spec: ModuleSpec) -> set[str] | None:
-    """The names that a module binds at its top level; None if that cannot be read from its text."""
+    """Return the names that a module binds at its top level; None if that cannot be read from its text."""
     text = parsed(spec)
     if text is None:
         return None
@@ -216,7 +216,7 @@ def defined_names(spec: ModuleSpec) -> set[str] | None:
 
 
 def import_factory(name: str, folder: str | None = None) -> Callable[..., Any]:
-    """The function that `package.module:function` names. Raises ConfigError."""
+    """Return the function that `package.module:function` names. Raises ConfigError."""
     module_name, attribute = split_name(name)
     found = find_module(module_name, folder)
     if (first := _first_folder(folder)) not in sys.path:
@@ -272,7 +272,7 @@ def _arguments(
 
 
 def _without_config(path: Path) -> Path:
-    """The one file of a folder that has no config.json, which a network without settings does not need."""
+    """Return the one file of a folder that has no config.json, which a network without settings does not need."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() and not (path / "config.json").exists() else []
     return files[0] if len(files) == 1 else path
 
@@ -287,7 +287,7 @@ def _raised(name: str, arguments: Mapping[str, Any], error: Exception) -> str:
 
 
 def _where(error: Exception) -> str:
-    """An exception and the line of the user's that it comes from."""
+    """Return an exception and the line of the user's that it comes from."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) != Path(__file__)]
     own = [frame for frame in frames if "site-packages" not in frame.filename and "importlib" not in frame.filename]
     place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

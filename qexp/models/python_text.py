@@ -33,7 +33,7 @@ def as_module_name(name: str) -> str:
 
 
 def parsed(spec: ModuleSpec) -> ast.Module | None:
-    """A module's text; None if it has none. Raises ConfigError for one that is no Python."""
+    """Return a module's text; None if it has none. Raises ConfigError for one that is no Python."""
     if spec.origin is None or not spec.origin.endswith(".py"):
         return None
     try:
@@ -45,7 +45,7 @@ def parsed(spec: ModuleSpec) -> ast.Module | None:
 
 
 def check_arguments(name: str, module: ast.Module | None, given: Mapping[str, Any]) -> None:
-    """Raises ConfigError for an argument that the factory `name` does not take, or whose type is another one than it
+    """Raise ConfigError for an argument that the factory `name` does not take, or whose type is another one than it
     declares; what the text does not say is left to the call."""
     found = _find_parameters(module, name.partition(":")[2]) if module is not None else None
     if found is None:
@@ -65,7 +65,7 @@ def check_arguments(name: str, module: ast.Module | None, given: Mapping[str, An
 
 
 def _find_parameters(module: ast.Module, function: str) -> list[ast.arg] | None:
-    """The parameters of a function, or of a class's own __init__; None if it takes any, or is not found."""
+    """Return the parameters of a function, or of a class's own __init__; None if it takes any, or is not found."""
     node = next((n for n in module.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == function), None)
     if isinstance(node, ast.ClassDef):
         node = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
@@ -80,7 +80,7 @@ def _find_parameters(module: ast.Module, function: str) -> list[ast.arg] | None:
 
 
 def _declared_types(argument: ast.arg) -> list[type]:
-    """The scalar types that a parameter is declared to take; [] if it says nothing, or more than such types."""
+    """Return the scalar types that a parameter is declared to take; [] if it says nothing, or more than such types."""
     if argument.annotation is None:
         return []
     names = [part.strip() for part in ast.unparse(argument.annotation).strip("'\"").split("|")]

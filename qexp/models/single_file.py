@@ -52,7 +52,7 @@ def is_diffusers_own(checkpoint: Checkpoint) -> bool:
 
 
 def has_own_names(model: nn.Module, names: Iterable[str]) -> bool:
-    """Whether tensors are called as the model calls them: each is of one of its layers, or every layer has some.
+    """Return whether tensors are called as the model calls them: each is of one of its layers, or every layer has some.
 
     A layer's tensors may be other ones than its own where they hold a quantized weight: `to_q._weight_qdata`.
     """
@@ -67,7 +67,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def paths_above(name: str) -> Iterator[str]:
-    """The modules that a tensor may be of, the nearest first."""
+    """Yield the modules that a tensor may be of, the nearest first."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name

@@ -54,7 +54,7 @@ def as_from_pretrained() -> Iterator[None]:
 
 @contextmanager
 def without_initialization() -> Iterator[None]:
-    """The functions of `torch.nn.init` leave tensors on the meta device alone; others are filled as ever."""
+    """Make `torch.nn.init` skip tensors on the meta device; others are filled as ever."""
     originals = {name: getattr(nn.init, name) for name in INITIALIZERS}
     try:
         for name, original in originals.items():

@@ -75,7 +75,7 @@ def continue_prompts(
 
 
 def _stacked(parts: list[Tensor], padding: int) -> Tensor:
-    """Rows of batches, [rows, longest of all], padded behind their end."""
+    """Return rows of batches, [rows, longest of all], padded behind their end."""
     longest = max(part.shape[1] for part in parts)
     return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=padding) for part in parts])
 
@@ -122,7 +122,7 @@ def _next_token(
 
 
 def _lengths(tokens: Tensor, begin: int, end_tokens: int | list[int] | None, stops: StoppingCriteria | None) -> Tensor:
-    """How many new tokens each row has, the last one included: what follows is padding.
+    """Return how many new tokens each row has, the last one included: what follows is padding.
 
     tokens: [rows, n], of which the new ones begin at `begin`; stops: tells rows that end with a stop string.
     """
@@ -173,7 +173,7 @@ def _watching(model: Any, draws: bool) -> Iterator[list[Tensor]]:
 
 
 def _count_nonfinite(broken: list[Tensor], lengths: Tensor) -> Tensor:
-    """How many of each prompt's new tokens follow from probabilities that are not finite, [prompts].
+    """Return how many of each prompt's new tokens follow from probabilities that are not finite, [prompts].
 
     broken: for each token, [rows], where a prompt has several rows if there are beams; what comes behind the prompt's
     end does not count.
@@ -185,7 +185,7 @@ def _count_nonfinite(broken: list[Tensor], lengths: Tensor) -> Tensor:
 def generation_settings(
     base: GenerationConfig, task: GenerateConfig, tokenizer: Any, model: Any = None
 ) -> GenerationConfig:
-    """The model's own generation_config, with what the task sets instead.
+    """Return the model's own generation_config, with what the task sets instead.
 
     Raises: ConfigError for entries with which a prompt has several answers, or none that can be compared.
     """

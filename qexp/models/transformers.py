@@ -44,7 +44,7 @@ class Source(causal_lm.Source):
 
     @override
     def skip_modules(self, component: str, model: nn.Module) -> tuple[str, ...]:
-        """The output embedding: what the last layer gets wrong goes straight into the output."""
+        """Return the output embedding: what the last layer gets wrong goes straight into the output."""
         from qexp.models.transformers_networks import output_embedding
 
         return output_embedding(model)

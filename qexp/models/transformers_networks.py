@@ -77,7 +77,7 @@ def _config_message(config: Mapping[str, Any], folder: Path, error: Exception) -
 
 
 def network(config: Mapping[str, Any], folder: Path, class_name: str | None = None) -> Any:
-    """The network of a parsed config.json, as transformers builds it. Nothing is initialized.
+    """Return the network of a parsed config.json, as transformers builds it. Nothing is initialized.
 
     class_name: an Auto class of transformers, or a network's; None is the first of config.json's architectures.
     Raises: LoadError if transformers has no such class, or it is not for this config.
@@ -149,7 +149,7 @@ def _tie(model: Any) -> None:
 
 
 def network_class(config: Mapping[str, Any], folder: Path, class_name: str | None) -> Any:
-    """The class that builds a network. Raises ConfigError or LoadError if transformers has none so called."""
+    """Return the class that builds a network. Raises ConfigError or LoadError if transformers has none so called."""
     import transformers
 
     names = config.get("architectures") or [None]
@@ -176,7 +176,7 @@ def network_class(config: Mapping[str, Any], folder: Path, class_name: str | Non
 
 
 def _class_for(kind: Any, config: Any) -> Any:
-    """The class with the job of `kind` for the architecture that the library reads config.json as.
+    """Return the class with the job of `kind` for the architecture that the library reads config.json as.
 
     That may be another one than architectures says: a Mistral with layer_types is a Ministral. The job is that of the
     Auto class which lists `kind`.
@@ -193,18 +193,18 @@ def _class_for(kind: Any, config: Any) -> Any:
 
 
 def _listed_networks(classes: Any, config_class: Any) -> tuple[Any, ...]:
-    """The networks that an Auto class has for a class of configs."""
+    """Return the networks that an Auto class has for a class of configs."""
     found = classes.get(config_class, ())
     return found if isinstance(found, tuple) else (found,)
 
 
 def _part_classes(config: Any) -> set[type]:
-    """The classes of a composite model's parts."""
+    """Return the classes of a composite model's parts."""
     return {type(getattr(config, name, None)) for name in getattr(config, "sub_configs", {})}
 
 
 def _config_for(kind: Any, config: Any, folder: Path) -> Any:
-    """The config of a network's class: the whole, or the part of it that describes such a network."""
+    """Return the config of a network's class: the whole, or the part of it that describes such a network."""
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
     found = next((part for part in parts if isinstance(part, kind.config_class)), None)
     if found is None:
@@ -216,7 +216,7 @@ def _config_for(kind: Any, config: Any, folder: Path) -> Any:
 
 
 def with_generation_config(model: Any, folder: Path) -> Any:
-    """The model with the folder's generation_config, if it generates and there is one."""
+    """Return the model with the folder's generation_config, if it generates and there is one."""
     from transformers import GenerationConfig
 
     if model.can_generate() and (folder / "generation_config.json").is_file():
@@ -225,7 +225,7 @@ def with_generation_config(model: Any, folder: Path) -> Any:
 
 
 def output_embedding(model: Any) -> tuple[str, ...]:
-    """The name of the layer that makes logits over a vocabulary, if there is one."""
+    """Return the name of the layer that makes logits over a vocabulary, if there is one."""
     head = model.get_output_embeddings()
     return tuple(name for name, module in model.named_modules() if module is head and head is not None)
 
@@ -290,7 +290,7 @@ def targets_of(model: Any, stored: Iterable[str]) -> list[Target]:
 
 
 def computed(model: Any, target: Target, tensors: dict[str, list[Any]]) -> dict[str, Any]:
-    """The tensors that a rule makes, by their names. tensors: of the checkpoint, by the rule's patterns."""
+    """Return the tensors that a rule makes, by their names. tensors: of the checkpoint, by the rule's patterns."""
     rule, name = target.rule, target.name
     for operation in rule.operations:
         made = operation.convert(
@@ -329,7 +329,7 @@ def published_names(model: Any, names: Iterable[str]) -> dict[str, str]:
 
 
 def block_lists(model: Any) -> list[str]:
-    """The outermost module lists that hold the blocks of the architecture: those it must not be split within."""
+    """Return the outermost module lists that hold the blocks of the architecture: those it must not be split within."""
     from torch import nn
 
     classes = set(model._no_split_modules or ())

@@ -59,7 +59,7 @@ def outermost_lists(model: nn.Module) -> list[str]:
 def units_of(
     model: nn.Module, whole: Collection[str], goes_together: Callable[[str], bool]
 ) -> Iterator[tuple[str, list[Unit]]]:
-    """The smallest groups of modules by name: those of the classes in `whole`, and leaf modules everywhere else.
+    """Yield the smallest groups of modules by name: those of the classes in `whole`, and leaf modules everywhere else.
 
     goes_together: name of a module -> whether all of it may be in one group.
     """
@@ -105,7 +105,7 @@ def _leaf_units(model: nn.Module) -> Iterator[tuple[str, Unit]]:
 
 
 def _block_units(block: nn.Module, users: Counter[int]) -> Iterator[Unit]:
-    """A block with its tensors; for a block that is a mere container, the modules in it that are called."""
+    """Yield a block with its tensors; for a block that is a mere container, the modules in it that are called."""
     if is_called(block):
         yield block, [part for part in block.modules() if users[id(part)] == 1]
     else:

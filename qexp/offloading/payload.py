@@ -29,7 +29,7 @@ Site = tuple[MutableMapping[str, Any], str]  # where a module keeps a value: sto
 
 
 def is_state(value: object) -> bool:
-    """Whether a value is one of the objects, not tensors or modules, in which a library keeps weight bytes."""
+    """Return whether a value is one of the objects, not tensors or modules, in which a library keeps weight bytes."""
     library = type(value).__module__.partition(".")[0]
     return library == STATE_LIBRARY and hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module, type))
 
@@ -43,7 +43,7 @@ def sites(module: nn.Module) -> list[Site]:
 
 
 def holders(value: object) -> Iterator[Tensor]:
-    """The tensor objects in whose storage a value's bytes are, in a fixed order, repetitions included."""
+    """Yield the tensor objects in whose storage a value's bytes are, in a fixed order, repetitions included."""
     if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
         for name in value.__tensor_flatten__()[0]:
             yield from holders(getattr(value, name))
@@ -55,17 +55,17 @@ def holders(value: object) -> Iterator[Tensor]:
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value is a tensor whose own bytes are all it is."""
+    """Return whether a value is a tensor whose own bytes are all it is."""
     return type(value) in (Tensor, nn.Parameter)
 
 
 def leaves(value: object) -> list[Tensor]:
-    """The plain tensors that hold a value's bytes: itself, or its true inner tensors."""
+    """Return the plain tensors that hold a value's bytes: itself, or its true inner tensors."""
     return _Flattening(value).leaves
 
 
 def true_nbytes(*values: object) -> int:
-    """Bytes that the values occupy: inner tensors and scales counted, memory that they share counted once."""
+    """Return bytes that the values occupy: inner tensors and scales counted, memory that they share counted once."""
     spans = {(leaf.device, leaf.data_ptr(), span_bytes(leaf)) for value in values for leaf in leaves(value)}
     return sum(span for _, _, span in spans)
 
@@ -76,7 +76,7 @@ def module_nbytes(module: nn.Module) -> int:
 
 
 def span_bytes(leaf: Tensor) -> int:
-    """Bytes from a strided tensor's first element to the end of its last one."""
+    """Return bytes from a strided tensor's first element to the end of its last one."""
     if leaf.numel() == 0:
         return 0
     reach = sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
@@ -84,7 +84,7 @@ def span_bytes(leaf: Tensor) -> int:
 
 
 def as_bytes(leaf: Tensor) -> Tensor:
-    """The memory of a strided tensor as uint8 [span_bytes], gaps between its elements included."""
+    """Return the memory of a strided tensor as uint8 [span_bytes], gaps between its elements included."""
     if leaf.numel() == 0:
         return torch.empty(0, dtype=torch.uint8, device=leaf.device)
     return leaf.as_strided((span_bytes(leaf) // leaf.element_size(),), (1,)).view(torch.uint8)
@@ -113,7 +113,7 @@ def converted(values: Iterable[object], convert: Callable[[Tensor], Tensor]) -> 
 
 
 def identity(leaf: Tensor) -> Any:
-    """A key for a piece of memory and how it is looked at."""
+    """Return a key for a piece of memory and how it is looked at."""
     return leaf.device, leaf.data_ptr(), tuple(leaf.shape), leaf.stride(), leaf.dtype
 
 
@@ -146,7 +146,7 @@ class _Flattening:
         return _build_plain(type(value), number, value.requires_grad, *self._attributes(value))
 
     def _attributes(self, value: object) -> tuple[dict[str, Any], dict[str, Build]]:
-        """The `__dict__` of a value, split into what is copied as it is and what has bytes of its own."""
+        """Return the `__dict__` of a value, split into what is copied as it is and what has bytes of its own."""
         plain, nested = {}, {}
         for name, attribute in vars(value).items():
             if isinstance(attribute, Tensor) or is_state(attribute):

@@ -27,7 +27,7 @@ class Placement:
     tied: Mapping[str, str] = field(default_factory=dict)  # parameter -> the one that it is the same as
 
     def entry(self, name: str) -> str:
-        """The entry that a module or tensor belongs to."""
+        """Return the entry that a module or tensor belongs to."""
         while name and name not in self.places:
             name = name.rpartition(".")[0]
         return name
@@ -70,7 +70,7 @@ class Placement:
         return {"device_map": places, "computed_on": travelling, "bytes": self.bytes_by_place()}
 
     def hf_device_map(self) -> dict[str, int | str]:
-        """The map as other libraries write it: accelerators by their index."""
+        """Return the map as other libraries write it: accelerators by their index."""
         return {name: key_of(place) for name, place in self.places.items()}
 
     def _travels(self, name: str) -> bool:

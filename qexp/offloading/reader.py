@@ -85,7 +85,7 @@ class Reader(Streams):
             self._queue.changed.notify()
 
     def compute_waits_for(self, event: Reading | None) -> None:
-        """Raises: what the reading raises, if it fails now; not what it failed with before it was needed."""
+        """Raise what the reading raises, if it fails now; not what it failed with before it was needed."""
         if event is None or event.work is None:
             return
         if self._is_going_on(event):
@@ -97,7 +97,7 @@ class Reader(Streams):
             raise event.error
 
     def is_lost(self, event: Reading) -> bool:
-        """Whether the bytes will not come unless somebody waits for them."""
+        """Return whether the bytes will not come unless somebody waits for them."""
         return event.work is not None and event.error is None and not self._is_going_on(event)
 
     def _is_going_on(self, reading: Reading) -> bool:

@@ -18,7 +18,7 @@ UNITS = 2**16
 
 
 def choose_resident(sizes: Sequence[int], budget: int) -> set[int]:
-    """Numbers of the groups that stay: their sizes add up to at most the budget, and to as much as possible."""
+    """Return numbers of the groups that stay: their sizes add up to at most the budget, and to as much as possible."""
     if budget <= 0:
         return set()
     unit = -(-budget // UNITS)
@@ -46,7 +46,7 @@ def choose_resident(sizes: Sequence[int], budget: int) -> set[int]:
 
 
 def _take_back(units: list[int], available: list[int], reachable: list[int]) -> list[int]:
-    """How many groups of each size make the largest sum: as many large ones as possible."""
+    """Return how many groups of each size make the largest sum: as many large ones as possible."""
     left = reachable[-1].bit_length() - 1
     counts = [0] * len(units)
     for index in reversed(range(len(units))):

@@ -65,7 +65,7 @@ class Slot:
         return kept[start]
 
     def staging(self, nbytes: int) -> Tensor:
-        """A pinned host buffer on the way from disk to this slot, once the copy before has left it."""
+        """Return a pinned host buffer on the way from disk to this slot, once the copy before has left it."""
         if self.copied is not None:
             self.copied.synchronize()
         if self._staging.numel() < nbytes:
@@ -104,7 +104,7 @@ class Ring:
         return self._stays.get(group)
 
     def room_for(self, group: Group, needed: Collection[Group]) -> Stay | None:
-        """A place that no running and no needed group has; whoever has it now loses it."""
+        """Return a place that no running and no needed group has; whoever has it now loses it."""
         place = next(
             (found for found in self._places(group.nbytes) if self._is_idle(*found, group.nbytes, needed)), None
         )
@@ -116,7 +116,7 @@ class Ring:
         return self._put(group, slot, start)
 
     def extra_room_for(self, group: Group) -> Stay:
-        """A place in a slot of its own: it runs inside another group."""
+        """Return a place in a slot of its own: it runs inside another group."""
         self.slots.append(self.new_slot(group.nbytes))
         return self._put(group, self.slots[-1], 0)
 

@@ -78,7 +78,7 @@ class Handle(Protocol):
 
 
 def offload_of(model: nn.Module) -> Handle | None:
-    """How a model is offloaded now."""
+    """Return how a model is offloaded now."""
     found: Handle | None = vars(model).get(HANDLE)
     return found
 
@@ -190,7 +190,10 @@ class Offload:
         return self.device.type != "cpu" and not self.config.low_cpu_mem
 
     def statistics(self) -> dict[str, float]:
-        """The offload/ metrics, until `remove()`. Payload and transfers include the padding that aligns each leaf."""
+        """Return the offload/ metrics, until `remove()`.
+
+        Payload and transfers include the padding that aligns each leaf.
+        """
         payload = sum(group.nbytes for group in self.groups)
         return {
             "offload/groups": float(len(self.groups)),
@@ -298,11 +301,11 @@ class Offload:
             store[name] = moved
 
     def outside_bytes(self) -> int:
-        """Bytes of what computes on the device and does not travel."""
+        """Return bytes of what computes on the device and does not travel."""
         return true_nbytes(*(store[name] for store, name in self._outside()))
 
     def bytes_at_rest(self) -> dict[str, int]:
-        """Bytes of what travels: in host memory ("cpu") and on disk, padding included."""
+        """Return bytes of what travels: in host memory ("cpu") and on disk, padding included."""
         found = {"cpu": 0, "disk": 0}
         for group in self.groups:
             found["cpu" if group.name in self._in_memory else "disk"] += group.nbytes

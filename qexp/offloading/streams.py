@@ -51,7 +51,7 @@ class Streams:
             memory.record_stream(self.side)
 
     def is_lost(self, event: Any) -> bool:
-        """Whether a copy was dropped, so that only waiting for it would bring it."""
+        """Return whether a copy was dropped, so that only waiting for it would bring it."""
         return False
 
     def drop_pending(self) -> None:

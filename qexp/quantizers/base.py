@@ -145,7 +145,7 @@ class Quantizer:
         return None
 
     def keeps_dense(self, layer: str) -> bool:
-        """Whether the backend's own settings say that a layer stays unquantized."""
+        """Return whether the backend's own settings say that a layer stays unquantized."""
         return False
 
     def layer_format(self, layer: str) -> str:

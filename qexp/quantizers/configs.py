@@ -99,7 +99,7 @@ class BackendConfig:
             )
 
     def quantizes_activations(self) -> bool:
-        """Whether layers quantize their input, too, so that what they cost is not in their weights alone."""
+        """Return whether layers quantize their input, too, so that what they cost is not in their weights alone."""
         return False
 
     def missing(self) -> str | None:

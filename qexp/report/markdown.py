@@ -60,7 +60,7 @@ def _summary_line(manifest: Mapping[str, Any], rows: list[Row]) -> str:
 
 
 def _results(done: list[Row], folder: Path) -> str:
-    """The smallest weights first, quality and time beside them."""
+    """Return the smallest weights first, quality and time beside them."""
     table = [{name: text for name, text in line.items() if name not in ("#", "status")} for line in table_cells(done)]
     differing = differing_environments(done)
     links = [", ".join(dict.fromkeys(_folder_link(run, folder, differing) for run in members_of(row))) for row in done]
@@ -93,7 +93,10 @@ def _folder_link(row: Row, folder: Path, differing: Mapping[int, str] = MappingP
 
 
 def _environments(rows: list[Row]) -> list[str]:
-    """One list per machine. Versions and commits are united: each experiment names only the libraries it uses."""
+    """Return one list per machine.
+
+    Versions and commits are united: each experiment names only the libraries it uses.
+    """
     machines: dict[tuple[str, ...], list[Row]] = {}
     for row in (row for row in rows if row["status"] == "done"):
         machines.setdefault(tuple(str(row["env"].get(name)) for name in MACHINE), []).append(row)
@@ -124,7 +127,7 @@ def _environment_table(environments: list[Mapping[str, Any]]) -> str:
 
 
 def _commits(values: Iterable[str | None]) -> str:
-    """Each once, shortened; a + at the end says that files differed from it."""
+    """Return each once, shortened; a + at the end says that files differed from it."""
     found = dict.fromkeys(
         f"{value[:12]}{'+' * value.endswith('+')}" if value else "none (installed)" for value in values
     )

@@ -19,7 +19,7 @@ MACHINE = ("host", "cpu", "cores", "threads", "device", "device_name", "python",
 
 
 def members_of(row: Row) -> list[Row]:
-    """The runs in a row: several where they differ in their seed alone."""
+    """Return the runs in a row: several where they differ in their seed alone."""
     return list(row.get("members", [row]))
 
 

@@ -61,7 +61,7 @@ class Point:
 
 
 def plotted_metrics() -> list[Metric]:
-    """The metrics that are plotted against memory, each in a plot of its own."""
+    """Return the metrics that are plotted against memory, each in a plot of its own."""
     return [metric for metric in all_metrics().values() if metric.axis and metric.name != MEMORY]
 
 
@@ -102,7 +102,7 @@ def _name_of_point(row: Row) -> str:
 
 
 def pareto_front(points: list[Point], *, is_higher_better: bool = True) -> list[Point]:
-    """The points no other point beats, by memory."""
+    """Return the points no other point beats, by memory."""
     front: list[Point] = []
     sign = 1 if is_higher_better else -1
     for point in sorted(points, key=lambda point: (point.memory_gib, -sign * point.quality)):
@@ -112,7 +112,7 @@ def pareto_front(points: list[Point], *, is_higher_better: bool = True) -> list[
 
 
 def pareto_png(rows: list[Row], metric: Metric, title: str) -> bytes | None:
-    """The plot as PNG, None if no experiment has this metric."""
+    """Return the plot as PNG, None if no experiment has this metric."""
     points = points_of(rows, metric)
     if not points:
         return None
@@ -136,7 +136,7 @@ def pareto_png(rows: list[Row], metric: Metric, title: str) -> bytes | None:
 
 
 def _common_offloads(points: list[Point]) -> tuple[str, ...]:
-    """The offload strategies of every point, if they are the same everywhere."""
+    """Return the offload strategies of every point, if they are the same everywhere."""
     return points[0].offloads if len({point.offloads for point in points}) == 1 else ()
 
 
@@ -160,7 +160,10 @@ def _notes(points: list[Point], offloads: tuple[str, ...]) -> str:
 
 
 def _figure(memory: str, quality: str, title: str, note: str) -> tuple[Figure, Axes]:
-    """An empty plot. A bare `Figure`, without pyplot: nothing is registered anywhere, no display is asked for."""
+    """Make an empty plot.
+
+    A bare `Figure`, without pyplot: nothing is registered anywhere, no display is asked for.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

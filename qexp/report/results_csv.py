@@ -40,7 +40,7 @@ FIRST = (
 
 
 def results_csv(rows: list[Row]) -> str:
-    """The text of results.csv."""
+    """Return the text of results.csv."""
     settings = varying_settings(rows)
     metrics = sorted({name for row in rows for name in row["metrics"]}, key=metric_order)
     columns = [column for name in metrics for column in _metric_columns(name, rows)]
@@ -84,7 +84,7 @@ def lost_runs(path: Path, rows: list[Row]) -> list[Path]:
 
 
 def _metric_columns(name: str, rows: list[Row]) -> list[str]:
-    """A metric, the ends of its interval, and its comparison with the baseline, if any row has these."""
+    """Return a metric, the ends of its interval, and its comparison with the baseline, if any row has these."""
     parts = {"_low": "intervals", "_high": "intervals", "_versus": "versus"}
     return [name, *(name + end for end, part in parts.items() if any(name in row.get(part, {}) for row in rows))]
 

@@ -46,7 +46,7 @@ def _differ_in_seed(group: Sequence[Row]) -> bool:
 
 
 def _united(group: Sequence[Row]) -> Row:
-    """One row for a group.
+    """Return one row for a group.
 
     metrics: means; spread: standard deviations of those that are not the same in all runs; counts: how many runs have
     the metric; seeds: how many runs there are; members: the rows.
@@ -67,7 +67,7 @@ def _united(group: Sequence[Row]) -> Row:
 
 
 def _has_mean(name: str, runs: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether no run's value is undefined. One that is infinite is left out, and the count says so."""
+    """Return whether no run's value is undefined. One that is infinite is left out, and the count says so."""
     metric = find_metric(name)
     return all(
         run["metrics"].get(name) is not None or (metric is not None and is_infinite(run["metrics"], metric))

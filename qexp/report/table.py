@@ -80,13 +80,13 @@ def format_table(rows: Iterable[Any]) -> str:
 
 
 def _heads(name: str) -> tuple[str, str]:
-    """The two lines of a header: its last word stands in the second one."""
+    """Return the two lines of a header: its last word stands in the second one."""
     first, _, last = name.rpartition(" ")
     return first, last
 
 
 def prepare(rows: Iterable[Any]) -> list[Row]:
-    """Rows as dicts with the parts of their label and what tells them apart, the smallest weights first.
+    """Return rows as dicts with the parts of their label and what tells them apart, the smallest weights first.
 
     Experiments that differ in their seed alone are one row (`seeds.py`). Those without a result come last, in the order
     they ran.
@@ -206,7 +206,7 @@ def _range_of_steps(metrics: Mapping[str, float | None], digits: str) -> str:
 
 
 def _without_extras(table: list[dict[str, str]], columns: Mapping[str, Column]) -> list[str]:
-    """The columns; less important ones are left out, the last first, until no other has to be shortened."""
+    """Return the columns; less important ones are left out, the last first, until no other has to be shortened."""
     names = list(table[0])
     intervals = [name for name in reversed(names) if name in columns and columns[name].part == "interval"]
     minor = [name for name in reversed(names) if name in columns and columns[name].metric.is_minor]
@@ -243,13 +243,13 @@ def _shorten(word: str, width: int) -> str:
 
 
 def _cut_settings(table: list[dict[str, str]], widths: Mapping[str, int]) -> list[str]:
-    """A line for each row whose settings the table has to shorten: with all of them."""
+    """Return a line for each row whose settings the table has to shorten: with all of them."""
     cut = [line for line in table if len(line.get("setting", "")) > widths.get("setting", WIDTH)]
     return ["", *(f"#{line['#']}: {line['setting']}" for line in cut)] if cut else []
 
 
 def _failure_lines(prepared: list[Row]) -> list[str]:
-    """A paragraph for each experiment without a result: its name, and what it says."""
+    """Return a paragraph for each experiment without a result: its name, and what it says."""
     lines = []
     for row in sorted(prepared, key=lambda row: row["number"]):
         if row["status"] != "done":

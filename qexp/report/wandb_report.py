@@ -55,7 +55,7 @@ def publish_report(outputs: Path, name: str, rows: list[Row], *, online: bool | 
 
 
 def _tracking(rows: list[Row], name: str) -> Mapping[str, Any]:
-    """The tracking settings of the sweep, from a run it made itself if there is one."""
+    """Return the tracking settings of the sweep, from a run it made itself if there is one."""
     stored = [row["config"]["tracking"] for row in sorted(rows, key=lambda row: row["reused"]) if row["config"]]
     tracked = [tracking for tracking in stored if tracking["mode"] != "none"]
     if not tracked:

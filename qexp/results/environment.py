@@ -30,14 +30,14 @@ OTHER_PACKAGES = ("hydra-core", "omegaconf", "wandb")
 
 
 def result_packages(config: RunConfig) -> tuple[str, ...]:
-    """The packages whose versions can change the result of this experiment."""
+    """Return the packages whose versions can change the result of this experiment."""
     backends = {name for component in config.components.values() for name in component.backend.methods()}
     named = [package for name in sorted(backends) for package in _required(plugin_module("backend", name).Quantizer)]
     return tuple(dict.fromkeys((*RESULT_PACKAGES, *model_packages(config), *named)))
 
 
 def model_packages(config: RunConfig) -> tuple[str, ...]:
-    """The packages that a model source computes with, beside torch."""
+    """Return the packages that a model source computes with, beside torch."""
     return _required(plugin_module("model", config.model.source).Source)
 
 
@@ -47,7 +47,7 @@ def versions_of(packages: Iterable[str]) -> dict[str, str | None]:
 
 
 def describe_environment(config: RunConfig) -> dict[str, Any]:
-    """The contents of env.json, for this process, now."""
+    """Return the contents of env.json, for this process, now."""
     return {
         "versions": versions_of((*result_packages(config), *OTHER_PACKAGES)),
         "python": platform.python_version(),
@@ -93,7 +93,7 @@ def number_of_threads() -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model name."""
+    """Return the processor's model name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -101,13 +101,13 @@ def cpu_name() -> str:
 
 
 def device_name(device: str) -> str:
-    """The model name of the compute device: of the processor for cpu, of the GPU for cuda:<index>."""
+    """Return the model name of the compute device: of the processor for cpu, of the GPU for cuda:<index>."""
     kind, _, index = device.partition(":")
     return _cuda_name(int(index or 0)) if kind == "cuda" else cpu_name()
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit of a checkout, with a + if files differ from it; None for an installed package."""
+    """Return the commit of a checkout, with a + if files differ from it; None for an installed package."""
     if not (folder / ".git").exists():
         return None
     commit = _git(folder, "rev-parse", "HEAD")

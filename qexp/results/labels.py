@@ -16,13 +16,13 @@ SHOWN_GROUPS = ("model", "backend", "offload", "task")  # overrides of these are
 
 
 def run_label(config: Mapping[str, Any]) -> str:
-    """One experiment in a line; `config` is the container in config.yaml."""
+    """Return one experiment in a line; `config` is the container in config.yaml."""
     names = model_label(config), backend_label(config), offload_label(config), str(config["task"]["name"])
     return SEPARATOR.join(names)
 
 
 def model_label(config: Mapping[str, Any]) -> str:
-    """The source, and the checkpoint's name where it is not the source's own."""
+    """Return the source, and the checkpoint's name where it is not the source's own."""
     model = config["model"]
     return f"{model['source']} {Path(model['path']).name}" if model.get("path") else str(model["source"])
 
@@ -41,7 +41,7 @@ def _one_backend(backend: Mapping[str, Any]) -> str:
 
 
 def backend_family(label: str) -> str:
-    """The libraries of a backend's label: 'bitsandbytes + quanto' of 'bitsandbytes nf4 + quanto int8'."""
+    """Return the libraries of a backend's label: 'bitsandbytes + quanto' of 'bitsandbytes nf4 + quanto int8'."""
     return AND.join(dict.fromkeys(part.partition(" ")[0] for part in label.split(AND)))
 
 
@@ -55,12 +55,12 @@ def offload_label(config: Mapping[str, Any]) -> str:
 
 
 def experiment_name(label: str, settings: str) -> str:
-    """The name of an experiment of a sweep: its label, and what `settings_label` says."""
+    """Return the name of an experiment of a sweep: its label, and what `settings_label` says."""
     return SEPARATOR.join(filter(None, (label, settings)))
 
 
 def settings_labels(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """The label of the settings for each experiment of a sweep, by those that vary between these."""
+    """Return the label of the settings for each experiment of a sweep, by those that vary between these."""
     varying = varying_settings(overrides)
     return [settings_label(each, varying) for each in overrides]
 
@@ -83,7 +83,7 @@ def settings_label(overrides: Sequence[str], varying: Sequence[str]) -> str:
 
 
 def _short_name(name: str, others: Sequence[str]) -> str:
-    """The last parts of a dotted name, as many as tell it from the others, and from the groups in a label."""
+    """Return the last parts of a dotted name, as many as tell it from the others, and from the groups in a label."""
     parts = name.split(".")
     taken = [other.split(".") for other in (*SHOWN_GROUPS, *others) if other != name]
     count = next(n for n in range(1, len(parts) + 1) if n == len(parts) or all(t[-n:] != parts[-n:] for t in taken))

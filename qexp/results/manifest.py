@@ -76,7 +76,7 @@ class Manifest:
             self._write(values)
 
     def _read_old(self) -> dict[str, Any] | None:
-        """The sweep of this name before; a damaged manifest is kept beside the new one."""
+        """Return the sweep of this name before; a damaged manifest is kept beside the new one."""
         try:
             return read_json(self.path)
         except DamagedFileError as error:
@@ -104,11 +104,11 @@ class Manifest:
         return values
 
     def read(self) -> dict[str, Any] | None:
-        """The contents, None for a sweep that has not started."""
+        """Return the contents, None for a sweep that has not started."""
         return self._with_added(self._read()) if self.path.exists() else None
 
     def is_running(self) -> bool:
-        """Whether the process that began it still works on it."""
+        """Return whether the process that began it still works on it."""
         values = self.read()
         return values is not None and _is_running(values)
 
@@ -118,7 +118,7 @@ class Manifest:
         _READ.pop(self.added, None)
 
     def _with_added(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The contents with what was added since; of a number that was added twice, the last one."""
+        """Return the contents with what was added since; of a number that was added twice, the last one."""
         added = lines_of(self.added, values.get("token", values["started"]))
         jobs = {job["number"]: job for job in [*values["jobs"], *added]}
         return values | {"jobs": [jobs[number] for number in sorted(jobs)]}
@@ -132,7 +132,7 @@ _READ: dict[Path, tuple[str, int, list[dict[str, Any]]]] = {}  # file -> its ver
 
 
 def lines_of(path: Path, version: str) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines; of a version that was read before, only what is new is read.
+    """Return the objects in a file of JSON lines; of a version that was read before, only what is new is read.
 
     A line that was cut off, by a full disk or a killed process, holds nothing.
     """

@@ -21,7 +21,7 @@ GONE = ("missing", "damaged")  # statuses of an experiment that had a result, wh
 
 
 def sweep_names(outputs: Path | str) -> list[str]:
-    """Names of the sweeps in an outputs folder, the one that started last at the end."""
+    """Return names of the sweeps in an outputs folder, the one that started last at the end."""
     folders = [path.parent.name for path in Path(outputs, "sweeps").glob("*/manifest.json")]
     return sorted(folders, key=lambda name: (_read_start(outputs, name), name))
 
@@ -53,7 +53,7 @@ def read_manifest(outputs: Path | str, name: str) -> dict[str, Any]:
 
 
 def rows_of_sweep(outputs: Path | str, name: str) -> list[Row]:
-    """One dict per experiment, in the order of the manifest.
+    """Return one dict per experiment, in the order of the manifest.
 
     Keys: those of a job in the manifest (number, key, overrides, status, reason, message, reused, seconds), and
     label, metrics, config (the stored container), env and folder; the last three are None without a run folder.
@@ -89,7 +89,7 @@ def _read_labels(folder: RunFolder) -> Row:
 
 
 def _read_ending(job: Row, folder: RunFolder) -> Row:
-    """How the experiment ended, and its numbers if it did well."""
+    """Return how the experiment ended, and its numbers if it did well."""
     status = folder.read_status()
     if status is None:
         return _missing(folder.path / "status.json") if job["status"] == "done" else {}

@@ -71,7 +71,7 @@ class RunFolder:
         return self.path.name
 
     def read_status(self, name: str = "status.json") -> Status | None:
-        """The stored status; one that is `running` although its process is gone reads as failed.
+        """Return the stored status; one that is `running` although its process is gone reads as failed.
 
         Raises: DamagedFileError, DiskError.
         """
@@ -88,7 +88,7 @@ class RunFolder:
         return read_json(self.path / "result.json")
 
     def holds(self, *names: str) -> bool:
-        """Whether all these files are there."""
+        """Return whether all these files are there."""
         return all((self.path / name).is_file() for name in names)
 
     def write_status(self, status: Status, name: str = "status.json") -> None:
@@ -161,7 +161,7 @@ def _refuse_to_wait() -> None:
 
 
 def _status_of(path: Path, values: dict[str, Any]) -> Status:
-    """Raises DamagedFileError for what is no status."""
+    """Raise DamagedFileError for what is no status."""
     known = {key: value for key, value in values.items() if key in STATUS_FIELDS}
     wrong = [key for key, kind in STATUS_FIELDS.items() if not isinstance(known.get(key, _DEFAULTS.get(key)), kind)]
     if not wrong and known["status"] not in STATUSES:
@@ -194,7 +194,7 @@ def start_ticks(pid: int) -> int | None:
 
 
 def is_alive(pid: int, started: str, ticks: int | None = None) -> bool:
-    """Whether the process that wrote `pid` at time `started` still runs, and is not a later one with its number.
+    """Return whether the process that wrote `pid` at time `started` still runs, and is not a later one with its number.
 
     ticks: its `start_ticks`; None compares the time, for what was written where there are none.
     """

@@ -41,7 +41,7 @@ def write_samples(folder: Path, seed: object, values: Mapping[str, Mapping[str, 
 
 
 def shorten_text(text: str) -> str:
-    """A prompt as part of a sample's name: in full, or its beginning and a checksum of all of it."""
+    """Return a prompt as part of a sample's name: in full, or its beginning and a checksum of all of it."""
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({zlib.crc32(text.encode()):08x})"
 
 

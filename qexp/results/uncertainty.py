@@ -181,7 +181,7 @@ def _bca(x: Vector, w: Vector) -> Interval:
 
 
 def _resamples(n: int) -> Sequence[Vector] | Iterator[Vector]:
-    """How often each of n samples occurs in each resample: blocks of [some resamples, n], RESAMPLES in all."""
+    """Return how often each of n samples occurs in each resample: blocks of [some resamples, n], RESAMPLES in all."""
     return _kept_resamples(n) if n <= KEPT_SAMPLES else _draw_resamples(n)
 
 

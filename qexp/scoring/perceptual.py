@@ -48,7 +48,7 @@ def _clip(name: str) -> Any:
 
 
 def _real_images(folder: str | None, reference: Tensor | None) -> Iterable[Tensor] | None:
-    """The images that fid compares with, in batches: those of a folder, or the reference's."""
+    """Return the images that fid compares with, in batches: those of a folder, or the reference's."""
     if folder is not None:
         return (_opened(path) for path in perceptual_files.image_files(folder))
     return None if reference is None else _pixels(reference).split(BATCH)
@@ -64,7 +64,7 @@ def _pixels(images: Tensor) -> Tensor:
 
 
 def _opened(path: Path) -> Tensor:
-    """A picture as uint8 [1, 3, height, width]. Raises: LoadError."""
+    """Return a picture as uint8 [1, 3, height, width]. Raises: LoadError."""
     import numpy as np
     from PIL import Image, UnidentifiedImageError
 
@@ -79,7 +79,7 @@ def _opened(path: Path) -> Tensor:
 
 
 def _state(path: Path) -> Mapping[str, Tensor]:
-    """The tensors in a file of weights. Raises: LoadError."""
+    """Return the tensors in a file of weights. Raises: LoadError."""
     import pickle
 
     try:

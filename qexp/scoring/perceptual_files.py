@@ -34,7 +34,7 @@ CLIP_FILES = (  # any one of each line; the first is what a message names
 
 
 def check_perceptual(metrics: MetricsConfig, source: Any, task: Any) -> None:
-    """Raises ConfigError, LoadError or MissingLibraryError for what is missing.
+    """Raise ConfigError, LoadError or MissingLibraryError for what is missing.
 
     Only for a task that leaves images: other outputs have none of these metrics.
     """
@@ -64,12 +64,12 @@ def torch_hub_folder() -> Path:
 
 
 def backbone_file(net: str) -> Path:
-    """The classifier's weights. Raises: LoadError."""
+    """Return the classifier's weights. Raises: LoadError."""
     return _find_downloaded("lpips", (BACKBONE_SOURCES[net],))
 
 
 def inception_file() -> Path:
-    """The weights of FID's Inception. Raises: LoadError."""
+    """Return the weights of FID's Inception. Raises: LoadError."""
     return _find_downloaded("fid", INCEPTION_SOURCES)
 
 
@@ -87,7 +87,7 @@ def heads_file(net: str) -> Path:
 
 
 def clip_folder(name: str) -> Path:
-    """The folder of CLIP. Raises: LoadError."""
+    """Return the folder of CLIP. Raises: LoadError."""
     place = f"metrics.clip_model={name}"
     remedy = f"download it (`hf download {name}`), set metrics.clip_model to a folder, or leave clip_score out"
     try:
@@ -103,7 +103,7 @@ def clip_folder(name: str) -> Path:
 
 
 def image_files(folder: str) -> list[Path]:
-    """The images in a folder. Raises: ConfigError unless there are two."""
+    """Return the images in a folder. Raises: ConfigError unless there are two."""
     place = Path(folder).expanduser()
     found = sorted(path for path in place.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(found) < 2:
@@ -115,7 +115,7 @@ def image_files(folder: str) -> list[Path]:
 
 
 def _find_downloaded(metric: str, sources: tuple[str, ...]) -> Path:
-    """The file of one of `sources` in torch.hub's folder."""
+    """Return the file of one of `sources` in torch.hub's folder."""
     folder = torch_hub_folder()
     for source in sources:
         path = folder / source.rpartition("/")[2]

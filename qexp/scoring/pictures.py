@@ -34,7 +34,7 @@ FRAME_MS = 1000 // 16  # of a video
 
 
 def sheet(values: Tensor, title: str, names: Sequence[object]) -> Image.Image:
-    """The first 100 images on one sheet: values [n, 1 or 3, height, width] in [0, 1]; a name for each of them.
+    """Return the first 100 images on one sheet: values [n, 1 or 3, height, width] in [0, 1]; a name for each of them.
 
     Names stand above the columns if every column has only one, else above the images; one that is repeated stands once.
     """

@@ -34,7 +34,7 @@ Numbers = dict[str, float | None]
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises ConfigError for a metric that does not exist."""
+    """Raise ConfigError for a metric that does not exist."""
     for name in names:
         if name not in (known := chosen_metrics()):
             raise ConfigError(f"metrics.names: {name!r} is unknown; use {choices(known)}")
@@ -147,7 +147,7 @@ def _prepare_images(
 
 
 def _frames_of(outputs: Tensors) -> int:
-    """How many images belong to one sample: the frames of a video."""
+    """Return how many images belong to one sample: the frames of a video."""
     return len(outputs["images"]) // len(outputs["latents"]) if "latents" in outputs else 1
 
 
@@ -238,7 +238,7 @@ def _write_pictures(config: RunConfig, outputs: Tensors, expected: Tensors | Non
 
 
 def _shown(count: int, frames: int) -> list[int]:
-    """The images on a sheet: of each video ten of its frames, evenly spaced."""
+    """Return the images on a sheet: of each video ten of its frames, evenly spaced."""
     from qexp.scoring.pictures import COLUMNS
 
     few = min(frames, COLUMNS)

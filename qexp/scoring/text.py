@@ -22,18 +22,18 @@ Rows = tuple[Tensor, Tensor | None]  # ln p [rows, kept] and ids [rows, kept], f
 
 
 def count_nonfinite_tokens(outputs: Mapping[str, Tensor]) -> int:
-    """How many tokens, new ones and those of a text, have probabilities that are not finite."""
+    """Return how many tokens, new ones and those of a text, have probabilities that are not finite."""
     new = int(outputs["nonfinite"].sum()) if "nonfinite" in outputs else 0
     return new + (count_nonfinite(outputs["nll"]) if "nll" in outputs else 0)
 
 
 def paired_rows(folder: Path, reference: Path) -> Iterator[tuple[Rows, Rows]]:
-    """The log-probabilities of (reference, run), some rows at a time."""
+    """Return the log-probabilities of (reference, run), some rows at a time."""
     return zip(read_rows(reference), read_rows(folder), strict=True)
 
 
 def read_rows(folder: Path) -> Iterator[Rows]:
-    """The log-probabilities in a run's folder, some rows at a time. Raises LoadError if they are missing."""
+    """Yield the log-probabilities in a run's folder, some rows at a time. Raises LoadError if they are missing."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / LOGPROBS

@@ -151,7 +151,7 @@ class _LayerByLayer(base.Quantizer):
 
 
 def _asked_groups(groups: Sequence[str | tuple[str, ...]], layers: Sequence[str], component: str) -> list[list[str]]:
-    """The layers that `task.groups` puts together. Raises ConfigError for an entry that puts none together."""
+    """Return the layers that `task.groups` puts together. Raises ConfigError for an entry that puts none together."""
     found = []
     for number, entry in enumerate(groups):
         place = f"task.groups[{number}] of '{component}'"
@@ -165,7 +165,7 @@ def _asked_groups(groups: Sequence[str | tuple[str, ...]], layers: Sequence[str]
 
 
 def _below(pattern: str, layers: Sequence[str]) -> Iterator[list[str]]:
-    """The layers in each of the modules that a pattern names."""
+    """Yield the layers in each of the modules that a pattern names."""
     modules: dict[str, list[str]] = {}
     for layer in layers:
         ends = [end for end, mark in enumerate(f"{layer}.") if mark == "."]
@@ -176,7 +176,7 @@ def _below(pattern: str, layers: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _siblings(names: Sequence[str], layers: Sequence[str], place: str) -> Iterator[list[str]]:
-    """The layers of these names under each parent."""
+    """Yield the layers of these names under each parent."""
     parents: dict[str, list[str]] = {}
     for name in names:
         own = [layer for layer in layers if f".{layer}".endswith(f".{name}")]
@@ -207,7 +207,7 @@ def _group(layers: Sequence[str], formats: Mapping[str, Format], plan: LoadPlan)
 
 
 def _dense_nbytes(layers: Sequence[str], plan: LoadPlan) -> int:
-    """Bytes that go if these layers are quantized: not those of a weight that an embedding has, too."""
+    """Return bytes that go if these layers are quantized: not those of a weight that an embedding has, too."""
     weights = {f"{layer}.weight" for layer in layers}
     firsts = {plan.tied.get(weight, weight) for weight in weights}
     kept = {plan.tied.get(item.target, item.target) for item in plan.items if item.target not in weights}

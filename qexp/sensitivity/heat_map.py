@@ -47,7 +47,7 @@ def draw_heat_map(table: SensitivityTable, folder: Path) -> None:
 
 
 def _by_bits(table: SensitivityTable) -> list[str]:
-    """The formats from the fewest to the most bytes, in the groups that have them."""
+    """Return the formats from the fewest to the most bytes, in the groups that have them."""
     shares: dict[str, list[float]] = {}
     for candidates in table.groups().values():
         largest = max(candidate.nbytes for candidate in candidates) or 1

@@ -115,7 +115,7 @@ def read_table(folder: Path) -> SensitivityTable:
 
 
 def check_checkpoint(table: SensitivityTable, folder: Path, checkpoint: Mapping[str, str]) -> None:
-    """Raises ConfigError for scores of another checkpoint. checkpoint: component -> hash of the one to be used."""
+    """Raise ConfigError for scores of another checkpoint. checkpoint: component -> hash of the one to be used."""
     for name, stored in table.header.checkpoint.items():
         if checkpoint.get(name) != stored:
             found = f"is {checkpoint[name][:12]}" if name in checkpoint else "is not there"
@@ -161,7 +161,7 @@ def _read_candidates(path: Path, text: str) -> list[Candidate]:
 
 
 def _read_candidate(row: Sequence[str], number: int) -> Candidate:
-    """Raises ValueError for a line that is none of ours."""
+    """Raise ValueError for a line that is none of ours."""
     if len(row) != len(COLUMNS):
         raise ValueError(f"line {number} has {len(row)} values, not {len(COLUMNS)}")
     component, group, layers, name, backend, nbytes, score = row

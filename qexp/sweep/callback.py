@@ -58,7 +58,7 @@ class SweepCallback(Callback):
 
 
 def planned_jobs(config: DictConfig) -> int | None:
-    """How many experiments the sweep will have; None if its sweeper decides as it goes, or for a glob."""
+    """Return how many experiments the sweep will have; None if its sweeper decides as it goes, or for a glob."""
     if not str(config.hydra.sweeper.get("_target_", "")).endswith(("BasicSweeper", "QexpSweeper")):
         return None
     counts = [_number_of_values(sweep) for sweep in _sweeps(config).values()]
@@ -66,7 +66,7 @@ def planned_jobs(config: DictConfig) -> int | None:
 
 
 def swept_settings(config: DictConfig) -> list[str]:
-    """Names of the settings that differ between the experiments, whichever sweeper chooses their values."""
+    """Return names of the settings that differ between the experiments, whichever sweeper chooses their values."""
     return [name.lstrip("+") for name, sweep in _sweeps(config).items() if _number_of_values(sweep) != 1]
 
 
@@ -82,7 +82,7 @@ def _sweeps(config: DictConfig) -> dict[str, Override]:
 
 
 def _number_of_values(sweep: Override) -> int | None:
-    """How many values a sweep has, None if that is not known here: of a glob, or an interval."""
+    """Return how many values a sweep has, None if that is not known here: of a glob, or an interval."""
     try:
         return len(list(sweep.sweep_string_iterator()))
     except HydraException:

@@ -22,7 +22,7 @@ def job_name(number: int | None, total: int | None, label: str) -> str:
 
 
 def end_line(name: str, row: JobRow, manifest: Mapping[str, Any] | None) -> str:
-    """How a job ended: its main numbers, or why it has none; and how far the sweep is."""
+    """Return how a job ended: its main numbers, or why it has none; and how far the sweep is."""
     parts = [f"{_ending_words(row)}"]
     if row.status == "done":
         parts += [words for words in (_quality_words(row.metrics), _weights_words(row.metrics)) if words]

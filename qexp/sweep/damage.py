@@ -56,7 +56,7 @@ def _find_damage(check: Callable[[], object]) -> str | None:
 
 
 def check_result(folder: RunFolder) -> None:
-    """Raises DamagedFileError for a result.json that cannot be what the run in this folder wrote, DiskError."""
+    """Raise DamagedFileError for a result.json that cannot be what the run in this folder wrote, DiskError."""
     result: dict[str, Any] | None = folder.read_result()
     if result is None:
         return

@@ -134,7 +134,7 @@ def _kept_result(config: RunConfig, row: JobRow) -> str | None:
 
 
 def _left(sweep: Mapping[str, Any]) -> int | None:
-    """How many experiments of a sweep have not ended; None outside of one, or if their number is not known."""
+    """Return how many experiments of a sweep have not ended; None outside of one, or if their number is not known."""
     return max(sweep["total"] - len(sweep["jobs"]), 0) if sweep.get("total") else None
 
 
@@ -147,7 +147,7 @@ def refuse_job(
     label: str = "",
     number: int | None = None,
 ) -> JobRow:
-    """The row of an experiment whose configuration does not resolve, recorded and shown like any other."""
+    """Return the row of an experiment whose configuration does not resolve, recorded and shown like any other."""
     number = number if number is not None else _hydra_number()
     manifest = Manifest(outputs, sweep_name) if number is not None else None
     sweep = _read_sweep(manifest) if manifest is not None else {}
@@ -204,7 +204,7 @@ _SAID: set[tuple[str | None, str]] = set()  # (token of a sweep, what differs)
 
 
 def _check_before_clearing(config: RunConfig, folder: RunFolder) -> None:
-    """Raises: QexpError for what can be known while an earlier result is still there."""
+    """Raise QexpError for what can be known while an earlier result is still there."""
     if config.save.path is not None:
         check_writable(Path(config.save.path), "save.path=")
     if saves_outputs(config) and folder.holds("result.json"):
@@ -232,7 +232,7 @@ def _score(job: _Job, folder: RunFolder) -> Status:
 
 
 def _first_sweep(config: RunConfig, previous: Mapping[str, Any]) -> SweepConfig:
-    """The sweep that ran an experiment first: it stays in this one's group, whoever scores it again."""
+    """Return the sweep that ran an experiment first: it stays in this one's group, whoever scores it again."""
     stored = (previous.get("config") or {}).get("sweep")
     return SweepConfig(**stored) if stored else config.sweep
 
@@ -299,14 +299,14 @@ def _mark(folder: RunFolder, outcome: Outcome, started: str) -> Status:
 
 
 def _explained(error: BaseException) -> Outcome:
-    """The outcome of an error on the parent's side; what is not meant for users is a defect, and shows where."""
+    """Return the outcome of an error on the parent's side; what is not meant for users is a defect, and shows where."""
     if not isinstance(error, QexpError | KeyboardInterrupt):
         traceback.print_exception(error)
     return outcome_of(error)
 
 
 def _filled(row: JobRow, folder: RunFolder, status: Status | None, reused: bool) -> JobRow:
-    """The row with how it ended; without a status it was left alone."""
+    """Return the row with how it ended; without a status it was left alone."""
     if status is None:
         return replace(row, status="skipped", message="not run: resume=failed runs only what has failed")
     result = folder.read_result() if status.status == "done" else None
@@ -322,7 +322,7 @@ def _filled(row: JobRow, folder: RunFolder, status: Status | None, reused: bool)
 
 
 def _is_tracked(job: _Job, folder: RunFolder) -> bool:
-    """Whether a run that is reused was tracked in this way before."""
+    """Return whether a run that is reused was tracked in this way before."""
     return any(folder.path.glob(TRACKED.get(job.config.tracking.mode, "*")))
 
 
@@ -338,7 +338,7 @@ def _track(job: _Job, folder: RunFolder) -> None:
 
 
 def _group(job: _Job, folder: RunFolder) -> str | None:
-    """The W&B group of a run: the sweep that ran it first, None if that was a single run."""
+    """Return the W&B group of a run: the sweep that ran it first, None if that was a single run."""
     container = read_yaml(folder.path / "config.yaml") or {}
     name = str((container.get("sweep") or {}).get("name") or job.config.sweep.name)
     if job.number is not None and name == job.config.sweep.name:
@@ -365,7 +365,7 @@ def _start_words(decision: Decision) -> str:
 
 
 def _hydra_number() -> int | None:
-    """This job's place in a Hydra sweep, from 1; None in a single run, or without Hydra."""
+    """Return this job's place in a Hydra sweep, from 1; None in a single run, or without Hydra."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 

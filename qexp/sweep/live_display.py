@@ -127,7 +127,7 @@ class _Above(io.TextIOBase):
 
 
 def is_interactive(stream: Any) -> bool:
-    """Whether a stream is a terminal whose lines can be rewritten."""
+    """Return whether a stream is a terminal whose lines can be rewritten."""
     return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 

@@ -20,7 +20,7 @@ OF_IMAGES = (
 
 
 def modules_of(config: RunConfig) -> tuple[str, ...]:
-    """Names of what this experiment and its scoring import, of this program and of libraries. Imports nothing.
+    """Return names of what this experiment and its scoring import, of this program and of libraries. Imports nothing.
 
     module:function stands for what a function imports.
     """

@@ -52,7 +52,7 @@ def ensure_reference(
 
 
 def _stands(folder: RunFolder, status: Status, resume: str, sweep: str | None) -> bool:
-    """Whether a reference is used, or given up, as it is. sweep: the token of the sweep that needs it."""
+    """Return whether a reference is used, or given up, as it is. sweep: the token of the sweep that needs it."""
     of_this_sweep = sweep is not None and status.sweep == sweep
     if status.status != "done":
         return of_this_sweep
@@ -60,14 +60,14 @@ def _stands(folder: RunFolder, status: Status, resume: str, sweep: str | None) -
 
 
 def reference_is_there(config: RunConfig) -> bool:
-    """Whether an experiment is compared with nothing, or with what is finished."""
+    """Return whether an experiment is compared with nothing, or with what is finished."""
     if not saves_outputs(config):
         return True
     return known_reference(config, reference_key(config)) is not None
 
 
 def known_reference(config: RunConfig, result_reference: str | None) -> Path | None:
-    """The reference a result was scored against before, if its folder still holds it."""
+    """Return the reference a result was scored against before, if its folder still holds it."""
     if result_reference is None:
         return None
     folder = RunFolder(Path(config.paths.outputs, "references", result_reference))

@@ -69,7 +69,7 @@ def decide(config: RunConfig, folder: RunFolder, damaged: Sequence[str] = ()) ->
 
 
 def scored_names(result: Mapping[str, Any], metrics: MetricsConfig) -> tuple[str, ...]:
-    """The metrics that a result has been scored for, with the same settings as now."""
+    """Return the metrics that a result has been scored for, with the same settings as now."""
     scored = result.get("scored") or {}
     changed = {name for name, key in PERCEPTUAL_METRICS.items() if scored.get(key) != getattr(metrics, key)}
     return tuple(name for name in scored.get("names", ()) if name not in changed)

@@ -44,7 +44,7 @@ NAMES_AND_PLACES = {
 
 
 def run_key(config: RunConfig) -> str:
-    """Raises LoadError if a checkpoint is missing or damaged."""
+    """Raise LoadError if a checkpoint is missing or damaged."""
     return _digest(_identity(config))
 
 

@@ -68,7 +68,7 @@ class Work:
 
 
 def seeded_experiment(config: RunConfig, folder: Path) -> Metrics:
-    """The program's own experiment, with every global random generator seeded."""
+    """Return the program's own experiment, with every global random generator seeded."""
     import numpy as np
     import torch
 
@@ -165,7 +165,7 @@ def _formats(folder: RunFolder) -> dict[str, Any]:
 
 
 def _earlier(folder: RunFolder) -> dict[str, Any]:
-    """The result that is there already."""
+    """Return the result that is there already."""
     result = folder.read_result()
     if result is None:
         raise LoadError(f"{folder.path} has no result.json whose outputs could be scored; run it without --score-only")
@@ -173,7 +173,7 @@ def _earlier(folder: RunFolder) -> dict[str, Any]:
 
 
 def _lacking(config: RunConfig, earlier: Mapping[str, Any], reference: Path | None) -> tuple[str, ...]:
-    """The metrics that an earlier result lacks; all of them if none is, or if the reference is another."""
+    """Return the metrics that an earlier result lacks; all of them if none is, or if the reference is another."""
     is_same = earlier.get("reference") == (reference.name if reference else None)
     known = scored_names(earlier, config.metrics) if is_same else ()
     return tuple(name for name in config.metrics.names if name not in known) or config.metrics.names

@@ -147,7 +147,7 @@ def _follow(
 
 
 def _settle(work: Work, process: ChildProcess, otherwise: Outcome, started: str, clock: float) -> Status:
-    """The status that the worker wrote; `otherwise` is written for one that ended without."""
+    """Return the status that the worker wrote; `otherwise` is written for one that ended without."""
     folder = RunFolder(work.folder)
     folder.remove_scratch()
     status = folder.read_status()

@@ -62,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Raises ValueError for NaN or infinity, which JSON cannot hold."""
+    """Raise ValueError for NaN or infinity, which JSON cannot hold."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -76,7 +76,10 @@ def to_csv(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file, None if there is no file. Raises DamagedFileError if it holds something else, DiskError."""
+    """Return the object in a file, None if there is no file.
+
+    Raises DamagedFileError if it holds something else, DiskError.
+    """
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -129,7 +132,7 @@ def file_lock(
 
 
 def _lock_now(descriptor: int) -> None:
-    """Raises BlockingIOError if somebody has it."""
+    """Raise BlockingIOError if somebody has it."""
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -149,7 +152,7 @@ def _wait_for_lock(descriptor: int, patience_seconds: float) -> None:
 
 
 def disk_error(path: Path, error: OSError, option: str = "paths.outputs=") -> DiskError:
-    """The same failure with place and remedy. option: what names another place for it."""
+    """Return the same failure with place and remedy. option: what names another place for it."""
     remedy = "check the disk"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "free space there"
@@ -170,7 +173,7 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any] | None:
-    """The mapping in a file, None if there is no file.
+    """Return the mapping in a file, None if there is no file.
 
     Raises: DamagedFileError if it holds something else, DiskError if it cannot be read.
     """

@@ -63,7 +63,7 @@ class MachineLoad:
         self.beside = [{"name": name, "cores": round(cores, 2)} for cores, name in most if cores >= LEAST_CORES]
 
     def metrics(self) -> dict[str, float | None]:
-        """The `time/` metrics of what ran beside; none where that cannot be known."""
+        """Return the `time/` metrics of what ran beside; none where that cannot be known."""
         if self.other_cores is None:
             return {}
         return {"time/other_cores": self.other_cores, "time/load_average": self.load_average}

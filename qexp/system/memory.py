@@ -123,7 +123,7 @@ def _high_water_mark() -> int:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes that torch has allocated on an accelerator now; 0 on a CPU."""
+    """Return bytes that torch has allocated on an accelerator now; 0 on a CPU."""
     import torch
 
     return 0 if device.type == "cpu" else int(torch.get_device_module(device).memory_allocated(device))

@@ -41,7 +41,7 @@ def say(message: object, *, end: str = "\n") -> None:
 
 
 def is_followed() -> bool:
-    """Whether something displays this work."""
+    """Return whether something displays this work."""
     return _follower is not None and _collected is None
 
 
@@ -122,7 +122,7 @@ def _set_screen(screen: IO[str] | TextIOBase | None) -> None:
 
 
 def copy_of(stream: Any) -> IO[str]:
-    """A stream to the same place that does not follow its descriptor; the stream itself where it has none."""
+    """Return a stream to the same place that does not follow its descriptor; the stream itself where it has none."""
     with suppress(OSError, AttributeError, ValueError):
         if stream.fileno() in (1, 2):
             copy = io.BufferedWriter(PatientFile(os.dup(stream.fileno()), "w"))

@@ -39,7 +39,7 @@ def _raw_of(stream: io.TextIOWrapper) -> Any:
 
 
 def _patient(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    """The same stream over a file that outlives its reader."""
+    """Return the same stream over a file that outlives its reader."""
     raw = PatientFile(stream.fileno(), "w", closefd=False)
     is_buffered = isinstance(stream.buffer, io.BufferedWriter)  # python -u has none
     return io.TextIOWrapper(

@@ -50,5 +50,5 @@ class RunContext:
         return None if is_shared else host_memory().total_bytes / GIB, device_memory(self.device) / GIB
 
     def recorder(self, verb: str, steps: int | None) -> Recorder:
-        """The clock of a task with so many steps; None if their number is not known. verb: what a step does."""
+        """Return the clock of a task with so many steps; None if their number is not known. verb: what a step does."""
         return Recorder(verb, steps, self.device, self.memory_gib)

@@ -27,7 +27,10 @@ Config = ForwardConfig
 
 
 def component_of(task: ForwardConfig, components: Iterable[str]) -> str:
-    """The component that is called. Raises ConfigError if none is named and there are several, or it is not there."""
+    """Return the component that is called.
+
+    Raises ConfigError if none is named and there are several, or it is not there.
+    """
     names = list(components)
     if task.component is None and len(names) == 1:
         return names[0]
@@ -110,7 +113,7 @@ def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def batches_of(inputs: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """The inputs cut along their first dimension; those without one go with every batch."""
+    """Yield the inputs cut along their first dimension; those without one go with every batch."""
     rows = row_count(inputs)
     for start in range(0, max(rows, 1), size):
         yield {name: tensor[start : start + size] if tensor.dim() else tensor for name, tensor in inputs.items()}
@@ -128,7 +131,7 @@ def row_count(inputs: Mapping[str, Tensor]) -> int:
 
 
 def _joined(parts: Mapping[str, list[Tensor]], batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Each output's batches behind one another. Raises ConfigError for an output that does not go by rows."""
+    """Return each output's batches behind one another. Raises ConfigError for an output that does not go by rows."""
     import torch
 
     counts = [row_count(batch) for batch in batches]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def read_inputs(task: ForwardConfig, source: Any, skeleton: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a file by the names of the network's arguments, on the CPU, as they are stored.
+    """Return the tensors of a file by the names of the network's arguments, on the CPU, as they are stored.
 
     skeleton: the network without weights, whose forward says which arguments there are.
     Raises: ConfigError for one that it does not take, or needs and does not get, and for values that are not finite.
@@ -86,7 +86,7 @@ def _check_names(task: ForwardConfig, inputs: Mapping[str, Tensor], skeleton: nn
 
 
 def _further_names(keywords: inspect.Parameter) -> tuple[str, ...] | None:
-    """The names that `**kwargs` takes by its annotation, a typed dict; None if it may be any."""
+    """Return the names that `**kwargs` takes by its annotation, a typed dict; None if it may be any."""
     unpacked = typing.get_args(keywords.annotation)
     names = getattr(unpacked[0], "__annotations__", None) if unpacked else None
     return None if names is None else tuple(names)

@@ -44,12 +44,12 @@ class ForwardConfig(TaskConfig):
         return self
 
     def input_files(self) -> dict[str, Path]:
-        """Fields that name a file, whose content is what counts."""
+        """Return fields that name a file, whose content is what counts."""
         return {"inputs": self.path} if self.inputs is not None else {}
 
 
 def check_file(task: ForwardConfig) -> None:
-    """Raises ConfigError for a file that is missing, of no known kind, empty, or whose tensors do not go together.
+    """Raise ConfigError for a file that is missing, of no known kind, empty, or whose tensors do not go together.
 
     Reads headers alone, and imports no torch.
     """
@@ -106,7 +106,7 @@ def open_array(task: ForwardConfig) -> Any:
 
 
 def read_lines(task: ForwardConfig) -> list[str]:
-    """The lines of a text that are not empty. Raises ConfigError if there are none."""
+    """Return the lines of a text that are not empty. Raises ConfigError if there are none."""
     place = f"task.inputs={task.inputs}"
     lines = [line for line in text_files.read_lines(task.path, place, "give a text file") if line.strip()]
     if not lines:

@@ -66,7 +66,7 @@ class PerplexityConfig(TaskConfig):
             window_and_stride(None, self.window, self.stride, has_begin=False)  # the least that any model asks for
 
     def input_files(self) -> dict[str, Path]:
-        """Fields that name a file, whose content is what counts."""
+        """Return fields that name a file, whose content is what counts."""
         return {"text": Path(self.text).expanduser()} if self.text is not None else {}
 
 
@@ -145,7 +145,7 @@ def score_text(context: RunContext, tokens: Tensor, task: PerplexityConfig, reco
 
 
 def _windows_of_tokens(windows: list[Window]) -> Tensor:
-    """The number of its window for each scored token, int32."""
+    """Return the number of its window for each scored token, int32."""
     import torch
 
     scored = torch.tensor([window.stop - window.scored for window in windows])
@@ -159,7 +159,7 @@ def window_sizes(config: Any, task: PerplexityConfig, begin_token: int | None) -
 
 
 def windows_of(count: int, tokens: int, stride: int, has_begin: bool) -> Iterator[Window]:
-    """The windows over `count` tokens of text. Raises ConfigError for a text too short to score anything."""
+    """Yield the windows over `count` tokens of text. Raises ConfigError for a text too short to score anything."""
     if count < (1 if has_begin else 2):
         raise ConfigError(f"task.text has {count} tokens, too few to predict any; give a longer text")
     begin, scored = 0, 0 if has_begin else 1

@@ -55,7 +55,7 @@ class LayerRow:
 
 
 def measure_layers(prepared: Prepared, *, loader: LoaderConfig, original: Checkpoint | None = None) -> list[LayerRow]:
-    """A row for every layer that the plan quantizes (with backend=none: for every linear layer).
+    """Return a row for every layer that the plan quantizes (with backend=none: for every linear layer).
 
     original: the dense checkpoint that a checkpoint of ready-quantized weights was made from.
     Raises: LoadError if it has not all of their dense weights.
@@ -76,7 +76,7 @@ def measure_layers(prepared: Prepared, *, loader: LoaderConfig, original: Checkp
 
 
 def _with_original(item: WorkItem, original: Checkpoint) -> WorkItem:
-    """The parts of a ready-quantized weight and, last, the dense weight that it was made from."""
+    """Return the parts of a ready-quantized weight and, last, the dense weight that it was made from."""
     from qexp.checkpoints.conversion import transposed
     from qexp.checkpoints.dtypes import TORCH_DTYPES
     from qexp.errors import LoadError
@@ -138,17 +138,17 @@ def _measure(prepared: Prepared, item: WorkItem, stored: list[Tensor], dense: Te
 
 
 def _format_of(prepared: Prepared, item: WorkItem) -> str:
-    """The name of a layer's format; of one that is cast alone, its dtype."""
+    """Return the name of a layer's format; of one that is cast alone, its dtype."""
     return str(item.dtype).removeprefix("torch.") if item.spec is None else prepared.plan.formats[item.spec.module]
 
 
 def nonfinite_layers(rows: list[LayerRow]) -> list[str]:
-    """The layers whose restored weights are not finite: they have no error, and take no part in means."""
+    """Return the layers whose restored weights are not finite: they have no error, and take no part in means."""
     return [row.layer for row in rows if row.max_abs_error is None]
 
 
 def summarize(rows: list[LayerRow]) -> dict[str, float | None]:
-    """The `roundtrip/` metrics: means and worst cases over layers; None where every layer is exact."""
+    """Return the `roundtrip/` metrics: means and worst cases over layers; None where every layer is exact."""
     sqnr = [row.sqnr_db for row in rows if row.sqnr_db is not None]
     errors = [row.relative_l2 for row in rows if row.relative_l2 is not None]
     return {

@@ -127,7 +127,7 @@ def _read_entry(entry: Any, place: str) -> Sequence[Any]:
 
 
 def _checked(config: Any, place: str) -> Any:
-    """Raises ConfigError for a config that is about a whole model, or whose cost is not in the weights alone."""
+    """Raise ConfigError for a config that is about a whole model, or whose cost is not in the weights alone."""
     try:
         config.check_as_rule()
     except ConfigError as error:

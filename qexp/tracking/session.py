@@ -20,7 +20,7 @@ from qexp.errors import ConfigError, MissingLibraryError, UnsupportedError
 
 @contextmanager
 def wandb_session(folder: Path, mode: str) -> Iterator[Any]:
-    """The wandb module, with its data and cache in <folder>/wandb; offline it says not a word to anyone.
+    """Provide the wandb module, with its data and cache in <folder>/wandb; offline it says not a word to anyone.
 
     Variables of the environment that name a run, another program's, are taken away for as long.
 
@@ -59,7 +59,7 @@ def _set_variables(values: Mapping[str, str | None]) -> None:
 
 
 def require_login(wandb: Any) -> None:
-    """Raises ConfigError without an API key: wandb would ask for one, and wait."""
+    """Raise ConfigError without an API key: wandb would ask for one, and wait."""
     if wandb.run is None and not wandb.login(prompt=False, verify=False):
         raise ConfigError(
             "tracking.mode=online needs a W&B account, and there is no API key on this machine; run `wandb login`, "
@@ -68,7 +68,7 @@ def require_login(wandb: Any) -> None:
 
 
 def check_login() -> None:
-    """Raises ConfigError without an API key: for asking before experiments run whose log would be lost."""
+    """Raise ConfigError without an API key: for asking before experiments run whose log would be lost."""
     remedy = "use tracking=offline"
     with (
         TemporaryDirectory(prefix="qexp-login-") as folder,

@@ -75,7 +75,7 @@ def log_run(folder: Path, config: RunConfig, sweep_name: str | None, settings: s
 def _start(
     wandb: Any, folder: Path, container: dict[str, Any], tracking: TrackingConfig, sweep_name: str | None, name: str
 ) -> Any:
-    """An initialized run, not the global one: a run that the calling program has open stays as it is."""
+    """Return an initialized run, not the global one: a run that the calling program has open stays as it is."""
     if tracking.mode == "online":
         require_login(wandb)
     config = container | {"env": read_json(folder / "env.json") or {}}
@@ -147,7 +147,7 @@ def _log_media(wandb: Any, run: Any, folder: Path) -> None:
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows with numbers where a whole column is numbers, and None for an empty cell."""
+    """Yield rows with numbers where a whole column is numbers, and None for an empty cell."""
     with path.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     numeric = {name for name in (rows[0] if rows else ()) if all(_is_number(row[name]) for row in rows)}
@@ -164,7 +164,7 @@ def _is_number(text: str) -> bool:
 
 
 def _run_summary(folder: Path) -> dict[str, Any]:
-    """Metrics of a run that is done; of any other only how it ended."""
+    """Return metrics of a run that is done; of any other only how it ended."""
     status = read_json(folder / "status.json") or {}
     ended = {name: status.get(name) for name in ("status", "reason", "message", "seconds")}
     result = read_json(folder / "result.json") if ended["status"] == "done" else None

@@ -99,7 +99,7 @@ class Collector:
         }
 
     def _run_worker(self) -> bool:
-        """One process, from the first check without a row on; True if it came to the end."""
+        """Return one process, from the first check without a row on; True if it came to the end."""
         spent = time.monotonic() - self.started
         task = {
             **{name: getattr(self.arguments, name) for name in TASK},
@@ -169,7 +169,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """The commit that was checked, and whether files differed from it; nulls outside a repository."""
+    """Return the commit that was checked, and whether files differed from it; nulls outside a repository."""
 
     def git(*arguments: str) -> str | None:
         try:

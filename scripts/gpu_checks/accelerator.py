@@ -44,7 +44,7 @@ class Accelerator:
         return self._bytes("current", "memory_allocated") if self.module is not None else 0
 
     def _bytes(self, kind: str, fallback: str) -> int:
-        """Bytes that were asked for; on a device whose allocator does not tell, bytes that it has handed out."""
+        """Return bytes that were asked for; on a device whose allocator does not tell, bytes that it has handed out."""
         statistics = self.module.memory_stats(self.device) if hasattr(self.module, "memory_stats") else {}
         return int(statistics.get(f"requested_bytes.all.{kind}") or getattr(self.module, fallback)(self.device))
 
@@ -76,7 +76,7 @@ class Accelerator:
                 found += [str(warning.message) for warning in caught if WAITED in str(warning.message)]
 
     def works(self) -> bool:
-        """Whether it still computes: after an illegal access a GPU answers this process no more."""
+        """Return whether it still computes: after an illegal access a GPU answers this process no more."""
         try:
             return float((torch.ones(8, device=self.device) + 1).sum()) == 16
         except Exception:  # whatever it is, the device is of no use

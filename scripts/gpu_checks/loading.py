@@ -48,7 +48,10 @@ def same_bytes(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def dense_weights(model: Any, option: str) -> dict[str, Tensor]:
-    """The weights that the quantized model stands for, in fp32 on the host. The model is dequantized in place."""
+    """Return the weights that the quantized model stands for, in fp32 on the host.
+
+    The model is dequantized in place.
+    """
     dense = model.hf_quantizer.dequantize(model) if hasattr(model, "hf_quantizer") else model
     return {name: tensor.float().cpu() for name, tensor in dense.state_dict().items() if tensor.dim() == 2}
 

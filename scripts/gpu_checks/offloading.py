@@ -147,7 +147,7 @@ class Subject:
         }
 
     def _broken(self, config: OffloadConfig, found: Run, numbers: Numbers) -> list[str]:
-        """The rules that do not hold, with the numbers that say so."""
+        """Return the rules that do not hold, with the numbers that say so."""
         moves = (
             numbers["payload_bytes"] if config.strategy not in ("none", "model") else 0
         )  # a component stays, once here

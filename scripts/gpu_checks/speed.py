@@ -115,7 +115,7 @@ class Race:
         return {"gib_per_second": round(rate / GIB, 3), "pinned": pinned, "copy_bytes": self.copy_bytes}, []
 
     def measure(self, name: str) -> Outcome:
-        """One round of one mode. Its output has to be the resident model's, if it is ours."""
+        """Return one round of one mode. Its output has to be the resident model's, if it is ours."""
         mode, device = self.modes[name], self.accelerator.device
         self.accelerator.settle()
         before = self.accelerator.allocated_bytes()
@@ -151,7 +151,7 @@ class Race:
         return numbers, [] if equal or name.startswith(PEER) else ["the output is not the resident model's"]
 
     def _window(self, model: nn.Module, steps: int) -> float:
-        """Seconds a step, of steps one after the other."""
+        """Return seconds a step, of steps one after the other."""
         self.accelerator.synchronize()
         started = time.perf_counter()
         for _ in range(steps):
@@ -164,7 +164,7 @@ class Race:
         return max(self.modes[RESIDENT].step, payload_bytes / statistics.median(self.bytes_per_second))
 
     def table(self) -> list[Numbers]:
-        """A line for every mode that ran: medians over all rounds."""
+        """Return a line for every mode that ran: medians over all rounds."""
         lines = []
         for name, mode in self.modes.items():
             if not mode.step_seconds:
@@ -187,7 +187,7 @@ class Race:
 
 
 def targets(race: Race, *, small: bool) -> list[Row]:
-    """The two promises about speed, each passed or failed, or skipped where what it compares did not run.
+    """Return the two promises about speed, each passed or failed, or skipped where what it compares did not run.
 
     On a device without streams, and for small models, whose times say nothing, they are unsupported.
     """
@@ -239,7 +239,7 @@ def check_all(
     seconds: float,
     failed: Collection[str] = (),
 ) -> tuple[Numbers, list[Row]]:
-    """All rows of the group, at least one round and as many as fit; (the table and its model, the targets).
+    """Return all rows of the group, at least one round and as many as fit; (the table and its model, the targets).
 
     failed: checks of a process before this one; its rounds are not continued, and what failed in them is left out.
     """

@@ -72,7 +72,7 @@ def backend_options() -> list[str]:
 
 
 def load_net(option: str, folder: Path, device: torch.device | str, dtype: torch.dtype, *, workers: int = 2) -> Any:
-    """The `LoadedComponent` of a saved `Net`, as `python -m qexp backend=<option>` would load it."""
+    """Return the `LoadedComponent` of a saved `Net`, as `python -m qexp backend=<option>` would load it."""
     from qexp.config.schema import ComponentConfig, LoaderConfig
     from qexp.doctor.options import backend_config, backend_files
     from qexp.loading.lifecycle import load_component
@@ -196,7 +196,7 @@ def made_weights(skeleton: nn.Module, device: torch.device) -> dict[str, Tensor]
 
 
 def forward_of(timed: Timed, device: torch.device) -> Forward:
-    """One forward pass of the model with its inputs on the device; gives its output tensor."""
+    """Return one forward pass of the model with its inputs on the device; gives its output tensor."""
     inputs = {name: tensor.to(device) for name, tensor in timed.inputs.items()}
 
     def forward(model: nn.Module) -> Tensor:

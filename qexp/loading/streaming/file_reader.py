@@ -43,7 +43,7 @@ class Reader:
             os.close(self._opened.popitem()[1])
 
     def read(self, source: TensorEntry, buffer: Tensor) -> Tensor:
-        """One tensor, its bytes read into `buffer`; of GGUF blocks the bytes themselves, uint8 [nbytes]. Of a
+        """Return one tensor, its bytes read into `buffer`; of GGUF blocks the bytes themselves, uint8 [nbytes]. Of a
         tensor that is made by a transform, the numbers that it is made of, [n].
 
         The buffer may be an accelerator's: copies that end in the order of its current stream.
@@ -62,7 +62,7 @@ class Reader:
         return RowReader(self, source)
 
     def read_rows(self, source: TensorEntry, start: int, stop: int) -> Tensor:
-        """Rows of a tensor of plain numbers, in memory that is valid until the next ones are read."""
+        """Return rows of a tensor of plain numbers, in memory that is valid until the next ones are read."""
         row_bytes = source.nbytes // max(source.shape[0], 1)
         first, nbytes = start * row_bytes, (stop - start) * row_bytes
         if nbytes + PAGE_BYTES > len(self._buffer):

@@ -63,7 +63,7 @@ def stream(
     done, stop = queue.SimpleQueue[Any](), threading.Event()
 
     def take() -> tuple[int, WorkItem, int | None, Tensor | None] | None:
-        """The next item, and its room in the arena; who comes later waits, so that room is given in order."""
+        """Return the next item, and its room in the arena; who comes later waits, so that room is given in order."""
         with turn:
             index, item = next(turns, (-1, None))
             if item is None or stop.is_set():
@@ -174,7 +174,7 @@ def _padded(nbytes: int) -> int:
 
 
 def _buffers_of(item: WorkItem, room: Tensor | None) -> Iterator[tuple[TensorEntry, Tensor]]:
-    """Each entry of an item with the uint8 tensor to read it into: a part of `room`, or memory of its own."""
+    """Yield each entry of an item with the uint8 tensor to read it into: a part of `room`, or memory of its own."""
     start = 0
     for entry in item.entries:
         if room is None:

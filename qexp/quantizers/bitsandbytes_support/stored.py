@@ -37,7 +37,7 @@ DESCRIPTIONS = tuple(f"quant_state.bitsandbytes__{kind}" for kind in TYPES_4BIT)
 
 
 def parts_4bit(name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
-    """The tensors of layer `name`, by their names behind `name.weight.`; None if it is not stored in 4 bits."""
+    """Return the tensors of layer `name`, by their names behind `name.weight.`; None if it is not stored in 4 bits."""
     weight = f"{name}.weight"
     if not any(f"{weight}.{part}" in entries for part in DESCRIPTIONS):
         return None
@@ -46,7 +46,7 @@ def parts_4bit(name: str, entries: Mapping[str, TensorEntry]) -> dict[str, Tenso
 
 
 def parts_8bit(name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
-    """The tensors of layer `name`, by their names behind `name.`; None if it is not stored in 8 bits."""
+    """Return the tensors of layer `name`, by their names behind `name.`; None if it is not stored in 8 bits."""
     if f"{name}.SCB" not in entries:
         return None
     names = ((part, f"{name}.{part}") for part in ("weight", "SCB", "weight_format"))
@@ -54,7 +54,7 @@ def parts_8bit(name: str, entries: Mapping[str, TensorEntry]) -> dict[str, Tenso
 
 
 def check_4bit(spec: WeightSpec, parts: Mapping[str, TensorEntry], quant_storage: str) -> None:
-    """Raises LoadError for what headers alone show to be wrong; the rest waits for the quant state to be read."""
+    """Raise LoadError for what headers alone show to be wrong; the rest waits for the quant state to be read."""
     needed = {"weight", "absmax", "quant_map"}
     if nested := "nested_absmax" in parts or "nested_quant_map" in parts:
         needed |= {"nested_absmax", "nested_quant_map"}
@@ -83,7 +83,7 @@ def check_8bit(spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
 
 
 def kept_nbytes(parts: Mapping[str, TensorEntry]) -> int:
-    """Bytes of the parameter that the tensors become."""
+    """Return bytes of the parameter that the tensors become."""
     kept = [entry.nbytes for part, entry in parts.items() if part in ("weight", "SCB", *STATE_4BIT)]
     return sum(kept) + (4 if "nested_absmax" in parts else 0)  # 4: the offset, which is stored as a number
 
@@ -114,7 +114,7 @@ def assemble_8bit(
 
 
 def check_quant_state(spec: WeightSpec, companions: Mapping[str, Tensor]) -> None:
-    """Raises LoadError for a quant state that does not describe this weight, which the library would not notice."""
+    """Raise LoadError for a quant state that does not describe this weight, which the library would not notice."""
     described = [part for part in DESCRIPTIONS if part in companions]
     if len(described) != 1:
         raise _unusable_weight(spec, f"it has {choices(described)} at once")

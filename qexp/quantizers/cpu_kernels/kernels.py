@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 def compiled(function: Any) -> Any:
-    """The function, compiled when it is first called for types of arguments.
+    """Return the function, compiled when it is first called for types of arguments.
 
     The cache knows the file of a function, not those of functions it calls: who changes a helper that others import
     (`widened`, `narrowed`) must empty it (`__pycache__/*.nbi` here), or touch the files of those.
@@ -134,7 +134,7 @@ def nearest_4bit(source: Any, shift: int, block: int, midpoints: Any, indices: A
 
 @compiled
 def _bits(raw: Any, shift: int) -> Any:
-    """The bits of the float32 that a number of a source stands for."""
+    """Return the bits of the float32 that a number of a source stands for."""
     return np.uint32(np.uint32(raw) << np.uint32(shift))
 
 
@@ -145,7 +145,7 @@ def from_bits(bits: Any) -> Any:
 
 @compiled
 def widened(raw: Any, shift: int) -> Any:
-    """The float32 that a number of a source stands for."""
+    """Return the float32 that a number of a source stands for."""
     return from_bits(_bits(raw, shift))
 
 
@@ -161,7 +161,7 @@ def _magnitude(bits: Any) -> Any:
 
 @compiled
 def _add(count: Any, condition: Any) -> Any:
-    """One more where it holds, in 32 bits: as many as floats fit in a vector."""
+    """Return count + 1 where the condition holds, in 32 bits: a vector then has as many counts as floats."""
     return np.int32(count + np.int32(1)) if condition else count
 
 
@@ -174,7 +174,7 @@ def _int8(value: Any) -> Any:
 
 @compiled
 def _round_bits(bits: Any, drop: int) -> Any:
-    """The bits of a float32 rounded to even after all but its last `drop` bits."""
+    """Return the bits of a float32 rounded to even after all but its last `drop` bits."""
     last = np.uint32(np.uint32(bits >> np.uint32(drop)) & np.uint32(1))
     half = np.uint32(np.uint32(np.uint32(1) << np.uint32(drop - 1)) - np.uint32(1))
     kept = np.uint32(~np.uint32(np.uint32(np.uint32(1) << np.uint32(drop)) - np.uint32(1)))
@@ -183,7 +183,7 @@ def _round_bits(bits: Any, drop: int) -> Any:
 
 @compiled
 def narrowed(value: Any, drop: int) -> Any:
-    """The bits of a float32 without the last `drop`, rounded to even: those of bfloat16 without 16."""
+    """Return the bits of a float32 without the last `drop`, rounded to even: those of bfloat16 without 16."""
     bits = as_bits(value)
     if drop == 0:
         return bits
@@ -194,7 +194,7 @@ def narrowed(value: Any, drop: int) -> Any:
 
 @compiled
 def _half(bits: Any) -> Any:
-    """The float32 nearest to one in fp16, from its bits; infinite for what is infinite in fp16, or NaN."""
+    """Return the float32 nearest to one in fp16, from its bits; infinite for what is infinite in fp16, or NaN."""
     magnitude = np.uint32(bits & MAGNITUDE)
     normal = _round_bits(magnitude, HALF_SHIFT)
     in_steps = np.float32(from_bits(magnitude) + np.float32(0.75))  # of 2^-24, as fp16 below its normal numbers

@@ -17,7 +17,7 @@ MISSING_BITS = {torch.bfloat16: 16, torch.float16: kernels.HALF_SHIFT, torch.flo
 
 
 def absmax(groups: Tensor) -> Tensor:
-    """The largest magnitude of each row, [n, k] -> [n, 1], in its dtype; not finite if the row is not."""
+    """Return the largest magnitude of each row, [n, k] -> [n, 1], in its dtype; not finite if the row is not."""
     source, shift = kernels.source_bits(groups)
     largest = torch.empty(len(groups), 1, dtype=torch.float32)
     kernels.absmax(source, shift, largest.view(-1).numpy())

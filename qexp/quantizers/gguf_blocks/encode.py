@@ -60,7 +60,7 @@ def _fifth_bits(codes: Tensor) -> Tensor:
 
 
 def _extreme(blocks: Tensor) -> Tensor:
-    """The weight of largest magnitude with its sign, the first if there are two: [n, k] -> [n, 1]."""
+    """Return the weight of largest magnitude with its sign, the first if there are two: [n, k] -> [n, 1]."""
     high, low = blocks.amax(dim=1, keepdim=True), blocks.amin(dim=1, keepdim=True)
     extreme = torch.where(-low > high, low, high)
     tied = (-low == high).flatten().nonzero().flatten()

@@ -19,12 +19,12 @@ Decoder = Callable[[Tensor], Tensor]
 
 
 def cut(blocks: Tensor, *sizes: int) -> list[Tensor]:
-    """The fields of blocks: columns of these sizes, then the rest."""
+    """Return the fields of blocks: columns of these sizes, then the rest."""
     return list(blocks.split([*sizes, blocks.shape[1] - sum(sizes)], dim=1))
 
 
 def as_type(field: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes of a field as numbers: uint8 [n, k * size] -> [n, k]."""
+    """Return bytes of a field as numbers: uint8 [n, k * size] -> [n, k]."""
     return field.clone(memory_format=torch.contiguous_format).view(dtype)
 
 

@@ -22,7 +22,7 @@ IQ1_DELTA = 0.125
 
 @constant
 def _grid(name: str, device: torch.device) -> Tensor:
-    """The table of a type: fp32 [entries, weights of an entry]."""
+    """Return the table of a type: fp32 [entries, weights of an entry]."""
     import gguf.quants
 
     source: Any = getattr(gguf.quants, name)

@@ -35,7 +35,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The integers that `pack` packed: uint8 [rows, bits * ceil(count / 8)] -> uint8 [rows, count]."""
+    """Return the integers that `pack` packed: uint8 [rows, bits * ceil(count / 8)] -> uint8 [rows, count]."""
     if bits == 8:
         return packed[:, :count]
     rows, size = packed.shape[0], packed.shape[1] // bits

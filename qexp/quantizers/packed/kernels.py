@@ -138,7 +138,7 @@ def _range(source: Any, shift: int, start: int, weights: Any) -> Any:
 
 @compiled
 def _integer(weight: Any, offset: Any, divisor: Any, levels: Any) -> Any:
-    """The code of a weight, as float32."""
+    """Return the code of a weight, as float32."""
     step = np.rint(np.float32(np.float32(weight - offset) / divisor))
     return min(max(step, np.float32(0)), levels)
 
@@ -150,14 +150,14 @@ def _clamped(value: Any, largest: Any) -> Any:
 
 @compiled
 def _rounder(magnitude: Any, lowest: Any, mantissa_bits: int) -> Any:
-    """The bits of the power of two whose last bit is worth one step of a magnitude."""
+    """Return the bits of the power of two whose last bit is worth one step of a magnitude."""
     biased = max(np.int32(as_bits(magnitude) >> np.uint32(23)), lowest)
     return np.int32(biased + np.int32(23 - mantissa_bits)) << np.int32(23)
 
 
 @compiled
 def _below(value: Any) -> Any:
-    """The largest bf16 number that is not above a float32, as float32."""
+    """Return the largest bf16 number that is not above a float32, as float32."""
     bits = as_bits(value)
     if value < 0:
         bits = np.uint32(bits + np.uint32(0xFFFF))
@@ -166,7 +166,7 @@ def _below(value: Any) -> Any:
 
 @compiled
 def _sum_by_halves(values: Any) -> Any:
-    """The sum, added up in halves: many at a time, and close to the exact one. The values are lost."""
+    """Return the sum, added up in halves: many at a time, and close to the exact one. The values are lost."""
     count = values.shape[0]
     while count > 1:
         kept = (count + 1) // 2

@@ -64,14 +64,14 @@ class PackedTensor(Tensor):
         return cls(inner, context[0], size, context[1])
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight [out, in] in `dtype`, by default that of the weight that was packed."""
+        """Return the dense weight [out, in] in `dtype`, by default that of the weight that was packed."""
         dense = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
         for rows, part in self.dense_slices(dense.dtype):
             dense[rows] = part
         return dense
 
     def dense_slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The dense weight in slices of whole rows, [some rows, in]."""
+        """Yield the dense weight in slices of whole rows, [some rows, in]."""
         step = max(DECODED_WEIGHTS.get(self.device.type, DECODED_WEIGHTS["cpu"]) // self.shape[1], 1)
         for start in range(0, self.shape[0], step):
             rows = slice(start, start + step)
@@ -107,7 +107,7 @@ class PackedTensor(Tensor):
 
 
 def _on_inner(func: Any, tensor: PackedTensor, **options: Any) -> PackedTensor:
-    """The operation on each inner tensor."""
+    """Return the operation on each inner tensor."""
     inner = {name: func(value, **options) for name, value in tensor.inner_tensors.items()}
     return PackedTensor(inner, tensor.quant_type, tensor.shape, tensor.dtype)
 

@@ -69,7 +69,7 @@ def calibrate(layers: Mapping[str, Any], run: Callable[[], object]) -> None:
 
 
 def _refuse_if(layers: Mapping[str, Any], wrong: list[str], why: str) -> None:
-    """Raises ConfigError if there are wrong ones, and lets all layers refuse to run again."""
+    """Raise ConfigError if there are wrong ones, and lets all layers refuse to run again."""
     if not wrong:
         return
     for layer in layers.values():

@@ -47,7 +47,7 @@ OF_MODELS = (  # what `optimum.quanto` has from there
 
 @once
 def library() -> Any:
-    """The library, with the replacements that the module's text explains."""
+    """Return the library, with the replacements that the module's text explains."""
     with quiet():
         quanto = _without_models()
         from optimum.quanto.library.extensions.cpp import ext
@@ -69,7 +69,7 @@ def library() -> Any:
 
 
 def _without_models() -> Any:
-    """The library, which imports the modules of `MODELS` when it is asked for what only they have."""
+    """Return the library, which imports the modules of `MODELS` when it is asked for what only they have."""
     is_imported = "optimum.quanto" in sys.modules
     if not is_imported:
         sys.modules[MODELS] = ModuleType(MODELS)
@@ -114,7 +114,7 @@ def literal_eval(text: str) -> Any:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Values of `bits` bits out of bytes: uint8 [rows, ...] -> uint8 [rows * 8 / bits, ...].
+    """Return values of `bits` bits out of bytes: uint8 [rows, ...] -> uint8 [rows * 8 / bits, ...].
 
     The values of a byte lie `rows` apart: the lowest bits hold the first part of the rows.
     """
