@@ -176,7 +176,7 @@ def read_old_result(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def read_overrides(folder: RunFolder) -> list[str]:
-    """What was typed for a run. Raises LoadError if that is not there."""
+    """Read the overrides that were typed for a run. Raises LoadError if they are missing."""
     path = folder.path / "overrides.txt"
     try:
         return path.read_text(encoding="utf-8").splitlines()

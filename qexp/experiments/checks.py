@@ -30,7 +30,10 @@ def check_saves(save: SaveConfig, task: Any) -> None:
 
 
 def check_before_download(model: Any, task: Any, top: TopLevelConfig) -> None:
-    """What can be said of a hub's model before its files are here; all of it is asked again when they are."""
+    """Check a hub's model as far as that is possible before its files are here.
+
+    All of it is asked again when they are.
+    """
     if model.path is None or hub_id(model.path) is None:
         return
     with suppress(LoadError):

@@ -157,7 +157,7 @@ def _load_components(
 
 
 def _slow_dtypes(planned: Iterable[PlannedComponent], device: torch.device) -> str | None:
-    """What to say of dtypes for which this CPU has no instructions (PyTorch 2.13's kernels need AVX-512 for them)."""
+    """Warn of dtypes for which this CPU has no instructions (PyTorch 2.13's kernels need AVX-512 for them)."""
     capability = torch.backends.cpu.get_cpu_capability()
     if device.type != "cpu" or capability not in ("AVX2", "DEFAULT") or platform.machine() != "x86_64":
         return None
@@ -169,7 +169,7 @@ def _slow_dtypes(planned: Iterable[PlannedComponent], device: torch.device) -> s
 
 
 def _other_dtype_than_reference(config: RunConfig, planned: Mapping[str, PlannedComponent]) -> str | None:
-    """What to say if the reference, in the checkpoint's dtype, computes in another one than this experiment."""
+    """Warn if the reference, in the checkpoint's dtype, computes in another one than this experiment."""
     for name, component in planned.items():
         own, dtype = component.prepared.own_dtype, component.prepared.compute_dtype
         if component.prepared.quantizer.stored:

@@ -47,7 +47,7 @@ class Limits:
     extra: Mapping[Key, int] = field(default_factory=dict)
 
     def device_bytes_of(self, mix: Mix) -> int:
-        """What a mix takes of the device: groups that rest there, and slots for those that do not."""
+        """Return the device bytes of a mix: groups that rest there, and slots for those that do not."""
         resting = sum(choice.nbytes for choice in mix.choices if key_of(choice) not in mix.away)
         travelling = mix.travelling(self.extra)
         beside = sum(self.extra.get(key, 0) for key in mix.away)  # counted with what is fixed, and not there

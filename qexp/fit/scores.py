@@ -25,7 +25,7 @@ SENSITIVITY = "task=sensitivity"
 
 
 def default_formats() -> dict[str, BackendConfig]:
-    """What task=sensitivity tries if it is not told."""
+    """Return the candidate formats of task=sensitivity where task.formats is not given."""
     return {format_name(config): config for config in read_formats(DEFAULT_FORMATS)}
 
 

@@ -123,8 +123,9 @@ def tensor_nbytes(model: nn.Module, plan: LoadPlan) -> dict[str, int]:
 
 
 def to_keep_in_fp32(model: nn.Module, quantizer: Quantizer, placement: Placement) -> list[str]:
-    """What `llm_int8_enable_fp32_cpu_offload` leaves unquantized: the outermost modules that are on the CPU or on disk
-    as a whole.
+    """Return the outermost modules that are on the CPU or on disk as a whole.
+
+    `llm_int8_enable_fp32_cpu_offload` leaves them unquantized.
 
     Raises: ConfigError for a checkpoint that holds them quantized.
     """

@@ -13,7 +13,7 @@ LARGE_SHARE = 0.2  # of weights that cannot be quantized: more is worth a warnin
 
 
 def notices(component: str, plan: LoadPlan) -> list[str]:
-    """What to say of a plan, a line each."""
+    """Return the messages about a plan, a line each."""
     made = (unused_message(component, plan), left_dense_message(component, plan), not_linear_message(component, plan))
     return [message for message in made if message is not None]
 

@@ -271,7 +271,7 @@ def _put_on_device(item: WorkItem, device: torch.device) -> WorkItem:
 
 
 def not_linear_weights(model: nn.Module) -> dict[str, str]:
-    """The weights of a network, of two dimensions or more, that are not those of linear layers: what they are."""
+    """Return the weights with two or more dimensions outside linear layers, with a description of each."""
     found = {}
     for path, module in model.named_modules():
         if weight_shape(module) is not None:

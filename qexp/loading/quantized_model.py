@@ -83,7 +83,7 @@ class Guarded(nn.Module):
         return module_nbytes(self) - module_nbytes(buffers)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What all of the above come down to, and what a module that holds this one calls."""
+        """Guard `_apply`, which `to`, `half`, `float` and the `to` of a module that holds this one all call."""
         if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in PROBES):
             raise _cast_error(self, "a cast")
         _refuse_offloaded(self, "moved")

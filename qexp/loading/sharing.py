@@ -53,7 +53,7 @@ def _is_linear_weight(model: nn.Module, name: str) -> bool:
 
 
 def _names_of_parts(name: str, model: nn.Module, targets: Iterable[str], entries: Iterable[str]) -> list[str]:
-    """The tensors of a checkpoint that make up the one called `name`: itself, and what else lies below its layer."""
+    """Return the tensors of a checkpoint that make up the one called `name`: itself and its companions."""
     if not _is_linear_weight(model, name):
         return [name] if name in entries else []
     layer = name.rpartition(".")[0]
@@ -126,7 +126,10 @@ def _weight_id(model: nn.Module, name: str) -> Any:
 
 
 def _memory_key(tensor: Tensor) -> Any:
-    """What tells tensors on the meta device apart; a parameter that is assigned there twice becomes two objects."""
+    """Return the identity of a tensor on the meta device.
+
+    A parameter that is assigned there twice becomes two objects.
+    """
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 

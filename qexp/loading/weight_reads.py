@@ -171,7 +171,7 @@ def _path(node: ast.AST, names: dict[str, tuple[str, ...]]) -> tuple[str, ...] |
 
 
 def _kind_of_use(node: ast.Attribute, above: dict[ast.AST, ast.AST]) -> str | None:
-    """What of a weight is asked for; None for what is the same of every tensor."""
+    """Name the use that code makes of a weight; None for attributes that every tensor has alike."""
     parent = above.get(node)
     if isinstance(parent, ast.Attribute):
         if parent.attr in HARMLESS:

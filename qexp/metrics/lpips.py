@@ -40,7 +40,7 @@ def lpips(images: Tensor, reference: Tensor, backbone: Backbone, heads: Sequence
 
 
 def heads_of(state: Mapping[str, Tensor]) -> list[Tensor]:
-    """What was learned, from a file of LPIPS' authors: a weight for each channel of each tap."""
+    """Return the learned weights in a file of LPIPS' authors: one for each channel of each tap."""
     return [state[f"lin{number}.model.1.weight"].float() for number in range(5)]
 
 

@@ -48,8 +48,10 @@ class FolderSource(ModelSource):
 
     @override
     def skip_modules(self, component: str, model: Any) -> tuple[str, ...]:
-        """What is left unquantized unless the caller built the network: what the last layer gets wrong goes straight
-        into the output."""
+        """Return the modules left unquantized unless the caller built the network.
+
+        An error of the last layer goes straight into the output.
+        """
         if self.build is not None:
             return ()
         if type(model).__name__ == "DigitsTransformer":
@@ -103,7 +105,7 @@ class FolderSource(ModelSource):
 
 
 def library_conversion(model: nn.Module, checkpoint: Checkpoint) -> Conversion | None:
-    """What turns other names of tensors into the model's: transformers' rules, or diffusers' for a single file."""
+    """Return the conversion of tensor names by transformers' rules, or diffusers' for a single file."""
     if hasattr(model, "base_model_prefix"):
         from qexp.models.transformers_networks import renaming
 

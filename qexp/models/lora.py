@@ -198,7 +198,7 @@ def _of_layers(stored: Mapping[str, Tensor], config: LoraConfig, models: Mapping
 def _converted(
     file: Path, stored: Mapping[str, Tensor] | None, kind: Any, models: Mapping[str, nn.Module]
 ) -> _Converted:
-    """What the pipeline's class makes of a file, or of tensors `stored` in it that are scaled already."""
+    """Convert a file, or tensors `stored` in it that are scaled already, by the pipeline's class."""
     from qexp.system.imports import quiet
 
     options: dict[str, Any] = {"local_files_only": True, "return_lora_metadata": True}

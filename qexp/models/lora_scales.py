@@ -35,7 +35,7 @@ OF_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializat
 
 
 def adapter_config_of(file: Path) -> dict[str, Any] | None:
-    """What peft wrote beside a file. Beside peft's own file, another one has no adapter_config.json."""
+    """Read the adapter_config.json that peft wrote beside a file; another file beside peft's own has none."""
     beside, own = file.with_name(ADAPTER_CONFIG), file.with_name(PEFT_FILE)
     if not beside.is_file() or (file.name != PEFT_FILE and own.is_file()):
         return None

@@ -75,7 +75,7 @@ def pipeline_class(folder: PipelineFolder) -> Any:
 
 
 def _why_missing(folder: PipelineFolder, library: str) -> str:
-    """What to say of a class that is not installed."""
+    """Say why a class is not installed."""
     made = folder.index.get("_diffusers_version")
     installed = {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
     if library not in installed:

@@ -109,7 +109,7 @@ def _check_kind(kind: str, task: GenerateConfig, known: Mapping[str, Any]) -> No
 
 
 def arguments_of(task: GenerateConfig, known: Mapping[str, Any]) -> dict[str, Any]:
-    """What the task sets of a pipeline's call, the same for all prompts."""
+    """Return the arguments of a pipeline's call that the task sets, the same for all prompts."""
     named = {name: getattr(task, name) for name in NAMED if getattr(task, name) is not None}
     if task.num_images_per_prompt is not None:
         named[next((name for name in PER_PROMPT if name in known), PER_PROMPT[0])] = task.num_images_per_prompt
@@ -207,7 +207,7 @@ def _outputs_of(pipeline: Any, call: _Call, task: GenerateConfig, steps: _Steps)
 
 
 def _said(output: Any, samples: int) -> dict[str, Tensor]:
-    """What an output says of each of its samples: fields of as many booleans."""
+    """Return the fields of an output with a boolean for each sample, such as a safety checker's."""
     fields = {name: value for name, value in dict(output).items() if name not in SAMPLES}
     lists = {name: list(value) for name, value in fields.items() if isinstance(value, list | tuple | np.ndarray)}
     return {
@@ -231,7 +231,7 @@ class _Steps:
         self.on_step, self.count, self.width = on_step, 0, 0
 
     def arguments(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """What has a pipeline call us after each step."""
+        """Return the arguments that make a pipeline call us after each step."""
         if "callback_on_step_end" in known:
             return {"callback_on_step_end": self._after_step, "callback_on_step_end_tensor_inputs": ["latents"]}
         return {"callback": lambda step, time, latents: self._record(latents), "callback_steps": 1}
@@ -283,7 +283,10 @@ def _check_sizes(pipeline: Any, task: GenerateConfig) -> None:
 
 
 def _ask_pipeline(pipeline: Any, task: GenerateConfig, known: Mapping[str, Any]) -> None:
-    """What the pipeline checks itself when it is called, asked now. Raises: ConfigError with its answer."""
+    """Run the pipeline's own check of its arguments now, before weights are read.
+
+    Raises: ConfigError with its answer.
+    """
     check = getattr(pipeline, "check_inputs", None)
     if check is None:
         return

@@ -123,7 +123,7 @@ class Source(ModelSource):
 
     @override
     def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
-        """What the factory builds. Raises ConfigError if it builds nothing."""
+        """Build the network by the factory. Raises ConfigError if it builds nothing."""
         name = str(self.config.factory)
         factory = import_factory(name, self.config.folder)
         arguments = _arguments(name, factory, config, self.config.arguments or {})
@@ -245,7 +245,7 @@ def import_factory(name: str, folder: str | None = None) -> Callable[..., Any]:
 def _arguments(
     name: str, factory: Callable[..., Any], config: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the factory is called with. Raises ConfigError for an argument that it does not take, or lacks."""
+    """Return the factory's arguments. Raises ConfigError for an argument that it does not take, or lacks."""
     fields = {key: value for key, value in config.items() if key not in NOT_THE_NETWORKS and not key.startswith("_")}
     try:
         parameters = inspect.signature(factory).parameters

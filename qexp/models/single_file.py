@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def diffusers_conversion(model: Any, checkpoint: Checkpoint) -> Conversion:
-    """What gives the tensors of a checkpoint for the class of `model` their names of today."""
+    """Return the conversion of a checkpoint's tensors to the current names of the class of `model`."""
     needs_none = is_diffusers_own(checkpoint) or has_own_names(model, checkpoint.entries)
     single = None if needs_none else single_file_conversion(model)
 

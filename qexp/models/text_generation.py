@@ -135,7 +135,10 @@ def _lengths(tokens: Tensor, begin: int, end_tokens: int | list[int] | None, sto
 
 
 def string_stops(settings: GenerationConfig, tokenizer: Any) -> StoppingCriteria | None:
-    """What ends answers at stop strings. Raises ConfigError if the library cannot look for them with a tokenizer."""
+    """Return the stopping criteria for stop strings.
+
+    Raises ConfigError if the library cannot look for them with a tokenizer.
+    """
     if not settings.stop_strings:
         return None
     try:

@@ -231,7 +231,7 @@ def output_embedding(model: Any) -> tuple[str, ...]:
 
 
 def renaming(model: nn.Module) -> Conversion:
-    """What turns a checkpoint's tensors into those of `model`, by transformers' rules."""
+    """Return the conversion of a checkpoint's tensors to those of `model`, by transformers' rules."""
 
     def rename(tensors: MutableMapping[str, Any]) -> dict[str, Any]:
         renamed: dict[str, Any] = {}
@@ -261,7 +261,7 @@ class Target:
 
 
 def targets_of(model: Any, stored: Iterable[str]) -> list[Target]:
-    """What becomes of every tensor of a checkpoint; one that the network has no place for keeps its name."""
+    """Return the targets of every tensor of a checkpoint; one that the network has no place for keeps its name."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 

@@ -186,7 +186,10 @@ class Dispatch:
         return self._by_owner.get(id(self.model.get_submodule(tensor.rpartition(".")[0])))
 
     def _pack(self, travelling: Travelling) -> None:
-        """What is still without data is set after loading, and stays on the device: scales of activations."""
+        """Pack the tensors of a group.
+
+        Those still without data are set after loading and stay on the device (scales of activations).
+        """
         if travelling.packed:
             return
         travelling.packed = True

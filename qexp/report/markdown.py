@@ -43,7 +43,7 @@ def report_markdown(
 
 
 def report_intro(manifest: Mapping[str, Any], rows: list[Row]) -> str:
-    """What was run, why, how it ended, and the command that runs it again."""
+    """Return the introduction: the experiments, their purpose and outcomes, and the command that runs them again."""
     notes = [_escape_cell(manifest["notes"])] if manifest.get("notes") else []
     command = [f"To run it again:\n\n```\n{shlex.join(manifest['command'])}\n```"] if manifest["command"] else []
     return "\n\n".join([_summary_line(manifest, rows), *notes, *command])

@@ -66,7 +66,7 @@ def _shown(name: str, value: object) -> str:
 
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
-    """What the marks in a table of these rows say, a line each."""
+    """Explain the marks in a table of these rows, a line each."""
     busy = {run["number"]: cores for row in rows for run in members_of(row) if (cores := _busy_cores(run)) is not None}
     lines = []
     if busy:

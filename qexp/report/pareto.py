@@ -151,7 +151,7 @@ def _height(point: Point, top: float) -> float:
 
 
 def _notes(points: list[Point], offloads: tuple[str, ...]) -> str:
-    """What the line below the title says: the offload of all points, and what their bars are."""
+    """Return the line below the title: the offload of all points, and the meaning of their bars."""
     shared = f"offload: {', '.join(offloads)}{' share every point' if len(offloads) > 1 else ''}" if offloads else ""
     intervals = "95 % interval" if any(point.interval for point in points) else ""
     spreads = "standard deviation over seeds" if any(point.spread and not point.interval for point in points) else ""

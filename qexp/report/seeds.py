@@ -32,7 +32,7 @@ def seed_groups(rows: Sequence[Row]) -> dict[int, str]:
 
 
 def _setting(row: Row) -> str | None:
-    """What experiments of a group share; None for a row without a result."""
+    """Return the settings that experiments of a group share; None for a row without a result."""
     if row["status"] != "done" or not row.get("config"):
         return None
     kept = {name: value for name, value in row["config"].items() if name not in NOT_COMPARED}

@@ -66,7 +66,7 @@ def describe_environment(config: RunConfig) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """What changed since `before` that could change a result or its times: 'torch 2.12.0 -> 2.13.0'."""
+    """List the changes since `before` that could change a result or its times: 'torch 2.12.0 -> 2.13.0'."""
     then = {**before, **before.get("versions", {}), config.device: before.get("device_name")}
     now = _comparable(result_packages(config), config.device, number_of_threads())
     return [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
@@ -74,7 +74,7 @@ def differences(before: Mapping[str, Any], config: RunConfig) -> list[str]:
 
 @cache  # asked for each of a thousand experiments that are passed over; git alone takes 20 ms
 def _comparable(packages: tuple[str, ...], device: str, threads: str) -> dict[str, str | int | None]:
-    """What a result may depend on, by the names in env.json, with the device under its own."""
+    """Return the entries of env.json that a result may depend on, with the device under its own name."""
     return {
         **versions_of(packages),
         device: device_name(device),

@@ -73,7 +73,7 @@ def varying_settings(overrides: Sequence[Sequence[str]]) -> list[str]:
 
 
 def settings_label(overrides: Sequence[str], varying: Sequence[str]) -> str:
-    """What tells an experiment apart beside model, backend, offload and task: 'llm_int8_threshold=4, seed=1'.
+    """Name an experiment's settings beside model, backend, offload and task: 'llm_int8_threshold=4, seed=1'.
 
     '' where nothing is left. A name is as short as it can be without being another setting's that varies.
     """

@@ -35,7 +35,7 @@ KEYBOARD = "interrupted from the keyboard (Ctrl-C)"
 
 
 def outcome_of(error: BaseException) -> Outcome:
-    """Status, reason and one line of message for what an experiment raised."""
+    """Return status, reason and a message of one line for an exception of an experiment."""
     text = " ".join(str(error).split())
     if isinstance(error, UnsupportedError):
         return Outcome("unsupported", "unsupported", text)

@@ -74,7 +74,7 @@ def inception_file() -> Path:
 
 
 def heads_file(net: str) -> Path:
-    """What LPIPS' authors learned, which comes with torchmetrics. Raises: MissingLibraryError."""
+    """Return the file of LPIPS' learned weights, which comes with torchmetrics. Raises: MissingLibraryError."""
     spec = find_spec("torchmetrics")  # finds it without importing it
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         path = Path(folder, "functional", "image", "lpips_models", f"{net}.pth")

@@ -94,7 +94,7 @@ def reason_not_to_fork() -> str | None:
 def become_worker(
     connection: Connection, request: Mapping[str, Any], outputs: tuple[int, int], server: int, pages: Pages
 ) -> None:
-    """In the child: take on what belongs to this worker, run it, and end the process."""
+    """Take on the worker's environment in the child, run it, and end the process."""
     code = 1
     try:
         os.setsid()

@@ -162,7 +162,7 @@ def refuse_job(
 
 
 def _read_sweep(manifest: Manifest) -> dict[str, Any]:
-    """What the sweep's manifest says so far; a damaged one is reported where the job is recorded."""
+    """Read the sweep's manifest; a damaged one is reported where the job is recorded."""
     with suppress(DiskError):
         return manifest.read() or {}
     return {}
@@ -282,7 +282,7 @@ def _find_refusal(job: _Job, folder: RunFolder, run: Callable[[Work], Status]) -
 
 
 def _runner(job: _Job, of: str = "candidate") -> Callable[[Work], Status]:
-    """What runs a worker for the candidate or its reference, and shows what it says."""
+    """Return a function that runs a worker for the candidate or its reference, and shows its messages."""
     config, console = job.config, WorkerConsole(of, job.number, job.total)
     if config.isolation.mode == "inline":
         return partial(run_inline, console=console)

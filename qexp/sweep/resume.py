@@ -38,7 +38,9 @@ class Decision:
 
 
 def decide(config: RunConfig, folder: RunFolder, damaged: Sequence[str] = ()) -> Decision:
-    """What to do about an experiment, from what its folder holds. The caller has locked it, or it does not exist.
+    """Decide how to proceed with an experiment from the contents of its folder.
+
+    The caller has locked it, or it does not exist.
 
     damaged: files that were moved aside. A run without its outputs still has its result.
     """
@@ -76,7 +78,10 @@ def scored_names(result: Mapping[str, Any], metrics: MetricsConfig) -> tuple[str
 
 
 def _unsaved(config: RunConfig, folder: RunFolder) -> str:
-    """What of `save` has not been done yet, '' if nothing. What became of a hub's repository since is not asked."""
+    """Name the part of `save` that is not done yet, '' if none.
+
+    Changes in a hub's repository since are not looked up.
+    """
     save = config.save
     if save.path is not None and not any(Path(save.path, name).exists() for name in ("config.json", INDEX)):
         return f"saved to {save.path}"

@@ -47,7 +47,7 @@ class HostMemory:
 
 
 def host_memory() -> HostMemory:
-    """What is resident now. Raises UnsupportedError where there is no /proc."""
+    """Return the resident memory of this process. Raises UnsupportedError where there is no /proc."""
     try:
         _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_bytes().split())
     except OSError:

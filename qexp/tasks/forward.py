@@ -67,7 +67,7 @@ def run_forward(context: RunContext) -> TaskResult:
 
 
 def call_network(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """What the network returns for one batch, on the CPU. Raises ConfigError if it takes no such inputs."""
+    """Call the network on one batch; its output is moved to the CPU. Raises ConfigError if it takes no such inputs."""
     import torch
 
     given = {name: tensor.to(device) for name, tensor in batch.items()}

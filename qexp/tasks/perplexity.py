@@ -186,7 +186,7 @@ def _shape(window: Window) -> tuple[int, int]:
 
 
 def _logits(model: Any, tokens: Tensor, batch: list[Window], begin_token: int | None, device: torch.device) -> Tensor:
-    """What predicts the scored tokens of windows of one shape, [windows, scored, vocabulary]."""
+    """Return the logits that predict the scored tokens of windows of one shape, [windows, scored, vocabulary]."""
     import torch
 
     inputs = torch.stack([tokens[window.begin : window.stop] for window in batch])

@@ -80,7 +80,7 @@ def check_login() -> None:
 
 @contextmanager
 def clear_errors(subject: str, remedy: str) -> Iterator[None]:
-    """Failures of wandb and of the network, as one UnsupportedError: `subject` says what came to nothing."""
+    """Raise failures of wandb and of the network as one UnsupportedError; `subject` names the work that failed."""
     try:
         yield
     except Exception as error:

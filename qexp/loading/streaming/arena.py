@@ -98,5 +98,5 @@ class Window:
 
 
 def aligned(nbytes: int) -> int:
-    """What a request of `nbytes` takes of an arena."""
+    """Return the bytes that a request of `nbytes` takes of an arena."""
     return max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
