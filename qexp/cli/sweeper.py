@@ -96,7 +96,7 @@ def empty_sweep_message(overrides: Sequence[Override]) -> str:
 
 
 def with_each_value(jobs: Sequence[Sequence[str]], groups: Sequence[str], most: int) -> Iterator[Sequence[str]]:
-    """Jobs in which each override that occurs anywhere occurs, those that choose an option of a group first."""
+    """Return jobs in which each override occurs at least once, those that choose an option of a group first."""
     first_with: dict[str, Sequence[str]] = {}
     for job in jobs:
         for override in job:

@@ -81,7 +81,7 @@ class GenerateConfig(TaskConfig):
         return resolve(self)
 
     def resolved(self) -> Self:
-        """With the prompts themselves in place of one, or of a file's name."""
+        """Return the task with the prompts themselves in place of one, or of a file's name."""
         negative = read_prompts(self.negative_prompt, "task.negative_prompt", may_be_empty=True)
         return replace(self, prompt=read_prompts(self.prompt), negative_prompt=negative)
 

@@ -43,7 +43,10 @@ The exit code is 0 if the table was printed, whatever it contains."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 with a table, 1 with one line that says why there is none, 130 for Ctrl-C."""
+    """Run the doctor.
+
+    Return the exit code: 0 with a table, 1 with one line that says why there is none, 130 for Ctrl-C.
+    """
     options = _doctor_parser().parse(arguments)
     try:
         if not options.timeout > 0:

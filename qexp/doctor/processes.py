@@ -21,7 +21,7 @@ PROBE = [sys.executable, "-m", "qexp.doctor.probe"]
 
 
 def probe(trials: Sequence[dict[str, Any]], device: str, timeout: float) -> Iterator[dict[str, Any]]:
-    """Results of the trials, in their order: {"option", "status", "reason", "message", "measured", "seconds"}."""
+    """Yield the results of the trials, in order: {"option", "status", "reason", "message", "measured", "seconds"}."""
     left = list(trials)
     while left:
         for result in _run(tuple(left), device, timeout):
@@ -29,7 +29,7 @@ def probe(trials: Sequence[dict[str, Any]], device: str, timeout: float) -> Iter
 
 
 def _run(trials: Sequence[dict[str, Any]], device: str, timeout: float) -> Iterator[dict[str, Any]]:
-    """Results from one process, the last of them its end if that came too early: at least one, in order."""
+    """Yield the results from one process, in order, at least one; the last is its end if that came too early."""
     given = 0
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as errors:
         stdin.write(json.dumps({"device": device, "trials": list(trials)}).encode())

@@ -15,7 +15,7 @@ from qexp.quantizers.none import NoneConfig
 
 
 def reference_config(config: RunConfig) -> RunConfig:
-    """The same experiment with nothing quantized, in the reference's dtype, offloaded as `reference.offload` says.
+    """Return the experiment with nothing quantized, in the reference's dtype, offloaded as in `reference.offload`.
 
     Where the checkpoint is quantized already, the reference is that of `model.reference_path`.
     """
@@ -48,5 +48,5 @@ def unquantized_model(model: ModelConfig) -> ModelConfig:
 
 
 def saves_outputs(config: RunConfig) -> bool:
-    """Whether the task leaves outputs that are compared with a reference and scored; a task config may say no."""
+    """Return whether the task leaves outputs to compare with a reference; a task config may say no."""
     return bool(config.task.saves_outputs)

@@ -96,7 +96,7 @@ def to_run_config(cfg: Any) -> RunConfig:
 
 
 def plain_settings(cfg: Any) -> dict[str, Any]:
-    """Interpolations resolved, Hydra's own node left out."""
+    """Return the settings with interpolations resolved and Hydra's own node left out."""
     if isinstance(cfg, dict):
         return {str(key): value for key, value in cfg.items() if key != "hydra"}
     from omegaconf import OmegaConf

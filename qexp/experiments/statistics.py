@@ -13,7 +13,7 @@ Metrics = dict[str, float | None]
 
 
 def load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:
-    """The `load/` numbers of components loaded one after the other: times add up; peaks are over the first baseline."""
+    """Return the `load/` numbers of components loaded in a row: times add up, peaks are over the first baseline."""
     memories = [component.memory for component in loaded]
     first = memories[0].baseline
     peaks = {
@@ -39,7 +39,7 @@ def offload_statistics(offloads: Sequence[Offload | Dispatch]) -> Metrics:
 
 
 def run_peaks(peak: PeakMemory, baseline_bytes: int) -> Metrics:
-    """Peaks while the task ran: of the host over the baseline from before loading, of the device in all."""
+    """Return the peaks while the task ran: of the host over the baseline before loading, of the device in all."""
     return {
         "memory/run_peak_host_gib": max(peak.baseline.total_bytes + peak.peak_bytes - baseline_bytes, 0) / GIB,
         "memory/run_peak_device_gib": peak.peak_device_bytes / GIB,

@@ -44,7 +44,7 @@ def _fit_parser(program: str | None = None) -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 with a recommendation, 1 with one line that says why there is none."""
+    """Run the command; return the exit code: 0 with a recommendation, 1 with one line that says why there is none."""
     options = _fit_parser(program_name("fit")).parse(arguments)
     try:
         run_fit(read_request(options.words), is_plan=options.plan)

@@ -65,7 +65,7 @@ class Additivity:
 
 
 def random_mixes(groups: Groups, count: int = MIXES, seed: int = 0) -> list[Mix]:
-    """Mixes of different quality: the number of the smallest formats that are left out differs from one to the next."""
+    """Draw mixes of different quality: each leaves out another number of the smallest formats."""
     generator = random.Random(seed)
     mixes = []
     for number in range(count):

@@ -27,7 +27,7 @@ class Size:
     extra: dict[Key, int] = field(default_factory=dict)
 
     def bits(self, nbytes: int) -> float:
-        """Bits of a weight of the groups, which take so many bytes."""
+        """Return the bits per weight of groups that take `nbytes` bytes."""
         return 8 * nbytes / max(self.numel, 1)
 
 
@@ -61,7 +61,7 @@ def limits_of(request: Request, size: Size, bandwidth: float | None = None, comp
 
 
 def _budgets(request: Request, size: Size) -> list[tuple[int, str, int]]:
-    """(bytes of groups, setting, what else counts towards it) of each bound on bytes."""
+    """Yield (bytes of groups, setting, further bytes that count towards it) of each bound on bytes."""
     found = []
     if request.memory is not None:
         found.append((request.memory - size.fixed - size.beside, "memory", size.fixed + size.beside))
@@ -112,7 +112,7 @@ def _rounded_up(bits: float) -> str:
 
 
 def budgets_between(least: int, most: int, count: int) -> list[int]:
-    """Budgets of a front, evenly in ratio, from the smallest mix to the largest."""
+    """Return the budgets of a front, evenly spaced in ratio, from the smallest mix to the largest."""
     if most <= least or count < 2:
         return [least]
     return [round(least * (most / least) ** (number / (count - 1))) for number in range(count)]

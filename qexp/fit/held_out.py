@@ -21,7 +21,7 @@ LEAST = 256  # tokens of a text that is left
 def proof_variants(
     opened: OpenedModel, table: SensitivityTable, place: Path, folder: Path, seeds: int
 ) -> list[list[str]]:
-    """Overrides of each run of a contestant: a seed for each, or one with the rest of the text.
+    """Return the overrides of each run of a contestant: a seed for each, or one with the rest of the text.
 
     Raises: ConfigError for another task, or a text that is too short.
     """

@@ -179,7 +179,7 @@ def plan_layers(
 def _usable(
     formats: Mapping[str, BackendConfig], device: torch.device
 ) -> tuple[dict[str, BackendConfig], dict[str, str]]:
-    """(formats that run on this machine, why the others do not)."""
+    """Return (formats that run on this machine, reasons for the others)."""
     usable, left_out = dict[str, BackendConfig](), dict[str, str]()
     for name, config in formats.items():
         try:

@@ -67,7 +67,7 @@ def formats_of(groups: Iterable[Sequence[Candidate]]) -> list[str]:
 
 
 def rules_of(mix: Mix, component: str) -> list[dict[str, Any]]:
-    """The rules of a recipe for one component: a rule for each format, and a default that leaves the rest dense."""
+    """Return a recipe's rules for one component: one for each format, and a default that leaves the rest dense."""
     layers: dict[str, list[str]] = {}
     backends: dict[str, Mapping[str, Any]] = {}
     for choice in mix.choices:

@@ -54,7 +54,7 @@ class Limits:
         return resting - beside + self.slots * max(travelling, default=0)
 
     def excess(self, mix: Mix) -> tuple[int, int]:
-        """(bytes over the limit of the device, over that of a step); 0 or less where the mix keeps it."""
+        """Return (bytes over the limit of the device, over that of a step); 0 or less where the mix keeps it."""
         travelling = sum(mix.travelling(self.extra))
         return self.device_bytes_of(mix) - self.device_bytes, travelling - (self.travel_bytes or 0)
 
@@ -146,7 +146,7 @@ def undominated(group: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _lower_hull(group: Sequence[Candidate]) -> list[Candidate]:
-    """Of those, the ones on the lower convex hull of score over bytes."""
+    """Return the candidates on the lower convex hull of score over bytes."""
     hull: list[Candidate] = []
     for candidate in undominated(group):
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], candidate):

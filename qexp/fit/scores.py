@@ -30,7 +30,7 @@ def default_formats() -> dict[str, BackendConfig]:
 
 
 def find_scores(opened: OpenedModel, model: ModelLayers, wanted: Mapping[str, BackendConfig] | None) -> Path | None:
-    """The folder of the latest finished sensitivity run whose scores are of this model and have the wanted formats."""
+    """Return the folder of the latest finished sensitivity run of this model with the wanted formats."""
     folders = sorted(
         (path.parent for path in Path(opened.config.paths.outputs).glob(f"runs/*/{CSV}")),
         key=lambda folder: -(folder / CSV).stat().st_mtime,

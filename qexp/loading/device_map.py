@@ -64,7 +64,7 @@ def place(
     *,
     travels: bool = True,
 ) -> Placement:
-    """Where the parts of a skeleton go.
+    """Place the parts of a skeleton on devices.
 
     device: `main_device` of the map; no_split: `no_split_classes`;
     travels: whether what rests on the CPU or on disk computes on an accelerator, where the map has one.
@@ -182,7 +182,7 @@ def _explicit(model: nn.Module, nbytes: Mapping[str, int], places: Mapping[str, 
 
 
 def _computes(places: Mapping[str, Place], main: torch.device) -> dict[str, torch.device]:
-    """Where each entry of an explicit map, in the model's order, computes."""
+    """Return the compute device of each entry of an explicit map, in the model's order."""
     computes, last = {}, main
     for name, place in places.items():
         if isinstance(place, torch.device) and (place.type != "cpu" or main.type == "cpu"):

@@ -116,7 +116,7 @@ def _forecast(prepared: Prepared, offload: OffloadConfig, block_lists: Sequence[
 def _travelling(
     model: nn.Module, known: Mapping[int, int], offload: OffloadConfig, block_lists: Sequence[str]
 ) -> list[int]:
-    """Bytes of each group that travels to the device, as offloading forms them, without the padding of leaves."""
+    """Return the bytes of each group that travels, as offloading forms them, without the padding of leaves."""
     config = replace(offload, to="cpu").resolved("cuda")  # where a device has memory of its own
     sizes, counted = [], set[int]()
     for group in plan_groups(model, config, block_lists):

@@ -19,7 +19,7 @@ def notices(component: str, plan: LoadPlan) -> list[str]:
 
 
 def left_dense_message(component: str, plan: LoadPlan) -> str | None:
-    """Of the linear layers that stay unquantized though nobody asked for it."""
+    """Name the linear layers that stay unquantized though nobody asked for it."""
     if not plan.left_dense:
         return None
     share, count = plan.left_dense_share, len(plan.left_dense)

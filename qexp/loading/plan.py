@@ -150,7 +150,7 @@ def find_quantized(
     fp32_patterns: Sequence[str],
     dtype: torch.dtype,
 ) -> tuple[dict[str, WeightSpec], dict[str, str]]:
-    """As `choose_modules`, for a checkpoint that is quantized: the layers are those that it holds ready quantized.
+    """Choose modules as `choose_modules` does, from the layers that a quantized checkpoint holds.
 
     The skip rule counts for GGUF blocks alone, which are decoded while they are loaded.
     """

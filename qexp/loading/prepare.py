@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def prepare(request: LoadRequest, quantizer: Quantizer) -> Prepared:
-    """Stages 3 to 6, of a component that is not loaded, or planned again with other settings."""
+    """Run stages 3 to 6 for a component that is not loaded, or planned again with other settings."""
     check_environment(request, quantizer)
     compute_dtype, own_dtype = choose_dtypes(request, quantizer)
     model, named = skeleton_and_names(request.source, request.component, request.checkpoint, compute_dtype)

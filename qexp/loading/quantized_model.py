@@ -42,7 +42,7 @@ class Guarded(nn.Module):
     """The guard, as a class in front of a model's own. What it does not define is the model's."""
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """To a device. Raises: ConfigError for a dtype, or a tensor, which has one."""
+        """Move to a device. Raises: ConfigError for a dtype, or a tensor, which has one."""
         if torch._C._nn._parse_to(*args, **kwargs)[1] is not None:
             raise _cast_error(self, ".to(dtype)")
         return super().to(*args, **kwargs)
@@ -160,7 +160,7 @@ def _new(own: Any) -> Any:
 
 
 def _special_sites(model: nn.Module) -> list[Site]:
-    """Where the model keeps values that are more than their own bytes."""
+    """Return the places where the model keeps values beyond their own bytes."""
     return [(store, name) for part in model.modules() for store, name in sites(part) if not is_plain(store[name])]
 
 

@@ -118,7 +118,7 @@ def save_model(
 
 
 def _write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """As the libraries write one; infinity, which some networks have there, is a word that their readers take."""
+    """Write config.json as the libraries do; they read the word that stands for infinity there."""
     write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

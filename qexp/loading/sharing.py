@@ -22,7 +22,7 @@ from qexp.quantizers.rows import WeightSpec
 
 
 def with_tied_entries(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
-    """The checkpoint with an entry for every name of a shared tensor, and of the parts of a weight stored quantized.
+    """Return the checkpoint with an entry for every name of a shared tensor and of its stored parts.
 
     One of them may be quantized where another (an embedding) is not; those that are not stay one parameter.
     model: the skeleton, before any module of it is swapped.

@@ -55,7 +55,7 @@ def compare(original: Tensor, restored: Tensor) -> Comparison:
 
 
 def compare_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
-    """As `compare`, over all elements of several (original, restored)."""
+    """Compare as `compare` does, over all elements of several (original, restored)."""
     signal = noise = energy = dot = largest = 0.0  # Σ a², Σ (a - b)², Σ b², Σ ab, max |a - b|
     for original, restored in pairs:
         if original.shape != restored.shape:

@@ -86,7 +86,7 @@ class Source(causal_lm.Source):
         }
 
     def _characters(self, tokens: Tensor) -> list[str]:
-        """Rows of tokens as text, without the line's end and special tokens: the tokenizer, but nothing is imported."""
+        """Return rows of tokens as text without end and special tokens: the tokenizer, but nothing is imported."""
         vocabulary = json.loads((self.folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
         characters = {index: token if len(token) == 1 else "" for token, index in vocabulary.items()}
         return ["".join(characters.get(token, "?") for token in row).strip("\n") for row in tokens.tolist()]

@@ -45,7 +45,7 @@ class Clip:
             return torch.cat([_normalize_features(self.model.get_image_features(part)) for part in pixels])
 
     def text_features(self, texts: list[str]) -> Tensor:
-        """[texts, dims] of length 1; of a text that is too long, its beginning."""
+        """Return the features of texts, [texts, dims] of length 1; of a text that is too long, its beginning counts."""
         longest = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         with torch.no_grad():

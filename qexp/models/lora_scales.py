@@ -123,7 +123,7 @@ def scale_of(layer: str, rank: int, config: Mapping[str, Any]) -> float:
 
 
 def in_pattern(layer: str, pattern: Mapping[str, float], default: float) -> float:
-    """As peft matches: a pattern is a regular expression for the end of the name, from a segment border on."""
+    """Match as peft does: a pattern is a regular expression for the end of a name, from a segment border on."""
     found = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", layer))
     return float(next(found, default))
 

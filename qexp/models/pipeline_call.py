@@ -249,7 +249,7 @@ class _Steps:
 
 
 def _as_images(output: Any) -> Tensor:
-    """A pipeline's output in [0, 1], [n, channels, height, width], or of videos with frames, as images in [-1, 1]."""
+    """Return a pipeline's output in [0, 1], [n, channels, height, width] or videos, as images in [-1, 1]."""
     values = next((output[name] for name in SAMPLES if name in output), None)
     if not isinstance(values, Tensor):
         what = "nothing" if values is None else f"a {type(values).__name__}"

@@ -100,7 +100,7 @@ def vocabulary_size(model: Any) -> int | None:
 
 
 def is_in_vocabulary(token: int, model: Any) -> bool:
-    """Whether a network has an embedding for a token; tokenizers may have more tokens than it was resized for."""
+    """Return whether a network has an embedding for a token; a tokenizer may have more tokens."""
     size = None if model is None else vocabulary_size(model)
     return size is None or 0 <= token < size
 

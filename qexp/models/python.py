@@ -154,7 +154,7 @@ def split_name(name: str | None) -> tuple[str, str]:
 
 
 def find_module(name: str, folder: str | None = None) -> ModuleSpec:
-    """Where a module is, without importing anything. folder: looked into first, null for the current directory.
+    """Find a module's file without importing anything. folder: looked into first, null for the current directory.
 
     Raises: ConfigError if it is nowhere.
     """
@@ -179,7 +179,7 @@ def find_module(name: str, folder: str | None = None) -> ModuleSpec:
 
 
 def folder_of(name: str) -> str | None:
-    """The folder that a module is found in because of where or how this program was started; None if installed."""
+    """Return the folder in which the way this program was started finds a module; None if it is installed."""
     top = name.partition(".")[0]
     places = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return next((place for place in places if PathFinder.find_spec(top, [place]) is not None), None)

@@ -16,7 +16,7 @@ SCALARS: Mapping[str, type] = {"int": int, "float": float, "bool": bool, "str": 
 
 
 def as_module_name(name: str) -> str:
-    """How a factory is written that was given as a file or with a dot, for a message; '' if that cannot be told."""
+    """Return the spelling of a factory that was given as a file or with a dot, for a message; '' if unclear."""
     path, colon, function = name.rpartition(":")
     if not colon:
         path, _, function = (name, "", "<function>") if name.endswith(".py") else name.rpartition(".")

@@ -46,7 +46,7 @@ def single_file_conversion(model: nn.Module) -> Conversion | None:
 
 
 def is_diffusers_own(checkpoint: Checkpoint) -> bool:
-    """Whether this is what `save_pretrained` of diffusers writes: its names of files, and a config with a class."""
+    """Return whether `save_pretrained` of diffusers wrote this: by the names of files, and a config with a class."""
     is_named_so = all(file.name.startswith("diffusion_pytorch_model") for file in checkpoint.files)
     return not checkpoint.path.is_file() and is_named_so and "_class_name" in checkpoint.config
 

@@ -23,7 +23,7 @@ COMPUTE_DTYPE: ContextVar[torch.dtype | None] = ContextVar("COMPUTE_DTYPE", defa
 
 @contextmanager
 def on_meta(compute_dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Parameters that are made in the block land on the meta device; buffers, which may be computed, do not.
+    """Create parameters in the block on the meta device; buffers, which may be computed, are created as ever.
 
     compute_dtype: what the network is built for; None if it is only looked at.
     """

@@ -110,7 +110,7 @@ def reason_not_to_batch(
 def _next_token(
     model: Any, tokenizer: Any, settings: GenerationConfig, rows: list[list[int]], device: torch.device
 ) -> Tensor:
-    """Probabilities of the token that follows the first of some prompts, [vocabulary]."""
+    """Return the probabilities of the token that follows the first of some prompts, [vocabulary]."""
     inputs = {name: tensor.to(device) for name, tensor in padded_inputs(rows, settings.pad_token_id, model).items()}
     plain = copy.deepcopy(settings)
     plain.update(max_new_tokens=1, min_new_tokens=None, num_beams=1, stop_strings=None)
@@ -214,7 +214,7 @@ def generation_settings(
 
 
 def _padding_of(tokenizer: Any, end_tokens: int | list[int] | None, model: Any) -> int | None:
-    """A token to pad with, which is masked: the tokenizer's, or else the end of a text; None if there is none."""
+    """Return a token to pad with, which is masked: the tokenizer's, else the end of a text; None if neither exists."""
     ends = [end_tokens] if isinstance(end_tokens, int) else end_tokens or []
     found = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, *ends) if token is not None]
     return next((token for token in found if is_in_vocabulary(token, model)), None)

@@ -35,7 +35,7 @@ def is_state(value: object) -> bool:
 
 
 def sites(module: nn.Module) -> list[Site]:
-    """Where this module (without its children) keeps values that hold weight bytes."""
+    """Return the places where this module (without its children) keeps values that hold weight bytes."""
     found: list[Site] = []
     for store in (module._parameters, module._buffers):
         found += [(store, name) for name, value in store.items() if value is not None]

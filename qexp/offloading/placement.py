@@ -36,11 +36,11 @@ class Placement:
         return self.places[self.entry(name)]
 
     def device_of(self, name: str) -> torch.device:
-        """Where a module or tensor computes."""
+        """Return the compute device of a module or tensor."""
         return self.computes[self.entry(name)]
 
     def shared(self) -> dict[str, str]:
-        """The tied parameters that are one in memory: those that stay together on the device that computes them."""
+        """Return the tied parameters that are one in memory: they stay together on their compute device."""
         return {
             name: first
             for name, first in self.tied.items()
@@ -64,7 +64,7 @@ class Placement:
         return dict(counted)
 
     def to_container(self) -> dict[str, Any]:
-        """For plan.json."""
+        """Return the placement as JSON-able data, for plan.json."""
         places = {name: str(place) for name, place in self.places.items()}
         travelling = {name: str(self.computes[name]) for name, place in self.places.items() if self._travels(name)}
         return {"device_map": places, "computed_on": travelling, "bytes": self.bytes_by_place()}

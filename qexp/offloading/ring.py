@@ -170,7 +170,7 @@ class Ring:
         return slot
 
     def _places(self, nbytes: int) -> list[tuple[Slot, int]]:
-        """Where a group could go: behind the last one, else at the start of a slot, rather one not used lately."""
+        """Yield places for a group: behind the last one, else at the start of a slot, rather one not used lately."""
         places = [(slot, 0) for slot in self.slots]
         if self.streams.shares_slots and self._filling in self.slots:
             assert self._filling is not None

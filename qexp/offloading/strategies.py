@@ -119,7 +119,7 @@ def _refuse_conflicts(model: nn.Module, config: OffloadConfig, device: torch.dev
 
 
 def _without_resident(model: nn.Module, groups: list[Group], budget: int) -> list[Group]:
-    """The groups that travel: without those that stay on the device, within a budget of bytes for all that stays."""
+    """Return the groups that travel: all but those kept on the device within its budget of bytes."""
     if not budget:
         return groups
     mandatory = true_nbytes(*(store[name] for store, name in _sites_outside(model, groups)))

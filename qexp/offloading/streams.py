@@ -42,7 +42,7 @@ class Streams:
             self.module.current_stream(self.device).wait_event(event)
 
     def record(self) -> Any:
-        """An event on the stream that is current: the side stream inside `copying()`, else the compute stream."""
+        """Record an event on the current stream: the side stream inside `copying()`, else the compute stream."""
         return self.module.current_stream(self.device).record_event() if self.module else None
 
     def announce(self, memory: Tensor) -> None:

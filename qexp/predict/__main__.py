@@ -172,7 +172,7 @@ def _predict_parser(program: str | None = None) -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 with tables, 1 with one line that says why there are none."""
+    """Run the command; return the exit code: 0 with tables, 1 with one line that says why there are none."""
     options = _predict_parser(program_name("predict")).parse(arguments)
     try:
         with TemporaryFile() as log, library_output_in(log):

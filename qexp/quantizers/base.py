@@ -212,7 +212,7 @@ class Quantizer:
         return dict(state_dict), {}
 
     def as_safetensors(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """As `get_state_dict_and_metadata`, always for a safetensors file."""
+        """Return state dict and metadata as `get_state_dict_and_metadata` does, always for a safetensors file."""
         return self.get_state_dict_and_metadata(state_dict)
 
     def common_format(self, layers: Mapping[str, Quantizer | None]) -> Quantizer | None:

@@ -225,7 +225,7 @@ class MixedQuantizer(base.Quantizer):
 
     @override
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
-        """As for any backend, but raise ConfigError if a named rule's format cannot hold the layer."""
+        """Decide as any backend does, but raise ConfigError if a named rule's format cannot hold the layer."""
         number, part = self._number(spec.module), self.part_of(spec.module)
         rule = self.config.recipe[number]
         if self.keeps_dense(spec.module):

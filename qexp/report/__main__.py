@@ -25,7 +25,7 @@ from qexp.system.standard_streams import survive_closed_pipes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 1 with one line that says what is wrong."""
+    """Run the command; return the exit code: 0, or 1 with one line that says what is wrong."""
     options = _report_parser().parse(arguments)
     try:
         if options.online and not options.wandb:

@@ -24,7 +24,7 @@ def members_of(row: Row) -> list[Row]:
 
 
 def busy_cores(row: Row) -> float | None:
-    """Cores that others kept busy beside the busiest run of a row; None if none of its times suffers from that."""
+    """Return the cores that others kept busy beside the busiest run of a row; None if no time suffers from that."""
     found = [cores for run in members_of(row) if (cores := _busy_cores(run)) is not None]
     return max(found, default=None)
 

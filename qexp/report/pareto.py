@@ -55,7 +55,7 @@ class Point:
         return self.interval
 
     def label(self, common_offloads: tuple[str, ...]) -> str:
-        """Its names; and its offload strategies, unless they are the same at every point."""
+        """Return the names; and the offload strategies, unless they are the same at every point."""
         name = " / ".join(self.names)
         return name if self.offloads == common_offloads else f"{name} ({', '.join(self.offloads)})"
 
@@ -70,7 +70,7 @@ def file_name(metric: Metric) -> str:
 
 
 def points_of(rows: list[Row], metric: Metric) -> list[Point]:
-    """One point for each memory and quality, by memory; experiments share it if both are equal as they are stored.
+    """Return one point for each memory and quality, by memory; experiments with both equal share it.
 
     Experiments that differ in their seed alone are one point, at their mean.
     """
@@ -141,7 +141,7 @@ def _common_offloads(points: list[Point]) -> tuple[str, ...]:
 
 
 def _exact_height(points: list[Point]) -> float:
-    """Where infinity is drawn: a fifth of the range above the best finite quality."""
+    """Return the height at which infinity is drawn: a fifth of the range above the best finite quality."""
     finite = [point.quality for point in points if math.isfinite(point.quality)]
     return max(finite) + max(0.2 * (max(finite) - min(finite)), 2.0) if finite else 1.0
 
@@ -182,7 +182,7 @@ def _figure(memory: str, quality: str, title: str, note: str) -> tuple[Figure, A
 
 
 def _logarithmic(axes: Axes) -> None:
-    """Powers of two, written as plain numbers."""
+    """Write the ticks, powers of two, as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log", base=2)
@@ -192,7 +192,7 @@ def _logarithmic(axes: Axes) -> None:
 
 
 def _draw_front(axes: Axes, front: list[Point], top: float) -> None:
-    """Stairs: up to the next point, its quality is the best that fits."""
+    """Draw stairs: up to the next point, the quality of this one is the best that fits."""
     x, y = [front[0].memory_gib], [_height(front[0], top)]
     for point in front[1:]:
         x += [point.memory_gib, point.memory_gib]

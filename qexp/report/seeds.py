@@ -40,7 +40,7 @@ def _setting(row: Row) -> str | None:
 
 
 def _differ_in_seed(group: Sequence[Row]) -> bool:
-    """Whether there is one run for each of several seeds; two for one seed differ in what no setting says (a file)."""
+    """Return whether there is one run for each of several seeds; two for one seed differ in a file."""
     seeds = [(row.get("config") or {}).get("seed") for row in {row["key"]: row for row in group}.values()]
     return len(seeds) > 1 and len(set(seeds)) == len(seeds)
 

@@ -87,7 +87,7 @@ def _filter(rows: list[Row]) -> str:
 
 
 def _plots(wr: Any, rows: list[Row]) -> list[Any]:
-    """Panels for the metrics that have a value in some run."""
+    """Return panels for the metrics that have a value in some run."""
     measured = {metric for row in rows for metric, value in row["metrics"].items() if value is not None}
     shown = {
         name: metric for name, metric in all_metrics().items() if name in measured and (metric.axis or name in BARS)
@@ -110,12 +110,12 @@ def _plots(wr: Any, rows: list[Row]) -> list[Any]:
 
 
 def _title(metric: Metric) -> str:
-    """What a panel shows, with the unit in which W&B has it: the stored one."""
+    """Return a panel's title, with the unit in which W&B stores the metric."""
     return metric.axis.format(unit=metric.unit) or f"{metric.meaning}{f' ({metric.unit})' if metric.unit else ''}"
 
 
 def _spec(report: Any) -> Any:
-    """The specification that W&B stores: the one use of a private method, since a report has no public offline form."""
+    """Return the specification that W&B stores, by a private method: a report has no public offline form."""
     try:
         model = report._to_model()
     except ValueError as error:  # online only: the project is looked up

@@ -129,7 +129,7 @@ def _package_version(package: str) -> str | None:
 
 
 def _cuda_name(index: int) -> str:
-    """Asks the driver, as torch would; 'cuda' if there is none."""
+    """Ask the driver for a GPU's name, as torch would; return 'cuda' if there is none."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

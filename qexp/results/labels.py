@@ -66,7 +66,7 @@ def settings_labels(overrides: Sequence[Sequence[str]]) -> list[str]:
 
 
 def varying_settings(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """Names of the settings that have several values in these lists of overrides, or that only some of them set."""
+    """Return the settings that have several values in these lists of overrides, or that only some of them set."""
     values = [_values(each) for each in overrides]
     names = dict.fromkeys(name for each in values for name in each)
     return [name for name in names if len({each.get(name) for each in values}) > 1]

@@ -55,7 +55,7 @@ def outcome_of(error: BaseException) -> Outcome:
 
 
 def outcome_of_exit(code: int, oom_kills: int | None = None) -> Outcome:
-    """For a process that ended without saying how: `code` as in `subprocess`, negative for a signal.
+    """Return the outcome of a process that ended without a status; `code` as in `subprocess`, negative for a signal.
 
     oom_kills: processes that the kernel killed for memory meanwhile; None if nothing counts them.
     """

@@ -58,7 +58,7 @@ def check_perceptual(metrics: MetricsConfig, source: Any, task: Any) -> None:
 
 
 def torch_hub_folder() -> Path:
-    """Where torch.hub, and torchvision with it, keeps files of weights."""
+    """Return the folder in which torch.hub, and torchvision with it, keeps files of weights."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
     return Path(os.environ.get("TORCH_HOME", cache / "torch")).expanduser() / "hub" / "checkpoints"
 

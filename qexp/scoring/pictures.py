@@ -84,12 +84,12 @@ def _to_rgb_bytes(values: Tensor) -> Tensor:
 
 
 def image_sheet(images: Tensor, title: str, names: Sequence[object]) -> Image.Image:
-    """Images in [-1, 1] with -1 black and 1 white, named."""
+    """Draw images in [-1, 1], -1 black and 1 white, with their names."""
     return sheet((images + 1) / 2, title, names)
 
 
 def difference_sheet(images: Tensor, reference: Tensor, names: Sequence[object]) -> Image.Image:
-    """|images - reference|, both in [-1, 1], with 0 black; the title has the gain, and the difference that is white."""
+    """Draw |images - reference|, both in [-1, 1], 0 black; the title has the gain and the difference drawn white."""
     difference = (images.float() - reference.float()).abs()
     gain = difference_gain(difference)
     title = f"|difference| x {gain:g}, white is {1 / gain:.3g} of 2"

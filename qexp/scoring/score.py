@@ -196,7 +196,7 @@ def _prepare_outputs(
 
 
 def _read_outputs(folder: Path) -> Tensors:
-    """outputs.safetensors as tensors of their own: aligned alike in every process, which keeps the last bits."""
+    """Read outputs.safetensors as tensors of their own: aligned alike in every process, which keeps the last bits."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

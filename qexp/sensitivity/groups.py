@@ -188,7 +188,7 @@ def _siblings(names: Sequence[str], layers: Sequence[str], place: str) -> Iterat
 
 
 def _joined(parts: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Parts with those that have a layer in common joined, in the order in which they come."""
+    """Join parts that have a layer in common, in the order in which they come."""
     found: list[list[str]] = []
     for part in parts:
         touching = [other for other in found if {*other} & {*part}]

@@ -71,7 +71,7 @@ def swept_settings(config: DictConfig) -> list[str]:
 
 
 def _sweeps(config: DictConfig) -> dict[str, Override]:
-    """The overrides with several values, by their names: those of the sweeper's own settings, and what is typed."""
+    """Return the overrides with several values, by name: the sweeper's own settings, and the typed ones."""
     lines = [f"{name}={values}" for name, values in (config.hydra.sweeper.get("params") or {}).items()]
     parser, parsed = OverridesParser.create(), {}
     for line in (*lines, *config.hydra.overrides.task):

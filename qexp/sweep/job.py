@@ -273,7 +273,7 @@ def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -
 
 
 def _find_refusal(job: _Job, folder: RunFolder, run: Callable[[Work], Status]) -> Status | None:
-    """How an experiment ends that cannot run, as far as that is known before weights are read; None if it can."""
+    """Return the outcome of an experiment that is known to fail before weights are read; None if it can run."""
     status = run(replace(job.work, folder=folder.path, steps="check"))
     if status.status != "done":
         return status

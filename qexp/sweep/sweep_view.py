@@ -37,14 +37,14 @@ class SweepView:
         self.failures: list[tuple[str, str]] = []  # what failed and why, and its log
 
     def begin(self, name: str, left: int | None) -> None:
-        """An experiment begins. left: how many have not ended, with this one."""
+        """Show that an experiment begins. left: experiments that have not ended, this one included."""
         self.name, self.began, self.stage, self.left = name, self.clock(), None, left
 
     def show_stage(self, of: str, stage: Stage) -> None:
         self.stage = of, stage, self.clock()
 
     def end(self, row: JobRow, manifest: Mapping[str, Any] | None, log: Path | None) -> None:
-        """The running experiment has ended as its row says."""
+        """Show that the running experiment has ended, with the outcome in its row."""
         if not row.reused:
             self.durations.append(self.clock() - self.began)
         if row.status == "failed":

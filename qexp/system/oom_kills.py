@@ -24,7 +24,10 @@ def count_oom_kills(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
 
 
 def _cgroup_files(proc: Path, cgroups: Path) -> Iterator[Path]:
-    """Where the counts may be. In a container, the path may be that of the host, and the mount the group itself."""
+    """Return the files that may have the counts.
+
+    In a container, the path may be the host's, and the mount the group itself.
+    """
     with suppress(OSError):
         for line in (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines():
             number, controllers, path = line.split(":", 2)

@@ -35,7 +35,7 @@ class Stage:
         return self.words.format(f"{self.done}/{self.total}" if self.total else self.done)
 
     def seconds_left(self) -> float | None:
-        """Seconds until its end at the pace so far, by bytes where they are counted; None if that is not known."""
+        """Estimate the seconds left at the pace so far, by bytes where they are counted; None if that is not known."""
         done, total = (self.done_bytes, self.total_bytes) if self.total_bytes else (self.done, self.total)
         return self.seconds * (total - done) / done if done and total else None
 

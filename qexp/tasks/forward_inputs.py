@@ -49,7 +49,7 @@ def read_inputs(task: ForwardConfig, source: Any, skeleton: nn.Module) -> dict[s
 
 
 def in_dtype(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Inputs with floating-point numbers in the dtype that the model computes in."""
+    """Return inputs with floating-point numbers in the dtype that the model computes in."""
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 

@@ -153,7 +153,10 @@ def _windows_of_tokens(windows: list[Window]) -> Tensor:
 
 
 def window_sizes(config: Any, task: PerplexityConfig, begin_token: int | None) -> tuple[int, int]:
-    """(tokens of the text in a window, tokens that it scores). Raises ConfigError if the model cannot see as many."""
+    """Return (tokens of text in a window, tokens that it scores).
+
+    Raises ConfigError if the model cannot see as many.
+    """
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return window_and_stride(longest, task.window, task.stride, has_begin=begin_token is not None)
 
@@ -170,7 +173,7 @@ def windows_of(count: int, tokens: int, stride: int, has_begin: bool) -> Iterato
 
 
 def batches_of(windows: list[Window], size: int) -> Iterator[list[Window]]:
-    """Neighbours of the same shape, at most `size` at a time."""
+    """Yield batches of neighbours of the same shape, at most `size` at a time."""
     batch: list[Window] = []
     for window in windows:
         same = batch and _shape(batch[0]) == _shape(window)

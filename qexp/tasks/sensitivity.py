@@ -102,7 +102,7 @@ def read_formats(value: Any) -> tuple[Any, ...]:
 
 
 def _read_entry(entry: Any, place: str) -> Sequence[Any]:
-    """The configs of one entry: an option, a pattern of options, an option with fields, or a config read before."""
+    """Return the configs of one entry: an option, a pattern of options, an option with fields, or a config."""
     if hasattr(entry, "quant_method"):
         return [entry]
     if isinstance(entry, Mapping) and "quant_method" in entry:

@@ -92,7 +92,7 @@ def _start(
 def _settings(
     wandb: Any, folder: Path, container: dict[str, Any], tracking: TrackingConfig, sweep_name: str | None, name: str
 ) -> Any:
-    """No output, and nothing about the process that logs: it is not the one that ran the experiment."""
+    """Return settings without output and without facts about this process: another one ran the experiment."""
     off = ("x_disable_stats", "x_disable_meta", "x_disable_machine_info", "disable_git", "disable_code")
     return wandb.Settings(
         mode=tracking.mode,
@@ -123,7 +123,7 @@ def run_tags(container: Mapping[str, Any], tracking: TrackingConfig) -> list[str
 
 
 def _log_history(run: Any, folder: Path) -> None:
-    """A row per generation step; memory.csv stands in for the history of a run that was never scored."""
+    """Log a row per generation step; memory.csv stands in for the history of a run that was never scored."""
     # the last step's value would stand among the results of the run
     run.define_metric("steps/*", summary="none")
     path = next((path for name in ("history.csv", "memory.csv") if (path := folder / name).exists()), None)

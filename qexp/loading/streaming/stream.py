@@ -105,7 +105,7 @@ def stream(
 
 @contextmanager
 def _running(targets: Iterable[Callable[[], None]], halt: Callable[[], None]) -> Iterator[None]:
-    """Threads that run during the block and have ended behind it; `halt` tells them to."""
+    """Run threads during the block and join them behind it; `halt` tells them to end."""
     torch_threads, threads = torch.get_num_threads(), []
     try:
         for target in targets:

@@ -92,7 +92,7 @@ def round_quotients(source: Any, shift: int, divisors: Any, drop: int, out: Any)
 
 @compiled
 def nearest_4bit(source: Any, shift: int, block: int, midpoints: Any, indices: Any, packed: Any, absmaxes: Any) -> None:
-    """Blocks of `block` weights [n], scaled by their absmax, to the index of the nearest of 16 values, two to a byte.
+    """Encode blocks of `block` weights [n], scaled by their absmax, by the nearest of 16 values, two to a byte.
 
     midpoints: 15 float32 between the values, rising. indices: uint8 [16], by which the values are stored. packed: uint8
     [n / 2], the first of a pair in the high bits. absmaxes: float32 [ceil(n / block)]. A full block is multiplied by

@@ -32,14 +32,14 @@ def llm_int8(part: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def torchao_int8(part: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """torchao's symmetric (values int8 [n, k], scales float32 [n * k / group_size, 1])."""
+    """Quantize as torchao's symmetric int8: (values int8 [n, k], scales float32 [n * k / group_size, 1])."""
     groups = part.view(-1, group_size)
     scale = (absmax(groups) / 127.5).clamp_(min=EPS).float()  # the quotient is rounded to the weight's dtype
     return _products(groups, 1.0 / scale).view(part.shape), scale
 
 
 def quanto_int8(part: Tensor) -> tuple[Tensor, Tensor]:
-    """quanto's (values int8 [n, k], scales [n, 1]), computed in the weight's own dtype."""
+    """Quantize as quanto's int8: (values int8 [n, k], scales [n, 1]), computed in the weight's own dtype."""
     scale = absmax(part) / 127
     source, shift = kernels.source_bits(part)
     values = torch.empty(part.shape, dtype=torch.int8)

@@ -44,7 +44,7 @@ def spread(packed: Tensor, group: int, shifts: Sequence[int], mask: int) -> Tens
 
 
 def bits(field: Tensor) -> Tensor:
-    """Bits as numbers, the lowest of each byte first: uint8 [n, k] -> uint8 [n, 8 k] of 0 and 1."""
+    """Unpack bits as numbers, the lowest of each byte first: uint8 [n, k] -> uint8 [n, 8 k] of 0 and 1."""
     table = _bit_table(field.device)
     return table.index_select(0, field.reshape(-1).int()).view(torch.uint8).view(field.shape[0], -1)
 

@@ -40,22 +40,22 @@ def _sign_patterns(device: torch.device) -> Tensor:
 
 
 def _signs(field: Tensor) -> Tensor:
-    """Bits, lowest first, as signs: uint8 [n, k] -> fp32 [n, 8 k], 1 is -1."""
+    """Turn bits, lowest first, into signs: uint8 [n, k] -> fp32 [n, 8 k], 1 is -1."""
     return 1 - 2 * bits(field).float()
 
 
 def _select(source: Tensor, index: Tensor) -> Tensor:
-    """Entries of a grid: int [n, k] -> fp32 [n, k * weights of an entry]."""
+    """Select entries of a grid: int [n, k] -> fp32 [n, k * weights of an entry]."""
     return source.index_select(0, index.reshape(-1)).view(index.shape[0], -1)
 
 
 def _shifted(field: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
-    """Bits of each number at these places: int [n, k] -> int32 [n, k * len(shifts)]."""
+    """Shift each number by each of these places: int [n, k] -> int32 [n, k * len(shifts)]."""
     return (field.int()[..., None] >> table(shifts, field.device, torch.int32) & mask).flatten(1)
 
 
 def _scale_parts(weights: Tensor, scale: Tensor) -> Tensor:
-    """Scales for equal parts of a block: [n, 256] times [n, parts]."""
+    """Scale equal parts of a block: [n, 256] times [n, parts]."""
     return weights.view(*scale.shape, -1).mul_(scale[..., None]).flatten(1)
 
 

@@ -128,7 +128,7 @@ def encode(weight: Tensor, quant_type: str, groups: int) -> dict[str, Tensor]:
 
 
 def encode_by_tensors(weight: Tensor, quant_type: str, groups: int) -> dict[str, Tensor]:
-    """As `encode`, on any device."""
+    """Encode as `encode` does, on any device."""
     codes, grouped = codes_of(quant_type), weight.float().view(weight.shape[0], groups, -1)
     best = _best_parameters(codes, grouped, torch.finfo(weight.dtype).max)
     packed = pack(codes.codes(grouped, best).view(weight.shape), codes.bits)

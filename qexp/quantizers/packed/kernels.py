@@ -18,7 +18,7 @@ FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 
 
 def encode_integers(weight: Tensor, bits: int, size: int, shrinks: tuple[float, ...]) -> tuple[Tensor, ...]:
-    """(codes uint8 of the weight's shape, scale, offset: fp32 [groups]) of groups of `size` weights on the CPU."""
+    """Encode groups of `size` weights on the CPU: codes uint8 of the weight's shape, scale and offset fp32 [groups]."""
     source, shift = source_bits(weight)
     limit, levels = torch.finfo(weight.dtype).max, 2**bits - 1
     codes = torch.empty(weight.shape, dtype=torch.uint8)
@@ -34,7 +34,7 @@ def encode_integers(weight: Tensor, bits: int, size: int, shrinks: tuple[float, 
 def encode_floats(
     weight: Tensor, bits: int, mantissa_bits: int, size: int, shrinks: tuple[float, ...]
 ) -> tuple[Tensor, ...]:
-    """(codes uint8 of the weight's shape, scale fp32 [groups]) of groups of `size` weights on the CPU."""
+    """Encode groups of `size` weights on the CPU: codes uint8 of the weight's shape, scale fp32 [groups]."""
     source, shift = source_bits(weight)
     largest = 2 - 2.0**-mantissa_bits
     codes, scale = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(weight.numel() // size)

@@ -133,7 +133,7 @@ def _equal(func: Any, one: Tensor, other: Tensor) -> bool:
 
 
 def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """As `load_state_dict` does."""
+    """Copy as `load_state_dict` does."""
     if not (isinstance(target, PackedTensor) and isinstance(source, PackedTensor) and _same_format(target, source)):
         raise ConfigError(
             f"cannot copy {_describe(source)} into {_describe(target)}: the formats differ; quantize again"

@@ -94,7 +94,7 @@ def _without_models() -> Any:
 
 
 def int8_product(kernel: Callable[..., Tensor], general: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """activations [..., in] x int8 weights [out, in] * scales [out, 1] -> [..., out], by `kernel` where it is safe."""
+    """Multiply [..., in] by int8 [out, in] * scales [out, 1] -> [..., out], by `kernel` where it is safe."""
 
     def product(activations: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
         aligned = all(tensor.data_ptr() % INT8_KERNEL_ALIGNMENT == 0 for tensor in (activations, weights))
