@@ -120,6 +120,8 @@ SWEEP_MISTAKES = {
     "seed=interval(0,1)": "does not support sweep type : INTERVAL_SWEEP",
     "sweep.name=a/b": "sweep.name='a/b' must be a folder's name",
     "seed=range(3,3)": "seed=range(3,3) has no value, so the sweep has no experiment; give one or more",
+    "backend=glob(*),none": "backend=glob(*),none: glob(...), range(...) and choice(...) cannot be part of a list",
+    "seed=range(0,3),7": "list every value, such as seed=a,b, or give one of them alone",
     "backend=glob(zzz*)": "backend=glob(zzz*) has no value, so the sweep has no experiment",
 }
 YAML_MISTAKES = {
