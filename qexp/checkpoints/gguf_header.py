@@ -54,7 +54,7 @@ class GGUFHeader:
 
 
 def read_gguf_header(file: Path) -> GGUFHeader:
-    """Read and parse the header of a GGUF file, once in a process. Raises LoadError if it is damaged."""
+    """Read and parse the header of a GGUF file. Raises LoadError if it is damaged."""
     with open_regular(file) as (stream, state):
         return parse_gguf_header(file, stream, state)
 

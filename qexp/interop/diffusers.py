@@ -11,6 +11,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 
+from qexp.config.module_patterns import anywhere
 from qexp.interop.interfaces import quantization_config, saves_safetensors
 from qexp.quantizers.base import Quantizer, unquantized_layers
 
@@ -68,6 +69,11 @@ class InterfaceQuantizer(DiffusersQuantizer):
         raise NotImplementedError("this quantizer belongs to a loaded model; load models with qexp.load()")
 
     _process_model_after_weight_loading = _process_model_before_weight_loading
+
+
+def kept_by_class(model: Any, dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the patterns to keep (in fp32, unquantized): diffusers keeps `_keep_in_fp32_modules` in any dtype."""
+    return tuple(map(anywhere, model._keep_in_fp32_modules or ())), ()
 
 
 def saved_config(model: Any) -> dict[str, Any]:

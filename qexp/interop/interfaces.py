@@ -40,11 +40,10 @@ def interface_of(model: Any) -> ModuleType | None:
 def kept_by_class(model: Any, dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the patterns that a model's class keeps (in fp32, unquantized), for the compute dtype `dtype`."""
     interface = interface_of(model)
-    if interface is not None and hasattr(interface, "kept_by_class"):
+    if interface is not None:
         kept: tuple[tuple[str, ...], tuple[str, ...]] = interface.kept_by_class(model, dtype)
         return kept
-    in_fp32 = tuple(map(anywhere, getattr(model, "_keep_in_fp32_modules", None) or ()))
-    return in_fp32, ()
+    return tuple(map(anywhere, getattr(model, "_keep_in_fp32_modules", None) or ())), ()
 
 
 @dataclass(frozen=True)

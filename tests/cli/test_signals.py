@@ -20,11 +20,21 @@ def test_ending_signal_marks_the_experiment_removes_its_files_and_prints_the_tab
     command = [sys.executable, "-m", "qexp", "-m", "backend=none", "offload=leaf", "offload.to=disk", "seed=0,1"]
     command += ["tracking=none", f"paths.outputs={tmp_path}", "task.num_images=1", "task.num_inference_steps=100000"]
     command += ["reference.offload=leaf"]
-    sweep = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(lambda: list(tmp_path.glob("references/*/offload/*")))
-    family = psutil.Process(sweep.pid).children(recursive=True)
-    sweep.send_signal(signal.Signals[name])
-    output = sweep.communicate(timeout=100)[0]
+    sweep = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup around the tests has it ignored
+    )
+    try:
+        wait_for(lambda: list(tmp_path.glob("references/*/offload/*")))
+        family = psutil.Process(sweep.pid).children(recursive=True)
+        sweep.send_signal(signal.Signals[name])
+        output = sweep.communicate(timeout=100)[0]
+    finally:
+        sweep.terminate()
     assert sweep.returncode == 128 + signal.Signals[name]
     assert "2 experiments: 0 done, 1 failed, 1 not run, or cut off" in output and "#1 digits" in output
     assert "Traceback" not in output
