@@ -21,6 +21,7 @@ from qexp.loading.plan import choose_modules, find_quantized, make_plan, stored_
 from qexp.loading.sharing import check_one_format, with_tied_entries
 from qexp.loading.unread import check_meaning
 from qexp.loading.weight_reads import keep_to_layers
+from qexp.models.computed_tables import deferred_tables, settle_tables
 from qexp.models.skeletons import on_meta, without_initialization
 from qexp.quantizers.base import Quantizer, load_quantizer
 from qexp.quantizers.embedded import is_quantized
@@ -141,9 +142,11 @@ def skeleton_and_names(
     source: ModelSource, component: str, checkpoint: Checkpoint, compute_dtype: torch.dtype | None = None
 ) -> tuple[nn.Module, Checkpoint]:
     """Stage 5: the network on the meta device, and the checkpoint under the names of all its tensors."""
-    with on_meta(compute_dtype):
+    with on_meta(compute_dtype), deferred_tables():
         model = source.skeleton(component, dict(checkpoint.config)).eval().requires_grad_(False)
-    return model, with_tied_entries(under_model_names(source, component, checkpoint, model), model)
+    named = under_model_names(source, component, checkpoint, model)
+    settle_tables(model, named.entries)
+    return model, with_tied_entries(named, model)
 
 
 def _own_dtype(checkpoint: Checkpoint, quantizer: Quantizer) -> torch.dtype | None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qexp.models.computed_tables import Table
+
 INITIALIZERS = tuple(name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_"))
 
 COMPUTED = "_qexp_computed"  # mark of a parameter that a class computes, and a file need not have
@@ -27,14 +29,35 @@ def on_meta(compute_dtype: torch.dtype | None = None) -> Iterator[None]:
 
     compute_dtype: what the network is built for; None if it is only looked at.
     """
-    from accelerate import init_empty_weights
-
     token = COMPUTE_DTYPE.set(compute_dtype)
     try:
-        with without_initialization(), init_empty_weights(include_buffers=False):
+        with without_initialization(), _parameters_on_meta():
             yield
     finally:
         COMPUTE_DTYPE.reset(token)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """What a module registers as a parameter in the block has shape and dtype, but no memory.
+
+    One that is on the meta device already stays the same object, and so tied parameters stay tied.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            kind: Any = nn.Parameter if isinstance(parameter, Table) else type(parameter)
+            moved = kind(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            vars(moved).update(vars(parameter) if kind is type(parameter) else {})
+            module._parameters[name] = moved
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @contextmanager
