@@ -3,12 +3,12 @@
 CPU time of the whole machine (/proc/stat, with steal: what other guests of its host took) less that of this process,
 its children that have ended, and the writer of W&B's logs, whose priority is low. The processes that took most are
 named, as far as this one sees them: in a container, those of the container.
-Source: man 5 proc_stat, proc_pid_stat, proc_loadavg; the kernel's Documentation/admin-guide/cgroup-v2.rst (cpu.max).
+Source: man 5 proc_stat, proc_pid_stat, proc_loadavg; the kernel's Documentation/admin-guide/cgroup-v2.rst (cpu.max)
+and scheduler/sched-bwc.rst (cpu.cfs_quota_us, of version 1).
 """
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -70,17 +70,28 @@ class MachineLoad:
 
 
 def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> float:
-    """Return how many cores this process may use: those it is bound to, or its cgroup's quota if that is less."""
-    quotas = [math.inf]
-    with suppress(OSError, ValueError, IndexError):
-        own = next(
-            line for line in (proc / "self/cgroup").read_text(encoding="utf-8").splitlines() if line[:3] == "0::"
-        )
-        for place in (own[3:].lstrip("/"), ""):  # in a container, the path may be the host's
-            with suppress(OSError, ValueError):
-                quota, period = (cgroups / place / "cpu.max").read_text(encoding="utf-8").split()
-                quotas.append(int(quota) / int(period))
-    return min(*quotas, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use: those it is bound to, or a cgroup's quota if that is less."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([bound, *_quotas(proc, cgroups)])
+
+
+def _quotas(proc: Path, cgroups: Path) -> Iterator[float]:
+    """Cores of the cgroup and of those above it: the least of them counts. In a container, the path may be the host's,
+    and the mount the group itself."""
+    with suppress(OSError, ValueError):
+        for line in (proc / "self/cgroup").read_text(encoding="utf-8").splitlines():
+            number, controllers, path = line.split(":", 2)
+            is_v1 = "cpu" in controllers.split(",")
+            root = cgroups / "cpu" if is_v1 else cgroups
+            own = root / path.lstrip("/")
+            places = [own, *own.parents] if is_v1 or number == "0" else []
+            for place in (place for place in places if place.is_relative_to(root)):
+                with suppress(OSError, ValueError):
+                    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if is_v1 else ("cpu.max",)
+                    words = [word for name in names for word in (place / name).read_text(encoding="utf-8").split()]
+                    quota, period = map(int, words)  # "max", or -1 in version 1, is none
+                    if quota > 0:
+                        yield quota / period
 
 
 def _read(proc: Path) -> _Reading | None:

@@ -72,3 +72,27 @@ def test_a_quota_of_the_cgroup_counts(limit: str | None, cores: float | None, tm
     if limit is not None:
         (group / "cpu.max").write_text(f"{limit}\n")
     assert usable_cores(tmp_path, tmp_path / "cgroup") == (cores or len(os.sched_getaffinity(0)))
+
+
+def write_groups(tmp_path: Path, line: str, files: dict[str, str]) -> Path:
+    """A /proc whose process is in the cgroup of `line`, and the mount of cgroups with these files."""
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/cgroup").write_text(line)
+    for name, text in files.items():
+        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / name).write_text(text)
+    return tmp_path / "cgroup"
+
+
+def test_quota_of_a_group_above_counts(tmp_path) -> None:
+    """A pod's limit is on the group above its containers'."""
+    files = {"pod/cpu.max": "25000 100000", "pod/one/cpu.max": "max 100000", "cpu.max": "90000 100000"}
+    assert usable_cores(tmp_path, write_groups(tmp_path, "0::/pod/one\n", files)) == 0.25
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("30000", 0.3), ("-1", None)])
+def test_quota_of_cgroups_version_1_counts(quota: str, cores: float | None, tmp_path) -> None:
+    lines = "4:memory:/other\n2:cpu,cpuacct:/box\n0::/\n"
+    files = {"cpu/box/cpu.cfs_quota_us": f"{quota}\n", "cpu/box/cpu.cfs_period_us": "100000\n"}
+    groups = write_groups(tmp_path, lines, files)
+    assert usable_cores(tmp_path, groups) == (cores or len(os.sched_getaffinity(0)))

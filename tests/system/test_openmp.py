@@ -1,0 +1,32 @@
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qexp.system.openmp import waiting_asleep
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
+def test_users_choice_of_waiting_stays(name: str) -> None:
+    assert waiting_asleep({name: "1", "PATH": ""}) == {}
+    assert waiting_asleep({"OMP_NUM_THREADS": "2"}) == {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def shown_settings(environment: dict[str, str]) -> str:
+    """What PyTorch's runtime says of itself when it is loaded."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    library = next(Path(spec.origin).parent.joinpath("lib").glob("libgomp*"), None)
+    if library is None:
+        pytest.skip("this PyTorch has another OpenMP runtime than GNU's")
+    command = [sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(library)!r})"]
+    environment = {"PATH": os.environ["PATH"], "OMP_DISPLAY_ENV": "VERBOSE", **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+
+
+def test_threads_of_torchs_runtime_sleep_with_these_variables() -> None:
+    assert "GOMP_SPINCOUNT = '0'" in shown_settings(waiting_asleep({}))
+    assert "GOMP_SPINCOUNT = '0'" not in shown_settings({})
