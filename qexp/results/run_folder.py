@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from qexp.errors import DamagedFileError, DiskError, WaitedTooLongError
+from qexp.system.child_process import kill_marked
 from qexp.system.files import disk_error, file_lock, read_json, write_json, write_text
 
 LOCK = ".lock"
@@ -137,11 +139,22 @@ class RunFolder:
 
 
 def remove_leftovers(outputs: Path) -> None:
-    """Remove offloaded weights of runs that were killed, in all run folders that no process holds."""
+    """Remove offloaded weights of runs that were killed, and end processes that they started: of all run folders that
+    no process holds."""
+    kill_marked(partial(_is_left, outputs.absolute()))
     for scratch in [*outputs.glob(f"runs/*/{SCRATCH}"), *outputs.glob(f"references/*/{SCRATCH}")]:
         with try_lock(scratch.parent) as is_free:
             if is_free:
                 RunFolder(scratch.parent).remove_scratch()
+
+
+def _is_left(outputs: Path, folder: str) -> bool:
+    """Whether a run folder, '' for none, is in `outputs` and held by nobody."""
+    path = Path(folder)
+    if not folder or path.parent.parent != outputs:
+        return False
+    with try_lock(path if path.is_dir() else None) as is_free:
+        return is_free
 
 
 @contextmanager

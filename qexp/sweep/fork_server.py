@@ -21,6 +21,7 @@ import gc
 import json
 import os
 import random
+import signal
 import sys
 import traceback
 from collections.abc import Iterable, Mapping
@@ -30,7 +31,7 @@ from typing import Any
 
 from qexp.sweep import worker
 from qexp.sweep.preload import import_modules
-from qexp.system.child_process import adopt_orphans, die_with_parent
+from qexp.system.child_process import adopt_orphans, die_with_parent, end_with_children
 from qexp.system.file_pages import map_file_pages, resident_file_pages
 
 Pages = Iterable[tuple[int, int]]  # runs of pages: address, bytes
@@ -41,7 +42,7 @@ def main() -> int:
     parser.add_argument("--connection", type=int, required=True, help="descriptor of the socket to the parent")
     parser.add_argument("--parent", type=int, required=True, help="end when this process does")
     arguments = parser.parse_args()
-    die_with_parent(arguments.parent)
+    end_with_children(arguments.parent)
     with Connection(arguments.connection) as connection, contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             request = json.loads(connection.recv_bytes())
@@ -97,6 +98,7 @@ def become_worker(
     """Take on the worker's environment in the child, run it, and end the process."""
     code = 1
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
         die_with_parent(server)
         adopt_orphans()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
+from operator import eq
 from pathlib import Path
-
-import yaml
 
 from qexp.config.schema import PathsConfig, RunConfig
 from qexp.experiments.reference import reference_config, saves_outputs
@@ -15,6 +15,8 @@ from qexp.results.run_folder import RunFolder, Status
 from qexp.sweep.damage import OUTPUTS, find_damage, set_damage_aside
 from qexp.sweep.run_key import reference_key
 from qexp.sweep.worker import Work
+from qexp.system.child_process import kill_marked
+from qexp.system.files import to_yaml
 
 
 def ensure_reference(
@@ -78,8 +80,10 @@ def known_reference(config: RunConfig, result_reference: str | None) -> Path | N
 def prepare_folder(folder: RunFolder, config: RunConfig, overrides: Sequence[str], clear: bool = True) -> None:
     """Put a worker's orders into a folder, emptied first unless its outputs are still needed. Raises DiskError."""
     if clear:
+        if folder.holds("status.json"):  # of a run that may have been killed
+            kill_marked(partial(eq, str(folder.path.absolute())))
         folder.clear()
     outputs = Path(config.paths.outputs).absolute()
     stored = replace(config, paths=PathsConfig(str(outputs))).to_container()
-    folder.write_text("config.yaml", yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
+    folder.write_text("config.yaml", to_yaml(stored))
     folder.write_text("overrides.txt", "".join(f"{override}\n" for override in overrides))

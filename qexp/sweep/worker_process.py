@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
+from operator import eq
 from pathlib import Path
 from typing import IO
 
@@ -26,8 +27,17 @@ from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.fork_client import SERVER, ForkedWorker, ServerDied
 from qexp.sweep.worker import Work, do_work
 from qexp.sweep.worker_console import WorkerConsole
-from qexp.system.child_process import CHUNK, ChildProcess, ends_within, kill_family, read_streams
+from qexp.system.child_process import (
+    CHUNK,
+    MARK,
+    ChildProcess,
+    ends_within,
+    kill_family,
+    kill_marked,
+    read_streams,
+)
 from qexp.system.oom_kills import count_oom_kills
+from qexp.system.openmp import waiting_asleep
 from qexp.system.screen import copy_of, followed_by, library_output_in
 
 
@@ -51,6 +61,7 @@ def run_worker(
         raise
     if isinstance(process, ForkedWorker) and process.server_died and in_time:
         SERVER.note_death()
+        kill_marked(partial(eq, str(work.folder.absolute())))  # the kernel has killed the worker alone
         _say_once("the process that forks workers has died; what it was running is run again")
         return run_worker(work, isolation, modules, console)
     ending = outcome_of_exit(process.wait(), _added(oom_kills, count_oom_kills()))
@@ -90,7 +101,7 @@ def _start_with_screen(work: Work, start: str, modules: Sequence[str]) -> tuple[
 
 def _start_process(work: Work, start: str, modules: Sequence[str], screen: int) -> ChildProcess:
     """Start a worker as `start` says, or by spawn where forking is not possible."""
-    environment = _worker_environment()
+    environment = _worker_environment() | {MARK: str(work.folder.absolute())}
     if start == "fork" and SERVER.is_usable:
         try:
             worker = SERVER.fork(modules, [*work.arguments(), "--start", "fork"], environment, screen)
@@ -120,6 +131,7 @@ def _worker_environment() -> dict[str, str]:
     # W&B's variables may name a run of the calling program, which no worker must join
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": ":backslashreplace"}  # a locale may lack a letter
+    environment |= waiting_asleep(environment)
     # sets of texts are walked in the same order in every run
     return environment | {"PYTHONHASHSEED": environment.get("PYTHONHASHSEED", "0")}
 

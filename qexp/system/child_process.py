@@ -16,6 +16,7 @@ import psutil
 
 POLL_SECONDS = 0.2  # how late an ended process is noticed whose own children keep its output open
 CHUNK = 1 << 16
+MARK = "QEXP_RUN"  # variable of a worker and of everything that it starts: the absolute path of its run folder
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
@@ -79,15 +80,7 @@ def adopt_orphans() -> None:
 
 def kill_family(process: ChildProcess) -> None:
     """Kill a process, if it has not ended, and everything that it started, in sessions of their own too."""
-    stopped: dict[int, psutil.Process] = {}
-    while new := [one for one in _family_of(process) if one.pid not in stopped]:  # a stopped one starts no other
-        for one in new:
-            stopped[one.pid] = one
-            with suppress(psutil.Error):
-                one.suspend()
-    for one in stopped.values():
-        with suppress(psutil.Error):
-            one.kill()
+    _kill_all(lambda: _family_of(process))
     with suppress(ProcessLookupError):  # what the process has left, if it has ended: they are not its children any more
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -103,9 +96,58 @@ def _family_of(process: ChildProcess) -> list[psutil.Process]:
         return []
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, so that no experiment outlives its sweep."""
+def _kill_all(find: Callable[[], list[psutil.Process]]) -> None:
+    """Kill the processes that `find` finds, and what they start meanwhile."""
+    stopped: dict[int, psutil.Process] = {}
+    while new := [one for one in find() if one.pid not in stopped]:  # a stopped one starts no other
+        for one in new:
+            stopped[one.pid] = one
+            with suppress(psutil.Error):
+                one.suspend()
+    for one in stopped.values():
+        with suppress(psutil.Error):
+            one.kill()
+
+
+def end_with_children(parent: int) -> None:
+    """Kill all descendants of this process, and end it, when its parent ends or on SIGTERM.
+
+    The kernel's signal reaches a process alone: its children would go on.
+    """
+
+    def end(number: int, frame: object) -> None:
+        _kill_all(lambda: psutil.Process().children(recursive=True))
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    die_with_parent(parent, signal.SIGTERM)
+
+
+def kill_marked(folders: Callable[[str], bool]) -> None:
+    """Kill what workers have started that are gone. folders: whether a run folder, as in MARK, is one of theirs.
+
+    A process whose worker was killed together with all that watched it belongs to the system, and is known only by its
+    environment. This process and those above it are spared.
+    """
+    above = {os.getpid(), *(one.pid for one in psutil.Process().parents())}
+
+    def find() -> list[psutil.Process]:
+        return [one for one in psutil.process_iter() if one.pid not in above and folders(_mark_of(one))]
+
+    _kill_all(find)
+
+
+def _mark_of(process: psutil.Process) -> str:
+    """The run folder whose worker started a process; '' for none, or another user's."""
+    try:
+        return str(process.environ().get(MARK, ""))
+    except (psutil.Error, OSError):  # it has ended
+        return ""
+
+
+def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send a signal to this process when its parent ends, so that no experiment outlives its sweep."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it ended before the line above
         os._exit(1)

@@ -172,6 +172,13 @@ def check_writable(folder: Path, option: str) -> None:
         raise disk_error(folder, error, option) from error
 
 
+def to_yaml(value: Any, width: int = 80) -> str:
+    """YAML text, entries in their order; by libyaml, where Python's yaml has it: ten times as fast."""
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    text: str = yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=width)
+    return text
+
+
 def read_yaml(path: Path) -> dict[str, Any] | None:
     """Return the mapping in a file, None if there is no file.
 

@@ -107,6 +107,12 @@ def run_killing_the_server(config: RunConfig, folder: Path) -> dict[str, float |
     return _kill_the_server(folder, once=False)
 
 
+def run_with_a_daemon_killing_the_server_once(config: RunConfig, folder: Path) -> dict[str, float | None]:
+    if not (folder.parents[1] / "killed").exists():
+        _start_daemon(folder.parents[1])
+    return _kill_the_server(folder, once=True)
+
+
 def _kill_the_server(folder: Path, once: bool) -> dict[str, float | None]:
     """As the kernel's out-of-memory killer may."""
     mark = folder.parents[1] / "killed"
@@ -157,11 +163,15 @@ def _sleep_with_child(folder: Path) -> None:
 
 
 def _sleep_with_a_daemon(folder: Path) -> None:
-    """Its grandchild leads a session of its own, and its child has ended."""
+    _start_daemon(folder)
+    _sleep(folder)
+
+
+def _start_daemon(folder: Path) -> None:
+    """The grandchild leads a session of its own, and the child has ended."""
     code = "import subprocess, sys; child = subprocess.Popen(['sleep', '600'], start_new_session=True)"
     code += "; open(sys.argv[1], 'w').write(str(child.pid))"
     subprocess.run([sys.executable, "-c", code, str(folder / "child.pid")], check=True)
-    _sleep(folder)
 
 
 def _leave_child(folder: Path) -> None:

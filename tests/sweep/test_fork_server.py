@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,12 +11,13 @@ import psutil
 import pytest
 
 from qexp.config.schema import IsolationConfig
-from qexp.results.run_folder import RunFolder
+from qexp.results.run_folder import RunFolder, remove_leftovers
 from qexp.sweep import worker_process
 from qexp.sweep.fork_client import SERVER
 from qexp.sweep.reference import prepare_folder
 from qexp.sweep.worker import Work
 from qexp.sweep.worker_process import run_worker
+from qexp.system.child_process import MARK
 from tests.sweep.settings import run_config
 from tests.waiting import wait_for
 
@@ -93,10 +95,16 @@ def test_import_that_makes_a_fork_unsafe_is_said_and_spawned(module, said, tmp_p
     assert said in (error := capfd.readouterr().err) and "isolation.start=fork" in error
 
 
-def test_killed_parent_takes_server_and_worker_along(tmp_path) -> None:
+def is_running(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != "zombie"
+
+
+@pytest.mark.parametrize("behaviour, count", [(20, 2), (24, 3)])
+def test_killed_parent_takes_server_and_worker_and_its_children_along(behaviour: int, count: int, tmp_path) -> None:
+    """Count: the server, the worker, and a daemon of the worker in a session of its own."""
     folder = RunFolder(tmp_path / "outputs" / "runs" / "key")
     folder.path.mkdir(parents=True)
-    prepare_folder(folder, run_config(tmp_path, 20), ())
+    prepare_folder(folder, run_config(tmp_path, behaviour), ())
     code = (
         "from qexp.config.schema import IsolationConfig; from qexp.sweep.worker import Work; "
         "from qexp.sweep.worker_process import run_worker; from pathlib import Path; "
@@ -105,10 +113,41 @@ def test_killed_parent_takes_server_and_worker_along(tmp_path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     wait_for(lambda: (folder.path / "started").exists())
     family = psutil.Process(parent.pid).children(recursive=True)
-    assert len(family) == 2, family  # the server and the worker
+    assert len(family) == count, family
     parent.kill()
     parent.wait()
-    wait_for(lambda: not any(process.is_running() and process.status() != "zombie" for process in family))
+    wait_for(lambda: not any(map(is_running, family)))
+
+
+def test_children_of_a_worker_whose_server_was_killed_are_gone(tmp_path) -> None:
+    assert run(tmp_path, "run_with_a_daemon_killing_the_server_once")["start"] == "fork"
+    number = int((tmp_path / "outputs" / "child.pid").read_text())
+    wait_for(lambda: not psutil.pid_exists(number) or psutil.Process(number).status() == "zombie")
+
+
+def test_next_sweep_ends_what_nobody_watches_any_more(tmp_path) -> None:
+    outputs = tmp_path / "outputs"
+    folders = {name: outputs / "runs" / name for name in ("left", "held")} | {"other": tmp_path / "other/runs/left"}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    sleepers = {
+        name: subprocess.Popen(["sleep", "600"], env={**os.environ, MARK: str(folder)}, start_new_session=True)
+        for name, folder in folders.items()
+    }
+    try:
+        with RunFolder(folders["held"]).locked(print):
+            remove_leftovers(outputs)
+        assert sleepers["left"].wait(60) == -9
+        assert sleepers["held"].poll() is None and sleepers["other"].poll() is None
+        prepare_folder(RunFolder(folders["held"]), run_config(tmp_path), ())  # has no status: it never ran
+        assert sleepers["held"].poll() is None
+        (folders["held"] / "status.json").write_text("{}")
+        prepare_folder(RunFolder(folders["held"]), run_config(tmp_path), ())
+        assert sleepers["held"].wait(60) == -9
+    finally:
+        for sleeper in sleepers.values():
+            sleeper.kill()
+            sleeper.wait()
 
 
 def test_timeout_kills_a_forked_worker_and_the_server_stays(tmp_path) -> None:

@@ -121,6 +121,6 @@ def test_the_worker_s_environment_knows_no_tracker(tmp_path, monkeypatch) -> Non
     work = Work(prepared(tmp_path), "run", experiment="tests.sweep.fake_experiment:run_environment")
     assert run_worker(work, IsolationConfig()).status == "done"
     names = (work.folder / "environment.txt").read_text().splitlines()
-    assert "OMP_NUM_THREADS=7" in names
+    assert "OMP_NUM_THREADS=7" in names and "OMP_WAIT_POLICY=PASSIVE" in names
     assert not [name for name in names if name.startswith("WANDB_")]
     assert os.environ["WANDB_API_KEY"] == "secret"
