@@ -35,8 +35,9 @@ from qexp.config.schema import PathsConfig, SweepConfig
 from qexp.config.yaml_options import conf_folder
 from qexp.errors import QexpError
 from qexp.experiments.resolve import to_run_config
-from qexp.results.labels import SHOWN_GROUPS, run_label
+from qexp.results.labels import experiment_name, run_label, settings_label
 from qexp.results.manifest import Manifest
+from qexp.sweep.callback import swept_settings
 from qexp.sweep.console_lines import job_name
 from qexp.system.signals import Terminated, ending_signals_interrupt
 from qexp.tracking.session import check_login
@@ -140,14 +141,15 @@ def typed_overrides() -> list[str]:
 
 def preview_one(cfg: DictConfig, preview: Preview) -> None:
     """Say what one composed experiment would do."""
-    words = typed_overrides()
-    hidden = ("sweep.", "paths.", "tracking", "isolation")
-    shown = [word for word in words if word.partition("=")[0] not in SHOWN_GROUPS and not word.startswith(hidden)]
+    overrides = typed_overrides()
+    settings = settings_label(overrides, SweepFolder.varying) if in_sweep() else ""
     number = HydraConfig.get().job.num + 1 if in_sweep() else None
     try:
-        preview.show(to_run_config(cfg), number, " ".join(shown))
+        preview.show(to_run_config(cfg), number, settings)
     except QexpError as error:
-        preview.refuse(job_name(number, None, raw_label(cfg) or " ".join(words)), error)
+        label = raw_label(cfg)
+        shown = experiment_name(label, settings) if label else " ".join(overrides)
+        preview.refuse(job_name(number, None, shown), error)
 
 
 def raw_label(cfg: DictConfig) -> str:
@@ -173,6 +175,7 @@ class SweepFolder(Callback):
 
     unused: Path | None = None  # created for this sweep, in which nothing has run yet
     is_dry = False
+    varying: Sequence[str] = ()  # names of the settings that differ between its experiments
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         try:
@@ -185,6 +188,7 @@ class SweepFolder(Callback):
         except QexpError as error:  # Hydra would make it a warning
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
+        SweepFolder.varying = swept_settings(config)
         folder = Path(config.hydra.sweep.dir)
         SweepFolder.unused, SweepFolder.is_dry = None if folder.exists() else folder, bool(config.sweep.get("dry_run"))
         if re.fullmatch(DEFAULT_NAME, config.sweep.name):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qexp.errors import DiskError, QexpError
 from qexp.experiments.stored import with_absolute_paths
-from qexp.results.labels import backend_label, model_label, run_label
+from qexp.results.labels import backend_label, experiment_name, model_label, run_label
 from qexp.results.numbers import format_memory
 from qexp.results.run_folder import RunFolder
 from qexp.sweep.console_lines import job_name
@@ -41,8 +41,11 @@ class Preview:
         self.unknown = 0  # experiments whose time cannot be estimated
 
     def show(self, config: RunConfig, number: int | None, settings: str) -> None:
-        """Print the line of one experiment; an error of its plan is one, and counts."""
-        name = job_name(number, None, " · ".join(filter(None, (run_label(config.to_container()), settings))))
+        """Print the line of one experiment; an error of its plan is one, and counts.
+
+        settings: those that vary in its sweep, see `settings_label`.
+        """
+        name = job_name(number, None, experiment_name(run_label(config.to_container()), settings))
         try:
             folder = RunFolder(Path(config.paths.outputs, "runs", run_key(config)))
             decision, nbytes = decide(with_absolute_paths(config), folder), weights_bytes(config)

@@ -26,9 +26,12 @@ def schema_of(cls: type) -> type:
 
 
 def register_schemas() -> None:
-    """Store the top-level schema and one for every plugin. Idempotent."""
+    """Store the top-level schema and one for every plugin, and have YAML read fast. Idempotent."""
     from hydra.core.config_store import ConfigStore
 
+    from qexp.config.libyaml import read_by_libyaml
+
+    read_by_libyaml()
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=schema_of(TopLevelConfig), package="_global_")
     for group in PLUGINS:

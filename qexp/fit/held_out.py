@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-import yaml
-
 from qexp.errors import ConfigError
 from qexp.fit.opened import OpenedModel
 from qexp.fit.recipes import hydra_override
 from qexp.models.base import TextSource
 from qexp.sensitivity.samples import WINDOW
 from qexp.sensitivity.table import SensitivityTable
-from qexp.system.files import write_text
+from qexp.system.files import read_yaml, write_text
 
 LEAST = 256  # tokens of a text that is left
 
@@ -67,6 +65,5 @@ def _rest_of_text(opened: OpenedModel, table: SensitivityTable, place: Path) -> 
 
 def _window(place: Path) -> int:
     """Return tokens of a window of the sensitivity run in a folder."""
-    config = place / "config.yaml"
-    stored = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    stored = read_yaml(place / "config.yaml") or {}
     return int((stored.get("task") or {}).get("window") or WINDOW)

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qexp.cli.quoting import quoted
 from qexp.config.backend_options import backend_of
 from qexp.config.plugins import plugin_config
@@ -19,7 +17,7 @@ from qexp.fit.layers import ModelLayers
 from qexp.fit.mix import Mix, key_of, rules_of
 from qexp.quantizers.base import have_one_config
 from qexp.sensitivity.table import DENSE
-from qexp.system.files import write_text
+from qexp.system.files import to_yaml, write_text
 
 PLAIN = re.compile(r"[A-Za-z0-9_/+.@:-]+")
 
@@ -40,7 +38,7 @@ def backend_overrides(mix: Mix, model: ModelLayers, folder: Path, name: str) -> 
             overrides.append(f"{group}={option}")
             continue
         recipe = {"name": name, "rules": rules_of(mix, component)}
-        write_text(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=110))
+        write_text(path, to_yaml(recipe, width=110))
         overrides += [f"{group}=mixed", hydra_override(f"{field}.recipe", f"@{path}")]
     return overrides
 

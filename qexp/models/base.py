@@ -38,6 +38,7 @@ class ModelSource(ABC):
     modality: str = "tensors"  # what it generates: "images", "text", or nothing but tensors
     is_pipeline: ClassVar[bool] = False  # whether a saved model is a folder with one for each component
     required_packages: ClassVar[tuple[str, ...]] = ()  # whose versions a result depends on, besides torch
+    imports: ClassVar[tuple[str, ...]] = ()  # modules that building and running its networks imports
 
     def __init__(self, config: Any) -> None:
         self.config = config

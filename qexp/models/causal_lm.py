@@ -91,6 +91,11 @@ class Source(TextSource):
     tasks: tuple[str, ...] = ("generate", "perplexity", "forward", "roundtrip", "sensitivity")
     padding_side = "left"  # of prompts that are continued together
     required_packages = ("transformers", "tokenizers")
+    imports = (
+        *("transformers.modeling_utils", "transformers.models.auto.modeling_auto", "transformers.conversion_mapping"),
+        *("transformers.models.auto.tokenization_auto", "transformers.generation", "transformers.masking_utils"),
+        *("qexp.models.text_generation", "qexp.models.transformers_networks"),
+    )
 
     @property
     def folder(self) -> Path:

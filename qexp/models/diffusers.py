@@ -110,6 +110,10 @@ class Source(ModelSource):
     modality = "images"
     is_pipeline = True
     required_packages = ("diffusers", "transformers", "tokenizers")
+    imports = (
+        *("diffusers.models.modeling_utils", "diffusers.pipelines.pipeline_utils", "transformers.modeling_utils"),
+        *("qexp.models.pipeline_building", "qexp.models.pipeline_call"),
+    )
 
     def __init__(self, config: DiffusersConfig) -> None:
         super().__init__(config)

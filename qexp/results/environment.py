@@ -26,6 +26,7 @@ from qexp.system.machine_load import usable_cores
 from qexp.version import __version__
 
 RESULT_PACKAGES = ("qexp", "torch", "numpy", "safetensors")
+OID = "# branch.oid "  # git-status(1), porcelain format version 2
 OTHER_PACKAGES = ("hydra-core", "omegaconf", "wandb")
 
 
@@ -60,7 +61,7 @@ def describe_environment(config: RunConfig) -> dict[str, Any]:
         "threads": number_of_threads(),
         "device": config.device,
         "device_name": device_name(config.device),
-        "commit": git_commit(PACKAGE_FOLDER.parent),
+        "commit": package_commit(),
         "date": now_iso(),
     }
 
@@ -79,7 +80,7 @@ def _comparable(packages: tuple[str, ...], device: str, threads: str) -> dict[st
         **versions_of(packages),
         device: device_name(device),
         "python": platform.python_version(),
-        "commit": git_commit(PACKAGE_FOLDER.parent),
+        "commit": package_commit(),
         "threads": threads,
         "host": socket.gethostname(),
         "cores": len(os.sched_getaffinity(0)),
@@ -106,13 +107,21 @@ def device_name(device: str) -> str:
     return _cuda_name(int(index or 0)) if kind == "cuda" else cpu_name()
 
 
+@cache  # what a process has imported stays as it was; one that forks workers asks before
+def package_commit() -> str | None:
+    return git_commit(PACKAGE_FOLDER.parent)
+
+
 def git_commit(folder: Path) -> str | None:
     """Return the commit of a checkout, with a + if files differ from it; None for an installed package."""
     if not (folder / ".git").exists():
         return None
-    commit = _git(folder, "rev-parse", "HEAD")
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return commit and (f"{commit}+" if changed else commit)
+    state = _git(folder, "status", "--porcelain=v2", "--branch", "--untracked-files=no") or ""
+    lines = state.splitlines()
+    commit = next((line.removeprefix(OID) for line in lines if line.startswith(OID)), None)
+    if commit in (None, "(initial)"):
+        return None
+    return f"{commit}+" if any(not line.startswith("#") for line in lines) else commit
 
 
 def _required(plugin: Any) -> tuple[str, ...]:

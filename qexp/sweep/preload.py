@@ -11,6 +11,7 @@ from qexp.config.schema import RunConfig
 ALWAYS = (
     *("torch", "numpy", "accelerate", "safetensors.torch"),
     *("qexp.experiments.run", "qexp.models.skeletons", "qexp.scoring.score", "qexp.metrics.registry:all_metrics"),
+    "qexp.results.environment:package_commit",
 )
 KERNELS = "qexp.quantizers.cpu_kernels.kernels:prepare"
 OF_IMAGES = (
@@ -29,8 +30,9 @@ def modules_of(config: RunConfig) -> tuple[str, ...]:
     names = [*ALWAYS, *(name for quantizer in quantizers for name in quantizer.imports)]
     if any(quantizer.has_kernels for quantizer in quantizers):
         names.append(KERNELS)
-    modality = plugin_module("model", config.model.source).Source.modality
-    if config.task.name == "generate" and modality == "images":
+    source = plugin_module("model", config.model.source).Source
+    names += source.imports
+    if config.task.name == "generate" and source.modality == "images":
         names += OF_IMAGES
     return tuple(dict.fromkeys(names))
 

@@ -27,8 +27,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from qexp.config.schema import PERCEPTUAL_METRICS, RunConfig
 from qexp.errors import DiskError, LoadError
 from qexp.experiments.stored import run_config_from_container
@@ -39,7 +37,7 @@ from qexp.results.run_folder import BESIDE, RunFolder, Status, now_iso, start_ti
 from qexp.sweep.preload import import_modules, modules_of
 from qexp.sweep.resume import scored_names
 from qexp.system.child_process import adopt_orphans, die_with_parent
-from qexp.system.files import read_json
+from qexp.system.files import read_json, read_yaml
 from qexp.system.screen import open_screen, say
 from qexp.system.stages import Stage, show_stage
 
@@ -114,7 +112,10 @@ def do_work(work: Work) -> Status:
 
 
 def _read_config(folder: RunFolder) -> RunConfig:
-    return run_config_from_container(yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8")))
+    container = read_yaml(folder.path / "config.yaml")
+    if container is None:
+        raise LoadError(f"{folder.path} has no config.yaml, which says what to run; run the experiment's command again")
+    return run_config_from_container(container)
 
 
 def _make_result(work: Work, folder: RunFolder) -> dict[str, Any]:

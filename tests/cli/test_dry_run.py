@@ -27,6 +27,9 @@ def test_dry_run_of_a_sweep_says_bytes_and_mistakes_and_writes_nothing(tmp_path)
     assert lines[0].endswith("would run, weights 9.5 MiB, its reference first, time unknown")
     assert "cannot run: skip_modules of 'transformer': the pattern 'proj_uot' matches no module" in lines[1]
     assert "weights 2.7 MiB" in lines[2]
+    names = [line.partition(": ")[0] for line in lines[:4]]
+    assert names[0] == "[1] digits · none · none · generate · skip_modules=[]"
+    assert names[3] == "[4] digits · gguf Q4_0 · none · generate · skip_modules=[proj_uot]"
     assert lines[4] == "4 experiments: 2 would run, 2 cannot run; time unknown. Nothing was run."
 
 
