@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qexp.checkpoints.safetensors_file import make_header
 from qexp.errors import ConfigError, DiskError, QexpError
 from qexp.models.architectures import (
     SAFETENSORS_NAMES,
@@ -90,20 +91,20 @@ class Layout:
         self, file: Path, names: Sequence[str], seed: int, threads: ThreadPoolExecutor, progress: Progress
     ) -> None:
         """One safetensors file, its tensors drawn by all threads and written where they belong."""
-        end, entries = 0, dict[str, Any]()
+        dtype = SAFETENSORS_NAMES[self.dtype]
+        header = make_header(
+            {name: (dtype, self.tensors[name].shape, self.itemsize) for name in names}, {"format": "pt"}
+        )
+        end, offsets = len(header), dict[str, int]()
         for name in names:
-            start, end = end, end + self.tensors[name].numel() * self.itemsize
-            shape = list(self.tensors[name].shape)
-            entries[name] = {"dtype": SAFETENSORS_NAMES[self.dtype], "shape": shape, "data_offsets": [start, end]}
-        header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
+            offsets[name], end = end, end + self.tensors[name].numel() * self.itemsize
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            os.posix_fallocate(descriptor, 0, 8 + len(header) + end)
-            _pwrite(descriptor, len(header).to_bytes(8, "little") + header, 0)
+            os.posix_fallocate(descriptor, 0, end)
+            _pwrite(descriptor, header, 0)
             for name in names:
-                offset, count = 8 + len(header) + entries[name]["data_offsets"][0], self.tensors[name].numel()
-                write = partial(self._write_slice, descriptor, name, offset, seed)
+                count = self.tensors[name].numel()
+                write = partial(self._write_slice, descriptor, name, offsets[name], seed)
                 list(threads.map(write, range(0, count, SLICE_WEIGHTS)))
                 progress.advance(count * self.itemsize)
             os.fsync(descriptor)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.checkpoints.gguf_types import TYPES
+from qexp.checkpoints.safetensors_file import ALIGNMENT
 from qexp.errors import ConfigError
 from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 from qexp.system.files import replacing
@@ -51,6 +52,7 @@ def _make_writer(
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
+    writer.add_custom_alignment(ALIGNMENT)  # of dense tensors, which can then be mapped
     if any(TYPES[kind].block > 1 for kind in kinds.values()):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, text in metadata.items():

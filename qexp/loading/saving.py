@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qexp.checkpoints.checkpoint import GGUF_CONFIG_KEY, SAVED_GGUF, SAVED_WEIGHTS, refuse_source
+from qexp.checkpoints.safetensors_file import write_safetensors
 from qexp.errors import ConfigError, DiskError
 from qexp.interop.interfaces import interface_of
 from qexp.loading.gguf_saving import save_gguf
@@ -41,29 +39,7 @@ MAX_SHARD_BYTES = 5 << 30
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file. Raises DiskError for a disk that is full or not writable."""
     with replacing(path) as beside:
-        try:
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, beside, {"format": "pt", **(metadata or {})})
-            _sort_metadata(beside)
-        except SafetensorError as error:  # what the library makes of an OSError, too
-            code = re.search(r"\(os error (\d+)\)", str(error))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-
-
-def _sort_metadata(path: Path) -> None:
-    """The texts in a safetensors header by name: the library writes them in another order each time."""
-    with path.open("r+b") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        texts = header.pop("__metadata__")
-        header = {"__metadata__": dict(sorted(texts.items())), **header}
-        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(ordered) > length:
-            raise RuntimeError(f"{path}: the header in order takes {len(ordered)} bytes, not {length}")
-        stream.seek(8)
-        stream.write(ordered.ljust(length))
+        write_safetensors(beside, tensors, {"format": "pt", **(metadata or {})})
 
 
 def save_model(
