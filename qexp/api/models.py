@@ -66,6 +66,7 @@ def load(
     offload_folder: str | Path | None = None,
     workers: int | None = None,
     in_flight_mib: int = 64,
+    map: bool | str = "auto",
 ) -> nn.Module:
     """Load a model, each weight quantized as it is read: the dense model is never in memory.
 
@@ -93,6 +94,9 @@ def load(
     plain_fp8: of a checkpoint with weights in float8 and no scales: they are a plain cast. Else that is an error.
     workers: threads that read and quantize, None is one a core; in_flight_mib: MiB of tensors read whole and not yet
         done with.
+    map: "auto" maps weights that stay on the CPU as they are in their file, if they are aligned, in place of reading
+        them; True says which are not; False reads all. Changing a mapped weight in place does not change the file. Who
+        truncates a mapped file kills this process with SIGBUS at the next access: replace files, or load with False.
 
     Raises: ConfigError (a ValueError), MissingLibraryError (an ImportError), UnsupportedError for what this machine
     cannot run, LoadError for a checkpoint that is damaged or does not fit. Most come before a weight is read.
@@ -119,7 +123,7 @@ def load(
         _component(model_source, component),
         settings,
         device=place,
-        loader=LoaderConfig(in_flight_mib=in_flight_mib, workers=workers),
+        loader=LoaderConfig(in_flight_mib=in_flight_mib, workers=workers, map=map),
         device_map=places,
         max_memory=limits,
         offload_folder=None if offload_folder is None else Path(offload_folder),

@@ -36,6 +36,7 @@ def load_pipeline(
     offload: str | OffloadConfig | None = None,
     workers: int | None = None,
     in_flight_mib: int = 64,
+    map: bool | str = "auto",
 ) -> Any:
     """Load a pipeline of diffusers: its components one after the other, each weight quantized as it is read.
 
@@ -49,6 +50,7 @@ def load_pipeline(
     compute_dtype: of all components; None is each checkpoint's own.
     skip_modules, keep_in_fp32_modules: patterns for the components that `backend` is for.
     plain_fp8: as of `qexp.load`, for all components.
+    workers, in_flight_mib, map: as of `qexp.load`.
     offload: a strategy of `qexp.offload`, or its config: each component is offloaded before the next one is loaded.
 
     Returns: diffusers' pipeline, such as a FluxPipeline: `pipe("a red cube").images[0]`. `qexp.save` saves it whole.
@@ -83,7 +85,7 @@ def load_pipeline(
     planned = plan_components(requests, travels=offload is not None)
     pipeline = source.pipeline({name: component.prepared.model for name, component in planned.items()})
     for component in planned.values():
-        model = load_planned(component, LoaderConfig(in_flight_mib=in_flight_mib, workers=workers)).model
+        model = load_planned(component, LoaderConfig(in_flight_mib=in_flight_mib, workers=workers, map=map)).model
         if offload is not None:
             offload_model(model, offload, place, block_lists=source.block_lists(model))
     vars(pipeline)[SOURCE] = source

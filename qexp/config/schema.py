@@ -124,12 +124,16 @@ class SweepConfig:
 @dataclass(frozen=True)
 class LoaderConfig:
     """in_flight_mib: staging buffer (MiB) for tensors read whole; grows to the largest one. workers: threads that read
-    and quantize; null: one per core."""
+    and quantize; null: one per core. map: whether weights that stay on the CPU as they are in their file are mapped and
+    not read: auto (those that are aligned), true (says how much is not), false."""
 
     in_flight_mib: int = 64
     workers: int | None = None
+    map: Any = "auto"
 
     def __post_init__(self) -> None:
+        if self.map != "auto" and type(self.map) is not bool:
+            raise ConfigError(f"loader.map={self.map!r} must be auto, true or false")
         convert(int, self.in_flight_mib, "loader.in_flight_mib")
         convert(int | None, self.workers, "loader.workers")
         if self.in_flight_mib < 1:

@@ -20,6 +20,7 @@ from qexp.loading.audit import audit
 from qexp.loading.component import LoadedComponent, LoadRequest, PlannedComponent, Prepared
 from qexp.loading.device_map import DeviceMap, main_device, no_split_classes, place, to_keep_in_fp32
 from qexp.loading.fp32 import compute_in_fp32
+from qexp.loading.mapping import choose_mapped
 from qexp.loading.prepare import load_quantizer_of, prepare
 from qexp.loading.quantized_model import register
 from qexp.loading.weights import load_weights
@@ -75,9 +76,12 @@ def load_stages(request: LoadRequest) -> Generator[PlannedComponent, LoaderConfi
             model, places = prepared.model, placement.places
             placement = place(model, prepared.plan, places, device, request.max_memory, no_split, travels=False)
         prepared = replace(prepared, plan=prepared.plan.placed(placement.device_of))
-    planned = PlannedComponent(prepared, placement)
-    loader = yield planned
+    loader = yield PlannedComponent(prepared, placement)
     dispatch = Dispatch(model, placement, no_split, request.store) if placement.is_spread else None
+    if dispatch is None:  # what travels is packed together, so that it is copied in any case
+        plan = choose_mapped(prepared.plan, quantizer, loader.map, request.component)
+        prepared = replace(prepared, plan=plan)
+    planned = PlannedComponent(prepared, placement)
     # before the clock starts and memory is measured: what libraries take is not the model's
     warm_up(prepared, device)
     started = time.perf_counter()

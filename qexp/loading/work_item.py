@@ -13,7 +13,7 @@ from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.quantizers.rows import WeightSpec
 
-Read = Literal["rows", "in_place", "staged"]
+Read = Literal["rows", "in_place", "staged", "mapped"]
 CPU = torch.device("cpu")
 
 
@@ -24,7 +24,9 @@ class WorkItem:
     stored: the checkpoint holds this weight ready quantized; `source` is then the first of its inner tensors, and
     companions the others, by what its format calls them.
     read: "rows", a weight to quantize, slice by slice (a `RowReader`), of one plain entry; "in_place", what is kept as
-    it is in the file, straight into its final memory; "staged", anything else, whole, into memory that is used again.
+    it is in the file, straight into its final memory; "mapped", the same, on a CPU, but for the entries that `maps`
+    refuses; "staged", anything else, whole, into memory that is used again.
+    alignment: bytes, of the addresses of mapped entries: what the kernels that will read them take for granted.
     device: where its result is made; also of what travels there, so that it has the bytes of a resident weight.
     """
 
@@ -37,6 +39,7 @@ class WorkItem:
     companions: Mapping[str, TensorEntry] = field(default_factory=dict)
     read: Read = "staged"
     device: torch.device = CPU
+    alignment: int = 64
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
@@ -53,6 +56,15 @@ class WorkItem:
         if any(entry.transform is not None for entry in self.entries):
             return False
         return self.stored or (self.spec is None and self.dtype == TORCH_DTYPES.get(self.source.dtype))
+
+    def maps(self, entry: TensorEntry) -> bool:
+        """Return whether an entry can be mapped: it has bytes, in one piece of a file, and its address is aligned."""
+        return entry.nbytes > 0 and not entry.pieces and entry.offset % self.alignment == 0
+
+    @property
+    def mapped(self) -> list[TensorEntry]:
+        """Return the entries that are mapped."""
+        return [entry for entry in self.entries if self.maps(entry)] if self.read == "mapped" else []
 
     @property
     def numel(self) -> int:

@@ -42,6 +42,7 @@ class Quantizer:
     # modules that quantizing or running imports, and functions that import more (module:function)
     imports: ClassVar[tuple[str, ...]] = ()
     has_kernels: ClassVar[bool] = False  # whether it quantizes with compiled loops on a CPU
+    decodes_with_kernels: ClassVar[bool] = False  # whether its layers, and weights that are stored quantized, do too
     is_trainable: bool = True  # whether gradients flow through a layer to its input
     has_backward: bool = True  # the library implements backward; if False, loading/straight_through.py does
     is_serializable: ClassVar[bool] = False  # whether `stored_parts` reads what is saved
@@ -82,6 +83,12 @@ class Quantizer:
         """Attributes that upstream sets on a model of this format, beyond those of every quantized model."""
         return {}
 
+    @classmethod
+    def needs_kernels(cls, *, stored: bool) -> bool:
+        """Return whether a load, or what is run with the model, calls compiled loops on a CPU: starting them takes a
+        second. stored: whether the checkpoint is quantized already."""
+        return cls.decodes_with_kernels or (cls.has_kernels and not stored)
+
     def validate_environment(self, device: torch.device) -> None:
         """Raise MissingLibraryError or UnsupportedError before a byte is read."""
         for package, lowest in self.required_packages.items():
@@ -94,7 +101,7 @@ class Quantizer:
                     f"backend.quant_method={self.quantization_method} needs {package} >= {lowest}; "
                     f"found {found or 'none'}. Install it: pip install '{package}>={lowest}'"
                 )
-        if self.has_kernels and device.type == "cpu":
+        if device.type == "cpu" and self.needs_kernels(stored=self.stored):
             from qexp.quantizers.cpu_kernels import kernels
 
             kernels.prepare()  # allocated first, so that it is not measured as the model's memory
@@ -202,6 +209,13 @@ class Quantizer:
 
     def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
         """Raise LoadError for stored parts that do not fit this weight."""
+
+    def stored_alignment(self, spec: WeightSpec) -> int:
+        """Return the alignment in bytes with which its kernels on a CPU compute the same bits as in allocated memory.
+
+        Off it, vectors begin elsewhere, sums are added up in another order, and some kernels crash.
+        """
+        return 64
 
     def stored_nbytes(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> int:
         """Return the exact bytes of a weight assembled from stored parts."""

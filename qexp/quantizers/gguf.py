@@ -87,6 +87,7 @@ class GGUFQuantizer(base.Quantizer):
         base.FOR_DISPATCH,
     )
     has_kernels = True
+    decodes_with_kernels = True
     is_serializable: ClassVar[bool] = True
     file_format = "gguf"
 
@@ -153,6 +154,10 @@ class GGUFQuantizer(base.Quantizer):
             return None
         self._stored_types[name] = entry.dtype.removeprefix(BLOCKED_PREFIX)
         return {"raw": entry}
+
+    @override
+    def stored_alignment(self, spec: WeightSpec) -> int:
+        return 1  # blocks are decoded byte by byte; files align them to 32
 
     @override
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

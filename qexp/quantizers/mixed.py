@@ -323,6 +323,10 @@ class MixedQuantizer(base.Quantizer):
         return self.part_of(spec.module).stored_nbytes(spec, parts)
 
     @override
+    def stored_alignment(self, spec: WeightSpec) -> int:
+        return self.part_of(spec.module).stored_alignment(spec)
+
+    @override
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         if (writer := self._writer()) is not None:
             return writer.get_state_dict_and_metadata(state_dict)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 
+from qexp.checkpoints.checkpoint import open_components
 from qexp.config.plugins import plugin_module
 from qexp.config.schema import RunConfig
+from qexp.models.base import load_source
+from qexp.quantizers.embedded import is_quantized
 
 ALWAYS = (
     *("torch", "numpy", "accelerate", "safetensors.torch"),
@@ -25,10 +28,14 @@ def modules_of(config: RunConfig) -> tuple[str, ...]:
 
     module:function stands for what a function imports.
     """
-    methods = sorted({name for component in config.components.values() for name in component.backend.methods()})
-    quantizers = [plugin_module("backend", method).Quantizer for method in methods]
-    names = [*ALWAYS, *(name for quantizer in quantizers for name in quantizer.imports)]
-    if any(quantizer.has_kernels for quantizer in quantizers):
+    opened = open_components(load_source(config.model))
+    names, needs_kernels = [*ALWAYS], False
+    for component, settings in config.components.items():
+        for method in sorted(settings.backend.methods()):
+            quantizer = plugin_module("backend", method).Quantizer
+            names += quantizer.imports
+            needs_kernels |= quantizer.needs_kernels(stored=is_quantized(opened[component]))
+    if needs_kernels:
         names.append(KERNELS)
     source = plugin_module("model", config.model.source).Source
     names += source.imports

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from typing import IO
 from qexp.config.schema import IsolationConfig
 from qexp.results.outcome import Outcome, outcome_of, outcome_of_exit, timed_out
 from qexp.results.run_folder import RunFolder, Status, now_iso
+from qexp.sweep.changed_files import find_changed_file
 from qexp.sweep.fork_client import SERVER, ForkedWorker, ServerDied
 from qexp.sweep.worker import Work, do_work
 from qexp.sweep.worker_console import WorkerConsole
@@ -66,6 +68,8 @@ def run_worker(
         return run_worker(work, isolation, modules, console)
     ending = outcome_of_exit(process.wait(), _added(oom_kills, count_oom_kills()))
     outcome = ending if in_time else timed_out(timeout_minutes or 0.0)
+    if in_time and process.wait() == -signal.SIGBUS:
+        outcome = replace(outcome, message=f"{outcome.message}; {find_changed_file(work.folder)}")
     outcome = replace(outcome, message=f"{outcome.message}; its output is in {work.folder / 'worker.log'}")
     return _settle(work, process, outcome, started, clock)
 

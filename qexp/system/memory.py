@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 HUGE_PAGE_BYTES = 2 << 20
 MADV_HUGEPAGE = 14  # of linux/mman.h
 SAMPLE_SECONDS = 0.002

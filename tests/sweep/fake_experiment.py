@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import resource
 import signal
@@ -69,6 +70,14 @@ def run_while_weights_change(config: RunConfig, folder: Path) -> dict[str, float
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     return metrics
+
+
+def run_while_its_file_is_cut(config: RunConfig, folder: Path) -> dict[str, float | None]:
+    file = Path(config.model.path, "model.safetensors")
+    with file.open("rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    os.truncate(file, 0)
+    return {"a/byte": float(mapped[0])}
 
 
 def run_roundtrip(config: RunConfig, folder: Path) -> dict[str, float | None]:

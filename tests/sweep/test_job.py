@@ -182,6 +182,17 @@ def test_weights_changed_while_an_experiment_runs_are_a_failure(seed: int, tmp_p
     assert folder.read_status().status == "failed"
 
 
+def test_mapped_file_that_is_truncated_is_named(tmp_path) -> None:
+    config = have_reference(run_config(tmp_path))
+    folder = folder_of(config)
+    row = run(config, experiment=f"{fake_experiment.__name__}:run_while_its_file_is_cut")
+    assert (row.status, row.reason) == ("failed", "signal")
+    assert "SIGBUS" in row.message and "worker.log" in row.message
+    file = tmp_path / "checkpoint/model.safetensors"
+    assert f"a file that was changed while it ran: '{file}' is empty" in row.message
+    assert folder.read_status().message == row.message
+
+
 @pytest.mark.parametrize("behaviour", ENDINGS)
 def test_every_ending_becomes_a_row_and_a_status(behaviour, tmp_path, capfd) -> None:
     config = have_reference(run_config(tmp_path, behaviour))

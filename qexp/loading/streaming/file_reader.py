@@ -1,9 +1,10 @@
 """Tensors out of a checkpoint's files: whole, or row by row into memory that is used again; or onto an accelerator.
 
-Files are copied from (`preadv`), not mapped. Copying the kernel's pages costs time, and how much depends on where it
-goes: into a buffer that stays in the processor's cache it is twice as fast as into fresh memory (6.6 against 3 GiB/s
-on an AMD EPYC), and onto an address that is 1 to 31 bytes further into its page than the source is into its own, it
-takes three times as long (2.1 GiB/s): `rep movsb`, by which Linux copies, does not like that.
+What is read is copied from files (`preadv`), not mapped (`mapped_files.py` does that). Copying the kernel's pages costs
+time, and how much depends on where it goes: into a buffer that stays in the processor's cache it is twice as fast as
+into fresh memory (6.6 against 3 GiB/s on an AMD EPYC), and onto an address that is 1 to 31 bytes further into its page
+than the source is into its own, it takes three times as long (2.1 GiB/s): `rep movsb`, by which Linux copies, does not
+like that.
 """
 
 from __future__ import annotations
@@ -53,10 +54,7 @@ class Reader:
             self._fill(buffer, source, 0)
         else:
             self.send(buffer, source, 0)
-        if source.block_type is not None:
-            return buffer
-        numbers = buffer.view(TORCH_DTYPES[source.pieces[0].dtype if source.pieces else source.dtype])
-        return numbers if source.transform is not None else numbers.view(source.shape)
+        return as_tensor(source, buffer)
 
     def rows(self, source: TensorEntry) -> RowReader:
         return RowReader(self, source)
@@ -125,6 +123,14 @@ class Reader:
             self._opened[file] = open_descriptor(file)
             os.posix_fadvise(self._opened[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads ahead twice as far
         return self._opened[file]
+
+
+def as_tensor(source: TensorEntry, raw: Tensor) -> Tensor:
+    """Return the bytes of an entry, uint8 [nbytes], as the tensor that `Reader.read` returns."""
+    if source.block_type is not None:
+        return raw
+    numbers = raw.view(TORCH_DTYPES[source.pieces[0].dtype if source.pieces else source.dtype])
+    return numbers if source.transform is not None else numbers.view(source.shape)
 
 
 class RowReader:

@@ -4,16 +4,18 @@
              release the GIL
     caller   gets (item, result) in the order of the items, whichever worker was first
 
-An item is read in one of three ways, which the plan has chosen (`WorkItem.read`):
+An item is read in one of four ways, which the plan has chosen (`WorkItem.read`):
 
     rows      a weight to quantize, slice by slice, as `create` asks for its rows, into a small buffer that stays in
               the processor's cache
     in_place  what is kept as it is in the file: straight into its final memory, which on an accelerator takes pinned
               buffers and streams
+    mapped    the same, where it stays on the CPU: not read at all, its pages are the page cache's (`mapped_files.py`);
+              in place for those of its tensors that are not aligned in the file
     staged    anything else, whole, into an arena of `in_flight_bytes`, or of the largest such tensor if that is
               larger; whoever takes the next item waits while there is no room for it
 
-Files are read, never mapped, so their pages do not count as this process's memory.
+Pages of files that are read do not count as this process's memory; those of mapped ones do once they are used.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.loading.streaming.arena import Arena, Stopped, Window, aligned
 from qexp.loading.streaming.file_reader import Reader
 from qexp.loading.streaming.lanes import Lanes
+from qexp.loading.streaming.mapped_files import MappedFiles
 from qexp.loading.work_item import WorkItem
 from qexp.system.memory import use_huge_pages
 
@@ -51,16 +54,18 @@ def stream(
     create: (item, a tensor for each of item.entries, as in the checkpoint) -> result, called without grad; on an
     accelerator, in a lane (`lanes.py`). Staged tensors are on the CPU, and their memory is used again when it returns,
     so the result must not share it. What is read in place is on the item's device, in memory of its own. An item that
-    is read by rows has a `RowReader` in place of a tensor.
+    is read by rows has a `RowReader` in place of a tensor. What is mapped is backed by its file: written to, it becomes
+    memory of its own, page by page.
     ahead_bytes: of results that workers may have made, or be making, before the caller is done with them (at least
     one), for a caller that is slow; None is any number.
-    Raises whatever a stage raised; all threads have ended when it does.
+    Raises whatever a stage raised, and at the end LoadError if a mapped file has changed; all threads have ended then.
     """
     arena = Arena(_arena_bytes([_room(item) for item in items if item.read == "staged"], in_flight_bytes))
     window = Window(ahead_bytes)
     turns = iter(_turns(items, workers if ahead_bytes is None else 1))  # or it could wait for what is not taken
     turn = threading.Lock()
     done, stop = queue.SimpleQueue[Any](), threading.Event()
+    files = MappedFiles(entry for item in items for entry in item.mapped)
 
     def take() -> tuple[int, WorkItem, int | None, Tensor | None] | None:
         """Return the next item, and its room in the arena; who comes later waits, so that room is given in order."""
@@ -74,7 +79,13 @@ def stream(
     def make(reader: Reader, item: WorkItem, room: Tensor | None) -> Any:
         if item.read == "rows":
             return create(item, reader.rows(item.source))
-        tensors = [reader.read(entry, part) for entry, part in _buffers_of(item, room)]
+        if item.read == "mapped":
+            tensors = [
+                files.read(entry) if item.maps(entry) else reader.read(entry, _own_buffer(item, entry))
+                for entry in item.entries
+            ]
+        else:
+            tensors = [reader.read(entry, part) for entry, part in _buffers_of(item, room)]
         return create(item, *_transformed(item, tensors))
 
     def worker() -> None:
@@ -99,8 +110,9 @@ def stream(
         arena.stop()
         window.stop()
 
-    with closing(Lanes(item.device for item in items)) as lanes, _running([worker] * workers, halt):
+    with closing(files), closing(Lanes(item.device for item in items)) as lanes, _running([worker] * workers, halt):
         yield from _in_order(items, done, window)
+        files.check_unchanged()
 
 
 @contextmanager
@@ -178,7 +190,11 @@ def _buffers_of(item: WorkItem, room: Tensor | None) -> Iterator[tuple[TensorEnt
     start = 0
     for entry in item.entries:
         if room is None:
-            yield entry, use_huge_pages(torch.empty(entry.nbytes, dtype=torch.uint8, device=item.device))
+            yield entry, _own_buffer(item, entry)
         else:
             yield entry, room[start : start + entry.nbytes]
             start += _padded(entry.nbytes)
+
+
+def _own_buffer(item: WorkItem, entry: TensorEntry) -> Tensor:
+    return use_huge_pages(torch.empty(entry.nbytes, dtype=torch.uint8, device=item.device))
