@@ -57,6 +57,7 @@ def test_a_saved_file_is_the_librarys_byte_for_byte(tmp_path: Path) -> None:
     weight: Any = quantized(gaussian(3, 64), "Q4_0")
     plain, scalar, empty = torch.arange(10.0).reshape(2, 5), torch.tensor(3), torch.zeros(0, 4, dtype=torch.float16)
     writer = gguf.GGUFWriter(tmp_path / "library.gguf", "flux")
+    writer.add_custom_alignment(64)
     writer.add_uint32("general.quantization_version", 2)
     writer.add_string("x.name", "ö")
     writer.add_tensor("q", weight.raw.numpy(), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
@@ -73,7 +74,8 @@ def test_a_saved_file_is_the_librarys_byte_for_byte(tmp_path: Path) -> None:
 
 def test_empty_texts_are_saved_and_dense_tensors_have_no_quantization_version(tmp_path: Path) -> None:
     save_gguf(tmp_path / "x.gguf", {"a": torch.zeros(2)}, architecture="x", metadata={"x.note": ""})
-    assert read_gguf_header(tmp_path / "x.gguf").metadata == {"general.architecture": "x", "x.note": ""}
+    found = read_gguf_header(tmp_path / "x.gguf").metadata
+    assert found == {"general.architecture": "x", "general.alignment": 64, "x.note": ""}
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
