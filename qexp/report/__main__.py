@@ -1,4 +1,4 @@
-"""`python -m qexp.report [sweep]`: the table of a sweep, and its results.csv, report.md and plots, from files alone.
+"""`python -m qexp.report [sweep]`: the table of a sweep, and its results.csv, reports and plots, from files alone.
 
     python -m qexp.report                      the latest sweep
     python -m qexp.report first_look --baseline "torchao int8wo"      which are better or worse on the same samples
@@ -50,10 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_report(outputs: Path, name: str, rows: list[Row], prepared: list[Row]) -> list[Path]:
-    """Write results.csv, report.md and the plots of a sweep; returns their paths. prepared: see `prepare_compared`.
+    """Write results.csv, report.md, report.html and the plots of a sweep; returns their paths.
 
+    prepared: see `prepare_compared`.
     Raises: LoadError if results.csv has numbers of runs that are gone since: it is all that is left of them.
     """
+    from qexp.report.html.page import write_html_report
     from qexp.report.markdown import report_markdown
     from qexp.report.pareto import file_name, pareto_png, plotted_metrics
     from qexp.report.results_csv import lost_runs, results_csv
@@ -61,7 +63,7 @@ def write_report(outputs: Path, name: str, rows: list[Row], prepared: list[Row])
     folder = outputs / "sweeps" / name
     if lost := lost_runs(folder / "results.csv", rows):
         raise LoadError(
-            f"{folder / 'results.csv'} has the results of runs that are gone or damaged since, so it, report.md and "
+            f"{folder / 'results.csv'} has the results of runs that are gone or damaged since, so it, the reports and "
             "the plots are left as they are; run them again, or move results.csv elsewhere for a report without them: "
             f"{', '.join(map(str, lost))}"
         )
@@ -72,8 +74,12 @@ def write_report(outputs: Path, name: str, rows: list[Row], prepared: list[Row])
             write_bytes(folder / file_name(metric), picture)
             plots.append(file_name(metric))
     write_text(folder / "results.csv", results_csv(rows))
-    write_text(folder / "report.md", report_markdown(read_manifest(outputs, name), rows, prepared, folder, plots))
-    return [folder / file for file in ("results.csv", "report.md", *plots)]
+    manifest = read_manifest(outputs, name)
+    write_text(folder / "report.md", report_markdown(manifest, rows, prepared, folder, plots))
+    page, warnings = write_html_report(folder, f"Sweep {name}", [(manifest, rows)], rows, prepared)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return [*(folder / file for file in ("results.csv", "report.md", *plots)), page]
 
 
 def _report_parser() -> CommandParser:

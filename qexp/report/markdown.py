@@ -46,10 +46,10 @@ def report_intro(manifest: Mapping[str, Any], rows: list[Row]) -> str:
     """Return the introduction: the experiments, their purpose and outcomes, and the command that runs them again."""
     notes = [_escape_cell(manifest["notes"])] if manifest.get("notes") else []
     command = [f"To run it again:\n\n```\n{shlex.join(manifest['command'])}\n```"] if manifest["command"] else []
-    return "\n\n".join([_summary_line(manifest, rows), *notes, *command])
+    return "\n\n".join([summary_line(manifest, rows), *notes, *command])
 
 
-def _summary_line(manifest: Mapping[str, Any], rows: list[Row]) -> str:
+def summary_line(manifest: Mapping[str, Any], rows: list[Row]) -> str:
     """'12 experiments, started 2026-01-02 03:04: 9 done (2 reused), 2 failed, 1 not run, or cut off.'"""
     number, _, counts = count_line(rows, manifest.get("total")).partition(": ")
     models = ", ".join(dict.fromkeys(str(row["config"]["model"]["source"]) for row in rows if row["config"]))

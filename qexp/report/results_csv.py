@@ -108,13 +108,14 @@ def varying_settings(rows: list[Row]) -> list[str]:
 
 def _flat_configs(rows: list[Row]) -> list[dict[str, Any]]:
     settings = [{k: v for k, v in (row["config"] or {}).items() if k not in NOT_SETTINGS} for row in rows]
-    return [dict(_flatten(config, "")) for config in settings]
+    return [dict(flatten_config(config)) for config in settings]
 
 
-def _flatten(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def flatten_config(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of every setting in a stored configuration; an empty mapping is a value."""
     for name, item in value.items():
         if isinstance(item, Mapping) and item:
-            yield from _flatten(item, f"{prefix}{name}.")
+            yield from flatten_config(item, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", item
 

@@ -7,7 +7,7 @@ shortened in their middle until a line fits 120 characters.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -135,17 +135,17 @@ def table_cells(prepared: list[Row]) -> list[dict[str, str]]:
 def _texts(row: Row, differing: Mapping[int, str]) -> dict[str, str]:
     mark = f" {OTHER}" if any(member["number"] in differing for member in members_of(row)) else ""
     texts = {
-        "#": _ranges(sorted(member["number"] for member in members_of(row))),
+        "#": numbers_text(row),
         "status": status_text(row) + mark,
         "seeds": str(row.get("seeds", "")),
     }
     return texts | {name: str(row[name]) for name in ("model", "task", "backend", "offload", "setting")}
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """'1-3, 5'."""
+def numbers_text(row: Row) -> str:
+    """Return the numbers of the experiments in a row: '1-3, 5'."""
     runs: list[list[int]] = []
-    for number in numbers:
+    for number in sorted(member["number"] for member in members_of(row)):
         if runs and number == runs[-1][-1] + 1:
             runs[-1].append(number)
         else:

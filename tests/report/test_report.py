@@ -30,9 +30,10 @@ def test_command_prints_the_table_and_writes_its_files(tmp_path: Path, capsys: p
         "results.csv",
         "report.md",
         "pareto_psnr_db.png",
+        "report.html",
     }
     assert re.findall(r"wrote (.*)", printed) == [
-        str(folder / name) for name in ("results.csv", "report.md", "pareto_psnr_db.png")
+        str(folder / name) for name in ("results.csv", "report.md", "pareto_psnr_db.png", "report.html")
     ]
 
 

@@ -1,0 +1,53 @@
+"""CSV files of run folders, as rows of text; one that cannot be read costs what it would have shown, and says so."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from qexp.errors import DamagedFileError, DiskError
+
+Part = TypeVar("Part")
+
+
+def read_table(path: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; [] if there is none.
+
+    Raises: DamagedFileError if it lacks a column of `needed` or is no text, DiskError if it cannot be read.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+    except FileNotFoundError:
+        return []
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DamagedFileError(path, str(error)) from error
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be read ({error.strerror}); make it readable, or delete it") from error
+    if any(row.get(name) is None for row in rows for name in needed):
+        raise DamagedFileError(path, f"a line of it lacks {', '.join(needed)}")
+    return rows
+
+
+def number_of(text: str | None, path: Path, digits: int = 5) -> float | None:
+    """Return a cell as a number of so many significant digits; None for one that is empty or not finite.
+
+    Raises: DamagedFileError for any other text.
+    """
+    try:
+        value = float(text) if text else math.nan
+    except ValueError:
+        raise DamagedFileError(path, f"'{text}' is no number") from None
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def or_warning(read: Callable[[], Part], empty: Part, warnings: list[str]) -> Part:
+    """Return what `read` does; `empty` and a further warning if its file cannot be used."""
+    try:
+        return read()
+    except DiskError as error:
+        warnings.append(f"{error} (this report is without it)")
+        return empty
