@@ -139,7 +139,7 @@ def _plot(columns: Sequence[Column]) -> Document:
     choices = [
         {"label": f"{numbers[x]['label']} – {numbers[y]['label']}", "x": x, "y": y}
         for x, y in CHOICES
-        if x in numbers and y in numbers
+        if x in numbers and y in numbers and any(numbers[x]["values"]) and any(numbers[y]["values"])
     ]
     if choices:
         return {"x": choices[0]["x"], "y": choices[0]["y"], "choices": choices}

@@ -9,9 +9,9 @@ function startBlind() {
     return;
   }
   const select = element("select", { id: "blind-row" });
-  const label = element("label", {}, "Candidate ", select);
+  const field = element("span", { class: "field" }, element("label", { for: "blind-row" }, "Candidate"), " ", select);
   const start = element("button", { type: "button", class: "primary", onclick: () => beginBlind(select.value) }, "Start");
-  byId("blind-test").replaceChildren(element("div", { class: "toolbar" }, label, start), element("div", { id: "blind-place", "aria-live": "polite" }));
+  byId("blind-test").replaceChildren(element("div", { class: "toolbar" }, field, start), element("div", { id: "blind-place", "aria-live": "polite" }));
   fillChooser("blind-row", [["all", "all of them"], ...rows.map((row) => [row, nameOf(row)])], "all", () => {});
   byId("blind-test").onkeydown = answerByKey;
 }

@@ -26,8 +26,9 @@ function drawLines(width) {
   const passing = new Set(passingRows());
   const runs = data.steps.filter((run) => (lines.rows === "all" ? passing.has(run.row) : run.row === Number(lines.rows)));
   const curves = runs.map((run) => curveOf(run, isMemory)).filter((curve) => curve.points.length);
-  const values = curves.flatMap((curve) => [...curve.points.map(([, value]) => value), ...(curve.load ? [curve.load.peak] : [])]);
-  const unit = isMemory && Math.max(...values, 0) < 1 ? "MiB" : SERIES[lines.series].unit;
+  const found = curves.flatMap((curve) => [...curve.points.map(([, value]) => value), ...(curve.load ? [curve.load.peak] : [])]);
+  const values = mayBeLog ? found.filter((value) => value > 0) : found; // an error of 0 has no place on a logarithmic axis
+  const unit = isMemory && found.every((value) => value < 1) ? "MiB" : SERIES[lines.series].unit;
   const factor = isMemory ? GIB[unit] : 1;
   const height = Math.max(280, Math.min(Math.round(width * 0.4), 420));
   const box = { left: 62, top: 34, right: width - 16, bottom: height - 50 };
@@ -37,7 +38,7 @@ function drawLines(width) {
   const xName = isMemory ? "seconds from the start of loading" : "step";
   const drawing = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${label} of ${curves.length} runs over ${xName}` },
     drawAxes(x, y, box, xName, unit ? `${label} (${unit})` : label), curves.map((curve) => drawCurve(curve, x, y, factor)));
-  byId("lines").replaceChildren(drawing, linesLegend(curves, isMemory));
+  byId("lines").replaceChildren(drawing, linesLegend(curves, isMemory, y.isLog));
   lightLines();
 }
 
@@ -52,14 +53,15 @@ function curveOf(run, isMemory) {
 
 /** While a model is loaded only the highest memory is known, not when it was: a box as high as that. */
 function drawCurve({ run, points, load }, x, y, factor) {
-  const path = points.map(([at, value], place) => `${place ? "L" : "M"}${x(at).toFixed(1)},${y(value * factor).toFixed(1)}`).join("");
+  const drawn = y.isLog ? points.filter(([, value]) => value > 0) : points;
+  const path = drawn.map(([at, value], place) => `${place ? "L" : "M"}${x(at).toFixed(1)},${y(value * factor).toFixed(1)}`).join("");
   const curve = shape("path", { class: "curve", d: path });
   const group = shape("g", { class: "run", "data-row": run.row, style: colorOf(run.row) });
   if (load) {
     const top = y(load.peak * factor);
     group.append(shape("path", { class: "loading", d: `M${x(0)},${y(0)}V${top}H${x(load.seconds)}V${y(0)}Z` }));
   }
-  group.append(curve, ...(points.length === 1 ? [shape("circle", { class: "dot", cx: x(points[0][0]), cy: y(points[0][1] * factor), r: 3 })] : []));
+  group.append(curve, ...(drawn.length === 1 ? [shape("circle", { class: "dot", cx: x(drawn[0][0]), cy: y(drawn[0][1] * factor), r: 3 })] : []));
   group.onpointermove = (event) => { lightRow(run.row); showTip(event, [nameOf(run.row), `${seedText(run.run)}${points.length} points`]); };
   group.onpointerleave = () => { lightRow(null); hideTip(); };
   return group;
@@ -70,12 +72,13 @@ function seedText(run) {
   return seed === "" ? "" : `seed ${seed}, `;
 }
 
-function linesLegend(curves, isMemory) {
+function linesLegend(curves, isMemory, isLog) {
   const first = new Map(curves.map(({ run }) => [data.rows[run.row].family, run.row]).reverse());
   const items = [...first].sort().map(([family, row]) => element("li", {}, colorMark(row), family));
   if (isMemory && curves.some((curve) => curve.load)) {
     items.push(element("li", {}, element("span", { class: "box-sample", "aria-hidden": "true" }), "loading: as high as its peak"));
   }
+  if (isLog && curves.some((curve) => curve.points.some(([, value]) => value <= 0))) items.push(element("li", {}, "0 is not drawn"));
   return element("ul", { class: "legend" }, items);
 }
 

@@ -19,6 +19,7 @@ function drawTable() {
   const head = element("thead", {}, element("tr", {}, shownColumns().map(headerCell)));
   if (byId("column-filters").getAttribute("aria-pressed") === "true") head.append(filterRow());
   byId("table").replaceChildren(element("caption", { class: "unseen" }, data.title), head);
+  byId("table").style.setProperty("--head", `${head.firstChild.offsetHeight}px`); // filters stay below the header
   drawRows();
 }
 
@@ -30,10 +31,9 @@ function headerCell(column) {
   const button = element("button", { type: "button", class: "sort", title, onclick: () => sortBy(column) },
     element("span", {}, column.label), element("span", { class: "arrow", "aria-hidden": "true" }, arrow));
   const n = column.kind === "number" && typeof column.n === "string" && column.n !== "1 run" ? `n = ${column.n}` : "";
-  const below = [column.unit, n].filter(Boolean).join(" · ");
   return element("th", {
     scope: "col", class: column.kind, "aria-sort": isSorted ? (state.sort.falling ? "descending" : "ascending") : null,
-  }, button, element("span", { class: "below" }, below));
+  }, button, [column.unit, n].filter(Boolean).map((line) => element("span", { class: "below" }, line)));
 }
 
 /** Numbers that are better when they are higher are sorted with the best first. */
@@ -111,15 +111,19 @@ function tableCell(column, row) {
   }
   const best = column.best.includes(row);
   const n = typeof column.n === "string" ? "" : column.n[row];
-  const small = [intervalText(column, row), n && n !== "1 run" ? `n = ${n}` : ""].filter(Boolean);
   const busy = column.is_time && data.rows[row].is_busy && column.values[row] !== null ? " *" : "";
   return element("td", { class: best ? "number best" : "number" },
     element("span", {}, text + busy, best ? element("span", { class: "unseen" }, " (best)") : ""),
-    small.map((line) => element("small", {}, line)), versusMark(column.versus[row]));
+    smallLine([intervalText(column, row), versusMark(column.versus[row])]), smallLine([n && n !== "1 run" ? `n = ${n}` : ""]));
+}
+
+function smallLine(parts) {
+  const found = parts.filter(Boolean);
+  return found.length ? element("small", {}, found.map((part, place) => [place ? " " : "", part])) : "";
 }
 
 function versusMark(verdict) {
-  return verdict ? element("small", { class: `verdict ${verdict.replace(/ /g, "-")}` }, verdict) : "";
+  return verdict ? element("span", { class: `verdict ${verdict.replace(/ /g, "-")}` }, verdict) : "";
 }
 
 function lightTable() {
