@@ -110,7 +110,7 @@ def step_times(backend: str, variables: dict[str, str], steps: int, images: int)
 
 
 def run_quietly(command: Sequence[str], environment: dict[str, str]) -> None:
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=TIMEOUT_SECONDS)
     if done.returncode:
         raise SystemExit(f"{done.stdout}{done.stderr}\n{' '.join(command)} failed")
 

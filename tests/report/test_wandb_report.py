@@ -52,7 +52,7 @@ def test_offline_writes_its_specification(tmp_path: Path) -> None:
     folder = tmp_path / "sweeps/first"
     assert done.stdout.splitlines()[-1] == f"wrote {folder / 'wandb_report.json'}"
     assert {path.name for path in folder.iterdir()} == {
-        "manifest.json", "results.csv", "report.md", "pareto_psnr_db.png", "wandb_report.json",
+        "manifest.json", "results.csv", "report.md", "report.html", "pareto_psnr_db.png", "wandb_report.json",
     }  # fmt: skip
     assert not list((tmp_path / "home").rglob("*"))
 

@@ -70,4 +70,4 @@ def test_report_writes_its_files_although_nobody_reads_the_table(tmp_path: Path)
     sweep_of_six(tmp_path)
     assert run_unread("qexp", "report", "--outputs", str(tmp_path)) == (0, "")
     names = {path.name for path in (tmp_path / "sweeps/first").iterdir()}
-    assert names == {"manifest.json", "results.csv", "report.md", "pareto_psnr_db.png"}
+    assert names == {"manifest.json", "results.csv", "report.md", "report.html", "pareto_psnr_db.png"}
