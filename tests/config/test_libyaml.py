@@ -29,8 +29,6 @@ def _libyaml() -> None:
         VALUES,
         "",
         "a: 1",
-        "a: {b: ${c}}",
-        "[${a}, ${b:c}]",
         *(path.read_text() for path in sorted(CONF.rglob("*.yaml"))[::7]),
     ],
 )
