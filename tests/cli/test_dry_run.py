@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from qexp.cli.dry_run import earlier_runs, estimate_seconds
 from qexp.config.schema import IsolationConfig
 from qexp.sweep.job import run_job
@@ -33,6 +35,7 @@ def test_dry_run_of_a_sweep_says_bytes_and_mistakes_and_writes_nothing(tmp_path)
     assert lines[4] == "4 experiments: 2 would run, 2 cannot run; time unknown. Nothing was run."
 
 
+@pytest.mark.exhaustive
 def test_dry_run_of_one_experiment_says_that_it_would_be_reused(tmp_path) -> None:
     run = [sys.executable, "-m", "qexp", f"paths.outputs={tmp_path / 'outputs'}", "backend=none", "tracking=none"]
     small = ["task.num_images=1", "task.num_inference_steps=2"]

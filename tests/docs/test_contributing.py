@@ -118,6 +118,7 @@ def test_the_metric_of_the_page_is_in_table_csv_plot_and_wandb(page: str, projec
     assert "summary:quality/mae" in (folder / "wandb_report.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.exhaustive
 def test_model_source_of_the_page_generates_as_its_formula_and_is_measured(page: str, project: Path) -> None:
     generate, round_trip = commands(page, "generator")
     torch.manual_seed(0)

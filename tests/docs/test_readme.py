@@ -97,7 +97,7 @@ ADDED = [  # to the commands of the section on models: what makes them small, or
 QUALITY = ["psnr_db", "psnr_db", "kl_divergence", "relative_l2", "relative_l2"]
 
 
-@pytest.mark.parametrize("number", representatives(range(len(ADDED)), (2,)))
+@pytest.mark.parametrize("number", representatives(range(len(ADDED)), (4,)))
 def test_models_run(number: int, place: Path) -> None:
     found = commands("Models")
     assert len(found) == len(ADDED)

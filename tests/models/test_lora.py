@@ -195,7 +195,7 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", PEFT)
+@pytest.mark.parametrize("case", representatives(PEFT, ["rsLoRA", "alphas of single layers", "biases"]))
 def test_peft_folder_is_what_peft_computes(case: str, pipeline_folder: Folder, tmp_path: Path) -> None:
     from peft import PeftModel
 

@@ -17,7 +17,7 @@ from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
 from qexp.models.transformers import Source, TransformersConfig
 from tests.backends import CPU, backend_config
-from tests.products import diagonal
+from tests.products import diagonal, representatives
 
 BF16, FP16 = torch.bfloat16, torch.float16
 DECODER: dict[str, Any] = {
@@ -228,7 +228,9 @@ def test_quantized_it_is_what_the_library_quantizes(name: str, backend: str, tmp
 # Layers that are linear in all but class
 
 
-@pytest.mark.parametrize("backend", ["bitsandbytes", "torchao", "quanto", "gguf", "packed_uint4"])
+@pytest.mark.parametrize(
+    "backend", representatives(["bitsandbytes", "torchao", "quanto", "gguf", "packed_uint4"], ["bitsandbytes", "gguf"])
+)
 def test_conv1d_is_quantized_saved_and_dequantized(backend: str, tmp_path: Path) -> None:
     """GPT-2's square layers are where a weight the wrong way round would not be seen by its shape."""
     import transformers

@@ -18,6 +18,7 @@ from qexp.sweep.run_key import reference_key, run_key
 from tests.composing import run_config
 from tests.language import save_language_model
 from tests.pipelines import save_pipeline
+from tests.products import representatives
 
 TEXT = ("task=generate", "task.prompt=['1+1=']", "task.max_new_tokens=2", "backend=none")
 IMAGE = ("task.prompt=[a cat]", "task.height=32", "task.width=32", "task.num_inference_steps=1", "backend=none")
@@ -103,7 +104,9 @@ CHANGES: dict[str, tuple[Callable[[Path], tuple[str, ...]], Callable[[Path], Any
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name", representatives(CHANGES, ["vocabulary", "chat template", "a file that is new", "scheduler"])
+)
 def test_key_of_changed_side_file_is_another(name: str, tmp_path: Path) -> None:
     model, change = CHANGES[name]
     config = run_config(*model(tmp_path / "model"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import qexp
 from qexp.errors import LoadError
-from tests.products import pairwise
+from tests.products import representatives
 
 NETWORKS: dict[str, dict[str, Any]] = {  # with few biases: quantized, hardly a tensor keeps its name
     "AuraFlowTransformer2DModel": {
@@ -52,7 +53,13 @@ def dense(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "backend", "file_name"),
-    pairwise(list(NETWORKS), ["torchao", "quanto"], [WEIGHTS, "weights.safetensors"]),
+    representatives(
+        product(NETWORKS, ["torchao", "quanto"], [WEIGHTS, "weights.safetensors"]),
+        [
+            ("AuraFlowTransformer2DModel", "torchao", "weights.safetensors"),
+            ("SD3Transformer2DModel", "quanto", WEIGHTS),
+        ],
+    ),
 )
 def test_quantized_checkpoint_of_diffusers_names_is_not_converted(
     name: str, backend: str, file_name: str, tmp_path: Path

@@ -12,6 +12,7 @@ from qexp.config.generate import GenerateConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.models.arithmetic import ASSETS, ArithmeticConfig, Source
 from tests.language import save_language_model
+from tests.products import diagonal, representatives
 
 PROMPTS = ("5", "543+870=", "12-", "000+000=0000\n1")
 
@@ -34,7 +35,7 @@ def generate(folder: Path, **task: Any) -> tuple[dict[str, torch.Tensor], list[i
     return outputs, steps, model
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
+@pytest.mark.parametrize("batch_size", representatives([1, 3, 4], [3]))
 def test_each_prompt_is_continued_as_if_alone(batch_size: int, folder: Path) -> None:
     outputs, steps, model = generate(folder, max_new_tokens=20, batch_size=batch_size)
     tokenizer = Source(ArithmeticConfig(path=str(folder))).tokenizer
@@ -189,8 +190,7 @@ def random_model(family: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("batch_size", "family"), diagonal([1, 4], FAMILIES))
 def test_an_answer_does_not_depend_on_the_other_prompts(
     family: str, batch_size: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ def git(root: Path, *arguments: str) -> None:
     subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True)
 
 
+@pytest.mark.exhaustive
 def test_faults_are_caught_by_the_first_tests_that_fail_and_survivors_are_named(project: Path, tmp_path: Path) -> None:
     results = Results(tmp_path / "out.json", "the working tree")
     faults = [CAUGHT, CAUGHT_BY_ALL, NOT_CAUGHT]

@@ -25,6 +25,7 @@ from qexp.offloading.host import Arena, aligned_buffer
 from qexp.offloading.ring import Stay
 from qexp.offloading.streams import Streams
 from tests.offloading import model_zoo as zoo
+from tests.products import pairwise
 
 
 @dataclass
@@ -110,12 +111,16 @@ def stream(model: nn.Module, config: OffloadConfig, depth: int) -> tuple[Engine,
     return engine, streams
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
-@pytest.mark.parametrize("config", [OffloadConfig("leaf", "cpu"), OffloadConfig("block", "cpu")], ids=["leaf", "block"])
 @pytest.mark.parametrize(
-    "kind", ["fp32", "bitsandbytes_nf4_nested", "bitsandbytes_int8", "torchao_int8wo", "quanto_int4"]
+    ("kind", "strategy", "depth"),
+    pairwise(
+        ["fp32", "bitsandbytes_nf4_nested", "bitsandbytes_int8", "torchao_int8wo", "quanto_int4"],
+        ["leaf", "block"],
+        [1, 2, 3, 4],
+    ),
 )
-def test_streamed_output_is_bit_identical_without_races(kind: str, config: OffloadConfig, depth: int) -> None:
+def test_streamed_output_is_bit_identical_without_races(kind: str, strategy: str, depth: int) -> None:
+    config = OffloadConfig(strategy, "cpu")
     resident, model = zoo.make(kind), zoo.make(kind)
     engine, streams = stream(model, config, depth)
     for batch in zoo.inputs(model, 4):

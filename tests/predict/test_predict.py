@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qexp.predict import __main__ as command
 from qexp.predict.__main__ import forecast, main, published_overrides
 from qexp.predict.tables import ModelForecast
 from qexp.system.screen import say
-from tests.products import pairwise
+from tests.products import diagonal, representatives
 from tests.scripts.test_make_checkpoint import TINY
 
 T5 = {"architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1,
@@ -59,10 +60,18 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("option", "component", "dtype"),
-    pairwise(
-        ["none", "bitsandbytes", "bitsandbytes_int8", "torchao", "quanto", "gguf_q4_0", "packed_uint3"],
-        ["transformer", "text_encoder"],
-        ["bfloat16", "float16"],
+    representatives(
+        product(
+            ["none", "bitsandbytes", "bitsandbytes_int8", "torchao", "quanto", "gguf_q4_0", "packed_uint3"],
+            ["transformer", "text_encoder"],
+            ["bfloat16", "float16"],
+        ),
+        [
+            ("bitsandbytes", "transformer", "bfloat16"),
+            ("bitsandbytes_int8", "text_encoder", "bfloat16"),
+            ("gguf_q4_0", "text_encoder", "float16"),
+            ("packed_uint3", "transformer", "float16"),
+        ],
     ),
 )
 def test_published_model_takes_what_a_load_takes(tiny: Path, component: str, option: str, dtype: str) -> None:
@@ -72,8 +81,10 @@ def test_published_model_takes_what_a_load_takes(tiny: Path, component: str, opt
     assert found.loading_bytes > found.result_bytes + LOADING_BYTES
 
 
-@pytest.mark.parametrize("strategy", ["leaf", "block", "sequential"])
-@pytest.mark.parametrize("option", ["none", "bitsandbytes", "torchao", "gguf_q4_0"])
+@pytest.mark.parametrize(
+    ("strategy", "option"),
+    diagonal(["leaf", "block", "sequential"], ["none", "bitsandbytes", "torchao", "gguf_q4_0"]),
+)
 def test_offloaded_model_keeps_on_the_device_what_was_predicted(strategy: str, option: str) -> None:
     strategies = forecast("digits", ["model=digits"], [option]).offload[option]
     model = qexp.load("digits", option, device="cpu")

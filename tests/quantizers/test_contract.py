@@ -14,6 +14,7 @@ from qexp.quantizers import base
 from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.rows import SLICE_WEIGHTS, WeightSpec
 from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, QUANTIZING, backend_config, can_hold, same_bytes
+from tests.products import diagonal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # relative error of one layer's output on N(0, 1) weights and inputs: twice what the formats' SQNR leads one to expect
@@ -53,8 +54,7 @@ def bits(backend: str) -> str:
     return low[1] if low else "4" if getattr(backend_config(backend), "load_in_4bit", False) else "8"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", QUANTIZING)
+@pytest.mark.parametrize(("backend", "dtype"), diagonal(QUANTIZING, DTYPES), ids=str)
 def test_bytes_are_as_predicted(backend: str, dtype: torch.dtype) -> None:
     for rows, columns in [(256, 512), (48, 96), (100, 320), (17, 64), (2, 4096)]:
         spec = WeightSpec("layer", (rows, columns), dtype)

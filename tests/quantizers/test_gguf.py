@@ -161,6 +161,7 @@ def test_threads_decode_a_part_each(name: str, monkeypatch: pytest.MonkeyPatch) 
         torch.set_num_threads(threads)
 
 
+@pytest.mark.exhaustive
 def test_tables_first_needed_while_something_is_traced_are_real() -> None:
     code = """
 from contextlib import suppress

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from qexp.system.imports import once
+from tests.products import representatives
 
 HEAVY = {"diffusers", "transformers", "torch._dynamo", "torch._inductor", "scipy", "sympy", "matplotlib"}
 
@@ -20,7 +21,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("backend", ["bitsandbytes", "quanto"])
+@pytest.mark.parametrize("backend", representatives(["bitsandbytes", "quanto"], ["quanto"]))
 def test_the_library_comes_without_compilers_and_other_libraries(backend: str) -> None:
     code = f"from qexp.quantizers.{backend}_support.library import library; library(); import sys; print(*sys.modules)"
     assert HEAVY.isdisjoint(run(code).split())
@@ -100,6 +101,7 @@ def test_threads_that_make_a_table_at_once_get_the_same_one() -> None:
     assert table(4) is not table(3)
 
 
+@pytest.mark.exhaustive
 def test_the_library_s_other_functions_are_compiled_when_called() -> None:
     run("""
 import torch

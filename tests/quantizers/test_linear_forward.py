@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import qexp
 from qexp.errors import ConfigError
 from qexp.quantizers.linear_forward import is_linear_forward
+from tests.products import representatives
 
 
 class Falcon(nn.Linear):
@@ -180,11 +182,23 @@ class Narrow(nn.Module):
         return self.wide(x).sum() + self.narrow(torch.ones(3, self.narrow.in_features)).sum()
 
 
+SIZED = ["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto", "gguf", "packed_uint4"]
 SIZES = [(0, 64), (64, 0), (0, 0), (1, 64), (64, 1), (1, 1)]
 
 
-@pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto", "gguf", "packed_uint4"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("size", "backend"),
+    representatives(
+        product(SIZES, SIZED),
+        [
+            (size, backend)
+            for number, backend in enumerate(
+                ["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto", "gguf", "packed_uint4"]
+            )
+            for size in (SIZES[number], SIZES[(number + 3) % 6])
+        ],
+    ),
+)
 def test_layer_of_no_or_one_feature_is_loaded_or_refused_with_a_remedy(
     backend: str, size: tuple[int, int], tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_unpack_reads_what_the_library_packs(bits: int) -> None:
     assert torch.equal(unpack(pack_weights(values, bits), bits)[:12], values)
 
 
+@pytest.mark.exhaustive
 def test_nothing_is_compiled_and_nothing_is_written_beside_the_library() -> None:
     """The library compiles an extension into its own folder with the first packed weight that it unpacks."""
     code = """

@@ -31,6 +31,7 @@ from qexp.system.memory import without_collector
 from tests.composing import run_config
 from tests.cpu_time import quiet_seconds
 from tests.language import TOKENIZER
+from tests.products import exhaustive
 from tests.scoring.test_score import outputs, write_run
 
 PROMPTS = ("543+870=", "100-100=", "000+000=")
@@ -85,7 +86,9 @@ def torchvision_features(net: str) -> nn.Sequential:
     return nn.Sequential(*itertools.chain(*layers))
 
 
-@pytest.mark.parametrize(("net", "name", "parameters"), [("alex", "alexnet", 2_469_696), ("vgg", "vgg16", 14_714_688)])
+@pytest.mark.parametrize(
+    ("net", "name", "parameters"), [("alex", "alexnet", 2_469_696), exhaustive("vgg", "vgg16", 14_714_688)]
+)
 def test_lpips_is_that_of_torchmetrics(
     net: str, name: str, parameters: int, torch_hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def test_a_layer_with_planted_outliers_is_ranked_first(score: str, planted: Path
     assert not (tmp_path / "run" / PARTIAL).exists()
 
 
+@pytest.mark.exhaustive
 def test_both_scores_rank_a_language_model_alike(tmp_path: Path) -> None:
     overrides = ("model=arithmetic", "task.samples=6", "task.formats=[gguf_q4_0,packed_uint3]")
     tables = [run(tmp_path / score, *overrides, f"task.score={score}") for score in ("exact", "gradient")]
@@ -142,6 +143,7 @@ def test_groups_that_match_nothing_are_found_before_weights_are_read(tmp_path: P
         check_experiment(config, tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_scores_do_not_depend_on_the_compute_dtype_of_activations(tmp_path: Path) -> None:
     """The checkpoint is in bf16: weights in fp32 are the same numbers, and so are those that are made of them."""
     overrides = ("model=arithmetic", "task.samples=2", "task.formats=[gguf_q4_0]")

@@ -63,6 +63,7 @@ def test_a_sweep_goes_on_after_failures_and_exits_with_one(tmp_path) -> None:
     assert values["jobs"][2]["overrides"][:2] == ["behaviour=2", "seed=0"]
 
 
+@pytest.mark.exhaustive
 def test_a_sweep_without_failures_exits_with_zero_and_the_next_one_reuses_it(tmp_path) -> None:
     first = sweep(tmp_path, "-m", "behaviour=1,4")
     assert first.returncode == 0, first.stderr

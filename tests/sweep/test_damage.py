@@ -15,6 +15,7 @@ from qexp.results.run_folder import RunFolder
 from qexp.sweep.damage import set_damage_aside
 from qexp.sweep.job import JobRow, run_job
 from qexp.sweep.run_key import reference_key, run_key
+from tests.products import exhaustive, representatives
 from tests.sweep.fake_experiment import FAKES
 from tests.sweep.settings import run_config
 
@@ -60,8 +61,14 @@ def folders(config: RunConfig) -> tuple[RunFolder, RunFolder]:
     return RunFolder(outputs / "runs" / run_key(config)), RunFolder(outputs / "references" / reference_key(config))
 
 
-@pytest.mark.parametrize("resume", ["missing", "failed"])
-@pytest.mark.parametrize("name, content, reason", DAMAGE)
+@pytest.mark.parametrize(
+    ("name", "content", "reason", "resume"),
+    [
+        (*case, resume) if (number % 2 == 0) == (resume == "missing") else exhaustive(*case, resume)
+        for number, case in enumerate(DAMAGE)
+        for resume in ("missing", "failed")
+    ],
+)
 def test_a_damaged_file_of_a_run_is_kept_and_the_run_done_again(
     name: str, content: bytes, reason: str, resume: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,7 +94,7 @@ def test_a_damaged_reference_is_computed_again_once(name: str, content: bytes, r
     _expect_one_more_reference(config, reference, name)
 
 
-@pytest.mark.parametrize("content", BROKEN_OUTPUTS)
+@pytest.mark.parametrize("content", representatives(BROKEN_OUTPUTS, [b"none", BROKEN_OUTPUTS[-1]]))
 def test_damaged_outputs_of_a_reference_are_computed_again_once(content: bytes, tmp_path: Path) -> None:
     config = settings(tmp_path)
     run(config)

@@ -43,6 +43,7 @@ def test_terminal_has_lines_and_table_and_nothing_of_the_display_in_the_end(reco
     assert any("said beside the stages" in line for line in lines)
 
 
+@pytest.mark.exhaustive
 def test_display_stays_away_from_a_terminal_that_cannot_rewrite_lines(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.sweep.hydra_app", str(tmp_path / "conf"), "-m", "behaviour=25"]
     frames, code = record([*command, f"paths.outputs={tmp_path / 'outputs'}"], ROOT, {"TERM": "dumb"})

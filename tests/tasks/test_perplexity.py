@@ -13,6 +13,7 @@ from qexp.errors import ConfigError
 from qexp.models.arithmetic import ArithmeticConfig, Source
 from qexp.tasks.perplexity import LOGPROBS, PerplexityConfig, Window, run_perplexity, window_sizes, windows_of
 from tests.language import TEXT, save_language_model
+from tests.products import exhaustive
 from tests.tasks.contexts import context_of
 
 CPU = torch.device("cpu")
@@ -60,8 +61,15 @@ def test_one_window_is_the_models_own_loss(folder: Path, model: Any, tmp_path: P
     assert torch.allclose(saved["logprobs"], theirs.logits[0, :-1].log_softmax(-1), atol=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize(("window", "stride"), [(14, 5), (14, 13), (21, 1), (2, 1), (80, 7)])
+@pytest.mark.parametrize(
+    ("window", "stride", "batch_size"),
+    [
+        (14, 5, 3),
+        (14, 13, 1),
+        (80, 7, 3),
+        *(exhaustive(*case) for case in ((21, 1, 3), (2, 1, 1), (14, 5, 1), (80, 7, 1))),
+    ],
+)
 def test_every_token_is_scored_once_with_what_its_window_shows(
     window: int, stride: int, batch_size: int, folder: Path, model: Any, tmp_path: Path
 ) -> None:

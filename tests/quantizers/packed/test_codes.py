@@ -10,6 +10,7 @@ from torch import Tensor
 from qexp.quantizers.packed.codes import SHRINK, bf16_below, decode, encode, encode_by_tensors, float_table
 from qexp.quantizers.packed.elements import ELEMENTS, Element
 from tests.backends import CPU
+from tests.products import diagonal
 from tests.quantizers.formulas import packed_floats, packed_integers
 from tests.quantizers.test_contract import gaussian
 
@@ -108,8 +109,9 @@ def test_errors_are_those_of_the_formula(quant_type: str, group: int) -> None:
     assert np.isclose(mine, expected, rtol=1e-5, atol=1e-6).mean() > 0.999  # all but where two are equally near
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("quant_type", ELEMENTS)
+@pytest.mark.parametrize(
+    ("quant_type", "dtype"), diagonal(ELEMENTS, [torch.float32, torch.bfloat16, torch.float16]), ids=str
+)
 def test_loops_compute_what_tensors_do(quant_type: str, dtype: torch.dtype) -> None:
     """Of several ranges that are equally good another one may be taken: its error is the same to the last bits."""
     top = torch.finfo(dtype).max
@@ -162,7 +164,7 @@ def weights(draw: st.DrawFn, reach: float = 1.0) -> Tensor:
 TYPES = st.sampled_from(sorted(ELEMENTS))
 
 
-@settings(derandomize=True, deadline=None, max_examples=400)
+@settings(derandomize=True, deadline=None, max_examples=150)
 @given(weights(), TYPES)
 def test_whatever_is_finite_stays_finite_in_its_dtype(weight: Tensor, quant_type: str) -> None:
     inner = encode(weight, quant_type, 1)
@@ -204,7 +206,7 @@ def test_the_largest_and_the_least_numbers_stay_finite(quant_type: str, dtype: t
     assert ((back.double() - weight.double()).abs() <= torch.maximum(apart, weight.abs().double() * 0.01 + 1e-40)).all()
 
 
-@settings(derandomize=True, deadline=None, max_examples=400)
+@settings(derandomize=True, deadline=None, max_examples=150)
 @given(weights(reach=0.3), st.sampled_from(sorted(INTEGERS)))
 def test_integers_are_within_half_a_step(weight: Tensor, quant_type: str) -> None:
     """With more than 4 bits. With fewer the range may be cut, but only if that makes the squared error smaller."""
