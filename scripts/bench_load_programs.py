@@ -1,21 +1,27 @@
 """The programs that `bench_load.py` compares, each run in a process of its own:
 
-    python scripts/bench_load_programs.py PROGRAM FORMAT CHECKPOINT SMALL_CHECKPOINT
+    python scripts/bench_load_programs.py PROGRAM FORMAT CHECKPOINT SMALL_CHECKPOINT [--warm]
 
-qexp        the streaming loader
-diffusers   `from_pretrained` with a quantization config; its refusal of bitsandbytes without a GPU patched open
+qexp        `qexp.load`
+diffusers   `from_pretrained` with a quantization config, of transformers where that has the model's class; its refusal
+            of bitsandbytes without a GPU patched open
 convert     `from_pretrained` without quantization, then the library's own conversion in memory
 kernels     the quantizing of qexp alone, on one thread, from dense weights in memory: what a pipeline cannot do without
 
-A load ends when a byte of every page of the weights has been read: diffusers maps stored files, and would end before
-they are in memory. Each program first loads the small checkpoint, so that libraries are imported and threads are
-running when the clock starts.
+Before the clock starts, torch, the model's class and the library of the format are imported, and `import qexp`:
+import_seconds are from the start of the process until then. wall_seconds are from the call to the returned model,
+touched_seconds until a byte of every page of the weights has been read: stored files may be mapped, and are then not
+in memory before. With --warm the small checkpoint is loaded first, so that peaks are those of the weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +38,41 @@ FORMATS = {  # name in the tables -> option of conf/backend
     "torchao int8wo": "torchao",
     "quanto int8": "quanto",
     "nf4, stored": "none",
+    "torchao int8wo, stored": "none",
     "gguf Q4_0, stored": "none",
 }
-STORED = {"nf4, stored": "bitsandbytes", "gguf Q4_0, stored": "gguf_q4_0"}  # format -> option it was quantized with
+LIBRARIES = {  # name in the tables -> what quantizes
+    "nf4": "bitsandbytes",
+    "int8": "bitsandbytes",
+    "nf4, stored": "bitsandbytes",
+    "torchao int8wo": "torchao.quantization",
+    "torchao int8wo, stored": "torchao.quantization",
+    "quanto int8": "optimum.quanto",
+    "gguf Q4_0, stored": "gguf",
+}
+STORED = {  # format -> option it was quantized with
+    "nf4, stored": "bitsandbytes",
+    "torchao int8wo, stored": "torchao",
+    "gguf Q4_0, stored": "gguf_q4_0",
+}
 
 
-def flux_source(folder: Path) -> Any:
-    """Return the model source of a FLUX transformer in a folder."""
-    from qexp.models.folder import FolderSource
+def model_class(folder: Path) -> Any:
+    """The class of diffusers or transformers that config.json names."""
+    import diffusers
+    import transformers
 
-    def build(config: dict[str, Any]) -> nn.Module:
-        from diffusers import FluxTransformer2DModel
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "_class_name" in config:
+        return getattr(diffusers, config["_class_name"])
+    return getattr(transformers, config["architectures"][0])
 
-        model: nn.Module = FluxTransformer2DModel.from_config(
-            {name: value for name, value in config.items() if name != "quantization_config"}
-        )
-        return model
 
-    return FolderSource(folder, build)
+def import_libraries(folder: Path, name: str) -> None:
+    """What a program that loads such a model has imported at its top."""
+    model_class(folder)
+    if name in LIBRARIES:
+        importlib.import_module(LIBRARIES[name])
 
 
 def backend_config(name: str) -> Any:
@@ -59,46 +82,73 @@ def backend_config(name: str) -> Any:
     return backend_of(FORMATS.get(name, name))
 
 
+def call_qexp(folder: Path, name: str, workers: int | None = None, slice_weights: int | None = None) -> nn.Module:
+    """As a user loads it. slice_weights: see `load_with_qexp`."""
+    import qexp
+
+    if slice_weights is not None:
+        from qexp.quantizers.rows import SLICE_WEIGHTS
+
+        SLICE_WEIGHTS["cpu"] = slice_weights
+    option = FORMATS.get(name, name)
+    return qexp.load(folder, None if option == "none" else option, device="cpu", compute_dtype=BF16, workers=workers)
+
+
 def load_with_qexp(folder: Path, name: str, workers: int | None = None, slice_weights: int | None = None) -> Any:
     """Return a `LoadedComponent`. slice_weights: weights that a kernel is given at a time."""
     from qexp.config.schema import ComponentConfig, LoaderConfig
     from qexp.loading.lifecycle import load_component
+    from qexp.models.folder import FolderSource
     from qexp.quantizers.rows import SLICE_WEIGHTS
 
     if slice_weights is not None:
         SLICE_WEIGHTS["cpu"] = slice_weights
     settings = ComponentConfig(backend_config(name), compute_dtype="bfloat16")
-    source = flux_source(folder)
+    source = FolderSource(folder, None)
     loader = LoaderConfig(workers=workers)
     return load_component(source, "model", settings, device=torch.device("cpu"), loader=loader)
 
 
 def load_with_diffusers(folder: Path, name: str) -> nn.Module:
-    import diffusers
-    import diffusers.quantizers.bitsandbytes.bnb_quantizer as gated
-
-    for quantizer in (gated.BnB4BitDiffusersQuantizer, gated.BnB8BitDiffusersQuantizer):
-        quantizer.validate_environment = lambda self, *arguments, **fields: None
-        quantizer.update_device_map = lambda self, device_map: device_map or {"": "cpu"}
+    kind = model_class(folder)
+    library = importlib.import_module(kind.__module__.partition(".")[0])
+    patch_open(library)
     configs: dict[str, Callable[[], Any]] = {
-        "nf4": lambda: diffusers.BitsAndBytesConfig(
+        "nf4": lambda: library.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=BF16
         ),
-        "int8": lambda: diffusers.BitsAndBytesConfig(load_in_8bit=True),
-        "torchao int8wo": lambda: diffusers.TorchAoConfig(_int8wo()),
-        "quanto int8": lambda: diffusers.QuantoConfig("int8"),
+        "int8": lambda: library.BitsAndBytesConfig(load_in_8bit=True),
+        "torchao int8wo": lambda: library.TorchAoConfig(_int8wo()),
+        "quanto int8": lambda: library.QuantoConfig("int8"),
     }
     if name == "gguf Q4_0, stored":
-        config = diffusers.GGUFQuantizationConfig(compute_dtype=BF16)
-        model: nn.Module = diffusers.FluxTransformer2DModel.from_single_file(
+        config = library.GGUFQuantizationConfig(compute_dtype=BF16)
+        model: nn.Module = kind.from_single_file(
             str(folder / "model.gguf"), config=str(folder), quantization_config=config, torch_dtype=BF16
         )
         return model
-    if name not in {*configs, "dense", "nf4, stored"}:
+    if name not in {*configs, "dense", *STORED}:
         raise SystemExit(f"diffusers: {name} is not compared; use one of {', '.join(FORMATS)}")
     config = configs[name]() if name in configs else None
-    model = diffusers.FluxTransformer2DModel.from_pretrained(folder, quantization_config=config, torch_dtype=BF16)
+    model = kind.from_pretrained(folder, quantization_config=config, torch_dtype=BF16)
     return model
+
+
+def patch_open(library: Any) -> None:
+    """Take out what refuses bitsandbytes without a GPU; without one, everything goes to the CPU."""
+    if library.__name__ == "diffusers":
+        import diffusers.quantizers.bitsandbytes.bnb_quantizer as gated
+
+        for quantizer in (gated.BnB4BitDiffusersQuantizer, gated.BnB8BitDiffusersQuantizer):
+            quantizer.validate_environment = lambda self, *arguments, **fields: None
+            quantizer.update_device_map = lambda self, device_map: device_map or {"": "cpu"}
+    else:
+        from transformers.quantizers import auto
+
+        for method in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
+            quantizer = auto.AUTO_QUANTIZER_MAPPING[method]
+            quantizer.validate_environment = lambda self, *arguments, **fields: None
+            quantizer.update_device_map = lambda self, device_map: device_map or {"": "cpu"}
 
 
 def convert_in_memory(folder: Path, name: str) -> nn.Module:
@@ -128,9 +178,10 @@ def quantize_alone(folder: Path, name: str) -> Callable[[], None]:
     from qexp.config.schema import ComponentConfig
     from qexp.loading.lifecycle import request_load
     from qexp.loading.prepare import load_quantizer_of, prepare
+    from qexp.models.folder import FolderSource
 
     settings = ComponentConfig(backend_config(name), compute_dtype="bfloat16")
-    source = flux_source(folder)
+    source = FolderSource(folder, None)
     cpu = torch.device("cpu")
     request = request_load(source, "model", settings, device=cpu)
     quantizer = load_quantizer_of(request)
@@ -165,38 +216,50 @@ def main() -> None:
     parser.add_argument("small", type=Path)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--slice-weights", type=int)
+    parser.add_argument("--warm", action="store_true", help="load the small checkpoint first")
     arguments = parser.parse_args()
+    name, warm = arguments.format, arguments.warm or arguments.program == "kernels"
+    own: dict[str, Any] = {"workers": arguments.workers, "slice_weights": arguments.slice_weights}
     work: Callable[[Path], Any]
     if arguments.program == "qexp":
-
-        def work(folder: Path) -> Any:
-            return load_with_qexp(folder, arguments.format, arguments.workers, arguments.slice_weights)
+        load: Callable[..., Any] = load_with_qexp if warm else call_qexp
+        work = partial(load, name=name, **own)
     elif arguments.program == "kernels":
         torch.set_num_threads(1)
-        quantize_alone(arguments.small, arguments.format)()
-        run = quantize_alone(arguments.checkpoint, arguments.format)
+        quantize_alone(arguments.small, name)()
+        run = quantize_alone(arguments.checkpoint, name)
 
         def work(folder: Path) -> Any:
             if folder == arguments.checkpoint:
                 run()
     else:
-        load = load_with_diffusers if arguments.program == "diffusers" else convert_in_memory
+        work = partial(convert_in_memory if arguments.program == "convert" else load_with_diffusers, name=name)
+    import_libraries(arguments.checkpoint, name)
+    import qexp  # noqa: F401
 
-        def work(folder: Path) -> Any:
-            return load(folder, arguments.format)
-
-    kept = work(arguments.small)
+    imported = seconds_since_start()
+    kept: Any = work(arguments.small) if warm else None
     wait_for_start()
     with Stopwatch() as watch:
         kept = work(arguments.checkpoint)
-        if arguments.program != "kernels":
-            touch(kept.model if arguments.program == "qexp" else kept)
-    result: dict[str, Any] = watch.result()
-    if arguments.program == "qexp":
+    result: dict[str, Any] = {"import_seconds": imported, **watch.result()}
+    if arguments.program != "kernels":
+        started = time.perf_counter()
+        touch(getattr(kept, "model", kept) if warm else kept)
+        result["touched_seconds"] = result["wall_seconds"] + time.perf_counter() - started
+    if arguments.program == "qexp" and warm:
         plan = kept.plan.to_container()
         result |= {"quantized_bytes": plan["result_bytes"], "dense_bytes": plan["dense_bytes"]}
         result["largest_dense_bytes"] = max(item.dense_nbytes for item in kept.plan.items)
+        result |= {f"{part}_seconds": getattr(kept.times, part) for part in ("plan", "warm_up", "read")}
     serve(result)
+
+
+def seconds_since_start() -> float:
+    """How old this process is."""
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, small: Path, large: Path, workers: int) -> dict[str, Any]:
-    command = load_command("qexp", arguments.format, large, small, workers=workers)
+    command = load_command("qexp", arguments.format, large, small, warm=True, workers=workers)
     files, runs = sorted(large.glob("*.safetensors")), list[dict[str, Any]]()
     for _ in range(arguments.repeats):
         read_seconds(files)

@@ -11,6 +11,8 @@ steps. Reported:
   before each says how far wall seconds can be believed.
 - gap_seconds: from the end of one experiment's own work (result.json is written) to the beginning of the next one's
   (env.json is), with fork, where no reference is computed in between. Median and largest.
+- single: `python -m qexp seed=1 backend=quanto` on digits, from Enter to the result, its reference known; all settings
+  are the defaults. import_seconds: of a fresh Python that imports torch, which no command can do without.
 - pass_over: a sweep over experiments that are all finished. compose_seconds is Hydra's own part, measured apart by
   composing the same experiments and doing nothing with them; beyond_seconds is the rest. Memory of the parent
   (anonymous, MiB) after a tenth of the experiments, and after all.
@@ -23,20 +25,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benching import MIB, machine, resident_bytes, write_result
+from benching import MIB, machine, medians, resident_bytes, timed, write_result
 
 RESULT = Path(__file__).parents[1] / "docs" / "bench" / "sweep.json"
 SMALL = ("task.num_images=16", "task.num_inference_steps=5", "sweep.name=bench")
@@ -45,7 +44,15 @@ SWEEPS = {
     12: ("backend=bitsandbytes,torchao,quanto,gguf_q4_0", "offload=none,leaf,block"),
     48: ("backend=bitsandbytes,torchao,quanto,gguf_q4_0", "offload=none,leaf,block", "seed=0,1,2,3"),
 }
-TARGETS = {"ratio_12": 3.5, "ratio_48": 5.0, "gap_seconds": 0.5, "beyond_seconds": 20.0, "growth_mib": 8.0}
+TARGETS = {
+    "ratio_12": 3.5,
+    "ratio_48": 5.0,
+    "gap_seconds": 0.5,
+    "single_seconds": 9.0,
+    "beyond_seconds": 20.0,
+    "growth_mib": 8.0,
+}
+SINGLE_REPEATS = 3
 
 
 def main() -> int:
@@ -68,6 +75,8 @@ def main() -> int:
         for count in arguments.experiments:
             found["sweeps"].append(compare(Path(root), count))
             write_result(arguments.out, found)  # what is measured is kept, whatever comes next
+        found["single"] = single(Path(root), 1 if arguments.quick else SINGLE_REPEATS)
+        write_result(arguments.out, found)
         if arguments.finished:
             found["pass_over"] = pass_over(Path(root), arguments.finished)
             write_result(arguments.out, found)
@@ -112,19 +121,18 @@ def sweep(outputs: Path, overrides: Sequence[str], start: str) -> dict[str, floa
     return taken
 
 
-def timed(command: Sequence[str], log: Path, watch: Callable[[int], None] = lambda pid: None) -> dict[str, float]:
-    """Wall seconds, CPU seconds of all processes, and the load average before a command that must succeed."""
-    load, before, began = os.getloadavg()[0], resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            watch(process.pid)
-            time.sleep(0.05)
-    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    if process.returncode:
-        raise SystemExit(f"{log.read_text(encoding='utf-8')}\n{' '.join(command)} failed")
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_seconds": wall, "cpu_seconds": cpu, "load_average_before": load}
+def single(root: Path, repeats: int) -> dict[str, float]:
+    """Medians of one experiment by itself, and of importing torch."""
+    outputs, runs = root / "single", list[dict[str, float]]()
+    command = [sys.executable, "-m", "qexp", "seed=1", f"paths.outputs={outputs}"]
+    timed([*command, "backend=bitsandbytes"], root / "reference.log")  # it computes the reference
+    for _ in range(repeats):
+        shutil.rmtree(outputs / "runs")
+        runs.append(timed([*command, "backend=quanto"], root / "single.log"))
+    imports = [timed([sys.executable, "-c", "import torch"], root / "import.log") for _ in range(repeats)]
+    found = medians(runs) | {"import_seconds": statistics.median(run["wall_seconds"] for run in imports)}
+    print(f"single: {found['wall_seconds']:.1f} s wall, {found['cpu_seconds']:.1f} s CPU", flush=True)
+    return found
 
 
 def gaps(outputs: Path) -> Iterator[float]:
@@ -217,6 +225,8 @@ def misses(found: dict[str, Any]) -> list[str]:
         f"{name} is {value:.2f}, below {TARGETS[name]}" for name, value in measured.items() if value < TARGETS[name]
     ]
     limits = {"gap_seconds": gap}
+    if "single" in found:
+        limits["single_seconds"] = found["single"]["wall_seconds"]
     if passed := found.get("pass_over"):
         limits["beyond_seconds"] = passed["beyond_seconds"]
         limits["growth_mib"] = passed["mib_after_all"] - passed["mib_after_a_tenth"]

@@ -11,13 +11,14 @@ import json
 import mmap
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,17 @@ class Sampler(threading.Thread):
         return self.so_far()
 
 
-def run_watched(command: Sequence[str]) -> dict[str, Any]:
-    """What the program printed, and its peaks. Exits if it fails."""
+def run_watched(command: Sequence[str], **variables: str) -> dict[str, Any]:
+    """What the program printed, and its peaks. variables: of its environment. Exits if it fails."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as messages:  # what libraries say while they are imported
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True, encoding="utf-8"
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=messages,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, **variables},
         )
         assert process.stdin is not None and process.stdout is not None
         line, peaks = "", dict[str, int]()
@@ -86,6 +93,21 @@ def run_watched(command: Sequence[str]) -> dict[str, Any]:
     return {**result, **peaks}
 
 
+def timed(command: Sequence[str], log: Path, watch: Callable[[int], None] = lambda pid: None) -> dict[str, float]:
+    """Wall seconds, CPU seconds of all processes, and the load average before a command that must succeed."""
+    load, before, began = os.getloadavg()[0], resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            watch(process.pid)
+            time.sleep(0.05)
+    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode:
+        raise SystemExit(f"{log.read_text(encoding='utf-8')}\n{' '.join(command)} failed")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall_seconds": wall, "cpu_seconds": cpu, "load_average_before": load}
+
+
 class Stopwatch:
     """Wall and CPU seconds, and page faults, of a block in this process, all threads included."""
 
@@ -98,8 +120,6 @@ class Stopwatch:
 
     @staticmethod
     def _now() -> tuple[float, float, int]:
-        import resource
-
         return time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
     def result(self) -> dict[str, float]:
@@ -126,7 +146,7 @@ def wait_for_start() -> None:
 def medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the median of each number over runs of the same program; what is no number is taken from the first."""
     first = runs[0]
-    numbers = [name for name, value in first.items() if isinstance(value, int | float)]
+    numbers = [name for name, value in first.items() if isinstance(value, int | float) and name in runs[-1]]
     return {**first, **{name: statistics.median(run[name] for run in runs) for name in numbers}}
 
 
@@ -198,7 +218,7 @@ def machine() -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
     return {
         "cpu": cpu_name(),
-        "avx512": "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8"),
+        "instruction_sets": instruction_sets(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30), 1),
         "python": platform.python_version(),
@@ -206,6 +226,13 @@ def machine() -> dict[str, Any]:
         "load_average_before": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def instruction_sets() -> list[str]:
+    """Those of the processor that PyTorch and the compiled loops choose between."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return sorted(flag for flag in flags if flag.startswith(("avx", "amx", "fma", "f16c", "sse4")))
 
 
 def cpu_name() -> str:

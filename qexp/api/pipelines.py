@@ -81,7 +81,7 @@ def load_pipeline(
     }
     base = parse_component(given, to_backend=backend_config)
     settings = merge_components(source, base, own, to_backend=backend_config)
-    requests = request_components(source, settings, device=place)
+    requests = request_components(source, settings, device=place, waits_for_kernels=False)
     planned = plan_components(requests, travels=offload is not None)
     pipeline = source.pipeline({name: component.prepared.model for name, component in planned.items()})
     for component in planned.values():

@@ -22,8 +22,12 @@ def load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:
         "load/peak_file_gib": max(m.baseline.file_bytes + m.peak_file_bytes for m in memories) - first.file_bytes,
         "load/peak_device_gib": max(memory.peak_device_bytes for memory in memories),
     }
+    times = [component.times for component in loaded]
     return {
-        "load/seconds": sum(component.seconds for component in loaded),
+        "load/seconds": sum(time.total for time in times),
+        "load/plan_seconds": sum(time.plan for time in times),
+        "load/warm_up_seconds": sum(time.warm_up for time in times),
+        "load/read_seconds": sum(time.read for time in times),
         "load/baseline_host_gib": first.total_bytes / GIB,
         **{name: nbytes / GIB for name, nbytes in peaks.items()},
     }

@@ -32,7 +32,8 @@ class LoadRequest:
 
     checkpoint: opened, so that nobody opens it again; settings: merged with it (`models/component_settings.py`);
     max_memory: bytes, or sizes such as "10GiB", for each device, "cpu" and "disk"; store: the folder for what a map
-    puts on disk.
+    puts on disk; waits_for_kernels: whether compiled loops are there before the first weight is read, so that their
+    memory is not measured as the model's; open_seconds: what opening took.
     """
 
     source: ModelSource
@@ -43,6 +44,8 @@ class LoadRequest:
     device_map: DeviceMap = None
     max_memory: MaxMemory = None
     store: Path | None = None
+    waits_for_kernels: bool = True
+    open_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,29 @@ class PlannedComponent:
 
 
 @dataclass(frozen=True)
+class LoadTimes:
+    """Wall seconds of a load, from the call to the returned model.
+
+    plan: headers, network without weights, and plan; warm_up: first use of libraries and compiled loops, once in a
+    process; read: reading, quantizing, assigning, and the final checks.
+    """
+
+    plan: float
+    warm_up: float
+    read: float
+
+    @property
+    def total(self) -> float:
+        return self.plan + self.warm_up + self.read
+
+
+@dataclass(frozen=True)
 class LoadedComponent:
     """A model ready to run, the plan it was loaded by, and what loading it took."""
 
     model: nn.Module
     plan: LoadPlan
-    seconds: float
+    times: LoadTimes
     memory: PeakMemory
     placement: Placement
     compute_dtype: torch.dtype

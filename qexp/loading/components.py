@@ -30,10 +30,11 @@ def request_components(
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     store: Path | None = None,
+    waits_for_kernels: bool = True,
 ) -> dict[str, LoadRequest]:
     """`request_load` for every component, each with a folder of its own in `store`.
 
-    device_map: of all of them, see `entries_of`.
+    device_map: of all of them, see `entries_of`. waits_for_kernels: see `LoadRequest`.
     """
     return {
         name: request_load(
@@ -44,6 +45,7 @@ def request_components(
             device_map=entries_of(device_map, name, list(components)),
             max_memory=max_memory,
             store=None if store is None else store / name,
+            waits_for_kernels=waits_for_kernels,
         )
         for name, settings in components.items()
     }

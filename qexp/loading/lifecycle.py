@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ import torch
 
 from qexp.checkpoints.checkpoint import open_component
 from qexp.loading.audit import audit
-from qexp.loading.component import LoadedComponent, LoadRequest, PlannedComponent, Prepared
+from qexp.loading.component import LoadedComponent, LoadRequest, LoadTimes, PlannedComponent, Prepared
 from qexp.loading.device_map import DeviceMap, main_device, no_split_classes, place, to_keep_in_fp32
 from qexp.loading.fp32 import compute_in_fp32
 from qexp.loading.mapping import choose_mapped
@@ -26,6 +27,7 @@ from qexp.loading.quantized_model import register
 from qexp.loading.weights import load_weights
 from qexp.models.component_settings import merge_with_checkpoint
 from qexp.offloading.dispatch import Dispatch
+from qexp.quantizers.cpu_kernels.readiness import prepare_beside
 from qexp.system.device_names import MaxMemory
 from qexp.system.memory import PeakMemory, without_collector
 
@@ -43,15 +45,19 @@ def request_load(
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     store: Path | None = None,
+    waits_for_kernels: bool = True,
 ) -> LoadRequest:
     """Open the checkpoint of a component and merge its settings with it: the one place that does both for a load.
 
     See `LoadRequest`. Raises: LoadError.
     """
+    started = time.perf_counter()
     checkpoint = open_component(source, component)
     kind = main_device(device_map, device).type  # torchao's int4 is another backend on a CPU, for example
     settings = merge_with_checkpoint(settings, checkpoint, component, kind)
-    return LoadRequest(source, component, checkpoint, settings, device, device_map, max_memory, store)
+    seconds = time.perf_counter() - started
+    place = (device, device_map, max_memory, store)
+    return LoadRequest(source, component, checkpoint, settings, *place, waits_for_kernels, seconds)
 
 
 def load_stages(request: LoadRequest) -> Generator[PlannedComponent, LoaderConfig, LoadedComponent]:
@@ -60,6 +66,7 @@ def load_stages(request: LoadRequest) -> Generator[PlannedComponent, LoaderConfi
     Yields once: the plan, before a weight is read; the caller looks at `prepared.unmatched`. Is sent: how to read.
     Returns: the loaded component.
     """
+    started = time.perf_counter()
     with without_collector():
         quantizer = load_quantizer_of(request)  # 2
         device_map = quantizer.update_device_map(request.device_map)
@@ -76,28 +83,31 @@ def load_stages(request: LoadRequest) -> Generator[PlannedComponent, LoaderConfi
             model, places = prepared.model, placement.places
             placement = place(model, prepared.plan, places, device, request.max_memory, no_split, travels=False)
         prepared = replace(prepared, plan=prepared.plan.placed(placement.device_of))
+    plan_seconds = request.open_seconds + time.perf_counter() - started
     loader = yield PlannedComponent(prepared, placement)
+    started = time.perf_counter()
     dispatch = Dispatch(model, placement, no_split, request.store) if placement.is_spread else None
     if dispatch is None:  # what travels is packed together, so that it is copied in any case
         plan = choose_mapped(prepared.plan, quantizer, loader.map, request.component)
         prepared = replace(prepared, plan=plan)
     planned = PlannedComponent(prepared, placement)
-    # before the clock starts and memory is measured: what libraries take is not the model's
-    warm_up(prepared, device)
-    started = time.perf_counter()
+    if request.waits_for_kernels or device.type != "cpu" or quantizer.stored:
+        warm_up(prepared, device)  # before memory is measured: what libraries take is not the model's
+    else:
+        prepare_beside(partial(warm_up, prepared, device))
+    warm = time.perf_counter()
     with PeakMemory(device) as memory:
         load_weights(planned, dispatch, loader)  # 7 stream, quantize, assign
-        quantizer.postprocess_model(model, device)  # 8 finish; the audit below belongs to it, but not to the time taken
+        quantizer.postprocess_model(model, device)  # 8 finish; the audit below belongs to it
         compute_in_fp32(model, request.settings.keep_in_fp32_modules, prepared.compute_dtype)
         register(model, prepared)  # 9 mark the model as quantized
         if dispatch is not None:
             dispatch.start()
-    seconds = time.perf_counter() - started
-    # not in the time: it checks what has been loaded
     audit(model, quantizer, prepared.plan.quantized_nbytes)
     if device_map is not None:
         model.hf_device_map = placement.hf_device_map()  # type: ignore[assignment]
-    return LoadedComponent(model, prepared.plan, seconds, memory, placement, prepared.compute_dtype, dispatch)
+    times = LoadTimes(plan_seconds, warm - started, time.perf_counter() - warm)
+    return LoadedComponent(model, prepared.plan, times, memory, placement, prepared.compute_dtype, dispatch)
 
 
 def load_component(
@@ -110,14 +120,22 @@ def load_component(
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     offload_folder: Path | None = None,
+    waits_for_kernels: bool = True,
 ) -> LoadedComponent:
     """Load one component of a model, quantized as `settings` say, onto `device`, or where `device_map` puts it.
 
-    max_memory, offload_folder: see `LoadRequest`, whose `store` is that folder.
+    max_memory, offload_folder, waits_for_kernels: see `LoadRequest`, whose `store` is that folder.
     Raises: ConfigError, MissingLibraryError, UnsupportedError or LoadError, most of them before a weight is read.
     """
     request = request_load(
-        source, component, settings, device=device, device_map=device_map, max_memory=max_memory, store=offload_folder
+        source,
+        component,
+        settings,
+        device=device,
+        device_map=device_map,
+        max_memory=max_memory,
+        store=offload_folder,
+        waits_for_kernels=waits_for_kernels,
     )
     planned = plan_component(request)
     planned.prepared.check_patterns()
@@ -151,8 +169,7 @@ def _kept_dense(settings: ComponentConfig, names: list[str]) -> ComponentConfig:
 
 
 def warm_up(prepared: Prepared, device: torch.device) -> None:
-    """Quantize a small weight in each format, so that libraries and thread pools are there before memory and time are
-    measured."""
+    """Quantize a small weight in each format, so that libraries and loops are there before memory is measured."""
     if prepared.quantizer.stored:
         return
     chosen = sorted((spec for spec in prepared.chosen.values() if spec.numel), key=lambda spec: spec.shape[1])

@@ -14,6 +14,12 @@ def _peak(name: str, meaning: str, header: str = "", *, is_of_process: bool = Tr
     )  # fmt: skip
 
 
+def _seconds(name: str, meaning: str, order: int) -> Metric:
+    return Metric(
+        f"load/{name}", meaning, unit="s", better="lower", range=(0, inf), tasks=MODEL_TASKS, varies=True, order=order
+    )
+
+
 def _count(name: str, meaning: str) -> Metric:
     return Metric(f"load/{name}", meaning, range=(0, inf), digits=".0f")
 
@@ -24,10 +30,10 @@ METRICS = (
     _peak("peak_file", "its highest file pages"),
     _peak("peak_device", "highest memory allocated on the device while loading", is_of_process=False),
     _peak("baseline_host", "host memory before loading: Python, torch, libraries"),
-    Metric(
-        "load/seconds", "time to load and quantize all components", unit="s", better="lower", range=(0, inf),
-        tasks=MODEL_TASKS, varies=True, order=20,
-    ),
+    _seconds("seconds", "time to load and quantize all components, planning included: the sum of the next three", 20),
+    _seconds("plan_seconds", "of it, reading headers, building the network without weights, and planning", 21),
+    _seconds("warm_up_seconds", "of it, the first use of libraries and compiled loops, which a process pays once", 22),
+    _seconds("read_seconds", "of it, reading, quantizing and assigning the weights, and checking the model", 23),
     _count("quantized_modules", "layers that are quantized"),
     _count("skipped_modules", "layers that skip_modules left unquantized"),
     _count("left_dense_modules", "weights that no format quantizes"),

@@ -87,6 +87,11 @@ class _Deferring(TorchDispatchMode):
         super().__init__()
         self.tables: list[Table] = []
 
+    @classmethod
+    @override
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler for the first operation: two seconds
+
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}

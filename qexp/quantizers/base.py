@@ -101,10 +101,6 @@ class Quantizer:
                     f"backend.quant_method={self.quantization_method} needs {package} >= {lowest}; "
                     f"found {found or 'none'}. Install it: pip install '{package}>={lowest}'"
                 )
-        if device.type == "cpu" and self.needs_kernels(stored=self.stored):
-            from qexp.quantizers.cpu_kernels import kernels
-
-            kernels.prepare()  # allocated first, so that it is not measured as the model's memory
 
     def update_torch_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the compute dtype to use for a requested one."""

@@ -25,6 +25,7 @@ from typing_extensions import override
 from qexp.errors import ConfigError, choices
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
+from qexp.quantizers.cpu_kernels.readiness import are_ready
 from qexp.quantizers.layers import replace_module
 from qexp.quantizers.quanto_support import activations
 from qexp.quantizers.quanto_support.library import library
@@ -211,19 +212,20 @@ class QuantoQuantizer(base.Quantizer):
     def _create_8bit(self, spec: WeightSpec, weight: Tensor | Rows, device: torch.device) -> Tensor:
         import torch
 
-        from qexp.quantizers.cpu_kernels.rowwise_8bit import quanto_int8
-
         qtype, rows_of = self._qtype, RowAssembler(spec.shape[0])
         axis = None if spec.shape[0] == 1 else 0  # the library's rule
-        own = device.type == "cpu" and qtype.dtype == torch.int8
-        for rows, part in row_slices(spec, weight, device, check=not own):
-            if own:
+        has_loop = device.type == "cpu" and qtype.dtype == torch.int8
+        for rows, part in row_slices(spec, weight, device, check=not has_loop):
+            if has_loop and are_ready():
+                from qexp.quantizers.cpu_kernels.rowwise_8bit import quanto_int8  # Numba, on first use
+
                 data, scale = quanto_int8(part)
-                check_slice(spec, rows, scale)
             else:
                 scale = library().AbsmaxOptimizer()(part, qtype=qtype, axis=axis)
                 data = torch.ops.quanto.quantize_symmetric(part, dtype=qtype.dtype, axis=axis, scale=scale)
                 clear_nan(data)
+            if has_loop:
+                check_slice(spec, rows, scale)
             rows_of.add(rows, {"data": data, "scale": scale.reshape(-1, 1)})
         inner, scale = rows_of.inner, rows_of.inner["scale"]
         return library().WeightQBytesTensor.create(

@@ -26,6 +26,7 @@ from qexp.config.recipe import format_name
 from qexp.errors import ConfigError, LoadError, UnsupportedError, choices
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
+from qexp.quantizers.cpu_kernels.readiness import are_ready
 from qexp.quantizers.packed.elements import ELEMENTS
 from qexp.quantizers.qexp_packed import PackedConfig
 from qexp.quantizers.rows import RowAssembler, WeightSpec, check_parameters, check_slice, clear_nan, row_slices
@@ -238,13 +239,15 @@ class TorchAoQuantizer(base.Quantizer):
         whole = spec.shape[0] if layout.rows_multiple is None else layout.rows_multiple
         group_size = int8_group_size(config, spec.shape[1]) if device.type == "cpu" else None
         for rows, part in row_slices(spec, sources[0], device, whole, check=group_size is None):
-            if group_size is not None:
+            if group_size is not None and are_ready():
                 if rows.start == 0:
                     quantized: Any = quantize(part[:1], config)  # a template of the library's tensor class
                 rows_of.add(rows, self._int8_parts(spec, rows, part, group_size))
                 continue
             quantized = quantize(part, config)
             inner = inner_tensors(quantized)
+            if group_size is not None:
+                check_slice(spec, rows, inner["scale"])
             clear_nan(inner["qdata"])
             if layout.rows_multiple is None:
                 return torch.nn.Parameter(quantized, requires_grad=False)

@@ -74,7 +74,7 @@ def memory(option: str, folder: Path, accelerator: Accelerator, dtype: torch.dty
         "peak_by_its_own_account_bytes": loaded.memory.peak_device_bytes - before,
         "bound_bytes": bound,
         "held_device_bytes": held,
-        "load_seconds": round(loaded.seconds, 3),
+        "load_seconds": round(loaded.times.total, 3),
     }
     broken = [f"the peak of {peak} bytes is above {bound}"] if peak > bound else []
     if accelerator.module is not None and not result_bytes <= held <= result_bytes + 8 * MIB:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -97,7 +98,24 @@ def test_what_a_loaded_model_is(backend: str, folder: Path) -> None:
     assert isinstance(tensors["head.bias"], nn.Parameter) and not isinstance(tensors["shift"], nn.Parameter)
     with torch.no_grad():
         assert loaded.model(torch.ones(2, WIDTH, dtype=BF16)).isfinite().all()
-    assert loaded.seconds > 0
+
+
+def test_times_of_a_load_are_those_of_its_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow constructor is planning, a slow first use is warming up, and the caller waits for no more than the sum."""
+    warm_up, check = lifecycle.warm_up, lifecycle.audit
+    monkeypatch.setattr(lifecycle, "warm_up", lambda *arguments: (time.sleep(0.3), warm_up(*arguments)))
+    monkeypatch.setattr(lifecycle, "audit", lambda *arguments: (time.sleep(0.2), check(*arguments)))
+
+    def build() -> nn.Module:
+        time.sleep(0.4)
+        return Toy()
+
+    started = time.perf_counter()
+    times = load_toy(folder, settings("torchao"), build).times
+    waited = time.perf_counter() - started
+    assert times.plan > 0.4 and times.warm_up > 0.3 and times.read > 0.2
+    assert times.plan + times.warm_up + times.read == times.total <= waited
+    assert waited - times.total < 0.1  # nothing that takes time is left out
 
 
 @pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)

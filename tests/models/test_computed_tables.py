@@ -112,6 +112,12 @@ def test_loaded_table_is_the_checkpoints(tmp_path: Path) -> None:
     assert torch.equal(loaded.get_parameter("drawn"), state["drawn"])
 
 
+def test_deferring_does_not_import_the_compiler() -> None:
+    """torch wraps this method of a mode by a function that imports torch._dynamo, unless the class says no."""
+    method = computed_tables._Deferring.__torch_dispatch__
+    assert not hasattr(method, "__wrapped__") and method.__module__ == computed_tables.__name__
+
+
 def test_small_results_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(computed_tables, "LARGE", 10)
     with deferred_tables():

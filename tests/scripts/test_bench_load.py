@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_load.py"
-HALF_GIB = ("--layers", "0", "2", "--repeats", "1", "--cases", "warm")
+HALF_GIB = ("--shapes", "flux", "--layers", "0", "2", "--repeats", "1", "--cases", "warm", "--no-command")
 
 
 def bench(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
@@ -25,7 +25,7 @@ def test_loading_stays_within_its_bound(tmp_path: Path) -> None:
     code, rows = bench(tmp_path, *HALF_GIB, "--programs", "qexp", "--formats", *formats)
     assert code == 0
     assert [row["format"] for row in rows] == list(formats)
-    for run in (row["qexp"] for row in rows):
+    for run in (row["qexp"]["memory"] for row in rows):
         assert run["peak_total_bytes"] <= run["quantized_bytes"] + run["largest_dense_bytes"] + (128 << 20)
         assert run["peak_total_bytes"] >= run["quantized_bytes"]  # or the sampler saw nothing
         assert run["peak_file_bytes"] < 16 << 20  # files are read, not mapped
@@ -36,18 +36,20 @@ def test_a_kernel_of_the_library_on_whole_tensors_would_not(tmp_path: Path) -> N
     code, rows = bench(
         tmp_path, *HALF_GIB, "--programs", "qexp", "--formats", "quanto_int4", "--slice-weights", str(1 << 40)
     )
-    run = rows[0]["qexp"]
+    run = rows[0]["qexp"]["memory"]
     assert code != 0
     assert run["peak_total_bytes"] > run["quantized_bytes"] + run["largest_dense_bytes"] + (128 << 20)
 
 
 @pytest.mark.exhaustive
 def test_both_programs_and_the_limits_are_measured(tmp_path: Path) -> None:
-    small = ("--heads", "2", "--layers", "1", "1", "--repeats", "1", "--shards", "2", "--cases", "shards-cold")
+    small = ("--heads", "2", "--quick", "--shards", "2", "--cases", "shards-cold", "--no-command")
     code, rows = bench(tmp_path, *small, "--formats", "nf4", "nf4, stored", "gguf Q4_0, stored")
     assert code == 0
+    assert [row["shape"] for row in rows] == ["flux"] * 3 + ["sd3"] * 2 + ["t5"] * 2
     for row in rows:
-        assert row["qexp"]["wall_seconds"] > 0 and row["diffusers"]["wall_seconds"] > 0
+        for run in (row["qexp"], row["diffusers"]):
+            assert 0 < run["wall_seconds"] < run["touched_seconds"] and run["import_seconds"] > 0
         assert row["limits"]["pipeline_seconds"] > 0
     assert rows[0]["limits"]["kernel_cpu_seconds"] > 0
-    assert rows[0]["qexp"]["quantized_bytes"] == rows[1]["qexp"]["quantized_bytes"]
+    assert rows[0]["qexp"]["memory"]["quantized_bytes"] == rows[1]["qexp"]["memory"]["quantized_bytes"]

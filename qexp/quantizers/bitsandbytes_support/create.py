@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from qexp.quantizers.bitsandbytes_support.library import library
+from qexp.quantizers.cpu_kernels.readiness import are_ready
 from qexp.quantizers.rows import RowAssembler, Rows, WeightSpec, check_slice, row_slices
 from qexp.system.imports import once
 from qexp.system.memory import use_huge_pages
@@ -36,10 +38,11 @@ def create_4bit(
     rows_a_block = block // math.gcd(spec.shape[1], block)
     code = functional.get_4bit_type(quant_type, device=device)
     on_cpu = device.type == "cpu"
-    quantize = _quantize_on_cpu(code, block) if on_cpu else _quantize_by_library(quant_type, block, device)
+    by_loops, by_library = _quantize_on_cpu(code, block), _quantize_by_library(quant_type, block, device)
     for rows, part in row_slices(spec, weight, device, rows_a_block, check=not on_cpu):
         first, last = rows.start * spec.shape[1], rows.stop * spec.shape[1]
         largest = absmax[first // block : math.ceil(last / block)]
+        quantize = by_loops if on_cpu and are_ready() else by_library
         quantize(part, packed[first // 2 : math.ceil(last / 2), 0], largest)
         if on_cpu:
             check_slice(spec, rows, largest)  # of a block that is not finite, neither is the absmax
@@ -101,12 +104,16 @@ def create_8bit(spec: WeightSpec, weight: Tensor | Rows, device: torch.device) -
     import torch
 
     from qexp.quantizers.bitsandbytes_support.parameters import int8_params
-    from qexp.quantizers.cpu_kernels.rowwise_8bit import llm_int8
 
     half = WeightSpec(spec.module, spec.shape, torch.float16)  # the library quantizes from fp16 alone
     rows_of, on_cpu = RowAssembler(spec.shape[0]), device.type == "cpu"
     for rows, part in row_slices(spec if on_cpu else half, weight, device, check=not on_cpu):
-        values, scale = llm_int8(part) if on_cpu else library().functional.int8_vectorwise_quant(part)[:2]
+        if on_cpu and are_ready():
+            from qexp.quantizers.cpu_kernels.rowwise_8bit import llm_int8
+
+            values, scale = llm_int8(part)
+        else:
+            values, scale = library().functional.int8_vectorwise_quant(part.half())[:2]
         if on_cpu:
             check_slice(half, rows, scale)
         rows_of.add(rows, {"CB": values, "SCB": scale})
@@ -116,10 +123,19 @@ def create_8bit(spec: WeightSpec, weight: Tensor | Rows, device: torch.device) -
 
 def _quantize_on_cpu(code: Tensor, blocksize: int) -> Quantize:
     """Quantize with compiled loops: the library's bytes, faster."""
-    from qexp.quantizers.cpu_kernels.blockwise_4bit import code_table, quantize_4bit
 
-    table = code_table(code)
-    return lambda part, packed, absmax: quantize_4bit(part, table, blocksize, packed, absmax)
+    @cache
+    def table() -> Any:
+        from qexp.quantizers.cpu_kernels.blockwise_4bit import code_table
+
+        return code_table(code)
+
+    def quantize(part: Tensor, packed: Tensor, absmax: Tensor) -> None:
+        from qexp.quantizers.cpu_kernels.blockwise_4bit import quantize_4bit  # Numba, on first use
+
+        quantize_4bit(part, table(), blocksize, packed, absmax)
+
+    return quantize
 
 
 def _quantize_by_library(quant_type: str, blocksize: int, device: torch.device) -> Quantize:

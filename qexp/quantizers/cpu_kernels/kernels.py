@@ -18,7 +18,10 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba.core import event
 from torch import Tensor
+
+from qexp.system.screen import say
 
 
 def compiled(function: Any) -> Any:
@@ -33,6 +36,23 @@ def compiled(function: Any) -> Any:
     except RuntimeError:  # neither this folder nor the user's cache can be written
         return numba.njit(function, **options)
 
+
+class _Announcement(event.Listener):
+    """Says, once, that a user waits for the compiler, and not for the model."""
+
+    said = False
+
+    def on_start(self, event: Any) -> None:
+        function = event.data["dispatcher"].py_func
+        if not self.said and function.__module__.startswith("qexp."):
+            self.said = True
+            say("compiling loops for this processor: once, some seconds; then they are read from a cache")
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+event.register("numba:compile", _Announcement())
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)  # all but the sign
 SIGN = np.uint32(0x80000000)

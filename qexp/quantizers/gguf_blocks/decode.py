@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qexp.checkpoints.gguf_types import TYPES
+from qexp.quantizers.cpu_kernels.readiness import are_ready
 from qexp.quantizers.gguf_blocks.decoders import DECODERS
 from qexp.quantizers.gguf_blocks.fields import Decoder
 
@@ -40,7 +41,7 @@ def decode(name: str, rows: Tensor, out: Tensor) -> None:
 
 def _is_compiled(name: str, out: Tensor) -> bool:
     plain = type(out) is Tensor and out.device.type == "cpu" and not torch.compiler.is_compiling()
-    return plain and name in gguf_kernels().DECODED and out.dtype in gguf_kernels().TARGETS
+    return plain and are_ready() and name in gguf_kernels().DECODED and out.dtype in gguf_kernels().TARGETS
 
 
 @cache

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qexp.checkpoints.gguf_types import TYPES
+from qexp.quantizers.cpu_kernels.readiness import are_ready
 from qexp.quantizers.gguf_blocks.fields import BELOW_HALF, half_bytes, inverse_of
 
 Encoder = Callable[[Tensor], Tensor]
@@ -38,7 +39,7 @@ def encode(name: str, rows: Tensor) -> Tensor:
     Raises: OverflowError if a block's scale or minimum leaves the range of fp16.
     """
     kind = TYPES[name]
-    if rows.device.type == "cpu":
+    if rows.device.type == "cpu" and are_ready():
         from qexp.quantizers.gguf_blocks import kernels  # here: importing Numba takes a second
 
         if name in kernels.ENCODED:
