@@ -74,7 +74,7 @@ def flux_config(heads: int, layers: tuple[int, int]) -> dict[str, Any]:
 
 
 def sd3_config(heads: int, layers: tuple[int]) -> dict[str, Any]:
-    """The config.json of a Stable Diffusion 3 transformer of `heads` × 64 channels."""
+    """Return the config.json of a Stable Diffusion 3 transformer of `heads` × 64 channels."""
     return {
         "_class_name": "SD3Transformer2DModel", "sample_size": 128, "patch_size": 2, "in_channels": 16,
         "out_channels": 16, "num_layers": layers[0], "attention_head_dim": 64, "num_attention_heads": heads,
@@ -84,7 +84,7 @@ def sd3_config(heads: int, layers: tuple[int]) -> dict[str, Any]:
 
 
 def t5_config(heads: int, layers: tuple[int]) -> dict[str, Any]:
-    """The config.json of a T5 encoder as FLUX and SD3 have it, of `heads` × 64 channels."""
+    """Return the config.json of a T5 encoder as FLUX and SD3 have it, of `heads` × 64 channels."""
     return {
         "architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 64 * heads, "d_ff": 160 * heads, "d_kv": 64,
         "num_heads": heads, "num_layers": layers[0], "feed_forward_proj": "gated-gelu", "vocab_size": 32128,
@@ -116,7 +116,7 @@ def write_stored(source: Path, target: Path, option: str) -> None:
 
 
 def measure(arguments: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
-    """A row for every (shape, case, format), of all programs."""
+    """Yield a row for every (shape, case, format), of all programs."""
     for shape in arguments.shapes:
         # how files are read does not depend on the shape
         cases = arguments.cases if shape == arguments.shapes[0] else arguments.cases[:1]
@@ -136,7 +136,7 @@ def measure(arguments: argparse.Namespace, root: Path) -> Iterator[dict[str, Any
 def measure_cases(
     arguments: argparse.Namespace, root: Path, shape: str, cases: Sequence[str], shards: int, formats: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one checkpoint in so many files."""
+    """Yield the rows of one checkpoint in so many files."""
     large, (config, heads) = root / f"large-{shards}", SHAPES[shape]
     print(f"writing {shape} in {shards} files …", file=sys.stderr)
     layers = arguments.layers if shape == "flux" and arguments.layers else arguments.layers_of[shape]
@@ -203,7 +203,7 @@ def _reading(files: list[Path], cold: bool, read: bool = True) -> float:
 def load_command(
     program: str, name: str, large: Path, small: Path, *, warm: bool = False, **options: int | None
 ) -> list[str]:
-    """A program of `bench_load_programs.py`. options: by their names there; None is left out."""
+    """Return a program of `bench_load_programs.py`. options: by their names there; None is left out."""
     script = str(Path(__file__).with_name("bench_load_programs.py"))
     command = [sys.executable, script, program, name, str(large), str(small)]
     command += ["--warm"] if warm else []
@@ -248,7 +248,7 @@ def _bound(run: dict[str, Any]) -> float:
 
 
 def measure_command(root: Path) -> dict[str, Any]:
-    """Wall and CPU seconds of `python -m qexp`, from Enter to the result, by backend; the reference is there."""
+    """Return wall and CPU seconds of `python -m qexp`, from Enter to the result, by backend; the reference is there."""
     outputs, found = root / "outputs", dict[str, Any]()
     for backend in ("none", *COMMAND_BACKENDS):  # the first one computes the reference
         settings = [f"backend={backend}", "seed=1", f"paths.outputs={outputs}"]

@@ -58,7 +58,7 @@ STORED = {  # format -> option it was quantized with
 
 
 def model_class(folder: Path) -> Any:
-    """The class of diffusers or transformers that config.json names."""
+    """Return the class of diffusers or transformers that config.json names."""
     import diffusers
     import transformers
 
@@ -69,7 +69,7 @@ def model_class(folder: Path) -> Any:
 
 
 def import_libraries(folder: Path, name: str) -> None:
-    """What a program that loads such a model has imported at its top."""
+    """Import what a program that loads such a model imports at its top."""
     model_class(folder)
     if name in LIBRARIES:
         importlib.import_module(LIBRARIES[name])
@@ -83,7 +83,7 @@ def backend_config(name: str) -> Any:
 
 
 def call_qexp(folder: Path, name: str, workers: int | None = None, slice_weights: int | None = None) -> nn.Module:
-    """As a user loads it. slice_weights: see `load_with_qexp`."""
+    """Load as a user does. slice_weights: see `load_with_qexp`."""
     import qexp
 
     if slice_weights is not None:
@@ -256,7 +256,7 @@ def main() -> None:
 
 
 def seconds_since_start() -> float:
-    """How old this process is."""
+    """Return how old this process is."""
     import psutil
 
     return time.time() - psutil.Process().create_time()

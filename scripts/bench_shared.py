@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for every (backend, waiting, busy programs)."""
+    """Yield a row for every (backend, waiting, busy programs)."""
     counts = sorted({0, 1, len(os.sched_getaffinity(0))})
     cases = [(backend, name, busy) for backend in arguments.backends for name in arguments.waiting for busy in counts]
     times: dict[tuple[str, str, int], list[dict[str, float]]] = {case: [] for case in cases}
@@ -81,7 +81,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def busy_programs(count: int) -> Iterator[None]:
-    """Programs that keep a core each busy."""
+    """Run programs that keep a core each busy."""
     programs = [subprocess.Popen([sys.executable, "-c", COUNT]) for _ in range(count)]
     try:
         yield
@@ -92,7 +92,7 @@ def busy_programs(count: int) -> Iterator[None]:
 
 
 def step_times(backend: str, variables: dict[str, str], steps: int, images: int) -> dict[str, float]:
-    """The median and the slowest step of one experiment, and the load average before it."""
+    """Return the median and the slowest step of one experiment, and the load average before it."""
     unset = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if name not in unset} | variables
     load = os.getloadavg()[0]
@@ -116,7 +116,7 @@ def run_quietly(command: Sequence[str], environment: dict[str, str]) -> None:
 
 
 def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The targets that were missed, of what was measured."""
+    """Return the targets that were missed, of what was measured."""
     by_case = {(row["backend"], row["waiting"], row["busy_programs"]): row for row in rows}
     missed = []
     for (backend, name, busy), row in by_case.items():

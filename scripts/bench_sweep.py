@@ -122,7 +122,7 @@ def sweep(outputs: Path, overrides: Sequence[str], start: str) -> dict[str, floa
 
 
 def single(root: Path, repeats: int) -> dict[str, float]:
-    """Medians of one experiment by itself, and of importing torch."""
+    """Return medians of one experiment by itself, and of importing torch."""
     outputs, runs = root / "single", list[dict[str, float]]()
     command = [sys.executable, "-m", "qexp", "seed=1", f"paths.outputs={outputs}"]
     timed([*command, "backend=bitsandbytes"], root / "reference.log")  # it computes the reference

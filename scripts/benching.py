@@ -63,7 +63,7 @@ class Sampler(threading.Thread):
 
 
 def run_watched(command: Sequence[str], **variables: str) -> dict[str, Any]:
-    """What the program printed, and its peaks. variables: of its environment. Exits if it fails."""
+    """Return what the program printed, and its peaks. variables: of its environment. Exits if it fails."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as messages:  # what libraries say while they are imported
         process = subprocess.Popen(
             command,
@@ -94,7 +94,7 @@ def run_watched(command: Sequence[str], **variables: str) -> dict[str, Any]:
 
 
 def timed(command: Sequence[str], log: Path, watch: Callable[[int], None] = lambda pid: None) -> dict[str, float]:
-    """Wall seconds, CPU seconds of all processes, and the load average before a command that must succeed."""
+    """Return wall seconds, CPU seconds of all processes, and the load average before a command that must succeed."""
     load, before, began = os.getloadavg()[0], resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT)
@@ -229,7 +229,7 @@ def machine() -> dict[str, Any]:
 
 
 def instruction_sets() -> list[str]:
-    """Those of the processor that PyTorch and the compiled loops choose between."""
+    """Return those of the processor that PyTorch and the compiled loops choose between."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
     return sorted(flag for flag in flags if flag.startswith(("avx", "amx", "fma", "f16c", "sse4")))

@@ -37,7 +37,7 @@ class Table(Tensor):
 
     @staticmethod
     def __new__(cls, meta: Tensor, recipe: tuple[Any, Sequence[Any], Mapping[str, Any], torch.dtype]) -> Table:
-        """meta: its shape, strides and dtype. recipe: operation, its arguments, and torch's default dtype then."""
+        """Make one. meta: its shape, strides and dtype. recipe: operation, arguments, torch's default dtype then."""
         place: dict[str, Any] = {
             "strides": meta.stride(),
             "storage_offset": meta.storage_offset(),
@@ -76,7 +76,7 @@ class Table(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """An operation after the network was built. `state_dict` detaches what it shows."""
+        """Run an operation after the network was built. `state_dict` detaches what it shows."""
         if func is torch.ops.aten.detach.default:
             return cls(args[0].meta, (func, args, {}, torch.get_default_dtype()))
         return func(*_evaluated(args), **_evaluated(kwargs or {}))
@@ -112,7 +112,7 @@ class _Deferring(TorchDispatchMode):
         return func(*_evaluated(args), **_evaluated(options))
 
     def _defer(self, func: Any, args: Any, options: Any, has_tables: bool) -> Tensor | None:
-        """A table in place of the operation's result; None if it is to be run."""
+        """Return a table in place of the operation's result; None if it is to be run."""
         try:
             made = func(*_as_meta(args), **_as_meta({**options, **_META_DEVICE} if "device" in options else options))
         except (NotImplementedError, RuntimeError, TypeError):  # an operation without shapes of its own
@@ -135,7 +135,7 @@ def _is_pure(func: Any) -> bool:
 
 
 def _is_small(tensors: Sequence[Tensor]) -> bool:
-    """Whether these may be copied; a large tensor that is there already is computed with at once."""
+    """Return whether these may be copied; a large tensor that is there already is computed with at once."""
     return all(not tensor.is_meta and tensor.numel() < LARGE for tensor in tensors)
 
 
@@ -148,13 +148,13 @@ def _as_meta(values: Any) -> Any:
 
 
 def _copied(values: Any) -> Any:
-    """Arguments as they are now: who owns a tensor may write into it."""
+    """Copy arguments as they are now: who owns a tensor may write into it."""
     return tree_map_only(Tensor, lambda one: one if isinstance(one, Table) else one.detach().clone(), values)
 
 
 @contextmanager
 def deferred_tables() -> Iterator[None]:
-    """Large results are tables in the block. The caller gives the network to `settle_tables`."""
+    """Make large results tables in the block. The caller gives the network to `settle_tables`."""
     with _Deferring():
         yield
 

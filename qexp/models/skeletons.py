@@ -39,7 +39,7 @@ def on_meta(compute_dtype: torch.dtype | None = None) -> Iterator[None]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """What a module registers as a parameter in the block has shape and dtype, but no memory.
+    """Give what modules register as parameters in the block shape and dtype, but no memory.
 
     One that is on the meta device already stays the same object, and so tied parameters stay tied.
     """

@@ -149,7 +149,7 @@ def remove_leftovers(outputs: Path) -> None:
 
 
 def _is_left(outputs: Path, folder: str) -> bool:
-    """Whether a run folder, '' for none, is in `outputs` and held by nobody."""
+    """Return whether a run folder, '' for none, is in `outputs` and held by nobody."""
     path = Path(folder)
     if not folder or path.parent.parent != outputs:
         return False

@@ -138,7 +138,7 @@ def kill_marked(folders: Callable[[str], bool]) -> None:
 
 
 def _mark_of(process: psutil.Process) -> str:
-    """The run folder whose worker started a process; '' for none, or another user's."""
+    """Return the run folder whose worker started a process; '' for none, or another user's."""
     try:
         return str(process.environ().get(MARK, ""))
     except (psutil.Error, OSError):  # it has ended

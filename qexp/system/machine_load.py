@@ -76,8 +76,10 @@ def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> float:
 
 
 def _quotas(proc: Path, cgroups: Path) -> Iterator[float]:
-    """Cores of the cgroup and of those above it: the least of them counts. In a container, the path may be the host's,
-    and the mount the group itself."""
+    """Yield the cores of the cgroup and of those above it; the least counts.
+
+    In a container, the path may be the host's, and the mount the group itself.
+    """
     with suppress(OSError, ValueError):
         for line in (proc / "self/cgroup").read_text(encoding="utf-8").splitlines():
             number, controllers, path = line.split(":", 2)
