@@ -79,16 +79,17 @@ def _sweeps_of(row: Row) -> str:
 
 def _setting_columns(rows: list[Row], prepared: list[Row]) -> list[Column]:
     """The settings that differ between runs, in full; the table has their short form in `setting`."""
-    configs = [dict(flatten_config(row["config"] or {})) for row in prepared]
+    configs = [[dict(flatten_config(run.get("config") or {})) for run in members_of(row)] for row in prepared]
     return [
         {"id": f"setting:{name}", "label": name, "kind": "text", "group": "settings", "shown": False}
-        | {"values": [_setting_text(config.get(name)) for config in configs]}
+        | {"values": [", ".join(_setting_texts(name, members)) for members in configs]}
         for name in varying_settings(rows)
     ]
 
 
-def _setting_text(value: object) -> str:
-    return "" if value is None else str(value)
+def _setting_texts(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The values of a setting in the runs of a row, each once: several seeds."""
+    return list(dict.fromkeys(str(config[name]) for config in configs if config.get(name) is not None))
 
 
 def _metric_column(name: str, prepared: list[Row]) -> Column:

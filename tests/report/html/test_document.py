@@ -38,6 +38,7 @@ def test_seeds_are_one_row_with_their_spread_and_n(tmp_path: Path) -> None:
     assert document["rows"][0]["runs"] == [0, 1, 2, 4]  # the third one stands in the sweep twice
     assert [run["seed"] for run in document["runs"]] == ["0", "1", "2", "0", "2"]
     assert column(document, "backend")["values"] == ["bitsandbytes nf4", "quanto int8"]
+    assert column(document, "setting:seed")["values"] == ["0, 1, 2", "0"]
 
 
 def test_intervals_and_comparisons_stand_at_their_rows(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ function drawResult() {
   });
   const right = blind.answers.filter((each) => each.isRight).length;
   byId("blind-place").replaceChildren(element("p", { class: "verdict-line" }, verdictText(right, blind.answers.length)),
-    element("table", { class: "plain" }, element("thead", {}, element("tr", {}, ["candidate", "right", "p"].map((name) => element("th", { scope: "col" }, name)))), element("tbody", {}, body)),
+    element("table", { class: "plain" }, element("thead", {}, element("tr", {}, ["candidate", "right", "p"].map((name, place) => element("th", { scope: "col", class: place ? "number" : null }, name)))), element("tbody", {}, body)),
     element("p", { class: "fine" }, "p: how often pure guessing has as many right answers or more (binomial test, one-sided). With several candidates, some p are small by chance."));
 }
 

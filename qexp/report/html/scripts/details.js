@@ -15,14 +15,14 @@ function openDetails(row) {
 }
 
 function numbersTable(numbers, row) {
-  const head = ["metric", "value", "unit", "95 %", "n", "what it is"];
+  const head = [["metric"], ["value", "number"], ["unit"], ["95 %", "number"], ["n"], ["what it is"]];
   return element("table", { class: "plain" },
-    element("thead", {}, element("tr", {}, head.map((name) => element("th", { scope: "col" }, name)))),
+    element("thead", {}, element("tr", {}, head.map(([name, kind]) => element("th", { scope: "col", class: kind }, name)))),
     element("tbody", {}, numbers.map((column) => element("tr", {},
       element("th", { scope: "row" }, column.label),
       element("td", { class: "number" }, numberText(column, row)),
       element("td", {}, column.unit),
       element("td", { class: "number" }, intervalText(column, row)),
-      element("td", {}, column.values[row] === null ? "" : countText(column, row)),
+      element("td", { class: "count" }, column.values[row] === null ? "" : countText(column, row)),
       element("td", { class: "meaning" }, column.meaning)))));
 }

@@ -152,7 +152,7 @@ function columnBox(column) {
     state.filters.delete(column.id);
     drawTable();
   };
-  return element("label", {}, box, ` ${titleOf(column)}`);
+  return element("label", {}, box, titleOf(column));
 }
 
 /** Menus close on Escape, and when something else is clicked. */
