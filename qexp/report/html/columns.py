@@ -28,7 +28,7 @@ from typing import Any
 
 from qexp.metrics.registry import Metric, find_metric, is_infinite, metric_order
 from qexp.report.html.appearance import UNQUANTIZED
-from qexp.report.marks import members_of
+from qexp.report.marks import busy_cores, members_of
 from qexp.report.results_csv import flatten_config, varying_settings
 from qexp.report.table import STEP_MS, TEXTS, numbers_text, status_text
 from qexp.results.labels import backend_family
@@ -179,10 +179,11 @@ def _united_n(texts: list[str]) -> str | list[str]:
 
 
 def _best_rows(prepared: list[Row], metric: Metric, values: Sequence[float | None]) -> list[int]:
-    """The unquantized model is best by definition, and does not count."""
+    """The unquantized model is best by definition, and does not count; times of a busy machine are of that moment."""
     quantized = [number for number, row in enumerate(prepared) if backend_family(row["backend"]) != UNQUANTIZED]
     counts = {prepared[number]["metrics"].get(metric.count_name) for number in quantized} if metric.set_of else set()
-    if not metric.better or len(quantized) < 2 or len(counts - {None}) > 1:
+    is_disturbed = metric.group == "time" and any(busy_cores(row) is not None for row in prepared)
+    if not metric.better or len(quantized) < 2 or len(counts - {None}) > 1 or is_disturbed:
         return []
     sign = 1 if metric.better == "higher" else -1
     known = {number: _rank(values[number], prepared[number]["metrics"], metric, sign) for number in quantized}

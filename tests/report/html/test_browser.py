@@ -119,7 +119,7 @@ def test_columns_are_chosen_and_rows_are_grouped(visit: Any) -> None:
     page.locator("#columns summary").click()
     page.get_by_label("load seconds").check()
     page.keyboard.press("Escape")
-    assert set(column_texts(page, "load seconds")) == {"0.4", ""}
+    assert set(column_texts(page, "load seconds")) == {"0.40", ""}
     page.locator("#group").select_option("offload")
     groups = page.locator("#table .group").all_inner_texts()
     assert [re.sub(r"\s+", " ", text) for text in groups][:2] == ["none 13 rows", "leaf→disk 10 rows"]

@@ -72,6 +72,16 @@ def test_values_that_depend_on_n_have_no_best_across_different_n(tmp_path: Path)
     assert frechet["n"] == ["100 images", "200 images", "200 images"]
 
 
+def test_times_of_a_busy_machine_have_no_best(tmp_path: Path) -> None:
+    for name, others in (("quiet", 0.0), ("busy", 1.5)):
+        for number in range(2):
+            metrics = GENERATE | {"time/step_ms": 10.0 + number, "time/other_cores": others}  # of two cores
+            run_folder(tmp_path, f"{name}{number}", config("quanto", f"int{number}"), metrics)
+        manifest(tmp_path, name, [job(n, f"{name}{n}", [f"backend={n}"]) for n in range(2)])
+    assert column(document_of(tmp_path, "quiet"), "time/step_ms")["best"] == [0]
+    assert column(document_of(tmp_path, "busy"), "time/step_ms")["best"] == []
+
+
 def test_failures_keep_their_reason_and_every_run_its_command(tmp_path: Path) -> None:
     document = document_of(tmp_path, sweep_of_six(tmp_path))
     failed = [row for row in document["rows"] if not row["is_done"]]
