@@ -15,7 +15,7 @@ from qexp.checkpoints.pipeline_folder import INDEX
 from qexp.errors import ConfigError, choices
 from qexp.experiments.roundtrip import run_roundtrip
 from qexp.experiments.sensitivity import plan_sensitivity, run_sensitivity
-from qexp.experiments.statistics import Metrics, load_statistics, offload_statistics, run_peaks
+from qexp.experiments.statistics import Metrics, load_statistics, load_trace, offload_statistics, run_peaks
 from qexp.hub.upload import push
 from qexp.loading.component import LoadedComponent, PlannedComponent, plan_statistics
 from qexp.loading.components import plan_components, request_components
@@ -27,7 +27,7 @@ from qexp.offloading.dispatch import Dispatch
 from qexp.offloading.payload import module_nbytes
 from qexp.offloading.strategies import Offload, apply_offload
 from qexp.results.labels import backend_label
-from qexp.results.run_folder import BESIDE, PUSHED
+from qexp.results.run_folder import BESIDE, LOAD_MEMORY, PUSHED
 from qexp.system.files import to_csv, write_json, write_text
 from qexp.system.machine_load import MachineLoad
 from qexp.system.memory import GIB, PeakMemory
@@ -113,6 +113,8 @@ def _run_model(context: RunContext) -> Metrics:
     write_json(context.folder / BESIDE, {"processes": load.beside})
     save_tensors(context.folder / "outputs.safetensors", result.outputs)
     write_text(context.folder / "memory.csv", to_csv(list(result.rows[0]), result.rows))
+    if context.memory_gib()[0] is not None and (trace := load_trace(loaded)):
+        write_text(context.folder / LOAD_MEMORY, to_csv(list(trace[0]), trace))
     return {
         **load_statistics(loaded),
         **plan_statistics([component.plan for component in loaded], weights_bytes),

@@ -33,6 +33,16 @@ def load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:
     }
 
 
+def load_trace(loaded: Sequence[LoadedComponent]) -> list[dict[str, float]]:
+    """Return the host memory of the process while components loaded in a row: seconds from the first one's start."""
+    rows, passed = list[dict[str, float]](), 0.0
+    for component in loaded:
+        points = component.memory.trace.points()
+        rows += [{"seconds": passed + seconds, "host_gib": nbytes / GIB} for seconds, nbytes in points]
+        passed += component.seconds
+    return rows
+
+
 def offload_statistics(offloads: Sequence[Offload | Dispatch]) -> Metrics:
     """Return the `offload/` numbers, and bytes by place where there is a device map, added up over components."""
     total: Metrics = {}

@@ -14,6 +14,7 @@ import ctypes
 import gc
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from qexp.errors import UnsupportedError
+from qexp.system.memory_trace import MemoryTrace
 
 if TYPE_CHECKING:
     import torch
@@ -59,12 +61,14 @@ class PeakMemory:
     """Watches host and device memory inside a `with` block, over a baseline taken when it is entered.
 
     After the block: baseline, peak_bytes (all resident pages), peak_anon_bytes and peak_file_bytes (each over the
-    baseline, each at its own moment) and peak_device_bytes (allocated by torch; 0 on a CPU).
+    baseline, each at its own moment), peak_device_bytes (allocated by torch; 0 on a CPU), and trace (all resident pages
+    of the process over time, as sampled).
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stop = threading.Event()
+        self.trace = MemoryTrace()
         self._anon = self._file = self._total = 0  # pages
         self.peak_bytes = self.peak_anon_bytes = self.peak_file_bytes = self.peak_device_bytes = 0
 
@@ -81,11 +85,13 @@ class PeakMemory:
         return self
 
     def _sample(self) -> None:
+        started = time.perf_counter()
         with open("/proc/self/statm", "rb", buffering=0) as statm:  # opening it anew costs ten times as much as reading
             while True:
                 _, resident, shared, *_ = map(int, os.pread(statm.fileno(), 200, 0).split())
                 self._anon, self._file = max(self._anon, resident - shared), max(self._file, shared)
                 self._total = max(self._total, resident)
+                self.trace.add(time.perf_counter() - started, resident * _PAGE_BYTES)
                 if self._stop.wait(SAMPLE_SECONDS):
                     return
 

@@ -191,6 +191,10 @@ def test_generate_writes_its_files(checkpoint: Path, tmp_path: Path) -> None:
     assert outputs["trajectory"].shape == (2, 3, 1, 8, 8)
     rows = list(csv.DictReader((tmp_path / "memory.csv").open()))
     assert [row["step"] for row in rows] == ["1", "2"]
+    loading = [float(row["host_gib"]) for row in csv.DictReader((tmp_path / "load_memory.csv").open())]
+    baseline, peak = metrics["load/baseline_host_gib"], metrics["load/peak_host_gib"]
+    assert baseline is not None and peak is not None
+    assert baseline - 0.01 < min(loading) <= max(loading) < baseline + peak + 0.01  # GiB
     plan = json.loads((tmp_path / "plan.json").read_text())["transformer"]
     assert len(plan["quantized"]) == metrics["load/quantized_modules"]
     assert set(plan["skipped"]) == {"x_embed", "proj_out"}

@@ -1,16 +1,18 @@
 """What was recorded step by step: memory of host and device, time, and the distance from the reference.
 
-Read from history.csv, or memory.csv of a run that was never scored. A run of many steps is thinned to points that are
-evenly spaced, the first and the last among them.
+Read from history.csv, or memory.csv of a run that was never scored, and load_memory.csv. A run of many steps is thinned
+to points that are evenly spaced, the first and the last among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from qexp.report.html.tables import number_of, read_table
 from qexp.results.rows import Row
+from qexp.results.run_folder import LOAD_MEMORY
 
 FILES = ("history.csv", "memory.csv")
 POINTS, MOST_POINTS = 8_000, 120  # of all runs; of one run
@@ -22,7 +24,8 @@ def steps_of(row: Row, number: int, table_row: int, points: int = MOST_POINTS) -
 
     run, row; step: numbers; seconds: time since the first one began; ms: of a step; host, device: GiB, the host's above
     the memory from before loading; error: relative L2 distance of the state from the reference's. A series without a
-    value is left out. load: {seconds, host, device}: how long loading took, and its peaks.
+    value is left out. load: {seconds, host, device, trace}: how long loading took, its peaks, and [seconds, GiB] of the
+    host over that time, where it was recorded.
     Raises: DamagedFileError, DiskError.
     """
     if row["status"] != "done" or row["folder"] is None:
@@ -48,7 +51,8 @@ def steps_of(row: Row, number: int, table_row: int, points: int = MOST_POINTS) -
         for name, values in series.items()
         if any(value is not None for value in values)
     }
-    return {"run": number, "row": table_row, **shown, "load": _loading(row)}
+    load = {**_loading(row), "trace": [] if baseline is None else _load_trace(row["folder"], baseline, points)}
+    return {"run": number, "row": table_row, **shown, "load": load}
 
 
 def _above(value: float | None, baseline: float) -> float | None:
@@ -67,6 +71,15 @@ def _loading(row: Row) -> dict[str, float | None]:
     names = {"seconds": "load/seconds", "host": "load/peak_host_gib", "device": "load/peak_device_gib"}
     found = {key: row["metrics"].get(name) for key, name in names.items()}
     return {key: None if value is None else float(f"{value:.5g}") for key, value in found.items()}
+
+
+def _load_trace(folder: Path, baseline: float, points: int) -> list[list[float | None]]:
+    path = folder / LOAD_MEMORY
+    lines = read_table(path, ("seconds", "host_gib"))
+    kept = [lines[place] for place in _places(len(lines), points)]
+    return [
+        [number_of(line["seconds"], path, 4), _above(number_of(line["host_gib"], path, 8), baseline)] for line in kept
+    ]
 
 
 def _places(count: int, most: int) -> list[int]:

@@ -56,8 +56,20 @@ def test_steps_are_thinned_with_their_ends_and_memory_is_above_the_baseline(tmp_
     assert found["error"][-1] == pytest.approx(0.5)
     assert found["seconds"][0] == pytest.approx(0.2)  # the first step takes twice as long
     assert "device" not in found  # 0 everywhere
-    assert found["load"] == {"seconds": 0.25, "host": None, "device": None}
+    assert found["load"] == {"seconds": 0.25, "host": None, "device": None, "trace": []}
     assert (found["run"], found["row"]) == (3, 2)
+
+
+def test_memory_while_loading_is_above_the_same_baseline(tmp_path: Path) -> None:
+    folder = made_run(tmp_path, "a", config(), {})
+    write_csv(folder / "history.csv", made_steps(100.0, 0.5))
+    write_csv(folder / "load_memory.csv", [{"seconds": n / 100, "host_gib": 0.4 + n / 1000} for n in range(200)])
+    row = {"status": "done", "folder": folder, "metrics": {"load/baseline_host_gib": 0.4, "load/seconds": 2.0}}
+    found = steps_of(row, 0, 0, points=40)
+    assert found is not None
+    trace = found["load"]["trace"]
+    assert len(trace) == 40
+    assert trace[0] == [0.0, 0.0] and trace[-1] == [1.99, 0.199]
 
 
 def test_a_run_that_was_not_scored_has_its_memory(tmp_path: Path) -> None:

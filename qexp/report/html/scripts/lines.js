@@ -48,10 +48,11 @@ function curveOf(run, isMemory) {
   const places = isMemory ? run.seconds.map((seconds) => delay + seconds) : run.step;
   const points = values.map((value, place) => [places[place], value]).filter(([, value]) => value !== null);
   const peak = isMemory ? run.load[lines.series] : null;
-  return { run, points, load: peak && delay ? { seconds: delay, peak } : null };
+  const trace = lines.series === "host" ? run.load.trace : [];
+  return { run, points, load: peak && delay ? { seconds: delay, peak, trace } : null };
 }
 
-/** While a model is loaded only the highest memory is known, not when it was: a box as high as that. */
+/** Loading is a box as high as its peak, and in it the memory over that time, where it was recorded. */
 function drawCurve({ run, points, load }, x, y, factor) {
   const drawn = y.isLog ? points.filter(([, value]) => value > 0) : points;
   const path = drawn.map(([at, value], place) => `${place ? "L" : "M"}${x(at).toFixed(1)},${y(value * factor).toFixed(1)}`).join("");
@@ -60,6 +61,8 @@ function drawCurve({ run, points, load }, x, y, factor) {
   if (load) {
     const top = y(load.peak * factor);
     group.append(shape("path", { class: "loading", d: `M${x(0)},${y(0)}V${top}H${x(load.seconds)}V${y(0)}Z` }));
+    const way = load.trace.map(([at, value], place) => `${place ? "L" : "M"}${x(at).toFixed(1)},${y(value * factor).toFixed(1)}`).join("");
+    if (way) group.append(shape("path", { class: "curve while-loading", d: way }));
   }
   group.append(curve, ...(drawn.length === 1 ? [shape("circle", { class: "dot", cx: x(drawn[0][0]), cy: y(drawn[0][1] * factor), r: 3 })] : []));
   group.onpointermove = (event) => { lightRow(run.row); showTip(event, [nameOf(run.row), `${seedText(run.run)}${points.length} points`]); };
