@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--bits", type=float, nargs="+", default=list(BITS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--formats", default="[gguf*,packed_uint*]")
+    parser.add_argument("--formats", default="null", help="of the fit (default: all that are tried by default)")
+    parser.add_argument("--images", type=int, default=200, help="of each seed, of the digits model")
     parser.add_argument("--outputs", help="keep the runs in this folder; default: a temporary one")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the stored table, and run nothing")
@@ -62,7 +63,9 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, model: str, bits: float, outputs: Path) -> dict[str, Any]:
     """Return one fit in a fresh process; its mix beside the best uniform format and the rule by hand."""
-    words = [*MODELS[model], f"bits={bits:g}", f"formats={arguments.formats}", f"seeds={arguments.seeds}"]
+    words = [*MODELS[model], f"bits={bits:g}", f"seeds={arguments.seeds}"]
+    words += [f"task.num_images={arguments.images}"] if model == "digits" else []
+    words += [f"formats={arguments.formats}"] if arguments.formats != "null" else []
     words += [f"paths.outputs={outputs}", "tracking=none"]
     subprocess.run([sys.executable, "-m", "qexp.fit", *words], check=True)
     (folder,) = (path.parent for path in outputs.glob("fit/*/fit.json") if is_of(path, words))

@@ -130,14 +130,14 @@ def check_sensitivity(
                 f"task=sensitivity with components.{name}.backend={component.backend.quant_method}: it loads the "
                 "unquantized model, and tries task.formats; use backend=none, and a checkpoint that is not quantized"
             )
-    if offload.strategy != "none":
+    if offload.strategy != "none" and (offload.strategy, task.score) != ("block", "gradient"):
         raise ConfigError(
-            f"task=sensitivity with offload.strategy={offload.strategy}: weights are exchanged where they are; use "
-            "offload=none"
+            f"task=sensitivity with offload.strategy={offload.strategy} and task.score={task.score}: weights are "
+            "exchanged where they are; use offload=none, or offload=block with task.score=gradient"
         )
     of_other = ("samples", "text", "window", "batch_size") if source.modality == "text" else ()
     for item in fields(type(task)) if of_other else ():
-        is_own = item.name in (*of_other, "name", "score", "formats", "groups", "projections")
+        is_own = item.name in (*of_other, "name", "score", "formats", "groups", "base", "projections")
         if not is_own and getattr(task, item.name) not in (item.default, {}):
             raise ConfigError(
                 f"task.{item.name}={getattr(task, item.name)} is of no use with task=sensitivity of a language model, "

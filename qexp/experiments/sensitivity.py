@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qexp.config.recipe import format_name
+from qexp.errors import ConfigError, first_names
 from qexp.experiments.statistics import Metrics, load_statistics, run_peaks
 from qexp.loading.component import LoadedComponent
 from qexp.loading.components import plan_components
 from qexp.loading.lifecycle import load_planned
 from qexp.results.environment import versions_of
+from qexp.sensitivity.blocks import called_layers
 from qexp.sensitivity.exact import score_exactly
 from qexp.sensitivity.gradient import passes_of, score_by_gradient
 from qexp.sensitivity.groups import ComponentGroups, Group, plan_groups
 from qexp.sensitivity.heat_map import draw_heat_map
-from qexp.sensitivity.partial import PartialScores
-from qexp.sensitivity.samples import Calibration, read_text, read_trajectory
+from qexp.sensitivity.partial import PartialScores, Scores
+from qexp.sensitivity.samples import Batch, Calibration, read_text, read_trajectory
 from qexp.sensitivity.table import Candidate, Header, SensitivityTable, write_table
 from qexp.system.files import write_json
 from qexp.system.memory import PeakMemory
+from qexp.system.screen import say
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from qexp.loading.component import LoadRequest, PlannedComponent
     from qexp.tasks.context import RunContext
 
@@ -49,21 +55,28 @@ def plan_sensitivity(
 ) -> tuple[RunContext, dict[str, PlannedComponent], dict[str, ComponentGroups]]:
     """Plan what is scored and loaded: (the context with skeletons, plans of loads, groups). No weight is read."""
     config, source = context.config, context.source
-    groups = {
-        name: plan_groups(source, name, config.components[name], config.task, context.device)
-        for name in source.quantized_components()
-    }
-    planned = plan_components(_in_fp32(context.requests, groups))
+    groups = {name: plan_groups(context.requests[name], config.task) for name in source.quantized_components()}
+    planned = plan_components(_in_fp32(context, groups))
     context = replace(context, models={name: component.prepared.model for name, component in planned.items()})
     source.check_run(context.models, config.task)
     return context, planned, groups
 
 
-def _in_fp32(requests: Mapping[str, LoadRequest], scored: Mapping[str, ComponentGroups]) -> dict[str, LoadRequest]:
-    return {
-        name: replace(request, settings=replace(request.settings, compute_dtype=DTYPE)) if name in scored else request
-        for name, request in requests.items()
-    }
+def _in_fp32(context: RunContext, scored: Mapping[str, ComponentGroups]) -> dict[str, LoadRequest]:
+    """The requests of the scored components in fp32; with offload=block, their blocks alone travel.
+
+    What is outside of blocks is needed again in the backward pass, with no forward that tells when.
+    """
+    offload, requests = context.config.offload, dict(context.requests)
+    for name, own in scored.items():
+        request = replace(requests[name], settings=replace(requests[name].settings, compute_dtype=DTYPE))
+        if offload.strategy == "block":
+            if not own.block_lists:
+                raise ConfigError(f"offload.strategy=block: '{name}' has no lists of blocks; use offload=none")
+            places = {"": str(context.device), **dict.fromkeys(own.block_lists, offload.to)}
+            request = replace(request, device_map=places)
+        requests[name] = request
+    return requests
 
 
 def _load(context: RunContext, planned: Mapping[str, PlannedComponent]) -> dict[str, LoadedComponent]:
@@ -88,20 +101,47 @@ def _score(context: RunContext, groups: Mapping[str, ComponentGroups]) -> None:
     counts = {name: len(calls[name]) if of_gradient else 1 for name in groups}
     total = sum(len(group.formats) * counts[name] for name, one in groups.items() for group in one.groups)
     partial = PartialScores(context.folder, header.versions, total, anew=config.resume == "none")
-    candidates = []
+    candidates, scored = list[Candidate](), dict[str, ComponentGroups]()
     for name, own in groups.items():
         model = context.models[name]
         shared = (name, model, own, calls[name])
-        blocks = source.block_lists(model)
         if of_gradient:
-            scores = score_by_gradient(*shared, config.task.projections, calibration.error, blocks, partial)
+            scores = score_by_gradient(*shared, config.task.projections, calibration.error, own.block_lists, partial)
         else:
-            scores = score_exactly(*shared, calibration.error, blocks, partial)
+            scores = score_exactly(*shared, calibration.error, own.block_lists, partial, header.base or None)
+        own = scored[name] = own.without(unreached_groups(name, model, own, scores, calibration.batches[name]))
         candidates += [one for group in own.groups for one in _candidates(name, group, own, scores[group.name])]
-    table = SensitivityTable(header, tuple(candidates))
+    if not candidates:
+        raise ConfigError("no layer that a format can hold is called for these samples; give other samples")
+    fixed = {name: own.fixed_bytes for name, own in scored.items()}
+    table = SensitivityTable(replace(header, fixed_bytes=fixed), tuple(candidates))
     draw_heat_map(table, context.folder)
     write_table(context.folder, table)
     partial.remove()
+
+
+def unreached_groups(
+    component: str,
+    model: nn.Module,
+    own: ComponentGroups,
+    scores: Mapping[str, Scores],
+    batches: Sequence[Batch],
+) -> list[Group]:
+    """Return the groups that no sample reaches, and say so: that they cost nothing would not be true.
+
+    A layer may be read without being called; it is reached if a format of it costs something.
+    """
+    silent = [group for group in own.groups if not any(scores[group.name].values())]
+    if not silent:
+        return []
+    called = called_layers(model, [layer for group in silent for layer in group.layers], batches)
+    unreached = [group for group in silent if not called.intersection(group.layers)]
+    if unreached:
+        say(
+            f"warning: {component}: no sample reaches {first_names([group.name for group in unreached])}: these layers "
+            "have no scores, and stay dense in every mix; give more or other samples (task.samples=)"
+        )
+    return unreached
 
 
 def _header(context: RunContext, groups: Mapping[str, ComponentGroups], calibration: Calibration) -> Header:
@@ -116,6 +156,7 @@ def _header(context: RunContext, groups: Mapping[str, ComponentGroups], calibrat
         unit=calibration.unit,
         samples=calibration.samples,
         fixed_bytes={name: own.fixed_bytes for name, own in groups.items()},
+        base=format_name(config.task.base) if config.task.base is not None else "",
         formats=tuple(dict.fromkeys(name for own in groups.values() for name in own.formats)),
         versions={name: found or "" for name, found in versions_of(("qexp", "torch", *methods)).items()},
     )

@@ -1,13 +1,14 @@
 """Do scores add up? Random mixes are run, and their error is compared with the sum of their scores.
 
-The error is measured in the unit of the scores, on samples of the proof: the mean squared error of the final latents,
-or the mean KL divergence of the next token.
+The error is measured in the unit of the scores, on samples of the proof: the squared error of the final latents, its
+geometric mean over the samples, or the mean KL divergence of the next token.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def measure_additivity(proven: Sequence[Proven], error: str) -> Additivity:
 def _last(trajectory: Any) -> Tensor:
     """Return the last state of a stored trajectory [steps, ...], in fp64."""
     steps = trajectory.get_shape()[0]
-    state: Tensor = trajectory[steps - 1 : steps].double()
+    state: Tensor = trajectory[steps - 1 : steps][0].double()
     return state
 
 
@@ -102,7 +103,7 @@ def _latent_error(folders: Sequence[Path]) -> float:
     """Return the mean squared error of the last state of the trajectory against the reference's, over runs."""
     from safetensors import safe_open
 
-    errors = []
+    errors: list[float] = []
     for folder in folders:
         result = RunFolder(folder).read_result() or {}
         states = []
@@ -114,5 +115,5 @@ def _latent_error(folders: Sequence[Path]) -> float:
                 raise LoadError(
                     f"{place}: its outputs cannot be read ({error}); run it again with resume=none"
                 ) from None
-        errors.append(float((states[0] - states[1]).square().mean()))
-    return math.fsum(errors) / len(errors)
+        errors += (states[0] - states[1]).square().flatten(1).mean(1).tolist()
+    return math.exp(math.fsum(math.log(max(error, sys.float_info.min)) for error in errors) / len(errors))

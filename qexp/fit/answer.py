@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 from qexp.fit.additivity import Additivity, measure_additivity, random_mixes
 from qexp.fit.contestants import contestants_of, make_contestant, recommended_overrides
 from qexp.fit.held_out import proof_variants
-from qexp.fit.mix import Mix
+from qexp.fit.mix import formats_of, uniform_mix
 from qexp.fit.opened import OpenedModel
-from qexp.fit.outcome import describe_formats, plan_container, predicted_device_bytes
-from qexp.fit.plan import FitPlan, choose_mix, plan_fit
+from qexp.fit.outcome import describe_formats, one_fits, plan_container, predicted_device_bytes
+from qexp.fit.plan import FitPlan, choose_mix, plan_fit, within
 from qexp.fit.proof import Proven, compared_metric, run_proof
 from qexp.fit.recipes import shell_line
 from qexp.fit.request import Request
@@ -24,6 +25,7 @@ from qexp.metrics.registry import Metric
 from qexp.predict.tables import formatted
 from qexp.results.numbers import format_memory
 from qexp.results.uncertainty import PairedComparison
+from qexp.sensitivity.table import DENSE
 from qexp.system.files import to_csv, write_bytes, write_json, write_text
 from qexp.system.memory import GIB
 
@@ -31,7 +33,7 @@ ROUNDS = 3  # of mixes chosen again because what was measured is over memory=
 COLORS = {"mix": "#0072B2", "uniform": "#D55E00", "rule": "#009E73"}
 
 
-def prove_and_answer(opened: OpenedModel, request: Request, plan: FitPlan, mix: Mix, folder: Path) -> None:
+def prove_and_answer(opened: OpenedModel, request: Request, plan: FitPlan, folder: Path) -> None:
     """Run the proof and print the recommendation. Raises: ConfigError where nothing can be recommended."""
     variants = proof_variants(opened, plan.table, plan.place, folder, request.seeds)
     sweep = f"fit_{folder.name}"
@@ -42,12 +44,12 @@ def prove_and_answer(opened: OpenedModel, request: Request, plan: FitPlan, mix: 
     tried = run_proof(opened, mixes, variants[:1], f"{sweep}_additivity")
     additivity = measure_additivity(tried, plan.table.header.error)
     print(additivity, flush=True)
-    if not additivity.holds and plan.table.header.score != "exact":
-        print("exact scores are made in their place", flush=True)
-        plan = plan_fit(opened, request, make_scores(opened, request, "exact"), plan.bandwidth)
-        mix = choose_mix(plan, request)
     write_json(folder / "additivity.json", additivity.to_container())
-    proven, plan, request = _prove(opened, request, plan, mix, folder, variants, sweep)
+    plan = within(plan, request, median([one.step_ms for one in tried if not one.problem] or [0.0]))
+    plans = {"mix": plan}
+    if not additivity.holds and request.quality is None:
+        plans |= _plan_from_base(opened, request, plan)
+    proven, plan, request = _prove(opened, request, plans, folder, variants, sweep)
     wanted = request.quality.metric if request.quality is not None else None
     verdict = decide(proven, compared_metric(proven, wanted), request, plan.size)
     _write(folder, opened, request, plan, proven, verdict, additivity)
@@ -57,27 +59,42 @@ def prove_and_answer(opened: OpenedModel, request: Request, plan: FitPlan, mix: 
 def _prove(
     opened: OpenedModel,
     request: Request,
-    plan: FitPlan,
-    mix: Mix,
+    plans: Mapping[str, FitPlan],
     folder: Path,
     variants: Sequence[Sequence[str]],
     sweep: str,
 ) -> tuple[list[Proven], FitPlan, Request]:
-    """Run the contestants; where the mix takes more than memory=, choose again with what was measured."""
+    """Run the contestants; where the mix takes more than memory=, choose again with what was measured.
+
+    plans: name of a mix -> what it is chosen by; the first one's bytes are those of all.
+    """
     for _ in range(ROUNDS):
+        plan = next(iter(plans.values()))
         if request.quality is not None:
             contestants = contestants_for_quality(opened, plan, request, folder, variants, sweep)
         else:
-            contestants = contestants_of(opened, plan, mix, folder)
+            mixes = {name: choose_mix(one, request) for name, one in plans.items()}
+            contestants = contestants_of(opened, plan, mixes, folder)
         proven = run_proof(opened, contestants, variants, sweep)
         beside = max((one.peak_bytes - one.weights_bytes for one in proven if not one.problem), default=0)
         if request.memory is None or beside <= plan.size.beside:
             break
         print(f"measured: {format_memory(beside / GIB)} beside the weights; choosing again with that", flush=True)
         request = replace(request, activations=beside)
-        plan = plan_fit(opened, request, plan.place, plan.bandwidth)
-        mix = choose_mix(plan, request)
+        plans = {name: within(one, request) for name, one in plans.items()}
     return proven, plan, request
+
+
+def _plan_from_base(opened: OpenedModel, request: Request, plan: FitPlan) -> dict[str, FitPlan]:
+    """Make exact scores with all other layers in the largest format that fits, around which errors do add up."""
+    by_size = sorted(formats_of(plan.groups), key=lambda name: uniform_mix(plan.groups, name).nbytes)
+    fitting = [name for name in by_size if one_fits(plan, uniform_mix(plan.groups, name))]
+    base = (fitting or by_size)[-1 if fitting else 0]
+    print(f"so exact scores are made with all other layers in {base}, for a second mix", flush=True)
+    backends = {choice.format: choice.backend for group in plan.groups for choice in group if choice.format != DENSE}
+    backends[base] = backends.pop(base)  # the last one
+    place = make_scores(opened, request, backends)
+    return {f"mix around {base}": within(plan_fit(opened, request, place, plan.bandwidth), request, plan.compute_ms)}
 
 
 def answer_lines(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from qexp.config.recipe import format_name
 from qexp.errors import ConfigError
 from qexp.fit.bandwidth import measured_bandwidth
 from qexp.fit.contestants import recommended_overrides
@@ -18,8 +19,9 @@ from qexp.fit.outcome import plan_lines, write_plan
 from qexp.fit.plan import check_bounds, check_recipe, plan_fit, timed_choice
 from qexp.fit.recipes import shell_line
 from qexp.fit.request import Request
-from qexp.fit.scores import default_formats, find_scores, make_scores
+from qexp.fit.scores import find_scores, make_scores
 from qexp.system.screen import library_output_in
+from qexp.tasks.sensitivity import default_formats
 
 
 def run_fit(request: Request, *, is_plan: bool) -> None:
@@ -36,7 +38,7 @@ def run_fit(request: Request, *, is_plan: bool) -> None:
         if not is_plan:
             check_provable(opened)
         folder = fit_folder(opened, request)
-        place = _scores_of(opened, request, is_plan=is_plan)
+        place = scores_of(opened, request, is_plan=is_plan)
         bandwidth = request.bandwidth or (measured_bandwidth(opened.config.device) if request.step_ms else None)
         with _quiet():
             plan = plan_fit(opened, request, place, bandwidth)
@@ -52,7 +54,7 @@ def run_fit(request: Request, *, is_plan: bool) -> None:
             return
         from qexp.fit.answer import prove_and_answer
 
-        prove_and_answer(opened, request, plan, mix, folder)
+        prove_and_answer(opened, request, plan, folder)
 
 
 def fit_folder(opened: OpenedModel, request: Request) -> Path:
@@ -68,11 +70,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _scores_of(opened: OpenedModel, request: Request, *, is_plan: bool) -> Path:
+def scores_of(opened: OpenedModel, request: Request, *, is_plan: bool) -> Path:
     """Return the folder with scores: as asked for, the latest that are of this model, or new ones."""
     if request.scores is not None:
         return request.scores
-    formats = request.formats or default_formats()
+    formats = request.formats or {format_name(config): config for config in default_formats()}
     with _quiet():
         model = check_bounds(opened, request, formats)
         found = find_scores(opened, model, request.formats)

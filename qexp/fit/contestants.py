@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,10 +31,12 @@ class Contestant:
     overrides: tuple[str, ...]
 
 
-def contestants_of(opened: OpenedModel, plan: FitPlan, mix: Mix, folder: Path) -> list[Contestant]:
+def contestants_of(opened: OpenedModel, plan: FitPlan, mixes: Mapping[str, Mix], folder: Path) -> list[Contestant]:
     """Return all that the proof compares, each within the limits; recipes are written into the folder."""
-    named: list[tuple[str, Literal["mix", "uniform", "rule"], Mix]] = [("mix", "mix", mix)]
-    methods = {str(choice.backend["quant_method"]) for choice in mix.choices} - {DENSE}
+    named: list[tuple[str, Literal["mix", "uniform", "rule"], Mix]] = [
+        (name, "mix", mix) for name, mix in mixes.items()
+    ]
+    methods = {str(choice.backend["quant_method"]) for mix in mixes.values() for choice in mix.choices} - {DENSE}
     for method in sorted(methods) if len(methods) > 1 else ():  # in files of one kind, which other programs open
         own = [[c for c in group if c.backend["quant_method"] in (method, DENSE)] for group in plan.groups]
         found = best_mix(own, plan.limits)

@@ -26,6 +26,7 @@ from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.configs import BackendConfig
 from qexp.quantizers.embedded import is_quantized
 from qexp.quantizers.none import NoneConfig
+from qexp.sensitivity.groups import LayerByLayer
 from qexp.sensitivity.table import DENSE, Candidate
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def _component_layers(
     found, shapes = dict[str, FormatLayers](), dict[str, int]()
     for label, config in formats.items():
         quantizer = load_quantizer(config)
-        specs, refused = choose_modules(model, quantizer, kept, fp32, prepared.compute_dtype, unquantized)
+        specs, refused = choose_modules(model, LayerByLayer(quantizer), kept, fp32, prepared.compute_dtype, unquantized)
         shapes |= {layer: spec.numel for layer, spec in specs.items()}
         nbytes = {layer: quantizer.quantized_nbytes(spec) for layer, spec in specs.items()}
         found[label] = FormatLayers(fields_of(config), nbytes, refused)

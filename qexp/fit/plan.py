@@ -28,7 +28,7 @@ from qexp.system.screen import say
 @dataclass(frozen=True)
 class FitPlan:
     """groups: the candidates of each; limits: of the program; table, place: the scores, and where they are; bandwidth:
-    bytes a second that travel, None where nothing does."""
+    bytes a second that travel, None where nothing does; compute_ms: of a step in which nothing does, as measured."""
 
     model: ModelLayers
     groups: Groups
@@ -37,6 +37,7 @@ class FitPlan:
     table: SensitivityTable
     place: Path
     bandwidth: float | None = None
+    compute_ms: float = 0.0
 
 
 def check_bounds(opened: OpenedModel, request: Request, formats: Mapping[str, BackendConfig]) -> ModelLayers:
@@ -63,6 +64,18 @@ def plan_fit(opened: OpenedModel, request: Request, place: Path, bandwidth: floa
     size = size_of(model, groups, request)
     _check_budget(request, size, groups)
     return FitPlan(model, groups, size, limits_of(request, size, bandwidth), table, place, bandwidth)
+
+
+def within(plan: FitPlan, request: Request, compute_ms: float | None = None) -> FitPlan:
+    """Return the plan with the limits of a request. compute_ms: see `FitPlan`; None: as it was.
+
+    Raises: ConfigError for a budget that nothing meets.
+    """
+    milliseconds = plan.compute_ms if compute_ms is None else compute_ms
+    size = size_of(plan.model, plan.groups, request)
+    _check_budget(request, size, plan.groups)
+    limits = limits_of(request, size, plan.bandwidth, milliseconds)
+    return replace(plan, size=size, limits=limits, compute_ms=milliseconds)
 
 
 def _check_budget(request: Request, size: Size, groups: Groups) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from qexp.config.hydra_schema import compose_settings
-from qexp.config.recipe import format_name
 from qexp.errors import ConfigError, QexpError
 from qexp.experiments.resolve import to_run_config
 from qexp.fit.candidates import formats_in, scored_groups
@@ -19,14 +20,10 @@ from qexp.quantizers.configs import BackendConfig
 from qexp.sensitivity.table import CSV, check_checkpoint, read_table
 from qexp.sweep.job import run_job
 from qexp.sweep.run_key import run_key
-from qexp.tasks.sensitivity import DEFAULT_FORMATS, SensitivityConfig, read_formats
+from qexp.tasks.sensitivity import SensitivityConfig
 
 SENSITIVITY = "task=sensitivity"
-
-
-def default_formats() -> dict[str, BackendConfig]:
-    """Return the candidate formats of task=sensitivity where task.formats is not given."""
-    return {format_name(config): config for config in read_formats(DEFAULT_FORMATS)}
+Fields = Mapping[str, Any]  # of a backend's config
 
 
 def find_scores(opened: OpenedModel, model: ModelLayers, wanted: Mapping[str, BackendConfig] | None) -> Path | None:
@@ -38,7 +35,7 @@ def find_scores(opened: OpenedModel, model: ModelLayers, wanted: Mapping[str, Ba
     for folder in folders:
         with suppress(QexpError):  # of another model, or damaged: it is not the one
             table = read_table(folder)
-            if table.header.checkpoint.keys() == model.checkpoints.keys():
+            if table.header.checkpoint.keys() == model.checkpoints.keys() and not table.header.base:
                 check_checkpoint(table, folder, model.checkpoints)
                 formats_in(table, wanted, folder)
                 scored_groups(table, model, folder)
@@ -46,19 +43,28 @@ def find_scores(opened: OpenedModel, model: ModelLayers, wanted: Mapping[str, Ba
     return None
 
 
-def make_scores(opened: OpenedModel, request: Request, score: str | None = None) -> Path:
+def make_scores(opened: OpenedModel, request: Request, backends: Mapping[str, Fields] | None = None) -> Path:
     """Run task=sensitivity with the experiment's own settings; returns its folder.
 
-    score: of the run, in place of what was asked for. Raises: ConfigError if it fails; its reason has been printed.
+    backends: format -> fields of its backend; exact scores of these are made with all other layers in the last one.
+    Raises: ConfigError if it fails; its reason has been printed.
     """
     own = {item.name for item in fields(SensitivityConfig)} - {"name", "window"}
     kept = [word for word in opened.overrides if not word.startswith("task=") and _is_kept(word, own)]
-    asked = {"score": score or request.score, "groups": request.groups, "formats": request.formats_text}
+    asked = {"score": request.score, "groups": request.groups, "formats": request.formats_text}
+    if backends is not None:
+        written = list(map(_as_override, backends.values()))
+        asked |= {"score": "exact", "formats": f"[{', '.join(written)}]", "base": written[-1]}
     words = [SENSITIVITY, *kept, *(f"task.{name}={value}" for name, value in asked.items() if value is not None)]
     config = to_run_config(compose_settings(words))
     if run_job(config, words).status != "done":
         raise ConfigError("there are no scores: task=sensitivity ended as the line above says")
     return Path(config.paths.outputs, "runs", run_key(config))
+
+
+def _as_override(fields_of_backend: Fields) -> str:
+    """Return a backend's fields as Hydra reads them: `{quant_method: "gguf", quant_type: "Q4_0"}`."""
+    return f"{{{', '.join(f'{name}: {json.dumps(value)}' for name, value in fields_of_backend.items())}}}"
 
 
 def _is_kept(word: str, own: Collection[str]) -> bool:

@@ -42,7 +42,7 @@ def contestants_for_quality(
             high = middle
         else:
             low = middle
-    others = [one for one in contestants_of(opened, plan, front[high].mix, folder) if one.kind != "mix"]
+    others = [one for one in contestants_of(opened, plan, {"mix": front[high].mix}, folder) if one.kind != "mix"]
     near = [front[place] for place in (high - 1, high, high + 1) if 0 <= place < len(front)]
     return [*(_contestant(opened, plan, one, folder) for one in near), *others]
 

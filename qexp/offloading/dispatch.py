@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,6 +110,14 @@ class Dispatch:
         dispatch = Dispatch(self.model, self.placement, self._no_split, self._store)
         dispatch.start()
         return dispatch
+
+    @contextmanager
+    def holding(self, module: nn.Module) -> Iterator[None]:
+        """Have the weights of a module and of those in it where they compute, also after its forward."""
+        with ExitStack() as stack:
+            for offload in self._offloads.values():
+                stack.enter_context(offload.holding(module))
+            yield
 
     def statistics(self) -> dict[str, float]:
         """Return the offload/ metrics over all devices, and the bytes of weights by place."""

@@ -22,6 +22,7 @@ from disk, into its page cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -188,6 +189,18 @@ class Engine:
             self.store_changes(group)
         else:
             group.at_rest[index].bind()
+
+    @contextmanager
+    def holding(self, module: nn.Module) -> Iterator[None]:
+        """Have the weights of a module, and of all modules in it, on the device, whether or not it is called."""
+        parts = {id(part) for part in module.modules()}
+        with ExitStack() as stack:
+            for group in self.groups:
+                for index, owner in enumerate(group.modules):
+                    if id(owner) in parts:
+                        self.enter(group, index)
+                        stack.callback(self.leave, group, index)
+            yield
 
     def reset(self) -> None:
         """Return every group to its storage; at the start of a step, needed only after an interrupt."""

@@ -11,7 +11,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +75,7 @@ class Handle(Protocol):
     def device(self) -> torch.device: ...
     def remove(self) -> None: ...
     def again(self) -> Any: ...
+    def holding(self, module: nn.Module) -> AbstractContextManager[None]: ...
 
 
 def offload_of(model: nn.Module) -> Handle | None:
@@ -204,6 +205,10 @@ class Offload:
             "offload/transferred_gib": self._engine.transferred_bytes / GIB,
             "offload/copies": float(self._engine.copies),
         }
+
+    def holding(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Have the weights of a module and of those in it on the device, also after its forward: for its backward."""
+        return self._engine.holding(module)
 
     def remove(self) -> None:
         """Give every module its values back, in memory of their own where they were before, and clean up."""

@@ -55,6 +55,24 @@ def order_of_calls(
     return (ended, starts) if len({*ended}) == len(ended) else ([], dict.fromkeys(starts, 0))
 
 
+def called_layers(model: nn.Module, layers: Sequence[str], batches: Sequence[Batch]) -> set[str]:
+    """Return those of the layers that are called for some batch: an expert may have no token."""
+    called: set[str] = set()
+    names: dict[nn.Module, list[str]] = {}
+    for layer in layers:
+        names.setdefault(model.get_submodule(layer), []).append(layer)
+    handles = [
+        module.register_forward_pre_hook(lambda *_, own=own: called.update(own)) for module, own in names.items()
+    ]
+    try:
+        for batch in batches:
+            call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
+
+
 class Tail:
     """A network that can begin at a block, for some calls.
 

@@ -13,13 +13,20 @@ from qexp.errors import ConfigError
 from qexp.sensitivity.groups import Format
 
 
-def candidate_weight(model: nn.Module, layer: str, one: Format) -> Tensor:
+def weight_of(model: nn.Module, layer: str) -> Tensor:
+    """Return the weight that a layer computes with now."""
+    weight = model.get_submodule(layer)._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def candidate_weight(weight: Tensor, layer: str, one: Format) -> Tensor:
     """Return the weight that a layer has in a format, dequantized to fp32, in the layer's own layout.
 
-    It is quantized from the dtype that a load quantizes from. Raises: ConfigError for one that is not finite.
+    weight: dense. It is quantized from the dtype that a load quantizes from. Raises: ConfigError for one that is not
+    finite.
     """
-    spec, weight = one.chosen[layer], model.get_submodule(layer)._parameters["weight"]
-    assert weight is not None
+    spec = one.chosen[layer]
     with torch.no_grad():
         dense = (weight.t() if spec.transposed else weight).to(spec.dtype)
         quantized = one.quantizer.create_quantized_param(spec, [dense.contiguous()], {}, weight.device)

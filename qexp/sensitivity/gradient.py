@@ -5,31 +5,29 @@ E[(v^T J dW)^2] = (J dW)^T M (J dW), the error that exact scores measure, to sec
 v^T y: for one row of the output, with the layer's input x and the gradient g of its output, v^T J dW = <g, x dW^T>,
 summed over tokens. So a backward pass gives every format of every layer one sample for each row.
 
-Blocks are computed again in the backward pass, so that activations of one block are in memory, and the inputs of the
-others. The cost of the passes does not depend on how many formats there are. Groups of several layers are summed before
-they are squared.
+Blocks are computed again in the backward pass (`recomputation.py`), so that activations of one block are in memory, and
+the inputs of the others; of blocks that rest on disk also the weights of one or two. The cost of the passes does not
+depend on how many formats there are. Groups of several layers are summed before they are squared.
 
-Sources: arXiv:1604.00556 (recomputation); arXiv:2106.08295, section 3 (errors of weights to second order).
+Source: arXiv:2106.08295, section 3 (errors of weights to second order).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
 
 from qexp.errors import ConfigError
 from qexp.sensitivity.blocks import blocks_of
-from qexp.sensitivity.candidates import candidate_weight
+from qexp.sensitivity.candidates import candidate_weight, weight_of
 from qexp.sensitivity.errors import draw_projection
 from qexp.sensitivity.groups import ComponentGroups, Group
 from qexp.sensitivity.partial import PartialScores, Scores
+from qexp.sensitivity.recomputation import recomputed
 from qexp.sensitivity.samples import Batch, first_tensor, merge_calls
 
 GRADIENTS_BYTES, CHANGES_BYTES = 64 << 20, 128 << 20  # of weight gradients of rows, and of changed weights, at a time
@@ -99,7 +97,7 @@ class _Backward:
             handle.remove()
 
     def run(self, batch: Batch, blocks: Sequence[nn.Module], error: str, random: torch.Generator) -> None:
-        with torch.enable_grad(), _recomputed(blocks):
+        with torch.enable_grad(), recomputed(self._model, blocks):
             output = first_tensor(self._model(*batch.args, **batch.kwargs))
             self._is_forward = False
             if not output.requires_grad:
@@ -152,14 +150,14 @@ class _Backward:
         Rows that cannot be told apart (tokens that a network has picked) are one: its square has the same mean.
         """
         x, g = self._by_rows(input), self._by_rows(gradient)  # [rows, tokens, in], [rows, tokens, out]
-        dense: Any = self._model.get_submodule(layer)._parameters["weight"]
+        dense = weight_of(self._model, layer)
         transposed = self._groups.formats[names[0]].chosen[layer].transposed
         if transposed:
             x, g = g, x  # the weight is [in, out]
         rows_at_once = max(GRADIENTS_BYTES // (4 * dense.numel()), 1)
         found = []
         for some in _chunks(names, max(CHANGES_BYTES // (4 * dense.numel()), 1)):
-            weights = (candidate_weight(self._model, layer, self._groups.formats[name]) for name in some)
+            weights = (candidate_weight(dense, layer, self._groups.formats[name]) for name in some)
             changes = torch.stack([(weight - dense).flatten() for weight in weights])  # [formats, out * in]
             parts = zip(x.split(rows_at_once), g.split(rows_at_once), strict=True)
             found.append(torch.cat([torch.bmm(own_g.mT, own_x).flatten(1) @ changes.T for own_x, own_g in parts]))
@@ -173,39 +171,3 @@ class _Backward:
 
 def _chunks(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     return (names[start : start + size] for start in range(0, len(names), size))
-
-
-@contextmanager
-def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Have blocks keep their inputs alone in the forward pass, and be computed again in the backward pass."""
-    for block in blocks:
-        block.forward = _recomputing(block.forward)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def _recomputing(forward: Any) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        floating = [place for place in places if leaves[place].is_floating_point()]
-        if floating and not any(leaves[place].requires_grad for place in floating):
-            leaves[floating[0]] = leaves[floating[0]].detach().requires_grad_()  # else nothing is recomputed
-        structure: list[Any] = []
-
-        def run(*tensors: Tensor) -> tuple[Any, ...]:
-            own = list(leaves)
-            for place, tensor in zip(places, tensors, strict=True):
-                own[place] = tensor
-            own_args, own_kwargs = tree_unflatten(own, spec)
-            returned, own_spec = tree_flatten(forward(*own_args, **own_kwargs))
-            structure[:] = [own_spec]
-            return tuple(returned)
-
-        outputs = checkpoint(run, *(leaves[place] for place in places), use_reentrant=True, preserve_rng_state=False)
-        return tree_unflatten(list(outputs), structure[0])
-
-    return call

@@ -7,29 +7,25 @@ group if it can hold every layer of it; a group without a candidate stays dense,
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from qexp.checkpoints.checkpoint import open_component
 from qexp.config.module_patterns import covers, unmatched_patterns
 from qexp.config.recipe import format_name
 from qexp.errors import ConfigError, QexpError
 from qexp.interop.interfaces import kept_by_class
-from qexp.loading.component import LoadRequest
 from qexp.loading.plan import choose_modules
 from qexp.loading.prepare import load_quantizer_of, prepare
 from qexp.loading.sharing import layers_by_weight
 from qexp.quantizers import base
+from qexp.system.screen import say
+from qexp.tasks.sensitivity import default_formats
 
 if TYPE_CHECKING:
-    import torch
-
-    from qexp.config.schema import ComponentConfig
-    from qexp.loading.component import Prepared
+    from qexp.loading.component import LoadRequest, Prepared
     from qexp.loading.plan import LoadPlan
-    from qexp.models.base import ModelSource
     from qexp.quantizers.rows import WeightSpec
     from qexp.tasks.sensitivity import SensitivityConfig
 
@@ -63,36 +59,35 @@ class Group:
 
 @dataclass(frozen=True)
 class ComponentGroups:
-    """groups: in the order of the model's layers; formats: by name; fixed_bytes: of all tensors in no group."""
+    """groups: in the order of the model's layers; formats: by name; fixed_bytes: of all tensors in no group;
+    block_lists: the network's lists of blocks."""
 
     groups: tuple[Group, ...]
     formats: Mapping[str, Format]
     fixed_bytes: int
+    block_lists: tuple[str, ...] = ()
 
     @property
     def layers(self) -> list[str]:
         return [layer for group in self.groups for layer in group.layers]
 
+    def without(self, left_out: Sequence[Group]) -> ComponentGroups:
+        """Return those of the groups that are not left out; their layers stay dense."""
+        groups = tuple(group for group in self.groups if group not in left_out)
+        return replace(self, groups=groups, fixed_bytes=self.fixed_bytes + sum(g.nbytes["none"] for g in left_out))
 
-def plan_groups(
-    source: ModelSource,
-    component: str,
-    settings: ComponentConfig,
-    task: SensitivityConfig,
-    device: torch.device,
-) -> ComponentGroups:
+
+def plan_groups(request: LoadRequest, task: SensitivityConfig) -> ComponentGroups:
     """Plan what is scored of one component; no weight is read.
 
-    settings: of the unquantized component, in the dtype that its formats are to be quantized from.
+    request: of the unquantized component, in the dtype that its formats are to be quantized from.
     Raises: ConfigError for formats that no layer can hold and groups that match nothing; MissingLibraryError,
     UnsupportedError, LoadError.
     """
-    request = LoadRequest(source, component, open_component(source, component), settings, device)
-    prepared = prepare(request, load_quantizer_of(request))
-    formats = {}
-    for config in task.formats:
-        name = format_name(config)
-        formats[name] = _plan_format(source, component, settings, prepared, config, device)
+    component, prepared = request.component, prepare(request, load_quantizer_of(request))
+    is_default = task.formats == default_formats()
+    planned = (_plan_format(prepared, config, is_default) for config in task.formats)
+    formats = {one.name: one for one in planned if one.chosen}
     layers = [name for name, _ in prepared.model.named_modules(remove_duplicate=False)]
     held = {layer for one in formats.values() for layer in one.chosen}
     parts = _joined([names for names in layers_by_weight(prepared.model) if names[0] in held])
@@ -102,36 +97,33 @@ def plan_groups(
     if not groups:
         raise ConfigError(f"'{component}' has no group of layers that one of task.formats can hold; give other formats")
     total = sum(item.result_nbytes for item in prepared.plan.distinct)
-    return ComponentGroups(tuple(groups), formats, total - sum(group.nbytes["none"] for group in groups))
+    blocks = tuple(request.source.block_lists(prepared.model))
+    return ComponentGroups(tuple(groups), formats, total - sum(group.nbytes["none"] for group in groups), blocks)
 
 
-def _plan_format(
-    source: ModelSource,
-    component: str,
-    settings: ComponentConfig,
-    prepared: Prepared,
-    config: Any,
-    device: torch.device,
-) -> Format:
-    """Find out which layers a format can hold. Raises ConfigError if there are none."""
-    name, model, dtype = format_name(config), prepared.model, prepared.compute_dtype
+def _plan_format(prepared: Prepared, config: Any, is_default: bool) -> Format:
+    """Find out which layers a format can hold. Raises ConfigError if there are none, and the format was asked for."""
+    name, model, dtype, request = format_name(config), prepared.model, prepared.compute_dtype, prepared.request
+    component, settings, device = request.component, request.settings, request.device
     quantizer = base.load_quantizer(config.resolved(device.type))
-    skip = (*settings.skip_modules, *source.skip_modules(component, model))
+    skip = (*settings.skip_modules, *request.source.skip_modules(component, model))
     in_fp32, unquantized = kept_by_class(model, dtype)
     fp32 = (*settings.keep_in_fp32_modules, *in_fp32)
     try:
         quantizer.validate_environment(device)
-        chosen, skipped = choose_modules(model, _LayerByLayer(quantizer), skip, fp32, dtype, unquantized)
+        chosen, skipped = choose_modules(model, LayerByLayer(quantizer), skip, fp32, dtype, unquantized)
     except QexpError as error:
         raise type(error)(f"task.formats: {name}: {error}") from error
-    if not chosen:
+    if not chosen and is_default:
+        say(f"left out: {name}: no layer of '{component}' can be in it")
+    elif not chosen:
         layer, why = next(iter(skipped.items()), ("", "it has no linear layers"))
         example = f"'{layer}': {why}" if layer else why
         raise ConfigError(f"task.formats: no layer of '{component}' can be in {name} ({example}); leave it out")
     return Format(name, config, quantizer, chosen)
 
 
-class _LayerByLayer(base.Quantizer):
+class LayerByLayer(base.Quantizer):
     """A quantizer that says of each layer whether it can hold it, also where it would refuse the whole model."""
 
     def __init__(self, inner: base.Quantizer) -> None:

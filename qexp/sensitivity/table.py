@@ -56,7 +56,8 @@ class Header:
 
     checkpoint: component -> hash of its content; score: "exact" or "gradient"; error: "squared_error" or "kl"; unit:
     of a score, in words; samples: how many it is a mean over; fixed_bytes: component -> bytes of all its tensors that
-    are in no group; formats: those that were tried; versions: of the libraries.
+    are in no group; formats: those that were tried; versions: of the libraries; base: the format of all other layers
+    while one is scored, "" if they are dense: scores are then what is added to the error of such a model.
     """
 
     checkpoint: Mapping[str, str]
@@ -68,6 +69,7 @@ class Header:
     fixed_bytes: Mapping[str, int]
     formats: tuple[str, ...]
     versions: Mapping[str, str]
+    base: str = ""
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,11 @@ def _read_candidate(row: Sequence[str], number: int) -> Candidate:
 def _read_header(path: Path, content: Mapping[str, Any]) -> Header:
     if content.get("schema") != SCHEMA:
         raise DamagedFileError(path, f"schema={content.get('schema')}, and this version reads {SCHEMA}", REMEDY)
+    content = {"base": "", **content}  # of versions that had no base
     names = [item.name for item in fields(Header)]
     lacking = [name for name in names if name not in content]
     kinds: dict[str, Any] = {"samples": int, "formats": list} | dict.fromkeys(("checkpoint", "fixed_bytes"), dict)
-    kinds |= {"versions": dict} | dict.fromkeys(("model", "score", "error", "unit"), str)
+    kinds |= {"versions": dict} | dict.fromkeys(("model", "score", "error", "unit", "base"), str)
     wrong = lacking or [name for name in names if not isinstance(content[name], kinds[name])]
     if wrong:
         raise DamagedFileError(path, f"{', '.join(wrong)} is missing or wrong", REMEDY)

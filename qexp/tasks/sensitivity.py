@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, ClassVar
 
 from typing_extensions import override
@@ -27,7 +28,10 @@ NO_FORMATS = ("none", "mixed")  # options of conf/backend that are no format
 DEFAULT_FORMATS: tuple[Any, ...] = (
     "gguf*",
     "packed_uint*",
-    *({"backend": "packed_uint4", "quant_type": f"uint{bits}wo"} for bits in (5, 6, 8)),
+    *(
+        {"backend": "packed_uint4", "quant_type": f"uint{bits}wo", "group_size": 256, "label": f"uint{bits}wo g256"}
+        for bits in (3, 4, 5, 6, 8)
+    ),
 )
 GROUPS_EXAMPLE = "task.groups='[[to_q,to_k,to_v],blocks.*.mlp]'"
 
@@ -37,9 +41,11 @@ class SensitivityConfig(GenerateConfig):
     """score: exact quantizes one group of layers at a time; gradient estimates the same from a few backward passes.
 
     formats: what is tried: options of conf/backend, where * stands for any characters (gguf*), or groups of an option
-    and its fields ({backend: gguf, quant_type: Q5_0}); null: gguf* and packed integers of 2, 3, 4, 5, 6 and 8 bits.
+    and its fields ({backend: gguf, quant_type: Q5_0}); null: gguf*, packed integers of 2, 3 and 4 bits in groups of
+    64, and of 3, 4, 5, 6 and 8 bits in groups of 256, without those that no layer can hold.
     groups: layers that are to have one format: a list of names, [to_q,to_k,to_v], of layers of one parent, or a
     pattern of modules, each with all its layers. samples: images or prompts (null: 16), or windows of the text (32).
+    base: a format in which all other layers are meanwhile, as in formats; null: dense; of score=exact.
     states: steps of the schedule whose states are read. window: tokens of a window of the text (null: 64).
     projections: backward passes of score=gradient. Everything else is as of task=generate, text as of task=perplexity.
     """
@@ -48,6 +54,7 @@ class SensitivityConfig(GenerateConfig):
     score: str = "exact"
     formats: Any = None
     groups: Any = ()
+    base: Any = None
     samples: int | None = None
     states: int = 5
     window: int | None = None
@@ -65,8 +72,21 @@ class SensitivityConfig(GenerateConfig):
         for name, least in {"samples": 1, "states": 1, "window": 2, "projections": 1}.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ConfigError(f"task.{name}={value} must be {least} or more")
-        object.__setattr__(self, "formats", read_formats(DEFAULT_FORMATS if self.formats is None else self.formats))
+        object.__setattr__(self, "formats", default_formats() if self.formats is None else read_formats(self.formats))
         object.__setattr__(self, "groups", read_groups(self.groups))
+        if self.base is not None:
+            object.__setattr__(self, "base", self._read_base())
+
+    def _read_base(self) -> Any:
+        if self.score != "exact":
+            raise ConfigError(
+                f"task.base={self.base} is for task.score=exact, and task.score={self.score}; leave it out"
+            )
+        config, *others = _read_entry(self.base, "task.base")
+        names = [format_name(one) for one in self.formats]
+        if others or format_name(config) not in names:
+            raise ConfigError(f"task.base={self.base} must be one of task.formats: {choices(names)}")
+        return config
 
     def resolved_by(self, resolve: Callable[[GenerateConfig], GenerateConfig]) -> SensitivityConfig:
         """Return the task with the fields of `task=generate` as a model source resolves them."""
@@ -80,6 +100,12 @@ class SensitivityConfig(GenerateConfig):
 
 
 Config = SensitivityConfig
+
+
+@cache
+def default_formats() -> tuple[Any, ...]:
+    """Return the configs of what is tried if nothing is named."""
+    return read_formats(DEFAULT_FORMATS)
 
 
 def read_formats(value: Any) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from qexp.errors import ConfigError
-from qexp.fit.additivity import Additivity, random_mixes
+from qexp.fit.additivity import Additivity, measure_additivity, random_mixes
 from qexp.fit.budget import Size
 from qexp.fit.contestants import Contestant
 from qexp.fit.mix import Mix
@@ -117,3 +117,38 @@ def test_peak_that_was_not_measured_keeps_no_bound() -> None:
     unknown = replace(proven("q4", 0, 4000), peak_bytes=0)
     with pytest.raises(ConfigError, match="its peak was not measured; use isolation=process"):
         decide([unknown], PSNR, read_request(["memory=1GiB"]), SIZE)
+
+
+def test_error_of_images_is_the_geometric_mean_over_samples(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    run, reference = tmp_path / "runs" / "a", tmp_path / "references" / "r"
+    for folder in (run, reference):
+        folder.mkdir(parents=True)
+    states = torch.zeros(3, 2, 5)  # [steps, samples, values]
+    save_file({"trajectory": states}, reference / "outputs.safetensors")
+    states[2, 0], states[2, 1] = 1.0, 10.0
+    save_file({"trajectory": states}, run / "outputs.safetensors")
+    (run / "result.json").write_text('{"reference": "r"}')
+    one = replace(proven("mix", 0, 1), folders=(run,))
+    found = measure_additivity([one], "squared_error")
+    assert found.measured[0] == pytest.approx(10.0)  # of 1 and 100: no sample decides alone
+
+
+def test_time_of_a_step_leaves_less_to_travel(tmp_path: Path) -> None:
+    from qexp.fit.layers import ComponentLayers, ModelLayers
+    from qexp.fit.plan import FitPlan, within
+    from qexp.fit.program import Limits
+    from qexp.sensitivity.table import Header, SensitivityTable
+
+    layers = ComponentLayers(100, {"a": "a.weight"}, {"a.weight": 100}, {"a.weight": 50}, {"a": 0}, {}, ("a",))
+    model = ModelLayers({"m": layers}, 0, 0, {}, {})
+    groups = [model.candidates("m", ("a",), ())]
+    header = Header({"m": ""}, "m", "exact", "kl", "", 1, {"m": 0}, (), {})
+    request = read_request(["memory=1GiB", "step_ms=80", "bandwidth=1GB/s"])
+    plan = FitPlan(model, groups, SIZE, Limits(0), SensitivityTable(header, ()), tmp_path, 1e9)
+    assert within(plan, request).limits.travel_bytes == 80_000_000
+    measured = within(plan, request, 30.0)
+    assert measured.limits.travel_bytes == within(measured, request).limits.travel_bytes == 50_000_000
+    assert within(plan, request, 90.0).limits.travel_bytes == 0

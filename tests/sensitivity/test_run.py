@@ -10,11 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qexp.checkpoints.checkpoint import open_component
 from qexp.errors import ConfigError
 from qexp.experiments.run import check_experiment, run_experiment
-from qexp.loading.component import LoadRequest
-from qexp.loading.lifecycle import plan_component
+from qexp.loading.lifecycle import plan_component, request_load
 from qexp.models.base import load_source
 from qexp.models.digits import ASSETS
 from qexp.results.run_folder import PARTIAL
@@ -91,9 +89,11 @@ def test_both_scores_rank_the_digits_model_alike(tmp_path: Path) -> None:
 def test_bytes_of_one_format_everywhere_are_those_of_its_plan() -> None:
     config = run_config("task=sensitivity", "task.formats=[gguf_q4_0]")
     source, uniform = load_source(config.model), run_config("backend=gguf_q4_0").components["transformer"]
-    groups = plan_groups(source, "transformer", config.components["transformer"], config.task, CPU)
-    checkpoint = open_component(source, "transformer")
-    plan = plan_component(LoadRequest(source, "transformer", checkpoint, uniform, CPU)).prepared.plan
+    dense, quantized = (
+        request_load(source, "transformer", settings, device=CPU)
+        for settings in (config.components["transformer"], uniform)
+    )
+    groups, plan = plan_groups(dense, config.task), plan_component(quantized).prepared.plan
     total = sum(item.result_nbytes for item in plan.distinct)
     assert groups.fixed_bytes + sum(group.nbytes["gguf Q4_0"] for group in groups.groups) == total
 
@@ -105,7 +105,7 @@ def test_a_weight_that_an_embedding_has_too_saves_nothing(tmp_path: Path) -> Non
     text.write_text("543+870=3240\n" * 9, encoding="utf-8")
     config = run_config("task=sensitivity", f"task.text={text}", *overrides)
     source, settings = load_source(config.model), config.components["model"]
-    groups = plan_groups(source, "model", settings, config.task, CPU)
+    groups = plan_groups(request_load(source, "model", settings, device=CPU), config.task)
     head = next(group for group in groups.groups if group.name == "lm_head")
     assert head.nbytes == {"none": 0, "gguf Q4_0": 32 * 64 // 32 * 18}
     table = run(tmp_path / "run", f"task.text={text}", *overrides)
@@ -127,6 +127,9 @@ def test_a_weight_that_an_embedding_has_too_saves_nothing(tmp_path: Path) -> Non
         (["task.samples=0"], "task.samples=0 must be 1 or more"),
         (["task.window=8"], "is of windows of a text"),
         (["offload=leaf"], "offload"),
+        (["offload=block"], "use offload=none, or offload=block with task.score=gradient"),
+        (["task.base=gguf", "task.score=gradient"], "is for task.score=exact"),
+        (["task.base=gguf", "task.formats=[gguf_q4_0]"], "must be one of task.formats: gguf Q4_0"),
         (["model=arithmetic", "task.prompt=[a]"], "which reads a text"),
         (["model=arithmetic", "task.window=999"], "positions of this model"),
         (["model=causal_lm", f"model.path={ASSETS.parent / 'arithmetic'}"], "task.text=null names no text to read"),
@@ -151,6 +154,18 @@ def test_scores_do_not_depend_on_the_compute_dtype_of_activations(tmp_path: Path
     scores = [torch.tensor([one.score for one in table.candidates]) for table in tables]
     assert torch.allclose(scores[0], scores[1], rtol=1e-3)
     assert json.loads((tmp_path / "bf16" / "sensitivity.json").read_text())["unit"] == "nats of a predicted token"
+
+
+def test_gradient_scores_of_blocks_on_disk_are_those_of_a_model_in_memory(tmp_path: Path) -> None:
+    overrides = ("model=arithmetic", "task.samples=4", "task.formats=[gguf_q4_0]", "task.score=gradient")
+    tables = [run(tmp_path / name, *overrides, *more) for name, more in (
+        ("memory", ()), ("disk", ("offload=block", "offload.to=disk")),
+    )]  # fmt: skip
+    assert [(one.group, one.nbytes) for one in tables[0].candidates] == [
+        (one.group, one.nbytes) for one in tables[1].candidates
+    ]
+    scores = [torch.tensor([one.score for one in table.candidates]) for table in tables]
+    assert torch.allclose(scores[0], scores[1], rtol=1e-4, atol=0) and bool((scores[0] > 0).any())
 
 
 @pytest.mark.exhaustive

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qexp.config.schema import ComponentConfig
 from qexp.errors import ConfigError
+from qexp.loading.lifecycle import request_load
 from qexp.results.run_folder import PARTIAL
 from qexp.sensitivity import exact
 from qexp.sensitivity.blocks import Tail, blocks_of, order_of_calls
@@ -29,8 +30,8 @@ SHAPES = [(64, 64), (96, 64), (32, 96)]
 
 
 def planned(folder: Path, **task: Any) -> ComponentGroups:
-    settings = ComponentConfig(backend_config("none"))
-    return plan_groups(StackSource(folder), "stack", settings, SensitivityConfig(formats=FORMATS, **task), CPU)
+    request = request_load(StackSource(folder), "stack", ComponentConfig(backend_config("none")), device=CPU)
+    return plan_groups(request, SensitivityConfig(**{"formats": FORMATS, **task}))
 
 
 def batches_of(*rows: int, weight: float = 0.5) -> list[Batch]:
@@ -137,11 +138,11 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.M
     expected, made = scored(model, groups, batches, tmp_path), list[str]()
     real = exact.candidate_weight
 
-    def candidate(model: nn.Module, layer: str, one: Any) -> Tensor:
+    def candidate(weight: Tensor, layer: str, one: Any) -> Tensor:
         made.append(layer)
         if len(made) == 4:
             raise KeyboardInterrupt
-        return real(model, layer, one)
+        return real(weight, layer, one)
 
     monkeypatch.setattr(exact, "candidate_weight", candidate)
     with pytest.raises(KeyboardInterrupt):
@@ -181,9 +182,7 @@ def test_calls_are_joined_only_where_the_network_gives_the_same() -> None:
 def test_what_cannot_be_scored_is_refused_from_headers(tmp_path: Path, task: dict[str, Any], said: str) -> None:
     save_stack(tmp_path, [(32, 96), (32, 32), (32, 32)], dtype=torch.float32)
     with pytest.raises(ConfigError, match=said):
-        planned(tmp_path, **task) if "formats" not in task else plan_groups(
-            StackSource(tmp_path), "stack", ComponentConfig(backend_config("none")), SensitivityConfig(**task), CPU
-        )
+        planned(tmp_path, **task)
 
 
 def test_a_format_is_tried_only_where_it_fits(tmp_path: Path) -> None:
@@ -193,3 +192,48 @@ def test_a_format_is_tried_only_where_it_fits(tmp_path: Path) -> None:
     assert groups.groups[0].nbytes == {"none": 64 * 64 * 2, "gguf Q8_0": 64 * 2 * 34, "gguf Q4_0": 64 * 2 * 18}
     everything = sum(parameter.nbytes for parameter in model.parameters())
     assert groups.fixed_bytes == everything - 64 * 64 * 2
+
+
+def test_scores_around_a_base_are_what_a_format_adds_there(tmp_path: Path) -> None:
+    model: Any = save_stack(tmp_path, SHAPES, dtype=torch.float32)
+    batches, groups = batches_of(3), planned(tmp_path)
+    partial = PartialScores(tmp_path, {}, 6, anew=True)
+    found = score_exactly("stack", model, groups, batches, "squared_error", ["layers"], partial, "gguf Q4_0")
+    weights = [layer.weight.clone() for layer in model.layers]
+    low = [decoded(weight, "Q4_0") for weight in weights]
+
+    def output(own: list[Tensor]) -> Tensor:
+        x = batches[0].args[0]
+        for weight, layer in zip(own, model.layers, strict=True):
+            x = x @ weight.T + layer.bias
+        return x
+
+    def error(number: int, weight: Tensor) -> float:
+        own = [*low[:number], weight, *low[number + 1 :]]
+        return 0.5 * float((output(own) - output(weights)).square().sum())
+
+    for number, weight in enumerate(weights):
+        for name in ("Q8_0", "Q4_0"):
+            expected = max(error(number, decoded(weight, name)) - error(number, weight), 0.0)
+            assert found[f"layers.{number}"][f"gguf {name}"] == pytest.approx(expected, rel=2e-3, abs=1e-2)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model.layers, weights, strict=True))
+
+
+def test_layers_that_no_sample_reaches_have_no_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from qexp.experiments.sensitivity import unreached_groups
+
+    model: Any = save_stack(tmp_path, [(64, 64), (64, 64), (64, 64)], dtype=torch.float32)
+    model.layers[1].weight.zero_()  # no format changes it: it costs nothing, and is reached
+    groups, batches = planned(tmp_path), batches_of(2)
+    del model.layers[2]
+    unused = nn.Linear(64, 64).requires_grad_(False)
+    model.layers.append(unused)
+    model.forward = lambda x: model.layers[1](model.layers[0](x))
+    scores = scored(model, groups, batches, tmp_path)
+    assert set(scores["layers.1"].values()) == set(scores["layers.2"].values()) == {0.0}
+    left_out = unreached_groups("stack", model, groups, scores, batches)
+    assert [group.name for group in left_out] == ["layers.2"]
+    assert "no sample reaches 'layers.2'" in capsys.readouterr().err
+    kept = groups.without(left_out)
+    assert [group.name for group in kept.groups] == ["layers.0", "layers.1"]
+    assert kept.fixed_bytes == groups.fixed_bytes + 64 * 64 * 4
