@@ -1,0 +1,94 @@
+"""The sweep of `experiment=mixed_pareto`: every uniform format of a model, and the best mixes over the whole range.
+
+The models are swept over as by the sweeper that this one replaces. For each, scores are made first, or stored ones are
+taken; the recipes of the front are written to outputs/fit/<model>_front. All experiments run on samples that no score
+was made with, and the plots of the report are drawn at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qexp.cli.sweeper import SweepAsItComes
+from qexp.errors import ConfigError
+from qexp.fit.command import scores_of
+from qexp.fit.contestants import make_contestant
+from qexp.fit.front import FrontPoint, mixed_front, uniform_points
+from qexp.fit.held_out import proof_variants
+from qexp.fit.mix import Mix
+from qexp.fit.opened import open_model
+from qexp.fit.plan import plan_fit
+from qexp.fit.request import Request
+from qexp.models.base import TextSource
+
+
+class ParetoSweeper(SweepAsItComes):
+    """hydra/sweeper=qexp_pareto. budgets: of the mixes, evenly in ratio from the smallest one to the dense model."""
+
+    def __init__(self, max_batch_size: int | None, params: Any, budgets: int) -> None:
+        super().__init__(max_batch_size=max_batch_size, params=params)
+        if budgets < 1:
+            raise ConfigError(f"hydra.sweeper.budgets={budgets} must be 1 or more")
+        self._budgets = budgets
+
+    def split_arguments(self, overrides: Any, max_batch_size: int | None) -> list[list[list[str]]]:
+        """Return one batch: the experiments of every combination of the swept overrides, as Hydra splits them."""
+        assert self.config is not None
+        is_dry = bool(self.config.sweep.get("dry_run"))
+        (jobs,) = super().split_arguments(overrides, None) or [[]]
+        return [[words for job in jobs for words in front_jobs(job, self._budgets, is_dry=is_dry)]]
+
+    def sweep(self, arguments: list[str]) -> list[Any]:
+        """Run all experiments, then draw the plots; returns what each returned."""
+        from qexp.report.__main__ import write_report
+        from qexp.report.comparison import prepare_compared
+        from qexp.results.rows import rows_of_sweep
+        from qexp.sweep.log_writer import WRITER
+
+        found = super().sweep(arguments)
+        assert self.config is not None
+        if not self.config.sweep.get("dry_run"):
+            WRITER.close()
+            outputs, name = Path(self.config.paths.outputs), self.config.sweep.name
+            rows = rows_of_sweep(outputs, name)
+            for path in write_report(outputs, name, rows, prepare_compared(rows, None)):
+                print(f"wrote {path}")
+        return found
+
+
+def front_jobs(job: Sequence[str], budgets: int, *, is_dry: bool) -> list[list[str]]:
+    """Return the overrides of each experiment of one model: uniform formats, then mixes, by bytes.
+
+    job: overrides of the experiment, but for the backend; is_dry: no scores are made. Raises: QexpError.
+    """
+    given = [
+        word for word in job if word.lstrip("+~").partition("=")[0].partition("@")[0].partition(".")[0] == "backend"
+    ]
+    if given:
+        raise ConfigError(f"{given[0]}: experiment=mixed_pareto goes through the backends itself; leave it out")
+    with open_model(Request(tuple(job))) as found:
+        is_text = isinstance(found.source, TextSource)
+    words = [*job, "task=perplexity"] if is_text and not any(word.startswith("task=") for word in job) else list(job)
+    request = Request(tuple(words))
+    with open_model(request) as opened:
+        folder = Path(opened.config.paths.outputs, "fit", f"{opened.name}_front").resolve()
+        place = scores_of(opened, request, is_plan=is_dry)
+        plan = plan_fit(opened, request, place, None)
+        (variant,) = proof_variants(opened, plan.table, place, folder, 1)
+        named: list[tuple[str, Mix]] = [(one.name, one.mix) for one in uniform_points(plan.groups, plan.size)]
+        seen = {_formats_of(mix) for _, mix in named}
+        mixes = [one for one in mixed_front(plan.groups, plan.size, budgets) if _formats_of(one.mix) not in seen]
+        named += [(mix_name(one), one.mix) for one in mixes]
+        jobs = [make_contestant(opened, plan, name, "mix", mix, folder).overrides for name, mix in named]
+    return [[*words, *variant, *overrides] for overrides in jobs]
+
+
+def mix_name(one: FrontPoint) -> str:
+    """Return the name of a mix in tables and plots: 'mix of 4.50 bits'."""
+    return f"mix of {one.bits:.2f} bits"
+
+
+def _formats_of(mix: Mix) -> tuple[str, ...]:
+    return tuple(choice.format for choice in mix.choices)

@@ -1,0 +1,34 @@
+"""experiment=mixed_pareto: uniform formats and mixes of each model, on samples that no score was made with."""
+
+from pathlib import Path
+
+import pytest
+
+from qexp.config.hydra_schema import compose_settings
+from qexp.errors import ConfigError
+from qexp.experiments.resolve import to_run_config
+from qexp.fit.pareto import front_jobs
+from tests.fit.made_scores import OPTIONS, write_scores
+
+
+def test_front_of_a_model_is_every_uniform_format_and_mixes_between_them(tmp_path: Path) -> None:
+    job = ["experiment=mixed_pareto", "model=digits", f"paths.outputs={tmp_path}", "seed=4"]
+    with pytest.raises(ConfigError, match="has no scores of this model"):
+        front_jobs(job, 6, is_dry=True)  # a dry run makes none
+    write_scores(tmp_path / "runs" / "made", ["model=digits"])
+    jobs = front_jobs(job, 6, is_dry=True)
+    assert all(words[:4] == job and "seed=5" in words for words in jobs)
+    configs = [to_run_config(compose_settings(words)) for words in jobs]
+    backends = [config.components["transformer"].backend for config in configs]
+    uniform = [one.quant_method for one in backends[: len(OPTIONS) + 1]]
+    assert sorted(uniform) == ["gguf", "gguf", "gguf", "none", "qexp_packed", "qexp_packed"]
+    mixes = backends[len(OPTIONS) + 1 :]
+    assert 3 <= len(mixes) <= 6 and all(one.quant_method == "mixed" for one in mixes)
+    assert len({one.label for one in mixes}) == len(mixes)
+    assert all(str(config.components["transformer"].compute_dtype) == "float32" for config in configs)
+
+
+def test_backend_of_a_front_is_refused(tmp_path: Path) -> None:
+    for word in ("backend=gguf", "backend.quant_type=Q4_0", "+backend@components.transformer.backend=gguf"):
+        with pytest.raises(ConfigError, match="goes through the backends itself"):
+            front_jobs(["model=digits", f"paths.outputs={tmp_path}", word], 3, is_dry=True)
