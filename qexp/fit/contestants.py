@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from qexp.system.screen import say
 
 SENSITIVE = re.compile(r"embed|modulation|adaln|(^|[._])(norm|mod)\d*([._]|$)")  # names that rules by hand keep
 RULE = "rule by hand"
+FLOORS = 2  # mixes without the smallest format, and without the two smallest
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def contestants_of(opened: OpenedModel, plan: FitPlan, mixes: Mapping[str, Mix],
     named: list[tuple[str, Literal["mix", "uniform", "rule"], Mix]] = [
         (name, "mix", mix) for name, mix in mixes.items()
     ]
+    named += [(name, "mix", one) for name, one in careful_mixes(plan, next(iter(mixes.values())))]
     methods = {str(choice.backend["quant_method"]) for mix in mixes.values() for choice in mix.choices} - {DENSE}
     for method in sorted(methods) if len(methods) > 1 else ():  # in files of one kind, which other programs open
         own = [[c for c in group if c.backend["quant_method"] in (method, DENSE)] for group in plan.groups]
@@ -49,6 +51,20 @@ def contestants_of(opened: OpenedModel, plan: FitPlan, mixes: Mapping[str, Mix],
     if rule is None:
         say(f"left out: {RULE} (first and last layer, embeddings and modulations dense): no format of the others fits")
     return [make_contestant(opened, plan, *one, folder) for one in _distinct(named)]
+
+
+def careful_mixes(plan: FitPlan, mix: Mix) -> Iterator[tuple[str, Mix]]:
+    """Mixes without the formats of the fewest bits that a mix has: their errors are the largest, and add up least."""
+    bits: dict[str, float] = {}
+    for group in plan.groups:
+        dense = choice_of(group, DENSE).nbytes
+        bits |= {choice.format: choice.nbytes / dense for choice in group if dense and choice.format not in bits}
+    used = sorted(mix.formats.keys() & bits.keys() - {DENSE}, key=lambda name: (bits[name], name))
+    for least in used[:FLOORS]:
+        kept = [[c for c in group if c.format == DENSE or bits.get(c.format, 0) > bits[least]] for group in plan.groups]
+        found = best_mix(kept, plan.limits)
+        if found is not None:
+            yield f"mix above {least}", found
 
 
 def make_contestant(
