@@ -34,12 +34,12 @@ def load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:
 
 
 def load_trace(loaded: Sequence[LoadedComponent]) -> list[dict[str, float]]:
-    """Return the host memory of the process while components loaded in a row: seconds from the first one's start."""
+    """Return the host memory of the process while components loaded in a row: seconds of reading."""
     rows, passed = list[dict[str, float]](), 0.0
     for component in loaded:
         points = component.memory.trace.points()
         rows += [{"seconds": passed + seconds, "host_gib": nbytes / GIB} for seconds, nbytes in points]
-        passed += component.seconds
+        passed += component.times.read  # memory is sampled while weights are read
     return rows
 
 
