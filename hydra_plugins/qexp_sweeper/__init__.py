@@ -21,7 +21,7 @@ ConfigStore.instance().store(
 
 def pareto_sweeper(**settings: Any) -> Any:
     """Return hydra/sweeper=qexp_pareto, of conf/experiment/mixed_pareto.yaml. It is imported where it is used."""
-    from qexp.fit.pareto import ParetoSweeper
+    from qexp.fit.pareto_sweeper import ParetoSweeper
 
     return ParetoSweeper(**settings)
 

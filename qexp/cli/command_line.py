@@ -37,7 +37,7 @@ from qexp.errors import QexpError
 from qexp.experiments.resolve import to_run_config
 from qexp.results.labels import experiment_name, run_label, settings_label
 from qexp.results.manifest import Manifest
-from qexp.sweep.callback import swept_settings
+from qexp.sweep.callback import check_lists, swept_settings
 from qexp.sweep.console_lines import job_name
 from qexp.system.signals import Terminated, ending_signals_interrupt
 from qexp.tracking.session import check_login
@@ -179,6 +179,7 @@ class SweepFolder(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         try:
+            check_lists(config)
             objectives = convert(tuple[str, ...], _plain(config.sweep.get("objectives") or []), "sweep.objectives")
             SweepConfig(config.sweep.name, objectives=objectives)
             check_sweeper(objectives, _plain(config.hydra.sweeper), bool(config.sweep.get("dry_run")))

@@ -17,7 +17,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Sweep
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -50,7 +50,6 @@ class SweepAsItComes(BasicSweeper):
         assert self.config is not None and self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
-        check_lists(overrides)
         (jobs,) = self.split_arguments(overrides, None)
         if not jobs:
             raise ConfigError(empty_sweep_message(overrides))
@@ -86,17 +85,6 @@ class SweepAsItComes(BasicSweeper):
         message = ConfigError(explain(error, sys.argv[1:]))
         place = {"outputs": self.config.paths.outputs, "sweep_name": self.config.sweep.name}
         return refuse_job(message, job, **place, number=number + 1)
-
-
-def check_lists(overrides: Sequence[Override]) -> None:
-    """Raise ConfigError for a list with a sweep in it, such as glob(*),none: Hydra would take glob(*) for one value."""
-    for override in overrides:
-        sweep = override.value()
-        if isinstance(sweep, ChoiceSweep) and any(isinstance(value, Sweep | Glob) for value in sweep.list):
-            raise ConfigError(
-                f"{override.input_line}: glob(...), range(...) and choice(...) cannot be part of a list; "
-                f"list every value, such as {override.key_or_group}=a,b, or give one of them alone"
-            )
 
 
 def empty_sweep_message(overrides: Sequence[Override]) -> str:

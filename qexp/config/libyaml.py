@@ -36,12 +36,15 @@ def libyaml_loader() -> Any:
     class Loader:
         def __init__(self, stream: Any) -> None:
             self.text = stream if isinstance(stream, str | bytes) else stream.read()
+            self.name = getattr(stream, "name", None)
 
         def get_single_data(self) -> Any:
             try:
                 return InC(self.text).get_single_data()
             except yaml.YAMLError:
-                return rules(self.text).get_single_data()
+                loader = rules(self.text)
+                loader.name = self.name or loader.name  # for its message
+                return loader.get_single_data()
 
         def dispose(self) -> None:
             """Called by yaml.load; there is nothing to release."""

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Sweep
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from qexp.errors import QexpError
+from qexp.errors import ConfigError, QexpError
 from qexp.results.manifest import Manifest, count_line
 from qexp.results.run_folder import remove_leftovers
 from qexp.sweep.live_display import DISPLAY
@@ -68,6 +68,17 @@ def planned_jobs(config: DictConfig) -> int | None:
 def swept_settings(config: DictConfig) -> list[str]:
     """Return names of the settings that differ between the experiments, whichever sweeper chooses their values."""
     return [name.lstrip("+") for name, sweep in _sweeps(config).items() if _number_of_values(sweep) != 1]
+
+
+def check_lists(config: DictConfig) -> None:
+    """Raise ConfigError for a list with a sweep in it, such as glob(*),none: Hydra would take glob(*) for one value."""
+    for override in _sweeps(config).values():
+        sweep, name = override.value(), override.key_or_group
+        if isinstance(sweep, ChoiceSweep) and any(isinstance(value, Sweep | Glob) for value in sweep.list):
+            raise ConfigError(
+                f"{override.input_line}: glob(...), range(...) and choice(...) cannot be part of a list; list every "
+                f"value, such as {name}=a,b, or give one of them alone"
+            )
 
 
 def _sweeps(config: DictConfig) -> dict[str, Override]:

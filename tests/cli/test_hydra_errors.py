@@ -29,7 +29,7 @@ USER_YAMLS = {
 MISTAKES = {
     "backend=torchoa": "backend=torchoa is unknown (did you mean torchao",
     "backend=null": "backend=null chooses nothing; use bitsandbytes, ",
-    "experiment=null": "leave it out, or use backend_pareto, flux_dev_16gb or roundtrip_all",
+    "experiment=null": "leave it out, or use backend_pareto, flux_dev_16gb, mixed_pareto or roundtrip_all",
     "+backend@components.transformer.backend=nope": "backend=nope is unknown (did you mean none?); use bitsandbytes, ",
     "bakend=none": "bakend=none is not a known field (did you mean backend?); valid here: backend, ",
     "a.b.c=3": "a.b.c=3 is not a known field; valid here: backend, ",

@@ -1,0 +1,48 @@
+"""The sweeper of `experiment=mixed_pareto`: models as they are swept over, for each of them the settings of its front.
+
+The plots of the report are drawn at the end. Import this module only after Hydra has found its plugins: it executes the
+modules of its own sweepers once more then, and a class derived before is derived from another one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qexp.cli.sweeper import SweepAsItComes
+from qexp.errors import ConfigError
+from qexp.fit.pareto import front_jobs
+
+
+class ParetoSweeper(SweepAsItComes):
+    """hydra/sweeper=qexp_pareto. budgets: of the mixes, evenly in ratio from the smallest one to the dense model."""
+
+    def __init__(self, max_batch_size: int | None, params: Any, budgets: int) -> None:
+        super().__init__(max_batch_size=max_batch_size, params=params)
+        if budgets < 1:
+            raise ConfigError(f"hydra.sweeper.budgets={budgets} must be 1 or more")
+        self._budgets = budgets
+
+    def split_arguments(self, overrides: Any, max_batch_size: int | None) -> list[list[list[str]]]:
+        """Return one batch: the experiments of every combination of the swept overrides, as Hydra splits them."""
+        assert self.config is not None
+        is_dry = bool(self.config.sweep.get("dry_run"))
+        (jobs,) = super().split_arguments(overrides, None) or [[]]
+        return [[words for job in jobs for words in front_jobs(job, self._budgets, is_dry=is_dry)]]
+
+    def sweep(self, arguments: list[str]) -> list[Any]:
+        """Run all experiments, then draw the plots; returns what each returned."""
+        from qexp.report.__main__ import write_report
+        from qexp.report.comparison import prepare_compared
+        from qexp.results.rows import rows_of_sweep
+        from qexp.sweep.log_writer import WRITER
+
+        found = super().sweep(arguments)
+        assert self.config is not None
+        if not self.config.sweep.get("dry_run"):
+            WRITER.close()
+            outputs, name = Path(self.config.paths.outputs), self.config.sweep.name
+            rows = rows_of_sweep(outputs, name)
+            for path in write_report(outputs, name, rows, prepare_compared(rows, None)):
+                print(f"wrote {path}")
+        return found
