@@ -1,4 +1,4 @@
-"""The experiments of `experiment=mixed_pareto`: every uniform format of a model, and the best mixes over the whole range.
+"""The experiments of `experiment=mixed_pareto`: every uniform format of a model, and mixes over the whole range.
 
 Scores are made first, or stored ones are taken; the recipes of the front are written to outputs/fit/<model>_front. All
 experiments run on samples that no score was made with.
