@@ -151,10 +151,10 @@ def _contents(rows: list[Row], prepared: list[Row], row_of: Mapping[int, int], w
     """What the run folders hold; of a file that is damaged, a warning."""
 
     def each(read: Callable[[Row, int, int], Part | None]) -> Iterator[Part]:
-        seen = set[str]()
+        seen = set[Path]()
         for place, row in enumerate(rows):
-            if place in row_of and row["key"] not in seen:  # a run that stands in a sweep twice is read once
-                seen.add(row["key"])
+            if place in row_of and row["folder"] not in (None, *seen):  # a run that stands there twice is read once
+                seen.add(row["folder"])
                 found = or_warning(partial(read, row, place, row_of[place]), None, warnings)
                 if found is not None:
                     yield found

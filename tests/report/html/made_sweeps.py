@@ -180,3 +180,12 @@ def sweep_of_texts(outputs: Path, name: str = "texts") -> str:
         jobs.append(job(number, f"text{number}", [f"backend={backend}"]))
     manifest(outputs, name, jobs)
     return name
+
+
+def sweep_of_failures(outputs: Path, name: str = "failures") -> str:
+    """Two experiments that ended before they had a folder."""
+    jobs = [
+        job(number, "", [f"backend={number}"], "failed", reason="config", message=HOSTILE) for number in range(1, 3)
+    ]
+    manifest(outputs, name, jobs)
+    return name

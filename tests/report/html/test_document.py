@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from qexp.report.html.page import render_page
 from qexp.results.rows import rows_of_sweep
 from tests.report.factory import GENERATE, config, job, manifest, run_folder, sweep_of_seeds, sweep_of_six
 from tests.report.html.made_sweeps import document_of, sweep_of_layers, sweep_with_pictures
@@ -151,3 +152,4 @@ def test_a_sweep_without_results_has_a_document(tmp_path: Path, started: bool) -
     document = document_of(tmp_path, "first")
     assert len(document["rows"]) == len(jobs)
     assert document["plot"]["x"] == ""
+    assert render_page(document).count("<section") == 3 * len(jobs)  # results, failures, differences
