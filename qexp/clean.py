@@ -7,6 +7,7 @@
     scratch      offloaded weights, half-saved models and half-written files that killed processes left
     references   references that no run is compared with
     sweeps       sweeps without any remaining run
+    quantized    weights that sweeps keep for later loads (loader.cache=auto)
 
 A finished run is never removed, nor anything that a running process holds.
 """
@@ -26,6 +27,7 @@ from qexp.results.manifest import Manifest
 from qexp.results.numbers import format_memory
 from qexp.results.rows import sweep_names
 from qexp.results.run_folder import LOCK, SCRATCH, RunFolder, try_lock
+from qexp.sweep.shared_weights import FOLDER as QUANTIZED
 from qexp.system.command_parser import CommandParser
 from qexp.system.files import disk_error
 from qexp.system.memory import GIB
@@ -96,11 +98,18 @@ def find_sweeps(outputs: Path) -> Iterator[Leftover]:
                 yield Leftover("sweeps", manifest.folder, None, "none of its runs is there")
 
 
+def find_quantized(outputs: Path) -> Iterator[Leftover]:
+    """Find the quantized weights that sweeps keep; who has them mapped keeps its pages."""
+    if (outputs / QUANTIZED).is_dir():
+        yield Leftover("quantized", outputs / QUANTIZED, None, "quantized again when they are needed")
+
+
 KINDS: dict[str, Callable[[Path], Iterator[Leftover]]] = {
     "failed": find_failed,
     "scratch": find_scratch,
     "references": find_references,
     "sweeps": find_sweeps,
+    "quantized": find_quantized,
 }
 
 

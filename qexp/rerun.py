@@ -146,7 +146,8 @@ def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
     root = outputs or outputs_of(folder, config)
     save = SaveConfig(config.save.path, config.save.max_shard_gib, config.save.interchange)
     model = pinned_model(config.model)  # downloaded again if it is no longer here
-    return replace(config, model=model, resume="none", paths=PathsConfig(outputs=str(root)), save=save)
+    loader = replace(config.loader, cache=None)  # it is to be seen whether quantizing gives the same bytes
+    return replace(config, model=model, resume="none", paths=PathsConfig(outputs=str(root)), save=save, loader=loader)
 
 
 def outputs_of(folder: RunFolder, config: RunConfig) -> Path:

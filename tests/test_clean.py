@@ -92,3 +92,13 @@ def test_result_whose_status_is_lost_or_unreadable_stays(outputs, monkeypatch) -
     monkeypatch.setattr(RunFolder, "read_status", unreadable)
     with pytest.raises(DiskError, match="cannot be read"):
         found(outputs, "failed")
+
+
+def test_weights_that_sweeps_keep_are_removed_on_request(outputs) -> None:
+    entry = outputs / "quantized" / "0123456789abcdef"
+    entry.mkdir(parents=True)
+    (entry / "weights.safetensors").write_bytes(b"x" * 2**20)
+    assert found(outputs, "failed", "scratch", "references", "sweeps") & {"quantized"} == set()
+    assert found(outputs, "quantized") == {"quantized"}
+    assert clean(outputs, ["quantized"], True) == 0
+    assert not (outputs / "quantized").exists() and (outputs / "runs/done/result.json").exists()

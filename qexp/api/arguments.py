@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qexp.config.backend_options import backend_of
 from qexp.config.plugins import plugin_module, plugin_names
+from qexp.config.schema import LoaderConfig
 from qexp.config.yaml_options import option_names
 from qexp.errors import ConfigError, choices
 from qexp.quantizers.configs import BackendConfig
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     import torch
 
 SOURCE = "_qexp_source"  # attribute of a pipeline that `load_pipeline` returned: what it was loaded from
+
+
+def loader_settings(*, cache: str | Path | None, **settings: Any) -> LoaderConfig:
+    """Return the loader's settings. cache: a folder, or None for none. Raises: ConfigError."""
+    return LoaderConfig(cache=None if cache is None else str(expanded(cache, "cache")), **settings)
 
 
 def expanded(path: str | Path, name: str) -> Path:

@@ -18,14 +18,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qexp.api.arguments import SOURCE, backend_config, check_model, expanded, named, places_of
+from qexp.api.arguments import SOURCE, backend_config, check_model, expanded, loader_settings, named, places_of
 from qexp.checkpoints.checkpoint import refuse_source
 from qexp.checkpoints.pipeline_folder import INDEX
 from qexp.config.backend_options import backend_of, model_skip_modules
 from qexp.config.dataclass_io import from_plain
 from qexp.config.module_patterns import union
 from qexp.config.plugins import plugin_module, plugin_names
-from qexp.config.schema import LoaderConfig, SaveConfig
+from qexp.config.schema import SaveConfig
 from qexp.config.yaml_options import option_names
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.hub.download import hub_id, local_folder, pinned
@@ -67,6 +67,8 @@ def load(
     workers: int | None = None,
     in_flight_mib: int = 64,
     map: bool | str = "auto",
+    cache: str | Path | None = None,
+    cache_gib: float | None = None,
 ) -> nn.Module:
     """Load a model, each weight quantized as it is read: the dense model is never in memory.
 
@@ -97,15 +99,19 @@ def load(
     map: "auto" maps weights that stay on the CPU as they are in their file, if they are aligned, in place of reading
         them; True says which are not; False reads all. Changing a mapped weight in place does not change the file. Who
         truncates a mapped file kills this process with SIGBUS at the next access: replace files, or load with False.
+    cache: a folder that keeps quantized weights, so that a second load of them costs a mapping; cache_gib: its limit,
+        None is a tenth of the free disk (docs/loading.md).
 
     Raises: ConfigError (a ValueError), MissingLibraryError (an ImportError), UnsupportedError for what this machine
     cannot run, LoadError for a checkpoint that is damaged or does not fit. Most come before a weight is read.
     """
+    from qexp.loading.component import CacheFolder
     from qexp.loading.lifecycle import load_component
 
     if skeleton is not None and not callable(skeleton):
         raise ConfigError(f"skeleton={skeleton!r} must be a class or a function that builds the network, or None")
     model_source, left_out = _source(source, skeleton, revision)
+    loader = loader_settings(in_flight_mib=in_flight_mib, workers=workers, map=map, cache=cache, cache_gib=cache_gib)
     place, places, limits = places_of(device, device_map, max_memory)
     settings = parse_component(
         {
@@ -123,7 +129,8 @@ def load(
         _component(model_source, component),
         settings,
         device=place,
-        loader=LoaderConfig(in_flight_mib=in_flight_mib, workers=workers, map=map),
+        loader=loader,
+        cache=CacheFolder.of(loader),
         device_map=places,
         max_memory=limits,
         offload_folder=None if offload_folder is None else Path(offload_folder),

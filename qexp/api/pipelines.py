@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qexp.api.arguments import SOURCE, as_list, backend_config, expanded, places_of
+from qexp.api.arguments import SOURCE, as_list, backend_config, expanded, loader_settings, places_of
 from qexp.api.models import offload as offload_model
-from qexp.config.schema import LoaderConfig
 from qexp.hub.download import pinned
 from qexp.models.component_settings import merge_components, parse_component
 from qexp.models.diffusers import DiffusersConfig, Source
@@ -37,6 +36,8 @@ def load_pipeline(
     workers: int | None = None,
     in_flight_mib: int = 64,
     map: bool | str = "auto",
+    cache: str | Path | None = None,
+    cache_gib: float | None = None,
 ) -> Any:
     """Load a pipeline of diffusers: its components one after the other, each weight quantized as it is read.
 
@@ -50,12 +51,13 @@ def load_pipeline(
     compute_dtype: of all components; None is each checkpoint's own.
     skip_modules, keep_in_fp32_modules: patterns for the components that `backend` is for.
     plain_fp8: as of `qexp.load`, for all components.
-    workers, in_flight_mib, map: as of `qexp.load`.
+    workers, in_flight_mib, map, cache, cache_gib: as of `qexp.load`.
     offload: a strategy of `qexp.offload`, or its config: each component is offloaded before the next one is loaded.
 
     Returns: diffusers' pipeline, such as a FluxPipeline: `pipe("a red cube").images[0]`. `qexp.save` saves it whole.
     Raises: as `qexp.load`; what is wrong with any component comes before a weight is read.
     """
+    from qexp.loading.component import CacheFolder
     from qexp.loading.components import plan_components, request_components
     from qexp.loading.lifecycle import load_planned
 
@@ -81,11 +83,13 @@ def load_pipeline(
     }
     base = parse_component(given, to_backend=backend_config)
     settings = merge_components(source, base, own, to_backend=backend_config)
-    requests = request_components(source, settings, device=place, waits_for_kernels=False)
+    loader = loader_settings(in_flight_mib=in_flight_mib, workers=workers, map=map, cache=cache, cache_gib=cache_gib)
+    cache_folder = CacheFolder.of(loader)
+    requests = request_components(source, settings, device=place, cache=cache_folder, waits_for_kernels=False)
     planned = plan_components(requests, travels=offload is not None)
     pipeline = source.pipeline({name: component.prepared.model for name, component in planned.items()})
     for component in planned.values():
-        model = load_planned(component, LoaderConfig(in_flight_mib=in_flight_mib, workers=workers, map=map)).model
+        model = load_planned(component, loader).model
         if offload is not None:
             offload_model(model, offload, place, block_lists=source.block_lists(model))
     vars(pipeline)[SOURCE] = source

@@ -125,13 +125,22 @@ class SweepConfig:
 class LoaderConfig:
     """in_flight_mib: staging buffer (MiB) for tensors read whole; grows to the largest one. workers: threads that read
     and quantize; null: one per core. map: whether weights that stay on the CPU as they are in their file are mapped and
-    not read: auto (those that are aligned), true (says how much is not), false."""
+    not read: auto (those that are aligned), true (says how much is not), false. cache: folder that keeps quantized
+    weights for later loads; auto: <paths.outputs>/quantized in a sweep whose experiments share some, else none.
+    cache_gib: its limit; null: a tenth of the free disk."""
 
     in_flight_mib: int = 64
     workers: int | None = None
     map: Any = "auto"
+    cache: str | None = "auto"
+    cache_gib: float | None = None
 
     def __post_init__(self) -> None:
+        if self.cache != "auto":
+            check_folder(self.cache, "loader.cache")
+        convert(float | None, self.cache_gib, "loader.cache_gib")
+        if self.cache_gib is not None and not 0 < self.cache_gib < inf:
+            raise ConfigError(f"loader.cache_gib={self.cache_gib} must be a number above 0, or null")
         if self.map != "auto" and type(self.map) is not bool:
             raise ConfigError(f"loader.map={self.map!r} must be auto, true or false")
         convert(int, self.in_flight_mib, "loader.in_flight_mib")

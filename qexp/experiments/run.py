@@ -17,7 +17,7 @@ from qexp.experiments.roundtrip import run_roundtrip
 from qexp.experiments.sensitivity import plan_sensitivity, run_sensitivity
 from qexp.experiments.statistics import Metrics, load_statistics, load_trace, offload_statistics, run_peaks
 from qexp.hub.upload import push
-from qexp.loading.component import LoadedComponent, PlannedComponent, plan_statistics
+from qexp.loading.component import CacheFolder, LoadedComponent, PlannedComponent, plan_statistics
 from qexp.loading.components import plan_components, request_components
 from qexp.loading.lifecycle import load_planned
 from qexp.loading.prepare import skeleton_and_names
@@ -70,6 +70,11 @@ def _open_context(config: RunConfig, folder: Path) -> RunContext:
         device_map=config.device_map,
         max_memory=config.max_memory,
         store=folder / "offload",
+        cache=CacheFolder.of(
+            config.loader,
+            is_full=config.identity == "full",
+            in_child=config.isolation.mode == "process" and device.type == "cpu",
+        ),
     )
     return RunContext(config, source, device, folder, requests)
 

@@ -15,6 +15,7 @@ Metrics = dict[str, float | None]
 def load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:
     """Return the `load/` numbers of components loaded in a row: times add up, peaks are over the first baseline."""
     memories = [component.memory for component in loaded]
+    cached = [component.cached for component in loaded if component.cached is not None]
     first = memories[0].baseline
     peaks = {
         "load/peak_host_gib": max(m.baseline.total_bytes + m.peak_bytes for m in memories) - first.total_bytes,
@@ -30,6 +31,7 @@ def load_statistics(loaded: Sequence[LoadedComponent]) -> Metrics:
         "load/read_seconds": sum(time.read for time in times),
         "load/baseline_host_gib": first.total_bytes / GIB,
         **{name: nbytes / GIB for name, nbytes in peaks.items()},
+        **({"load/cached": float(all(cached))} if cached else {}),
     }
 
 

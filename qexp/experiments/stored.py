@@ -26,6 +26,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         task=replace(config.task, **files),
         metrics=_with_absolute(_with_absolute(config.metrics, "clip_model", may_be_of_hub=True), "fid_images"),
         save=_with_absolute(config.save, "path"),
+        loader=config.loader if config.loader.cache == "auto" else _with_absolute(config.loader, "cache"),
     )
 
 

@@ -27,13 +27,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class CacheFolder:
+    """Where quantized weights are kept (`quantized_cache.py`).
+
+    limit_gib: of all that is kept; None is a tenth of the disk that is free, or theirs. is_full: whether checkpoints
+    are recognized by every byte (`identity=full`), not by samples. in_child: quantize in a process of its own what is
+    to be kept: for a process that may be forked.
+    """
+
+    path: Path
+    limit_gib: float | None = None
+    is_full: bool = False
+    in_child: bool = False
+
+    @classmethod
+    def of(cls, loader: LoaderConfig, **fields: bool) -> CacheFolder | None:
+        """Return the folder that the loader's settings name, or None. fields: the others."""
+        return None if loader.cache in (None, "auto") else cls(Path(str(loader.cache)), loader.cache_gib, **fields)
+
+
+@dataclass(frozen=True)
 class LoadRequest:
     """What to load, how, and to where: one component of a model.
 
     checkpoint: opened, so that nobody opens it again; settings: merged with it (`models/component_settings.py`);
     max_memory: bytes, or sizes such as "10GiB", for each device, "cpu" and "disk"; store: the folder for what a map
-    puts on disk; waits_for_kernels: whether compiled loops are there before the first weight is read, so that their
-    memory is not measured as the model's; open_seconds: what opening took.
+    puts on disk; cache: where weights that were quantized before are looked for, and kept; waits_for_kernels: whether
+    compiled loops are there before the first weight is read, so that their memory is not measured as the model's;
+    open_seconds: what opening took.
     """
 
     source: ModelSource
@@ -44,6 +65,7 @@ class LoadRequest:
     device_map: DeviceMap = None
     max_memory: MaxMemory = None
     store: Path | None = None
+    cache: CacheFolder | None = None
     waits_for_kernels: bool = True
     open_seconds: float = 0.0
 
@@ -95,7 +117,11 @@ class LoadTimes:
 
 @dataclass(frozen=True)
 class LoadedComponent:
-    """A model ready to run, the plan it was loaded by, and what loading it took."""
+    """A model ready to run, the plan it was loaded by, and what loading it took.
+
+    cached: whether its quantized weights were kept from an earlier load, whose time and peaks these then are; None if
+    it has none, or there is no cache.
+    """
 
     model: nn.Module
     plan: LoadPlan
@@ -103,6 +129,7 @@ class LoadedComponent:
     memory: PeakMemory
     placement: Placement
     compute_dtype: torch.dtype
+    cached: bool | None = None
     dispatch: Dispatch | None = None  # where the model runs over several devices, or rests where it does not compute
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from qexp.errors import ConfigError
-from qexp.loading.component import LoadRequest, PlannedComponent, Prepared
+from qexp.loading.component import CacheFolder, LoadRequest, PlannedComponent, Prepared
 from qexp.loading.device_map import DeviceMap
 from qexp.loading.fp32 import cast_between
 from qexp.loading.lifecycle import plan_component, request_load
@@ -30,6 +30,7 @@ def request_components(
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     store: Path | None = None,
+    cache: CacheFolder | None = None,
     waits_for_kernels: bool = True,
 ) -> dict[str, LoadRequest]:
     """`request_load` for every component, each with a folder of its own in `store`.
@@ -45,6 +46,7 @@ def request_components(
             device_map=entries_of(device_map, name, list(components)),
             max_memory=max_memory,
             store=None if store is None else store / name,
+            cache=cache,
             waits_for_kernels=waits_for_kernels,
         )
         for name, settings in components.items()

@@ -7,9 +7,10 @@ exists only until it is quantized.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Generator
-from dataclasses import replace
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,17 +18,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from qexp.checkpoints.checkpoint import open_component
+from qexp.errors import LoadError
 from qexp.loading.audit import audit
-from qexp.loading.component import LoadedComponent, LoadRequest, LoadTimes, PlannedComponent, Prepared
+from qexp.loading.component import CacheFolder, LoadedComponent, LoadRequest, LoadTimes, PlannedComponent, Prepared
 from qexp.loading.device_map import DeviceMap, main_device, no_split_classes, place, to_keep_in_fp32
 from qexp.loading.fp32 import compute_in_fp32
 from qexp.loading.mapping import choose_mapped
 from qexp.loading.prepare import load_quantizer_of, prepare
+from qexp.loading.quantized_cache import CachedWeights, QuantizedCache, discard
 from qexp.loading.quantized_model import register
 from qexp.loading.weights import load_weights
 from qexp.models.component_settings import merge_with_checkpoint
 from qexp.offloading.dispatch import Dispatch
 from qexp.quantizers.cpu_kernels.readiness import prepare_beside
+from qexp.system.child_process import die_with_parent
 from qexp.system.device_names import MaxMemory
 from qexp.system.memory import PeakMemory, without_collector
 
@@ -45,6 +49,7 @@ def request_load(
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     store: Path | None = None,
+    cache: CacheFolder | None = None,
     waits_for_kernels: bool = True,
 ) -> LoadRequest:
     """Open the checkpoint of a component and merge its settings with it: the one place that does both for a load.
@@ -57,7 +62,7 @@ def request_load(
     settings = merge_with_checkpoint(settings, checkpoint, component, kind)
     seconds = time.perf_counter() - started
     place = (device, device_map, max_memory, store)
-    return LoadRequest(source, component, checkpoint, settings, *place, waits_for_kernels, seconds)
+    return LoadRequest(source, component, checkpoint, settings, *place, cache, waits_for_kernels, seconds)
 
 
 def load_stages(request: LoadRequest) -> Generator[PlannedComponent, LoaderConfig, LoadedComponent]:
@@ -84,30 +89,107 @@ def load_stages(request: LoadRequest) -> Generator[PlannedComponent, LoaderConfi
             placement = place(model, prepared.plan, places, device, request.max_memory, no_split, travels=False)
         prepared = replace(prepared, plan=prepared.plan.placed(placement.device_of))
     plan_seconds = request.open_seconds + time.perf_counter() - started
-    loader = yield PlannedComponent(prepared, placement)
-    started = time.perf_counter()
+    planned = PlannedComponent(prepared, placement)
+    loader = yield planned
     dispatch = Dispatch(model, placement, no_split, request.store) if placement.is_spread else None
     if dispatch is None:  # what travels is packed together, so that it is copied in any case
-        plan = choose_mapped(prepared.plan, quantizer, loader.map, request.component)
-        prepared = replace(prepared, plan=plan)
-    planned = PlannedComponent(prepared, placement)
-    if request.waits_for_kernels or device.type != "cpu" or quantizer.stored:
-        warm_up(prepared, device)  # before memory is measured: what libraries take is not the model's
-    else:
-        prepare_beside(partial(warm_up, prepared, device))
+        planned = _with_mapping(planned, loader)
+        prepared = planned.prepared
+    cache = QuantizedCache(request.cache) if request.cache is not None and dispatch is None else None
+    cached = cache.find(prepared) if cache is not None else None
+    is_new = cached is None
+    if is_new and cache is not None and cache.in_child and cache.can_hold(prepared):
+        _quantize_in_child(cache, planned, loader, plan_seconds)
+        cached = cache.find(prepared)  # None if it could not: then this process does, and meets what the child met
+    cached, times, memory = _run_stages(planned, dispatch, loader, cached, plan_seconds)
+    if cached is not None:
+        times = LoadTimes(**{name: cached.numbers[name] for name in asdict(times)})
+        memory.set_peaks(cached.numbers)
+    elif cache is not None:
+        _keep_weights(cache, planned, loader, {**asdict(times), **memory.peaks()})
+    is_cached = None if cache is None or not prepared.chosen or quantizer.stored else cached is not None and not is_new
+    if device_map is not None:
+        model.hf_device_map = placement.hf_device_map()  # type: ignore[assignment]
+    return LoadedComponent(model, prepared.plan, times, memory, placement, prepared.compute_dtype, is_cached, dispatch)
+
+
+def _run_stages(
+    planned: PlannedComponent,
+    dispatch: Dispatch | None,
+    loader: LoaderConfig,
+    cached: CachedWeights | None,
+    plan_seconds: float,
+) -> tuple[CachedWeights | None, LoadTimes, PeakMemory]:
+    """Run stages 7 to 9. Returns: (the cached weights, if they were used, times, memory)."""
+    prepared, started = planned.prepared, time.perf_counter()
+    model, request, quantizer = prepared.model, prepared.request, prepared.quantizer
+    if request.waits_for_kernels or request.device.type != "cpu" or quantizer.stored:
+        if cached is None:  # before memory is measured: what libraries take is not the model's
+            warm_up(prepared, request.device)
+    elif cached is None:
+        prepare_beside(partial(warm_up, prepared, request.device))
     warm = time.perf_counter()
-    with PeakMemory(device) as memory:
-        load_weights(planned, dispatch, loader)  # 7 stream, quantize, assign
-        quantizer.postprocess_model(model, device)  # 8 finish; the audit below belongs to it
+    with PeakMemory(request.device) as memory:
+        cached = _read_weights(planned, dispatch, loader, cached)  # 7 stream, quantize, assign
+        quantizer.postprocess_model(model, request.device)  # 8 finish; the audit below belongs to it
         compute_in_fp32(model, request.settings.keep_in_fp32_modules, prepared.compute_dtype)
         register(model, prepared)  # 9 mark the model as quantized
         if dispatch is not None:
             dispatch.start()
     audit(model, quantizer, prepared.plan.quantized_nbytes)
-    if device_map is not None:
-        model.hf_device_map = placement.hf_device_map()  # type: ignore[assignment]
-    times = LoadTimes(plan_seconds, warm - started, time.perf_counter() - warm)
-    return LoadedComponent(model, prepared.plan, times, memory, placement, prepared.compute_dtype, dispatch)
+    return cached, LoadTimes(plan_seconds, warm - started, time.perf_counter() - warm), memory
+
+
+def _quantize_in_child(
+    cache: QuantizedCache, planned: PlannedComponent, loader: LoaderConfig, plan_seconds: float
+) -> None:
+    """Put the quantized weights of a load into the cache from a process of their own.
+
+    What quantizing leaves in a process (heaps with holes, compiled loops) is then not in this one, whose memory is that
+    of a load that finds them.
+    """
+    parent, child = os.getpid(), os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    try:
+        die_with_parent(parent)
+        torch.set_num_threads(1)  # the pool of OpenMP's threads did not come along; the loader's workers are made here
+        _, times, memory = _run_stages(planned, None, loader, None, plan_seconds)
+        cache.add(planned.prepared, {**asdict(times), **memory.peaks()})
+    finally:
+        os._exit(0)  # nothing of the parent's ends here, whatever was raised
+
+
+def _read_weights(
+    planned: PlannedComponent, dispatch: Dispatch | None, loader: LoaderConfig, cached: CachedWeights | None
+) -> CachedWeights | None:
+    """Run stage 7. Return the cached weights, if they were used."""
+    if cached is not None:
+        prepared = cached.in_place_of(planned.prepared)
+        try:
+            load_weights(_with_mapping(replace(planned, prepared=prepared), loader), None, loader)
+            return cached
+        except LoadError:  # an entry that was removed meanwhile; an error of the checkpoint comes again
+            discard(cached.folder)
+    load_weights(planned, dispatch, loader)
+    return None
+
+
+def _keep_weights(
+    cache: QuantizedCache, planned: PlannedComponent, loader: LoaderConfig, numbers: Mapping[str, float]
+) -> None:
+    """Put the quantized weights of a loaded model into the cache, and map them from there, as the next load will."""
+    kept = cache.add(planned.prepared, numbers)
+    if kept is not None:
+        prepared = kept.in_place_of(planned.prepared, alone=True)
+        load_weights(_with_mapping(replace(planned, prepared=prepared), loader), None, loader)
+
+
+def _with_mapping(planned: PlannedComponent, loader: LoaderConfig) -> PlannedComponent:
+    prepared = planned.prepared
+    plan = choose_mapped(prepared.plan, prepared.quantizer, loader.map, prepared.request.component)
+    return replace(planned, prepared=replace(prepared, plan=plan))
 
 
 def load_component(
@@ -120,11 +202,12 @@ def load_component(
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     offload_folder: Path | None = None,
+    cache: CacheFolder | None = None,
     waits_for_kernels: bool = True,
 ) -> LoadedComponent:
     """Load one component of a model, quantized as `settings` say, onto `device`, or where `device_map` puts it.
 
-    max_memory, offload_folder, waits_for_kernels: see `LoadRequest`, whose `store` is that folder.
+    max_memory, offload_folder, cache, waits_for_kernels: see `LoadRequest`, whose `store` is that folder.
     Raises: ConfigError, MissingLibraryError, UnsupportedError or LoadError, most of them before a weight is read.
     """
     request = request_load(
@@ -135,6 +218,7 @@ def load_component(
         device_map=device_map,
         max_memory=max_memory,
         store=offload_folder,
+        cache=cache,
         waits_for_kernels=waits_for_kernels,
     )
     planned = plan_component(request)

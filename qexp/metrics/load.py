@@ -34,6 +34,10 @@ METRICS = (
     _seconds("plan_seconds", "of it, reading headers, building the network without weights, and planning", 21),
     _seconds("warm_up_seconds", "of it, the first use of libraries and compiled loops, which a process pays once", 22),
     _seconds("read_seconds", "of it, reading, quantizing and assigning the weights, and checking the model", 23),
+    Metric(
+        "load/cached", "whether quantized weights were kept from an earlier load, whose time and peaks these are",
+        range=(0, 1), digits=".0f", tasks=MODEL_TASKS, varies=True,
+    ),
     _count("quantized_modules", "layers that are quantized"),
     _count("skipped_modules", "layers that skip_modules left unquantized"),
     _count("left_dense_modules", "weights that no format quantizes"),

@@ -143,6 +143,10 @@ class Quantizer:
         """
         return {}
 
+    def part_of(self, layer: str) -> Quantizer:
+        """Return the quantizer of one layer: of a mixed model, that of its rule."""
+        return self
+
     def conflict(self, layers: Sequence[str]) -> str | None:
         """Return why layers that share one weight cannot have one format, or None."""
         return None

@@ -147,8 +147,8 @@ class MixedQuantizer(base.Quantizer):
             self._numbers[layer] = rule_for(self.config.recipe, layer)
         return self._numbers[layer]
 
+    @override
     def part_of(self, layer: str) -> base.Quantizer:
-        """Return the quantizer of a layer's rule."""
         return self.parts[self._number(layer)]
 
     @contextmanager
@@ -267,10 +267,7 @@ class MixedQuantizer(base.Quantizer):
     def create_quantized_param(
         self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
-        part = self.part_of(spec.module)
-        parameter = part.create_quantized_param(spec, sources, companions, device)
-        self._of_type[type(parameter)] = part
-        return parameter
+        return self.part_of(spec.module).create_quantized_param(spec, sources, companions, device)
 
     @override
     def is_quantized(self, module: nn.Module) -> bool:
@@ -282,6 +279,9 @@ class MixedQuantizer(base.Quantizer):
             part.postprocess_model(model, device)
         quantized = {name: self.is_quantized(model.get_submodule(name)) for name in _linear_layers(model)}
         self._layers = {name: self.part_of(name) if found else None for name, found in quantized.items()}
+        self._of_type = {
+            type(model.get_submodule(name).weight): part for name, part in self._layers.items() if part is not None
+        }
 
     @override
     def dequantize_param(self, param: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,6 +33,7 @@ from qexp.sweep.preload import modules_of
 from qexp.sweep.reference import ensure_reference, known_reference, prepare_folder
 from qexp.sweep.resume import Decision, decide, scored_names
 from qexp.sweep.run_key import reference_key, run_key
+from qexp.sweep.shared_weights import with_cache_folder
 from qexp.sweep.worker import Work
 from qexp.sweep.worker_console import WorkerConsole
 from qexp.sweep.worker_process import run_inline, run_worker
@@ -105,6 +106,7 @@ def run_job(
         DISPLAY.begin(job.name, _left(sweep))
     try:
         key = run_key(config) if key is None else key
+        config = with_cache_folder(config, sweep.get("varying") or ())
         job = replace(job, config=with_absolute_paths(config))  # later: errors before name files as they were typed
         row = replace(row, key=key)
         row = _perform(job, row)

@@ -15,7 +15,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ MIB, GIB = 1 << 20, 1 << 30
 HUGE_PAGE_BYTES = 2 << 20
 MADV_HUGEPAGE = 14  # of linux/mman.h
 SAMPLE_SECONDS = 0.002
+PEAKS = ("peak_bytes", "peak_anon_bytes", "peak_file_bytes", "peak_device_bytes")  # of a `PeakMemory`
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -110,6 +111,15 @@ class PeakMemory:
         self.peak_bytes = max(highest - self.baseline.total_bytes, 0)
         if self._device.type != "cpu":
             self.peak_device_bytes = torch.get_device_module(self._device).max_memory_allocated(self._device)
+
+    def peaks(self) -> dict[str, int]:
+        """Return the peaks by their names here."""
+        return {name: getattr(self, name) for name in PEAKS}
+
+    def set_peaks(self, peaks: Mapping[str, float]) -> None:
+        """Take the peaks of another block, from `peaks`."""
+        for name in PEAKS:
+            setattr(self, name, int(peaks[name]))
 
 
 def _reset_high_water_mark() -> bool:

@@ -159,6 +159,8 @@ MESSAGES = {
     "reference.offload=lef": "reference.offload=lef is unknown (did you mean leaf?)",
     "loader.in_flight_mib=0": "loader.in_flight_mib=0 must be 1 or more",
     "loader.workers=0": "or null for one per core",
+    "loader.cache=": "loader.cache= is empty; give a folder",
+    "loader.cache_gib=0": "loader.cache_gib=0.0 must be a number above 0, or null",
     "loader.map=null": "loader.map=None must be auto, true or false",
     "sweep.name=a/b": "must be a folder's name",
     "compute_dtype=fp31": "use bf16, bfloat16, float16, float32, fp16 or fp32",
