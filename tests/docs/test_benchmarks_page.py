@@ -30,9 +30,10 @@ def loading() -> list[list[str]]:
     rows = []
     for row in stored("load_warm.json"):
         ours, theirs = row["qexp"], row["diffusers"]
-        peaks, seconds = [[one[key] for one in (ours, theirs)] for key in ("peak_total_bytes", "wall_seconds")]
+        held = [one.get("memory", one) for one in (ours, theirs)]  # older results have it beside the times
+        peaks, seconds = [one["peak_total_bytes"] for one in held], [one["wall_seconds"] for one in (ours, theirs)]
         rows.append([
-            row["format"], f"{ours['quantized_bytes'] / MIB:.0f}",
+            row["format"], f"{held[0]['quantized_bytes'] / MIB:.0f}",
             *(f"{peak / MIB:.0f}" for peak in peaks), f"{peaks[0] / peaks[1]:.2f}",
             *(f"{value:.1f}" for value in seconds), f"{seconds[1] / seconds[0]:.1f}",
         ])  # fmt: skip
