@@ -7,15 +7,15 @@ have.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from qexp.errors import ConfigError, DiskError, choices, did_you_mean
 from qexp.metrics.registry import Metric, all_metrics
 from qexp.report.table import prepare
+from qexp.results.intervals import mean_over_seeds, metric_intervals, sampled_metrics
 from qexp.results.rows import Row
 from qexp.results.samples import Values, read_samples
-from qexp.results.uncertainty import Interval, compare_paired, mean_interval
+from qexp.results.uncertainty import Interval, compare_paired
 
 BASELINE, OTHER_SAMPLES, OTHER_N, NO_SAMPLES = "baseline", "other samples", "other n", "no samples"
 
@@ -64,7 +64,8 @@ def find_baseline(prepared: Sequence[Row], name: str) -> Row:
     if len(done) == 1:
         return done[0]
     if done:
-        keys = choices(f"{row['key']} ({' '.join(filter(None, (row['offload'], row['setting'])))})" for row in done)
+        names = ((f"#{row['number']}" if "copy" in row else row["key"], row) for row in done)  # copies share their key
+        keys = choices(f"{name} ({' '.join(filter(None, (row['offload'], row['setting'])))})" for name, row in names)
         raise ConfigError(f"--baseline {name!r} names {len(done)} rows; give a key: {keys}")
     if found:
         raise ConfigError(f"--baseline {name!r} has no result ({found[0]['status']}); choose one that is done")
@@ -94,7 +95,8 @@ def comparison_notes(prepared: Sequence[Row]) -> list[str]:
 
 
 def _names(row: Row) -> set[str]:
-    keys = {str(member["key"]) for member in row.get("members", [row])} - {""}
+    members = row.get("members", [row])
+    keys = ({str(member["key"]) for member in members} | {f"#{member['number']}" for member in members}) - {""}
     parts = (row["model"], row["backend"], row["setting"])
     return keys | {str(row["label"]), str(row["backend"]), " ".join(filter(None, parts)), " ".join(parts[1:]).strip()}
 
@@ -105,35 +107,8 @@ def samples_of(row: Row, metric: str) -> Values:
     return {key: value for member in members for key, value in member.get("samples", {}).get(metric, {}).items()}
 
 
-def mean_over_seeds(values: Values) -> dict[str, tuple[float, float]]:
-    """Return sample -> (mean of its finite values, sum of their weights); infinite if all are."""
-    parts: dict[str, list[tuple[float, float]]] = {}
-    for (_, sample), value in values.items():
-        parts.setdefault(sample, []).append(value)
-    return {sample: _weighted_mean(found) for sample, found in parts.items()}
-
-
-def _weighted_mean(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    finite = [(value, weight) for value, weight in values if math.isfinite(value)]
-    if not finite:
-        return values[0]
-    total = math.fsum(weight for _, weight in finite)
-    return math.fsum(value * weight for value, weight in finite) / total, total
-
-
 def _intervals(row: Row) -> dict[str, Interval]:
-    found = {}
-    for metric in _sampled_metrics():
-        means = [value for value in mean_over_seeds(samples_of(row, metric.name)).values() if math.isfinite(value[0])]
-        interval = mean_interval([value for value, _ in means], [weight for _, weight in means])
-        if interval is not None and row["metrics"].get(metric.name) is not None:
-            low, high = interval
-            found[metric.name] = (math.exp(low), math.exp(high)) if metric.of_mean == "exp" else interval
-    return found
-
-
-def _sampled_metrics() -> list[Metric]:
-    return [metric for metric in all_metrics().values() if metric.sample_kind and metric.better]
+    return metric_intervals({metric.name: samples_of(row, metric.name) for metric in sampled_metrics()}, row["metrics"])
 
 
 def _versus(row: Row, base: Row) -> dict[str, str]:
@@ -145,7 +120,8 @@ def _versus(row: Row, base: Row) -> dict[str, str]:
         if metric.set_of and row["metrics"].get(metric.count_name) != base["metrics"].get(metric.count_name):
             found[metric.name] = OTHER_N
         elif metric.sample_kind:
-            found[metric.name] = BASELINE if row["key"] == base["key"] else _verdict(row, base, metric)
+            is_base = (row["key"], row.get("copy")) == (base["key"], base.get("copy"))
+            found[metric.name] = BASELINE if is_base else _verdict(row, base, metric)
     return found
 
 

@@ -1,6 +1,6 @@
-"""report.md of a sweep: what was compared, the table, the plots, what failed and why, where it ran, how to repeat it.
+"""report.md of sweeps and runs: what was compared, table, plots, what failed and why, where it ran, how to repeat it.
 
-Links are relative to the sweep's folder, so that an outputs folder can be moved or published as it is.
+Links are relative to the report's folder, so that an outputs folder can be moved or published as it is.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from qexp.report.comparison import comparison_notes
 from qexp.report.marks import OTHER, differing_environments, footnotes, members_of
+from qexp.report.selection import Selection, SweepRows
 from qexp.report.table import TEXTS, status_text, table_cells
 from qexp.results.manifest import count_line
 from qexp.results.rows import Row
@@ -22,31 +23,45 @@ from qexp.results.rows import Row
 MACHINE = ("host", "cpu", "cores", "memory_gib", "device", "device_name", "threads", "platform", "python")
 
 
-def report_markdown(
-    manifest: Mapping[str, Any], rows: list[Row], prepared: list[Row], folder: Path, plots: list[str]
-) -> str:
+def report_markdown(selection: Selection, prepared: list[Row], folder: Path, plots: list[str]) -> str:
     """Return the text of report.md in `folder`.
 
     Args:
-        rows: of the sweep.
-        prepared: these as rows of the table, see `prepare_compared`.
+        prepared: the selection's rows as rows of the table, see `prepare_compared`.
         plots: file names beside it.
     """
     done = [row for row in prepared if row["status"] == "done"]
     failures = sorted((row for row in prepared if row["status"] != "done"), key=lambda row: row["number"])
-    parts = [f"# Sweep {manifest['name']}", report_intro(manifest, rows)]
+    parts = [f"# {report_heading(selection)}", report_intro(selection)]
     parts += ["## Results", _results(done, folder), *comparison_notes(prepared)] if done else []
     parts += [f"![memory against quality]({plot})" for plot in plots]
     parts += ["## Without a result", _failures_table(failures, folder)] if failures else []
-    parts += ["## Machine and versions", *_environments(rows)] if done else []
+    parts += ["## Machine and versions", *_environments(selection.rows)] if done else []
     return "\n\n".join([*parts, "All numbers, and every setting that varies: [results.csv](results.csv)."]) + "\n"
 
 
-def report_intro(manifest: Mapping[str, Any], rows: list[Row]) -> str:
-    """Return the introduction: the experiments, their purpose and outcomes, and the command that runs them again."""
+def report_heading(selection: Selection) -> str:
+    """Return 'Sweep first', 'Sweeps first + second' or '3 runs'."""
+    named = [sweep.name for sweep in selection.sweeps if sweep.folder]
+    kind = "Sweep " if len(named) == 1 else "Sweeps "
+    return f"{kind if named else ''}{selection.title}"
+
+
+def report_intro(selection: Selection) -> str:
+    """What was run, why, how it ended, and the command that runs it again; of each sweep."""
+    if len(selection.sweeps) == 1:
+        return _intro(selection.sweeps[0])
+    return "\n\n".join(f"**{_escape_cell(sweep.name)}**: {_intro(sweep)}" for sweep in selection.sweeps)
+
+
+def _intro(sweep: SweepRows) -> str:
+    if sweep.folder is None:
+        again = "To run one again: `python -m qexp.rerun <its folder>`."
+        return "\n\n".join([summary_line(sweep.manifest, sweep.rows), again])
+    manifest = sweep.manifest
     notes = [_escape_cell(manifest["notes"])] if manifest.get("notes") else []
     command = [f"To run it again:\n\n```\n{shlex.join(manifest['command'])}\n```"] if manifest["command"] else []
-    return "\n\n".join([summary_line(manifest, rows), *notes, *command])
+    return "\n\n".join([summary_line(manifest, sweep.rows), *notes, *command])
 
 
 def summary_line(manifest: Mapping[str, Any], rows: list[Row]) -> str:
@@ -54,9 +69,9 @@ def summary_line(manifest: Mapping[str, Any], rows: list[Row]) -> str:
     number, _, counts = count_line(rows, manifest.get("total")).partition(": ")
     models = ", ".join(dict.fromkeys(str(row["config"]["model"]["source"]) for row in rows if row["config"]))
     subject = f" with the model {models}" if models else ""
-    started = datetime.fromisoformat(manifest["started"]).strftime("%Y-%m-%d %H:%M")
+    start = manifest["started"] and datetime.fromisoformat(manifest["started"]).strftime(", started %Y-%m-%d %H:%M")
     unfinished = "" if manifest.get("finished") else " The sweep has not finished."
-    return f"{number}{subject}, started {started}: {counts}.{unfinished}"
+    return f"{number}{subject}{start or ''}: {counts}.{unfinished}"
 
 
 def _results(done: list[Row], folder: Path) -> str:
@@ -72,7 +87,11 @@ def _results(done: list[Row], folder: Path) -> str:
 
 
 def _failures_table(failures: list[Row], folder: Path) -> str:
-    lines = [[row["name"], status_text(row), row["message"], _folder_link(row, folder)] for row in failures]
+    names = [": ".join(filter(None, (row.get("sweep"), row["name"]))) for row in failures]
+    lines = [
+        [name, status_text(row), row["message"], _folder_link(row, folder)]
+        for name, row in zip(names, failures, strict=True)
+    ]
     return _table(["experiment", "status", "reason", "run"], [":--"] * 4, lines)
 
 

@@ -5,7 +5,7 @@ Metrics keep their names and units (`memory/weights_gib`); settings are dotted p
 empty cell. `environment` says how versions, commit, threads or machine differ from those of most runs. `<metric>_low`
 and `_high` are the ends of the 95 % interval of a run's metric; `<metric>_versus` says how its row in the table
 compares with the baseline. Each run has its line; `group` is the same for runs that differ in their seed alone, the key
-of their first.
+of their first. `folder` is the run's, from where the file is; `sweep`, where several are in it, the run's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,24 +40,26 @@ FIRST = (
 )
 
 
-def results_csv(rows: list[Row]) -> str:
-    """Return the text of results.csv."""
+def results_csv(rows: list[Row], place: Path | None = None) -> str:
+    """The text of results.csv. place: the folder that it will be in, for the paths of the runs."""
+    where = [*(["sweep"] if any("sweep" in row for row in rows) else []), *(["folder"] if place else [])]
     settings = varying_settings(rows)
     metrics = sorted({name for row in rows for name in row["metrics"]}, key=metric_order)
     columns = [column for name in metrics for column in _metric_columns(name, rows)]
     groups, differing = seed_groups(rows), differing_environments(rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*FIRST, *settings, *columns])
+    writer.writerow([*FIRST, *where, *settings, *columns])
     for row, values in zip(rows, _flat_configs(rows), strict=True):
         cells = _metric_cells(row)
         first = (
             row
             | _label_columns(row)
             | {"group": groups.get(row["number"], ""), "environment": differing.get(row["number"])}
+            | {"folder": os.path.relpath(row["folder"], place) if row["folder"] and place else None}
         )
         writer.writerow(
-            [_csv_cell(first[name]) for name in FIRST]
+            [_csv_cell(first[name]) for name in (*FIRST, *where)]
             + [_csv_cell(values.get(name)) for name in settings]
             + [_csv_cell(cells.get(name)) for name in columns]
         )
@@ -71,16 +74,21 @@ def lost_runs(path: Path, rows: list[Row]) -> list[Path]:
     """
     try:
         text = io.StringIO(path.read_text(encoding="utf-8"), newline="")
-        done = dict.fromkeys(line.get("key") for line in csv.DictReader(text) if line.get("status") == "done")
+        done = [line for line in csv.DictReader(text) if line.get("status") == "done" and line.get("key")]
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, csv.Error):
         return []
     except OSError as error:
         raise DiskError(f"{path}: cannot be read ({error.strerror}); make it readable, or delete it") from error
-    status_now = {row["key"]: row["status"] for row in rows}
-    runs = {str(key): path.parents[2] / "runs" / str(key) for key in done if key}
-    unexplained = {key for key, run in runs.items() if not (run / "result.json").exists()} - status_now.keys()
-    unexplained |= {key for key, status in status_now.items() if status in (*GONE, "skipped")}
-    return [run for key, run in runs.items() if key in unexplained]
+    gone = {row["key"]: row["status"] in (*GONE, "skipped") for row in rows}
+    runs = {str(line["key"]): _folder_of(line, path) for line in done}
+    return [run for key, run in runs.items() if gone.get(key, not (run / "result.json").exists())]
+
+
+def _folder_of(line: Mapping[str, str], path: Path) -> Path:
+    """The run of a line; without its folder, of an earlier version: where the runs of a sweep are."""
+    if line.get("folder"):
+        return Path(os.path.normpath(path.parent / line["folder"]))
+    return path.absolute().parent.parent.parent / "runs" / line["key"]
 
 
 def _metric_columns(name: str, rows: list[Row]) -> list[str]:

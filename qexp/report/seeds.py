@@ -36,6 +36,7 @@ def _setting(row: Row) -> str | None:
     if row["status"] != "done" or not row.get("config"):
         return None
     kept = {name: value for name, value in row["config"].items() if name not in NOT_COMPARED}
+    kept["copy"] = row.get("copy")  # `selection.py`: of two results of one run neither stands for the other
     return json.dumps(kept, sort_keys=True, default=str)
 
 

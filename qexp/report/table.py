@@ -24,7 +24,7 @@ WIDTH = 120
 STEP_MS = "time/step_ms"
 NARROWEST = 12  # a text column is not shortened below this
 PARTS = ("model", "backend", "offload", "task")  # of a label
-TEXTS = ("#", "model", "task", "backend", "offload", "setting", "status", "seeds")
+TEXTS = ("#", "sweep", "model", "task", "backend", "offload", "setting", "status", "seeds")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Column:
     metric: Metric
     header: str  # its last word goes into a second line
     factor: float
+    unit: str = ""
     part: Literal["value", "interval", "versus"] = "value"
 
 
@@ -46,7 +47,7 @@ def number_columns(prepared: list[Row]) -> dict[str, Column]:
     for metric in all_metrics().values():
         if metric.header:
             unit, factor = shown_unit(metric, (row["metrics"].get(metric.name) for row in prepared))
-            column = Column(metric, metric.header.format(unit=unit), factor)
+            column = Column(metric, metric.header.format(unit=unit), factor, unit)
             columns.append(column)
             if any(metric.name in row.get("intervals", {}) for row in prepared):
                 columns.append(replace(column, header=f"{column.header} 95%", part="interval"))
@@ -61,7 +62,7 @@ def format_table(rows: Iterable[Any]) -> str:
     if not prepared:
         return "no experiments"
     table = table_cells(prepared)
-    header = _without_extras(table, number_columns(prepared))
+    header = columns_that_fit(table, number_columns(prepared))
     lines = [[_heads(name)[part] for name in header] for part in (0, 1)]
     lines += [[line[name] for name in header] for line in table]
     widths = _fit([max(map(len, column)) for column in zip(*lines, strict=True)], header)
@@ -136,6 +137,7 @@ def _texts(row: Row, differing: Mapping[int, str]) -> dict[str, str]:
     mark = f" {OTHER}" if any(member["number"] in differing for member in members_of(row)) else ""
     texts = {
         "#": numbers_text(row),
+        "sweep": ", ".join(dict.fromkeys(filter(None, (member.get("sweep") for member in members_of(row))))),
         "status": status_text(row) + mark,
         "seeds": str(row.get("seeds", "")),
     }
@@ -205,8 +207,8 @@ def _range_of_steps(metrics: Mapping[str, float | None], digits: str) -> str:
     return f" ({'-'.join(texts)})" if len(set(texts)) == 2 else ""
 
 
-def _without_extras(table: list[dict[str, str]], columns: Mapping[str, Column]) -> list[str]:
-    """Return the columns; less important ones are left out, the last first, until no other has to be shortened."""
+def columns_that_fit(table: list[dict[str, str]], columns: Mapping[str, Column]) -> list[str]:
+    """Return the columns of a table; less important ones are left out until no other has to be shortened."""
     names = list(table[0])
     intervals = [name for name in reversed(names) if name in columns and columns[name].part == "interval"]
     minor = [name for name in reversed(names) if name in columns and columns[name].metric.is_minor]
@@ -223,7 +225,7 @@ def _excess(widths: list[int]) -> int:
 
 def _fit(widths: list[int], header: list[str]) -> list[int]:
     """Take from the text columns until a line fits, from the settings first and from the backend last."""
-    for name in ("setting", "model", "task", "status", "offload", "backend"):
+    for name in ("setting", "sweep", "model", "task", "status", "offload", "backend"):
         excess = _excess(widths)
         if name in header and excess > 0:
             place = header.index(name)

@@ -1,85 +1,120 @@
-"""A sweep as a Weights & Biases report: an introduction, and panels over the sweep's runs.
+"""Sweeps as a Weights & Biases report: the text of report.md, and panels over the runs of each sweep.
 
-    memory against quality   a scatter plot; bars of memory, quality, time and the peak of loading
+    memory against quality   a scatter plot; parallel coordinates of settings and results; bars of memory, quality, time
+                             and the peak of loading; the table (`wandb_table.py`)
     images                   the samples of every run, their reference and the difference (generate)
+    sensitivity              the map of every run (sensitivity)
     layers                   the table of every layer (roundtrip)
 
-The run set is the sweep's runs by their ids: those it reused are in the group of the sweep that ran them. Online the
-report is saved, and updated when this is repeated. Offline its specification is written as wandb_report.json beside the
-sweep: what would be saved, without an account or a network.
+A run set is a sweep's runs by their ids: those it reused are in the group of the sweep that ran them. Online the report
+is saved, and updated when this is repeated. Offline its specification is written as wandb_report.json beside the
+report: what would be saved, without an account or a network.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qexp.config.schema import TrackingConfig
 from qexp.errors import ConfigError, MissingLibraryError
 from qexp.metrics.registry import Metric, all_metrics
-from qexp.report.markdown import report_intro
-from qexp.results.rows import Row, read_manifest
+from qexp.report.markdown import report_markdown
+from qexp.report.results_csv import varying_settings
+from qexp.report.selection import Selection
+from qexp.report.wandb_table import TABLE, log_table, run_id
+from qexp.results.rows import Row
 from qexp.system.files import read_json, write_json
 from qexp.tracking.session import clear_errors, require_login, wandb_session
 
 FILE_NAME = "wandb_report.json"
 MEMORY = "memory/weights_gib"
 BARS = ("time/step_ms", "load/peak_host_gib", "quality/class_accuracy")  # beside what the plots show
+SETTINGS = 6  # axes of settings in the plot of parallel coordinates
+MAPS = ("images/sensitivity",)
 MEDIA = ("images/grid", "images/reference", "images/difference")
 
 
-def publish_report(outputs: Path, name: str, rows: list[Row], *, online: bool | None = None) -> str:
-    """Build the report and save it (online) or write its specification; returns a line that says where it is.
+def publish_report(selection: Selection, prepared: list[Row], folder: Path, *, online: bool | None = None) -> list[str]:
+    """Log the table as a run, build the report, and save it (online) or write its specification.
 
-    online: None for as the runs were tracked.
+    Args:
+        prepared: rows of the table, see `prepare_compared`.
+        folder: of the report's files.
+        online: None for as the runs were tracked.
+
+    Returns: lines that say where the table and the report are.
     Raises: ConfigError if no run was tracked, or without an API key; UnsupportedError if the server does not answer.
     """
-    folder = outputs / "sweeps" / name
-    tracking = _tracking(rows, name)
-    mode = tracking["mode"] if online is None else ("online" if online else "offline")
+    tracking = _tracking(selection)
+    mode = tracking.mode if online is None else ("online" if online else "offline")
+    tracking = replace(tracking, mode=mode)
     known = read_json(folder / FILE_NAME) or {}
     stored = {"id": known.get("id"), "url": known.get("url")}
-    not_saved = f"the W&B report of sweep {name} is not saved"
+    not_saved = f"the W&B report of {selection.title} is not saved"
     with clear_errors(not_saved, "leave out --online for its specification"), wandb_session(folder, mode) as wandb:
         entity = ""
         if mode == "online":
             require_login(wandb)
-            entity = tracking["entity"] or wandb.Api().default_entity
-        report = _build(read_manifest(outputs, name), rows, tracking["project"], entity)
+            entity = tracking.entity or wandb.Api().default_entity
+        report = _build(selection, prepared, folder, tracking.project, entity)
         spec = _spec(report)
+        place = log_table(wandb, folder, selection, prepared, tracking)
         if mode == "online":
             stored = _save_report(report, stored["id"])
     write_json(folder / FILE_NAME, {"title": report.title, "project": report.project, **stored, "spec": spec})
-    return f"W&B report: {stored['url']}" if mode == "online" else f"wrote {folder / FILE_NAME}"
+    return [
+        f"W&B table: {place.removeprefix(f'{Path.cwd()}/')}",
+        f"W&B report: {stored['url']}" if mode == "online" else f"wrote {folder / FILE_NAME}",
+    ]
 
 
-def _tracking(rows: list[Row], name: str) -> Mapping[str, Any]:
-    """Return the tracking settings of the sweep, from a run it made itself if there is one."""
-    stored = [row["config"]["tracking"] for row in sorted(rows, key=lambda row: row["reused"]) if row["config"]]
-    tracked = [tracking for tracking in stored if tracking["mode"] != "none"]
-    if not tracked:
+def _tracking(selection: Selection) -> TrackingConfig:
+    """The tracking settings of the runs, from one that a sweep made itself if there is one."""
+    rows = sorted(selection.rows, key=lambda row: row["reused"])
+    stored = [row["config"]["tracking"] for row in rows if row["config"]]
+    tracked = next((tracking for tracking in stored if tracking["mode"] != "none"), None)
+    if tracked is None:
         raise ConfigError(
-            f"sweep {name!r} has no run that was tracked; run it with tracking=offline or tracking=online"
+            f"{selection.title!r} has no run that was tracked; run it with tracking=offline or tracking=online"
         )
-    found: Mapping[str, Any] = tracked[0]
-    return found
+    return TrackingConfig(tracked["mode"], tracked["project"], tracked["entity"], tuple(tracked["tags"]))
 
 
-def _build(manifest: Mapping[str, Any], rows: list[Row], project: str, entity: str) -> Any:
+def _build(selection: Selection, prepared: list[Row], folder: Path, project: str, entity: str) -> Any:
     wr = _import_reports()
-    name = manifest["name"]
-    runs = wr.Runset(name=name, project=project if entity else "", entity=entity, filters=_filter(rows))
-    blocks = [wr.MarkdownBlock(report_intro(manifest, rows)), wr.H2("Memory against quality")]
-    blocks.append(wr.PanelGrid(runsets=[runs], panels=_plots(wr, rows)))
-    tasks = {row["config"]["task"]["name"] for row in rows if row["config"]}
-    if "generate" in tasks:
-        images = wr.MediaBrowser(title="samples", media_keys=list(MEDIA), num_columns=3, layout=wr.Layout(w=24, h=14))
-        blocks += [wr.H2("Images"), wr.PanelGrid(runsets=[runs], panels=[images])]
+    place = {"project": project if entity else "", "entity": entity}
+    sets = [wr.Runset(name=sweep.name, filters=_filter(sweep.rows), **place) for sweep in selection.sweeps]
+    table = wr.Runset(name="report", filters=f"Metric('ID') in {[run_id(selection)]!r}", **place)
+    intro, rest = _report_text(selection, prepared, folder)
+    blocks = [wr.MarkdownBlock(intro), wr.H2("Memory against quality")]
+    blocks.append(wr.PanelGrid(runsets=sets, panels=_plots(wr, selection.rows)))
+    blocks.append(wr.PanelGrid(runsets=[table], panels=[_table_panel(wr, TABLE)]))
+    tasks = {row["config"]["task"]["name"] for row in selection.rows if row["config"]}
+    shown = {"generate": ("Images", MEDIA), "sensitivity": ("Sensitivity", MAPS)}
+    for title, keys in (found for task, found in shown.items() if task in tasks):
+        media = wr.MediaBrowser(title=title, media_keys=list(keys), num_columns=3, layout=wr.Layout(w=24, h=14))
+        blocks += [wr.H2(title), wr.PanelGrid(runsets=sets, panels=[media])]
     if "roundtrip" in tasks:
-        layers = wr.WeavePanelSummaryTable(table_name="layers", layout=wr.Layout(w=24, h=14))
-        blocks += [wr.H2("Layers"), wr.PanelGrid(runsets=[runs], panels=[layers])]
-    return wr.Report(project=project, entity=entity, title=f"qexp: {name}"[:128], width="fluid", blocks=blocks)
+        blocks += [wr.H2("Layers"), wr.PanelGrid(runsets=sets, panels=[_table_panel(wr, "layers")])]
+    blocks.append(wr.MarkdownBlock(rest))
+    title = f"qexp: {selection.title}"[:128]
+    return wr.Report(project=project, entity=entity, title=title, width="fluid", blocks=blocks)
+
+
+def _table_panel(wr: Any, name: str) -> Any:
+    return wr.WeavePanelSummaryTable(table_name=name, layout=wr.Layout(w=24, h=14))
+
+
+def _report_text(selection: Selection, prepared: list[Row], folder: Path) -> tuple[str, str]:
+    """The introduction of report.md and the rest, without plots and links, which lead to files of this machine."""
+    text = report_markdown(selection, prepared, folder, [])
+    intro, mark, rest = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).partition("\n## ")
+    return intro, mark.lstrip() + rest
 
 
 def _filter(rows: list[Row]) -> str:
@@ -106,7 +141,20 @@ def _plots(wr: Any, rows: list[Row]) -> list[Any]:
         wr.BarPlot(title=_title(metric), metrics=[wr.SummaryMetric(name)], layout=wr.Layout(w=12, h=8))
         for name, metric in shown.items()
     ]
-    return [*scatters, *bars]
+    return [*scatters, *_parallel(wr, rows, shown), *bars]
+
+
+def _parallel(wr: Any, rows: list[Row], metrics: Mapping[str, Metric]) -> list[Any]:
+    """A line for each run through the settings that vary and the metrics; none for fewer than two axes."""
+    settings = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in varying_settings(rows)[:SETTINGS]]
+    numbers = [
+        wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric(name), display_name=_title(metric))
+        for name, metric in metrics.items()
+    ]
+    plot = wr.ParallelCoordinatesPlot(
+        title="settings and results", columns=[*settings, *numbers], layout=wr.Layout(w=24, h=10)
+    )
+    return [plot] if numbers and len(settings) + len(numbers) > 1 else []
 
 
 def _title(metric: Metric) -> str:

@@ -47,9 +47,10 @@ class JobRow:
 class Manifest:
     """The manifest of one sweep, `outputs/sweeps/<name>`."""
 
-    def __init__(self, outputs: str | Path, name: str) -> None:
+    def __init__(self, outputs: str | Path, name: str, folder: Path | None = None) -> None:
+        """folder: of a sweep that was copied out of its outputs folder."""
         self.name = name
-        self.folder = Path(outputs, "sweeps", name)
+        self.folder = folder or Path(outputs, "sweeps", name)
         self.path = self.folder / "manifest.json"
         self.added = self.folder / "jobs.jsonl"
 

@@ -7,6 +7,8 @@ older result as it was. A file that is damaged costs its own row: status `damage
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +61,36 @@ def rows_of_sweep(outputs: Path | str, name: str) -> list[Row]:
     label, metrics, config (the stored container), env and folder; the last three are None without a run folder.
     Raises: ConfigError for an unknown sweep, DiskError for a manifest that is damaged.
     """
-    jobs = read_manifest(outputs, find_sweep(outputs, name))["jobs"]
-    return [_row(job, RunFolder(Path(outputs, "runs", str(job["key"])))) for job in jobs]
+    return rows_of_jobs(read_manifest(outputs, find_sweep(outputs, name)), [Path(outputs, "runs")])
 
 
-def _row(job: dict[str, Any], folder: RunFolder) -> Row:
+def rows_of_jobs(manifest: Mapping[str, Any], places: Sequence[Path]) -> list[Row]:
+    """Return `rows_of_sweep` of a manifest whose runs are in `places`, folders of run folders; the first one counts."""
+    return [_row(job, RunFolder(_find_run(str(job["key"]), places))) for job in manifest["jobs"]]
+
+
+def _find_run(key: str, places: Sequence[Path]) -> Path:
+    """The folder of a run; if it is in no place, where it belongs."""
+    return next((path for place in places if (path := place / key).is_dir()), places[0] / key)
+
+
+def row_of_run(path: Path, number: int) -> Row:
+    """Return the row of a run folder that may be of no sweep, and may have any name."""
+    folder, key = RunFolder(path), path.name
+    with suppress(DiskError):  # its row says so
+        key = str((folder.read_result() or {}).get("key", key))
+    return _row({"number": number, "key": key, "overrides": _read_overrides(path), "status": "done"}, folder)
+
+
+def _read_overrides(path: Path) -> list[str]:
+    """What was typed for a run; [] where that is not there."""
+    try:
+        return (path / "overrides.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def _row(job: Mapping[str, Any], folder: RunFolder) -> Row:
     row: Row = {"reason": None, "message": "", "reused": False, "seconds": None, **job}
     row |= {
         "label": job.get("label") or " ".join(job["overrides"]),
@@ -88,8 +115,8 @@ def _read_labels(folder: RunFolder) -> Row:
     return {"config": config, "label": run_label(config)} if config is not None else {}
 
 
-def _read_ending(job: Row, folder: RunFolder) -> Row:
-    """Return how the experiment ended, and its numbers if it did well."""
+def _read_ending(job: Mapping[str, Any], folder: RunFolder) -> Row:
+    """How the experiment ended, and its numbers if it did well."""
     status = folder.read_status()
     if status is None:
         return _missing(folder.path / "status.json") if job["status"] == "done" else {}

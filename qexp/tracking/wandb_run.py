@@ -1,10 +1,10 @@
 """A Weights & Biases run from a finished run folder.
 
     config    the nested configuration, and the environment under `env`
-    summary   every metric, and status, reason, message and seconds
+    summary   every metric, <metric>_low and _high for the ends of its 95 % interval, status, reason, message, seconds
     history   steps/<column> per generation step: time, memory, error against the reference
     media     images/grid, images/reference, images/difference; tables: layers (of a roundtrip), compared_texts,
-              sensitivity, with a map of it as images/sensitivity
+              samples, sensitivity, with a map of it as images/sensitivity
     run       name: readable label, with the settings that vary in its sweep; group: sweep; job type: task; tags: model,
               backend, offload, and the user's
 
@@ -20,23 +20,28 @@ replaced. wandb is kept quiet, and away from the working directory and the home 
 from __future__ import annotations
 
 import csv
+import math
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qexp.config.schema import RunConfig, TrackingConfig
 from qexp.config.wandb_names import MAX_TAG, cut
 from qexp.errors import ConfigError
+from qexp.results.intervals import metric_intervals
 from qexp.results.labels import backend_label, experiment_name, run_label
 from qexp.results.run_folder import RunFolder
+from qexp.results.samples import read_samples
 from qexp.system.files import read_json, read_yaml
 from qexp.tracking.session import clear_errors, require_login, wandb_session
 
 INIT_TIMEOUT_SECONDS = 20.0  # without an answer, wandb gives up starting an online run
 FINISH_TIMEOUT_SECONDS = 120.0  # and uploading one
 IMAGES = ("grid", "reference", "difference")
-TABLES = ("layers", "compared_texts", "sensitivity")
+ENDS = ("low", "high")
+TABLES = ("layers", "compared_texts", "samples", "sensitivity")
 
 
 def log_run(folder: Path, config: RunConfig, sweep_name: str | None, settings: str = "") -> str | None:
@@ -56,54 +61,77 @@ def log_run(folder: Path, config: RunConfig, sweep_name: str | None, settings: s
     remedy = "use tracking=offline, and `wandb sync` the run folder later"
     with clear_errors(subject, remedy), wandb_session(folder, tracking.mode) as wandb:
         container = read_yaml(folder / "config.yaml") or config.to_container()
-        name = experiment_name(run_label(container), settings)
-        run = _start(wandb, folder, container, tracking, sweep_name, name)
-        try:
+        names = {
+            "run_id": folder.name,
+            "run_name": cut(experiment_name(run_label(container), settings)),
+            "run_group": None if sweep_name is None else cut(sweep_name),
+            "run_job_type": container["task"]["name"],
+            "run_tags": tuple(run_tags(container, tracking)),
+        }
+        values = container | {"env": read_json(folder / "env.json") or {}}
+        with open_run(wandb, folder, tracking, names, values, exit_code=int(failed)) as run:
             _log_history(run, folder)
             _log_media(wandb, run, folder)
             run.summary.update(_run_summary(folder))
-        except BaseException:
-            run.finish(exit_code=1)
-            raise
-        run.finish(exit_code=1 if failed else 0)
-        place = str(run.url) if tracking.mode == "online" else str(run.settings.sync_dir)
-    _remove_older(folder, keep=Path(run.settings.sync_dir))
+        place = place_of(run, tracking)
+    remove_older(folder, keep=Path(run.settings.sync_dir))
     print(f"W&B run: {place.removeprefix(f'{Path.cwd()}/')}", flush=True)
     return place
 
 
+def place_of(run: Any, tracking: TrackingConfig) -> str:
+    """Return where a run is: its address (online), or its folder (offline)."""
+    return str(run.url) if tracking.mode == "online" else str(run.settings.sync_dir)
+
+
+@contextmanager
+def open_run(
+    wandb: Any,
+    folder: Path,
+    tracking: TrackingConfig,
+    names: Mapping[str, Any],
+    config: Mapping[str, Any],
+    exit_code: int = 0,
+) -> Iterator[Any]:
+    """A run that is written below `folder` and finished at the end; it has failed if an error ends it.
+
+    names: run_id, run_name, run_group, run_job_type, run_tags.
+    Raises: ConfigError without an API key, or for a name that W&B refuses.
+    """
+    run = _start(wandb, folder, tracking, names, config)
+    try:
+        yield run
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish(exit_code=exit_code)
+
+
 def _start(
-    wandb: Any, folder: Path, container: dict[str, Any], tracking: TrackingConfig, sweep_name: str | None, name: str
+    wandb: Any, folder: Path, tracking: TrackingConfig, names: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Any:
     """Return an initialized run, not the global one: a run that the calling program has open stays as it is."""
     if tracking.mode == "online":
         require_login(wandb)
-    config = container | {"env": read_json(folder / "env.json") or {}}
     try:
-        return wandb.init(settings=_settings(wandb, folder, container, tracking, sweep_name, name), config=config)
+        return wandb.init(settings=_settings(wandb, folder, tracking, names), config=dict(config))
     except (ValueError, wandb.errors.UsageError) as error:
         text = error.errors()[0]["msg"] if hasattr(error, "errors") else error  # pydantic lists what it refuses
-        names = (
+        given = (
             f"tracking.project={tracking.project}, tracking.entity={tracking.entity}, tracking.tags={[*tracking.tags]}"
         )
-        raise ConfigError(f"{names}: W&B refuses one of them ({text}); change it") from error
+        raise ConfigError(f"{given}: W&B refuses one of them ({text}); change it") from error
 
 
-def _settings(
-    wandb: Any, folder: Path, container: dict[str, Any], tracking: TrackingConfig, sweep_name: str | None, name: str
-) -> Any:
-    """Return settings without output and without facts about this process: another one ran the experiment."""
+def _settings(wandb: Any, folder: Path, tracking: TrackingConfig, names: Mapping[str, Any]) -> Any:
+    """No output, and nothing about the process that logs: it is not the one that ran the experiment."""
     off = ("x_disable_stats", "x_disable_meta", "x_disable_machine_info", "disable_git", "disable_code")
     return wandb.Settings(
         mode=tracking.mode,
         root_dir=str(folder),
         project=tracking.project,
         **({"entity": tracking.entity} if tracking.entity else {}),  # else WANDB_ENTITY, or the account's own
-        run_id=folder.name,
-        run_name=cut(name),
-        run_group=None if sweep_name is None else cut(sweep_name),
-        run_job_type=container["task"]["name"],
-        run_tags=tuple(run_tags(container, tracking)),
+        **names,
         reinit="create_new",  # a run that the calling program has open stays open
         init_timeout=INIT_TIMEOUT_SECONDS,
         finish_timeout=FINISH_TIMEOUT_SECONDS,
@@ -147,12 +175,18 @@ def _log_media(wandb: Any, run: Any, folder: Path) -> None:
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield rows with numbers where a whole column is numbers, and None for an empty cell."""
+    """Rows with numbers where a whole column is numbers, and None for an empty cell.
+
+    JSON holds no infinity (the PSNR of identical images): it is None, and a column `<name> is infinite` says so.
+    """
     with path.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     numeric = {name for name in (rows[0] if rows else ()) if all(_is_number(row[name]) for row in rows)}
+    infinite = [name for name in numeric if any(math.isinf(float(row[name] or 0)) for row in rows)]
     for row in rows:
-        yield {name: (float(text) if name in numeric else text) if text else None for name, text in row.items()}
+        cells = {name: (float(text) if name in numeric else text) if text else None for name, text in row.items()}
+        marks = {f"{name} is infinite": bool(cells[name]) and math.isinf(cells[name]) for name in infinite}
+        yield {name: None if marks.get(f"{name} is infinite") else cell for name, cell in cells.items()} | marks
 
 
 def _is_number(text: str) -> bool:
@@ -164,14 +198,18 @@ def _is_number(text: str) -> bool:
 
 
 def _run_summary(folder: Path) -> dict[str, Any]:
-    """Return metrics of a run that is done; of any other only how it ended."""
+    """Metrics of a run that is done, with their intervals; of any other only how it ended."""
     status = read_json(folder / "status.json") or {}
     ended = {name: status.get(name) for name in ("status", "reason", "message", "seconds")}
     result = read_json(folder / "result.json") if ended["status"] == "done" else None
-    return ended | (result["metrics"] if result else {})
+    if not result:
+        return ended
+    intervals = metric_intervals(read_samples(folder), result["metrics"])
+    ends = {f"{name}_{end}": value for name, pair in intervals.items() for end, value in zip(ENDS, pair, strict=True)}
+    return ended | result["metrics"] | ends
 
 
-def _remove_older(folder: Path, keep: Path) -> None:
+def remove_older(folder: Path, keep: Path) -> None:
     """Earlier offline logs of this folder: the new one has all they had."""
     for path in (folder / "wandb").glob("offline-run-*"):
         if path != keep:

@@ -16,7 +16,8 @@ from qexp.errors import ConfigError
 from qexp.metrics.registry import all_metrics
 from qexp.report.__main__ import main
 from qexp.report.comparison import comparison_notes, prepare_compared, read_all_samples
-from qexp.report.pareto import pareto_png, points_of
+from qexp.report.pareto import points_of
+from qexp.report.pareto_plot import pareto_png
 from qexp.report.results_csv import results_csv
 from qexp.report.table import format_table
 from qexp.results.rows import Row, rows_of_sweep

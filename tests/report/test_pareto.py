@@ -1,5 +1,8 @@
+import csv
+import io
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,8 @@ import pytest
 from PIL import Image
 
 from qexp.metrics.registry import all_metrics
-from qexp.report.pareto import Point, pareto_front, pareto_png, points_of
+from qexp.report.pareto import Point, pareto_front, points_csv, points_of
+from qexp.report.pareto_plot import PAPER, SCREEN, draw_pareto, pareto_png
 from qexp.report.table import rows_of_sweep
 from tests.report.factory import GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_seeds, sweep_of_six
 
@@ -166,3 +170,32 @@ def test_the_axis_has_the_unit_of_its_values(
     pareto_png(rows_of_sweep(tmp_path, "first"), PSNR, "title")
     assert drawn[0].axes[0].get_xlabel() == f"memory of the weights ({unit})"
     assert any(list(line.get_xdata()) == [pytest.approx(shown)] for line in drawn[0].axes[0].lines)
+
+
+@pytest.mark.parametrize(("width", "inches"), [("1col", 3.3), ("2col", 7.0)])
+def test_figures_for_papers_embed_their_fonts_and_have_the_width_of_a_column(
+    width: str, inches: float, tmp_path: Path
+) -> None:
+    points = points_of(rows_of_sweep(tmp_path, sweep_of_seeds(tmp_path)), PSNR)
+    pdf, svg = (draw_pareto(points, PSNR, "", PAPER[width], kind) for kind in ("pdf", "svg"))
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType, in the file
+    (box,) = re.findall(rb"/MediaBox \[ 0 0 ([\d.]+) ", pdf)
+    assert float(box) == pytest.approx(72 * inches)
+    text = svg.decode()
+    assert "<text" not in text and f'width="{72 * inches:g}pt"' in text  # outlines: no font is needed
+    assert draw_pareto(points, PSNR, "", PAPER[width], "pdf") == pdf
+
+
+def test_names_with_dollars_are_drawn_as_they_are(tmp_path: Path) -> None:
+    run_folder(tmp_path, "a", config("quanto", "a$_b$^"), GENERATE)
+    manifest(tmp_path, "first", [job(0, "a", [])])
+    points = points_of(rows_of_sweep(tmp_path, "first"), PSNR)
+    assert draw_pareto(points, PSNR, "costs $ and $x_", SCREEN, "svg").startswith(b"<?xml")
+
+
+def test_csv_has_the_numbers_behind_the_plot(tmp_path: Path) -> None:
+    points = points_of(rows_of_sweep(tmp_path, sweep_of_seeds(tmp_path)), PSNR)
+    nf4, int8 = csv.DictReader(io.StringIO(points_csv(points, PSNR)))
+    assert (nf4["name"], nf4["memory_weights_gib"], nf4["psnr_db"]) == ("bitsandbytes nf4 (3 seeds)", "0.004", "20.0")
+    assert (nf4["low"], nf4["high"], nf4["bar"]) == ("10.0", "30.0", "standard deviation over seeds")
+    assert (int8["number"], int8["on_front"], int8["low"], int8["bar"]) == ("2", "1", "", "")

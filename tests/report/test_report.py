@@ -12,6 +12,8 @@ import pytest
 from qexp.report.__main__ import main
 from tests.report.factory import ENV, GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
 
+WRITTEN = ("results.csv", "report.md", "table.tex", "pareto_psnr_db.png", "pareto_psnr_db.csv", "report.html")
+
 
 def report_of(outputs: Path, name: str = "first") -> str:
     assert main([name, "--outputs", str(outputs)]) == 0
@@ -27,14 +29,9 @@ def test_command_prints_the_table_and_writes_its_files(tmp_path: Path, capsys: p
     folder = tmp_path / "sweeps/first"
     assert {path.name for path in folder.iterdir()} == {
         "manifest.json",
-        "results.csv",
-        "report.md",
-        "pareto_psnr_db.png",
-        "report.html",
+        *WRITTEN,
     }
-    assert re.findall(r"wrote (.*)", printed) == [
-        str(folder / name) for name in ("results.csv", "report.md", "pareto_psnr_db.png", "report.html")
-    ]
+    assert re.findall(r"wrote (.*)", printed) == [str(folder / name) for name in WRITTEN]
 
 
 def test_unknown_sweep_is_one_line_with_those_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,12 +12,19 @@ import yaml
 
 from qexp.errors import ConfigError
 from qexp.report.__main__ import main
+from qexp.report.comparison import prepare_compared
+from qexp.report.selection import Selection, select
 from qexp.report.wandb_report import publish_report
-from qexp.results.rows import rows_of_sweep
-from tests.report.factory import ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
+from tests.report.factory import GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
 from tests.tracking.wandb_server import WandbServer, use_server
 
 KEYS = [f"key{number}" for number in range(5)]  # of the runs that have a folder
+
+
+def publish(selection: Selection, online: bool | None = None) -> list[str]:
+    for row in selection.rows:
+        row["samples"] = {}
+    return publish_report(selection, prepare_compared(selection.rows), selection.folder, online=online)
 
 
 def spec_of(outputs: Path) -> dict[str, Any]:
@@ -51,23 +58,40 @@ def test_offline_writes_its_specification(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "sweeps/first"
     assert done.stdout.splitlines()[-1] == f"wrote {folder / 'wandb_report.json'}"
+    assert done.stdout.splitlines()[-2].startswith("W&B table: sweeps/first/wandb/offline-run-")
     assert {path.name for path in folder.iterdir()} == {
-        "manifest.json", "results.csv", "report.md", "report.html", "pareto_psnr_db.png", "wandb_report.json",
+        "manifest.json", "results.csv", "report.md", "report.html", "table.tex", "pareto_psnr_db.png", "pareto_psnr_db.csv",
+        "wandb_report.json", "wandb",
     }  # fmt: skip
     assert not list((tmp_path / "home").rglob("*"))
 
 
 def test_run_set_is_the_runs_by_their_ids(tmp_path: Path) -> None:
     sweep_of_six(tmp_path)
-    rows = rows_of_sweep(tmp_path, "first")
-    publish_report(tmp_path, "first", [*rows, rows[0] | {"number": 9}])  # the same experiment twice
-    sets = run_sets(spec_of(tmp_path))
-    assert [conditions(run_set) for run_set in sets] == [[("name", "IN", KEYS)]] * 2
+    path = tmp_path / "sweeps/first/manifest.json"
+    content = json.loads(path.read_text())
+    content["jobs"].append(content["jobs"][0] | {"number": 9})  # the same experiment twice
+    path.write_text(json.dumps(content))
+    publish(select(tmp_path))
+    sets = [conditions(run_set) for run_set in run_sets(spec_of(tmp_path))]
+    assert [one for one in sets if one[0][2] == KEYS] == [[("name", "IN", KEYS)]] * 2
+
+
+def test_several_sweeps_have_a_run_set_each(tmp_path: Path) -> None:
+    sweep_of_six(tmp_path)
+    run_folder(tmp_path, "other", config("quanto", "int8"), GENERATE)
+    manifest(tmp_path, "second", [job(1, "other", ["backend=quanto"]), job(2, "key0", ["backend=none"], reused=True)])
+    selection = select(tmp_path, ["first", "second"])
+    publish(selection)
+    spec = json.loads((selection.folder / "wandb_report.json").read_text())["spec"]
+    first, second = run_sets(spec)[:2]
+    assert (first["name"], conditions(first)) == ("first", [("name", "IN", KEYS)])
+    assert (second["name"], conditions(second)) == ("second", [("name", "IN", ["other", "key0"])])
 
 
 def test_panels_compare_memory_quality_time_and_images(tmp_path: Path) -> None:
     sweep_of_six(tmp_path)
-    publish_report(tmp_path, "first", rows_of_sweep(tmp_path, "first"))
+    publish(select(tmp_path))
     spec = spec_of(tmp_path)
     (scatter,) = [panel["config"] for panel in panels(spec) if panel["viewType"] == "Scatter Plot"]
     assert (scatter["xAxis"], scatter["yAxis"]) == ("summary:memory/weights_gib", "summary:quality/psnr_db")
@@ -76,15 +100,21 @@ def test_panels_compare_memory_quality_time_and_images(tmp_path: Path) -> None:
     assert bars == [[f"summary_metrics.{name}"] for name in measured]
     (media,) = [panel["config"] for panel in panels(spec) if panel["viewType"] == "Media Browser"]
     assert media["mediaKeys"] == ["images/grid", "images/reference", "images/difference"]
-    (intro,) = [block["content"] for block in spec["blocks"] if block["type"] == "markdown-block"]
+    intro, results = [block["content"] for block in spec["blocks"] if block["type"] == "markdown-block"]
     assert "6 experiments" in intro
     assert "python -m qexp -m backend=none,bitsandbytes" in intro
+    assert results.startswith("## Results") and "| 24.5" in results and "failed: oom" in results
+    assert "](" not in intro + results  # links lead to files that are not on the server
+    (parallel,) = [panel["config"] for panel in panels(spec) if panel["viewType"] == "Parallel Coordinates Plot"]
+    axes = [column["accessor"] for column in parallel["columns"]]
+    assert "config:components.value.transformer.backend.label" in axes
+    assert {"summary:memory/weights_gib", "summary:quality/psnr_db"} <= set(axes)
 
 
 def test_roundtrip_shows_its_layers_instead_of_images(tmp_path: Path) -> None:
     run_folder(tmp_path, "a", config(task="roundtrip"), ROUNDTRIP)
     manifest(tmp_path, "first", [job(0, "a", [])])
-    publish_report(tmp_path, "first", rows_of_sweep(tmp_path, "first"))
+    publish(select(tmp_path))
     spec = spec_of(tmp_path)
     kinds = [panel["viewType"] for panel in panels(spec)]
     assert "Media Browser" not in kinds
@@ -119,7 +149,7 @@ def test_runs_tracked_online_make_an_online_report(server: WandbServer, tmp_path
         stored = yaml.safe_load(path.read_text())
         stored["tracking"] |= {"mode": "online", "entity": "tester"}
         path.write_text(yaml.safe_dump(stored))
-    assert publish_report(tmp_path, "first", rows_of_sweep(tmp_path, "first")).startswith("W&B report: http")
+    assert publish(select(tmp_path))[-1].startswith("W&B report: http")
     assert len(server.reports) == 1
 
 
@@ -129,18 +159,17 @@ def test_what_cannot_be_reported_is_a_clear_error(
     server: WandbServer,
 ) -> None:
     sweep_of_six(tmp_path)
-    rows = rows_of_sweep(tmp_path, "first")
 
-    def with_tracking(**changes: Any) -> list[dict[str, Any]]:
-        return [
-            row | {"config": row["config"] and row["config"] | {"tracking": row["config"]["tracking"] | changes}}
-            for row in rows
-        ]
+    def with_tracking(**changes: Any) -> Selection:
+        selection = select(tmp_path)
+        for row in (row for row in selection.rows if row["config"]):
+            row["config"]["tracking"] |= changes
+        return selection
 
     with pytest.raises(ConfigError, match="no run that was tracked"):
-        publish_report(tmp_path, "first", with_tracking(mode="none"))
+        publish(with_tracking(mode="none"))
     with pytest.raises(ConfigError, match=r"project tester/other cannot be used.*wandb sync"):
-        publish_report(tmp_path, "first", with_tracking(project="other"), online=True)
+        publish(with_tracking(project="other"), online=True)
     use_server(monkeypatch, tmp_path, server.url, key=None)
     with pytest.raises(ConfigError, match="no API key"):
-        publish_report(tmp_path, "first", rows, online=True)
+        publish(select(tmp_path), online=True)
