@@ -20,7 +20,7 @@ Examples
   python -m qexp -m backend=none,quanto sweep.dry_run=true    what it would run, and what that takes
 
 Commands (the console script `qexp` is the same: qexp report)
-  python -m qexp report [sweep]                               table, plot and report of a sweep
+  python -m qexp report [sweep …]                             table, plots and report of sweeps and runs
   python -m qexp doctor                                       what runs on this machine, and what the rest needs
   python -m qexp predict [model ...] [memory=16GiB]           bytes of a model in each backend, and whether they fit
   python -m qexp fit model=digits bits=4.5                    the best model that fits: a format for each layer, proven

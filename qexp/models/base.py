@@ -188,6 +188,10 @@ class TextSource(ModelSource):
     def encode(self, text: str) -> Tensor:
         """Return the tokens of a text, [n], without special tokens."""
 
+    def token_bytes(self, text: str) -> Tensor | None:
+        """Return how many bytes of the text, in UTF-8, each token of `encode` stands for, [n]; None if unknown."""
+        return None
+
     @abstractmethod
     def decode(self, tokens: Tensor) -> list[str]:
         """Return the texts of rows of tokens, [n, length], without special tokens."""

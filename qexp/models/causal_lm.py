@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,6 +224,24 @@ class Source(TextSource):
         if tokens and tokens[0] == self.begin_token:
             tokens = tokens[1:]
         return torch.tensor(tokens, dtype=torch.int64)
+
+    @override
+    def token_bytes(self, text: str) -> Tensor | None:
+        """Return the bytes of the text from the end of the token before to the end of each token, [n].
+
+        None for a tokenizer that does not say where its tokens are. Tokens that share a character (bytes of a letter
+        that the vocabulary lacks) leave it to the first of them; characters between tokens are the next one's.
+        """
+        import torch
+
+        if not self.tokenizer.is_fast:
+            return None
+        found = self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        ends = torch.tensor([end for _, end in found["offset_mapping"]], dtype=torch.int64)
+        starts_with_begin = found["input_ids"][:1] == [self.begin_token]
+        upto = torch.tensor([0, *accumulate(len(letter.encode()) for letter in text)])  # characters -> bytes
+        counts = torch.diff(upto[ends.cummax(0).values], prepend=torch.zeros(1, dtype=torch.int64))
+        return counts[1:] if starts_with_begin else counts
 
     @override
     def check_run(self, models: Mapping[str, nn.Module], task: Any) -> None:

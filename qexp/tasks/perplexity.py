@@ -8,7 +8,8 @@ first one of the text is not scored.)
 What is saved, of each scored token, is enough to compare any two models afterwards without running them again:
 
     outputs.safetensors    targets, the tokens; nll = -ln p(token), fp32; top1, the most probable token; windows, the
-                           number of the window that scores it
+                           number of the window that scores it; bytes of the text that it stands for, where the
+                           tokenizer says so
     logprobs.safetensors   logprobs [tokens, kept], fp32, and ids [tokens, kept]: ln p of the `logprobs` most probable
                            next tokens, in falling order. Where all of the vocabulary is kept it lies in its own order,
                            without ids. Written window by window: it is never all in memory
@@ -127,6 +128,7 @@ def score_text(context: RunContext, tokens: Tensor, task: PerplexityConfig, reco
         "nll": torch.empty(count),
         "top1": torch.empty(count, dtype=torch.int32),
         "windows": _windows_of_tokens(windows),
+        **_bytes_of_tokens(context, task, first, count),
     }
     shapes = {"logprobs": (torch.float32, (count, kept)), "ids": (torch.int32, (count, kept))}
     if kept == vocabulary:
@@ -142,6 +144,15 @@ def score_text(context: RunContext, tokens: Tensor, task: PerplexityConfig, reco
                     _keep(part, window.scored - first + start, outputs, file, kept)
             recorder.on_step(step, None)
     return outputs
+
+
+def _bytes_of_tokens(context: RunContext, task: PerplexityConfig, first: int, count: int) -> dict[str, Tensor]:
+    """{"bytes": of the text for each scored token, int32}; {} if the tokenizer does not say."""
+    import torch
+
+    source = cast("TextSource", context.source)
+    found = source.token_bytes(source.text(task.text))
+    return {} if found is None else {"bytes": found[first : first + count].to(torch.int32)}
 
 
 def _windows_of_tokens(windows: list[Window]) -> Tensor:

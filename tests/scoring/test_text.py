@@ -12,6 +12,7 @@ from torch import Tensor
 from qexp.errors import LoadError
 from qexp.metrics import exact_match as exact_match_file
 from qexp.metrics import kl_divergence as kl_file
+from qexp.metrics import perplexity as perplexity_file
 from qexp.metrics.perplexity import perplexity
 from qexp.metrics.registry import Samples, all_metrics
 from qexp.scoring.text import count_nonfinite_tokens, paired_rows, write_compared_texts
@@ -148,3 +149,35 @@ def test_probabilities_that_are_not_finite_agree_with_nothing(
     numbers = text_numbers(names, ours, theirs, *places)
     assert numbers == {"exact": 0, **dict.fromkeys((*names, "kl_coverage"))}
     assert count_nonfinite_tokens(bad) == 1 and count_nonfinite_tokens(good) == 0
+
+
+def test_error_of_perplexity_is_that_of_windows() -> None:
+    """Windows of unequal length whose means differ: the standard deviation of perplexity over many such texts."""
+    generator = torch.Generator().manual_seed(0)
+
+    def text(windows: int = 40) -> dict[str, Tensor]:
+        sizes = torch.randint(5, 40, (windows,), generator=generator)
+        means = torch.rand(windows, generator=generator).repeat_interleave(sizes)
+        numbers = torch.arange(windows).repeat_interleave(sizes)
+        nll = 1 + means + 0.1 * torch.rand(len(numbers), generator=generator)
+        return {"nll": nll, "windows": numbers, "bytes": torch.full_like(numbers, 3)}
+
+    found = [perplexity_file._compute(Samples(text())) for _ in range(400)]
+    for name, value in (("perplexity", None), ("byte_perplexity", "quality/byte_perplexity")):
+        values = torch.tensor([one.value if value is None else one.also[value] for one in found])
+        errors = torch.tensor([one.also[f"quality/{name}_stderr"] for one in found])
+        assert errors.mean().item() == pytest.approx(values.std().item(), rel=0.1)
+    assert perplexity_file._compute(Samples(text(1))).also["quality/perplexity_stderr"] is None  # one window
+
+
+def test_perplexity_by_byte_counts_bytes() -> None:
+    outputs = {
+        "nll": torch.tensor([1.0, 2.0, 3.0]),
+        "windows": torch.tensor([0, 0, 1]),
+        "bytes": torch.tensor([2, 0, 4]),
+    }
+    found = perplexity_file._compute(Samples(outputs)).also
+    assert found["quality/bits_per_byte"] == pytest.approx(1 / math.log(2))  # 6 nats in 6 bytes
+    assert found["quality/byte_perplexity"] == pytest.approx(math.e)
+    broken = perplexity_file._compute(Samples(outputs | {"nll": torch.tensor([1.0, math.inf, 3.0])}))
+    assert {*broken.also.values(), broken.value} == {None}

@@ -180,3 +180,26 @@ def test_a_begin_that_is_written_is_not_scored(text: str, folder: Path) -> None:
     source = Source(ArithmeticConfig(path=str(folder)))
     begin = source.tokenizer.bos_token
     assert source.encode(begin + text).tolist() == source.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_bytes_of_tokens_sum_to_those_of_the_text() -> None:
+    """A byte-level tokenizer without merges: a letter of n bytes is n tokens, and the first of them has its bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from qexp.models.causal_lm import CausalLMConfig, Source
+
+    letters = {letter: number for number, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    source = Source(CausalLMConfig(path="nowhere"))
+    source.__dict__["tokenizer"] = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    text = "aé 你\nb"
+    counts = source.token_bytes(text)
+    assert counts is not None and len(counts) == len(source.encode(text)) == len(text.encode())
+    assert counts.tolist() == [1, 2, 0, 1, 3, 0, 0, 1, 1]
+
+
+def test_scored_tokens_have_their_bytes(folder: Path, model: Any, tmp_path: Path) -> None:
+    outputs, _, _ = measure(folder, model, tmp_path, max_tokens=30)
+    assert outputs["bytes"].tolist() == [1] * 30  # the embedded tokenizer's tokens are characters
