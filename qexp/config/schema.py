@@ -39,16 +39,19 @@ def check_choice(place: str, value: object, names: tuple[str, ...]) -> None:
 class MetricsConfig:
     """names: the quality metrics to compute from the saved outputs. lpips_net: the classifier of lpips, alex or vgg;
     clip_model: that of clip_score, a folder or a repository in the cache; fid_images: a folder of real images to
-    compare with, null for the reference's."""
+    compare with, null for the reference's; missing: what to do about a metric whose files are not on this machine:
+    error, or leave_out with the command that fetches them."""
 
     names: tuple[str, ...] = QUALITY_METRICS
     lpips_net: str = "alex"
     clip_model: str = "openai/clip-vit-base-patch16"
     fid_images: str | None = None
+    missing: str = "error"
 
     def __post_init__(self) -> None:
         for name in self.names:
             check_choice("metrics.names", name, tuple(METRICS))
+        check_choice("metrics.missing", self.missing, ("error", "leave_out"))
         check_choice("metrics.lpips_net", self.lpips_net, ("alex", "vgg"))
 
     def scored(self) -> dict[str, Any]:

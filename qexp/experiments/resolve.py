@@ -43,7 +43,7 @@ from qexp.hub.download import pinned_model
 from qexp.models.base import ModelSource, load_source
 from qexp.models.component_settings import merge_components, merge_with_checkpoint, parse_component
 from qexp.quantizers.configs import compute_dtype
-from qexp.scoring.perceptual_files import check_perceptual
+from qexp.scoring.perceptual_files import available_metrics
 from qexp.system.devices import resolve_device_map, resolve_max_memory
 
 
@@ -66,7 +66,7 @@ def to_run_config(cfg: Any) -> RunConfig:
     check_placed(task, device_map, max_memory)
     check_saves(top.save, task)
     check_measured(top.sweep.objectives, task.name, top.metrics.names, top.isolation.mode)
-    check_perceptual(top.metrics, load_source(model), task)
+    metrics = available_metrics(top.metrics, load_source(model), task)
     check_before_download(model, task, top)  # a mistake in the settings must not cost a download
     model = pinned_model(model)  # from here on it is on this machine
     source = load_source(model)
@@ -90,7 +90,8 @@ def to_run_config(cfg: Any) -> RunConfig:
         device=device,
         device_map=device_map,
         max_memory=max_memory,
-        **{name: getattr(top, name) for name in ("metrics", "tracking", "isolation", "sweep", "loader")},
+        metrics=metrics,
+        **{name: getattr(top, name) for name in ("tracking", "isolation", "sweep", "loader")},
         **{name: getattr(top, name) for name in ("save", "paths", "seed", "resume", "identity")},
     )
 

@@ -8,17 +8,22 @@ fid         the weights of Inception v3 as torch-fidelity or pytorch-fid has the
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qexp.config.schema import PERCEPTUAL_METRICS, MetricsConfig
+from qexp.config.schema import MetricsConfig
 from qexp.errors import ConfigError, LoadError, MissingLibraryError, first_names
-from qexp.hub.download import local_folder
+from qexp.hub.download import hub_id, local_folder
+from qexp.system.screen import say
 
 BACKBONE_SOURCES = {
-    "alex": "torchvision's models/alexnet-owt-7be5be79.pth",
-    "vgg": "torchvision's models/vgg16-397923af.pth",
+    "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
 }
 INCEPTION_SOURCES = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
@@ -33,28 +38,48 @@ CLIP_FILES = (  # any one of each line; the first is what a message names
 )
 
 
-def check_perceptual(metrics: MetricsConfig, source: Any, task: Any) -> None:
-    """Raise ConfigError, LoadError or MissingLibraryError for what is missing.
+def available_metrics(metrics: MetricsConfig, source: Any, task: Any) -> MetricsConfig:
+    """Return the metrics without those that lack their files or prompts, if `metrics.missing` says to leave them out.
 
-    Only for a task that leaves images: other outputs have none of these metrics.
+    Each that is left out is said once. Only for a task that leaves images: other outputs have none of these metrics.
+    Raises: ConfigError, LoadError or MissingLibraryError for what is missing.
     """
     if source.modality != "images" or not task.saves_outputs:
-        return
-    wanted = [name for name in PERCEPTUAL_METRICS if name in metrics.names]
-    if "lpips" in wanted:
-        backbone_file(metrics.lpips_net)
-        heads_file(metrics.lpips_net)
-    if "clip_score" in wanted:
-        if getattr(task, "prompt", None) is None:
-            raise ConfigError(
-                "metrics.names: clip_score compares images with their prompts, and task.prompt is null; leave "
-                "clip_score out, or set task.prompt for a model that takes one"
-            )
-        clip_folder(metrics.clip_model)
-    if "fid" in wanted:
-        inception_file()
-        if metrics.fid_images is not None:
-            image_files(metrics.fid_images)
+        return metrics
+    checks: dict[str, Callable[[], object]] = {
+        "lpips": lambda: (backbone_file(metrics.lpips_net), heads_file(metrics.lpips_net)),
+        "clip_score": lambda: (_check_prompt(task), clip_folder(metrics.clip_model)),
+        "fid": lambda: (metrics.fid_images is None or image_files(metrics.fid_images), inception_file()),
+    }
+    left_out = set()
+    for name in (name for name in checks if name in metrics.names):
+        try:
+            checks[name]()
+        except (LoadError, _NoPromptError) as error:
+            is_own_folder = name == "clip_score" and hub_id(metrics.clip_model) is None  # a mistake, and no download
+            if metrics.missing == "error" or (is_own_folder and not isinstance(error, _NoPromptError)):
+                raise
+            _say_once(f"note: quality/{name} is left out: {error}")
+            left_out.add(name)
+    return replace(metrics, names=tuple(name for name in metrics.names if name not in left_out))
+
+
+class _NoPromptError(ConfigError):
+    """CLIP score of images without prompts."""
+
+
+def _check_prompt(task: Any) -> None:
+    if getattr(task, "prompt", None) is None:
+        raise _NoPromptError(
+            "metrics.names: clip_score compares images with their prompts, and task.prompt is null; leave "
+            "clip_score out, or set task.prompt for a model that takes one"
+        )
+
+
+@cache
+def _say_once(line: str) -> None:
+    """In a sweep, not for each of its experiments."""
+    say(line)
 
 
 def torch_hub_folder() -> Path:
@@ -123,6 +148,7 @@ def _find_downloaded(metric: str, sources: tuple[str, ...]) -> Path:
             return path
     name = sources[0].rpartition("/")[2]
     raise LoadError(
-        f"metrics.names: {metric} needs '{folder / name}', which is not there; download {sources[0]} to that place "
-        f"(TORCH_HOME names another than {folder.parents[1]}), or leave {metric} out"
+        f"metrics.names: {metric} needs '{folder / name}', which is not there; download it "
+        f"(`curl -L --create-dirs -o {shlex.quote(str(folder / name))} {sources[0]}`; TORCH_HOME names another place "
+        f"than {folder.parents[1]}), or leave {metric} out"
     )

@@ -28,7 +28,6 @@ NEEDS = {  # what an option does not go without
     "backend=mixed": ("backend.recipe=[{modules: blocks.0, backend: gguf}, {backend: quanto_int4}]",),
     "task=perplexity": ("model=arithmetic",),
     "task=forward": (f"task.inputs={HELD_OUT}", "model=arithmetic"),
-    "metrics=perceptual": ("task=roundtrip",),  # of images it needs weights
 }
 OF_PIPELINES = [f"model={name}" for name in options_of_plugin("model", "diffusers")]  # see test_presets.py
 OPTIONS = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]

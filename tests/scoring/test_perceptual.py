@@ -22,7 +22,7 @@ from qexp.metrics.inception import SIDE, Inception, resized
 from qexp.metrics.registry import Samples, all_metrics
 from qexp.models.arithmetic import ASSETS
 from qexp.results.run_folder import RunFolder, Status, now_iso
-from qexp.scoring import perceptual
+from qexp.scoring import perceptual, perceptual_files
 from qexp.scoring.perceptual import perceptual_tools
 from qexp.scoring.perceptual_files import BACKBONE_SOURCES, INCEPTION_SOURCES, heads_file
 from qexp.scoring.score import score
@@ -296,7 +296,9 @@ def test_a_file_of_other_weights_is_refused(torch_hub: Path) -> None:
         (("metrics.names=[clip_score]", "task.prompt=a"), r"clip_model=openai/clip-vit-base-patch16: .*hf download"),
         (("metrics.names=[clip_score]", "task.prompt=a", "metrics.clip_model=/no"), r"clip_model=/no: there is no"),
         (("metrics.names=[clip_score]", "task.prompt=a", "metrics.clip_model={tmp}"), r"lacks 'config\.json', 'prep"),
-        (("metrics=perceptual", "metrics.names=[clip_score]"), r"clip_score compares images with their prompts"),
+        (("metrics.names=[clip_score]",), r"clip_score compares images with their prompts"),
+        (("metrics=perceptual", "metrics.missing=error"), r"lpips needs .*`curl -L --create-dirs -o .*alexnet-owt"),
+        (("metrics=perceptual", "task.prompt=a", "metrics.clip_model=/no"), r"clip_model=/no: there is no"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_said_at_once(
@@ -313,6 +315,23 @@ def test_what_is_missing_is_said_at_once(
     fail()  # imports are not what is measured
     with without_collector():
         assert quiet_seconds(fail) < 1
+
+
+def test_metric_without_its_files_is_left_out_with_the_command(
+    torch_hub: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    perceptual_files._say_once.cache_clear()
+    names = run_config("metrics=perceptual").metrics.names
+    assert not {"lpips", "clip_score", "fid"} & {*names} and "psnr_db" in names
+    run_config("metrics=perceptual")
+    notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")]
+    lpips, clip, fid = notes  # once, however many experiments
+    place = torch_hub / "alexnet-owt-7be5be79.pth"
+    assert f"curl -L --create-dirs -o {place} https://download.pytorch.org/models/{place.name}" in lpips
+    assert "quality/clip_score is left out" in clip and "task.prompt is null" in clip
+    assert "weights-inception-2015-12-05-6726825d.pth https://github.com/toshas/torch-fidelity" in fid
+    save_backbone(torch_hub, "alex")
+    assert "lpips" in run_config("metrics=perceptual").metrics.names
 
 
 def test_a_folder_of_real_images_has_images(torch_hub: Path, tmp_path: Path) -> None:
