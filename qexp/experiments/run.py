@@ -33,7 +33,7 @@ from qexp.system.machine_load import MachineLoad
 from qexp.system.memory import GIB, PeakMemory
 from qexp.system.screen import say
 from qexp.system.stages import Stage, show_stage
-from qexp.tasks import forward, forward_inputs, generate, perplexity, text
+from qexp.tasks import forward, forward_inputs, generate, lm_eval, perplexity, text
 from qexp.tasks.calibration import calibrate_models
 from qexp.tasks.context import RunContext
 from qexp.tasks.recorder import TaskResult
@@ -84,6 +84,8 @@ def _plan_run(context: RunContext) -> tuple[RunContext, dict[str, PlannedCompone
     show_stage(Stage("reading the checkpoint"))
     if context.task.name == "forward":
         context = _with_inputs(context)
+    if context.task.name == "lm_eval":
+        lm_eval.check_tasks(context.task)
     planned = plan_components(context.requests, travels=context.config.offload.strategy != "none")
     context = replace(context, models={name: component.prepared.model for name, component in planned.items()})
     context.source.check_run(context.models, context.task)
@@ -202,6 +204,7 @@ def _run_task(context: RunContext) -> TaskResult:
         "forward": forward.run_forward,
         "generate": text.run_generate_text if is_text else generate.run_generate,
         "perplexity": perplexity.run_perplexity,
+        "lm_eval": lm_eval.run_lm_eval,
     }
     if name not in tasks:
         raise ConfigError(f"task.name={name!r} cannot be run; use {choices(tasks)}, or roundtrip")

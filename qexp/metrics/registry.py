@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from math import inf
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
     from qexp.metrics.tensors import Comparison
 
 GROUPS = ("memory", "load", "time", "quality", "roundtrip", "offload")  # in the order of columns
-MODEL_TASKS = ("generate", "perplexity", "forward")  # tasks that run a model
+MODEL_TASKS = ("generate", "perplexity", "forward", "lm_eval")  # tasks that run a model
 TASKS = (*MODEL_TASKS, "roundtrip", "sensitivity")
-SAMPLE_KINDS = ("images", "prompts", "tokens")  # what metrics are means over; of layers, layers.csv has the values
+SAMPLE_KINDS = (
+    "images",
+    "prompts",
+    "tokens",
+    "documents",
+)  # what metrics are means over; of layers, layers.csv has the values
 DECLARES = re.compile(r"^METRICS\b", re.MULTILINE)
 
 
@@ -158,7 +163,9 @@ class Metric:
 
     @property
     def count_name(self) -> str | None:
-        """The metric that holds the number of samples."""
+        """The metric that holds the number of samples; None for documents, whose number is a metric of each task."""
+        if self.mean_over == "documents":
+            return None
         samples = self.mean_over or self.set_of
         return f"{self.group}/{samples}" if samples else None
 
@@ -187,6 +194,21 @@ def find_metric(name: str) -> Metric | None:
     """Return the declaration of a metric in a result, None if it has none."""
     known = all_metrics()
     return known.get(name) or next((known[one] for one in known if "*" in one and fnmatchcase(name, one)), None)
+
+
+def metrics_in(names: Iterable[str]) -> list[Metric]:
+    """Return the declared metrics in the order of columns, a family (with a *) as those of its metrics in `names`."""
+    members: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        if (found := find_metric(name)) is not None and "*" in found.name:
+            members.setdefault(found.name, []).append(name)
+    expanded = []
+    for metric in all_metrics().values():
+        for name in sorted(members.get(metric.name, ())) if "*" in metric.name else [metric.name]:
+            part = name.removeprefix(metric.name.partition("*")[0]).replace("_", " ")
+            header = metric.header.replace("{part}", part)
+            expanded.append(metric if name == metric.name else replace(metric, name=name, header=header))
+    return expanded
 
 
 def chosen_metrics() -> dict[str, Metric]:

@@ -89,7 +89,7 @@ class Source(TextSource):
     """A language model with one component, "model"."""
 
     config: CausalLMConfig
-    tasks: tuple[str, ...] = ("generate", "perplexity", "forward", "roundtrip", "sensitivity")
+    tasks: tuple[str, ...] = ("generate", "perplexity", "lm_eval", "forward", "roundtrip", "sensitivity")
     padding_side = "left"  # of prompts that are continued together
     required_packages = ("transformers", "tokenizers")
     imports = (

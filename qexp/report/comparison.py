@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from qexp.errors import ConfigError, DiskError, choices, did_you_mean
-from qexp.metrics.registry import Metric, all_metrics
+from qexp.metrics.registry import Metric, all_metrics, metrics_in
 from qexp.report.table import prepare
 from qexp.results.intervals import mean_over_seeds, metric_intervals, sampled_metrics
 from qexp.results.rows import Row
@@ -108,13 +108,15 @@ def samples_of(row: Row, metric: str) -> Values:
 
 
 def _intervals(row: Row) -> dict[str, Interval]:
-    return metric_intervals({metric.name: samples_of(row, metric.name) for metric in sampled_metrics()}, row["metrics"])
+    return metric_intervals(
+        {metric.name: samples_of(row, metric.name) for metric in sampled_metrics(row["metrics"])}, row["metrics"]
+    )
 
 
 def _versus(row: Row, base: Row) -> dict[str, str]:
     """Metric -> how the row compares with the baseline; only metrics that both have."""
     found = {}
-    for metric in all_metrics().values():
+    for metric in metrics_in(row["metrics"]):
         if metric.name not in row["metrics"] or metric.name not in base["metrics"] or not metric.better:
             continue
         if metric.set_of and row["metrics"].get(metric.count_name) != base["metrics"].get(metric.count_name):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
-from qexp.metrics.registry import Metric, all_metrics, is_infinite
+from qexp.metrics.registry import Metric, is_infinite, metrics_in
 from qexp.report.marks import BUSY, OTHER, busy_cores, differing_environments, footnotes, members_of
 from qexp.report.seeds import with_seeds_united
 from qexp.results.labels import SEPARATOR, experiment_name, settings_labels
@@ -44,7 +44,7 @@ class Column:
 def number_columns(prepared: list[Row]) -> dict[str, Column]:
     """Return the columns of the metrics that have one, by their headers."""
     columns = []
-    for metric in all_metrics().values():
+    for metric in metrics_in(name for row in prepared for name in row["metrics"]):
         if metric.header:
             unit, factor = shown_unit(metric, (row["metrics"].get(metric.name) for row in prepared))
             column = Column(metric, metric.header.format(unit=unit), factor, unit)

@@ -7,9 +7,9 @@ drawn. The interval of a metric that is the exponential of a mean (perplexity) i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from qexp.metrics.registry import Metric, all_metrics
+from qexp.metrics.registry import Metric, metrics_in
 from qexp.results.samples import Values
 from qexp.results.uncertainty import Interval, mean_interval
 
@@ -17,7 +17,7 @@ from qexp.results.uncertainty import Interval, mean_interval
 def metric_intervals(samples: Mapping[str, Values], metrics: Mapping[str, float | None]) -> dict[str, Interval]:
     """Return metric -> interval, for the metrics that have a value and samples that say something about it."""
     found = {}
-    for metric in sampled_metrics():
+    for metric in sampled_metrics(metrics):
         means = [value for value in mean_over_seeds(samples.get(metric.name, {})).values() if math.isfinite(value[0])]
         interval = mean_interval([value for value, _ in means], [weight for _, weight in means])
         if interval is not None and metrics.get(metric.name) is not None:
@@ -26,9 +26,9 @@ def metric_intervals(samples: Mapping[str, Values], metrics: Mapping[str, float 
     return found
 
 
-def sampled_metrics() -> list[Metric]:
-    """The metrics that are means over samples, and better in one direction."""
-    return [metric for metric in all_metrics().values() if metric.sample_kind and metric.better]
+def sampled_metrics(names: Iterable[str]) -> list[Metric]:
+    """The metrics that are means over samples, and better in one direction; of families those among the names."""
+    return [metric for metric in metrics_in(names) if metric.sample_kind and metric.better]
 
 
 def mean_over_seeds(values: Values) -> dict[str, tuple[float, float]]:

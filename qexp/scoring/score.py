@@ -22,6 +22,7 @@ from qexp.errors import ConfigError, LoadError, choices
 from qexp.metrics.registry import Metric, Result, Samples, all_metrics, chosen_metrics
 from qexp.models.base import load_source
 from qexp.results.samples import mean_by_sample, shorten_text, write_samples
+from qexp.scoring.answers import answer_numbers, answer_samples
 from qexp.system.screen import say
 
 if TYPE_CHECKING:
@@ -52,10 +53,16 @@ def score(config: RunConfig, folder: Path, reference: Path | None) -> Numbers:
         return {}
     outputs = _read_outputs(folder)
     expected = _read_outputs(reference) if reference is not None else None
-    kind = "outputs" if config.task.name == "forward" else "images" if "images" in outputs else "text"
+    kinds = {"forward": "outputs", "lm_eval": "answers"}
+    kind = kinds.get(config.task.name) or ("images" if "images" in outputs else "text")
     broken = _count_nonfinite(kind, outputs)
     _warn_of_nonfinite(kind, broken, 0 if expected is None else _count_nonfinite(kind, expected))
-    prepare = {"images": _prepare_images, "text": _prepare_text, "outputs": _prepare_outputs}[kind]
+    prepare = {
+        "images": _prepare_images,
+        "text": _prepare_text,
+        "outputs": _prepare_outputs,
+        "answers": _prepare_answers,
+    }[kind]
     samples, numbers = prepare(config, folder, outputs, reference, expected)
     numbers |= {"quality/finite": float(not broken), **({"quality/nonfinite": broken} if broken else {})}
     values: dict[str, dict[str, tuple[float, float]]] = {}
@@ -65,6 +72,8 @@ def score(config: RunConfig, folder: Path, reference: Path | None) -> Numbers:
             result = found if isinstance(found, Result) else Result(found)
             numbers |= {**result.also, metric.name: result.value}
             values[metric.name] = _values_by_sample(metric, result, samples)
+    if kind == "answers":
+        values |= answer_samples(folder, outputs)
     write_samples(folder, config.seed, {name: found for name, found in values.items() if found})
     return {name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()}
 
@@ -102,12 +111,14 @@ def _count_nonfinite(kind: str, outputs: Tensors) -> int:
         from qexp.scoring.text import count_nonfinite_tokens
 
         return count_nonfinite_tokens(outputs)
+    if kind == "answers":
+        return count_nonfinite(outputs["loglikelihoods"])
     compared = [name for name in outputs if kind == "outputs" or name in ("images", "latents")]
     return sum(count_nonfinite(outputs[name]) for name in compared)
 
 
 def _warn_of_nonfinite(kind: str, ours: int, theirs: int) -> None:
-    what = "probabilities of tokens" if kind == "text" else "values"
+    what = {"text": "probabilities of tokens", "answers": "probabilities of answers"}.get(kind, "values")
     if ours:
         say(
             f"warning: {ours} {what} are not finite, so nothing is compared with the reference; use another "
@@ -181,6 +192,16 @@ def _prepare_text(
     )
     counted = {"quality/prompts": "tokens", "quality/tokens": "nll"}  # metric -> the output with a row for each
     return samples, {metric: float(len(outputs[name])) for metric, name in counted.items() if name in outputs}
+
+
+def _prepare_answers(
+    config: RunConfig, folder: Path, outputs: Tensors, reference: Path | None, expected: Tensors | None
+) -> tuple[Samples, Numbers]:
+    if expected is None:
+        return Samples(outputs), answer_numbers(folder)
+    _check_fit({**outputs, **expected}, outputs, expected, folder, reference)
+    pairs = [(expected[name], output) for name, output in outputs.items() if len(output)]
+    return Samples(outputs, expected, pairs=pairs), answer_numbers(folder)
 
 
 def _prepare_outputs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ NEEDS = {  # what an option does not go without
     "model=python": ("model.factory=tests.backends:Stack", "model.checkpoint=/models/tiny", "task=roundtrip"),
     "backend=mixed": ("backend.recipe=[{modules: blocks.0, backend: gguf}, {backend: quanto_int4}]",),
     "task=perplexity": ("model=arithmetic",),
+    "task=lm_eval": ("model=arithmetic", "task.tasks=[a]"),
     "task=forward": (f"task.inputs={HELD_OUT}", "model=arithmetic"),
 }
 OF_PIPELINES = [f"model={name}" for name in options_of_plugin("model", "diffusers")]  # see test_presets.py
 OPTIONS = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]
-OPTIONS = [option for option in OPTIONS if option not in (*OF_PIPELINES, "experiment=flux_dev_16gb")]
+LACKING = [] if find_spec("lm_eval") else ["task=lm_eval"]  # says so where its library is not installed
+OPTIONS = [option for option in OPTIONS if option not in (*OF_PIPELINES, *LACKING, "experiment=flux_dev_16gb")]
 
 
 @pytest.mark.parametrize("option", OPTIONS)

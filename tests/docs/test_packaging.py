@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,8 @@ def test_every_range_contains_its_pin() -> None:
 
 
 def test_everything_that_is_installed_is_pinned() -> None:
-    names = closure(requirements(*EXTRAS))
+    left_out = {"lm_eval"} if find_spec("lm_eval") is None else set()  # large, and not for development
+    names = closure(requirements(*(extra for extra in EXTRAS if extra not in left_out)))
     assert {"torch", "antlr4-python3-runtime", "scikit-learn", "sentencepiece", "mdurl"} <= names
     assert names - pins().keys() == set()
 
