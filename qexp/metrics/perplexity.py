@@ -37,7 +37,7 @@ def ratio_error(sums: Tensor, sizes: Tensor) -> float | None:
 
 
 def _compute(samples: Samples) -> Result:
-    """Perplexity by token; by byte and errors where the outputs say which window and how many bytes a token is of."""
+    """Compute perplexity by token; by byte and errors where outputs have windows and bytes of tokens."""
     import torch
 
     nll = samples.outputs["nll"].double()
@@ -56,7 +56,7 @@ def _compute(samples: Samples) -> Result:
 
 
 def _error(sums: Tensor, sizes: Tensor) -> float | None:
-    """The standard error of exp(sum(sums) / sum(sizes)), to first order."""
+    """Return the standard error of exp(sum(sums) / sum(sizes)), to first order."""
     error = ratio_error(sums, sizes)
     value = _exp(float(sums.sum() / sizes.sum())) if error is not None else None
     return value * error if value is not None and error is not None else None

@@ -112,7 +112,7 @@ def write_report(selection: Selection, prepared: list[Row], folder: Path, format
 
 
 def _figures(prepared: list[Row], title: str, formats: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each plot, of the figures for papers, and of the numbers behind them."""
+    """Yield name and bytes of each plot, of the figures for papers, and of the numbers behind them."""
     from qexp.report.pareto import file_name, plotted_metrics, points_csv, points_of
     from qexp.report.pareto_plot import PAPER, SCREEN, draw_pareto
 

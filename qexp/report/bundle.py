@@ -86,7 +86,7 @@ def safe_name(name: str) -> str:
 
 
 def constraints_of(rows: Sequence[Row]) -> str:
-    """The versions of all runs, as pip takes them; of a package with several, each in a comment."""
+    """Return the versions of all runs, as pip takes them; of a package with several, each in a comment."""
     found: dict[str, dict[str, None]] = {}
     for row in rows:
         for package, version in ((row["env"] or {}).get("versions") or {}).items():
@@ -123,7 +123,7 @@ def _stage(outputs: Path, selection: Selection, runs: Mapping[str, Path]) -> lis
 
 
 def _members(folder: Path, name: str) -> Iterator[tuple[str, Path]]:
-    """Name in the zip -> file; links are left out: they may lead anywhere."""
+    """Yield (name in the zip, file); links are left out: they may lead anywhere."""
     for entry in sorted(folder.iterdir()):
         if entry.is_symlink() or entry.name.startswith("."):
             continue
@@ -141,7 +141,7 @@ def _run_members(run: Path, name: str, with_outputs: bool) -> Iterator[tuple[str
 
 
 def _references_of(runs: Iterable[Path]) -> dict[str, Path]:
-    """Key -> folder of what the runs were compared with, where it is still there."""
+    """Return key -> folder of what the runs were compared with, where it is still there."""
     found = {}
     for run in runs:
         key = (read_json(run / "result.json") or {}).get("reference")
@@ -173,7 +173,7 @@ def _readme(selection: Selection, words: Sequence[str], with_outputs: bool) -> s
 
 
 def _outside_paths(config: Mapping[str, Any]) -> Iterator[str]:
-    """'model.path=/models/llama' of each setting that is an absolute path, but for where results are kept."""
+    """Yield 'model.path=/models/llama' for each setting that is an absolute path, but for where results are kept."""
     for name, value in flatten_config(config):
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, str) and one.startswith("/") and not name.startswith(("paths.", "save.")):

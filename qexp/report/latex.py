@@ -62,7 +62,7 @@ def escape_latex(text: str) -> str:
 
 
 def _letter(one: str) -> str:
-    """ASCII, and letters of European languages, which pdflatex takes as UTF-8."""
+    """Return ASCII, and letters of European languages, which pdflatex takes as UTF-8; another one by its number."""
     is_printed = 32 <= ord(one) < 127 or ("\u00c0" <= one <= "\u017f" and unicodedata.category(one).startswith("L"))
     return one if is_printed else f"{{[}}U+{ord(one):04X}{{]}}"
 
@@ -72,7 +72,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _marked_cells(done: Sequence[Row]) -> list[dict[str, str]]:
-    """The texts of the table; a run of another environment is marked at its backend, since no status is shown."""
+    """Return the texts of the table, runs of another environment marked at their backend: no status is shown."""
     differing = differing_environments(done)
     cells = table_cells(list(done))
     for row, line in zip(done, cells, strict=True):
@@ -82,7 +82,7 @@ def _marked_cells(done: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def _header(name: str, column: Column | None, n: str | None) -> str:
-    """'PSNR (dB, n = 200)': a table has the unit as the last word of a header."""
+    """Return 'PSNR (dB, n = 200)': a table has the unit as the last word of a header."""
     if column is None:
         return escape_latex(name)
     part = {"value": "", "interval": "95%", "versus": "vs"}[column.part]
@@ -94,7 +94,7 @@ def _header(name: str, column: Column | None, n: str | None) -> str:
 
 
 def _common_n(done: Sequence[Row], column: Column) -> str | None:
-    """The number of samples of a metric, if every row that has the metric has the same."""
+    """Return the number of samples of a metric, if every row that has the metric has the same."""
     metric = column.metric
     if not metric.count_name or column.part != "value":
         return None
@@ -103,7 +103,7 @@ def _common_n(done: Sequence[Row], column: Column) -> str | None:
 
 
 def _cell(text: str, is_text: bool, n: str | None) -> str:
-    """A cell; of numbers minus signs, ranges and powers of ten as in print. n is left out where the header has it."""
+    """Return a cell, numbers as in print: minus signs, ranges, powers of ten; without n where the header has it."""
     if n is not None:
         text = text.replace(f" n={n}", "")
     body = escape_latex(re.sub(rf" ([{re.escape(BUSY + OTHER)}])(?= |$)", r"\1", text))

@@ -48,7 +48,7 @@ def report_heading(selection: Selection) -> str:
 
 
 def report_intro(selection: Selection) -> str:
-    """What was run, why, how it ended, and the command that runs it again; of each sweep."""
+    """Return the introduction: experiments, purpose and outcomes of each sweep, and the command that runs it again."""
     if len(selection.sweeps) == 1:
         return _intro(selection.sweeps[0])
     return "\n\n".join(f"**{_escape_cell(sweep.name)}**: {_intro(sweep)}" for sweep in selection.sweeps)

@@ -42,7 +42,7 @@ class Point:
 
     @property
     def bar_kind(self) -> str:
-        """What the bar is; '' without one."""
+        """Return what the bar is; '' without one."""
         if self.interval is not None:
             return "95 % interval"
         return "standard deviation over seeds" if self.spread else ""

@@ -59,7 +59,7 @@ PAPER = {  # widths of a column and of a page in most templates
 
 
 def pareto_png(rows: list[Row], metric: Metric, title: str) -> bytes | None:
-    """The plot as PNG, None if no experiment has this metric."""
+    """Return the plot as PNG, None if no experiment has this metric."""
     points = points_of(rows, metric)
     return draw_pareto(points, metric, title, SCREEN, "png") if points else None
 
@@ -93,7 +93,7 @@ def draw_pareto(points: list[Point], metric: Metric, title: str, style: Style, k
 
 
 def _with_room(style: Style, names: list[str]) -> Style:
-    """The style with its height for the legend: below the plot it is added, beside it the plot grows to it."""
+    """Return the style with its height for the legend: below the plot it is added, beside it the plot grows to it."""
     if style.has_title:
         return style
     inches = 1.35 * 0.85 * style.font / 72 * (1 + sum(name.count("\n") + 1 for name in names))
@@ -103,12 +103,12 @@ def _with_room(style: Style, names: list[str]) -> Style:
 
 
 def _common_offloads(points: list[Point]) -> tuple[str, ...]:
-    """The offload strategies of every point, if they are the same everywhere."""
+    """Return the offload strategies of every point, if they are the same everywhere."""
     return points[0].offloads if len({point.offloads for point in points}) == 1 else ()
 
 
 def _exact_height(points: list[Point]) -> float:
-    """Where infinity is drawn: a fifth of the range above the best finite quality."""
+    """Return the height at which infinity is drawn: a fifth of the range above the best finite quality."""
     finite = [point.quality for point in points if math.isfinite(point.quality)]
     return max(finite) + max(0.2 * (max(finite) - min(finite)), 2.0) if finite else 1.0
 
@@ -118,7 +118,7 @@ def _height(point: Point, top: float) -> float:
 
 
 def _notes(points: list[Point], offloads: tuple[str, ...]) -> str:
-    """What the line below the title says: the offload of all points, and what their bars are."""
+    """Return the line below the title: the offload of all points, and the meaning of their bars."""
     shared = f"offload: {', '.join(offloads)}{' share every point' if len(offloads) > 1 else ''}" if offloads else ""
     intervals = "95 % interval" if any(point.interval for point in points) else ""
     spreads = "standard deviation over seeds" if any(point.spread and not point.interval for point in points) else ""
@@ -127,7 +127,10 @@ def _notes(points: list[Point], offloads: tuple[str, ...]) -> str:
 
 
 def _figure(memory: str, quality: str, style: Style) -> tuple[Figure, Axes]:
-    """An empty plot. A bare `Figure`, without pyplot: nothing is registered anywhere, no display is asked for."""
+    """Make an empty plot.
+
+    A bare `Figure`, without pyplot: nothing is registered anywhere, no display is asked for.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -144,7 +147,7 @@ def _figure(memory: str, quality: str, style: Style) -> tuple[Figure, Axes]:
 
 
 def _draw_title(axes: Axes, title: str, note: str, style: Style) -> None:
-    """The title, and below it what the bars and offloads are; in a paper the caption is the title."""
+    """Write the title, and below it what the bars and offloads are; in a paper the caption is the title."""
     axes.set_title(
         title.replace("$", r"\$"),
         loc="left",
@@ -158,7 +161,7 @@ def _draw_title(axes: Axes, title: str, note: str, style: Style) -> None:
 
 
 def _logarithmic(axes: Axes) -> None:
-    """Powers of two, written as plain numbers."""
+    """Write the ticks, powers of two, as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log", base=2)
@@ -168,7 +171,7 @@ def _logarithmic(axes: Axes) -> None:
 
 
 def _draw_front(axes: Axes, front: list[Point], top: float) -> None:
-    """Stairs: up to the next point, its quality is the best that fits."""
+    """Draw stairs: up to the next point, the quality of this one is the best that fits."""
     x, y = [front[0].memory_gib], [_height(front[0], top)]
     for point in front[1:]:
         x += [point.memory_gib, point.memory_gib]

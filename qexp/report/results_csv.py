@@ -41,7 +41,7 @@ FIRST = (
 
 
 def results_csv(rows: list[Row], place: Path | None = None) -> str:
-    """The text of results.csv. place: the folder that it will be in, for the paths of the runs."""
+    """Return the text of results.csv. place: the folder that it will be in, for the paths of the runs."""
     where = [*(["sweep"] if any("sweep" in row for row in rows) else []), *(["folder"] if place else [])]
     settings = varying_settings(rows)
     metrics = sorted({name for row in rows for name in row["metrics"]}, key=metric_order)
@@ -85,7 +85,7 @@ def lost_runs(path: Path, rows: list[Row]) -> list[Path]:
 
 
 def _folder_of(line: Mapping[str, str], path: Path) -> Path:
-    """The run of a line; without its folder, of an earlier version: where the runs of a sweep are."""
+    """Return the run folder of a line; without its folder, of an earlier version: where the runs of a sweep are."""
     if line.get("folder"):
         return Path(os.path.normpath(path.parent / line["folder"]))
     return path.absolute().parent.parent.parent / "runs" / line["key"]

@@ -56,7 +56,7 @@ class Selection:
 
     @property
     def manifest(self) -> Mapping[str, Any]:
-        """The sweep's manifest; of several one that sums them up, without a command."""
+        """Return the sweep's manifest; of several one that sums them up, without a command."""
         if len(self.sweeps) == 1:
             return self.sweeps[0].manifest
         parts = [sweep.manifest for sweep in self.sweeps]
@@ -69,7 +69,7 @@ class Selection:
 
     @property
     def folder(self) -> Path:
-        """Where its report goes: the sweep's own folder, of several <outputs>/reports/<names>."""
+        """Return where its report goes: the sweep's own folder, of several <outputs>/reports/<names>."""
         if len(self.sweeps) == 1 and self.sweeps[0].folder is not None:
             return self.sweeps[0].folder
         name = "+".join(sweep.name.replace(" ", "_") for sweep in self.sweeps)
@@ -120,7 +120,7 @@ def _find_latest(outputs: Path) -> list[Path]:
 
 
 def _find_word(outputs: Path, word: str) -> list[Path]:
-    """The folders of the sweeps and runs that a word names."""
+    """Return the folders of the sweeps and runs that a word names."""
     if word and Path(word).name == word:  # else a path
         for path in (outputs / "sweeps" / word, outputs / "runs" / word):
             if _is_sweep(path) or _is_run(path):
@@ -167,7 +167,7 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _read_manifest(folder: Path) -> Mapping[str, Any]:
-    """Raises DamagedFileError for a manifest.json of something else, DiskError."""
+    """Read a manifest. Raises: DamagedFileError for a manifest.json of something else, DiskError."""
     values = read_json(folder / MANIFEST) or {}
     if not isinstance(values.get("jobs"), list) or not all(name in values for name in ("started", "command")):
         raise DamagedFileError(folder / MANIFEST, "it is not that of a sweep", "give another folder")
@@ -184,13 +184,13 @@ def _is_run(path: Path) -> bool:
 
 
 def _places_of_runs(sweep: Path) -> list[Path]:
-    """Where the runs of a sweep's folder may be: <outputs>/sweeps/<name> has them in <outputs>/runs."""
+    """Return where the runs of a sweep's folder may be: <outputs>/sweeps/<name> has them in <outputs>/runs."""
     here = sweep if sweep.parent.name == "sweeps" else sweep.resolve()
     return [here.parent.parent / "runs", here.parent / "runs", here / "runs", here / "outputs" / "runs"]
 
 
 def _distinct_names(folders: Sequence[Path]) -> dict[Path, str]:
-    """Folder -> name; of sweeps with one name, from several outputs folders, with the folder that tells them apart."""
+    """Return folder -> name; for sweeps of one name, in several outputs folders, with the folder that differs."""
     parts = {folder: folder.resolve().parts for folder in folders}
     names = {}
     for folder, own in parts.items():
@@ -201,7 +201,7 @@ def _distinct_names(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def _unite(sweeps: Sequence[SweepRows]) -> list[Row]:
-    """The rows of all, numbered anew, each with the sweeps that it is in; a run that was copied is the same run.
+    """Return the rows of all, numbered anew, each with the sweeps that it is in; a run that was copied is the same run.
 
     Runs of one key with different results (the same experiment on two machines) stay two: `copy` tells them apart.
     """

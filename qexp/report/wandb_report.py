@@ -74,7 +74,7 @@ def publish_report(selection: Selection, prepared: list[Row], folder: Path, *, o
 
 
 def _tracking(selection: Selection) -> TrackingConfig:
-    """The tracking settings of the runs, from one that a sweep made itself if there is one."""
+    """Return the tracking settings of the runs, from one that a sweep made itself if there is one."""
     rows = sorted(selection.rows, key=lambda row: row["reused"])
     stored = [row["config"]["tracking"] for row in rows if row["config"]]
     tracked = next((tracking for tracking in stored if tracking["mode"] != "none"), None)
@@ -111,7 +111,7 @@ def _table_panel(wr: Any, name: str) -> Any:
 
 
 def _report_text(selection: Selection, prepared: list[Row], folder: Path) -> tuple[str, str]:
-    """The introduction of report.md and the rest, without plots and links, which lead to files of this machine."""
+    """Return the introduction of report.md and the rest, without plots and links: they lead to files of this machine."""
     text = report_markdown(selection, prepared, folder, [])
     intro, mark, rest = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).partition("\n## ")
     return intro, mark.lstrip() + rest
@@ -145,7 +145,7 @@ def _plots(wr: Any, rows: list[Row]) -> list[Any]:
 
 
 def _parallel(wr: Any, rows: list[Row], metrics: Mapping[str, Metric]) -> list[Any]:
-    """A line for each run through the settings that vary and the metrics; none for fewer than two axes."""
+    """Make the panel with a line for each run through settings that vary and metrics; none for fewer than two."""
     settings = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in varying_settings(rows)[:SETTINGS]]
     numbers = [
         wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric(name), display_name=_title(metric))

@@ -63,7 +63,7 @@ def log_table(wandb: Any, folder: Path, selection: Selection, prepared: list[Row
 
 
 def run_id(selection: Selection) -> str:
-    """The id of the table's run, from the names of what is in it: W&B takes letters, digits and dashes."""
+    """Return the id of the table's run, from the names of what is in it: W&B takes letters, digits and dashes."""
     names = repr(
         [(sweep.name, [row["key"] for row in sweep.rows] if not sweep.folder else None) for sweep in selection.sweeps]
     )
@@ -113,7 +113,7 @@ def _number(value: float | None) -> float | None:
 
 
 def _pictures(row: Row, prepared: list[Row]) -> dict[str, Path | None]:
-    """Column -> picture of the row's first run; the columns that any row has."""
+    """Return column -> picture of the row's first run; the columns that any row has."""
     return {
         name: _picture(row, file)
         for name, file in PICTURES.items()

@@ -27,7 +27,7 @@ def metric_intervals(samples: Mapping[str, Values], metrics: Mapping[str, float 
 
 
 def sampled_metrics(names: Iterable[str]) -> list[Metric]:
-    """The metrics that are means over samples, and better in one direction; of families those among the names."""
+    """Return the metrics that are means over samples and better in one direction; of families those in `names`."""
     return [metric for metric in metrics_in(names) if metric.sample_kind and metric.better]
 
 

@@ -70,7 +70,7 @@ def rows_of_jobs(manifest: Mapping[str, Any], places: Sequence[Path]) -> list[Ro
 
 
 def _find_run(key: str, places: Sequence[Path]) -> Path:
-    """The folder of a run; if it is in no place, where it belongs."""
+    """Return the folder of a run; if it is in no place, where it belongs."""
     return next((path for place in places if (path := place / key).is_dir()), places[0] / key)
 
 
@@ -83,7 +83,7 @@ def row_of_run(path: Path, number: int) -> Row:
 
 
 def _read_overrides(path: Path) -> list[str]:
-    """What was typed for a run; [] where that is not there."""
+    """Return what was typed for a run; [] where that is not there."""
     try:
         return (path / "overrides.txt").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -116,7 +116,7 @@ def _read_labels(folder: RunFolder) -> Row:
 
 
 def _read_ending(job: Mapping[str, Any], folder: RunFolder) -> Row:
-    """How the experiment ended, and its numbers if it did well."""
+    """Return how the experiment ended, and its numbers if it did well."""
     status = folder.read_status()
     if status is None:
         return _missing(folder.path / "status.json") if job["status"] == "done" else {}

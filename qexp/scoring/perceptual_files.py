@@ -78,7 +78,7 @@ def _check_prompt(task: Any) -> None:
 
 @cache
 def _say_once(line: str) -> None:
-    """In a sweep, not for each of its experiments."""
+    """Say a line once in a sweep, not for each of its experiments."""
     say(line)
 
 

@@ -83,7 +83,7 @@ Config = LmEvalConfig
 
 
 def _checksum(folder: Path) -> str:
-    """Of names and contents of all files in a folder."""
+    """Return a checksum of names and contents of all files in a folder."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -91,7 +91,7 @@ def _checksum(folder: Path) -> str:
 
 
 def check_tasks(task: LmEvalConfig) -> None:
-    """Raises ConfigError for a name that the library does not know."""
+    """Raise ConfigError for a name that the library does not know."""
     known = set(_task_manager(task).all_tasks)
     for name in task.tasks:
         if name not in known and not any(letter in name for letter in "*?/"):
@@ -137,7 +137,7 @@ def _task_manager(task: LmEvalConfig) -> Any:
 
 
 def _load_tasks(task: LmEvalConfig, seed: int) -> Any:
-    """The library's tasks with the examples that are asked for, drawn by the seed."""
+    """Return the library's tasks with the examples that are asked for, drawn by the seed."""
     loaded = _task_manager(task).load(list(task.tasks))
     for one in loaded["tasks"].values():
         own = one.get_config("num_fewshot")
@@ -148,7 +148,7 @@ def _load_tasks(task: LmEvalConfig, seed: int) -> Any:
 
 
 def _adapter(context: RunContext) -> Any:
-    """The library's own wrapper of a model of transformers; on the device that the model computes on."""
+    """Return the library's own wrapper of a model of transformers; on the device that the model computes on."""
     from lm_eval.models.huggingface import HFLM
 
     source: Any = context.source
@@ -163,7 +163,7 @@ def _adapter(context: RunContext) -> Any:
 
 @contextmanager
 def _without_tying(model: Any) -> Iterator[None]:
-    """The library ties weights again, which would replace a quantized head by the embedding."""
+    """Keep the library from tying weights again, which would replace a quantized head by the embedding."""
     model.tie_weights = lambda *_, **__: None
     try:
         yield
@@ -172,7 +172,7 @@ def _without_tying(model: Any) -> Iterator[None]:
 
 
 def _of_one_filter(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A row for each document; with several filters of an answer, the metrics of all of them, by their names."""
+    """Yield a row for each document; with several filters of an answer, the metrics of all of them, by their names."""
     merged: dict[int, dict[str, Any]] = {}
     for row in rows:
         values = {_metric_name(name, row["filter"]): row[name] for name in row["metrics"]}
@@ -185,7 +185,7 @@ def _metric_name(name: str, answer_filter: str) -> str:
 
 
 def _loglikelihoods(samples: Mapping[str, list[dict[str, Any]]]) -> Tensor:
-    """ln p of every answer that the tasks asked for, [n]; empty where answers are generated."""
+    """Return ln p of every answer that the tasks asked for, [n]; empty where answers are generated."""
     import torch
 
     answers = (answer for rows in samples.values() for row in rows for found in row["resps"] for answer in found)
@@ -195,7 +195,7 @@ def _loglikelihoods(samples: Mapping[str, list[dict[str, Any]]]) -> Tensor:
 def _task_result(
     name: str, rows: list[dict[str, Any]], found: Mapping[str, Any], outputs: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """A task's part of lm_eval.json; the documents' values go into `outputs` where the metric is their mean."""
+    """Return a task's part of lm_eval.json; the documents' values go into `outputs` where the metric is their mean."""
     import torch
 
     values, directions = found["results"][name], (found.get("higher_is_better") or {}).get(name) or {}

@@ -147,7 +147,7 @@ def score_text(context: RunContext, tokens: Tensor, task: PerplexityConfig, reco
 
 
 def _bytes_of_tokens(context: RunContext, task: PerplexityConfig, first: int, count: int) -> dict[str, Tensor]:
-    """{"bytes": of the text for each scored token, int32}; {} if the tokenizer does not say."""
+    """Return {"bytes": of the text for each scored token, int32}; {} if the tokenizer does not say."""
     import torch
 
     source = cast("TextSource", context.source)

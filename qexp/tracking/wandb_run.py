@@ -93,7 +93,7 @@ def open_run(
     config: Mapping[str, Any],
     exit_code: int = 0,
 ) -> Iterator[Any]:
-    """A run that is written below `folder` and finished at the end; it has failed if an error ends it.
+    """Open a run that is written below `folder` and finished at the end; it has failed if an error ends it.
 
     names: run_id, run_name, run_group, run_job_type, run_tags.
     Raises: ConfigError without an API key, or for a name that W&B refuses.
@@ -124,7 +124,7 @@ def _start(
 
 
 def _settings(wandb: Any, folder: Path, tracking: TrackingConfig, names: Mapping[str, Any]) -> Any:
-    """No output, and nothing about the process that logs: it is not the one that ran the experiment."""
+    """Return settings without output and without facts about this process: another one ran the experiment."""
     off = ("x_disable_stats", "x_disable_meta", "x_disable_machine_info", "disable_git", "disable_code")
     return wandb.Settings(
         mode=tracking.mode,
@@ -175,7 +175,7 @@ def _log_media(wandb: Any, run: Any, folder: Path) -> None:
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows with numbers where a whole column is numbers, and None for an empty cell.
+    """Yield rows with numbers where a whole column is numbers, and None for an empty cell.
 
     JSON holds no infinity (the PSNR of identical images): it is None, and a column `<name> is infinite` says so.
     """
@@ -198,7 +198,7 @@ def _is_number(text: str) -> bool:
 
 
 def _run_summary(folder: Path) -> dict[str, Any]:
-    """Metrics of a run that is done, with their intervals; of any other only how it ended."""
+    """Return metrics of a run that is done, with their intervals; of any other only how it ended."""
     status = read_json(folder / "status.json") or {}
     ended = {name: status.get(name) for name in ("status", "reason", "message", "seconds")}
     result = read_json(folder / "result.json") if ended["status"] == "done" else None
