@@ -15,7 +15,7 @@ PREFIX = "quality/lm_eval_"
 
 def _family(end: str, better: str, order: int) -> Metric:
     return Metric(
-        f"{PREFIX}*{end and '_'}{end}", f"{end or 'any other number'} of a task of lm-eval", header="{part}",
+        f"{PREFIX}*{end and '_'}{end}", f"{end or 'any other number'} of a task of lm-eval", header="*",
         better=better, tasks=("lm_eval",), mean_over="documents", digits=".4f", order=order,  # type: ignore[arg-type]
     )  # fmt: skip
 

@@ -206,7 +206,7 @@ def metrics_in(names: Iterable[str]) -> list[Metric]:
     for metric in all_metrics().values():
         for name in sorted(members.get(metric.name, ())) if "*" in metric.name else [metric.name]:
             part = name.removeprefix(metric.name.partition("*")[0]).replace("_", " ")
-            header = metric.header.replace("{part}", part)
+            header = metric.header.replace("*", part)
             expanded.append(metric if name == metric.name else replace(metric, name=name, header=header))
     return expanded
 

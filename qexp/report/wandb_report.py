@@ -111,7 +111,7 @@ def _table_panel(wr: Any, name: str) -> Any:
 
 
 def _report_text(selection: Selection, prepared: list[Row], folder: Path) -> tuple[str, str]:
-    """Return the introduction of report.md and the rest, without plots and links: they lead to files of this machine."""
+    """Return the introduction of report.md and the rest, without plots and links, which lead to local files."""
     text = report_markdown(selection, prepared, folder, [])
     intro, mark, rest = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).partition("\n## ")
     return intro, mark.lstrip() + rest

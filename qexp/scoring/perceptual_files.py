@@ -22,8 +22,8 @@ from qexp.hub.download import hub_id, local_folder
 from qexp.system.screen import say
 
 BACKBONE_SOURCES = {
-    "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-    "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "alex": "torchvision's models/alexnet-owt-7be5be79.pth",
+    "vgg": "torchvision's models/vgg16-397923af.pth",
 }
 INCEPTION_SOURCES = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
@@ -149,6 +149,15 @@ def _find_downloaded(metric: str, sources: tuple[str, ...]) -> Path:
     name = sources[0].rpartition("/")[2]
     raise LoadError(
         f"metrics.names: {metric} needs '{folder / name}', which is not there; download it "
-        f"(`curl -L --create-dirs -o {shlex.quote(str(folder / name))} {sources[0]}`; TORCH_HOME names another place "
-        f"than {folder.parents[1]}), or leave {metric} out"
+        f"(`{_fetch_command(sources[0], folder / name)}`; TORCH_HOME names another place than {folder.parents[1]}), or "
+        f"leave {metric} out"
     )
+
+
+def _fetch_command(source: str, path: Path) -> str:
+    """Return the command that puts a file of weights in its place; torchvision's are known by its own names."""
+    if source.startswith("https:"):
+        return f"curl -L --create-dirs -o {shlex.quote(str(path))} {source}"
+    model = next(name for name in ("alexnet", "vgg16") if name in source)
+    code = f"from torchvision.models import {model}; {model}(weights='DEFAULT')"
+    return f'pip install torchvision && python -c "{code}"'

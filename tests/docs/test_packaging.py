@@ -137,12 +137,12 @@ def test_every_range_contains_its_pin() -> None:
 
 
 def test_everything_that_is_installed_is_pinned() -> None:
-    left_out = {"lm_eval"} if find_spec("lm_eval") is None else set()  # large, and not for development
-    names = closure(requirements(*(extra for extra in EXTRAS if extra not in left_out)))
+    names = closure(requirements(*(name for name in EXTRAS if name not in LARGE or find_spec(name))))
     assert {"torch", "antlr4-python3-runtime", "scikit-learn", "sentencepiece", "mdurl"} <= names
     assert names - pins().keys() == set()
 
 
+LARGE = {"lm_eval"}  # extras, and modules of their name, that development goes without
 FOR_FILES = {"torchmetrics"}  # not imported: LPIPS reads the weights that come with it
 
 
@@ -157,14 +157,14 @@ def third_party_imports(folder: str) -> set[str]:
                 names.add(str(node.module).split(".")[0])
     owners = importlib.metadata.packages_distributions()
     own = {"qexp", "scripts", "tests", *(path.stem for path in (ROOT / "scripts").iterdir())}
-    foreign = names - sys.stdlib_module_names - own
+    foreign = names - sys.stdlib_module_names - own - (LARGE - owners.keys())
     assert foreign <= owners.keys(), f"not installed: {foreign - owners.keys()}"
     return {canonicalize_name(owner) for name in foreign for owner in owners[name]}
 
 
 def test_every_import_is_declared_and_every_dependency_imported() -> None:
     imported = third_party_imports("qexp")
-    assert imported - names_of(requirements("diffusers")) == set()
+    assert imported - names_of(requirements("diffusers", *LARGE)) == set()
     assert names_of(requirements()) - imported == FOR_FILES
     assert third_party_imports("scripts") - names_of(requirements("dev")) == set()
     assert third_party_imports("tests") - names_of(requirements(*EXTRAS)) == set()

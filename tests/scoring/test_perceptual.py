@@ -297,7 +297,7 @@ def test_a_file_of_other_weights_is_refused(torch_hub: Path) -> None:
         (("metrics.names=[clip_score]", "task.prompt=a", "metrics.clip_model=/no"), r"clip_model=/no: there is no"),
         (("metrics.names=[clip_score]", "task.prompt=a", "metrics.clip_model={tmp}"), r"lacks 'config\.json', 'prep"),
         (("metrics.names=[clip_score]",), r"clip_score compares images with their prompts"),
-        (("metrics=perceptual", "metrics.missing=error"), r"lpips needs .*`curl -L --create-dirs -o .*alexnet-owt"),
+        (("metrics=perceptual", "metrics.missing=error"), r"lpips needs .*alexnet-owt.*`pip install torchvision"),
         (("metrics=perceptual", "task.prompt=a", "metrics.clip_model=/no"), r"clip_model=/no: there is no"),
     ],
 )  # fmt: skip
@@ -326,10 +326,11 @@ def test_metric_without_its_files_is_left_out_with_the_command(
     run_config("metrics=perceptual")
     notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")]
     lpips, clip, fid = notes  # once, however many experiments
-    place = torch_hub / "alexnet-owt-7be5be79.pth"
-    assert f"curl -L --create-dirs -o {place} https://download.pytorch.org/models/{place.name}" in lpips
+    assert f"needs '{torch_hub / 'alexnet-owt-7be5be79.pth'}'" in lpips
+    assert """python -c "from torchvision.models import alexnet; alexnet(weights='DEFAULT')\"""" in lpips
     assert "quality/clip_score is left out" in clip and "task.prompt is null" in clip
-    assert "weights-inception-2015-12-05-6726825d.pth https://github.com/toshas/torch-fidelity" in fid
+    name = "weights-inception-2015-12-05-6726825d.pth"
+    assert f"curl -L --create-dirs -o {torch_hub / name} https://github.com/toshas/torch-fidelity" in fid
     save_backbone(torch_hub, "alex")
     assert "lpips" in run_config("metrics=perceptual").metrics.names
 
