@@ -60,8 +60,8 @@ def test_offline_writes_its_specification(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == f"wrote {folder / 'wandb_report.json'}"
     assert done.stdout.splitlines()[-2].startswith("W&B table: sweeps/first/wandb/offline-run-")
     assert {path.name for path in folder.iterdir()} == {
-        "manifest.json", "results.csv", "report.md", "report.html", "table.tex", "pareto_psnr_db.png", "pareto_psnr_db.csv",
-        "wandb_report.json", "wandb",
+        "manifest.json", "results.csv", "report.md", "report.html", "table.tex", "pareto_psnr_db.png",
+        "pareto_psnr_db.csv", "wandb_report.json", "wandb",
     }  # fmt: skip
     assert not list((tmp_path / "home").rglob("*"))
 
