@@ -6,7 +6,6 @@ modules of its own sweepers once more then, and a class derived before is derive
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from qexp.cli.sweeper import SweepAsItComes
@@ -34,15 +33,14 @@ class ParetoSweeper(SweepAsItComes):
         """Run all experiments, then draw the plots; returns what each returned."""
         from qexp.report.__main__ import write_report
         from qexp.report.comparison import prepare_compared
-        from qexp.results.rows import rows_of_sweep
+        from qexp.report.selection import select
         from qexp.sweep.log_writer import WRITER
 
         found = super().sweep(arguments)
         assert self.config is not None
         if not self.config.sweep.get("dry_run"):
             WRITER.close()
-            outputs, name = Path(self.config.paths.outputs), self.config.sweep.name
-            rows = rows_of_sweep(outputs, name)
-            for path in write_report(outputs, name, rows, prepare_compared(rows, None)):
+            selection = select(self.config.paths.outputs, [self.config.sweep.name])
+            for path in write_report(selection, prepare_compared(selection.rows, None), selection.folder):
                 print(f"wrote {path}")
         return found

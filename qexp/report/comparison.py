@@ -64,8 +64,8 @@ def find_baseline(prepared: Sequence[Row], name: str) -> Row:
     if len(done) == 1:
         return done[0]
     if done:
-        names = ((f"#{row['number']}" if "copy" in row else row["key"], row) for row in done)  # copies share their key
-        keys = choices(f"{name} ({' '.join(filter(None, (row['offload'], row['setting'])))})" for name, row in names)
+        named = ((f"#{row['number']}" if "copy" in row else row["key"], row) for row in done)  # copies share their key
+        keys = choices(f"{key} ({' '.join(filter(None, (row['offload'], row['setting'])))})" for key, row in named)
         raise ConfigError(f"--baseline {name!r} names {len(done)} rows; give a key: {keys}")
     if found:
         raise ConfigError(f"--baseline {name!r} has no result ({found[0]['status']}); choose one that is done")

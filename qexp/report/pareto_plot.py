@@ -76,7 +76,8 @@ def draw_pareto(points: list[Point], metric: Metric, title: str, style: Style, k
     names = [textwrap.fill(label, style.wrap).replace("$", r"\$") for label in labels]  # $ would begin a formula
     style = _with_room(style, names)
     data = io.BytesIO()
-    with matplotlib.rc_context({**RC, "font.size": style.font}):
+    settings: Any = {**RC, "font.size": style.font}
+    with matplotlib.rc_context(settings):
         figure, axes = _figure(all_metrics()[MEMORY].axis.format(unit=unit), metric.axis, style)
         _draw_title(axes, title if style.has_title else "", _notes(points, offloads), style)
         if points[-1].memory_gib > LOG_FROM * points[0].memory_gib > 0:
@@ -206,10 +207,10 @@ def _draw_legend(
     figure: Figure, axes: Axes, entries: list[Line2D], labels: list[str], on_front: list[bool], style: Style
 ) -> None:
     """Name the numbered points, from left to right, beside or below the plot; those on the front in bold."""
+    narrow: Any = {} if style.has_title else {"handlelength": 1.2, "columnspacing": 0.8, "labelspacing": 0.25}
     legend = figure.legend(
         [*axes.lines[:1], *entries], ["Pareto front", *labels], loc=style.legend, ncols=-(-len(labels) // style.lines),
-        frameon=False, fontsize=0.8 * style.font, labelcolor=INK, borderaxespad=0.2,
-        **({} if style.has_title else {"handlelength": 1.2, "columnspacing": 0.8, "labelspacing": 0.25}),
+        frameon=False, fontsize=0.8 * style.font, labelcolor=INK, borderaxespad=0.2, **narrow,
     )  # fmt: skip
     for text, is_bold in zip(legend.get_texts()[1:], on_front, strict=True):
         text.set_fontweight("bold" if is_bold else "normal")

@@ -48,7 +48,7 @@ def available_metrics(metrics: MetricsConfig, source: Any, task: Any) -> Metrics
         return metrics
     checks: dict[str, Callable[[], object]] = {
         "lpips": lambda: (backbone_file(metrics.lpips_net), heads_file(metrics.lpips_net)),
-        "clip_score": lambda: (_check_prompt(task), clip_folder(metrics.clip_model)),
+        "clip_score": lambda: _clip_of_prompts(task, metrics.clip_model),
         "fid": lambda: (metrics.fid_images is None or image_files(metrics.fid_images), inception_file()),
     }
     left_out = set()
@@ -68,12 +68,13 @@ class _NoPromptError(ConfigError):
     """CLIP score of images without prompts."""
 
 
-def _check_prompt(task: Any) -> None:
+def _clip_of_prompts(task: Any, model: str) -> Path:
     if getattr(task, "prompt", None) is None:
         raise _NoPromptError(
             "metrics.names: clip_score compares images with their prompts, and task.prompt is null; leave "
             "clip_score out, or set task.prompt for a model that takes one"
         )
+    return clip_folder(model)
 
 
 @cache

@@ -185,7 +185,7 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
     infinite = [name for name in numeric if any(math.isinf(float(row[name] or 0)) for row in rows)]
     for row in rows:
         cells = {name: (float(text) if name in numeric else text) if text else None for name, text in row.items()}
-        marks = {f"{name} is infinite": bool(cells[name]) and math.isinf(cells[name]) for name in infinite}
+        marks = {f"{name} is infinite": math.isinf(float(cells[name] or 0)) for name in infinite}
         yield {name: None if marks.get(f"{name} is infinite") else cell for name, cell in cells.items()} | marks
 
 
