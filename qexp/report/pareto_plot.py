@@ -207,10 +207,12 @@ def _draw_legend(
     figure: Figure, axes: Axes, entries: list[Line2D], labels: list[str], on_front: list[bool], style: Style
 ) -> None:
     """Name the numbered points, from left to right, beside or below the plot; those on the front in bold."""
-    narrow: Any = {} if style.has_title else {"handlelength": 1.2, "columnspacing": 0.8, "labelspacing": 0.25}
+    look: dict[str, Any] = {"loc": style.legend}
+    if not style.has_title:
+        look |= {"handlelength": 1.2, "columnspacing": 0.8, "labelspacing": 0.25}
     legend = figure.legend(
-        [*axes.lines[:1], *entries], ["Pareto front", *labels], loc=style.legend, ncols=-(-len(labels) // style.lines),
-        frameon=False, fontsize=0.8 * style.font, labelcolor=INK, borderaxespad=0.2, **narrow,
+        [*axes.lines[:1], *entries], ["Pareto front", *labels], ncols=-(-len(labels) // style.lines),
+        frameon=False, fontsize=0.8 * style.font, labelcolor=INK, borderaxespad=0.2, **look,
     )  # fmt: skip
     for text, is_bold in zip(legend.get_texts()[1:], on_front, strict=True):
         text.set_fontweight("bold" if is_bold else "normal")
