@@ -152,4 +152,4 @@ def test_a_sweep_without_results_has_a_document(tmp_path: Path, started: bool) -
     document = document_of(tmp_path, "first")
     assert len(document["rows"]) == len(jobs)
     assert document["plot"]["x"] == ""
-    assert render_page(document).count("<section") == 3 * len(jobs)  # results, failures, differences
+    assert render_page(document).count("<section") == 2 * len(jobs)  # results, failures

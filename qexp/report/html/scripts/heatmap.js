@@ -1,4 +1,4 @@
-// A map of layers against runs or formats: a table whose cells are as dark as their loss, with the number in each.
+// A map of layers against runs or formats: a table whose cells are as colored as their loss, with the number in each.
 
 function startMaps() {
   if (byId("map")) fillChooser("map", data.maps.map((map, place) => [place, map.title]), 0, (place) => drawMap(data.maps[place]));
@@ -12,7 +12,7 @@ function drawMap(map) {
     map.values[line].map((value, place) => mapCell(value, share, map.columns[place].row))));
   const table = element("table", { class: "heat" }, element("caption", {}, `${map.title}${map.unit ? ` (${map.unit})` : ""}`),
     element("thead", {}, head), element("tbody", {}, body));
-  const legend = element("p", { class: "fine scale" }, map.better === "higher" ? "lowest" : "lowest", element("span", { class: `ramp ${map.better}`, "aria-hidden": "true" }), "highest; darker is worse");
+  const legend = element("p", { class: "fine scale" }, map.better === "higher" ? "lowest" : "lowest", element("span", { class: `ramp ${map.better}`, "aria-hidden": "true" }), "highest; the stronger the color, the worse");
   byId("heatmap").replaceChildren(element("div", { class: "scroll tall", role: "region", "aria-label": map.title, tabindex: 0 }, table), legend,
     map.note ? element("p", { class: "fine" }, `${map.note}.`) : "");
 }
