@@ -79,7 +79,7 @@ def test_nothing_is_removed_without_an_answer(outputs) -> None:
     assert done.returncode == 1 and "add --yes" in done.stdout
     assert (outputs / "runs/failed").exists() and (outputs / "runs/done/offload").exists()
     wrong = subprocess.run([*command, "everything"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 1 and "'everything' is not a kind; use failed, references" in wrong.stderr
+    assert wrong.returncode == 1 and "'everything' is not a kind; use failed, quantized, references" in wrong.stderr
 
 
 def test_result_whose_status_is_lost_or_unreadable_stays(outputs, monkeypatch) -> None:

@@ -267,7 +267,10 @@ class MixedQuantizer(base.Quantizer):
     def create_quantized_param(
         self, spec: WeightSpec, sources: Sequence[Tensor], companions: Mapping[str, Tensor], device: torch.device
     ) -> nn.Parameter:
-        return self.part_of(spec.module).create_quantized_param(spec, sources, companions, device)
+        part = self.part_of(spec.module)
+        parameter = part.create_quantized_param(spec, sources, companions, device)
+        self._of_type[type(parameter)] = part
+        return parameter
 
     @override
     def is_quantized(self, module: nn.Module) -> bool:
@@ -279,9 +282,9 @@ class MixedQuantizer(base.Quantizer):
             part.postprocess_model(model, device)
         quantized = {name: self.is_quantized(model.get_submodule(name)) for name in _linear_layers(model)}
         self._layers = {name: self.part_of(name) if found else None for name, found in quantized.items()}
-        self._of_type = {
-            type(model.get_submodule(name).weight): part for name, part in self._layers.items() if part is not None
-        }
+        for name, part in self._layers.items():
+            if part is not None:  # also of a weight that was not made here, but found in a cache
+                self._of_type[type(model.get_submodule(name).weight)] = part
 
     @override
     def dequantize_param(self, param: Tensor, dtype: torch.dtype) -> Tensor:
