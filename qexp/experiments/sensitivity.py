@@ -63,7 +63,7 @@ def plan_sensitivity(
 
 
 def _in_fp32(context: RunContext, scored: Mapping[str, ComponentGroups]) -> dict[str, LoadRequest]:
-    """The requests of the scored components in fp32; with offload=block, their blocks alone travel.
+    """Return the requests of the scored components in fp32; with offload=block, their blocks alone travel.
 
     What is outside of blocks is needed again in the backward pass, with no forward that tells when.
     """

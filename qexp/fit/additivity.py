@@ -88,7 +88,7 @@ def measure_additivity(proven: Sequence[Proven], error: str) -> Additivity:
 
 
 def _last(trajectory: Any) -> Tensor:
-    """Return the last state of a stored trajectory [steps, ...], in fp64."""
+    """Return the last state of a stored trajectory [steps, samples, ...], in fp64."""
     steps = trajectory.get_shape()[0]
     state: Tensor = trajectory[steps - 1 : steps][0].double()
     return state
@@ -100,7 +100,7 @@ def _divergence(one: Proven) -> float:
 
 
 def _latent_error(folders: Sequence[Path]) -> float:
-    """Return the mean squared error of the last state of the trajectory against the reference's, over runs."""
+    """Return the squared error of the last states against the reference's: its geometric mean over samples."""
     from safetensors import safe_open
 
     errors: list[float] = []

@@ -71,7 +71,10 @@ def _quiet() -> Iterator[None]:
 
 
 def scores_of(opened: OpenedModel, request: Request, *, is_plan: bool) -> Path:
-    """Return the folder with scores: as asked for, the latest that are of this model, or new ones."""
+    """Return the folder with scores: as asked for, the latest that are of this model, or new ones.
+
+    is_plan: none are made. Raises: ConfigError where there are none, or the smallest formats are over a bound.
+    """
     if request.scores is not None:
         return request.scores
     formats = request.formats or {format_name(config): config for config in default_formats()}

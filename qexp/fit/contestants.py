@@ -54,7 +54,7 @@ def contestants_of(opened: OpenedModel, plan: FitPlan, mixes: Mapping[str, Mix],
 
 
 def careful_mixes(plan: FitPlan, mix: Mix) -> Iterator[tuple[str, Mix]]:
-    """Mixes without the formats of the fewest bits that a mix has: their errors are the largest, and add up least."""
+    """Yield mixes without the formats of the fewest bits that a mix has: large errors add up least."""
     bits: dict[str, float] = {}
     for group in plan.groups:
         dense = choice_of(group, DENSE).nbytes
