@@ -204,11 +204,17 @@ def metrics_in(names: Iterable[str]) -> list[Metric]:
             members.setdefault(found.name, []).append(name)
     expanded = []
     for metric in all_metrics().values():
-        for name in sorted(members.get(metric.name, ())) if "*" in metric.name else [metric.name]:
-            part = name.removeprefix(metric.name.partition("*")[0]).replace("_", " ")
-            header = metric.header.replace("*", part)
-            expanded.append(metric if name == metric.name else replace(metric, name=name, header=header))
+        names_of_it = sorted(members.get(metric.name, ())) if "*" in metric.name else [metric.name]
+        expanded += [member_of(metric, name) for name in names_of_it]
     return expanded
+
+
+def member_of(family: Metric, name: str) -> Metric:
+    """Return the metric of a family (with a *) that has this name, and it in its header; any other metric as it is."""
+    if "*" not in family.name:
+        return family
+    part = name.removeprefix(family.name.partition("*")[0]).replace("_", " ")
+    return replace(family, name=name, header=family.header.replace("*", part))
 
 
 def chosen_metrics() -> dict[str, Metric]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qexp.metrics.registry import Metric, find_metric, is_infinite, metric_order
+from qexp.metrics.registry import Metric, find_metric, is_infinite, member_of, metric_order
 from qexp.report.html.appearance import UNQUANTIZED
 from qexp.report.marks import busy_cores, members_of
 from qexp.report.results_csv import flatten_config, varying_settings
@@ -93,7 +93,7 @@ def _setting_texts(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]
 
 
 def _metric_column(name: str, prepared: list[Row]) -> Column:
-    metric = find_metric(name) or Metric(name, "", digits=".4g")
+    metric = member_of(find_metric(name) or Metric(name, "", digits=".4g"), name)
     unit, factor = shown_unit(metric, (row["metrics"].get(name) for row in prepared))
     values = [_scaled(_value_of(row, name, metric), factor) for row in prepared]
     return {
