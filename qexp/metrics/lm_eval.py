@@ -6,6 +6,8 @@ end of its name; one that is not listed has no better direction.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from qexp.metrics.registry import Metric
 
 HIGHER = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "f1", "mcc", "bleu", "chrf", "em")
@@ -13,10 +15,10 @@ LOWER = ("perplexity", "bits_per_byte", "brier_score", "ter", "wer")
 PREFIX = "quality/lm_eval_"
 
 
-def _family(end: str, better: str, order: int) -> Metric:
+def _family(end: str, better: Literal["higher", "lower", ""], order: int) -> Metric:
     return Metric(
         f"{PREFIX}*{end and '_'}{end}", f"{end or 'any other number'} of a task of lm-eval", header="*",
-        better=better, tasks=("lm_eval",), mean_over="documents", digits=".4f", order=order,  # type: ignore[arg-type]
+        better=better, tasks=("lm_eval",), mean_over="documents", digits=".4f", order=order,
     )  # fmt: skip
 
 

@@ -202,7 +202,7 @@ def metrics_in(names: Iterable[str]) -> list[Metric]:
     for name in dict.fromkeys(names):
         if (found := find_metric(name)) is not None and "*" in found.name:
             members.setdefault(found.name, []).append(name)
-    expanded = []
+    expanded: list[Metric] = []
     for metric in all_metrics().values():
         names_of_it = sorted(members.get(metric.name, ())) if "*" in metric.name else [metric.name]
         expanded += [member_of(metric, name) for name in names_of_it]
