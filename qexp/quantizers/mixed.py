@@ -282,9 +282,9 @@ class MixedQuantizer(base.Quantizer):
             part.postprocess_model(model, device)
         quantized = {name: self.is_quantized(model.get_submodule(name)) for name in _linear_layers(model)}
         self._layers = {name: self.part_of(name) if found else None for name, found in quantized.items()}
-        for name, part in self._layers.items():
-            if part is not None:  # also of a weight that was not made here, but found in a cache
-                self._of_type[type(model.get_submodule(name).weight)] = part
+        for name, found in quantized.items():
+            if found:  # also a weight that was not made here, but found in a cache
+                self._of_type[type(model.get_submodule(name).weight)] = self.part_of(name)
 
     @override
     def dequantize_param(self, param: Tensor, dtype: torch.dtype) -> Tensor:
