@@ -32,6 +32,8 @@ from qexp.hub.download import local_folder
 from qexp.models.base import ModelSource
 from qexp.models.python_text import as_module_name, check_arguments, parsed
 
+PACKAGE = Path(__file__).parents[1]
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -288,8 +290,9 @@ def _raised(name: str, arguments: Mapping[str, Any], error: Exception) -> str:
 
 def _where(error: Exception) -> str:
     """Return an exception and the line of the user's that it comes from."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) != Path(__file__)]
-    own = [frame for frame in frames if "site-packages" not in frame.filename and "importlib" not in frame.filename]
+    frames = traceback.extract_tb(error.__traceback__)
+    others = (str(PACKAGE), "site-packages", "importlib")  # this program, which watches the factory; libraries
+    own = [frame for frame in frames if not any(other in frame.filename for other in others)]
     place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {error}{place}"
 

@@ -225,6 +225,7 @@ def test_default_limit_is_a_tenth_of_the_free_disk(
         assert len(entries(folder)) == fits
 
 
+@pytest.mark.exhaustive
 def test_two_processes_at_once_leave_one_whole_entry(dense: Path, tmp_path: Path) -> None:
     code = """
 import sys
@@ -302,6 +303,7 @@ def test_mixed_formats_are_kept_too(dense: Path, tmp_path: Path) -> None:
     assert all(same_models(each.model, models[0].model) for each in models)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.own_process
 def test_memory_of_a_hit_and_a_miss_agree(tmp_path: Path) -> None:
     class Wide(nn.Module):

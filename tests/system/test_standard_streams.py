@@ -70,4 +70,5 @@ def test_report_writes_its_files_although_nobody_reads_the_table(tmp_path: Path)
     sweep_of_six(tmp_path)
     assert run_unread("qexp", "report", "--outputs", str(tmp_path)) == (0, "")
     names = {path.name for path in (tmp_path / "sweeps/first").iterdir()}
-    assert names == {"manifest.json", "results.csv", "report.md", "report.html", "pareto_psnr_db.png"}
+    texts = {"results.csv", "report.md", "report.html", "table.tex"}
+    assert names == {"manifest.json", *texts, "pareto_psnr_db.png", "pareto_psnr_db.csv"}
