@@ -139,7 +139,7 @@ def _figure(memory: str, quality: str, style: Style) -> tuple[Figure, Axes]:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_xlabel(memory, color=INK)
-    axes.set_ylabel(quality, color=INK)
+    axes.set_ylabel(quality if style.has_title else textwrap.fill(quality, 28), color=INK)  # a small axis is shorter
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
