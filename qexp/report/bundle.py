@@ -173,7 +173,7 @@ def _readme(selection: Selection, words: Sequence[str], with_outputs: bool) -> s
 
 
 def _outside_paths(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield 'model.path=/models/llama' for each setting that is an absolute path, but for where results and caches are."""
+    """Yield 'model.path=/models/llama' for each setting that is an absolute path, but for results and caches."""
     for name, value in flatten_config(config):
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, str) and one.startswith("/") and not name.startswith(("paths.", "save.", "loader.")):
