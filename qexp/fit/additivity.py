@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from qexp.errors import LoadError
+from qexp.errors import ConfigError, LoadError
 from qexp.fit.mix import Mix
 from qexp.fit.program import Groups, undominated
 from qexp.fit.proof import Proven
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MIXES = 8
+LEAST_MIXES = 3  # of which a correlation says anything
 LEAST = 0.9  # Spearman's correlation below which scores are said not to add up
 
 
@@ -43,7 +44,8 @@ class Additivity:
 
     @property
     def ratio(self) -> float:
-        return median(found / expected for expected, found in zip(self.predicted, self.measured, strict=True))
+        pairs = zip(self.predicted, self.measured, strict=True)
+        return median([found / expected for expected, found in pairs if expected] or [math.nan])
 
     @property
     def holds(self) -> bool:
@@ -52,7 +54,7 @@ class Additivity:
     def to_container(self) -> dict[str, Any]:
         return {
             "spearman": self.spearman if math.isfinite(self.spearman) else None,
-            "measured_over_predicted": self.ratio,
+            "measured_over_predicted": self.ratio if math.isfinite(self.ratio) else None,
             "predicted": list(self.predicted),
             "measured": list(self.measured),
         }
@@ -83,6 +85,12 @@ def random_mixes(groups: Groups, count: int = MIXES, seed: int = 0) -> list[Mix]
 def measure_additivity(proven: Sequence[Proven], error: str) -> Additivity:
     """Compare the results of random mixes with their scores. error: of the table, "squared_error" or "kl"."""
     done = [one for one in proven if not one.problem]
+    if len(done) < LEAST_MIXES:
+        problem = next((one.problem for one in proven if one.problem), "")
+        raise ConfigError(
+            f"{len(done)} of {len(proven)} random mixes ran, and whether scores add up needs {LEAST_MIXES}; "
+            f"the first that failed: {problem}"
+        )
     measured = [_latent_error(one.folders) if error == "squared_error" else _divergence(one) for one in done]
     return Additivity(tuple(one.contestant.mix.score for one in done), tuple(measured))
 

@@ -29,7 +29,8 @@ def proof_variants(
         path = folder / "held_out.txt"
         write_text(path, _rest_of_text(opened, table, place))
         return [[hydra_override("task.text", str(path))]]
-    first = config.seed + 1  # scores are made with the seed itself
+    scored = int((read_yaml(place / "config.yaml") or {}).get("seed") or 0)  # scores may be of another run
+    first = max(config.seed, scored) + 1
     return [[f"seed={seed}"] for seed in range(first, first + seeds)]
 
 

@@ -34,6 +34,7 @@ from qexp.quantizers.cpu_kernels.readiness import prepare_beside
 from qexp.system.child_process import die_with_parent
 from qexp.system.device_names import MaxMemory
 from qexp.system.memory import PeakMemory, without_collector
+from qexp.system.screen import say
 
 if TYPE_CHECKING:
     from qexp.config.schema import ComponentConfig, LoaderConfig
@@ -183,7 +184,10 @@ def _keep_weights(
     kept = cache.add(planned.prepared, numbers)
     if kept is not None:
         prepared = kept.in_place_of(planned.prepared, alone=True)
-        load_weights(_with_mapping(replace(planned, prepared=prepared), loader), None, loader)
+        try:
+            load_weights(_with_mapping(replace(planned, prepared=prepared), loader), None, loader)
+        except LoadError as error:
+            say(f"{kept.folder} was removed meanwhile ({error}); the weights stay in memory as they are")
 
 
 def _with_mapping(planned: PlannedComponent, loader: LoaderConfig) -> PlannedComponent:

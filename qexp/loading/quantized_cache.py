@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -31,8 +32,8 @@ from torch import Tensor, nn
 from qexp.checkpoints.checkpoint import read_header
 from qexp.checkpoints.regular_file import open_regular
 from qexp.checkpoints.safetensors_file import write_safetensors
-from qexp.errors import ConfigError, DiskError, LoadError
-from qexp.loading.cache_key import cache_key
+from qexp.errors import ConfigError, DamagedFileError, DiskError, LoadError
+from qexp.loading.cache_key import KEY_DIGITS, cache_key
 from qexp.loading.component import CacheFolder, Prepared
 from qexp.loading.sharing import distinct_state
 from qexp.loading.work_item import WorkItem
@@ -46,6 +47,7 @@ WEIGHTS, ENTRY = "weights.safetensors", "entry.json"
 UNFINISHED = ".unfinished-"  # prefix of a folder that is being made, or removed
 FREE_SHARE = 0.1  # of the free disk, which entries may take by default
 SPARE_BYTES = 64 << 20  # of the disk, left free
+KEY = re.compile(f"[0-9a-f]{{{KEY_DIGITS}}}")
 
 
 class QuantizedCache:
@@ -72,12 +74,19 @@ class QuantizedCache:
             return None
         try:
             found = CachedWeights(folder, prepared)
-            os.utime(folder / ENTRY)  # used now
-            return found
-        except (LoadError, DiskError, OSError, KeyError, TypeError) as error:
+        except (DamagedFileError, LoadError, KeyError, TypeError) as error:
+            if isinstance(error.__context__, OSError) and not isinstance(error.__context__, FileNotFoundError):
+                say(f"{folder} cannot be read ({error}); its weights are quantized again")
+                return None
             say(f"{folder} is damaged ({error}); its weights are quantized again")
             discard(folder)
             return None
+        except (DiskError, OSError) as error:  # another user's, or a disk's failure: not for us to remove
+            say(f"{folder} cannot be read ({error}); its weights are quantized again")
+            return None
+        with suppress(OSError):  # a folder that is read-only
+            os.utime(folder / ENTRY)  # used now
+        return found
 
     def add(self, prepared: Prepared, numbers: Mapping[str, float]) -> CachedWeights | None:
         """Make an entry of the weights of a loaded model. numbers: what its load took.
@@ -136,8 +145,8 @@ class QuantizedCache:
             if path.name.startswith(UNFINISHED):
                 if not _is_alive(path.name.removeprefix(UNFINISHED).partition("-")[0]):
                     shutil.rmtree(path, ignore_errors=True)
-            elif path.is_dir():
-                yield path
+            elif KEY.fullmatch(path.name) and (path / ENTRY).is_file() and not path.is_symlink():
+                yield path  # and nothing else: the folder may hold a user's own files
 
     def _say_once(self, message: str) -> None:
         """Say it once for all workers of one parent."""

@@ -102,6 +102,9 @@ def write_report(selection: Selection, prepared: list[Row], folder: Path, format
         "table.tex": table_tex(prepared),
     }
     files = {name: text.encode() for name, text in texts.items()} | files
+    for old in folder.glob("pareto_*"):  # of an earlier report, and of other numbers
+        if old.suffix in (".csv", ".pdf", ".png", ".svg") and old.name not in files:
+            old.unlink()
     for name, data in files.items():
         write_bytes(folder / name, data)
     sweeps = [(sweep.manifest, sweep.rows) for sweep in selection.sweeps]

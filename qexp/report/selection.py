@@ -73,9 +73,11 @@ class Selection:
         if len(self.sweeps) == 1 and self.sweeps[0].folder is not None:
             return self.sweeps[0].folder
         name = "+".join(sweep.name.replace(" ", "_") for sweep in self.sweeps)
-        names = repr([str(sweep.folder) for sweep in self.sweeps])
-        short = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}_{zlib.crc32(names.encode()):08x}"
-        return self.outputs / "reports" / short
+        names = repr([[str(row["folder"]) for row in sweep.rows] for sweep in self.sweeps])
+        is_known = all(sweep.folder is not None or len(sweep.rows) == 1 for sweep in self.sweeps)  # not of '3 runs'
+        if len(name) > LONGEST_NAME or not is_known:
+            name = f"{name[:LONGEST_NAME]}_{zlib.crc32(names.encode()):08x}"
+        return self.outputs / "reports" / name
 
 
 def select(outputs: Path | str, words: Sequence[str] = ()) -> Selection:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qexp.errors import ConfigError, DiskError, choices, did_you_mean
+from qexp.errors import ConfigError, DamagedFileError, DiskError, choices, did_you_mean
 from qexp.results.labels import run_label
 from qexp.results.manifest import Manifest
 from qexp.results.run_folder import RunFolder
@@ -70,7 +70,9 @@ def rows_of_jobs(manifest: Mapping[str, Any], places: Sequence[Path]) -> list[Ro
 
 
 def _find_run(key: str, places: Sequence[Path]) -> Path:
-    """Return the folder of a run; if it is in no place, where it belongs."""
+    """Return the folder of a run; if it is in no place, where it belongs. Raises: DamagedFileError for a path."""
+    if Path(key).name != key or key == "..":
+        raise DamagedFileError(places[0], f"a sweep names {key!r} as a run, which is no key")
     return next((path for place in places if (path := place / key).is_dir()), places[0] / key)
 
 

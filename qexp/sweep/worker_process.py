@@ -66,6 +66,8 @@ def run_worker(
         kill_marked(partial(eq, str(work.folder.absolute())))  # the kernel has killed the worker alone
         _say_once("the process that forks workers has died; what it was running is run again")
         return run_worker(work, isolation, modules, console)
+    if process.wait() < 0:  # the kernel, or somebody, has killed the worker alone
+        kill_marked(partial(eq, str(work.folder.absolute())))
     ending = outcome_of_exit(process.wait(), _added(oom_kills, count_oom_kills()))
     outcome = ending if in_time else timed_out(timeout_minutes or 0.0)
     if in_time and process.wait() == -signal.SIGBUS:

@@ -132,8 +132,11 @@ def test_error_of_images_is_the_geometric_mean_over_samples(tmp_path: Path) -> N
     save_file({"trajectory": states}, run / "outputs.safetensors")
     (run / "result.json").write_text('{"reference": "r"}')
     one = replace(proven("mix", 0, 1), folders=(run,))
-    found = measure_additivity([one], "squared_error")
+    found = measure_additivity([one] * 3, "squared_error")
     assert found.measured[0] == pytest.approx(10.0)  # of 1 and 100: no sample decides alone
+    failed = replace(one, problem="out of memory")
+    with pytest.raises(ConfigError, match=r"2 of 4 random mixes ran, .* the first that failed: out of memory"):
+        measure_additivity([one, failed, one, failed], "squared_error")
 
 
 def test_time_of_a_step_leaves_less_to_travel(tmp_path: Path) -> None:

@@ -180,6 +180,34 @@ def test_least_recently_used_goes_first(dense: Path, tmp_path: Path) -> None:
     assert len(entries(folder)) == 2
 
 
+def test_what_is_no_entry_is_left_alone(dense: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    for own in (folder / "runs", folder / ("0" * 32)):
+        own.mkdir(parents=True)
+        (own / "model.safetensors").write_bytes(bytes(1000))
+    load(dense, CacheFolder(folder))
+    (new,) = (path for path in entries(folder) if (path / ENTRY).exists())
+    nbytes = sum(path.stat().st_size for path in new.iterdir())
+    load(dense, CacheFolder(folder, 1.5 * nbytes / 2**30), skip_modules=("head",))
+    assert not new.exists()
+    assert (folder / "runs/model.safetensors").exists() and (folder / ("0" * 32) / "model.safetensors").exists()
+
+
+def test_entry_that_cannot_be_read_now_is_not_removed(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qexp.loading import quantized_cache
+
+    cache = CacheFolder(tmp_path / "kept")
+    load(dense, cache)
+    (entry,) = entries(tmp_path / "kept")
+    with monkeypatch.context() as patch:
+        patch.setattr(quantized_cache, "read_json", lambda path: (_ for _ in ()).throw(PermissionError(13, "no", path)))
+        load(dense, cache)
+    assert "cannot be read" in capsys.readouterr().err and entry.exists()
+    assert load(dense, cache).cached is True
+
+
 def test_limit_that_is_too_small_is_said_once_and_nothing_is_kept(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

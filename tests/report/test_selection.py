@@ -35,6 +35,20 @@ def keys(selection: Selection) -> list[str]:
     return [row["key"] for row in selection.rows]
 
 
+def test_key_that_leads_out_of_the_runs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secrets").mkdir()
+    for number, key in enumerate((str(tmp_path / "secrets"), "../secrets", "..")):
+        manifest(tmp_path, f"sweep{number}", [job(0, key, [])])
+        with pytest.raises(DamagedFileError, match="which is no key"):
+            select(tmp_path, [f"sweep{number}"])
+
+
+def test_reports_of_other_runs_have_other_folders(tmp_path: Path) -> None:
+    two_sweeps(tmp_path)
+    folders = {select(tmp_path, words).folder for words in (["key0", "own"], ["key1", "own"], ["first", "second"])}
+    assert len(folders) == 3 and select(tmp_path, ["key0", "own"]).folder in folders
+
+
 def test_several_sweeps_are_one_table_in_which_a_run_is_once(tmp_path: Path) -> None:
     two_sweeps(tmp_path)
     selection = select(tmp_path, ["first", "second"])

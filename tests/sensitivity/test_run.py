@@ -39,8 +39,8 @@ def ranked(table: SensitivityTable) -> list[str]:
 def rank_correlation(one: SensitivityTable, other: SensitivityTable) -> float:
     from scipy.stats import spearmanr
 
-    def key(candidate: Candidate) -> tuple[str, str]:
-        return candidate.group, candidate.format
+    def key(candidate: Candidate) -> tuple[str, str, str]:
+        return candidate.component, candidate.group, candidate.format
 
     scores = {key(candidate): candidate.score for candidate in other.candidates}
     assert scores.keys() == {key(candidate) for candidate in one.candidates}
