@@ -1,7 +1,7 @@
 """The experiments of `experiment=mixed_pareto`: every uniform format of a model, and mixes over the whole range.
 
-Scores are made first, or stored ones are taken; the recipes of the front are written to outputs/fit/<model>_front_<tag>. All
-experiments run on samples that no score was made with.
+Scores are made first, or stored ones are taken; the recipes of the front are written to
+outputs/fit/<model>_front_<tag>. All experiments run on samples that no score was made with.
 """
 
 from __future__ import annotations
