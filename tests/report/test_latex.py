@@ -106,7 +106,7 @@ def test_every_special_character_is_escaped() -> None:
 @pytest.mark.parametrize("program", ["pdflatex", "lualatex"])
 def test_latex_compiles_the_table(program: str, tmp_path: Path) -> None:
     if shutil.which(program) is None:
-        pytest.skip(f"{program} is missing; apt-get install texlive-latex-recommended texlive-luatex")
+        pytest.skip(f"{program} is missing; apt-get install texlive-latex-recommended texlive-luatex fonts-lmodern")
     jobs = []
     for number in range(50):
         container = config("quanto", HARD if number == 3 else f"t{number}")
