@@ -25,7 +25,7 @@ from qexp.loading.device_map import DeviceMap, main_device, no_split_classes, pl
 from qexp.loading.fp32 import compute_in_fp32
 from qexp.loading.mapping import choose_mapped
 from qexp.loading.prepare import load_quantizer_of, prepare
-from qexp.loading.quantized_cache import CachedWeights, QuantizedCache, discard
+from qexp.loading.quantized_cache import CachedWeights, QuantizedCache
 from qexp.loading.quantized_model import register
 from qexp.loading.weights import load_weights
 from qexp.models.component_settings import merge_with_checkpoint
@@ -171,8 +171,8 @@ def _read_weights(
         try:
             load_weights(_with_mapping(replace(planned, prepared=prepared), loader), None, loader)
             return cached
-        except LoadError:  # an entry that was removed meanwhile; an error of the checkpoint comes again
-            discard(cached.folder)
+        except LoadError as error:  # an entry that was removed meanwhile; an error of the checkpoint comes again
+            say(f"{cached.folder} cannot be read ({error}); its weights are quantized again")
     load_weights(planned, dispatch, loader)
     return None
 

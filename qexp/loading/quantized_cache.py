@@ -74,15 +74,12 @@ class QuantizedCache:
             return None
         try:
             found = CachedWeights(folder, prepared)
-        except (DamagedFileError, LoadError, KeyError, TypeError) as error:
-            if isinstance(error.__context__, OSError) and not isinstance(error.__context__, FileNotFoundError):
-                say(f"{folder} cannot be read ({error}); its weights are quantized again")
-                return None
-            say(f"{folder} is damaged ({error}); its weights are quantized again")
-            discard(folder)
-            return None
-        except (DiskError, OSError) as error:  # another user's, or a disk's failure: not for us to remove
-            say(f"{folder} cannot be read ({error}); its weights are quantized again")
+        except (LoadError, DiskError, OSError, KeyError, TypeError) as error:
+            is_damaged = _is_damage(error)
+            state = "is damaged" if is_damaged else "cannot be read"
+            say(f"{folder} {state} ({error}); its weights are quantized again")
+            if is_damaged:
+                discard(folder)
             return None
         with suppress(OSError):  # a folder that is read-only
             os.utime(folder / ENTRY)  # used now
@@ -158,6 +155,14 @@ class QuantizedCache:
             with said.open("a", encoding="utf-8") as stream:
                 stream.write(f"{text}\n")
         say(message)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Return whether an entry is wrong; if not, it is another user's, or the disk failed: not ours to remove."""
+    if isinstance(error, OSError) and not isinstance(error, DamagedFileError):  # DiskError is an OSError
+        return False
+    reason = error.__context__
+    return not isinstance(reason, OSError) or isinstance(reason, FileNotFoundError)
 
 
 class CachedWeights:

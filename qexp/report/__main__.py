@@ -80,7 +80,6 @@ def write_report(selection: Selection, prepared: list[Row], folder: Path, format
         prepared: rows of the table, see `prepare_compared`.
         formats: of figures for papers: pdf, svg.
 
-    prepared: see `prepare_compared`.
     Raises: LoadError if results.csv has numbers of runs that are gone since: it is all that is left of them.
     """
     from qexp.report.html.page import write_html_report
@@ -102,16 +101,24 @@ def write_report(selection: Selection, prepared: list[Row], folder: Path, format
         "table.tex": table_tex(prepared),
     }
     files = {name: text.encode() for name, text in texts.items()} | files
-    for old in folder.glob("pareto_*"):  # of an earlier report, and of other numbers
-        if old.suffix in (".csv", ".pdf", ".png", ".svg") and old.name not in files:
-            old.unlink()
     for name, data in files.items():
         write_bytes(folder / name, data)
+    for name in _figure_names() - files.keys():  # of an earlier report, and of other numbers
+        (folder / name).unlink(missing_ok=True)
     sweeps = [(sweep.manifest, sweep.rows) for sweep in selection.sweeps]
     page, warnings = write_html_report(folder, report_heading(selection), sweeps, selection.rows, prepared)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return [*(folder / name for name in files), page]
+
+
+def _figure_names() -> set[str]:
+    """Return the names of all files that `_figures` may yield."""
+    from qexp.report.pareto import file_name, plotted_metrics
+    from qexp.report.pareto_plot import PAPER
+
+    endings = [".png", ".csv", *(f"_{width}.{kind}" for width in PAPER for kind in FIGURES)]
+    return {file_name(metric, ending) for metric in plotted_metrics() for ending in endings}
 
 
 def _figures(prepared: list[Row], title: str, formats: Sequence[str]) -> Iterator[tuple[str, bytes]]:

@@ -61,13 +61,13 @@ def run_worker(
         kill_family(process)
         _settle(work, process, outcome_of(error), started, clock)
         raise
-    if isinstance(process, ForkedWorker) and process.server_died and in_time:
+    lost_server = isinstance(process, ForkedWorker) and process.server_died and in_time
+    if lost_server or process.wait() < 0:  # the kernel, or somebody, has killed the worker alone
+        kill_marked(partial(eq, str(work.folder.absolute())))
+    if lost_server:
         SERVER.note_death()
-        kill_marked(partial(eq, str(work.folder.absolute())))  # the kernel has killed the worker alone
         _say_once("the process that forks workers has died; what it was running is run again")
         return run_worker(work, isolation, modules, console)
-    if process.wait() < 0:  # the kernel, or somebody, has killed the worker alone
-        kill_marked(partial(eq, str(work.folder.absolute())))
     ending = outcome_of_exit(process.wait(), _added(oom_kills, count_oom_kills()))
     outcome = ending if in_time else timed_out(timeout_minutes or 0.0)
     if in_time and process.wait() == -signal.SIGBUS:

@@ -18,6 +18,8 @@ def test_front_of_a_model_is_every_uniform_format_and_mixes_between_them(tmp_pat
     write_scores(tmp_path / "runs" / "made", ["model=digits"])
     jobs = front_jobs(job, 6, is_dry=True)
     assert all(words[:4] == job and "seed=5" in words for words in jobs)
+    (tmp_path / "runs" / "made" / "config.yaml").write_text("seed: 7")
+    assert all("seed=8" in words for words in front_jobs(job, 6, is_dry=True))  # no score was made with it
     configs = [to_run_config(compose_settings(words)) for words in jobs]
     backends = [config.components["transformer"].backend for config in configs]
     uniform = [one.quant_method for one in backends[: len(OPTIONS) + 1]]

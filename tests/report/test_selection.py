@@ -218,3 +218,14 @@ def test_folder_that_cannot_be_written_is_said_before_the_table(
     assert main(["first", "--outputs", str(tmp_path), "--out", str(tmp_path / "file/folder")]) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and "--out" in printed.err
+
+
+def test_figures_of_an_earlier_report_go_and_a_users_own_files_stay(tmp_path: Path) -> None:
+    sweep_of_six(tmp_path)
+    out = tmp_path / "out"
+    assert main(["first", "--outputs", str(tmp_path), "--out", str(out), "--pdf"]) == 0
+    made = {path.name for path in out.glob("pareto_*.pdf")}
+    (out / "pareto_mine.pdf").touch()
+    assert made and main(["first", "--outputs", str(tmp_path), "--out", str(out)]) == 0
+    assert {path.name for path in out.glob("pareto_*.pdf")} == {"pareto_mine.pdf"}
+    assert (out / "pareto_psnr_db.png").exists()
