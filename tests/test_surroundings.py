@@ -18,6 +18,12 @@ def test_only_loopback_can_be_reached() -> None:
     with pytest.raises(RuntimeError, match="tests are offline"), socket.socket() as client:
         client.settimeout(1)
         client.connect((DOCUMENTATION_ADDRESS, 80))
+    for send in (
+        lambda client: client.sendto(b"", (DOCUMENTATION_ADDRESS, 80)),
+        lambda client: client.sendmsg([b""], [], 0, (DOCUMENTATION_ADDRESS, 80)),
+    ):
+        with pytest.raises(RuntimeError, match="tests are offline"), socket.socket(type=socket.SOCK_DGRAM) as client:
+            send(client)
     with pytest.raises(RuntimeError, match="tests are offline"):
         socket.getaddrinfo("name.invalid", 443)
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()[:2]) as client:

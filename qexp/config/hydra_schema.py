@@ -16,6 +16,8 @@ from qexp.config.plugins import PLUGINS, plugin_module, plugin_names
 from qexp.config.schema import TopLevelConfig
 from qexp.config.yaml_options import conf_folder
 
+_stored: dict[tuple[str, str], type] = {}  # (group, name) -> what Hydra's store, of which there is one, has
+
 
 @cache
 def schema_of(cls: type) -> type:
@@ -32,11 +34,18 @@ def register_schemas() -> None:
     from qexp.config.libyaml import read_by_libyaml
 
     read_by_libyaml()
+    configs = {("schema", "config"): TopLevelConfig}
+    configs |= {
+        (f"schema/{group}", name): plugin_module(group, name).Config
+        for group in PLUGINS
+        for name in plugin_names(group)
+    }
     store = ConfigStore.instance()
-    store.store(group="schema", name="config", node=schema_of(TopLevelConfig), package="_global_")
-    for group in PLUGINS:
-        for name in plugin_names(group):
-            store.store(group=f"schema/{group}", name=name, node=schema_of(plugin_module(group, name).Config))
+    for (group, name), config in configs.items():
+        twin = schema_of(config)
+        if _stored.get((group, name)) is not twin:  # each takes a millisecond, and a sweep asks for each experiment
+            store.store(group=group, name=name, node=twin, package="_global_" if group == "schema" else None)
+            _stored[group, name] = twin
 
 
 def compose_settings(overrides: Sequence[str], *, with_hydra: bool = False) -> Any:

@@ -18,7 +18,8 @@ from qexp.config.offload import OffloadConfig
 from qexp.errors import ConfigError, LoadError, UnsupportedError
 from qexp.offloading.payload import true_nbytes
 from qexp.quantizers.bitsandbytes_support.config import BitsAndBytesConfig
-from tests.backends import BACKENDS, EVERY_WAY, Stack, StackSource, backend_config, save_stack
+from tests.backends import EVERY_WAY, Stack, StackSource, backend_config, save_stack
+from tests.composing import run_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 README = Path(__file__).parents[2] / "README.md"
@@ -78,9 +79,10 @@ def test_the_readme_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert qexp.load("saved", device="cpu").quantization_method == "bitsandbytes"
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", EVERY_WAY)
 def test_a_name_is_what_the_command_line_makes_of_it(name: str) -> None:
-    assert backend_of(name) == backend_config(name)
+    composed = run_config("device=cpu", f"backend={name}").components["transformer"].backend
+    assert backend_of(name) == backend_config(name) == composed
 
 
 def test_every_way_to_name_a_backend(folder: Path) -> None:

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from qexp.errors import ConfigError, LoadError
 from qexp.loading.saving import save_model
 from qexp.quantizers.base import load_quantizer
-from tests.backends import QUANTIZING, REPRESENTATIVES, option_config
+from tests.backends import QUANTIZING, REPRESENTATIVES, backend_config
 from tests.loading import damage, damage_folders, damage_tensors
 from tests.loading.damage import Damage, Files, all_tensors, is_inner
 from tests.loading.damage_tensors import SHAPES
 from tests.loading.toys import load_toy, random_state, save_state, settings
 from tests.products import representatives
 
-QUANTIZERS = {name: load_quantizer(option_config(name)) for name in QUANTIZING}
+QUANTIZERS = {name: load_quantizer(backend_config(name)) for name in QUANTIZING}
 STORABLE = [
     name
     for name, one in QUANTIZERS.items()

@@ -14,7 +14,7 @@ from qexp.config.backend_options import backend_of
 from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
-from tests.backends import CPU, option_config
+from tests.backends import CPU, backend_config
 from tests.loading.test_foreign_readers import IDS, bert, mistral
 from tests.loading.test_gguf_interchange import answer, assert_same_weights, flux
 from tests.loading.test_gguf_interchange import load_theirs as load_single_file
@@ -112,7 +112,7 @@ def test_torchao_names_every_layer_and_diffusers_opens_it(dense: Path, tmp_path:
     theirs.save_pretrained(tmp_path / "theirs")
     assert_same_files(tmp_path / "theirs", tmp_path / "ours")
     for folder in ("ours", "theirs"):
-        again = load_tiny(tmp_path / folder, option_config("none"))
+        again = load_tiny(tmp_path / folder, backend_config("none"))
         assert again.hf_quantizer.quantizer.layer_format("first") == "torchao int8wo"
         assert again.hf_quantizer.quantizer.layer_format("second") == "torchao int4dq"
         assert_same_answer(again, ours)
@@ -145,7 +145,7 @@ def test_four_bits_of_every_kind_share_a_file_that_diffusers_opens(dense: Path, 
     assert theirs.first.weight.quant_state.quant_type == "fp4" and theirs.first.weight.quant_state.blocksize == 128
     assert theirs.second.weight.quant_state.nested and not theirs.first.weight.quant_state.nested
     assert_same_answer(theirs, ours)
-    again = load_tiny(tmp_path / "ours", option_config("none"))
+    again = load_tiny(tmp_path / "ours", backend_config("none"))
     assert_same_answer(again, ours)
     save_model(again, tmp_path / "again")
     assert_same_files(tmp_path / "again", tmp_path / "ours")
@@ -155,7 +155,7 @@ def test_four_bits_of_every_kind_share_a_file_that_diffusers_opens(dense: Path, 
 def test_one_format_and_dense_layers_are_that_formats_file(backend: str, dense: Path, tmp_path: Path) -> None:
     ours = load_tiny(dense, mixed({"modules": "plain", "backend": "none"}, {"backend": backend}))
     source = TinySource(dense)
-    alone = ComponentConfig(option_config(backend), ("plain",))
+    alone = ComponentConfig(backend_config(backend), ("plain",))
     uniform = load_component(source, "tiny", alone, device=CPU, loader=LoaderConfig()).model
     for model, name in ((ours, "ours"), (uniform, "uniform")):
         save_model(model, tmp_path / name)
@@ -185,10 +185,10 @@ def test_diffusers_refuses_what_no_format_holds(dense: Path, tmp_path: Path) -> 
     assert embedded(tmp_path / "ours")["quant_method"] == "qexp_mixed"
     with pytest.raises(ValueError, match="Unknown quantization type, got qexp_mixed"):
         load_theirs(tmp_path / "ours")
-    assert_same_answer(load_tiny(tmp_path / "ours", option_config("none")), ours)
+    assert_same_answer(load_tiny(tmp_path / "ours", backend_config("none")), ours)
     ours.save_pretrained(tmp_path / "by_library")  # diffusers' own method, with our quantizer behind it
     assert_same_files(tmp_path / "by_library", tmp_path / "ours")
-    assert_same_answer(load_tiny(tmp_path / "by_library", option_config("none")), ours)
+    assert_same_answer(load_tiny(tmp_path / "by_library", backend_config("none")), ours)
 
 
 OF_TRANSFORMERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

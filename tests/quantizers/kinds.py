@@ -9,7 +9,7 @@ from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.packed.elements import ELEMENTS
 from qexp.quantizers.qexp_packed import PackedConfig
 from qexp.quantizers.torchao import TorchAoConfig
-from tests.backends import QUANTIZING, option_config
+from tests.backends import QUANTIZING, backend_config
 
 
 def ao(quant_type: str, group_size: int | None = None, **arguments: Any) -> TorchAoConfig:
@@ -39,7 +39,7 @@ PACKED = {
     **{name: PackedConfig(quant_type=name) for name in ELEMENTS},
     **{f"{name} row": PackedConfig(quant_type=name, group_size=None) for name in ("uint5wo", "fp6_e3w2")},
 }
-OPTIONS: dict[str, Any] = {name: option_config(name) for name in QUANTIZING}
+OPTIONS: dict[str, Any] = {name: backend_config(name) for name in QUANTIZING}
 KINDS: dict[str, Any] = {
     **OPTIONS,
     **{f"torchao {name}": config for name, config in TORCHAO.items()},

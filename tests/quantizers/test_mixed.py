@@ -22,7 +22,7 @@ from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.embedded import embedded_config
 from qexp.quantizers.layers import weight_shape
 from qexp.tasks.roundtrip import measure_layers
-from tests.backends import QUANTIZING, option_config, same_bytes, save_stack
+from tests.backends import QUANTIZING, backend_config, same_bytes, save_stack
 from tests.loading.toys import WIDTH, Toy, load_toy, prepare_toy, random_state, save_state
 from tests.products import representatives
 from tests.quantizers.test_contract import gaussian
@@ -89,7 +89,7 @@ def test_every_layer_has_the_bytes_that_its_backend_gives_it_alone(folder: Path)
     "backend", representatives(QUANTIZING, ["bitsandbytes_int8", "torchao", "quanto_int4", "gguf"])
 )
 def test_one_format_by_a_recipe_is_that_format(backend: str, folder: Path) -> None:
-    alone = load_toy(folder, ComponentConfig(option_config(backend).resolved("cpu")))
+    alone = load_toy(folder, ComponentConfig(backend_config(backend).resolved("cpu")))
     mixed = load_toy(folder, recipe({"backend": backend}))
     assert same_weights(mixed.model, alone.model)
     assert mixed.plan.quantized_nbytes == alone.plan.quantized_nbytes and mixed.plan.formats == alone.plan.formats
@@ -128,7 +128,7 @@ def test_the_plan_says_each_layers_format_and_bits(folder: Path) -> None:
 
 
 def test_one_format_says_its_layers_too(folder: Path) -> None:
-    assert set(prepare_toy(folder, ComponentConfig(option_config("torchao_int8dq"))).plan.formats.values()) == {
+    assert set(prepare_toy(folder, ComponentConfig(backend_config("torchao_int8dq"))).plan.formats.values()) == {
         "torchao int8dq"
     }
     by_name = ComponentConfig(
@@ -162,7 +162,7 @@ def test_a_mixture_of_libraries_is_stored_under_a_name_of_its_own(folder: Path, 
     save_model(first, tmp_path / "saved")
     values = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
     assert values["quant_method"] == "qexp_mixed"
-    again = load_toy(tmp_path / "saved", ComponentConfig(option_config("none")))
+    again = load_toy(tmp_path / "saved", ComponentConfig(backend_config("none")))
     assert same_weights(first, again.model) and torch.equal(answer(first), answer(again.model))
     assert again.plan.formats == FORMATS
     assert again.plan.skipped == {"head": "the checkpoint holds it unquantized"} and again.plan.unused == ()
@@ -201,7 +201,7 @@ def test_what_no_format_can_carry_is_stored_and_read_all_the_same(
     save_model(first, tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "qexp_mixed"
-    again = load_toy(tmp_path / "saved", ComponentConfig(option_config("none"))).model
+    again = load_toy(tmp_path / "saved", ComponentConfig(backend_config("none"))).model
     assert same_weights(first, again) and torch.equal(answer(first), answer(again))
 
 
@@ -277,7 +277,7 @@ def test_a_tied_weight_is_one_in_memory_and_in_the_file(other: str, tmp_path: Pa
         loaded.plan.tied == {"b.weight": "a.weight", "d.weight": "c.weight", "d.bias": "c.bias"} and model.c is model.d
     )
     save_model(model, tmp_path / "saved")
-    again: Any = load_toy(tmp_path / "saved", ComponentConfig(option_config("none")), Tied).model
+    again: Any = load_toy(tmp_path / "saved", ComponentConfig(backend_config("none")), Tied).model
     assert same_weights(model, again) and torch.equal(answer(model), answer(again))
 
 

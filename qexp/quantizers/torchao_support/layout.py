@@ -6,12 +6,14 @@ proportion to the rows, a weight can be quantized in slices of rows. Whether a t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torchao.core.config import config_to_dict
 
 from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.errors import ConfigError, UnsupportedError
@@ -100,6 +102,7 @@ def _stored_dtypes(dtype: torch.dtype) -> tuple[str, ...]:
 
 
 Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
+_SLICES: dict[tuple[str, int, int, torch.dtype], Parts | None] = {}
 
 
 def _try_parts(config: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Parts | None:
@@ -110,7 +113,17 @@ def _try_parts(config: Any, shape: tuple[int, int], dtype: torch.dtype, device: 
 
 
 def _parts_of_slice(config: Any, rows: int, columns: int, dtype: torch.dtype) -> Parts | None:
-    """Return the inner tensors of a slice of `rows`, if they grow in proportion to the rows; else None."""
+    """Return the inner tensors of a slice of `rows`, if they grow in proportion to the rows; else None.
+
+    A try takes milliseconds, so what was found is kept: a model has layers of few widths, and a sweep loads it often.
+    """
+    key = (json.dumps(config_to_dict(config), sort_keys=True), rows, columns, dtype)
+    if key not in _SLICES:
+        _SLICES[key] = _try_slices(config, rows, columns, dtype)
+    return _SLICES[key]
+
+
+def _try_slices(config: Any, rows: int, columns: int, dtype: torch.dtype) -> Parts | None:
     try:
         once, twice, thrice = (_try_parts(config, (n * rows, columns), dtype, torch.device("meta")) for n in (1, 2, 3))
     except REFUSALS:
