@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qexp.config.recipe import format_name
@@ -15,12 +16,11 @@ from qexp.loading.components import plan_components
 from qexp.loading.lifecycle import load_planned
 from qexp.results.environment import versions_of
 from qexp.sensitivity.blocks import called_layers
-from qexp.sensitivity.exact import score_exactly
-from qexp.sensitivity.gradient import passes_of, score_by_gradient
 from qexp.sensitivity.groups import ComponentGroups, Group, plan_groups
 from qexp.sensitivity.heat_map import draw_heat_map
 from qexp.sensitivity.partial import PartialScores, Scores
-from qexp.sensitivity.samples import Batch, Calibration, read_text, read_trajectory
+from qexp.sensitivity.samples import Calibration
+from qexp.sensitivity.scorers import SCORERS
 from qexp.sensitivity.table import Candidate, Header, SensitivityTable, write_table
 from qexp.system.files import write_json
 from qexp.system.memory import PeakMemory
@@ -89,27 +89,16 @@ def _load(context: RunContext, planned: Mapping[str, PlannedComponent]) -> dict[
 
 def _score(context: RunContext, groups: Mapping[str, ComponentGroups]) -> None:
     """Score what is not scored yet, and write the table."""
-    config, source = context.config, context.source
-    is_text = source.modality == "text"
-    calibration = read_text(context) if is_text else read_trajectory(context, list(groups))
-    header = _header(context, groups, calibration)
-    of_gradient = config.task.score == "gradient"
-    calls = {
-        name: passes_of(context.models[name], batches, config.task.projections) if of_gradient else batches
-        for name, batches in calibration.batches.items()
-    }
-    counts = {name: len(calls[name]) if of_gradient else 1 for name in groups}
-    total = sum(len(group.formats) * counts[name] for name, one in groups.items() for group in one.groups)
-    partial = PartialScores(context.folder, header.versions, total, anew=config.resume == "none")
+    scorer = SCORERS[context.task.score](context, groups)
+    header = _header(context, groups, scorer.calibration)
+    total = sum(len(group.formats) * scorer.passes(name) for name, one in groups.items() for group in one.groups)
+    done = PartialScores(context.folder, header.versions, total, anew=context.config.resume == "none")
     candidates, scored = list[Candidate](), dict[str, ComponentGroups]()
     for name, own in groups.items():
-        model = context.models[name]
-        shared = (name, model, own, calls[name])
-        if of_gradient:
-            scores = score_by_gradient(*shared, config.task.projections, calibration.error, own.block_lists, partial)
-        else:
-            scores = score_exactly(*shared, calibration.error, own.block_lists, partial, header.base or None)
-        own = scored[name] = own.without(unreached_groups(name, model, own, scores, calibration.batches[name]))
+        scores = scorer.score(name, own, done)
+        own = scored[name] = own.without(
+            unreached_groups(name, context.models[name], own, scores, partial(scorer.run, name))
+        )
         candidates += [one for group in own.groups for one in _candidates(name, group, own, scores[group.name])]
     if not candidates:
         raise ConfigError("no layer that a format can hold is called for these samples; give other samples")
@@ -117,7 +106,7 @@ def _score(context: RunContext, groups: Mapping[str, ComponentGroups]) -> None:
     table = SensitivityTable(replace(header, fixed_bytes=fixed), tuple(candidates))
     draw_heat_map(table, context.folder)
     write_table(context.folder, table)
-    partial.remove()
+    done.remove()
 
 
 def unreached_groups(
@@ -125,16 +114,17 @@ def unreached_groups(
     model: nn.Module,
     own: ComponentGroups,
     scores: Mapping[str, Scores],
-    batches: Sequence[Batch],
+    run: Callable[[], object],
 ) -> list[Group]:
     """Return the groups that no sample reaches, and say so: that they cost nothing would not be true.
 
-    A layer may be read without being called; it is reached if a format of it costs something.
+    run: has the component answer the samples. A layer may be read without being called; it is reached if a format of
+    it costs something.
     """
     silent = [group for group in own.groups if not any(scores[group.name].values())]
     if not silent:
         return []
-    called = called_layers(model, [layer for group in silent for layer in group.layers], batches)
+    called = called_layers(model, [layer for group in silent for layer in group.layers], run)
     unreached = [group for group in silent if not called.intersection(group.layers)]
     if unreached:
         say(

@@ -86,14 +86,15 @@ def _prove(
 
 
 def _plan_from_base(opened: OpenedModel, request: Request, plan: FitPlan) -> dict[str, FitPlan]:
-    """Make exact scores with all other layers in the largest format that fits, around which errors do add up."""
+    """Make scores with all other layers in the largest uniform format that fits, around which errors do add up."""
     by_size = sorted(formats_of(plan.groups), key=lambda name: uniform_mix(plan.groups, name).nbytes)
     fitting = [name for name in by_size if one_fits(plan, uniform_mix(plan.groups, name))]
     base = (fitting or by_size)[-1 if fitting else 0]
-    print(f"so exact scores are made with all other layers in {base}, for a second mix", flush=True)
+    score = "final" if plan.table.header.score == "final" else "exact"
+    print(f"so {score} scores are made with all other layers in {base}, for a second mix", flush=True)
     backends = {choice.format: choice.backend for group in plan.groups for choice in group if choice.format != DENSE}
     backends[base] = backends.pop(base)  # the last one
-    place = make_scores(opened, request, backends)
+    place = make_scores(opened, request, score, backends)
     return {f"mix around {base}": within(plan_fit(opened, request, place, plan.bandwidth), request, plan.compute_ms)}
 
 

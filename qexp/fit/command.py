@@ -19,7 +19,7 @@ from qexp.fit.outcome import plan_lines, write_plan
 from qexp.fit.plan import check_bounds, check_recipe, plan_fit, timed_choice
 from qexp.fit.recipes import shell_line
 from qexp.fit.request import Request
-from qexp.fit.scores import find_scores, make_scores
+from qexp.fit.scores import find_scores, make_scores, score_of
 from qexp.system.screen import library_output_in
 from qexp.tasks.sensitivity import default_formats
 
@@ -80,7 +80,7 @@ def scores_of(opened: OpenedModel, request: Request, *, is_plan: bool) -> Path:
     formats = request.formats or {format_name(config): config for config in default_formats()}
     with _quiet():
         model = check_bounds(opened, request, formats)
-        found = find_scores(opened, model, request.formats)
+        found = find_scores(opened, model, request)
     if found is not None:
         return found
     if is_plan or opened.is_published:
@@ -88,4 +88,4 @@ def scores_of(opened: OpenedModel, request: Request, *, is_plan: bool) -> Path:
             f"{Path(opened.config.paths.outputs, 'runs')} has no scores of this model, and making them reads weights; "
             "leave --plan out, or give a finished run of task=sensitivity: scores=<folder>"
         )
-    return make_scores(opened, request)
+    return make_scores(opened, request, score_of(opened, model, request))

@@ -16,45 +16,59 @@ from qexp.fit.candidates import formats_in, scored_groups
 from qexp.fit.layers import ModelLayers
 from qexp.fit.opened import OpenedModel
 from qexp.fit.request import Request
-from qexp.quantizers.configs import BackendConfig
 from qexp.sensitivity.table import CSV, check_checkpoint, read_table
 from qexp.sweep.job import run_job
 from qexp.sweep.run_key import run_key
 from qexp.tasks.sensitivity import SensitivityConfig
 
 SENSITIVITY = "task=sensitivity"
+FINAL_WEIGHTS = 100_000_000  # of the scored components, up to which every format of every layer generates the samples
 Fields = Mapping[str, Any]  # of a backend's config
 
 
-def find_scores(opened: OpenedModel, model: ModelLayers, wanted: Mapping[str, BackendConfig] | None) -> Path | None:
-    """Return the folder of the latest finished sensitivity run of this model with the wanted formats."""
-    folders = sorted(
-        (path.parent for path in Path(opened.config.paths.outputs).glob(f"runs/*/{CSV}")),
-        key=lambda folder: -(folder / CSV).stat().st_mtime,
-    )
-    for folder in folders:
+def score_of(opened: OpenedModel, model: ModelLayers, request: Request) -> str:
+    """Return `task.score` of a new run: as asked for; else of samples at the end, where generating them is cheap."""
+    if request.score is not None:
+        return request.score
+    numel = sum(sum(one.numel.values()) for one in model.components.values())
+    return "final" if opened.source.modality != "text" and numel <= FINAL_WEIGHTS else "exact"
+
+
+def find_scores(opened: OpenedModel, model: ModelLayers, request: Request) -> Path | None:
+    """Return the folder of a finished sensitivity run of this model with the wanted formats and `score=`.
+
+    Of several the latest one of the kind that would be made now, else the latest one.
+    """
+    kind = score_of(opened, model, request)
+    found: list[tuple[bool, float, Path]] = []
+    for path in Path(opened.config.paths.outputs).glob(f"runs/*/{CSV}"):
+        folder = path.parent
         with suppress(QexpError):  # of another model, or damaged: it is not the one
             table = read_table(folder)
-            if table.header.checkpoint.keys() == model.checkpoints.keys() and not table.header.base:
-                check_checkpoint(table, folder, model.checkpoints)
-                formats_in(table, wanted, folder)
-                scored_groups(table, model, folder)
-                return folder
-    return None
+            if table.header.checkpoint.keys() != model.checkpoints.keys() or table.header.base:
+                continue
+            check_checkpoint(table, folder, model.checkpoints)
+            formats_in(table, request.formats, folder)
+            scored_groups(table, model, folder)
+            if request.score in (None, table.header.score):
+                found.append((table.header.score == kind, path.stat().st_mtime, folder))
+    return max(found)[-1] if found else None
 
 
-def make_scores(opened: OpenedModel, request: Request, backends: Mapping[str, Fields] | None = None) -> Path:
+def make_scores(
+    opened: OpenedModel, request: Request, score: str, backends: Mapping[str, Fields] | None = None
+) -> Path:
     """Run task=sensitivity with the experiment's own settings; returns its folder.
 
-    backends: format -> fields of its backend; exact scores of these are made with all other layers in the last one.
-    Raises: ConfigError if it fails; its reason has been printed.
+    score: its `task.score`; backends: format -> fields of its backend; scores of these are made with all other layers
+    in the last one. Raises: ConfigError if it fails; its reason has been printed.
     """
     own = {item.name for item in fields(SensitivityConfig)} - {"name", "window"}
     kept = [word for word in opened.overrides if not word.startswith("task=") and _is_kept(word, own)]
-    asked = {"score": request.score, "groups": request.groups, "formats": request.formats_text}
+    asked = {"score": score, "groups": request.groups, "formats": request.formats_text}
     if backends is not None:
         written = list(map(_as_override, backends.values()))
-        asked |= {"score": "exact", "formats": f"[{', '.join(written)}]", "base": written[-1]}
+        asked |= {"formats": f"[{', '.join(written)}]", "base": written[-1]}
     words = [SENSITIVITY, *kept, *(f"task.{name}={value}" for name, value in asked.items() if value is not None)]
     config = to_run_config(compose_settings(words))
     if run_job(config, words).status != "done":

@@ -6,7 +6,7 @@ output cannot depend on a layer, because it had ended before the layer began, is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,8 +55,8 @@ def order_of_calls(
     return (ended, starts) if len({*ended}) == len(ended) else ([], dict.fromkeys(starts, 0))
 
 
-def called_layers(model: nn.Module, layers: Sequence[str], batches: Sequence[Batch]) -> set[str]:
-    """Return those of the layers that are called for some batch: an expert may have no token."""
+def called_layers(model: nn.Module, layers: Sequence[str], run: Callable[[], object]) -> set[str]:
+    """Return those of the layers that are called when the model is run: an expert may have no token."""
     called: set[str] = set()
     names: dict[nn.Module, list[str]] = {}
     for layer in layers:
@@ -65,8 +65,7 @@ def called_layers(model: nn.Module, layers: Sequence[str], batches: Sequence[Bat
         module.register_forward_pre_hook(lambda *_, own=own: called.update(own)) for module, own in names.items()
     ]
     try:
-        for batch in batches:
-            call(model, batch)
+        run()
     finally:
         for handle in handles:
             handle.remove()

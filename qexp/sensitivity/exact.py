@@ -1,4 +1,4 @@
-"""Exact scores: one group of layers is quantized at a time, and the error of the network's output measured.
+"""Exact scores: one group of layers is quantized at a time, and the error of the model measured.
 
 With a base, all other groups are in that format meanwhile: a score is then what the format adds to the error where the
 rest is quantized, too. Where errors are too large to add up from the dense network, they do so around such a base.
@@ -6,8 +6,8 @@ rest is quantized, too. Where errors are too large to add up from the dense netw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor, nn
 
@@ -18,6 +18,8 @@ from qexp.sensitivity.groups import ComponentGroups, Group
 from qexp.sensitivity.partial import PartialScores, Scores
 from qexp.sensitivity.samples import Batch
 from qexp.sensitivity.table import DENSE
+
+ErrorOf = Callable[[Group], float]  # of the model as its weights are now, some of which are this group's in a format
 
 
 def score_exactly(
@@ -30,34 +32,64 @@ def score_exactly(
     partial: PartialScores,
     base: str | None = None,
 ) -> dict[str, Scores]:
-    """Return the scores of all groups; each is kept in `partial` as it comes. error: "squared_error" or "kl"."""
-    left = [group for group in groups.groups if (component, group.name) not in partial.done]
+    """Score all groups by the error of the network's output for some calls. error: "squared_error" or "kl"."""
     expected = [call(model, batch) for batch in batches]
-    dense = {layer: weight_of(model, layer) for layer in groups.layers}
 
-    def weights_in(group: Group, name: str) -> Mapping[str, Tensor]:
-        if name == DENSE:
-            return {layer: dense[layer] for layer in group.layers}
-        return {layer: candidate_weight(dense[layer], layer, groups.formats[name]) for layer in group.layers}
-
-    with ExitStack() as stack:
-        for group in groups.groups if base is not None else ():
-            if base in group.formats:
-                stack.enter_context(weights_in_place(model, weights_in(group, base)))
+    def begin() -> ErrorOf:
         blocks, starts = order_of_calls(model, blocks_of(model, block_lists), groups.layers, batches[0])
         tail = Tail(model, blocks, batches)
+        usable = {start: start if tail.check(start) else 0 for start in {0, *starts.values()}}
+
+        def error_of(group: Group) -> float:
+            start = usable[min(starts.get(layer, 0) for layer in group.layers)]
+            return sum(
+                output_error(error, expected[number], tail.run(start, number), batch.weights)
+                for number, batch in enumerate(batches)
+            )
+
+        return error_of
+
+    return score_each(component, model, groups, begin, partial, base)
+
+
+def score_each(
+    component: str,
+    model: nn.Module,
+    groups: ComponentGroups,
+    begin: Callable[[], ErrorOf],
+    partial: PartialScores,
+    base: str | None = None,
+) -> dict[str, Scores]:
+    """Return the scores of all groups; each is kept in `partial` as it comes.
+
+    begin: called when the base is in place; returns what measures the error.
+    """
+    left = [group for group in groups.groups if (component, group.name) not in partial.done]
+    dense = {layer: weight_of(model, layer) for layer in groups.layers}
+    with all_in_format(model, groups, base) if base is not None else nullcontext():
+        error_of = begin()
         for group in left:
-            start = min(starts.get(layer, 0) for layer in group.layers)
-            start = start if tail.check(start) else 0
             errors = {}
             for name in group.formats if base is None else group.nbytes:
-                with weights_in_place(model, weights_in(group, name)):
-                    errors[name] = sum(
-                        output_error(error, expected[number], tail.run(start, number), batch.weights)
-                        for number, batch in enumerate(batches)
-                    )
+                with weights_in_place(model, _weights_in(dense, groups, group, name)):
+                    errors[name] = error_of(group)
             partial.add(component, group.name, _above_dense(errors, group.formats))
     return {group.name: partial.done[component, group.name] for group in groups.groups}
+
+
+@contextmanager
+def all_in_format(model: nn.Module, groups: ComponentGroups, name: str) -> Iterator[None]:
+    """Have all groups that can be in a format compute in it."""
+    dense = {layer: weight_of(model, layer) for layer in groups.layers}
+    own = [_weights_in(dense, groups, group, name) for group in groups.groups if name in group.formats]
+    with weights_in_place(model, {layer: weight for weights in own for layer, weight in weights.items()}):
+        yield
+
+
+def _weights_in(dense: Mapping[str, Tensor], groups: ComponentGroups, group: Group, name: str) -> Mapping[str, Tensor]:
+    if name == DENSE:
+        return {layer: dense[layer] for layer in group.layers}
+    return {layer: candidate_weight(dense[layer], layer, groups.formats[name]) for layer in group.layers}
 
 
 def _above_dense(errors: Mapping[str, float], names: Sequence[str]) -> Scores:

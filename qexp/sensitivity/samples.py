@@ -131,13 +131,13 @@ def read_trajectory(context: RunContext, components: Sequence[str]) -> Calibrati
         raise ConfigError("task.num_inference_steps=null, and the pipeline does not say how many it takes; give them")
     chosen = frozenset(torch.linspace(0, length - 1, min(task.states, length)).round().int().tolist())
     watch = _Watch(length, kept=chosen)
-    final = _generate(context, sampling, components, watch)
+    final = generate_latents(context, sampling, components, watch)
     if watch.steps % length:
         raise ConfigError(f"the model took {watch.steps} steps, which are no whole trajectories of {length}; no score")
     batches: dict[str, list[Batch]] = {name: [] for name in components}
     for place, calls in watch.calls.items():
         changed = _Watch(length, changed=place)
-        moved = _generate(context, sampling, components, changed) - final
+        moved = generate_latents(context, sampling, components, changed) - final
         gain = float(moved.double().square().sum()) / max(changed.change, torch.finfo(torch.float64).tiny)
         weight = gain / final.numel() * length / len(chosen)
         for args, kwargs, output in calls:
@@ -154,8 +154,11 @@ def read_trajectory(context: RunContext, components: Sequence[str]) -> Calibrati
     return Calibration(batches, "squared_error", unit, len(final))
 
 
-def _generate(context: RunContext, sampling: Any, components: Sequence[str], watch: _Watch) -> Tensor:
-    """Generate the samples while the networks are watched; returns the final latents, or samples, in fp32."""
+def generate_latents(
+    context: RunContext, sampling: Any, components: Sequence[str] = (), watch: _Watch | None = None
+) -> Tensor:
+    """Generate the samples, while networks may be watched; returns the final latents, or samples, in fp32."""
+    watch = watch or _Watch(1)
     with _watched(context.models, components, watch.after_call):
         outputs = context.source.generate(
             context.models, sampling, seed=context.seed, device=context.device, on_step=watch.on_step

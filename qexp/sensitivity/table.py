@@ -54,10 +54,10 @@ class Candidate:
 class Header:
     """What the scores mean.
 
-    checkpoint: component -> hash of its content; score: "exact" or "gradient"; error: "squared_error" or "kl"; unit:
-    of a score, in words; samples: how many it is a mean over; fixed_bytes: component -> bytes of all its tensors that
-    are in no group; formats: those that were tried; versions: of the libraries; base: the format of all other layers
-    while one is scored, "" if they are dense: scores are then what is added to the error of such a model.
+    checkpoint: component -> hash of its content; score: "exact", "final" or "gradient"; error: "squared_error" or
+    "kl"; unit: of a score, in words; samples: how many it is a mean over; fixed_bytes: component -> bytes of all its
+    tensors that are in no group; formats: those that were tried; versions: of the libraries; base: the format of all
+    other layers while one is scored, "" if they are dense: scores are then what is added to the error of such a model.
     """
 
     checkpoint: Mapping[str, str]

@@ -22,7 +22,7 @@ from qexp.config.recipe import format_name
 from qexp.config.yaml_options import option_names
 from qexp.errors import ConfigError, choices, did_you_mean
 
-SCORES = ("exact", "gradient")
+SCORES = ("exact", "final", "gradient")
 EXAMPLE = "task.formats='[gguf*, packed_uint4, {backend: gguf, quant_type: Q5_0}]'"
 NO_FORMATS = ("none", "mixed")  # options of conf/backend that are no format
 DEFAULT_FORMATS: tuple[Any, ...] = (
@@ -38,14 +38,16 @@ GROUPS_EXAMPLE = "task.groups='[[to_q,to_k,to_v],blocks.*.mlp]'"
 
 @dataclass(frozen=True)
 class SensitivityConfig(GenerateConfig):
-    """score: exact quantizes one group of layers at a time; gradient estimates the same from a few backward passes.
+    """score: exact quantizes one group of layers at a time, and compares the network's output at a few steps; final
+    compares the samples that are generated to the end; gradient estimates exact from a few backward passes.
 
     formats: what is tried: options of conf/backend, where * stands for any characters (gguf*), or groups of an option
     and its fields ({backend: gguf, quant_type: Q5_0}); null: gguf*, packed integers of 2, 3 and 4 bits in groups of
     64, and of 3, 4, 5, 6 and 8 bits in groups of 256, without those that no layer can hold.
     groups: layers that are to have one format: a list of names, [to_q,to_k,to_v], of layers of one parent, or a
     pattern of modules, each with all its layers. samples: images or prompts (null: 16), or windows of the text (32).
-    base: a format in which all other layers are meanwhile, as in formats; null: dense; of score=exact.
+    base: a format in which all other layers are meanwhile, as in formats; null: dense; not of
+    score=gradient.
     states: steps of the schedule whose states are read. window: tokens of a window of the text (null: 64).
     projections: backward passes of score=gradient. Everything else is as of task=generate, text as of task=perplexity.
     """
@@ -78,9 +80,9 @@ class SensitivityConfig(GenerateConfig):
             object.__setattr__(self, "base", self._read_base())
 
     def _read_base(self) -> Any:
-        if self.score != "exact":
+        if self.score == "gradient":
             raise ConfigError(
-                f"task.base={self.base} is for task.score=exact, and task.score={self.score}; leave it out"
+                f"task.base={self.base} is not for task.score=gradient; use exact or final, or leave it out"
             )
         config, *others = _read_entry(self.base, "task.base")
         names = [format_name(one) for one in self.formats]

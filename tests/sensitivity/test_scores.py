@@ -231,7 +231,7 @@ def test_layers_that_no_sample_reaches_have_no_scores(tmp_path: Path, capsys: py
     model.forward = lambda x: model.layers[1](model.layers[0](x))
     scores = scored(model, groups, batches, tmp_path)
     assert set(scores["layers.1"].values()) == set(scores["layers.2"].values()) == {0.0}
-    left_out = unreached_groups("stack", model, groups, scores, batches)
+    left_out = unreached_groups("stack", model, groups, scores, lambda: model(*batches[0].args))
     assert [group.name for group in left_out] == ["layers.2"]
     assert "no sample reaches 'layers.2'" in capsys.readouterr().err
     kept = groups.without(left_out)
