@@ -89,6 +89,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Child processes import the checkout under test, wherever they run.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     sys.modules["kernels"] = None  # type: ignore[assignment]  # not even from a cache: a hub's kernels are not what we test
+    gc.set_threshold(20_000, 20, 20)  # a tenth of all CPU time went into looking for cycles among what libraries made
     patch = pytest.MonkeyPatch()
     config.add_cleanup(patch.undo)
     refuse_network(patch)
