@@ -28,10 +28,11 @@ RESULT = Path(__file__).parents[1] / "docs" / "bench" / "fit.json"
 BITS = (3.5, 4.5, 5.5)
 MODELS: dict[str, tuple[str, ...]] = {
     "digits": ("model=digits", "compute_dtype=fp32", "reference.dtype=fp32"),
+    "digits, no layer skipped": ("model=digits", "model.skip_modules=[]", "compute_dtype=fp32", "reference.dtype=fp32"),
     "arithmetic fp32": ("model=arithmetic", "task=perplexity", "compute_dtype=fp32", "reference.dtype=fp32"),
     "arithmetic bf16": ("model=arithmetic", "task=perplexity", "compute_dtype=bf16"),
 }
-METRICS = {"digits": "quality/psnr_db"} | dict.fromkeys(("arithmetic fp32", "arithmetic bf16"), "quality/kl_divergence")
+METRICS = {name: "quality/psnr_db" if "model=digits" in words else "quality/kl_divergence" for name, words in MODELS.items()}
 
 
 def main() -> None:
@@ -64,7 +65,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, model: str, bits: float, outputs: Path) -> dict[str, Any]:
     """Return one fit in a fresh process; its mix beside the best uniform format and the rule by hand."""
     words = [*MODELS[model], f"bits={bits:g}", f"seeds={arguments.seeds}"]
-    words += [f"task.num_images={arguments.images}"] if model == "digits" else []
+    words += [f"task.num_images={arguments.images}"] if "model=digits" in words else []
     words += [f"formats={arguments.formats}"] if arguments.formats != "null" else []
     words += [f"paths.outputs={outputs}", "tracking=none"]
     subprocess.run([sys.executable, "-m", "qexp.fit", *words], check=True)
