@@ -32,7 +32,9 @@ MODELS: dict[str, tuple[str, ...]] = {
     "arithmetic fp32": ("model=arithmetic", "task=perplexity", "compute_dtype=fp32", "reference.dtype=fp32"),
     "arithmetic bf16": ("model=arithmetic", "task=perplexity", "compute_dtype=bf16"),
 }
-METRICS = {name: "quality/psnr_db" if "model=digits" in words else "quality/kl_divergence" for name, words in MODELS.items()}
+METRICS = {
+    name: "quality/psnr_db" if "model=digits" in words else "quality/kl_divergence" for name, words in MODELS.items()
+}
 
 
 def main() -> None:

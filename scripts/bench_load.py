@@ -279,6 +279,8 @@ def main() -> None:
         arguments.repeats, arguments.cases = 1, arguments.cases[:1]
     about, rows = machine(), list[dict[str, Any]]()
     options = {name: value for name, value in vars(arguments).items() if name not in ("folder", "out")}
+    if arguments.folder:
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
         for row in measure(arguments, Path(root)):
             rows.append(row)  # what is measured is kept, whatever comes next

@@ -25,6 +25,7 @@ from typing import Any
 
 MIB = 1 << 20
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # of this process and its children: users' modules are compiled once
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "torchao", "optimum-quanto", "gguf")
 
 

@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import CodeType
 
 from torch import nn
 
@@ -90,11 +91,29 @@ def _reads_of(kind: type[nn.Module]) -> tuple[WeightRead, ...]:
     for one in kind.__mro__:
         if one.__module__.partition(".")[0] == "torch" or not issubclass(one, nn.Module):
             continue
-        for method in _methods(one):
+        for method in _methods(one) if _names_a_weight(one) else ():
             if method.name not in seen and not NOT_RUN.match(method.name):
                 reads += [WeightRead(what, path, kind.__name__) for what, path in _reads_in(method)]
-            seen.add(method.name)  # what a class overrides is not run
+        seen.update(vars(one))  # what a class overrides is not run
     return tuple(dict.fromkeys(reads))
+
+
+def _names_a_weight(kind: type) -> bool:
+    """Return whether some method has an attribute `weight` in its code: few have, and to parse a file takes long.
+
+    True, too, for methods of another file, which a decorator may have put in the place of the class's own.
+    """
+    for value in vars(kind).values():
+        function = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
+        code = getattr(function, "__code__", None)
+        if code is not None and (function.__module__ != kind.__module__ or "weight" in _names_in(code)):
+            return True
+    return False
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return {*code.co_names}.union(*inner)
 
 
 def _methods(kind: type) -> list[ast.FunctionDef]:
