@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
@@ -102,4 +102,5 @@ class ByFinal(Scorer):
         self._final.generate()
 
 
-SCORERS = {"exact": ByOutput, "gradient": ByGradient, "final": ByFinal}
+MakeScorer = Callable[["RunContext", Mapping[str, ComponentGroups]], Scorer]
+SCORERS: dict[str, MakeScorer] = {"exact": ByOutput, "gradient": ByGradient, "final": ByFinal}
