@@ -38,11 +38,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class FormatLayers:
     """backend: the fields of its config; nbytes: layer -> bytes of its weight; refused: layer -> why it cannot hold
-    it."""
+    it; refuses_model: whether as the backend of a whole model it is an error for one of those layers."""
 
     backend: Mapping[str, Any]
     nbytes: Mapping[str, int]
     refused: Mapping[str, str]
+    refuses_model: bool
 
 
 @dataclass(frozen=True)
@@ -201,10 +202,11 @@ def _component_layers(
     found, shapes = dict[str, FormatLayers](), dict[str, int]()
     for label, config in formats.items():
         quantizer = load_quantizer(config)
-        specs, refused = choose_modules(model, LayerByLayer(quantizer), kept, fp32, prepared.compute_dtype, unquantized)
+        asked = LayerByLayer(quantizer)
+        specs, refused = choose_modules(model, asked, kept, fp32, prepared.compute_dtype, unquantized)
         shapes |= {layer: spec.numel for layer, spec in specs.items()}
         nbytes = {layer: quantizer.quantized_nbytes(spec) for layer, spec in specs.items()}
-        found[label] = FormatLayers(fields_of(config), nbytes, refused)
+        found[label] = FormatLayers(fields_of(config), nbytes, refused, asked.refuses_model)
     planned = {item.target: item.result_nbytes for item in plan.items}
     order = tuple(layer for layer, _ in model.named_modules(remove_duplicate=False) if layer in shapes)
     weight_of = {layer: plan.tied.get(f"{layer}.weight", f"{layer}.weight") for layer in order}

@@ -69,8 +69,11 @@ def _option_of(mix: Mix, model: ModelLayers, component: str) -> str | None:
         return DENSE
     if len({choice.format for choice in own}) > 1:
         return None
-    covered = {layer for choice in own for layer in choice.layers}
-    if covered != model.components[component].formats[own[0].format].nbytes.keys():
+    covered, whole = (
+        {layer for choice in own for layer in choice.layers},
+        model.components[component].formats[own[0].format],
+    )
+    if covered != whole.nbytes.keys() or whole.refuses_model:
         return None
     config = config_of(own[0].backend, "backend")
     return next((option for option in option_names("backend") if _is_option(option, config)), None)

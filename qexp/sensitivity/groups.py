@@ -129,12 +129,14 @@ class LayerByLayer(base.Quantizer):
     def __init__(self, inner: base.Quantizer) -> None:
         super().__init__(inner.config)
         self._inner = inner
+        self.refuses_model = False  # so far
 
     @override
     def reason_to_skip(self, spec: WeightSpec) -> str | None:
         try:
             return self._inner.reason_to_skip(spec)
         except ConfigError as error:
+            self.refuses_model = True
             return str(error)
 
     @override

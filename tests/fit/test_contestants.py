@@ -77,3 +77,22 @@ def test_rules_of_a_mix_are_a_recipe_that_gives_each_layer_its_format() -> None:
     }  # fmt: skip
     assert rules[-1].modules == () and rules[-1].format == "none"
     assert rules_of(uniform_mix(groups(), "none"), "m") == [{"backend": "none"}]
+
+
+@pytest.mark.parametrize(("skipped", "expected"), [("[x_embed]", "backend=packed_uint4"), ("[]", "backend=mixed")])
+def test_uniform_format_that_no_whole_model_can_have_is_a_recipe(skipped: str, expected: str, tmp_path: Path) -> None:
+    from qexp.config.backend_options import backend_of
+    from qexp.fit.layers import fields_of, plan_layers
+    from qexp.fit.recipes import backend_overrides
+    from qexp.models.base import load_source
+    from tests.composing import run_config
+
+    config = run_config("model=digits", f"model.skip_modules={skipped}", "device=cpu", "backend=none")
+    backend = backend_of("packed_uint4")
+    model = plan_layers(load_source(config.model), config, ["transformer"], {"uint4wo": backend}, hashed=False)
+    layers = model.components["transformer"].formats["uint4wo"].nbytes  # x_embed has rows of 4, groups have 64
+    choices = [Candidate("transformer", name, (name,), "uint4wo", fields_of(backend), 1, 0.0) for name in layers]
+    words = backend_overrides(Mix(tuple(choices)), model, tmp_path, "uniform")
+    assert words[0] == expected
+    assert "x_embed" not in layers
+    run_config("model=digits", f"model.skip_modules={skipped}", "device=cpu", *words)
