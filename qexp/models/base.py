@@ -91,6 +91,13 @@ class ModelSource(ABC):
     def check_task(self, task: Any) -> None:  # noqa: B027
         """Raise ConfigError for a task that this model cannot do as configured."""
 
+    def library_classes(self) -> tuple[str, ...]:
+        """Return classes of this very model whose modules its libraries import when asked for them.
+
+        Each as package::Class; one that the package has not is an error of the load, which says why.
+        """
+        return ()
+
     # The network
 
     @abstractmethod

@@ -125,6 +125,13 @@ class Source(TextSource):
         return {"model": self.folder}
 
     @override
+    def library_classes(self) -> tuple[str, ...]:
+        """Return the classes that config.json names; none for a file that has no such list, as of GGUF."""
+        file = self.folder / "config.json"
+        names = read_object(file).get("architectures") if file.is_file() else None
+        return tuple(f"transformers::{name}" for name in names or () if isinstance(name, str))
+
+    @override
     def side_files(self) -> list[Path]:
         """Return the files of the tokenizer and of generation settings."""
         return side_files(self.folder)

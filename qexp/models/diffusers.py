@@ -112,7 +112,7 @@ class Source(ModelSource):
     required_packages = ("diffusers", "transformers", "tokenizers")
     imports = (
         *("diffusers.models.modeling_utils", "diffusers.pipelines.pipeline_utils", "transformers.modeling_utils"),
-        *("qexp.models.pipeline_building", "qexp.models.pipeline_call"),
+        *("diffusers.guiders", "qexp.models.pipeline_building:name_schedulers", "qexp.models.pipeline_call"),
     )
 
     def __init__(self, config: DiffusersConfig) -> None:
@@ -135,6 +135,12 @@ class Source(ModelSource):
         for name in self.config.checkpoints:
             _check_component(f"model.checkpoints.{name}", name, self.folder.models)
         return self.folder.models
+
+    @override
+    def library_classes(self) -> tuple[str, ...]:
+        """Return the classes of the pipeline and of its components."""
+        parts = [part for part in self.folder.parts.values() if part[0] in ("diffusers", "transformers")]
+        return (f"diffusers::{self.folder.class_name}", *(f"{library}::{name}" for library, name in parts))
 
     @override
     def quantized_components(self) -> tuple[str, ...]:

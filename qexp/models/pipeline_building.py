@@ -27,6 +27,14 @@ from qexp.offloading.strategies import offload_of
 from qexp.system.imports import quiet
 
 
+def name_schedulers() -> None:
+    """Have diffusers import the schedulers that a scheduler is asked for as compatible ones when it is made."""
+    from diffusers.schedulers import KarrasDiffusionSchedulers
+
+    for kind in KarrasDiffusionSchedulers:
+        getattr(diffusers, kind.name, None)
+
+
 def network(folder: PipelineFolder, component: str, config: Mapping[str, Any]) -> nn.Module:
     """Return a component's network, without weights, from its parsed config.json."""
     fields = {name: value for name, value in config.items() if name not in NOT_THE_NETWORKS}

@@ -10,6 +10,7 @@ from qexp.config.plugins import plugin_module
 from qexp.config.schema import RunConfig
 from qexp.models.base import load_source
 from qexp.quantizers.embedded import is_quantized
+from qexp.system.imports import quiet
 
 ALWAYS = (
     *("torch", "numpy", "accelerate", "safetensors.torch"),
@@ -26,9 +27,10 @@ OF_IMAGES = (
 def modules_of(config: RunConfig) -> tuple[str, ...]:
     """Return names of what this experiment and its scoring import, of this program and of libraries. Imports nothing.
 
-    module:function stands for what a function imports.
+    module:function stands for what a function imports, package::Class for what naming a class does.
     """
-    opened = open_components(load_source(config.model))
+    source = load_source(config.model)
+    opened = open_components(source)
     names, needs_kernels = [*ALWAYS], False
     for component, settings in config.components.items():
         for method in sorted(settings.backend.methods()):
@@ -37,17 +39,19 @@ def modules_of(config: RunConfig) -> tuple[str, ...]:
             needs_kernels |= quantizer.needs_kernels(stored=is_quantized(opened[component]))
     if needs_kernels:
         names.append(KERNELS)
-    source = plugin_module("model", config.model.source).Source
-    names += source.imports
+    names += (*source.imports, *source.library_classes())
     if config.task.name == "generate" and source.modality == "images":
         names += OF_IMAGES
     return tuple(dict.fromkeys(names))
 
 
 def import_modules(names: Iterable[str]) -> None:
-    """Import modules, and call functions, module:function, that import what they need."""
+    """Import modules, call functions, module:function, that import what they need, and name classes, package::Class."""
     for name in names:
-        module, _, function = name.partition(":")
-        imported = importlib.import_module(module)
-        if function:
-            getattr(imported, function)()
+        module, mark, attribute = name.partition("::" if "::" in name else ":")
+        with quiet():
+            imported = importlib.import_module(module)
+            found = getattr(imported, attribute, None) if mark else None
+        if mark == ":":
+            assert found is not None, name
+            found()

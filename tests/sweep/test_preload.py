@@ -35,15 +35,57 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
+def late_imports(folder: Path, *overrides: str) -> list[str]:
+    """The modules of libraries that an experiment imports after the preload."""
+    command = [sys.executable, "-c", CODE, str(folder / "outputs"), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [name for name in json.loads(done.stdout.splitlines()[-1]) if not name.startswith("qexp.")]
+
+
 @pytest.mark.exhaustive  # some ten seconds each
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_experiment_on_images_imports_no_library_after_the_preload(backend: str, tmp_path: Path) -> None:
-    small = ("task.num_images=2", "task.num_inference_steps=2")
-    command = [sys.executable, "-c", CODE, str(tmp_path), f"backend={backend}", *small]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    late = json.loads(done.stdout.splitlines()[-1])
-    assert [name for name in late if not name.startswith("qexp.")] == []
+    assert late_imports(tmp_path, f"backend={backend}", "task.num_images=2", "task.num_inference_steps=2") == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("model=arithmetic", "task=perplexity"),
+        ("model=arithmetic", "model.problems=2", "task=generate"),
+        ("task=roundtrip",),
+        ("model=arithmetic", "task=roundtrip", "backend=gguf"),
+    ],
+    ids=lambda words: "-".join(words).replace("=", "_"),
+)
+def test_experiment_of_another_task_imports_no_library_after_the_preload(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert late_imports(tmp_path, "backend=quanto", *words) == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_pipeline_imports_no_library_after_the_preload(name: str, tmp_path: Path) -> None:
+    from tests.pipelines import save_pipeline
+
+    save_pipeline(name, tmp_path / name)
+    model = ("model=diffusers", f"model.path={tmp_path / name}", "task.height=32", "task.width=32", "task.prompt=a")
+    assert late_imports(tmp_path, *model, "task.num_inference_steps=2", "backend=quanto") == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("task", ["generate", "perplexity"])
+def test_language_model_imports_no_library_after_the_preload(task: str, tmp_path: Path) -> None:
+    from tests.language import save_language_model
+
+    text = tmp_path / "text.txt"
+    text.write_text("543+870=3240\n" * 9, encoding="utf-8")
+    words = (f"task.text={text}",) if task == "perplexity" else ("task.prompt=one", "task.max_new_tokens=2")
+    model = ("model=causal_lm", f"model.path={save_language_model(tmp_path / 'model')}")
+    assert late_imports(tmp_path, *model, f"task={task}", *words, "backend=quanto") == []
 
 
 def test_functions_are_called_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +94,8 @@ def test_functions_are_called_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     monkeypatch.setattr(platform, "node", lambda: called.append("node"))
     import_modules(["platform", "platform:node"])
+    assert called == ["node"]
+    import_modules(["platform::node", "platform::NoSuchClass"])
     assert called == ["node"]
     with pytest.raises(ModuleNotFoundError):
         import_modules(["no_such_module:node"])
