@@ -140,7 +140,7 @@ def test_a_model_is_saved_while_it_is_offloaded(to: str, strategy: str, flux: Pa
     assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.parametrize("name", ENCODABLE)
+@pytest.mark.parametrize("name", representatives(ENCODABLE, ["Q8_0", "Q5_1", "MXFP4", "TQ1_0"]))
 def test_every_type_that_can_be_made_is_saved_and_reloaded(name: str, flux: Path, tmp_path: Path) -> None:
     """In bf16: the file says so, and norms and biases come back from its fp32 exactly."""
     ours = load_ours(flux, "gguf", f"quant_type={name}")

@@ -5,6 +5,7 @@ diffusers refuses bitsandbytes without a GPU though the library runs on CPUs; th
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qexp.models.base import ModelSource
 from qexp.quantizers.bitsandbytes_support.config import QUANT_STORAGES
 from qexp.quantizers.bitsandbytes_support.stored import BLOCK_SIZES
 from tests.backends import CPU, backend_config
-from tests.products import diagonal
+from tests.products import representatives
 
 BF16 = torch.bfloat16
 
@@ -176,7 +177,13 @@ def test_diffusers_opens_quantized_activations_as_weights_alone(dense: Path, tmp
     assert_same_answer(load_ours(tmp_path / "ours", "none"), ours)
 
 
-@pytest.mark.parametrize(("storage", "double_quant"), diagonal(QUANT_STORAGES, [False, True]))
+@pytest.mark.parametrize(
+    ("storage", "double_quant"),
+    representatives(
+        product(QUANT_STORAGES, [False, True]),
+        [("uint8", False), ("int8", True), ("bfloat16", True), ("float32", False)],
+    ),
+)
 def test_every_quant_storage_is_the_same_both_ways(
     double_quant: bool, storage: str, dense: Path, tmp_path: Path
 ) -> None:
@@ -202,7 +209,10 @@ def test_every_quant_storage_is_the_same_both_ways(
     assert embedded(tmp_path / "again") == embedded(tmp_path / "ours")
 
 
-@pytest.mark.parametrize(("blocksize", "double_quant"), diagonal(BLOCK_SIZES, [False, True]))
+@pytest.mark.parametrize(
+    ("blocksize", "double_quant"),
+    representatives(product(BLOCK_SIZES, [False, True]), [(32, True), (128, False), (4096, True)]),
+)
 def test_every_block_size_is_the_same_both_ways(
     blocksize: int, double_quant: bool, dense: Path, tmp_path: Path
 ) -> None:

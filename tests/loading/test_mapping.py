@@ -164,7 +164,9 @@ def test_memory_of_mapped_weights_is_the_files(tmp_path: Path) -> None:
             super().__init__()
             self.layers = nn.ModuleList(nn.Linear(4096, 4096, bias=False) for _ in range(4))
 
-    state = {name: torch.zeros(tensor.shape, dtype=torch.bfloat16) for name, tensor in Wide().state_dict().items()}
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Wide().state_dict().items()}
+    state = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     dense = save_state(tmp_path / "dense", state)
     save_model(load_toy(dense, settings("bitsandbytes"), Wide).model, tmp_path / "saved")
     copied, mapped = load(tmp_path / "saved", False, Wide), load(tmp_path / "saved", "auto", Wide)

@@ -18,6 +18,7 @@ from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.checkpoints.gguf_header import read_gguf_header
 from qexp.errors import LoadError
 from qexp.loading.model_names import under_model_names
+from tests.products import pairwise
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
@@ -96,9 +97,14 @@ def wrapped(name: str, segment: str) -> str:
     return re.sub(r"^(blocks\.\d+)\.", rf"\1.{segment}.", name)
 
 
-@pytest.mark.parametrize("segment", ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
-@pytest.mark.parametrize("backend", ["none", "gguf_q4_0"])
+@pytest.mark.parametrize(
+    ("segment", "prefix", "backend"),
+    pairwise(
+        ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"],
+        ["", "module.", "_orig_mod."],
+        ["none", "gguf_q4_0"],
+    ),
+)
 def test_wrappers_of_parts_are_taken_out_of_names(prefix: str, segment: str, backend: str, tmp_path: Path) -> None:
     tensors = network(Deep).state_dict()
     save_file({prefix + wrapped(name, segment): t for name, t in tensors.items()}, tmp_path / "m.safetensors")

@@ -1,6 +1,7 @@
 """What a quantized model carries, and that nothing of it is left once it is dequantized."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,11 @@ def test_dequantize_in_another_dtype(folder: Path) -> None:
     assert model.blocks[0].norm.weight.dtype == BF16
 
 
+@cache  # six cases compare with each
+def dequantized_state(backend: str, folder: Path) -> dict[str, Tensor]:
+    return state_of(load_in_bf16(folder, backend).dequantize())
+
+
 @pytest.mark.parametrize(
     ("backend", "to", "strategy"),
     pairwise(
@@ -87,7 +93,7 @@ def test_dequantize_while_offloaded(
     backend: str, to: str, strategy: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The dense model is offloaded in the same way, and is the one that dequantizing first would give."""
-    expected = state_of(load_in_bf16(folder, backend).dequantize())
+    expected = dequantized_state(backend, folder)
     model = load_in_bf16(folder, backend)
     config = OffloadConfig(strategy, to).resolved("cpu")
     offload = apply_offload(model, config, device=CPU, block_lists=["blocks"], store=tmp_path)

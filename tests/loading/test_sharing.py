@@ -13,7 +13,7 @@ import qexp
 from qexp.errors import LoadError
 from qexp.offloading.payload import module_nbytes
 from tests.loading.toys import prepare_toy, save_state, settings
-from tests.products import pairwise
+from tests.products import diagonal, pairwise
 
 WIDTH = 256
 BACKENDS = ["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto", "gguf", "packed_uint4"]
@@ -116,8 +116,7 @@ def distinct_weights(model: nn.Module) -> int:
     return len({id(module.weight) for module in modules if isinstance(module, nn.Linear)})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize(("kind", "backend"), diagonal(NETWORKS, BACKENDS))
 def test_what_is_shared_is_one_in_memory_and_in_the_file(kind: Any, backend: str, tmp_path: Path) -> None:
     folder, copies = folders(kind, tmp_path)
     model, apart = load(folder, backend, kind), load(copies, backend, apart_from(kind))
@@ -150,20 +149,21 @@ def stored_names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("backend", "strategy", "to"),
-    pairwise(["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto"], ["leaf", "model"], ["cpu", "disk"]),
+    ("kind", "backend", "strategy", "to"),
+    pairwise(NETWORKS, ["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto"], ["leaf", "model"], ["cpu", "disk"]),
 )
-def test_offload_of_what_is_shared_changes_nothing(backend: str, strategy: str, to: str, tmp_path: Path) -> None:
-    for kind in NETWORKS:
-        folder, _ = folders(kind, tmp_path / kind.__name__)
-        model, x = load(folder, backend, kind), torch.randn(4, WIDTH)
-        expected = load(folder, backend, kind)(x)
-        qexp.offload(model, strategy, device="cpu", to=to)
-        assert torch.equal(model(x), expected) and torch.equal(model(x), expected)
-        qexp.save(model, tmp_path / kind.__name__ / "saved")
-        qexp.remove_offload(model)
-        assert torch.equal(model(x), expected) and distinct_weights(model) == distinct_weights(kind())
-        assert torch.equal(load(tmp_path / kind.__name__ / "saved", None, kind)(x), expected)
+def test_offload_of_what_is_shared_changes_nothing(
+    kind: Any, backend: str, strategy: str, to: str, tmp_path: Path
+) -> None:
+    folder, _ = folders(kind, tmp_path)
+    model, x = load(folder, backend, kind), torch.randn(4, WIDTH)
+    expected = load(folder, backend, kind)(x)
+    qexp.offload(model, strategy, device="cpu", to=to)
+    assert torch.equal(model(x), expected) and torch.equal(model(x), expected)
+    qexp.save(model, tmp_path / "saved")
+    qexp.remove_offload(model)
+    assert torch.equal(model(x), expected) and distinct_weights(model) == distinct_weights(kind())
+    assert torch.equal(load(tmp_path / "saved", None, kind)(x), expected)
 
 
 class TiedToEmbedding(nn.Module):

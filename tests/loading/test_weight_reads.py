@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import qexp
 from qexp.errors import LoadError
 from qexp.loading.weight_reads import _reads_of, weight_reads
+from tests.products import diagonal
 
 BACKENDS = ["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto", "gguf", "packed_uint4"]
 WIDTH = 64
@@ -121,8 +122,9 @@ def save(kind: Callable[[], nn.Module], folder: Path) -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", [FirstParameter, ByFunction, InLoop, Multiplied, Functional, Encoder])
+@pytest.mark.parametrize(
+    ("kind", "backend"), diagonal([FirstParameter, ByFunction, InLoop, Multiplied, Functional, Encoder], BACKENDS)
+)
 def test_network_that_reads_a_weight_answers_nearly_as_the_dense_one(
     kind: Callable[[], nn.Module], backend: str, tmp_path: Path
 ) -> None:
@@ -144,8 +146,7 @@ def test_layer_that_its_network_casts_answers_nearly_as_the_dense_one(backend: s
         assert (got - want).norm() / want.norm() < 0.15
 
 
-@pytest.mark.parametrize("kind", [FirstParameter, InLoop, Encoder])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "backend"), diagonal([FirstParameter, InLoop, Encoder], BACKENDS))
 def test_weight_shows_the_compute_dtype_and_is_quantized(
     kind: Callable[[], nn.Module], backend: str, tmp_path: Path
 ) -> None:
