@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -45,23 +47,33 @@ def denoiser_of(pipeline: Any) -> str:
 
 def save_lora(pipeline_folder: Folder, name: str, folder: Path, *, seed: int = 0, **config: Any) -> Path:
     """A LoRA as diffusers' training scripts save it, with random weights that change the image."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "pytorch_lora_weights.safetensors"
+    path.write_bytes(lora_file(pipeline_folder(name), name, seed, json.dumps(config)))
+    return path
+
+
+@cache  # peft takes as long to wrap a network as a test takes with it
+def lora_file(model_folder: Path, name: str, seed: int, config: str) -> bytes:
     from diffusers.training_utils import _collate_lora_metadata
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model_state_dict
 
     torch.manual_seed(seed)
-    pipeline = load_theirs(pipeline_folder(name))
+    pipeline = load_theirs(model_folder)
     component = denoiser_of(pipeline)
     model = getattr(pipeline, component)
-    options = {"r": 4, "lora_alpha": 6, "target_modules": LAYERS[name], "init_lora_weights": False, **config}
+    defaults = {"r": 4, "lora_alpha": 6, "target_modules": LAYERS[name], "init_lora_weights": False}
+    options: dict[str, Any] = {**defaults, **json.loads(config)}
     model.add_adapter(PeftConfig(**options))
     for key, parameter in model.named_parameters():
         if "lora_" in key:
             parameter.data = torch.randn_like(parameter) * 0.2
     layers = {f"{component}_lora_layers": get_peft_model_state_dict(model)}
     metadata = _collate_lora_metadata({component: model})
-    type(pipeline).save_lora_weights(folder, **layers, **metadata)
-    return folder / "pytorch_lora_weights.safetensors"
+    with TemporaryDirectory() as folder:
+        type(pipeline).save_lora_weights(folder, **layers, **metadata)
+        return (Path(folder) / "pytorch_lora_weights.safetensors").read_bytes()
 
 
 def images_of_ours(folder: Path, name: str, lora: Any, backend: Any = None) -> torch.Tensor:
@@ -74,6 +86,12 @@ def images_of_ours(folder: Path, name: str, lora: Any, backend: Any = None) -> t
         models, task, seed=3, device=torch.device("cpu"), on_step=lambda step, state: None
     )["images"]
     return images
+
+
+@cache
+def images_without(folder: Path, name: str) -> torch.Tensor:
+    """Images of diffusers' pipeline without a LoRA."""
+    return call_theirs(load_theirs(folder), name)
 
 
 def images_of_theirs(folder: Path, name: str, loras: dict[Path, float]) -> torch.Tensor:
@@ -92,7 +110,7 @@ def test_unquantized_it_is_what_diffusers_computes(name: str, pipeline_folder: F
     folder, path = pipeline_folder(name), save_lora(pipeline_folder, name, tmp_path)
     ours = images_of_ours(folder, name, {"path": str(path), "weight": 0.5})
     assert torch.equal(ours, images_of_theirs(folder, name, {path: 0.5}))
-    assert not torch.equal(ours, call_theirs(load_theirs(folder), name))
+    assert not torch.equal(ours, images_without(folder, name))
 
 
 def test_several_are_added_in_their_order(pipeline_folder: Folder, tmp_path: Path) -> None:
@@ -136,7 +154,7 @@ def test_a_file_of_kohya(pipeline_folder: Folder, tmp_path: Path) -> None:
     path = kohya(path, tmp_path / "k.safetensors", (3.0,))
     ours = images_of_ours(pipeline_folder("sdxl"), "sdxl", str(path))
     assert torch.equal(ours, images_of_theirs(pipeline_folder("sdxl"), "sdxl", {path: 1.0}))
-    assert not torch.equal(ours, call_theirs(load_theirs(pipeline_folder("sdxl")), "sdxl"))
+    assert not torch.equal(ours, images_without(pipeline_folder("sdxl"), "sdxl"))
 
 
 def scales_of(pipeline_folder: Folder, name: str, lora: Any) -> dict[str, float]:
@@ -172,18 +190,28 @@ def test_a_layer_without_an_alpha_beside_others_with_one_has_its_rank(pipeline_f
 
 def peft_folder(pipeline_folder: Folder, name: str, folder: Path, **options: Any) -> Path:
     """A LoRA on a denoiser as peft itself saves it: the alpha is in adapter_config.json alone."""
+    folder.mkdir(exist_ok=True)
+    for file, content in peft_files(pipeline_folder(name), name, json.dumps(options)).items():
+        (folder / file).write_bytes(content)
+    return folder
+
+
+@cache
+def peft_files(model_folder: Path, name: str, options: str) -> dict[str, bytes]:
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
     torch.manual_seed(0)
-    pipeline = load_theirs(pipeline_folder(name))
-    values = {"r": 4, "lora_alpha": 32, "target_modules": LAYERS[name], "init_lora_weights": False, **options}
+    pipeline = load_theirs(model_folder)
+    defaults = {"r": 4, "lora_alpha": 32, "target_modules": LAYERS[name], "init_lora_weights": False}
+    values: dict[str, Any] = {**defaults, **json.loads(options)}
     wrapped = get_peft_model(getattr(pipeline, denoiser_of(pipeline)), PeftConfig(**values))
     for key, parameter in wrapped.named_parameters():
         if "lora_" in key:
             parameter.data = torch.randn_like(parameter) * 0.1
-    wrapped.save_pretrained(str(folder))
-    return folder
+    with TemporaryDirectory() as folder:
+        wrapped.save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 PEFT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -210,7 +238,7 @@ def test_peft_folder_is_what_peft_computes(case: str, pipeline_folder: Folder, t
     ours = images_of_ours(pipeline_folder(name), name, str(path))
     # where scales differ they are multiplied into B before it is rounded to bf16
     assert (ours - expected).abs().max() <= (0.03 if "single" in case else 0)
-    assert (expected - call_theirs(load_theirs(pipeline_folder(name)), name)).abs().max() > 0.05
+    assert (expected - images_without(pipeline_folder(name), name)).abs().max() > 0.05
 
 
 PEFT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -291,7 +319,6 @@ def wan_of_the_authors() -> dict[str, torch.Tensor]:
 
 
 def test_text_encoders_have_their_own(pipeline_folder: Folder, tmp_path: Path) -> None:
-    pipeline = load_theirs(pipeline_folder("sdxl"))
     rows = {}
     for component in ("text_encoder", "text_encoder_2"):
         for layer in ("q_proj", "v_proj"):
@@ -301,7 +328,7 @@ def test_text_encoders_have_their_own(pipeline_folder: Folder, tmp_path: Path) -
     folder = pipeline_folder("sdxl")
     ours = images_of_ours(folder, "sdxl", str(tmp_path / "text.safetensors"))
     assert torch.equal(ours, images_of_theirs(folder, "sdxl", {tmp_path / "text.safetensors": 1.0}))
-    assert not torch.equal(ours, call_theirs(pipeline, "sdxl"))
+    assert not torch.equal(ours, images_without(folder, "sdxl"))
 
 
 @pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
