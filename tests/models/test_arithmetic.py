@@ -17,7 +17,7 @@ from qexp.experiments.run import run_experiment
 from qexp.models.arithmetic import ASSETS, ArithmeticConfig, Source, solution
 from qexp.scoring.score import score
 from qexp.sweep.run_key import run_key
-from tests.backends import EVERY_WAY
+from tests.backends import BACKENDS
 from tests.composing import run_config
 from tests.language import TEXT, save_language_model
 from tests.products import representatives
@@ -47,7 +47,8 @@ def reference(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("backend", EVERY_WAY)
+# tests/models/test_causal_lm.py loads every way to hold bytes; here: none, and one each that costs little and much
+@pytest.mark.parametrize("backend", representatives(BACKENDS, ["none", "bitsandbytes_nf4_dq", "torchao"]))
 def test_every_backend_runs_it_and_shows_what_it_costs(
     backend: str, text: Path, reference: Path, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from qexp.models.causal_lm import CausalLMConfig, Source
 from qexp.models.transformers_networks import network
 from qexp.offloading.strategies import apply_offload
 from tests.backends import CPU, EVERY_WAY, backend_config
+from tests.products import diagonal
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -79,8 +80,7 @@ def logits(model: Any) -> torch.Tensor:
     return answer
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("architecture", "dtype"), diagonal(ARCHITECTURES, [torch.bfloat16, torch.float32]), ids=str)
 def test_unquantized_it_is_what_the_library_loads(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -129,8 +129,9 @@ def test_every_backend_loads_and_answers(backend: str, tmp_path: Path) -> None:
     assert (found - expected).norm() <= limit * expected.norm()
 
 
-@pytest.mark.parametrize("strategy", ["leaf", "block", "sequential", "model"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2 tied"])
+@pytest.mark.parametrize(
+    ("architecture", "strategy"), diagonal(["llama", "qwen2 tied"], ["leaf", "block", "sequential", "model"])
+)
 def test_offloading_changes_no_bit(architecture: str, strategy: str, tmp_path: Path) -> None:
     save_model(tmp_path / "model", config_of(architecture))
     loaded, source = load(tmp_path / "model", "torchao", skip_modules=("lm_head",))

@@ -27,7 +27,7 @@ from qexp.sweep.run_key import reference_key, run_key
 from tests.backends import EVERY_WAY_TO_QUANTIZE, backend_config
 from tests.composing import composed
 from tests.models.test_diffusers import call as call_theirs
-from tests.models.test_diffusers import load_theirs, task_of
+from tests.models.test_diffusers import dense_images, load_theirs, task_of
 from tests.pipelines import load_components
 from tests.products import representatives
 
@@ -88,12 +88,6 @@ def images_of_ours(folder: Path, name: str, lora: Any, backend: Any = None) -> t
     return images
 
 
-@cache
-def images_without(folder: Path, name: str) -> torch.Tensor:
-    """Images of diffusers' pipeline without a LoRA."""
-    return call_theirs(load_theirs(folder), name)
-
-
 def images_of_theirs(folder: Path, name: str, loras: dict[Path, float]) -> torch.Tensor:
     pipeline = load_theirs(folder)
     for number, path in enumerate(loras):
@@ -110,7 +104,7 @@ def test_unquantized_it_is_what_diffusers_computes(name: str, pipeline_folder: F
     folder, path = pipeline_folder(name), save_lora(pipeline_folder, name, tmp_path)
     ours = images_of_ours(folder, name, {"path": str(path), "weight": 0.5})
     assert torch.equal(ours, images_of_theirs(folder, name, {path: 0.5}))
-    assert not torch.equal(ours, images_without(folder, name))
+    assert not torch.equal(ours, dense_images(folder, name))
 
 
 def test_several_are_added_in_their_order(pipeline_folder: Folder, tmp_path: Path) -> None:
@@ -154,7 +148,7 @@ def test_a_file_of_kohya(pipeline_folder: Folder, tmp_path: Path) -> None:
     path = kohya(path, tmp_path / "k.safetensors", (3.0,))
     ours = images_of_ours(pipeline_folder("sdxl"), "sdxl", str(path))
     assert torch.equal(ours, images_of_theirs(pipeline_folder("sdxl"), "sdxl", {path: 1.0}))
-    assert not torch.equal(ours, images_without(pipeline_folder("sdxl"), "sdxl"))
+    assert not torch.equal(ours, dense_images(pipeline_folder("sdxl"), "sdxl"))
 
 
 def scales_of(pipeline_folder: Folder, name: str, lora: Any) -> dict[str, float]:
@@ -238,7 +232,7 @@ def test_peft_folder_is_what_peft_computes(case: str, pipeline_folder: Folder, t
     ours = images_of_ours(pipeline_folder(name), name, str(path))
     # where scales differ they are multiplied into B before it is rounded to bf16
     assert (ours - expected).abs().max() <= (0.03 if "single" in case else 0)
-    assert (expected - images_without(pipeline_folder(name), name)).abs().max() > 0.05
+    assert (expected - dense_images(pipeline_folder(name), name)).abs().max() > 0.05
 
 
 PEFT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -328,7 +322,7 @@ def test_text_encoders_have_their_own(pipeline_folder: Folder, tmp_path: Path) -
     folder = pipeline_folder("sdxl")
     ours = images_of_ours(folder, "sdxl", str(tmp_path / "text.safetensors"))
     assert torch.equal(ours, images_of_theirs(folder, "sdxl", {tmp_path / "text.safetensors": 1.0}))
-    assert not torch.equal(ours, images_without(folder, "sdxl"))
+    assert not torch.equal(ours, dense_images(folder, "sdxl"))
 
 
 @pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
