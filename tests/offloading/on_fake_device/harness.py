@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -116,16 +117,22 @@ def problems(pair: Pair, config: OffloadConfig) -> list[str]:
     return [*(rule for rule, holds in rules.items() if not holds), *pair.offloaded.races[:1]]
 
 
-def compare(kind: str, config: OffloadConfig, store: Path | None, *, starts_on_device: bool, blocks: int = 3) -> Pair:
-    gc.collect()
+@cache
+def run_resident(kind: str, blocks: int) -> tuple[Run, int]:
+    """Run a model whose weights stay on the device, once for all ways to offload it: (the run, bytes of weights)."""
     model = zoo.make(kind, depth=blocks)
     batches = zoo.inputs(model, FORWARDS)
     weights_bytes = module_nbytes(model)
-    resident = run(on_device(model), batches, live_bytes() - weights_bytes)
-    del model
+    return run(on_device(model), batches, live_bytes() - weights_bytes), weights_bytes
+
+
+def compare(kind: str, config: OffloadConfig, store: Path | None, *, starts_on_device: bool, blocks: int = 3) -> Pair:
+    gc.collect()
+    resident, weights_bytes = run_resident(kind, blocks)
     gc.collect()
     before = live_bytes()
     model = zoo.make(kind, depth=blocks)
+    batches = zoo.inputs(model, FORWARDS)
     if starts_on_device:
         on_device(model)
     handle = offload(model, config, store)

@@ -25,7 +25,7 @@ WAYS = [
 __all__ = ["folder"]
 
 
-@pytest.mark.parametrize("backend", representatives(BACKENDS, ["bitsandbytes_int8", "quanto_int4", "gguf"]))
+@pytest.mark.parametrize("backend", representatives(BACKENDS, ["quanto_int4"]))
 def test_every_strategy(backend: str, folder: Path, tmp_path: Path) -> None:
     model = load(folder, backend).model
     x = batch(model).to(DEVICES[0])

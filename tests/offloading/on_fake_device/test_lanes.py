@@ -51,12 +51,11 @@ def equal(some: list[Tensor], others: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("backend", ON_DEVICE)
 def test_several_workers_make_what_one_makes_and_nothing_races(backend: str) -> None:
-    batches = zoo.inputs(zoo.make("fp32"))
-    one = zoo.load(backend, device=str(DEVICE))
+    one = zoo.load(backend, depth=2, device=str(DEVICE))
     with measure() as seen:
-        model = zoo.load(backend, device=str(DEVICE), workers=6)
+        model = zoo.load(backend, depth=2, device=str(DEVICE), workers=6)
         assert equal(plain(one), plain(model))
-        zoo.outputs(model, [batch.to(DEVICE) for batch in batches])
+        zoo.outputs(model, [batch.to(DEVICE) for batch in zoo.inputs(model, count=1)])
         del model
         gc.collect()
     assert seen.races == []
@@ -64,7 +63,7 @@ def test_several_workers_make_what_one_makes_and_nothing_races(backend: str) -> 
 
 @pytest.mark.parametrize("backend", STORED)
 def test_a_saved_model_is_read_onto_the_device(backend: str, tmp_path: Path) -> None:
-    saved = zoo.load(backend)
+    saved = zoo.load(backend, depth=2)
     save_model(saved, tmp_path)
     before = live_bytes()
     with measure() as seen:
@@ -80,12 +79,12 @@ def test_a_saved_model_is_read_onto_the_device(backend: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("backend", ["none", "torchao", "gguf"])
 def test_a_device_without_streams(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Metal's has none: everything is in order, and waits."""
-    expected = plain(zoo.load(backend, device=str(DEVICE)))
+    expected = plain(zoo.load(backend, depth=2, device=str(DEVICE)))
     for name in ("Stream", "current_stream"):
         monkeypatch.delattr(streams.DeviceModule, name)
     monkeypatch.setattr(file_reader, "PIECE_BYTES", 300)
     with measure() as seen:
-        model = zoo.load(backend, device=str(DEVICE), workers=3)
+        model = zoo.load(backend, depth=2, device=str(DEVICE), workers=3)
     assert equal(plain(model), expected)
     assert seen.pinned_bytes == 0 and seen.races == []
 

@@ -24,10 +24,11 @@ ON_DEVICE = representatives([name for name in BACKENDS if name not in WITHOUT], 
 
 @pytest.mark.parametrize("backend", ON_DEVICE)
 def test_a_model_loaded_on_the_device_is_the_one_loaded_on_the_cpu(backend: str) -> None:
-    batches = zoo.inputs(zoo.make("fp32"))
-    expected = zoo.outputs(zoo.load(backend), batches)
+    expected_model = zoo.load(backend, depth=2)
+    batches = zoo.inputs(expected_model)
+    expected = zoo.outputs(expected_model, batches)
     before = live_bytes()
-    model = zoo.load(backend, device=str(DEVICE))
+    model = zoo.load(backend, depth=2, device=str(DEVICE))
     parts = [leaf for module in model.modules() for store, name in sites(module) for leaf in leaves(store[name])]
     assert {leaf.device for leaf in parts} == {DEVICE}
     gc.collect()
@@ -37,9 +38,9 @@ def test_a_model_loaded_on_the_device_is_the_one_loaded_on_the_cpu(backend: str)
 
 
 def test_a_weight_that_reaches_the_device_in_pieces_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = zoo.load("torchao", device=str(DEVICE)).state_dict()
+    expected = zoo.load("torchao", depth=1, device=str(DEVICE)).state_dict()
     monkeypatch.setattr(file_reader, "PIECE_BYTES", 300)  # no whole number of rows, or of a weight's bytes
-    found = zoo.load("torchao", device=str(DEVICE)).state_dict()
+    found = zoo.load("torchao", depth=1, device=str(DEVICE)).state_dict()
     for name, tensor in expected.items():
         alike = zip(leaves(found[name]), leaves(tensor), strict=True)
         assert all(torch.equal(a.cpu(), b.cpu()) for a, b in alike), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,18 @@ KEPT = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "name"), representatives(CROSSED, KEPT))
-def test_spread_is_resident(backend: str, name: str, folder: Path, tmp_path: Path) -> None:
+@cache
+def run_resident(folder: Path, backend: str) -> tuple[Tensor, list[Tensor], int]:
+    """Run a model on one device, once for all maps: (an input on the CPU, what the model answers, its bytes)."""
     resident = load(folder, backend)
     x = batch(resident.model)
-    expected = answers(resident.model, x.to(DEVICES[0]))
-    device_map, limits = MAPS[name](sum(resident.placement.nbytes.values()))
-    del resident
+    return x, answers(resident.model, x.to(DEVICES[0])), sum(resident.placement.nbytes.values())
+
+
+@pytest.mark.parametrize(("backend", "name"), representatives(CROSSED, KEPT))
+def test_spread_is_resident(backend: str, name: str, folder: Path, tmp_path: Path) -> None:
+    x, expected, resident_bytes = run_resident(folder, backend)
+    device_map, limits = MAPS[name](resident_bytes)
     before = live()
     with measure() as loading:
         loaded = load(folder, backend, device_map, limits, tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.fake_device import counters
 from tests.fake_device.counters import measure
 from tests.offloading import model_zoo as zoo
 from tests.offloading.on_fake_device.harness import DEVICE, GIB, compare, live_bytes, offload, on_device, problems
+from tests.products import representatives
 
 
 def forward(model: nn.Module) -> torch.Tensor:
@@ -48,8 +50,13 @@ def test_components_take_turns(kind: str) -> None:
 BUDGETS = {"nothing": 0.0, "a third": 0.34, "everything": 1.5}  # of the model's bytes
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("kind", ["fp32", "bitsandbytes_int8", "quanto_int4"])
+@pytest.mark.parametrize(
+    ("kind", "budget"),
+    representatives(
+        product(["fp32", "bitsandbytes_int8", "quanto_int4"], BUDGETS),
+        [*product(["fp32"], BUDGETS), ("bitsandbytes_int8", "everything"), ("quanto_int4", "a third")],
+    ),
+)
 def test_resident_groups_fill_the_budget_and_travel_no_more(kind: str, budget: str) -> None:
     nbytes = round(BUDGETS[budget] * module_nbytes(zoo.make(kind)))
     config = OffloadConfig("block", "cpu", resident_gib=nbytes / GIB)
