@@ -14,9 +14,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import qexp
+import qexp.sweep.job
 from qexp.errors import ConfigError, QexpError
 from qexp.sweep.run_key import reference_key, run_key
-from tests.composing import run_config
+from tests.composing import command_line, run_config
 
 ROOT = Path(__file__).parents[2]
 Folder = Callable[[str], Path]
@@ -90,14 +91,17 @@ def result_in(folder: Path) -> tuple[dict[str, Any], Path]:
     return result, path.parent
 
 
-def test_a_run_from_the_command_line(pipeline_folder: Folder, tmp_path: Path) -> None:
+def test_a_run_from_the_command_line(pipeline_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantized, offloaded, compared, saved; the reference is the unquantized pipeline."""
-    done = command(
-        tmp_path, "model=diffusers", f"model.path={pipeline_folder('flux')}", "task.prompt=[a red cube,two trees]",
-        *QUICK, "backend=torchao", "offload=model", "offload.to=disk", "save.path=saved", "reference.offload=block",
-        "isolation=inline",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_job = qexp.sweep.job.run_job
+    with command_line(monkeypatch, tmp_path) as main:  # in this process, which has the libraries
+        monkeypatch.setattr(qexp.sweep.job, "run_job", run_job)
+        code = main(
+            "model=diffusers", f"model.path={pipeline_folder('flux')}", "task.prompt=[a red cube,two trees]", *QUICK,
+            "backend=torchao", "offload=model", "offload.to=disk", "save.path=saved", "reference.offload=block",
+            "isolation=inline", "tracking=none", "device=cpu",
+        )  # fmt: skip
+    assert code == 0
     result, run = result_in(tmp_path)
     metrics = result["metrics"]
     assert 20 < metrics["quality/psnr_db"] < 80 and 0 < metrics["quality/latent_relative_l2"] < 0.1
