@@ -34,15 +34,11 @@ def first_of_a_sweep(words: list[str]) -> list[str]:
     return [str(one) for one in BasicSweeper.split_arguments(parsed, None)[0][0]]
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if commands_of(path)], ids=lambda path: path.name)
-def test_commands_of_a_page_compose(path: Path) -> None:
-    compose_all(path)
-
-
-def test_commands_in_the_comments_of_conf_compose() -> None:
-    paths = sorted(ROOT.glob("conf/**/*.yaml"))
-    assert sum(len(commands_of(path)) for path in paths) > 60
-    compose_all(*paths)
+def test_commands_of_pages_and_in_the_comments_of_conf_compose() -> None:
+    options = sorted(ROOT.glob("conf/**/*.yaml"))
+    for paths in (PAGES, options):
+        assert sum(len(commands_of(path)) for path in paths) > 60
+    compose_all(*PAGES, *options)
 
 
 def compose_all(*paths: Path) -> None:
@@ -71,20 +67,26 @@ def compose_one(path: Path, words: list[str]) -> None:
 
 
 def together(commands: list[list[str]]) -> list[list[str]]:
-    """Join commands that set different groups, which a composition checks as it would check each of them alone.
+    """Join commands that set different groups, or the same one alike: a composition checks them as it would alone.
 
     A preset sets whatever it likes: it stays alone.
     """
-    batches: list[tuple[set[str], list[str]]] = []
+    batches: list[dict[str, list[str]]] = []  # overrides of each group
     for overrides in commands:
-        groups = {GROUP.match(override)[1] for override in overrides}
-        fitting = (batch for batch in batches if "experiment" not in batch[0] | groups and batch[0].isdisjoint(groups))
+        groups: dict[str, list[str]] = {}
+        for override in overrides:
+            groups.setdefault(GROUP.match(override)[1], []).append(override)
+        fitting = (
+            batch
+            for batch in batches
+            if "experiment" not in batch.keys() | groups
+            and all(batch.get(name, own) == own for name, own in groups.items())
+        )
         if (batch := next(fitting, None)) is None:
-            batches.append((groups, list(overrides)))
+            batches.append(groups)
         else:
-            batch[0].update(groups)
-            batch[1].extend(overrides)
-    return [overrides for _, overrides in batches]
+            batch.update(groups)
+    return [[override for own in batch.values() for override in own] for batch in batches]
 
 
 def test_a_command_with_a_wrong_field_is_noticed(tmp_path: Path) -> None:
@@ -93,7 +95,8 @@ def test_a_command_with_a_wrong_field_is_noticed(tmp_path: Path) -> None:
         compose_all(tmp_path / "page.md")
 
 
-def test_commands_are_joined_unless_they_set_the_same_group() -> None:
+def test_commands_are_joined_unless_they_set_a_group_differently() -> None:
     commands = [["backend=a", "backend.x=1"], ["+backend@components.b=c"], ["offload=d"], ["experiment=e"], ["seed=1"]]
-    joined = [["backend=a", "backend.x=1", "offload=d", "seed=1"], ["+backend@components.b=c"], ["experiment=e"]]
-    assert together(commands) == joined
+    commands += [["backend=a", "backend.x=1", "task=f"], ["backend=a", "seed=1"]]
+    joined = [["backend=a", "backend.x=1", "offload=d", "seed=1", "task=f"], ["+backend@components.b=c"]]
+    assert together(commands) == [*joined, ["experiment=e"], ["backend=a", "seed=1"]]

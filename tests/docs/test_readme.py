@@ -1,12 +1,9 @@
 """The commands of README.md as a user types them: of sweeps what they compose; of models, tiny ones, that they run."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import qexp.sweep.job
 from qexp.cli.commands import COMMANDS
 from qexp.models.arithmetic import ASSETS
 from tests.backends import BACKENDS
@@ -98,14 +96,14 @@ QUALITY = ["psnr_db", "psnr_db", "kl_divergence", "relative_l2", "relative_l2"]
 
 
 @pytest.mark.parametrize("number", representatives(range(len(ADDED)), (4,)))
-def test_models_run(number: int, place: Path) -> None:
+def test_models_run(number: int, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = commands("Models")
     assert len(found) == len(ADDED)
     words = [*found[number], *ADDED[number], "tracking=none", "device=cpu", "isolation=inline"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "qexp", *words], cwd=place, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.syspath_prepend(place)  # as `python -m` does
+    run_job = qexp.sweep.job.run_job
+    with command_line(monkeypatch, place) as command:
+        monkeypatch.setattr(qexp.sweep.job, "run_job", run_job)
+        assert command(*words) == 0
     (path,) = place.glob("outputs/runs/*/result.json")
     assert isinstance(json.loads(path.read_text())["metrics"][f"quality/{QUALITY[number]}"], float)

@@ -50,7 +50,8 @@ def table(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict
     return {row["option"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
 
 
-def test_configs_are_those_that_the_command_line_composes() -> None:
+def test_configs_are_those_of_the_options() -> None:
+    """Which tests/api/test_models.py compares with what the command line composes."""
     files = options.backend_files([])
     assert [path.stem for path in files if path.stem != "mixed"] == BACKENDS
     for path in files:
