@@ -192,30 +192,29 @@ import os, sys, torch
 from pathlib import Path
 from qexp.config.offload import OffloadConfig
 from qexp.offloading.strategies import apply_offload
+leaving = os.fork()  # two owners of a folder each, of one import
 model = torch.nn.Sequential(torch.nn.Linear(64, 64))
 handle = apply_offload(model, OffloadConfig("leaf", "disk"), device=torch.device("cpu"), block_lists=[],
                        store=Path(sys.argv[1]))
-if os.fork() == 0:  # a child must not take the folder away
+child = os.fork()
+if child == 0:  # a child must not take the folder away
     sys.exit(0)
-os.wait()
-assert list(Path(sys.argv[1]).glob("offload-*/0000-*.bin"))
+assert os.waitpid(child, 0)[1] == 0
+assert handle.groups[0].rest.path.exists()
+if leaving == 0:
+    sys.exit(0)
+assert os.waitpid(leaving, 0)[1] == 0
 print("ready", flush=True)
 sys.stdin.read()
 """
 
 
-def run_offloading(store: Path) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", OFFLOADS, str(store)], stdin=pipe, stdout=pipe, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    return process
-
-
 def test_an_exit_cleans_up_and_a_kill_is_cleaned_up_by_the_next_store(tmp_path: Path) -> None:
     place = tmp_path / "store"
-    leaving, killed = run_offloading(place), run_offloading(place)
-    leaving.communicate("")
-    (left,) = place.iterdir()
+    pipe = subprocess.PIPE
+    killed = subprocess.Popen([sys.executable, "-c", OFFLOADS, str(place)], stdin=pipe, stdout=pipe, text=True)
+    assert killed.stdout is not None and killed.stdout.readline() == "ready\n"
+    (left,) = place.iterdir()  # of the one that has not ended
     store = DiskStore(place, 1)
     assert left.exists()  # its owner lives
     killed.send_signal(signal.SIGKILL)

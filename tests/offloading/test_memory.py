@@ -48,7 +48,7 @@ def peak_of() -> Iterator[list[int]]:
 @pytest.mark.own_process
 def test_resident_memory_falls_to_the_ring(tmp_path: Path) -> None:
     def make() -> nn.Sequential:
-        return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(75))).requires_grad_(False)
+        return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(40))).requires_grad_(False)
 
     x = torch.randn(1, WIDTH)
     make()[0](x)  # thread pools, allocator
@@ -58,12 +58,12 @@ def test_resident_memory_falls_to_the_ring(tmp_path: Path) -> None:
     expected = model(x)
     above = torch.ones(WIDTH * WIDTH)  # keeps the heap from shrinking by itself when the model below is freed
     payload = sum(parameter.nbytes for parameter in model.parameters())
-    assert payload > 300 * MIB
+    assert payload > 150 * MIB
     assert resident_bytes() - baseline > 0.95 * payload
     handle = apply_offload(
         model, OffloadConfig("leaf", "disk"), device=torch.device("cpu"), block_lists=[], store=tmp_path
     )
-    assert resident_bytes() - baseline - above.nbytes < 16 * MIB  # of 300
+    assert resident_bytes() - baseline - above.nbytes < 16 * MIB  # of 160
     with peak_of() as samples:
         for _ in range(2):
             assert torch.equal(model(x), expected)
@@ -71,7 +71,7 @@ def test_resident_memory_falls_to_the_ring(tmp_path: Path) -> None:
     assert max(samples) - baseline - above.nbytes < 16 * MIB
     files = [file.stat().st_size for file in tmp_path.rglob("*.bin")]
     assert (
-        files == [WIDTH * WIDTH * 4 + WIDTH * 4] * 75
+        files == [WIDTH * WIDTH * 4 + WIDTH * 4] * 40
     )  # one a layer, of its weight and bias; both fill 256-byte steps
     handle.remove()
     assert resident_bytes() - baseline > 0.95 * payload

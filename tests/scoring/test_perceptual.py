@@ -286,35 +286,44 @@ def test_a_file_of_other_weights_is_refused(torch_hub: Path) -> None:
 # Before the run
 
 
-@pytest.mark.own_process
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (("metrics.names=[lpips]",), r"lpips needs '.*alexnet-owt-7be5be79\.pth', which is not there; download"),
-        (("metrics.names=[lpips]", "metrics.lpips_net=vgg"), r"lpips needs '.*vgg16-397923af\.pth'.*TORCH_HOME"),
-        (("metrics.names=[fid]",), r"fid needs '.*weights-inception-2015-12-05-6726825d\.pth', which is not there"),
-        (("metrics.names=[clip_score]", "task.prompt=a"), r"clip_model=openai/clip-vit-base-patch16: .*hf download"),
-        (("metrics.names=[clip_score]", "task.prompt=a", "metrics.clip_model=/no"), r"clip_model=/no: there is no"),
-        (("metrics.names=[clip_score]", "task.prompt=a", "metrics.clip_model={tmp}"), r"lacks 'config\.json', 'prep"),
-        (("metrics.names=[clip_score]",), r"clip_score compares images with their prompts"),
-        (("metrics=perceptual", "metrics.missing=error"), r"lpips needs .*alexnet-owt.*`pip install torchvision"),
-        (("metrics=perceptual", "task.prompt=a", "metrics.clip_model=/no"), r"clip_model=/no: there is no"),
-    ],
-)  # fmt: skip
-def test_what_is_missing_is_said_at_once(
-    overrides: tuple[str, ...], message: str, torch_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+MISSING = [
+    (("metrics.names=[lpips]",), r"lpips needs '.*alexnet-owt-7be5be79\.pth', which is not there; download"),
+    (("metrics.names=[lpips]", "metrics.lpips_net=vgg"), r"lpips needs '.*vgg16-397923af\.pth'.*TORCH_HOME"),
+    (("metrics.names=[fid]",), r"fid needs '.*weights-inception-2015-12-05-6726825d\.pth', which is not there"),
+    (("metrics.names=[clip_score]", "task.prompt=a"), r"clip_model=openai/clip-vit-base-patch16: .*hf download"),
+    (("metrics.names=[clip_score]", "task.prompt=a", "metrics.clip_model=/no"), r"clip_model=/no: there is no"),
+    (("metrics.names=[clip_score]", "task.prompt=a", "metrics.clip_model={tmp}"), r"lacks 'config\.json', 'prep"),
+    (("metrics.names=[clip_score]",), r"clip_score compares images with their prompts"),
+    (("metrics=perceptual", "metrics.missing=error"), r"lpips needs .*alexnet-owt.*`pip install torchvision"),
+    (("metrics=perceptual", "task.prompt=a", "metrics.clip_model=/no"), r"clip_model=/no: there is no"),
+]
+
+
+@pytest.fixture
+def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # nothing is asked, whatever it says
-    overrides = tuple(one.replace("{tmp}", str(tmp_path)) for one in overrides)
 
-    def fail() -> None:
-        with pytest.raises((ConfigError, LoadError), match=message):
-            run_config(*overrides)
 
-    fail()  # imports are not what is measured
+def fail(overrides: tuple[str, ...], message: str, folder: Path) -> None:
+    with pytest.raises((ConfigError, LoadError), match=message):
+        run_config(*(one.replace("{tmp}", str(folder)) for one in overrides))
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISSING)
+def test_what_is_missing_is_said(
+    overrides: tuple[str, ...], message: str, torch_hub: Path, empty_hub: None, tmp_path: Path
+) -> None:
+    fail(overrides, message, tmp_path)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [MISSING[number] for number in (0, 2, 5)])  # one of each metric
+def test_what_is_missing_is_said_at_once(
+    overrides: tuple[str, ...], message: str, torch_hub: Path, empty_hub: None, tmp_path: Path
+) -> None:
+    fail(overrides, message, tmp_path)  # imports are not what is measured
     with without_collector():
-        assert quiet_seconds(fail) < 1
+        assert quiet_seconds(lambda: fail(overrides, message, tmp_path)) < 1
 
 
 def test_metric_without_its_files_is_left_out_with_the_command(
