@@ -1,13 +1,12 @@
 """bitsandbytes: the bytes that the library itself makes, whatever the machine."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from qexp.config.backend_options import backend_of
 from qexp.config.offload import OffloadConfig
 from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError
@@ -24,6 +23,11 @@ from tests.backends import CPU, StackSource, backend_config, save_stack
 from tests.products import diagonal, representatives
 from tests.quantizers.formulas import blockwise_code, fp4_code, nf4_code
 from tests.quantizers.test_contract import gaussian, quantize, quantized_layer
+
+
+def nf4(**fields: Any) -> Any:
+    """The config of backend=bitsandbytes with fields named without their `bnb_4bit_`."""
+    return backend_of("bitsandbytes", {f"bnb_4bit_{name}": value for name, value in fields.items()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -55,8 +59,7 @@ def assert_4bit_as_the_library(
 
     weight = gaussian(130, 200, dtype=dtype)  # blocks that straddle rows, and a last one that is not full
     fields = {"quant_type": quant_type, "use_double_quant": double_quant, "blocksize": blocksize}
-    overrides = [f"bnb_4bit_{name}={value}" for name, value in (fields | {"quant_storage": storage}).items()]
-    quantizer, spec = load_quantizer(backend_config("bitsandbytes", *overrides)), WeightSpec("x", (130, 200), dtype)
+    quantizer, spec = load_quantizer(nf4(quant_storage=storage, **fields)), WeightSpec("x", (130, 200), dtype)
     parameter: Any = quantizer.create_quantized_param(spec, [weight], {}, CPU)
     expected, state = functional.quantize_4bit(
         weight,
@@ -98,8 +101,7 @@ def test_blocks_that_straddle_rows_are_decoded_as_they_were_made(
 ) -> None:
     """The library's own kernel for CPUs begins a block with each row: errors of 0.2 to 0.4 where 4 bits make 0.1."""
     fields = {"quant_type": quant_type, "use_double_quant": double_quant, "blocksize": blocksize}
-    overrides = [f"bnb_4bit_{name}={value}" for name, value in fields.items()]
-    quantizer, weight = load_quantizer(backend_config("bitsandbytes", *overrides)), gaussian(*shape)
+    quantizer, weight = load_quantizer(nf4(**fields)), gaussian(*shape)
     parameter: Any = quantizer.create_quantized_param(WeightSpec("x", shape, torch.float32), [weight], {}, CPU)
     expected = coded(weight, nf4_code() if quant_type == "nf4" else fp4_code(), blocksize)
     decoded = quantizer.dequantize_param(parameter, torch.float32)
@@ -121,7 +123,7 @@ def test_nothing_is_compiled_for_large_blocks() -> None:
     """The library would, on CPUs with AVX512, for every shape."""
     from torch._dynamo.utils import counters
 
-    quantizer = load_quantizer(backend_config("bitsandbytes", "bnb_4bit_blocksize=4096"))
+    quantizer = load_quantizer(nf4(blocksize=4096))
     weight, spec, before = gaussian(62, 130), WeightSpec("x", (62, 130), torch.float32), counters["stats"].copy()
     parameter = quantizer.create_quantized_param(spec, [weight], {}, CPU)
     restored = quantizer.dequantize_param(parameter, torch.float32)
@@ -157,7 +159,7 @@ def test_the_threshold_keeps_outliers_in_16_bits() -> None:
     x[:, 7] *= 60
     errors = {}
     for threshold in (0.0, 6.0):
-        config = backend_config("bitsandbytes_int8", f"llm_int8_threshold={threshold}")
+        config = backend_of("bitsandbytes_int8", {"llm_int8_threshold": threshold})
         _, model = quantized_layer("bitsandbytes_int8", weight, None)
         model["layer"].state.threshold = load_quantizer(config).config.llm_int8_threshold
         with torch.no_grad():
@@ -198,19 +200,6 @@ def test_no_cpu_changes_what_a_weight_is_saved_or_offloaded_as(backend: str, tmp
 def load_stack(folder: Path, backend: str) -> Any:
     source, settings = StackSource(folder), ComponentConfig(backend_config(backend))
     return load_component(source, "stack", settings, device=CPU, loader=LoaderConfig()).model
-
-
-def test_the_import_asks_no_hub_for_kernels() -> None:
-    code = """
-import sys, types
-trap = types.ModuleType("kernels")
-trap.get_kernel = lambda *arguments, **options: sys.exit("the library asked a hub for a kernel")
-sys.modules["kernels"] = trap
-from qexp.quantizers.bitsandbytes_support.library import library
-library()
-assert sys.modules["kernels"] is trap
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_fields_are_checked() -> None:

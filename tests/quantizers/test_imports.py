@@ -10,7 +10,6 @@ import time
 import pytest
 
 from qexp.system.imports import once
-from tests.products import representatives
 
 HEAVY = {"diffusers", "transformers", "torch._dynamo", "torch._inductor", "scipy", "sympy", "matplotlib"}
 
@@ -21,10 +20,20 @@ def run(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("backend", representatives(["bitsandbytes", "quanto"], ["quanto"]))
-def test_the_library_comes_without_compilers_and_other_libraries(backend: str) -> None:
-    code = f"from qexp.quantizers.{backend}_support.library import library; library(); import sys; print(*sys.modules)"
-    assert HEAVY.isdisjoint(run(code).split())
+def test_the_libraries_come_without_compilers_other_libraries_and_kernels_of_a_hub() -> None:
+    code = """
+import sys, types
+trap = types.ModuleType("kernels")
+trap.get_kernel = lambda *arguments, **options: sys.exit("the library asked a hub for a kernel")
+sys.modules["kernels"] = trap
+from qexp.quantizers.bitsandbytes_support import library as bitsandbytes_library
+from qexp.quantizers.quanto_support import library as quanto_library
+bitsandbytes_library.library(), quanto_library.library()
+assert sys.modules["kernels"] is trap
+print(*sys.modules)
+"""
+    found = run(code).split()
+    assert {"bitsandbytes", "optimum.quanto"} <= {*found} and HEAVY.isdisjoint(found)
 
 
 @pytest.mark.exhaustive

@@ -3,7 +3,9 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from qexp.offloading.payload import leaves
 from qexp.quantizers.cpu_kernels import readiness
 from tests.backends import same_bytes
 from tests.loading.toys import Toy, load_toy, random_state, save_state, settings
+from tests.products import representatives
 
 BACKENDS = (
     *("bitsandbytes", "bitsandbytes_fp4", "bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "quanto"),
@@ -31,8 +34,14 @@ def on_their_way(seconds: float | None = None) -> Iterator[None]:
         readiness.wait()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
-@pytest.mark.parametrize("backend", BACKENDS)
+def cases() -> list[Any]:
+    """By default a dtype for each backend, and all for packed weights, which have no library to agree with."""
+    dtypes = ["bfloat16", "float32", "float16"]
+    kept = [(backend, dtypes[number % 3]) for number, backend in enumerate(BACKENDS)]
+    return representatives(product(BACKENDS, dtypes), [*kept, *(("packed_uint4", dtype) for dtype in dtypes)])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), cases())
 def test_bytes_do_not_depend_on_who_quantized(
     backend: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ def packed_by_hand(values: Tensor, bits: int) -> list[list[int]]:
     return packed
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=100)
 @given(rows_of_values())
 def test_bits_lie_where_the_docstring_says_and_come_back(case: tuple[Tensor, int]) -> None:
     values, bits = case
@@ -42,7 +42,7 @@ def test_bits_lie_where_the_docstring_says_and_come_back(case: tuple[Tensor, int
     assert torch.equal(unpack(packed, bits, values.shape[1]), values)
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(derandomize=True, deadline=None, max_examples=50)
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_every_byte_is_one_of_a_packed_row(bits: int, size: int, seed: int) -> None:
     """Nothing is lost: the bytes that come from unpacking any bytes and packing again are the same."""
