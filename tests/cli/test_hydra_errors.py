@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from qexp.cli.hydra_errors import explain
+from qexp.system import devices
+from tests.assigning import run_config
 from tests.composing import CommandLine
 from tests.composing import command as command
+from tests.products import representatives
 
 USER_YAMLS = {
     "backend/unknown": "defaults: [/schema/backend/torchao@_here_, _self_]\nquant_typ: int8wo\n",
@@ -114,6 +118,14 @@ MISTAKES = {
     "help": "help is not a setting (key=value); write --help",
     "~task.num_images": "~task.num_images deletes nothing; leave it out, or write task.num_images=null for the default",
 }
+BEFORE_COMPOSING = (  # flags, and what Hydra refuses before it composes one experiment
+    "skip_modules=a,b", "seed=choice(1,2)", "=3", "--seed", "--config-name=nope", "--config-dir=nope", "--resolve",
+    "--task.num_images=3",
+)  # fmt: skip
+TYPED = (  # one of each step behind it: options, values, what they mean, words, quotes
+    *BEFORE_COMPOSING, "backend=torchoa", "bakend=none", "seed=abc", "tracking.mode=onlin", "backend=none,torchao",
+    "+seed=3", "quanto_int4", "sweep.notes=grün", "model.path=/tmp/${x}", "device=cuda", "backend=", "model.path=~/net",
+)  # fmt: skip
 SWEEP_MISTAKES = {
     "backend=none,nope": "backend=nope is unknown (did you mean none?)",
     "seed=1,x": "seed=x must be an integer",
@@ -149,7 +161,16 @@ def only_message(capsys: pytest.CaptureFixture[str]) -> str:
     return line.removeprefix("error: ")
 
 
-@pytest.mark.parametrize("argument", MISTAKES)
+@pytest.mark.parametrize("argument", [argument for argument in MISTAKES if argument not in BEFORE_COMPOSING])
+def test_a_mistake_is_explained(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "cuda_device_count", lambda: 0)
+    with pytest.raises(Exception) as caught:
+        run_config(argument)
+    message = explain(caught.value, [argument])
+    assert MISTAKES[argument] in message and "\n" not in message
+
+
+@pytest.mark.parametrize("argument", representatives(MISTAKES, TYPED))
 def test_a_mistake_on_the_command_line_is_one_message(
     command: CommandLine, capsys: pytest.CaptureFixture[str], argument: str, tmp_path: Path
 ) -> None:

@@ -13,40 +13,67 @@ import yaml
 from omegaconf import OmegaConf
 
 from qexp.config.plugins import plugin_names
-from qexp.config.schema import TopLevelConfig
-from qexp.config.yaml_options import options_of_plugin
+from qexp.config.schema import RunConfig, TopLevelConfig
+from qexp.config.yaml_options import option_names, options_of_plugin
+from qexp.experiments.resolve import to_run_config
 from qexp.experiments.stored import run_config_from_container
 from qexp.models.arithmetic import ASSETS
-from tests.composing import CONF, composed, run_config
+from tests.assigning import assigned, run_config
+from tests.composing import CONF
 from tests.products import representatives
 
 HELD_OUT = ASSETS / "held_out.txt"
-NEEDS = {  # what an option does not go without
-    "model=causal_lm": ("model.path=/models/tiny", "task.prompt=[a,b]"),
-    "model=seq2seq": ("model.path=/models/tiny", "task.prompt=[a,b]"),
-    "model=transformers": ("model.path=/models/tiny", "task=roundtrip"),
-    "model=python": ("model.factory=tests.backends:Stack", "model.checkpoint=/models/tiny", "task=roundtrip"),
-    "backend=mixed": ("backend.recipe=[{modules: blocks.0, backend: gguf}, {backend: quanto_int4}]",),
-    "task=perplexity": ("model=arithmetic",),
-    "task=lm_eval": ("model=arithmetic", "task.tasks=[a]"),
-    "task=forward": (f"task.inputs={HELD_OUT}", "model=arithmetic"),
-}
+RECIPE = "[{modules: blocks.0, backend: gguf}, {backend: quanto_int4}]"
+OF_LANGUAGE = ("model.path=/models/tiny", "task.prompt=[a,b]")
+COMPOSITIONS = [  # every option but backends once, with what it does not go without
+    ("offload=block", "metrics=perceptual", "tracking=none", "isolation=inline", "sweep=default", "task=generate"),
+    ("model=digits", "offload=leaf", "metrics=default", "tracking=offline", "isolation=process", "task=sensitivity",
+     "offload.strategy=none"),
+    ("model=causal_lm", *OF_LANGUAGE, "offload=model", "tracking=online"),
+    ("model=seq2seq", *OF_LANGUAGE, "offload=sequential"),
+    ("model=transformers", "model.path=/models/tiny", "task=roundtrip", "offload=none"),
+    ("model=python", "model.factory=tests.backends:Stack", "model.checkpoint=/models/tiny", "task=roundtrip"),
+    ("model=arithmetic", "task=perplexity"),
+    ("model=arithmetic", "task=lm_eval", "task.tasks=[a]"),
+    ("model=arithmetic", "task=forward", f"task.inputs={HELD_OUT}"),
+    ("experiment=backend_pareto",), ("experiment=mixed_pareto",), ("experiment=roundtrip_all",),
+]  # fmt: skip
 OF_PIPELINES = [f"model={name}" for name in options_of_plugin("model", "diffusers")]  # see test_presets.py
-OPTIONS = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]
-LACKING = [] if find_spec("lm_eval") else ["task=lm_eval"]  # says so where its library is not installed
-OPTIONS = [option for option in OPTIONS if option not in (*OF_PIPELINES, *LACKING, "experiment=flux_dev_16gb")]
+OPTIONS = {f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))}
+if not find_spec("lm_eval"):  # says so where its library is not installed
+    COMPOSITIONS = [options for options in COMPOSITIONS if "task=lm_eval" not in options]
+    OPTIONS -= {"task=lm_eval"}
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_yaml_composes_and_survives_the_way_through_yaml_and_json(option: str) -> None:
-    config = run_config(option, *NEEDS.get(option, ()))
+def assert_survives_yaml_and_json(config: RunConfig) -> None:
     container = config.to_container()
     assert run_config_from_container(yaml.safe_load(yaml.safe_dump(container))) == config
     assert run_config_from_container(json.loads(json.dumps(container))) == config
-    group, name = option.split("=")
-    if group == "backend":
+
+
+def test_every_option_has_a_test() -> None:
+    composed_here = {option for options in COMPOSITIONS for option in options}
+    of_others = {*OF_PIPELINES, "experiment=flux_dev_16gb", *(f"backend={name}" for name in option_names("backend"))}
+    assert OPTIONS - of_others <= composed_here
+
+
+@pytest.mark.parametrize("options", COMPOSITIONS, ids=" ".join)
+def test_every_yaml_composes_and_survives_the_way_through_yaml_and_json(options: tuple[str, ...]) -> None:
+    assert_survives_yaml_and_json(run_config(*options))
+
+
+def test_every_backends_yaml_composes_and_survives_the_way_through_yaml_and_json() -> None:
+    """All of them in one composition, each in the place of a component, and then in the place of all components."""
+    names = option_names("backend")
+    places = [f"+backend@components.{name}.backend={name}" for name in names]
+    components = assigned(*places, f"components.mixed.backend.recipe={RECIPE}").components
+    for name in names:
+        cfg = assigned()
+        cfg.backend = components[name].backend
+        config = to_run_config(cfg)
+        assert_survives_yaml_and_json(config)
         backend = config.components["transformer"].backend
-        assert name.startswith(backend.quant_method.removeprefix("qexp_"))
+        assert name.startswith(backend.quant_method.removeprefix("qexp_")), name
         assert backend.label and dataclasses.is_dataclass(backend)
 
 
@@ -71,7 +98,7 @@ def test_every_backend_model_and_task_has_a_yaml_and_a_schema_of_its_own() -> No
 
 
 def test_config_yaml_repeats_the_defaults_of_the_dataclass() -> None:
-    config = composed()
+    config = assigned()
     groups = {"model", "backend", "task", "sweep"}  # None in the dataclass, or given by now
     for name, value in dataclasses.asdict(TopLevelConfig()).items():
         if name not in groups:
@@ -112,14 +139,14 @@ FIELD_PLACES = [
 
 @pytest.mark.parametrize(("option", "place"), representatives(FIELD_PLACES, [*FIELD_PLACES][::3]), ids=str)
 def test_every_field_of_every_group_can_be_overridden(option: str, place: str) -> None:
-    before = composed(option)[place]
+    before = assigned(option)[place]
     cls: Any = OmegaConf.get_type(before)
     samples = {item.name: sample(item.type, before[item.name]) for item in dataclasses.fields(cls)}
     overrides = [
         f"{'+' if isinstance(value, dict) else ''}{place}.{name}={str(value).translate(PLAIN)}"
         for name, value in samples.items()
     ]
-    after = OmegaConf.to_container(composed(option, *overrides)[place])
+    after = OmegaConf.to_container(assigned(option, *overrides)[place])
     assert after == samples
 
 

@@ -23,7 +23,8 @@ from qexp.models.diffusers import DENOISERS
 from qexp.offloading.grouping import outermost_lists
 from qexp.predict.__main__ import forecast
 from qexp.predict.tables import GIB
-from tests.composing import CONF, run_config
+from tests.assigning import run_config
+from tests.composing import CONF
 from tests.products import representatives
 
 PRESETS = [name for name in options_of_plugin("model", "diffusers") if name != "diffusers"]

@@ -19,7 +19,7 @@ from qexp.loading import lifecycle
 from qexp.models.component_settings import merge_with_checkpoint
 from qexp.scoring.score import score
 from qexp.sweep.run_key import reference_key, run_key
-from tests.composing import run_config
+from tests.assigning import run_config
 from tests.pipelines import save_pipeline
 
 DIGITS = Path(qexp.__file__).parent / "assets/digits"

@@ -21,7 +21,7 @@ from qexp.models.base import load_source
 from qexp.models.diffusers import DiffusersConfig
 from qexp.sweep.run_key import run_key
 from qexp.system import devices
-from tests.composing import composed, run_config
+from tests.assigning import assigned, run_config
 from tests.language import save_language_model
 
 
@@ -32,7 +32,7 @@ def machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings() -> dict[str, Any]:
     """The composed defaults as a plain mapping."""
-    container = OmegaConf.to_container(composed(), resolve=True)
+    container = OmegaConf.to_container(assigned(), resolve=True)
     assert isinstance(container, dict)
     return {str(name): value for name, value in container.items()}
 

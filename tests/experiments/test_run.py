@@ -9,21 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
-from qexp.config.hydra_schema import register_schemas
 from qexp.config.schema import RunConfig
-from qexp.config.yaml_options import conf_folder
 from qexp.errors import ConfigError, LoadError
 from qexp.experiments.reference import reference_config
-from qexp.experiments.resolve import to_run_config
 from qexp.experiments.run import run_experiment
 from qexp.loading.gguf_saving import save_gguf
 from qexp.metrics.registry import find_metric
 from qexp.models.digits import Source
 from qexp.models.digits_network import DigitsConfig, DigitsTransformer
 from qexp.sweep.run_key import reference_key, run_key
+from tests import assigning
 from tests.backends import BACKENDS
 from tests.products import exhaustive, representatives
 
@@ -41,12 +38,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_config(checkpoint: Path, *overrides: str, task: str = "generate") -> RunConfig:
-    register_schemas()
     small = ("task.num_images=3", "task.num_inference_steps=2") if task == "generate" else ()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return to_run_config(
-            compose("config", [f"task={task}", *small, f"model.path={checkpoint}", "device=cpu", *overrides])
-        )
+    return assigning.run_config(f"task={task}", *small, f"model.path={checkpoint}", "device=cpu", *overrides)
 
 
 def run(checkpoint: Path, folder: Path, *overrides: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -30,7 +30,7 @@ from qexp.models.digits_network import DigitsConfig, DigitsTransformer
 from qexp.rerun import stored_config
 from qexp.results.run_folder import RunFolder
 from qexp.sweep.run_key import run_key
-from tests.composing import run_config
+from tests.assigning import run_config
 from tests.hub.hub_server import TOKEN, HubServer, client_of, environment, serving
 from tests.language import save_language_model
 

@@ -29,8 +29,8 @@ from qexp.rerun import stored_config
 from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.resume import SCORED_FILES, Decision, decide
 from qexp.sweep.run_key import run_key
+from tests.assigning import run_config
 from tests.backends import CPU
-from tests.composing import run_config
 from tests.hub.hub_server import PART_BYTES, TOKEN, HubServer, Repository, client_of, environment, serving
 from tests.loading.toys import Toy, load_toy, random_state, save_state, settings
 

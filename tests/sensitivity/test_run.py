@@ -20,8 +20,8 @@ from qexp.models.digits import ASSETS
 from qexp.results.run_folder import PARTIAL
 from qexp.sensitivity.groups import plan_groups
 from qexp.sensitivity.table import Candidate, SensitivityTable, read_table
+from tests.assigning import run_config
 from tests.backends import CPU
-from tests.composing import run_config
 from tests.language import save_language_model
 from tests.sensitivity.test_scores import decoded
 
