@@ -67,7 +67,7 @@ def run_folder(
     """outputs/runs/<key>; with metrics also the result, pictures and histories of its task."""
     folder = outputs / "runs" / key
     (folder / "images").mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(container))
+    (folder / "config.yaml").write_text(yaml.dump(container, Dumper=yaml.CSafeDumper))
     (folder / "env.json").write_text(json.dumps(ENV))
     times = {"pid": 1, "started": "2026-01-02T03:04:05", "finished": "2026-01-02T03:04:15", "seconds": 10.0}
     (folder / "status.json").write_text(json.dumps({"status": status, "reason": reason, "message": message, **times}))

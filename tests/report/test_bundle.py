@@ -15,6 +15,8 @@ from qexp.report.__main__ import main
 from qexp.report.bundle import constraints_of, safe_name
 from tests.report.factory import GENERATE, config, job, manifest, run_folder, sweep_of_six
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,7 +32,9 @@ def unpacked(outputs: Path, *arguments: str) -> Path:
     return place / "x"
 
 
-def test_report_works_where_the_bundle_is_unpacked(tmp_path: Path) -> None:
+def test_report_works_where_the_bundle_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep_of_six(tmp_path / "outputs")
     folder = unpacked(tmp_path / "outputs", "--baseline", "key1", "--pdf")
     names = {path.name for path in (folder / "report").iterdir()}
@@ -38,11 +42,10 @@ def test_report_works_where_the_bundle_is_unpacked(tmp_path: Path) -> None:
     text = (folder / "report/report.md").read_text()
     for target in re.findall(r"\]\(([^)]*)\)", text):
         assert (folder / "report" / target).exists(), target
-    command = [sys.executable, "-m", "qexp.report"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLCONFIGDIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "4 done (1 reused), 1 unsupported, 1 failed" in done.stdout
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    assert main([]) == 0
+    assert "4 done (1 reused), 1 unsupported, 1 failed" in capsys.readouterr().out
     assert (folder / "outputs/sweeps/first/results.csv").is_file()
 
 

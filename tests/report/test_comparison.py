@@ -25,6 +25,8 @@ from qexp.results.samples import write_samples
 from qexp.results.uncertainty import mean_interval
 from tests.report.factory import GENERATE, config, job, manifest, run_folder
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 PSNR, PERPLEXITY, FRECHET = "quality/psnr_db", "quality/perplexity", "quality/frechet_distance"
 HARD = np.random.default_rng(0).normal(30.0, 4.0, 40)  # dB: images differ more than formats do
 BETTER = HARD + np.random.default_rng(1).normal(0.5, 0.3, 40)

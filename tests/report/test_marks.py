@@ -8,10 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from qexp.report.__main__ import main
 from qexp.report.results_csv import results_csv
 from qexp.report.table import format_table, rows_of_sweep
 from tests.report.factory import ENV, GENERATE, config, job, manifest, run_folder
+
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 STEPS = {"time/step_ms": 12.0, "time/step_ms_min": 11.5, "time/step_ms_max": 14.25}
 

@@ -12,6 +12,8 @@ import pytest
 from qexp.report.__main__ import main
 from tests.report.factory import ENV, GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 WRITTEN = ("results.csv", "report.md", "table.tex", "pareto_psnr_db.png", "pareto_psnr_db.csv", "report.html")
 
 

@@ -15,6 +15,8 @@ from qexp.report.selection import Selection, select
 from qexp.report.table import table_cells
 from tests.report.factory import GENERATE, config, job, manifest, run_folder, sweep_of_six
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 
 def two_sweeps(outputs: Path) -> None:
     """first: six experiments. second: one of its own, key0 of the first, and one that has never got a run."""

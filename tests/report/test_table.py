@@ -12,6 +12,8 @@ from qexp.results.labels import run_label
 from qexp.results.rows import find_sweep
 from tests.report.factory import GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 
 def table_of(outputs: Path) -> list[list[str]]:
     """Second line of the header and the rows as words: columns are at least two spaces apart."""

@@ -18,6 +18,8 @@ from qexp.report.wandb_report import publish_report
 from tests.report.factory import GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
 from tests.tracking.wandb_server import WandbServer, use_server
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 KEYS = [f"key{number}" for number in range(5)]  # of the runs that have a folder
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 
 from qexp.experiments.stored import run_config_from_container
@@ -21,6 +22,8 @@ from qexp.tracking.wandb_run import log_run
 from tests.report.factory import GENERATE, config, job, manifest, run_folder, sweep_of_seeds, sweep_of_six
 from tests.tracking.wandb_file import read_wandb
 from tests.tracking.wandb_server import WandbServer
+
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 PSNR = np.random.default_rng(0).normal(30.0, 4.0, 12)
 

@@ -64,7 +64,8 @@ def made_run(outputs: Path, key: str, container: dict[str, Any], metrics: dict[s
     """A finished run without outputs: its configuration, result and steps."""
     folder = outputs / "runs" / key
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(container, allow_unicode=True), encoding="utf-8")
+    text = yaml.dump(container, Dumper=yaml.CSafeDumper, allow_unicode=True)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
     times = {"pid": 1, "started": "2026-01-02T03:04:05", "finished": "2026-01-02T03:04:15", "seconds": 10.0}
     (folder / "status.json").write_text(json.dumps({"status": "done", "reason": None, "message": "", **times}))
     result = {"schema": 1, "key": key, "config": container, "metrics": metrics, "env": ENV, "reference": reference}
