@@ -137,13 +137,14 @@ def test_sweeps_that_begin_in_one_second_get_names_of_their_own(
     command: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     name = "2026-01-02_03-04-05"
-    for _ in range(3):
-        command("-m", "seed=1", f"sweep.name={name}")
-    assert [config.sweep.name for config in command.configs] == [name, f"{name}_2", f"{name}_3"]
+    for other in (name, f"{name}_2"):  # of sweeps that began before
+        Path(tmp_path, "outputs/sweeps", other).mkdir(parents=True)
+    command("-m", "seed=1", f"sweep.name={name}")
+    assert [config.sweep.name for config in command.configs] == [f"{name}_3"]
     assert {path.name for path in Path(tmp_path, "outputs/sweeps").iterdir()} == {name, f"{name}_2", f"{name}_3"}
-    for folder in Path(tmp_path, "outputs/sweeps").iterdir():
-        assert json.loads((folder / "manifest.json").read_text())["name"] == folder.name
-        assert (folder / "multirun.yaml").exists()
+    folder = Path(tmp_path, "outputs/sweeps", f"{name}_3")
+    assert json.loads((folder / "manifest.json").read_text())["name"] == folder.name
+    assert (folder / "multirun.yaml").exists() and not any(Path(tmp_path, "outputs/sweeps", name).iterdir())
 
 
 @pytest.mark.parametrize("arguments", [[], ["-m", "seed=1,2"]], ids=["single", "sweep"])

@@ -10,6 +10,8 @@ import pytest
 from qexp.cli.dry_run import earlier_runs, estimate_seconds
 from qexp.config.schema import IsolationConfig
 from qexp.sweep.job import run_job
+from tests.composing import CommandLine
+from tests.composing import command as command
 from tests.sweep.fake_experiment import FAKES
 from tests.sweep.settings import run_config
 
@@ -23,9 +25,13 @@ def dry_run(tmp_path: Path, *arguments: str) -> tuple[int, list[str]]:
     return done.returncode, done.stdout.splitlines()
 
 
-def test_dry_run_of_a_sweep_says_bytes_and_mistakes_and_writes_nothing(tmp_path) -> None:
-    code, lines = dry_run(tmp_path, "-m", "backend=none,gguf_q4_0", "skip_modules=[],[proj_uot]")
-    assert code == 1 and not list(tmp_path.iterdir())
+def test_dry_run_of_a_sweep_says_bytes_and_mistakes_and_writes_nothing(
+    command: CommandLine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code = command("sweep.dry_run=true", "-m", "backend=none,gguf_q4_0", "skip_modules=[],[proj_uot]")
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert code == 1 and not list(tmp_path.iterdir()) and not printed.err
     assert lines[0].endswith("would run, weights 9.5 MiB, its reference first, time unknown")
     assert "cannot run: skip_modules of 'transformer': the pattern 'proj_uot' matches no module" in lines[1]
     assert "weights 2.7 MiB" in lines[2]

@@ -22,32 +22,24 @@ def finished_run(tmp_path: Path):
     return replace(config, tracking=TrackingConfig(mode="offline")), tmp_path / "outputs" / "runs" / row.key
 
 
-def test_runs_are_logged_in_order_once_their_folders_are_free(tmp_path, capfd) -> None:
+def test_runs_are_logged_in_order_once_their_folders_are_free_and_a_failure_is_a_warning(tmp_path, capfd) -> None:
     config, folder = finished_run(tmp_path)
-    other = folder.with_name("other")
-    shutil.copytree(folder, other)
+    other, damaged = folder.with_name("other"), folder.with_name("damaged")
+    for copied in (other, damaged):
+        shutil.copytree(folder, copied)
+    (damaged / "config.yaml").write_text("model: [", encoding="utf-8")
     writer = LogWriter()
     with RunFolder(folder).locked(print):
         writer.log(folder, config, "a sweep")
+        writer.log(damaged, config, None)
         writer.log(other, config, "a sweep")
         assert not list(folder.glob("wandb/offline-run-*"))
     writer.close()
     assert all(list(each.glob("wandb/offline-run-*/*.wandb")) for each in (folder, other))
-    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("W&B run: ")]
+    printed = capfd.readouterr()
+    assert f"warning: {damaged} is not tracked" in printed.err
+    lines = [line for line in printed.out.splitlines() if line.startswith("W&B run: ")]
     assert [Path(line.split(": ")[1]).parts[-3] for line in lines] == [folder.name, "other"]
-
-
-def test_log_that_fails_is_a_warning_and_the_next_one_is_written(tmp_path, capfd) -> None:
-    config, folder = finished_run(tmp_path)
-    damaged = folder.with_name("damaged")
-    shutil.copytree(folder, damaged)
-    (damaged / "config.yaml").write_text("model: [", encoding="utf-8")
-    writer = LogWriter()
-    writer.log(damaged, config, None)
-    writer.log(folder, config, None)
-    writer.close()
-    assert f"warning: {damaged} is not tracked" in capfd.readouterr().err
-    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_writer_that_was_killed_is_a_warning(tmp_path, capfd) -> None:

@@ -12,6 +12,7 @@ from qexp.config.schema import IsolationConfig
 from qexp.results.run_folder import RunFolder
 from qexp.sweep.worker import Work, do_work, seeded_experiment
 from qexp.system.files import write_text
+from tests.products import exhaustive
 from tests.sweep import fake_experiment
 from tests.sweep.fake_experiment import FAKES
 from tests.sweep.settings import run_config
@@ -43,7 +44,7 @@ def test_its_command_line_says_what_the_parent_ordered(tmp_path) -> None:
     assert (tmp_path / "outputs" / "ran.txt").read_text().count("\n") == 1
 
 
-@pytest.mark.parametrize("behaviour, code", [(1, 0), (2, 1), (4, 1), (11, 1)])
+@pytest.mark.parametrize("behaviour, code", [exhaustive(1, 0), (2, 1), (4, 1), (11, 1)])  # 0 is above
 def test_its_exit_code_is_zero_only_for_done(behaviour, code, tmp_path) -> None:
     work = Work(prepared(tmp_path, behaviour), reference=tmp_path / "reference", **FAKES)
     assert worker(*work.arguments()).returncode == code
