@@ -6,14 +6,18 @@ Values (`seed=3`) are assigned to a copy, by the function with which Hydra assig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache
+from typing import Any
 
+import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
+from qexp.config.hydra_schema import compose_settings
 from qexp.config.schema import RunConfig
 from qexp.config.yaml_options import group_names
 from qexp.experiments.resolve import to_run_config
@@ -30,6 +34,17 @@ def assigned(*overrides: str) -> DictConfig:
 
 def run_config(*overrides: str) -> RunConfig:
     return to_run_config(assigned(*overrides))
+
+
+@pytest.fixture
+def commands_assign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `fit` and `predict` take what `assigned` returns: the name of the sweep alone is another."""
+
+    def settings(overrides: Sequence[str], *, with_hydra: bool = False) -> Any:
+        return compose_settings(overrides, with_hydra=True) if with_hydra else assigned(*overrides)
+
+    for module in ("predict.__main__", "fit.opened", "fit.scores", "fit.proof"):
+        monkeypatch.setattr(f"qexp.{module}.compose_settings", settings)
 
 
 @cache

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 
 import qexp
+from qexp.fit import outcome
 from qexp.fit.__main__ import main
 from qexp.fit.bandwidth import measured_bandwidth
 from qexp.fit.layers import ModelLayers
 from qexp.sensitivity.table import SensitivityTable
+from tests.assigning import commands_assign as commands_assign
 from tests.fit.made_scores import write_scores
+
+pytestmark = pytest.mark.usefixtures("commands_assign")
 
 DIGITS = ["model=digits"]
 
@@ -26,6 +30,11 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def without_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outcome, "draw_front", lambda *_: b"")
+
+
 def planned(outputs: Path, scores: Path, *words: str) -> dict[str, object]:
     """The plan.json of `fit --plan`."""
     assert main([*DIGITS, f"scores={scores}", f"paths.outputs={outputs}", *words, "--plan"]) == 0
@@ -35,7 +44,7 @@ def planned(outputs: Path, scores: Path, *words: str) -> dict[str, object]:
 
 
 def test_recipe_of_a_plan_loads_with_the_predicted_bytes(
-    tmp_path: Path, scores: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, scores: Path, without_figure: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = planned(tmp_path, scores, "bits=4.5")
     (recipe,) = tmp_path.glob("fit/*/recipe.yaml")
@@ -70,7 +79,7 @@ def refused(capsys: pytest.CaptureFixture[str], scores: Path, *words: str) -> st
 
 
 def test_budget_that_nothing_meets_names_the_smallest_that_can_be_met(
-    tmp_path: Path, scores: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, scores: Path, without_figure: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outputs = f"paths.outputs={tmp_path}"
     for name, value in (("weights", "1MiB"), ("bits", "2"), ("memory", "100MiB")):
@@ -123,7 +132,7 @@ def test_quantized_checkpoint_is_refused(tmp_path: Path, scores: Path, capsys: p
 
 
 def test_layers_rest_elsewhere_only_as_far_as_time_allows(
-    tmp_path: Path, scores: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, scores: Path, without_figure: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Below the smallest formats, layers travel; with no time for that, nothing keeps both bounds."""
     outputs = f"paths.outputs={tmp_path}"

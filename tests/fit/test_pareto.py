@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from qexp.config.hydra_schema import compose_settings
 from qexp.errors import ConfigError
-from qexp.experiments.resolve import to_run_config
 from qexp.fit.pareto import front_jobs
+from tests.assigning import commands_assign as commands_assign
+from tests.assigning import run_config
 from tests.fit.made_scores import OPTIONS, write_scores
+
+pytestmark = pytest.mark.usefixtures("commands_assign")
 
 
 def test_front_of_a_model_is_every_uniform_format_and_mixes_between_them(tmp_path: Path) -> None:
@@ -20,7 +22,7 @@ def test_front_of_a_model_is_every_uniform_format_and_mixes_between_them(tmp_pat
     assert all(words[:4] == job and "seed=5" in words for words in jobs)
     (tmp_path / "runs" / "made" / "config.yaml").write_text("seed: 7")
     assert all("seed=8" in words for words in front_jobs(job, 6, is_dry=True))  # no score was made with it
-    configs = [to_run_config(compose_settings(words)) for words in jobs]
+    configs = [run_config(*words) for words in jobs]
     backends = [config.components["transformer"].backend for config in configs]
     uniform = [one.quant_method for one in backends[: len(OPTIONS) + 1]]
     assert sorted(uniform) == ["gguf", "gguf", "gguf", "none", "qexp_packed", "qexp_packed"]

@@ -9,6 +9,7 @@ import pytest
 from qexp.fit.mix import Mix, key_of, uniform_mix
 from qexp.fit.program import Groups, Limits, best_mix, smallest_bytes
 from qexp.sensitivity.table import Candidate
+from tests.products import representatives
 
 FORMATS = ("none", "two", "four", "eight")
 BITS = {"none": 16, "two": 2, "four": 4, "eight": 8}
@@ -52,7 +53,7 @@ def brute_force(groups: Groups, limits: Limits) -> float | None:
     return best
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", representatives(range(6), range(3)))
 def test_six_layers_at_many_budgets_are_as_brute_force(seed: int) -> None:
     groups = made_groups(6, seed)
     least = smallest_bytes(groups)

@@ -21,8 +21,11 @@ from qexp.predict import __main__ as command
 from qexp.predict.__main__ import forecast, main, published_overrides
 from qexp.predict.tables import ModelForecast
 from qexp.system.screen import say
+from tests.assigning import commands_assign as commands_assign
 from tests.products import diagonal, representatives
 from tests.scripts.test_make_checkpoint import TINY
+
+pytestmark = pytest.mark.usefixtures("commands_assign")
 
 T5 = {"architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1,
       "num_heads": 4, "vocab_size": 100, "feed_forward_proj": "gated-gelu"}  # fmt: skip

@@ -194,7 +194,7 @@ def test_scores_do_not_depend_on_the_compute_dtype_of_activations(tmp_path: Path
 
 
 def test_gradient_scores_of_blocks_on_disk_are_those_of_a_model_in_memory(tmp_path: Path) -> None:
-    overrides = ("model=arithmetic", "task.samples=4", "task.formats=[gguf_q4_0]", "task.score=gradient")
+    overrides = ("model=arithmetic", "task.samples=2", "task.formats=[gguf_q4_0]", "task.score=gradient")
     tables = [run(tmp_path / name, *overrides, *more) for name, more in (
         ("memory", ()), ("disk", ("offload=block", "offload.to=disk")),
     )]  # fmt: skip
