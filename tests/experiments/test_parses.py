@@ -21,6 +21,7 @@ from qexp.scoring.score import score
 from qexp.sweep.run_key import reference_key, run_key
 from tests.assigning import run_config
 from tests.pipelines import save_pipeline
+from tests.products import exhaustive
 
 DIGITS = Path(qexp.__file__).parent / "assets/digits"
 QUICK = ("task.num_images=1", "task.num_inference_steps=1")
@@ -85,7 +86,9 @@ def parses(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
     return counts
 
 
-@pytest.mark.parametrize("make", [one_file, shards, gguf, pipeline, lora, round_trip], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [one_file, shards, gguf, exhaustive(pipeline), lora, round_trip], ids=lambda make: make.__name__
+)  # lora is of a pipeline
 def test_each_file_is_parsed_once_in_each_process(
     make: Callable[[Path], tuple[str, ...]],
     tmp_path: Path,
