@@ -5,7 +5,8 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from qexp.config.schema import RunConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.experiments.reference import reference_config
+from qexp.experiments.run import _slow_dtypes as slow_dtypes
 from qexp.experiments.run import run_experiment
 from qexp.loading.gguf_saving import save_gguf
 from qexp.metrics.registry import find_metric
@@ -95,6 +97,14 @@ def test_a_dtype_that_the_cpu_has_no_instructions_for_is_named(
     run(checkpoint, tmp_path, "backend=quanto", *overrides)
     printed = capsys.readouterr().err
     assert said in printed if said else "AVX" not in printed
+
+
+def test_a_gpu_needs_no_instructions_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    planned = cast(Any, [SimpleNamespace(prepared=SimpleNamespace(compute_dtype=torch.bfloat16))])
+    assert slow_dtypes(planned, torch.device("cuda")) is None
+    assert "AVX-512" in str(slow_dtypes(planned, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ def test_runs_are_logged_in_order_once_their_folders_are_free_and_a_failure_is_a
         shutil.copytree(folder, copied)
     (damaged / "config.yaml").write_text("model: [", encoding="utf-8")
     writer = LogWriter()
+    writer.log(damaged, config, None)
     with RunFolder(folder).locked(print):
         writer.log(folder, config, "a sweep")
-        writer.log(damaged, config, None)
         writer.log(other, config, "a sweep")
         assert not list(folder.glob("wandb/offline-run-*"))
     writer.close()
