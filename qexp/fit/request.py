@@ -48,7 +48,7 @@ class Request:
     scores: the folder of a finished sensitivity run; None: the stored one, or a new one.
     formats: the config of each candidate by its name; None: those of the scores.
     formats_text: as it was typed.
-    score, groups: task.score and task.groups of a sensitivity run that has to be made.
+    score, groups: task.score and task.groups of the sensitivity run, stored or new.
     seeds: of the proof, how many.
     """
 

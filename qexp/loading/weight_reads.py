@@ -99,14 +99,17 @@ def _reads_of(kind: type[nn.Module]) -> tuple[WeightRead, ...]:
 
 
 def _names_a_weight(kind: type) -> bool:
-    """Return whether some method has an attribute `weight` in its code: few have, and to parse a file takes long.
+    """Return whether some method may have an attribute `weight` in its code: few have, and to parse a file takes long.
 
-    True, too, for methods of another file, which a decorator may have put in the place of the class's own.
+    True, too, for what is not the code that stands in the class: another decorator's than one of functools.wraps.
     """
-    for value in vars(kind).values():
-        function = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
-        code = getattr(function, "__code__", None)
-        if code is not None and (function.__module__ != kind.__module__ or "weight" in _names_in(code)):
+    for name, value in vars(kind).items():
+        function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+        if code is None:
+            if hasattr(value, "__get__") and not isinstance(value, type) and name not in ("__dict__", "__weakref__"):
+                return True  # a cached property
+        elif code.co_qualname != f"{kind.__qualname__}.{name}" or "weight" in _names_in(code):
             return True
     return False
 

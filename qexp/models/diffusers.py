@@ -138,9 +138,10 @@ class Source(ModelSource):
 
     @override
     def library_classes(self) -> tuple[str, ...]:
-        """Return the classes of the pipeline and of its components."""
-        parts = [part for part in self.folder.parts.values() if part[0] in ("diffusers", "transformers")]
-        return (f"diffusers::{self.folder.class_name}", *(f"{library}::{name}" for library, name in parts))
+        """Return the classes of the pipeline and of its components, but for those with code of their own."""
+        named = [("diffusers", self.folder.index.get("_class_name")), *self.folder.parts.values()]
+        known = [one for one in named if one[0] in ("diffusers", "transformers") and isinstance(one[1], str)]
+        return tuple(f"{library}::{name}" for library, name in known)
 
     @override
     def quantized_components(self) -> tuple[str, ...]:

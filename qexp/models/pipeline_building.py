@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -32,7 +32,8 @@ def name_schedulers() -> None:
     from diffusers.schedulers import KarrasDiffusionSchedulers
 
     for kind in KarrasDiffusionSchedulers:
-        getattr(diffusers, kind.name, None)
+        with suppress(Exception):  # one that cannot be imported is nobody's, or an error of the pipeline that has it
+            getattr(diffusers, kind.name)
 
 
 def network(folder: PipelineFolder, component: str, config: Mapping[str, Any]) -> nn.Module:

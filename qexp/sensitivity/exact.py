@@ -6,11 +6,13 @@ rest is quantized, too. Where errors are too large to add up from the dense netw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 from torch import Tensor, nn
 
+from qexp.errors import ConfigError
 from qexp.sensitivity.blocks import Tail, blocks_of, call, order_of_calls
 from qexp.sensitivity.candidates import candidate_weight, weight_of, weights_in_place
 from qexp.sensitivity.errors import output_error
@@ -62,8 +64,11 @@ def score_each(
 ) -> dict[str, Scores]:
     """Return the scores of all groups; each is kept in `partial` as it comes.
 
-    begin: called when the base is in place; returns what measures the error.
+    begin: called when the base is in place; returns what measures the error. Raises: ConfigError for a base that no
+    layer can be in, and for an error that is not finite.
     """
+    if base is not None and base not in groups.formats:
+        raise ConfigError(f"task.base: no layer of '{component}' can be in {base}; give another one")
     left = [group for group in groups.groups if (component, group.name) not in partial.done]
     dense = {layer: weight_of(model, layer) for layer in groups.layers}
     with all_in_format(model, groups, base) if base is not None else nullcontext():
@@ -73,6 +78,11 @@ def score_each(
             for name in group.formats if base is None else group.nbytes:
                 with weights_in_place(model, _weights_in(dense, groups, group, name)):
                     errors[name] = error_of(group)
+                if not math.isfinite(errors[name]):
+                    raise ConfigError(
+                        f"with '{group.name}' of '{component}' in {name} the output is not finite; leave {name} out of "
+                        f"task.formats, or add '{group.name}' to skip_modules"
+                    )
             partial.add(component, group.name, _above_dense(errors, group.formats))
     return {group.name: partial.done[component, group.name] for group in groups.groups}
 

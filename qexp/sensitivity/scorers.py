@@ -95,7 +95,7 @@ class ByFinal(Scorer):
 
     @override
     def score(self, component: str, groups: ComponentGroups, partial: PartialScores) -> dict[str, Scores]:
-        return self._final.score(component, groups, partial, self._base)
+        return self._final.score(component, partial, self._base)
 
     @override
     def run(self, component: str) -> None:

@@ -242,11 +242,11 @@ def _first_sweep(config: RunConfig, previous: Mapping[str, Any]) -> SweepConfig:
 def _execute(job: _Job, folder: RunFolder, previous: Mapping[str, Any] | None) -> Status:
     """Run in a worker, the reference first, or score the run of a `previous` result; the returned status is on disk if
     the disk takes it."""
-    run = _runner(job)
     if job.config.tracking.mode != "none" and job.config.isolation.mode == "process":
         WRITER.start()
     started = now_iso()
     try:
+        run = _runner(job)
         prepare_folder(folder, job.config, job.overrides, clear=previous is None)
         work = replace(job.work, folder=folder.path, steps="run")
         if saves_outputs(job.config):

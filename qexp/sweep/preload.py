@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from contextlib import suppress
 
 from qexp.checkpoints.checkpoint import open_components
 from qexp.config.plugins import plugin_module
@@ -51,7 +52,8 @@ def import_modules(names: Iterable[str]) -> None:
         module, mark, attribute = name.partition("::" if "::" in name else ":")
         with quiet():
             imported = importlib.import_module(module)
-            found = getattr(imported, attribute, None) if mark else None
+            if mark == "::":
+                with suppress(Exception):  # whatever it is, the load that needs the class says it
+                    getattr(imported, attribute)
         if mark == ":":
-            assert found is not None, name
-            found()
+            getattr(imported, attribute)()

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torchao.core.config import config_to_dict
 
 from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.errors import ConfigError, UnsupportedError
@@ -22,6 +21,7 @@ from qexp.quantizers.torchao_support.library import (
     Float8DynamicActivationFloat8WeightConfig,
     Float8WeightOnlyConfig,
     build,
+    config_to_dict,
     inner_tensors,
     is_quantized,
     quantize,

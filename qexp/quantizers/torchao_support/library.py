@@ -23,7 +23,7 @@ from qexp.quantizers.torchao_support.types import library_call
 from qexp.system.imports import quiet
 
 with quiet():  # warns of kernels for other machines
-    from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+    from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig, config_to_dict
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         Float8WeightOnlyConfig,
@@ -43,6 +43,7 @@ __all__ = [
     "build",
     "config_classes",
     "config_for",
+    "config_to_dict",
     "dequantize",
     "inner_tensors",
     "int8_group_size",
