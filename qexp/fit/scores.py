@@ -46,7 +46,7 @@ def find_scores(opened: OpenedModel, model: ModelLayers, request: Request) -> Pa
     if opened.is_published:  # there are no weights that scores could be of
         return None
     kind = score_of(opened, model, request)
-    asked = _question(to_run_config(compose_settings(_words(opened, request, kind))).to_container())
+    asked = _question(to_run_config(compose_settings(sensitivity_words(opened, request, kind))).to_container())
     found: list[tuple[bool, float, Path]] = []
     for path in Path(opened.config.paths.outputs).glob(f"runs/*/{CSV}"):
         folder = path.parent
@@ -79,14 +79,14 @@ def make_scores(
     score: its `task.score`; backends: format -> fields of its backend; scores of these are made with all other layers
     in the last one. Raises: ConfigError if it fails; its reason has been printed.
     """
-    words = _words(opened, request, score, backends)
+    words = sensitivity_words(opened, request, score, backends)
     config = to_run_config(compose_settings(words))
     if run_job(config, words).status != "done":
         raise ConfigError("there are no scores: task=sensitivity ended as the line above says")
     return Path(config.paths.outputs, "runs", run_key(config))
 
 
-def _words(
+def sensitivity_words(
     opened: OpenedModel, request: Request, score: str, backends: Mapping[str, Fields] | None = None
 ) -> list[str]:
     """Return the overrides of a sensitivity run with the experiment's own settings."""

@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 
 from qexp.errors import ConfigError
+from qexp.fit.opened import open_model
 from qexp.fit.pareto import front_jobs
+from qexp.fit.request import Request
+from qexp.fit.scores import sensitivity_words
+from qexp.system.files import to_yaml, write_text
 from tests.assigning import commands_assign as commands_assign
 from tests.assigning import run_config
 from tests.fit.made_scores import OPTIONS, write_scores
@@ -13,15 +17,30 @@ from tests.fit.made_scores import OPTIONS, write_scores
 pytestmark = pytest.mark.usefixtures("commands_assign")
 
 
+def store_question(folder: Path, job: list[str], *more: str) -> None:
+    """Store the settings of the sensitivity run that a table is said to be of."""
+    request = Request(tuple(job))
+    with open_model(request) as opened:
+        words = sensitivity_words(opened, request, "exact")
+    write_text(folder / "config.yaml", to_yaml(run_config(*words, *more).to_container()))
+
+
 def test_front_of_a_model_is_every_uniform_format_and_mixes_between_them(tmp_path: Path) -> None:
     job = ["experiment=mixed_pareto", "model=digits", f"paths.outputs={tmp_path}", "seed=4"]
     with pytest.raises(ConfigError, match="has no scores of this model"):
         front_jobs(job, 6, is_dry=True)  # a dry run makes none
     write_scores(tmp_path / "runs" / "made", ["model=digits"])
+    store_question(tmp_path / "runs" / "made", job, "seed=4")
     jobs = front_jobs(job, 6, is_dry=True)
     assert all(words[:4] == job and "seed=5" in words for words in jobs)
-    (tmp_path / "runs" / "made" / "config.yaml").write_text("seed: 7")
+    store_question(tmp_path / "runs" / "made", job, "seed=7")
     assert all("seed=8" in words for words in front_jobs(job, 6, is_dry=True))  # no score was made with it
+    for other in ("skip_modules=[blocks.0]", "task.groups=[[to_q,to_k,to_v]]", "task.num_inference_steps=3"):
+        store_question(tmp_path / "runs" / "made", job, other)
+        with pytest.raises(ConfigError, match="has no scores of this model with these settings"):
+            front_jobs(job, 6, is_dry=True)
+    store_question(tmp_path / "runs" / "made", job, "task.score=final")  # the kind of score is the table's matter
+    jobs = front_jobs(job, 6, is_dry=True)
     configs = [run_config(*words) for words in jobs]
     backends = [config.components["transformer"].backend for config in configs]
     uniform = [one.quant_method for one in backends[: len(OPTIONS) + 1]]
