@@ -176,6 +176,9 @@ def without_repacking(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have bitsandbytes' layers keep their bytes: on some CPUs the first forward of its own ones repacks the weight."""
     import bitsandbytes.nn.modules as modules
 
+    from qexp.quantizers.bitsandbytes_support.library import library
+
+    library()  # its fixes are for the whole process: without, answers would depend on which tests ran before
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
 
 
