@@ -43,7 +43,7 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     for (group, name), config in configs.items():
         twin = schema_of(config)
-        if _stored.get((group, name)) is not twin:  # each takes a millisecond, and a sweep asks for each experiment
+        if _stored.get((group, name)) is not twin:  # each takes a millisecond, and one process may compose often
             store.store(group=group, name=name, node=twin, package="_global_" if group == "schema" else None)
             _stored[group, name] = twin
 

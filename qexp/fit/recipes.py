@@ -69,10 +69,8 @@ def _option_of(mix: Mix, model: ModelLayers, component: str) -> str | None:
         return DENSE
     if len({choice.format for choice in own}) > 1:
         return None
-    covered, whole = (
-        {layer for choice in own for layer in choice.layers},
-        model.components[component].formats[own[0].format],
-    )
+    whole = model.components[component].formats[own[0].format]
+    covered = {layer for choice in own for layer in choice.layers}
     if covered != whole.nbytes.keys() or whole.refuses_model:
         return None
     config = config_of(own[0].backend, "backend")
