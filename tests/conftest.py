@@ -6,6 +6,7 @@ that nothing here needs torch and tests that do without stay fast.
 
 import gc
 import ipaddress
+import logging
 import os
 import socket
 import sys
@@ -161,6 +162,21 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         return made[name]
 
     return folder
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """What qexp logs meanwhile. pytest's own capture is off (pyproject.toml): it visits every logger of every library
+    six times in each test, which cost 2 % of all tests."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger, level = logging.getLogger("qexp"), logging.getLogger("qexp").level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.setLevel(level)
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

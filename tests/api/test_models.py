@@ -18,8 +18,8 @@ from qexp.config.offload import OffloadConfig
 from qexp.errors import ConfigError, LoadError, UnsupportedError
 from qexp.offloading.payload import true_nbytes
 from qexp.quantizers.bitsandbytes_support.config import BitsAndBytesConfig
+from tests.assigning import run_config
 from tests.backends import EVERY_WAY, Stack, StackSource, backend_config, save_stack
-from tests.composing import run_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 README = Path(__file__).parents[2] / "README.md"

@@ -17,7 +17,8 @@ import qexp
 import qexp.sweep.job
 from qexp.errors import ConfigError, QexpError
 from qexp.sweep.run_key import reference_key, run_key
-from tests.composing import command_line, run_config
+from tests.assigning import run_config
+from tests.composing import command_line
 
 ROOT = Path(__file__).parents[2]
 Folder = Callable[[str], Path]

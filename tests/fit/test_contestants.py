@@ -85,7 +85,7 @@ def test_uniform_format_that_no_whole_model_can_have_is_a_recipe(skipped: str, e
     from qexp.fit.layers import fields_of, plan_layers
     from qexp.fit.recipes import backend_overrides
     from qexp.models.base import load_source
-    from tests.composing import run_config
+    from tests.assigning import run_config
 
     config = run_config("model=digits", f"model.skip_modules={skipped}", "device=cpu", "backend=none")
     backend = backend_of("packed_uint4")

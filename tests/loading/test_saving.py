@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from qexp.errors import ConfigError, DiskError
 from qexp.loading import saving
 from qexp.loading.saving import save_model, save_tensors
-from tests.composing import run_config
+from tests.assigning import run_config
 from tests.loading.toys import Toy, load_toy, random_state, save_state, settings
 
 

@@ -17,8 +17,8 @@ from qexp.experiments.run import run_experiment
 from qexp.models.arithmetic import ASSETS, ArithmeticConfig, Source, solution
 from qexp.scoring.score import score
 from qexp.sweep.run_key import run_key
+from tests.assigning import run_config
 from tests.backends import BACKENDS
-from tests.composing import run_config
 from tests.language import TEXT, save_language_model
 from tests.products import representatives
 

@@ -13,7 +13,7 @@ from qexp.api.arguments import backend_config
 from qexp.config.schema import ComponentConfig
 from qexp.errors import ConfigError
 from qexp.models.component_settings import parse_component
-from tests.composing import run_config
+from tests.assigning import run_config
 
 
 class PlannedFarEnoughError(Exception):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from qexp.errors import ConfigError
 from qexp.experiments.run import run_experiment
 from qexp.models.arithmetic import ASSETS
-from tests.composing import run_config
+from tests.assigning import run_config
 from tests.models.test_networks import save_network
 
 PROMPTS = ("543+870=", "5")

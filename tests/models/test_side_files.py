@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from qexp.experiments.run import run_experiment
 from qexp.models.base import load_source
 from qexp.sweep.run_key import reference_key, run_key
-from tests.composing import run_config
+from tests.assigning import run_config
 from tests.language import save_language_model
 from tests.pipelines import save_pipeline
 from tests.products import representatives

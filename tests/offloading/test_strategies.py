@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -122,15 +121,12 @@ def test_payload_is_every_byte_of_the_groups_and_nothing_stays_behind(kind: str,
     assert statistics["offload/at_rest_device_gib"] == 0
 
 
-def test_what_somebody_else_holds_counts_as_left_on_the_device(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_somebody_else_holds_counts_as_left_on_the_device(tmp_path: Path, log_lines: list[str]) -> None:
     model = zoo.make("torchao_int8wo")
     kept = model.blocks[1].fc1.weight.qdata  # 128 × 64 bytes of one inner tensor
-    with caplog.at_level(logging.WARNING):
-        handle = offload(model, STRATEGIES["leaf_disk"], tmp_path)
+    handle = offload(model, STRATEGIES["leaf_disk"], tmp_path)
     assert handle.statistics()["offload/at_rest_device_gib"] * GIB == kept.numel() == 128 * 64
-    assert "still held" in caplog.text
+    assert any("still held" in line for line in log_lines)
     del kept
     assert handle.statistics()["offload/at_rest_device_gib"] == 0
 

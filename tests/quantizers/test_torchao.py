@@ -18,8 +18,8 @@ from qexp.quantizers.torchao import TorchAoConfig, TorchAoQuantizer
 from qexp.quantizers.torchao_support.names import CLASSES, FUNCTIONS, NAMES, OTHER_SHORTHANDS, SHORTHANDS
 from qexp.quantizers.torchao_support.types import spelled
 from qexp.sweep.run_key import run_key
+from tests.assigning import run_config
 from tests.backends import CPU
-from tests.composing import run_config
 from tests.quantizers.kinds import DYNAMIC_INTX, INTX, ao
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

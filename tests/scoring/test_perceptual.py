@@ -28,7 +28,7 @@ from qexp.scoring.perceptual_files import BACKBONE_SOURCES, INCEPTION_SOURCES, h
 from qexp.scoring.score import score
 from qexp.sweep.resume import decide, scored_names
 from qexp.system.memory import without_collector
-from tests.composing import run_config
+from tests.assigning import run_config
 from tests.cpu_time import quiet_seconds
 from tests.language import TOKENIZER
 from tests.products import exhaustive

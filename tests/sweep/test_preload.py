@@ -13,7 +13,7 @@ BACKENDS = ("quanto", "torchao", "bitsandbytes", "gguf_q4_0", "packed_uint4")
 CODE = """
 import json, sys
 from pathlib import Path
-from tests.composing import run_config
+from tests.assigning import run_config
 from qexp.experiments.reference import reference_config
 from qexp.results.run_folder import RunFolder
 from qexp.sweep.preload import import_modules, modules_of

@@ -23,8 +23,8 @@ from qexp.sweep.run_key import run_key
 from qexp.tasks.forward import call_network, run_forward, tensors_of
 from qexp.tasks.forward_inputs import in_dtype, read_inputs
 from qexp.tasks.input_files import ForwardConfig, check_file
+from tests.assigning import run_config
 from tests.backends import CPU
-from tests.composing import run_config
 from tests.models.test_networks import BF16, save_network
 from tests.tasks.contexts import context_of
 

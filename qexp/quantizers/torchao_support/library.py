@@ -73,6 +73,7 @@ def find_config_class(name: str) -> Any:
     return _classes_in(VALUES).get(name) or config_classes().get(name)
 
 
+@cache
 def _classes_in(module_name: str) -> dict[str, Any]:
     try:
         with quiet():
