@@ -24,8 +24,8 @@ from qexp.models.diffusers import DiffusersConfig, Source
 from qexp.models.lora import LoraConfig, lora_configs, read_updates
 from qexp.models.lora_scales import in_pattern
 from qexp.sweep.run_key import reference_key, run_key
+from tests.assigning import assigned
 from tests.backends import EVERY_WAY_TO_QUANTIZE, backend_config
-from tests.composing import composed
 from tests.models.test_diffusers import call as call_theirs
 from tests.models.test_diffusers import dense_images, load_theirs, task_of
 from tests.pipelines import load_components
@@ -358,7 +358,7 @@ def config_of(model: Path, *overrides: str) -> Any:
         "prompt=[a red cube,two trees]",
     )
     fields = [f"task.{entry}" for entry in small]
-    return to_run_config(composed("model=diffusers", f"model.path={model}", "device=cpu", *fields, *overrides))
+    return to_run_config(assigned("model=diffusers", f"model.path={model}", "device=cpu", *fields, *overrides))
 
 
 @pytest.mark.parametrize("offload", representatives(["leaf", "block", "model"], ["block"]))
