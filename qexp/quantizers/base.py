@@ -42,6 +42,7 @@ class Quantizer:
     # modules that quantizing or running imports, and functions that import more (module:function)
     imports: ClassVar[tuple[str, ...]] = ()
     has_kernels: ClassVar[bool] = False  # whether it quantizes with compiled loops on a CPU
+    rows_alone: ClassVar[bool] = False  # whether a row becomes the same whichever rows are quantized with it
     decodes_with_kernels: ClassVar[bool] = False  # whether its layers, and weights that are stored quantized, do too
     is_trainable: bool = True  # whether gradients flow through a layer to its input
     has_backward: bool = True  # the library implements backward; if False, loading/straight_through.py does

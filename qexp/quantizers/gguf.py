@@ -87,6 +87,7 @@ class GGUFQuantizer(base.Quantizer):
         base.FOR_DISPATCH,
     )
     has_kernels = True
+    rows_alone = True
     decodes_with_kernels = True
     is_serializable: ClassVar[bool] = True
     file_format = "gguf"

@@ -79,6 +79,7 @@ class PackedQuantizer(base.Quantizer):
     config: PackedConfig
     imports: ClassVar[tuple[str, ...]] = ("qexp.quantizers.packed.tensor", base.FOR_DISPATCH)
     has_kernels = True
+    rows_alone = True
     is_serializable = True
 
     @override

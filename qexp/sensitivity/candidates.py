@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qexp.errors import ConfigError
+from qexp.quantizers.rows import WeightSpec, is_finite
 from qexp.sensitivity.groups import Format
 
 
@@ -27,16 +29,26 @@ def candidate_weight(weight: Tensor, layer: str, one: Format) -> Tensor:
     finite.
     """
     spec = one.chosen[layer]
+    restored = restored_rows(weight.t() if spec.transposed else weight, spec, one)
+    return restored.t().contiguous() if spec.transposed else restored
+
+
+def restored_rows(dense: Tensor, spec: WeightSpec, one: Format) -> Tensor:
+    """Quantize rows of a dense weight, [out, in] as `spec` has it, and dequantize them to fp32.
+
+    Rows are a part of the weight only in a format whose `rows_alone` is true. Raises: as `candidate_weight`.
+    """
+    own = replace(spec, shape=(dense.shape[0], dense.shape[1]))
     with torch.no_grad():
-        dense = (weight.t() if spec.transposed else weight).to(spec.dtype)
-        quantized = one.quantizer.create_quantized_param(spec, [dense.contiguous()], {}, weight.device)
+        source = dense.to(spec.dtype).contiguous()
+        quantized = one.quantizer.create_quantized_param(own, [source], {}, dense.device)
         restored = one.quantizer.dequantize_param(quantized, torch.float32)
-        if not bool(torch.isfinite(restored).all()):
-            raise ConfigError(
-                f"the weight of '{layer}' is not finite in {one.name}; leave it out of task.formats, or add '{layer}' "
-                "to skip_modules"
-            )
-        return restored.t().contiguous() if spec.transposed else restored
+    if not is_finite(restored):
+        raise ConfigError(
+            f"the weight of '{spec.module}' is not finite in {one.name}; leave it out of task.formats, or add "
+            f"'{spec.module}' to skip_modules"
+        )
+    return restored
 
 
 @contextmanager

@@ -23,14 +23,15 @@ from torch import Tensor, nn
 
 from qexp.errors import ConfigError
 from qexp.sensitivity.blocks import blocks_of
-from qexp.sensitivity.candidates import candidate_weight, weight_of
+from qexp.sensitivity.candidates import restored_rows, weight_of
 from qexp.sensitivity.errors import draw_projection
-from qexp.sensitivity.groups import ComponentGroups, Group
+from qexp.sensitivity.groups import ComponentGroups, Format, Group
 from qexp.sensitivity.partial import PartialScores, Scores
 from qexp.sensitivity.recomputation import recomputed
 from qexp.sensitivity.samples import Batch, first_tensor, merge_calls
 
-GRADIENTS_BYTES, CHANGES_BYTES = 64 << 20, 128 << 20  # of weight gradients of rows, and of changed weights, at a time
+GRADIENTS_BYTES = 8 << 20  # of weight gradients at a time: as much as stays in a processor's cache
+CHANGES_BYTES = 64 << 20  # of changes of weights, in all formats, at a time
 
 
 def passes_of(model: nn.Module, batches: Sequence[Batch], projections: int) -> list[Batch]:
@@ -150,18 +151,19 @@ class _Backward:
         Rows that cannot be told apart (tokens that a network has picked) are one: its square has the same mean.
         """
         x, g = self._by_rows(input), self._by_rows(gradient)  # [rows, tokens, in], [rows, tokens, out]
+        formats = [self._groups.formats[name] for name in names]
+        specs = [one.chosen[layer] for one in formats]
         dense = weight_of(self._model, layer)
-        transposed = self._groups.formats[names[0]].chosen[layer].transposed
-        if transposed:
-            x, g = g, x  # the weight is [in, out]
-        rows_at_once = max(GRADIENTS_BYTES // (4 * dense.numel()), 1)
-        found = []
-        for some in _chunks(names, max(CHANGES_BYTES // (4 * dense.numel()), 1)):
-            weights = (candidate_weight(dense, layer, self._groups.formats[name]) for name in some)
-            changes = torch.stack([(weight - dense).flatten() for weight in weights])  # [formats, out * in]
-            parts = zip(x.split(rows_at_once), g.split(rows_at_once), strict=True)
-            found.append(torch.cat([torch.bmm(own_g.mT, own_x).flatten(1) @ changes.T for own_x, own_g in parts]))
-        return torch.cat(found, dim=1)
+        if specs[0].transposed:
+            dense = dense.t()
+        found = x.new_zeros(len(x), len(formats))
+        for numbers, rows in _parts(formats, dense):
+            part = dense[rows]
+            changes = part.new_empty(len(numbers), *part.shape, dtype=torch.float32)
+            for number, change in zip(numbers, changes, strict=True):
+                torch.sub(restored_rows(part, specs[number], formats[number]), part, out=change)
+            found[:, numbers] += _sum_products(x, g[..., rows], changes)
+        return found
 
     def _by_rows(self, tensor: Tensor) -> Tensor:
         count = tensor.numel() // tensor.shape[-1]
@@ -169,5 +171,27 @@ class _Backward:
         return tensor.reshape(rows, -1, tensor.shape[-1]).float()
 
 
-def _chunks(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    return (names[start : start + size] for start in range(0, len(names), size))
+def _parts(formats: Sequence[Format], dense: Tensor) -> Iterator[tuple[list[int], slice]]:
+    """Yield formats, by number, and rows of a weight [out, in] whose changes are in memory at a time.
+
+    The gradient of a part is computed once for all formats, but for those that need the whole weight, which may be too
+    many for that.
+    """
+    alone = [number for number, one in enumerate(formats) if one.quantizer.rows_alone]
+    whole = [number for number, one in enumerate(formats) if not one.quantizer.rows_alone]
+    rows, columns = dense.shape
+    step = max(CHANGES_BYTES // (4 * columns * max(len(alone), 1)), 1)
+    if alone:
+        yield from ((alone, slice(start, min(start + step, rows))) for start in range(0, rows, step))
+    count = max(CHANGES_BYTES // (4 * rows * columns), 1)
+    yield from ((whole[start : start + count], slice(0, rows)) for start in range(0, len(whole), count))
+
+
+def _sum_products(x: Tensor, g: Tensor, changes: Tensor) -> Tensor:
+    """Return <g^T x, change> of each row and change, [rows, formats]; x: [rows, tokens, in], g: [rows, tokens, out],
+    changes: [formats, out, in]."""
+    found = x.new_zeros(len(x), len(changes))
+    step = max(GRADIENTS_BYTES // (4 * len(x) * x.shape[-1]), 1)
+    for own_g, own_changes in zip(g.split(step, dim=-1), changes.split(step, dim=1), strict=True):
+        found += torch.bmm(own_g.mT, x).flatten(1) @ own_changes.flatten(1).T
+    return found

@@ -13,13 +13,20 @@ from torch import Tensor, nn
 from qexp.config.schema import ComponentConfig
 from qexp.errors import ConfigError
 from qexp.loading.lifecycle import request_load
+from qexp.quantizers.base import load_quantizer
+from qexp.quantizers.gguf import GGUFConfig
+from qexp.quantizers.gguf_blocks.encode import ENCODERS
+from qexp.quantizers.packed.elements import ELEMENTS
+from qexp.quantizers.qexp_packed import PackedConfig
+from qexp.quantizers.rows import WeightSpec
 from qexp.results.run_folder import PARTIAL
-from qexp.sensitivity import exact
+from qexp.sensitivity import exact, gradient
 from qexp.sensitivity.blocks import Tail, blocks_of, order_of_calls
+from qexp.sensitivity.candidates import restored_rows
 from qexp.sensitivity.errors import draw_projection, output_error
 from qexp.sensitivity.exact import score_exactly
 from qexp.sensitivity.gradient import passes_of, score_by_gradient
-from qexp.sensitivity.groups import ComponentGroups, plan_groups
+from qexp.sensitivity.groups import ComponentGroups, Format, plan_groups
 from qexp.sensitivity.partial import PartialScores
 from qexp.sensitivity.samples import Batch, merge_calls
 from qexp.tasks.sensitivity import SensitivityConfig
@@ -102,6 +109,34 @@ def test_gradient_scores_have_the_mean_of_exact_ones(tmp_path: Path, lists: tupl
     for layer, scores in expected.items():
         for name, score in scores.items():  # 2000 squares of a Gaussian: a deviation of sqrt(2 / 2000) = 3 %
             assert found[layer][name] == pytest.approx(score, rel=0.12)
+
+
+def test_gradient_scores_do_not_depend_on_how_much_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Formats of rows meet a few rows at a time; nf4, whose second scales are of the whole weight, meets all."""
+    formats = [*FORMATS, "packed_uint4", "bitsandbytes_nf4_dq"]
+    model, groups = save_stack(tmp_path, SHAPES, dtype=torch.float32), planned(tmp_path, formats=formats)
+    passes = passes_of(model, batches_of(3, 2), 4)
+
+    def found() -> Any:
+        partial = PartialScores(tmp_path, {}, 24, anew=True)
+        return score_by_gradient("stack", model, groups, passes, 4, "squared_error", (), partial)
+
+    expected = found()
+    monkeypatch.setattr(gradient, "CHANGES_BYTES", 4 * 64 * 7 * 3)  # 7 of 96 rows of 64 weights, in three formats
+    monkeypatch.setattr(gradient, "GRADIENTS_BYTES", 4 * 64 * 20 * 2)
+    for layer, scores in found().items():
+        assert scores == pytest.approx(expected[layer], rel=1e-4) and min(scores.values()) > 0
+
+
+def test_rows_that_are_quantized_alone_are_as_in_the_whole_weight() -> None:
+    weight, spec = torch.randn(9, 256), WeightSpec("layer", (9, 256), torch.float32)
+    packed = [PackedConfig(quant_type=name, group_size=size) for name in ELEMENTS for size in (32, None)]
+    for config in (*packed, *(GGUFConfig(quant_type=name) for name in ENCODERS)):
+        one = Format("", config, load_quantizer(config), {"layer": spec})
+        assert one.quantizer.rows_alone
+        assert torch.equal(restored_rows(weight[3:5], spec, one), restored_rows(weight, spec, one)[3:5])
 
 
 def test_layers_of_a_group_are_changed_together(tmp_path: Path) -> None:
