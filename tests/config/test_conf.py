@@ -12,6 +12,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from qexp.config.hydra_schema import compose_settings
 from qexp.config.plugins import plugin_names
 from qexp.config.schema import RunConfig, TopLevelConfig
 from qexp.config.yaml_options import option_names, options_of_plugin
@@ -84,6 +85,15 @@ def test_every_yaml_opens_with_what_it_is_a_command_and_what_to_expect(path: Pat
     assert comment[0].endswith((".", "?"))
     assert any("python -m " in line for line in comment)
     assert any(line.startswith("# Expect ") for line in comment)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("experiment/*.yaml")), ids=lambda path: path.stem)
+def test_what_a_preset_chooses_wins_over_the_defaults(path: Path) -> None:
+    """Also of Hydra's own groups: mixed_pareto has a sweeper of its own."""
+    chosen = [entry for entry in yaml.safe_load(path.read_text()).get("defaults", []) if isinstance(entry, dict)]
+    choices = {name.removeprefix("override ").lstrip("/"): option for entry in chosen for name, option in entry.items()}
+    found = compose_settings([f"experiment={path.stem}"], with_hydra=True).hydra.runtime.choices
+    assert choices and {name: found[name] for name in choices} == choices
 
 
 def test_every_backend_model_and_task_has_a_yaml_and_a_schema_of_its_own() -> None:
