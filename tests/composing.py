@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import qexp.__main__
 import qexp.sweep.job
-from qexp.config.hydra_schema import register_schemas
+from qexp.config.hydra_schema import compose_settings
 from qexp.config.schema import RunConfig
 from qexp.experiments.resolve import to_run_config
 from qexp.results.manifest import JobRow
@@ -27,9 +26,7 @@ CONF = Path(__file__).parents[1] / "conf"
 
 def composed(*overrides: str) -> DictConfig:
     """What the command line would hand over, but for the sweep's name, which is the time of day otherwise."""
-    register_schemas()
-    with initialize_config_dir(str(CONF), version_base="1.3", job_name="qexp"):
-        return compose("config", overrides=["++sweep.name=test", *overrides])
+    return compose_settings(["++sweep.name=test", *overrides])
 
 
 def run_config(*overrides: str) -> RunConfig:

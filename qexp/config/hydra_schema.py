@@ -7,6 +7,7 @@ are stored as `schema/...`, which the files in `conf/` inherit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from typing import Any
@@ -54,9 +55,12 @@ def compose_settings(overrides: Sequence[str], *, with_hydra: bool = False) -> A
     Raises: Hydra's errors; cli/hydra_errors.py explains them.
     """
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
     register_schemas()
-    with initialize_config_dir(str(conf_folder().resolve()), version_base="1.3", job_name="qexp"):
+    is_within = GlobalHydra.instance().is_initialized()  # a command line of Hydra's, which knows the folder
+    folder = str(conf_folder().resolve())
+    with nullcontext() if is_within else initialize_config_dir(folder, version_base="1.3", job_name="qexp"):
         return compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
 
 

@@ -86,7 +86,7 @@ def scores_of(opened: OpenedModel, request: Request, *, is_plan: bool) -> Path:
     if is_plan or opened.is_published:
         raise ConfigError(
             f"{Path(opened.config.paths.outputs, 'runs')} has no scores of this model with these settings (layers, "
-            "samples, groups=, formats=, score=), and making them reads weights; leave --plan out, or give a finished "
-            "run of task=sensitivity: scores=<folder>"
+            "samples, groups=, formats=, score=), and making them reads weights; leave --plan (or sweep.dry_run) out, "
+            "or give a finished run of task=sensitivity: scores=<folder>"
         )
     return make_scores(opened, request, score_of(opened, model, request))

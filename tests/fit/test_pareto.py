@@ -12,6 +12,8 @@ from qexp.fit.scores import sensitivity_words
 from qexp.system.files import to_yaml, write_text
 from tests.assigning import commands_assign as commands_assign
 from tests.assigning import run_config
+from tests.composing import CommandLine
+from tests.composing import command as command
 from tests.fit.made_scores import OPTIONS, write_scores
 
 pytestmark = pytest.mark.usefixtures("commands_assign")
@@ -49,6 +51,20 @@ def test_front_of_a_model_is_every_uniform_format_and_mixes_between_them(tmp_pat
     assert 3 <= len(mixes) <= 6 and all(one.quant_method == "mixed" for one in mixes)
     assert len({one.label for one in mixes}) == len(mixes)
     assert all(str(config.components["transformer"].compute_dtype) == "float32" for config in configs)
+
+
+def test_the_preset_plans_its_fronts_in_hydras_command_line(
+    command: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its sweeper is the preset's own, is found by Hydra, and composes while Hydra runs."""
+    job = ["experiment=mixed_pareto", "model=digits", f"paths.outputs={tmp_path}"]
+    write_scores(tmp_path / "runs" / "made", ["model=digits"])
+    store_question(tmp_path / "runs" / "made", job)
+    assert command(*job, "hydra.sweeper.budgets=6", "sweep.dry_run=true") == 0
+    *lines, _ = capsys.readouterr().out.splitlines()
+    uniform, mixes = lines[: len(OPTIONS) + 1], lines[len(OPTIONS) + 1 :]
+    assert len(mixes) >= 3 and all("mixed mix_of_" in line for line in mixes)
+    assert not any("mixed" in line for line in uniform)
 
 
 def test_backend_of_a_front_is_refused(tmp_path: Path) -> None:
