@@ -16,16 +16,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.experiments.reference import reference_config
 from qexp.experiments.resolve import to_run_config
 from qexp.experiments.run import run_experiment
+from qexp.loading.lifecycle import load_component
 from qexp.models.diffusers import DiffusersConfig, Source
 from qexp.models.lora import LoraConfig, lora_configs, read_updates
 from qexp.models.lora_scales import in_pattern
 from qexp.sweep.run_key import reference_key, run_key
+from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, backend_config
 from tests.assigning import assigned
-from tests.backends import EVERY_WAY_TO_QUANTIZE, backend_config
 from tests.models.test_diffusers import call as call_theirs
 from tests.models.test_diffusers import dense_images, load_theirs, task_of
 from tests.pipelines import load_components
@@ -329,12 +331,16 @@ def test_text_encoders_have_their_own(pipeline_folder: Folder, tmp_path: Path) -
 def test_on_a_quantized_layer_the_update_is_exact(backend: str, pipeline_folder: Folder, tmp_path: Path) -> None:
     path = save_lora(pipeline_folder, "flux", tmp_path)
     narrow = ("group_size=16",) if backend.startswith("packed") else ()  # the first layer has 16 inputs
-    source, models = load_components(pipeline_folder("flux"), backend_config(backend, *narrow), lora=str(path))
-    source.check_run(models, task_of("flux"))
-    layer, x = models["transformer"].transformer_blocks[1].attn.to_q, torch.randn(5, 64).bfloat16()
+    source = Source(DiffusersConfig(path=str(pipeline_folder("flux")), lora=str(path)))
+    transformer: Any = load_component(
+        source, "transformer", ComponentConfig(backend_config(backend, *narrow)), device=CPU, loader=LoaderConfig()
+    ).model
+    others = {part: skeleton(source, part) for part in source.components() if part != "transformer"}
+    source.check_run({"transformer": transformer, **others}, task_of("flux"))
+    layer, x = transformer.transformer_blocks[1].attn.to_q, torch.randn(5, 64).bfloat16()
     with torch.no_grad():
         base = layer(x)
-        source.adapt("transformer", models["transformer"], torch.bfloat16)
+        source.adapt("transformer", transformer, torch.bfloat16)
         answer = layer(x)
     stored = load_file(path)
     a, b = (stored[f"transformer.transformer_blocks.1.attn.to_q.lora_{part}.weight"].bfloat16() for part in "AB")
