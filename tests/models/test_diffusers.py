@@ -67,6 +67,22 @@ def dense_images(folder: Path, name: str) -> Tensor:
     return call(load_theirs(folder), name)
 
 
+@cache
+def quantized_images(folder: Path, name: str, backend: str) -> Tensor:
+    """Images of our pipeline with a quantized denoiser."""
+    return call(qexp.load_pipeline(folder, backend, device="cpu"), name)
+
+
+@cache
+def skeletons(folder: Path) -> dict[str, nn.Module]:
+    """The components of a pipeline without weights: users look at their structure."""
+    from accelerate import init_empty_weights
+
+    source = Source(DiffusersConfig(path=str(folder)))
+    with init_empty_weights(include_buffers=False):
+        return {part: source.skeleton(part, dict(open_component(source, part).config)) for part in source.components()}
+
+
 def task_of(name: str, **changes: Any) -> GenerateConfig:
     arguments = dict(ARGUMENTS[name])
     known = [key for key in arguments if hasattr(GenerateConfig, key)]
@@ -174,7 +190,7 @@ def test_quantized_it_is_what_diffusers_loads_quantized(name: str, backend: str,
 )
 def test_offloading_changes_no_bit(name: str, strategy: str, pipeline_folder: Folder) -> None:
     """The autoencoder is called by `decode`, and encoding prompts comes before it."""
-    expected = call(qexp.load_pipeline(pipeline_folder(name), "torchao", device="cpu"), name)
+    expected = quantized_images(pipeline_folder(name), name, "torchao")
     ours = qexp.load_pipeline(pipeline_folder(name), "torchao", device="cpu", offload=strategy)
     assert torch.equal(call(ours, name), expected)
     for model in (part for part in ours.components.values() if isinstance(part, nn.Module)):
@@ -221,20 +237,22 @@ def test_a_saved_pipeline_is_opened_again(backend: str, pipeline_folder: Folder,
     if backend != "gguf":  # a pipeline of diffusers holds no .gguf file
         theirs = qexp.load_pipeline(pipeline_folder("flux"), backend, device="cpu")
         qexp.save(theirs, tmp_path / "dense_text")  # quanto in transformers' models is ours alone
-        difference = (call(load_theirs(tmp_path / "dense_text"), "flux") - call(theirs, "flux")).abs().max()
+        images = quantized_images(pipeline_folder("flux"), "flux", backend)
+        difference = (call(load_theirs(tmp_path / "dense_text"), "flux") - images).abs().max()
         assert difference == 0 or (backend == "quanto" and difference < 0.05)  # whose layers they build anew
 
 
 def test_weights_of_a_component_from_elsewhere(pipeline_folder: Folder, tmp_path: Path) -> None:
     folder = pipeline_folder("flux")
     quantized = qexp.load_pipeline(folder, "gguf", device="cpu")
+    expected = call(quantized, "flux")
     qexp.save(quantized.transformer, tmp_path / "gguf")
     shutil.move(tmp_path / "gguf" / "model.gguf", tmp_path / "flux-Q8_0.gguf")  # alone, as hubs have them
     ours = qexp.load_pipeline(folder, checkpoints={"transformer": tmp_path / "flux-Q8_0.gguf"}, device="cpu")
-    assert torch.equal(call(ours, "flux"), call(quantized, "flux"))
+    assert torch.equal(call(ours, "flux"), expected)
     assert ours.transformer.quantization_method == "gguf"
     qexp.save(ours, tmp_path / "again")  # with the config of the pipeline's own transformer
-    assert torch.equal(call(qexp.load_pipeline(tmp_path / "again", device="cpu"), "flux"), call(quantized, "flux"))
+    assert torch.equal(call(qexp.load_pipeline(tmp_path / "again", device="cpu"), "flux"), expected)
 
 
 def test_weights_from_elsewhere_are_of_the_config_beside_them(pipeline_folder: Folder, tmp_path: Path) -> None:
@@ -248,11 +266,10 @@ def test_weights_from_elsewhere_are_of_the_config_beside_them(pipeline_folder: F
     other.save_pretrained(tmp_path / "vae")
     file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     assert qexp.load_pipeline(folder, checkpoints={"vae": file}, device="cpu").vae.config.shift_factor == 0.3
-    quantized = qexp.load_pipeline(folder, "torchao", device="cpu")
-    qexp.save(quantized.transformer, tmp_path / "int8")
+    qexp.save(qexp.load(folder, "torchao", component="transformer", device="cpu"), tmp_path / "int8")
     file = tmp_path / "int8" / "diffusion_pytorch_model.safetensors"
     ours = qexp.load_pipeline(folder, None, checkpoints={"transformer": file}, device="cpu")
-    assert torch.equal(call(ours, "flux"), call(quantized, "flux"))
+    assert torch.equal(call(ours, "flux"), quantized_images(folder, "flux", "torchao"))
     file = pipeline_folder("sd3") / "transformer" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(LoadError, match=r"is a SD3Transformer2DModel, but the pipeline needs a FluxTransformer2DMod"):
         qexp.load_pipeline(folder, checkpoints={"transformer": file}, device="cpu")
@@ -277,18 +294,18 @@ def test_weights_from_elsewhere_that_do_not_belong_there(pipeline_folder: Folder
 )
 def test_components_in_several_dtypes(name: str, component: str, pipeline_folder: Folder) -> None:
     """One in fp32 among those in bf16: what one gives, the next takes in its own dtype."""
-    folder = pipeline_folder(name)
-    if component == "denoiser":
-        component = "unet" if name == "sdxl" else "transformer"
+    folder, backend = pipeline_folder(name), None
+    if component == "denoiser":  # which is what is quantized
+        component, backend = "unet" if name == "sdxl" else "transformer", "torchao"
     mixed = {component: {"compute_dtype": "fp32"}}
-    ours = qexp.load_pipeline(folder, "torchao", device="cpu", components=mixed)
+    ours = qexp.load_pipeline(folder, backend, device="cpu", components=mixed)
     models = {part: model for part, model in ours.components.items() if isinstance(model, nn.Module)}
     assert {part for part, model in models.items() if model.dtype == torch.float32} == {component}
     images = call(ours, name)
-    same = call(qexp.load_pipeline(folder, "torchao", device="cpu"), name)
+    same = quantized_images(folder, name, backend) if backend else dense_images(folder, name)
     assert not torch.equal(images.float(), same.float())
     assert (images.float() - same.float()).abs().mean() < 0.02
-    offloaded = qexp.load_pipeline(folder, "torchao", device="cpu", components=mixed, offload="model")
+    offloaded = qexp.load_pipeline(folder, backend, device="cpu", components=mixed, offload="model")
     assert torch.equal(call(offloaded, name), images)
 
 
@@ -408,18 +425,14 @@ REFUSED_TASKS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED_TASKS)
 def test_a_task_that_a_pipeline_cannot_do(case: str, pipeline_folder: Folder) -> None:
-    from accelerate import init_empty_weights
-
     name, changes, message = REFUSED_TASKS[case]
     own = {"pipeline_arguments": {}} | changes
     source = Source(DiffusersConfig(path=str(pipeline_folder(name))))
-    with init_empty_weights():
-        configs = {part: dict(open_component(source, part).config) for part in source.components()}
-        skeletons = {part: source.skeleton(part, config) for part, config in configs.items()}
+    pipeline = source.pipeline(dict(skeletons(pipeline_folder(name))))
     arguments = {key: value for key, value in ARGUMENTS[name].items() if hasattr(GenerateConfig, key)}
     task = GenerateConfig(**{**arguments, "prompt": PROMPTS, **own}).resolved()
     with pytest.raises(ConfigError, match=message):
-        check_arguments(source.pipeline(skeletons), task)
+        check_arguments(pipeline, task)
 
 
 @pytest.mark.parametrize(
@@ -518,7 +531,7 @@ def test_variants_and_old_names(pipeline_folder: Folder, tmp_path: Path, capsys:
     from safetensors.torch import load_file, save_file
 
     folder = copy_of(pipeline_folder("sdxl"), tmp_path / "pipeline")
-    expected = call(qexp.load_pipeline(folder, device="cpu"), "sdxl")
+    expected = dense_images(pipeline_folder("sdxl"), "sdxl")
     name = "diffusion_pytorch_model"
     (folder / "unet" / f"{name}.safetensors").rename(folder / "unet" / f"{name}.fp16.safetensors")
     tensors = load_file(folder / "vae" / f"{name}.safetensors")

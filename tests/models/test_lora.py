@@ -29,9 +29,9 @@ from qexp.sweep.run_key import reference_key, run_key
 from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, backend_config
 from tests.assigning import assigned
 from tests.models.test_diffusers import call as call_theirs
-from tests.models.test_diffusers import dense_images, load_theirs, task_of
+from tests.models.test_diffusers import dense_images, load_theirs, skeletons, task_of
 from tests.pipelines import load_components
-from tests.products import representatives
+from tests.products import exhaustive, representatives
 
 Folder = Callable[[str], Path]
 LAYERS = {
@@ -116,7 +116,7 @@ def test_several_are_added_in_their_order(pipeline_folder: Folder, tmp_path: Pat
     assert torch.equal(ours, images_of_theirs(folder, "flux", {paths[0]: 1.0, paths[1]: -0.3}))
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("use_rslora", [exhaustive(False), True])
 def test_ranks_and_alphas_of_single_layers(pipeline_folder: Folder, tmp_path: Path, use_rslora: bool) -> None:
     patterns = {"rank_pattern": {"proj_mlp": 2}, "alpha_pattern": {"transformer_blocks.0.attn.to_q": 11}}
     path = save_lora(pipeline_folder, "flux", tmp_path, use_rslora=use_rslora, **patterns)
@@ -156,7 +156,7 @@ def test_a_file_of_kohya(pipeline_folder: Folder, tmp_path: Path) -> None:
 def scales_of(pipeline_folder: Folder, name: str, lora: Any) -> dict[str, float]:
     """component.layer -> the factor of its update."""
     source = Source(DiffusersConfig(path=str(pipeline_folder(name)), lora=lora))
-    source.check_run({part: skeleton(source, part) for part in source.components()}, task_of(name))
+    source.check_run(dict(skeletons(pipeline_folder(name))), task_of(name))
     return {
         f"{component}.{layer}": update.scale
         for component, layers in source._updates.items()
@@ -215,7 +215,7 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "rsLoRA": ("flux", {"use_rslora": True}),
     "ranks of single layers": ("flux", {"rank_pattern": {"proj_mlp": 2}, "target_modules": ["to_q", "proj_mlp"]}),
     "alphas of single layers": ("sdxl", {"alpha_pattern": {"attn2.to_q": 8}, "target_modules": ["to_q", "ff.net.2"]}),
-    "biases": ("sd3", {"lora_bias": True, "target_modules": ["to_q"]}),
+    "biases": ("flux", {"lora_bias": True}),
 }
 
 
@@ -335,8 +335,7 @@ def test_on_a_quantized_layer_the_update_is_exact(backend: str, pipeline_folder:
     transformer: Any = load_component(
         source, "transformer", ComponentConfig(backend_config(backend, *narrow)), device=CPU, loader=LoaderConfig()
     ).model
-    others = {part: skeleton(source, part) for part in source.components() if part != "transformer"}
-    source.check_run({"transformer": transformer, **others}, task_of("flux"))
+    source.check_run({**skeletons(pipeline_folder("flux")), "transformer": transformer}, task_of("flux"))
     layer, x = transformer.transformer_blocks[1].attn.to_q, torch.randn(5, 64).bfloat16()
     with torch.no_grad():
         base = layer(x)
@@ -409,8 +408,7 @@ def test_it_needs_no_peft(pipeline_folder: Folder, tmp_path: Path) -> None:
 class TestErrors:
     def check(self, pipeline_folder: Folder, name: str, path: Path) -> None:
         source = Source(DiffusersConfig(path=str(pipeline_folder(name)), lora=str(path)))
-        models = {part: skeleton(source, part) for part in source.components()}
-        source.check_run(models, task_of(name))
+        source.check_run(dict(skeletons(pipeline_folder(name))), task_of(name))
 
     def test_another_architecture(self, pipeline_folder: Folder, tmp_path: Path) -> None:
         path = save_lora(pipeline_folder, "sdxl", tmp_path)
@@ -482,15 +480,6 @@ class TestErrors:
     def test_a_setting_that_is_none(self, value: Any, message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             lora_configs(value)
-
-
-def skeleton(source: Source, component: str) -> nn.Module:
-    from accelerate import init_empty_weights
-
-    from qexp.checkpoints.checkpoint import open_component
-
-    with init_empty_weights(include_buffers=False):
-        return source.skeleton(component, dict(open_component(source, component).config))
 
 
 def test_settings_of_every_form() -> None:
