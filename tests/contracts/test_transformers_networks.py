@@ -30,8 +30,8 @@ DOUBLED = (
     "AfmoeForCausalLM", "GptOssForCausalLM", "JetMoeForCausalLM", "MT5ForConditionalGeneration",
     "MixtralForCausalLM", "PhimoeForCausalLM", "UMT5ForConditionalGeneration",
 )  # fmt: skip
-# Plain layers, Conv1D, merged experts, tied embeddings of two stacks, buffers that no file holds, state spaces.
-KEPT = ("LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM", "T5ForConditionalGeneration", "XGLMForCausalLM")
+# Buffers that no file holds. tests/models/test_networks.py has plain layers, Conv1D, merged experts, tied embeddings.
+KEPT = ("XGLMForCausalLM",)
 Dense = Callable[[str], Path]
 
 
@@ -92,7 +92,12 @@ def test_unquantized_it_is_what_transformers_loads(name: str, dense: Dense) -> N
     ("name", "backend"),
     representatives(
         product(NETWORKS, BOUNDS),
-        [*product(KEPT[:1], BOUNDS), *product(KEPT, ["bitsandbytes"]), ("FalconForCausalLM", "torchao")],
+        [
+            *product(KEPT, ["bitsandbytes"]),
+            ("MixtralForCausalLM", "bitsandbytes_int8"),
+            ("FalconForCausalLM", "torchao"),
+            ("LlamaForCausalLM", "gguf"),
+        ],
     ),
 )
 def test_quantized_it_answers_nearly_the_same(

@@ -3,7 +3,10 @@
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,6 +28,8 @@ from qexp.sweep.run_key import reference_key, run_key
 from tests import assigning
 from tests.backends import BACKENDS
 from tests.products import exhaustive, representatives
+
+Resident = Callable[[str], tuple[dict[str, Any], dict[str, torch.Tensor], Path]]
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +64,27 @@ def default_run(
     return run(checkpoint, tmp_path_factory.mktemp("default"))
 
 
-def test_activations_are_calibrated_before_the_model_is_saved_and_offloaded(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def resident(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Resident:
+    """Metrics, outputs and the folder of a resident run with a backend, which is made once and saves its model."""
+
+    @cache
+    def run_once(backend: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], Path]:
+        folder: Path = tmp_path_factory.mktemp(backend)
+        return *run(checkpoint, folder, f"backend={backend}", f"save.path={folder / 'saved'}"), folder
+
+    return run_once
+
+
+def test_activations_are_calibrated_before_the_model_is_saved_and_offloaded(
+    checkpoint: Path, resident: Resident, tmp_path: Path
+) -> None:
     chosen, saved = (
         ("backend=quanto", "backend.activations_dtype=int8", "backend.calibration_samples=5"),
         tmp_path / "q",
     )
     _, expected = run(checkpoint, tmp_path / "one", *chosen, f"save.path={saved}")
-    _, weights_alone = run(checkpoint, tmp_path / "two", "backend=quanto")
+    _, weights_alone, _ = resident("quanto")
     assert not torch.equal(expected["images"], weights_alone["images"])
     metrics, offloaded = run(checkpoint, tmp_path / "three", *chosen, "offload=block", "offload.to=disk")
     assert metrics["offload/groups"] >= 2
@@ -78,7 +97,7 @@ def test_activations_are_calibrated_before_the_model_is_saved_and_offloaded(chec
     ("capability", "overrides", "said"),
     [
         ("AVX2", (), "without which bfloat16 is several times slower than compute_dtype=fp32"),
-        ("AVX2", ("compute_dtype=fp16",), "without which float16 is"),
+        exhaustive("AVX2", ("compute_dtype=fp16",), "without which float16 is"),
         ("AVX2", ("compute_dtype=fp32",), None),
         ("AVX512", (), None),
     ],
@@ -120,10 +139,11 @@ def test_a_reference_in_another_dtype_is_named(
 
 
 def test_the_reference_of_a_stored_model_is_another_checkpoint_whatever_its_dtype(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, resident: Resident, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(checkpoint, tmp_path / "a", "backend=quanto", f"save.path={tmp_path / 'saved'}")
-    run(tmp_path / "saved", tmp_path / "b", "compute_dtype=fp32", f"model.reference_path={checkpoint}")
+    _, _, folder = resident("quanto")
+    capsys.readouterr()
+    run(folder / "saved", tmp_path / "b", "compute_dtype=fp32", f"model.reference_path={checkpoint}")
     assert "its reference in" not in capsys.readouterr().err
 
 
@@ -152,24 +172,30 @@ def test_calibration_is_part_of_the_key_where_it_counts(checkpoint: Path) -> Non
     assert few != many
 
 
-@pytest.mark.parametrize("backend", representatives(BACKENDS, ("quanto_int4",)))
-def test_offloading_changes_no_bit_and_proves_that_it_happened(backend: str, checkpoint: Path, tmp_path: Path) -> None:
-    resident, expected = run(checkpoint, tmp_path / "none", f"backend={backend}", "offload=none")
-    assert resident["offload/groups"] == resident["offload/transferred_gib"] == 0
-    assert (resident["load/quantized_modules"] > 0) == (backend != "none")
-    for strategy in ("leaf", "block"):
-        for to in ("disk", "cpu"):
-            overrides = (f"backend={backend}", f"offload={strategy}", f"offload.to={to}")
-            metrics, outputs = run(checkpoint, tmp_path / strategy / to, *overrides)
-            assert all(torch.equal(outputs[name], expected[name]) for name in expected), (strategy, to)
-            assert metrics["offload/groups"] >= 2
-            payload, groups = metrics["offload/payload_gib"], metrics["offload/groups"]
-            ahead = 1 if to == "disk" else 0  # two steps, and from disk what was read for a third
-            assert 2 * payload * 0.999 <= metrics["offload/transferred_gib"] <= (2 + ahead) * payload * 1.001
-            assert 2 * groups <= metrics["offload/copies"] <= (2 + ahead) * groups
-            at_rest = 0 if to == "disk" else metrics["offload/payload_gib"]  # on a CPU, its memory is the device's
-            assert metrics["offload/at_rest_device_gib"] == at_rest
-            assert metrics["offload/payload_gib"] > 0.6 * metrics["memory/weights_gib"]
+@pytest.mark.parametrize(
+    ("backend", "strategy", "to"),
+    representatives(
+        product(BACKENDS, ("leaf", "block"), ("disk", "cpu")),
+        [("quanto_int4", "leaf", "disk"), ("quanto_int4", "block", "cpu")],
+    ),
+)
+def test_offloading_changes_no_bit_and_proves_that_it_happened(
+    backend: str, strategy: str, to: str, checkpoint: Path, resident: Resident, tmp_path: Path
+) -> None:
+    before, expected, _ = resident(backend)
+    assert before["offload/groups"] == before["offload/transferred_gib"] == 0
+    assert (before["load/quantized_modules"] > 0) == (backend != "none")
+    overrides = (f"backend={backend}", f"offload={strategy}", f"offload.to={to}")
+    metrics, outputs = run(checkpoint, tmp_path, *overrides)
+    assert all(torch.equal(outputs[name], expected[name]) for name in expected)
+    assert metrics["offload/groups"] >= 2
+    payload, groups = metrics["offload/payload_gib"], metrics["offload/groups"]
+    ahead = 1 if to == "disk" else 0  # two steps, and from disk what was read for a third
+    assert 2 * payload * 0.999 <= metrics["offload/transferred_gib"] <= (2 + ahead) * payload * 1.001
+    assert 2 * groups <= metrics["offload/copies"] <= (2 + ahead) * groups
+    at_rest = 0 if to == "disk" else metrics["offload/payload_gib"]  # on a CPU, its memory is the device's
+    assert metrics["offload/at_rest_device_gib"] == at_rest
+    assert metrics["offload/payload_gib"] > 0.6 * metrics["memory/weights_gib"]
 
 
 @pytest.mark.parametrize(
@@ -199,30 +225,30 @@ def test_a_device_map_changes_no_bit_and_says_where_the_weights_are(
     assert run_key(config) != run_key(run_config(checkpoint))
 
 
-def test_generate_writes_its_files(checkpoint: Path, tmp_path: Path) -> None:
-    metrics, outputs = run(checkpoint, tmp_path, "backend=torchao")
+def test_generate_writes_its_files(resident: Resident) -> None:
+    metrics, outputs, folder = resident("torchao")
     assert outputs["images"].shape == (3, 1, 8, 8)
     assert outputs["trajectory"].shape == (2, 3, 1, 8, 8)
-    rows = list(csv.DictReader((tmp_path / "memory.csv").open()))
+    rows = list(csv.DictReader((folder / "memory.csv").open()))
     assert [row["step"] for row in rows] == ["1", "2"]
-    loading = [float(row["host_gib"]) for row in csv.DictReader((tmp_path / "load_memory.csv").open())]
+    loading = [float(row["host_gib"]) for row in csv.DictReader((folder / "load_memory.csv").open())]
     baseline, peak = metrics["load/baseline_host_gib"], metrics["load/peak_host_gib"]
     assert baseline is not None and peak is not None
     assert baseline - 0.01 < min(loading) <= max(loading) < baseline + peak + 0.01  # GiB
-    plan = json.loads((tmp_path / "plan.json").read_text())["transformer"]
+    plan = json.loads((folder / "plan.json").read_text())["transformer"]
     assert len(plan["quantized"]) == metrics["load/quantized_modules"]
     assert set(plan["skipped"]) == {"x_embed", "proj_out"}
     assert plan["unused"] == []
     assert plan["result_bytes"] / 2**30 == pytest.approx(metrics["memory/weights_gib"])
 
 
-def test_numbers_agree_with_each_other(checkpoint: Path, tmp_path: Path) -> None:
+def test_numbers_agree_with_each_other(resident: Resident) -> None:
     """5.2 M parameters of 16 bits; int8 with a scale and a zero point a row of 256 or 1,024 weights."""
-    none, _ = run(checkpoint, tmp_path / "a", "backend=none")
+    none, _, _ = resident("none")
     assert none["memory/weights_gib"] == none["memory/dense_weights_gib"]
     assert none["memory/model_bits_per_weight"] == pytest.approx(16)
     assert "memory/bits_per_weight" not in none
-    int8, _ = run(checkpoint, tmp_path / "b", "backend=torchao")
+    int8, _, _ = resident("torchao")
     assert 8 + 40 / 1024 < int8["memory/bits_per_weight"] < 8 + 40 / 256
     assert 0.5 < int8["memory/weights_gib"] / int8["memory/dense_weights_gib"] < 0.53
     assert int8["load/peak_host_gib"] >= 0
@@ -294,7 +320,7 @@ def test_a_checkpoint_in_fp64_is_computed_in_fp32(checkpoint: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("backend", "offload"),
     [
-        ("bitsandbytes", "none"),
+        exhaustive("bitsandbytes", "none"),
         ("bitsandbytes_int8", "leaf"),
         exhaustive("torchao", "none"),
         ("quanto_int4", "leaf"),
@@ -321,9 +347,10 @@ def test_what_was_saved_answers_the_same_without_any_setting(
     assert second["load/unused_tensors"] == 0
 
 
-def test_the_reference_of_a_quantized_checkpoint_is_the_unquantized_one(checkpoint: Path, tmp_path: Path) -> None:
-    saved = tmp_path / "saved"
-    run(checkpoint, tmp_path / "a", "backend=torchao", f"save.path={saved}")
+def test_the_reference_of_a_quantized_checkpoint_is_the_unquantized_one(
+    checkpoint: Path, resident: Resident, tmp_path: Path
+) -> None:
+    saved = resident("torchao")[2] / "saved"
     reference = reference_config(run_config(saved, f"model.reference_path={checkpoint}"))
     assert reference.model.path == str(checkpoint)
     assert reference.components["transformer"].backend.quant_method == "none"
@@ -366,9 +393,8 @@ def test_a_roundtrip_of_a_quantized_checkpoint_is_that_of_its_original(
         run_experiment(run_config(saved, f"model.reference_path={saved}", task="roundtrip"), tmp_path)
 
 
-def test_an_original_of_another_shape(checkpoint: Path, tmp_path: Path) -> None:
-    saved, other = tmp_path / "saved", tmp_path / "other"
-    run(checkpoint, tmp_path / "a", "backend=torchao", f"save.path={saved}")
+def test_an_original_of_another_shape(checkpoint: Path, resident: Resident, tmp_path: Path) -> None:
+    saved, other = resident("torchao")[2] / "saved", tmp_path / "other"
     shutil.copytree(checkpoint, other)
     tensors = load_file(checkpoint / "model.safetensors")
     tensors["blocks.0.attn.to_q.weight"] = tensors["blocks.0.attn.to_q.weight"][:, :8].contiguous()
