@@ -141,7 +141,7 @@ def test_a_file_is_described_by_the_config_beside_it(folder: Path) -> None:
 
 def test_what_the_command_line_leaves_unquantized() -> None:
     def unquantized(source: Any, **settings: Any) -> set[str]:
-        model = qexp.load(source, "packed_uint3", device="cpu", **settings)
+        model = qexp.load(source, "torchao", device="cpu", **settings)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         return {name for name, layer in layers.items() if type(layer.weight) is nn.Parameter}
 
@@ -305,7 +305,7 @@ def test_save_and_load_again(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -1.0, math.nan, math.inf, "5"])
-def test_a_size_of_shards_that_is_none(limit: Any, tmp_path: Path) -> None:
+def test_a_size_of_shards_that_is_none(limit: Any, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"save\.max_shard_gib='?{limit}(\.0)?'? must be a (finite )?number"):
-        qexp.save(qexp.load("digits", device="cpu"), tmp_path / "saved", max_shard_gib=limit)
+        qexp.save(load(folder), tmp_path / "saved", max_shard_gib=limit)
     assert not (tmp_path / "saved").exists()

@@ -19,6 +19,7 @@ from qexp.errors import ConfigError, QexpError
 from qexp.sweep.run_key import reference_key, run_key
 from tests.assigning import run_config
 from tests.composing import command_line
+from tests.products import representatives
 
 ROOT = Path(__file__).parents[2]
 Folder = Callable[[str], Path]
@@ -132,7 +133,10 @@ def test_a_run_compared_with_another_model_is_another_run(pipeline_folder: Folde
         run_key(config(tmp_path / "saved"))
 
 
-@pytest.mark.parametrize("setting", ["task.num_images=3", "task.max_new_tokens=3", "task.temperature=0.5"])
+@pytest.mark.parametrize(
+    "setting",
+    representatives(["task.num_images=3", "task.max_new_tokens=3", "task.temperature=0.5"], ["task.num_images=3"]),
+)
 def test_a_setting_that_pipelines_have_no_use_for_is_refused(setting: str, pipeline_folder: Folder) -> None:
     with pytest.raises(
         ConfigError, match=rf"{setting} has no effect on this model.*; leave it out, or set .*num_images_per_prompt"

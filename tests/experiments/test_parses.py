@@ -87,8 +87,8 @@ def parses(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
 
 
 @pytest.mark.parametrize(
-    "make", [one_file, shards, gguf, exhaustive(pipeline), lora, round_trip], ids=lambda make: make.__name__
-)  # lora is of a pipeline
+    "make", [exhaustive(one_file), shards, gguf, exhaustive(pipeline), lora, round_trip], ids=lambda make: make.__name__
+)  # round_trip is of one file, lora of a pipeline
 def test_each_file_is_parsed_once_in_each_process(
     make: Callable[[Path], tuple[str, ...]],
     tmp_path: Path,

@@ -254,7 +254,7 @@ def test_trained_model_draws_digits() -> None:
     assert json.loads((folder / "training.json").read_text())["classifier_held_out_accuracy"] >= 0.97
     model = Source(Config()).skeleton("transformer", json.loads((folder / "config.json").read_text()))
     model.to(torch.bfloat16).load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
-    outputs = generate(model.eval(), num_images=200, num_inference_steps=20)
+    outputs = generate(model.eval(), num_images=100, num_inference_steps=10)
     scores = Source(Config()).scores(outputs)
     accuracy, distance = independent_scores(outputs["images"].numpy(), outputs["labels"].numpy())
     assert scores["class_accuracy"] == pytest.approx(accuracy) and accuracy >= 0.9

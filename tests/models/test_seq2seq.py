@@ -13,6 +13,7 @@ from qexp.experiments.run import run_experiment
 from qexp.models.arithmetic import ASSETS
 from tests.assigning import run_config
 from tests.models.test_networks import save_network
+from tests.products import exhaustive
 
 PROMPTS = ("543+870=", "5")
 
@@ -34,7 +35,7 @@ def config(folder: Path, *overrides: str) -> object:
     return run_config("model=seq2seq", f"model.path={folder}", "device=cpu", *overrides)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams", [exhaustive(1), 3])  # tests/models/test_text_generation.py has answers without beams
 def test_answers_are_the_librarys(beams: int, folder: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 

@@ -323,7 +323,7 @@ def test_what_is_missing_is_said_at_once(
 ) -> None:
     fail(overrides, message, tmp_path)  # imports are not what is measured
     with without_collector():
-        assert quiet_seconds(lambda: fail(overrides, message, tmp_path)) < 1
+        assert quiet_seconds(lambda: fail(overrides, message, tmp_path), repeats=1) < 1
 
 
 def test_metric_without_its_files_is_left_out_with_the_command(
@@ -340,7 +340,7 @@ def test_metric_without_its_files_is_left_out_with_the_command(
     assert "quality/clip_score is left out" in clip and "task.prompt is null" in clip
     name = "weights-inception-2015-12-05-6726825d.pth"
     assert f"curl -L --create-dirs -o {torch_hub / name} https://github.com/toshas/torch-fidelity" in fid
-    save_backbone(torch_hub, "alex")
+    (torch_hub / BACKBONE_SOURCES["alex"].rpartition("/")[2]).touch()
     assert "lpips" in run_config("metrics=perceptual").metrics.names
 
 
@@ -381,7 +381,7 @@ def test_a_run_is_scored_from_its_files(torch_hub: Path, tmp_path: Path) -> None
 
 def test_another_setting_is_another_score(torch_hub: Path, tmp_path: Path) -> None:
     for net in ("alex", "vgg"):
-        save_backbone(torch_hub, net)
+        (torch_hub / BACKBONE_SOURCES[net].rpartition("/")[2]).touch()
     folder = RunFolder(write_run(tmp_path / "run", outputs()))
     config = run_config("metrics.names=[psnr_db,lpips]")
     folder.write_status(Status("done", 1, now_iso()))

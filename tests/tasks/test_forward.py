@@ -26,6 +26,7 @@ from qexp.tasks.input_files import ForwardConfig, check_file
 from tests.assigning import run_config
 from tests.backends import CPU
 from tests.models.test_networks import BF16, save_network
+from tests.products import exhaustive
 from tests.tasks.contexts import context_of
 
 CODE = """
@@ -71,7 +72,7 @@ def experiment(folder: Path, name: str, *overrides: str) -> tuple[dict[str, Any]
     return metrics, load_file(folder / name / "outputs.safetensors")
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 10])
+@pytest.mark.parametrize("batch_size", [exhaustive(1), 4, 10])
 def test_outputs_are_the_networks_own_batch_by_batch(batch_size: int, folder: Path) -> None:
     network = importlib.import_module("mynet").Net()
     network.load_state_dict(load_file("weights.safetensors"))
