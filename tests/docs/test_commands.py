@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import re
 import shlex
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from qexp.cli.commands import COMMANDS
+from qexp.config.yaml_options import group_names
 from tests.composing import composed
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 COMMAND = re.compile(r"^(?:\$ )?python -m qexp ((?:.*\\\n)*.+)", re.MULTILINE)
 COMMENT = re.compile(r"^# python -m qexp (\S.*?)(?:   .*)?$", re.MULTILINE)
-GROUP = re.compile(r"[+~]*(\w+)")  # the first part of an override's name
+GROUP = re.compile(r"[+~]*(\w+)(?:@(\w+))?")  # the first parts of an override's name and of its package
 ADDED = {"rowwise", "generator"}  # the backend and the model source that CONTRIBUTING.md adds
 
 
@@ -42,16 +45,19 @@ def test_commands_of_pages_and_in_the_comments_of_conf_compose() -> None:
 
 
 def compose_all(*paths: Path) -> None:
-    """Compose every command, several in one composition; if that fails, each alone, to name the one that does not."""
+    """Compose the options of several commands at once and assign the values of each; name the one that fails."""
     commands = [(path, words) for path in paths for words in commands_of(path) if is_experiment(words)]
-    for batch in together([first_of_a_sweep(words) for _, words in commands]):
+    for options, batch in together([first_of_a_sweep(words) for _, words in commands]):
         try:
-            composed(*batch)
+            cfg = composed(*options)
+            for overrides in batch:
+                values = OverridesParser.create().parse_overrides([one for one in overrides if one not in options])
+                ConfigLoaderImpl._apply_overrides_to_config(values, deepcopy(cfg))
         except Exception as error:
             for path, words in commands:
-                if set(first_of_a_sweep(words)) <= set(batch):
+                if first_of_a_sweep(words) in batch:
                     compose_one(path, words)
-            pytest.fail(f"{batch}\n{error}", pytrace=False)
+            pytest.fail(f"{options} {batch}\n{error}", pytrace=False)
 
 
 def is_experiment(words: list[str]) -> bool:
@@ -66,27 +72,38 @@ def compose_one(path: Path, words: list[str]) -> None:
         pytest.fail(f"{path.name}: python -m qexp {shlex.join(words)}\n{error}", pytrace=False)
 
 
-def together(commands: list[list[str]]) -> list[list[str]]:
-    """Join commands that set different groups, or the same one alike: a composition checks them as it would alone.
+def together(commands: list[list[str]]) -> list[tuple[list[str], list[list[str]]]]:
+    """Return commands with the options that they are composed with: their own, and those of others in groups that they
+    do not name, so that their values meet the same fields as alone.
 
     A preset sets whatever it likes: it stays alone.
     """
-    batches: list[dict[str, list[str]]] = []  # overrides of each group
+    batches: list[tuple[dict[str, set[str]], list[list[str]]]] = []  # options of each group; commands
     for overrides in commands:
-        groups: dict[str, list[str]] = {}
+        groups: dict[str, set[str]] = {}
         for override in overrides:
-            groups.setdefault(GROUP.match(override)[1], []).append(override)
+            for name in filter(None, GROUP.findall(override)[0]):
+                groups.setdefault(name, set()).update({override} if is_option(override) else ())
         fitting = (
             batch
             for batch in batches
-            if "experiment" not in batch.keys() | groups
-            and all(batch.get(name, own) == own for name, own in groups.items())
+            if batch[0] == groups
+            or (
+                "experiment" not in batch[0].keys() | groups
+                and all(batch[0].get(name, own) == own for name, own in groups.items())
+            )
         )
         if (batch := next(fitting, None)) is None:
-            batches.append(groups)
-        else:
-            batch.update(groups)
-    return [[override for own in batch.values() for override in own] for batch in batches]
+            batches.append(batch := ({}, []))
+        batch[0].update(groups)
+        batch[1].append(overrides)
+    return [(sorted(set().union(*groups.values())), own) for groups, own in batches]
+
+
+def is_option(override: str) -> bool:
+    """Whether it is part of what is composed, and no value that is assigned; a sweeper's fields are composed too."""
+    group, _, field = override.lstrip("+~").partition("=")[0].partition("@")[0].partition(".")
+    return group == "hydra" or (group in group_names() and not field)
 
 
 def test_a_command_with_a_wrong_field_is_noticed(tmp_path: Path) -> None:
@@ -96,7 +113,13 @@ def test_a_command_with_a_wrong_field_is_noticed(tmp_path: Path) -> None:
 
 
 def test_commands_are_joined_unless_they_set_a_group_differently() -> None:
-    commands = [["backend=a", "backend.x=1"], ["+backend@components.b=c"], ["offload=d"], ["experiment=e"], ["seed=1"]]
-    commands += [["backend=a", "backend.x=1", "task=f"], ["backend=a", "seed=1"]]
-    joined = [["backend=a", "backend.x=1", "offload=d", "seed=1", "task=f"], ["+backend@components.b=c"]]
-    assert together(commands) == [*joined, ["experiment=e"], ["backend=a", "seed=1"]]
+    first, second = ["backend=quanto", "backend.x=1"], ["backend=quanto", "backend.x=2", "task=roundtrip"]
+    component, default = ["+backend@components.b.backend=none"], ["components.b.backend.x=1", "seed=1"]
+    preset, values = ["experiment=roundtrip_all", "seed=1"], ["experiment=roundtrip_all", "seed=2"]
+    commands = [first, component, ["offload=leaf", "seed=1"], preset, default, second, values, ["backend.x=3"]]
+    assert together(commands) == [
+        (["backend=quanto", "offload=leaf", "task=roundtrip"], [first, ["offload=leaf", "seed=1"], default, second]),
+        (component, [component]),
+        (["experiment=roundtrip_all"], [preset, values]),
+        ([], [["backend.x=3"]]),
+    ]
