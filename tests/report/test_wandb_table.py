@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from qexp.results.uncertainty import mean_interval
 from qexp.tracking.wandb_run import log_run
 from tests.report.factory import GENERATE, config, job, manifest, run_folder, sweep_of_seeds, sweep_of_six
 from tests.tracking.wandb_file import read_wandb
-from tests.tracking.wandb_server import WandbServer
+from tests.tracking.wandb_server import WandbServer, sync
 
 pytestmark = pytest.mark.usefixtures("drawn_once")
 
@@ -69,11 +67,7 @@ def test_whole_sweep_is_synced_with_its_table_and_report(server: WandbServer, tm
     assert server.calls == []
     folders = [*tmp_path.glob("runs/*/wandb/offline-run-*"), *tmp_path.glob("sweeps/first/wandb/offline-run-*")]
     assert len(folders) == 6
-    done = subprocess.run(
-        [sys.executable, "-m", "wandb", "sync", *map(str, folders)], capture_output=True, text=True, timeout=300,
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    sync(*folders)
     table_id = run_id(select(tmp_path, ["first"]))
     assert set(server.runs) == {*(f"key{n}" for n in range(5)), table_id}
     assert {run["groupName"] for run in server.runs.values()} == {"first"}

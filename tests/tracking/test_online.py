@@ -2,8 +2,6 @@
 
 import json
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from qexp.tracking import wandb_run
 from qexp.tracking.wandb_run import log_run
 from tests.products import representatives
 from tests.report.factory import GENERATE, ROUNDTRIP, config, run_folder
-from tests.tracking.wandb_server import WandbServer, use_server
+from tests.tracking.wandb_server import WandbServer, sync, use_server
 
 
 def log(folder: Path, container: dict[str, Any], mode: str = "online", sweep: str | None = "first") -> str | None:
@@ -92,9 +90,7 @@ def test_offline_folder_is_synced_later(server: WandbServer, tmp_path: Path, tas
         before = len(server.calls)
         log(folder, container, mode="offline")
         assert len(server.calls) == before
-        command = [sys.executable, "-m", "wandb", "sync", str(next((folder / "wandb").glob("offline-run-*")))]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        sync(next((folder / "wandb").glob("offline-run-*")))
     if task == "generate":
         check_generated(server, folder)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -137,6 +138,20 @@ def use_server(monkeypatch: pytest.MonkeyPatch, home: Path, url: str, key: str |
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     if key is not None:
         monkeypatch.setenv("WANDB_API_KEY", key)
+
+
+def sync(*folders: Path) -> None:
+    """Run `wandb sync`, in this process, which has imported wandb."""
+    import wandb
+    from wandb.cli.cli import sync as command
+    from wandb.sdk.lib import wbauth
+
+    try:
+        with contextlib.chdir(folders[0].parent):  # where it writes a log
+            command.main([*map(str, folders)], standalone_mode=False)  # raises what it would print otherwise
+    finally:  # as at the end of a process
+        wandb.teardown()
+        wbauth.unauthenticate_session(update_settings=False)
 
 
 class _Handler(BaseHTTPRequestHandler):
