@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import qexp.doctor.__main__ as command
 from qexp.config.dataclass_io import to_plain
@@ -79,7 +80,7 @@ def test_types_without_an_option_are_tried_as_they_are_typed() -> None:
     assert list(options.trials(["torchao"])) == ["torchao"]
 
 
-@pytest.mark.parametrize("names", [["none", "bitsandbytes"], exhaustive([])], ids=["two", "every"])
+@pytest.mark.parametrize("names", [["packed_uint4"], exhaustive([])], ids=["one", "every"])
 def test_every_option_runs_on_this_cpu(names: list[str]) -> None:
     command = [sys.executable, "-m", "qexp.doctor", *names, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -94,10 +95,25 @@ def test_every_option_runs_on_this_cpu(names: list[str]) -> None:
     rows = {name: row for name, row in rows.items() if row["status"] == "runs"}
     keys = {"option", "backend", "label", "device", "status", "reason", "message", "measured", "seconds"}
     assert all(set(row) == keys and set(row["measured"]) == {"bfloat16", "float32"} for row in rows.values())
-    assert rows["none"]["measured"]["float32"] == {"sqnr_db": None, "exact": True, "bits_per_weight": 32.0}
-    nf4 = rows["bitsandbytes"]["measured"]["bfloat16"]
-    assert nf4["bits_per_weight"] == 4 + 32 / 64 + 16 * 32 / (64 * 256)  # codes, absmax a block, the 16 levels
-    assert 20 < nf4["sqnr_db"] < 21.5  # 20.7 dB for NF4 of Gaussian weights
+    uint4 = rows["packed_uint4"]["measured"]["float32"]
+    assert uint4["bits_per_weight"] == 4 + 2 * 16 / 64  # codes; scale and offset of a group
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    steps = (weight.view(-1, 64).amax(1) - weight.view(-1, 64).amin(1)) / 15
+    noise = steps.square().mean() / 12  # of rounding to steps from the least to the greatest: uniform
+    least = 10 * float(torch.log10(weight.square().mean() / noise))
+    assert least < uint4["sqnr_db"] < least + 1  # the format searches better steps than these
+    if "bitsandbytes" in rows:
+        nf4 = rows["bitsandbytes"]["measured"]["bfloat16"]
+        assert nf4["bits_per_weight"] == 4 + 32 / 64 + 16 * 32 / (64 * 256)  # codes, absmax a block, the 16 levels
+        assert 20 < nf4["sqnr_db"] < 21.5  # 20.7 dB for NF4 of Gaussian weights
+
+
+def test_unquantized_layer_is_exact_and_has_the_bits_of_its_dtype() -> None:
+    measured = probe.attempt(to_plain(backend_config("none")), "cpu", probe.measure)["measured"]
+    bits = {"bfloat16": 16.0, "float32": 32.0}
+    assert measured == {
+        dtype: {"sqnr_db": None, "exact": True, "bits_per_weight": value} for dtype, value in bits.items()
+    }
 
 
 def test_a_missing_library_is_a_need_with_its_command(
