@@ -33,6 +33,7 @@ from qexp.sweep.run_key import run_key
 from tests.assigning import run_config
 from tests.hub.hub_server import TOKEN, HubServer, client_of, environment, serving
 from tests.language import save_language_model
+from tests.screen import foreign_lines
 
 WEIGHTS = "model.safetensors"
 
@@ -549,7 +550,8 @@ def test_a_run_from_a_hub_and_its_stored_configuration(
     command = [sys.executable, "-m", "qexp", "model.path=user/digits", *small]
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "user/digits: downloading 1 file, " in done.stderr
+    assert "user/digits: downloading 1 file, " in done.stderr and "done in" in done.stdout + done.stderr
+    assert foreign_lines(done.stdout + done.stderr) == []
     assert server.count("GET /api/models/.*/revision") == 1 and server.count("GET .*resolve") == 2
     (run,) = (tmp_path / "outputs" / "runs").iterdir()
     assert f"path: user/digits@{commit}" in (run / "config.yaml").read_text()

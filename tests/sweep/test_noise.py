@@ -1,6 +1,5 @@
 """The screen of an experiment has the lines of this program alone; what its libraries print is in the log."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,22 +7,14 @@ from pathlib import Path
 import pytest
 
 from qexp.config.yaml_options import option_names
-from tests.products import representatives
+from tests.products import exhaustive
+from tests.screen import foreign_lines
 
-OWN = (
-    r".* · \S+ · \w+: (started|done in|the reference \(unquantized\) is run first).*",
-    r"\w+: step \d+(/\d+)?, \d+ ms a step",
-    r"\w+: (loading|round trip|scoring) \d+/\d+ tensors, .*",
-    r"warning: .*",
-    r"W&B run: outputs/.*",
-    r"  outputs/runs/[0-9a-f]{16}",
-)
 OPTIONS = [name for name in option_names("backend") if name != "mixed"]  # which needs a recipe
-CASES = [  # in a process, a worker prints into its log whatever its model; the first one imports the least
-    ("torchao", "digits", "process"),
-    ("torchao", "arithmetic", "process"),
+CASES = [  # in a process, a worker prints into its log whatever its model
     ("bitsandbytes_int8", "arithmetic", "inline"),
     ("quanto", "digits", "inline"),
+    *((name, model, "process") for name in OPTIONS for model in ("digits", "arithmetic")),
 ]
 
 
@@ -32,20 +23,13 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-    ("option", "model", "isolation"),
-    representatives(
-        [*CASES, *[(name, model, "process") for name in OPTIONS for model in ("digits", "arithmetic")
-                   if (name, model, "process") not in CASES]],
-        CASES[:1],
-    ),
-)  # fmt: skip
+# By default tests/hub/test_download.py asks this of the run that it starts.
+@pytest.mark.parametrize(("option", "model", "isolation"), [exhaustive(*case) for case in CASES])
 def test_screen_has_own_lines_alone(option: str, model: str, isolation: str, tmp_path: Path) -> None:
     done = run(tmp_path, f"model={model}", f"backend={option}", "task=roundtrip", f"isolation={isolation}")
     assert done.returncode == 0, done.stderr
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line]
-    assert [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in OWN)] == []
-    assert any("done in" in line for line in lines)
+    assert foreign_lines(done.stdout + done.stderr) == []
+    assert "done in" in done.stdout + done.stderr
 
 
 def test_noise_of_libraries_is_in_the_log(tmp_path: Path) -> None:
