@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
-    options = ("--quiet", "--no-deps", "--no-index", "--target", folder)
+    options = ("--quiet", "--no-deps", "--no-compile", "--no-index", "--target", folder)
     run(sys.executable, "-m", "pip", "install", *options, wheel, cwd=folder, path=folder)
     return folder
 
@@ -146,11 +147,19 @@ LARGE = {"lm_eval"}  # extras, and modules of their name, that development goes 
 FOR_FILES = {"torchmetrics"}  # not imported: LPIPS reads the weights that come with it
 
 
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything that may be an import, without the expressions, which are most of a tree."""
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for child in getattr(node, name, ()):
+            yield child
+            yield from statements(child)
+
+
 def third_party_imports(folder: str) -> set[str]:
     """The distributions that the Python files of a folder import, as normalized names."""
     names = set()
     for path in (ROOT / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in statements(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
