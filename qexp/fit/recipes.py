@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,17 @@ def _option_of(mix: Mix, model: ModelLayers, component: str) -> str | None:
 
 
 def _is_option(option: str, config: Any) -> bool:
+    found = _config_of_option(option)
+    return found is not None and found.quant_method == config.quant_method and have_one_config([found, config])
+
+
+@cache  # every mix of a front is compared with every option, and reading one takes milliseconds
+def _config_of_option(option: str) -> Any:
+    """Return None for an option that needs more fields, as mixed does."""
     try:
-        found = backend_of(option)
+        return backend_of(option)
     except QexpError:
-        return False
-    return found.quant_method == config.quant_method and have_one_config([found, config])
+        return None
 
 
 def hydra_override(name: str, text: str) -> str:
