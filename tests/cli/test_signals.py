@@ -15,11 +15,26 @@ from tests.waiting import wait_for
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", exhaustive("SIGHUP")])
-def test_ending_signal_marks_the_experiment_removes_its_files_and_prints_the_table(name, tmp_path) -> None:
-    command = [sys.executable, "-m", "qexp", "-m", "backend=none", "offload=leaf", "offload.to=disk", "seed=0,1"]
-    command += ["tracking=none", f"paths.outputs={tmp_path}", "task.num_images=1", "task.num_inference_steps=100000"]
-    command += ["reference.offload=leaf"]
+REAL = ["-m", "qexp", "-m", "backend=none", "offload=leaf", "offload.to=disk", "task.num_images=1",
+        "task.num_inference_steps=100000", "reference.offload=leaf"]  # fmt: skip
+WITHOUT_TORCH = """
+from functools import partial
+import qexp.sweep.job
+from qexp.__main__ import main
+from tests.sweep.fake_experiment import FAKES
+
+qexp.sweep.job.run_job = partial(qexp.sweep.job.run_job, **FAKES)
+main()
+"""
+SLEEPING = ["-c", WITHOUT_TORCH, "-m", "backend=packed_uint4", "task.num_images=15"]  # with a child and scratch files
+
+
+@pytest.mark.parametrize(
+    ("name", "program"), [("SIGTERM", SLEEPING), exhaustive("SIGTERM", REAL), exhaustive("SIGHUP", REAL)],
+    ids=["SIGTERM", "SIGTERM-real", "SIGHUP-real"],
+)  # fmt: skip
+def test_ending_signal_marks_the_experiment_removes_its_files_and_prints_the_table(name, program, tmp_path) -> None:
+    command = [sys.executable, *program, "seed=0,1", "tracking=none", f"paths.outputs={tmp_path}"]
     sweep = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -29,7 +44,7 @@ def test_ending_signal_marks_the_experiment_removes_its_files_and_prints_the_tab
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup around the tests has it ignored
     )
     try:
-        wait_for(lambda: list(tmp_path.glob("references/*/offload/*")))
+        wait_for(lambda: list(tmp_path.glob("*/*/offload/*")))
         family = psutil.Process(sweep.pid).children(recursive=True)
         sweep.send_signal(signal.Signals[name])
         output = sweep.communicate(timeout=100)[0]
@@ -40,5 +55,5 @@ def test_ending_signal_marks_the_experiment_removes_its_files_and_prints_the_tab
     assert "Traceback" not in output
     (status,) = (json.loads(path.read_text()) for path in tmp_path.glob("runs/*/status.json"))
     assert (status["status"], status["reason"]) == ("failed", "signal") and f"stopped by {name}" in status["message"]
-    assert not list(tmp_path.glob("*/*/offload"))
+    assert not list(tmp_path.glob("*/*/offload")) and not list(tmp_path.glob("*/*/.*.tmp"))
     assert not [process for process in family if process.is_running() and process.status() != "zombie"]
