@@ -1,9 +1,8 @@
 """The W&B report of a sweep: its specification offline, and saved on a server stand-in."""
 
+import importlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +47,22 @@ def conditions(run_set: dict[str, Any]) -> list[tuple[str, str, Any]]:
     return [(item["key"]["name"], item["op"], item["value"]) for item in run_set["filters"]["filters"]]
 
 
-def test_offline_writes_its_specification(tmp_path: Path) -> None:
-    """In a process of its own that must not find a network, a home or a key."""
+def test_offline_writes_its_specification(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a network, a home or a key."""
+    importlib.import_module("matplotlib.font_manager")  # it writes a list of fonts into a home that has none
     sweep_of_six(tmp_path)
     (tmp_path / "home").mkdir()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "XDG", "HTTP"))}
-    environment |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(Path.cwd())}
-    environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "MPLCONFIGDIR": str(tmp_path)}
-    command = [sys.executable, "-m", "qexp.report", "first", "--outputs", str(tmp_path), "--wandb"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    for name in [name for name in os.environ if name.startswith(("XDG", "HTTP"))]:
+        monkeypatch.delenv(name)
+    use_server(monkeypatch, tmp_path / "home", "http://127.0.0.1:9", key=None)
+    monkeypatch.chdir(tmp_path)
+    assert main(["first", "--outputs", str(tmp_path), "--wandb"]) == 0
     folder = tmp_path / "sweeps/first"
-    assert done.stdout.splitlines()[-1] == f"wrote {folder / 'wandb_report.json'}"
-    assert done.stdout.splitlines()[-2].startswith("W&B table: sweeps/first/wandb/offline-run-")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"wrote {folder / 'wandb_report.json'}"
+    assert printed[-2].startswith("W&B table: sweeps/first/wandb/offline-run-")
     assert {path.name for path in folder.iterdir()} == {
         "manifest.json", "results.csv", "report.md", "report.html", "table.tex", "pareto_psnr_db.png",
         "pareto_psnr_db.csv", "wandb_report.json", "wandb",
