@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -268,17 +267,6 @@ def test_truncated_data_is_called_so(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
     size = file.stat().st_size
     refused(file, "truncated", f"describes {size + 3} bytes", f"has {size}")
-
-
-@pytest.mark.own_process
-def test_no_memory_is_reserved_for_a_header_that_is_too_long(tmp_path: Path) -> None:
-    """Nor is one that is there, in a sparse file, above the format's limit of 100 MB."""
-    file = a_file(tmp_path)
-    file.write_bytes((100_000_001).to_bytes(8, "little"))
-    os.truncate(file, 800_000_000)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(file, "header length")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 * 1024  # KiB
 
 
 def test_mutations_are_refused_or_harmless(tmp_path: Path) -> None:
