@@ -78,9 +78,10 @@ def binds_config(path: Path) -> bool:
     return any(isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "Config" for node in tree.body)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=dotted)
-def test_libraries_stay_in_their_rooms(path: Path) -> None:
-    assert trespasses(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")) == []
+def test_libraries_stay_in_their_rooms() -> None:
+    files = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    assert len(files) > 300
+    assert [found for path, source in files.items() for found in trespasses(path, source)] == []
 
 
 @pytest.mark.parametrize(
