@@ -97,7 +97,7 @@ def test_its_task_is_one_that_the_pipeline_takes(preset: str) -> None:
     assert written(preset)["task_defaults"].keys() <= inspect.signature(kind.__call__).parameters.keys()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", representatives(PRESETS, ("flux_dev", "sd3_medium", "wan")))
 def test_it_composes_and_the_command_line_wins(preset: str, pipeline_folder: Callable[[str], Path]) -> None:
     place = (f"model={preset}", f"model.path={pipeline_folder(TINY[preset])}", "task.prompt=[a,b]")
     config = run_config(*place)
