@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config.offload import OffloadConfig
-from qexp.offloading.payload import flatten, module_nbytes, sites
+from qexp.offloading.payload import flatten, leaves, module_nbytes, sites
 from qexp.offloading.strategies import Offload, apply_offload
 from tests.fake_device import counters
 from tests.fake_device.counters import Counters, measure
@@ -38,6 +38,16 @@ def on_device(model: nn.Module) -> nn.Module:
     for (store, name), value in zip(places, values, strict=True):
         store[name] = value
     return model
+
+
+def plain(model: nn.Module) -> list[Tensor]:
+    """Return every plain tensor in a model, those inside of subclasses and quant states included."""
+    return [leaf for module in model.modules() for store, name in sites(module) for leaf in leaves(store[name])]
+
+
+def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    pairs = zip(some, others, strict=True)
+    return all(torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8)) for a, b in pairs if a.dim())
 
 
 def live_bytes() -> int:

@@ -7,6 +7,7 @@ lies, because its group offloading assigns `param.data` across devices, which te
 from __future__ import annotations
 
 import gc
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from qexp.config.offload import OffloadConfig
 from qexp.offloading.payload import leaves, sites
 from tests.offloading import model_zoo as zoo
 from tests.offloading.on_fake_device.harness import DEVICE, compare, live_bytes, offload, on_device, problems
-from tests.products import diagonal, pairwise, representatives
+from tests.products import exhaustive, pairwise, representatives
 
 ON_DEVICE = (
     "bitsandbytes",
@@ -25,6 +26,14 @@ ON_DEVICE = (
     "bitsandbytes_int8",
 )  # the library has double quantization for real ones only
 LEVELS = ("leaf", "block")
+LOADED_SO = representatives(
+    product(["model", "sequential", "leaf", "block"], ON_DEVICE),
+    [("leaf", "bitsandbytes"), ("block", "bitsandbytes_int8")],
+)
+QUANTO = [  # by default one whose codes fill bytes and one whose codes are packed
+    *pairwise(["quanto_int8", "quanto_int4"], LEVELS, [False, None], [False, True]),
+    *(exhaustive(*case) for case in product(["quanto_int2", "quanto_float8"], LEVELS, [False, None], [False, True])),
+]
 
 
 def devices(model: nn.Module) -> set[str]:
@@ -41,7 +50,7 @@ def answers(model: nn.Module) -> list[torch.Tensor]:
 # on meta. (Pull request 12799 would turn low-memory loading off.)
 
 
-@pytest.mark.parametrize(("strategy", "backend"), diagonal(["model", "sequential", "leaf", "block"], ON_DEVICE))
+@pytest.mark.parametrize(("strategy", "backend"), LOADED_SO)
 def test_12719_a_low_memory_load_leaves_nothing_on_meta_that_would_have_to_be_moved(
     backend: str, strategy: str
 ) -> None:
@@ -109,10 +118,7 @@ def test_12610_the_peer_fails_so() -> None:
     assert param._data is inner is not other._data
 
 
-@pytest.mark.parametrize(
-    ("kind", "strategy", "use_stream", "low_cpu_mem"),
-    pairwise(["quanto_int8", "quanto_int4", "quanto_int2", "quanto_float8"], LEVELS, [False, None], [False, True]),
-)
+@pytest.mark.parametrize(("kind", "strategy", "use_stream", "low_cpu_mem"), QUANTO)
 def test_14038_quanto_at_both_levels(
     kind: str, strategy: str, use_stream: bool | None, low_cpu_mem: bool, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.checkpoints.dtypes import TORCH_DTYPES
@@ -22,13 +22,12 @@ from qexp.loading.streaming import file_reader, lanes
 from qexp.loading.streaming.lanes import LANES, PIECE_BYTES
 from qexp.loading.streaming.stream import stream
 from qexp.loading.work_item import WorkItem
-from qexp.offloading.payload import leaves, sites
 from qexp.quantizers.bitsandbytes_support.library import library
 from tests.fake_device import streams
 from tests.fake_device.counters import measure
 from tests.offloading import model_zoo as zoo
-from tests.offloading.on_fake_device.harness import DEVICE, live_bytes
-from tests.offloading.on_fake_device.test_loading import ON_DEVICE
+from tests.offloading.on_fake_device.harness import DEVICE, equal, live_bytes, plain
+from tests.products import representatives
 
 KIB = 1 << 10
 STORED = ["none", "bitsandbytes", "bitsandbytes_int8", "torchao", "quanto", "packed_fp6_e3w2", "gguf"]
@@ -37,28 +36,7 @@ STORED = ["none", "bitsandbytes", "bitsandbytes_int8", "torchao", "quanto", "pac
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
-def plain(model: nn.Module) -> list[Tensor]:
-    return [leaf for module in model.modules() for store, name in sites(module) for leaf in leaves(store[name])]
-
-
-def equal(some: list[Tensor], others: list[Tensor]) -> bool:
-    pairs = zip(some, others, strict=True)
-    return all(torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8)) for a, b in pairs if a.dim())
-
-
-# Whole loads
-
-
-@pytest.mark.parametrize("backend", ON_DEVICE)
-def test_several_workers_make_what_one_makes_and_nothing_races(backend: str) -> None:
-    one = zoo.load(backend, depth=2, device=str(DEVICE))
-    with measure() as seen:
-        model = zoo.load(backend, depth=2, device=str(DEVICE), workers=6)
-        assert equal(plain(one), plain(model))
-        zoo.outputs(model, [batch.to(DEVICE) for batch in zoo.inputs(model, count=1)])
-        del model
-        gc.collect()
-    assert seen.races == []
+# Whole loads; test_loading.py has those that quantize
 
 
 @pytest.mark.parametrize("backend", STORED)
@@ -76,7 +54,7 @@ def test_a_saved_model_is_read_onto_the_device(backend: str, tmp_path: Path) -> 
     assert live_bytes() - before < 512
 
 
-@pytest.mark.parametrize("backend", ["none", "torchao", "gguf"])
+@pytest.mark.parametrize("backend", representatives(["none", "torchao", "gguf"], ["none", "torchao"]))
 def test_a_device_without_streams(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Metal's has none: everything is in order, and waits."""
     expected = plain(zoo.load(backend, depth=2, device=str(DEVICE)))

@@ -8,31 +8,38 @@ import pytest
 import torch
 
 from qexp.loading.streaming import file_reader
-from qexp.offloading.payload import leaves, module_nbytes, sites
+from qexp.offloading.payload import leaves, module_nbytes
 from qexp.system.memory import PeakMemory
 from tests.backends import REPRESENTATIVES
 from tests.fake_device import memory
+from tests.fake_device.counters import measure
 from tests.offloading import model_zoo as zoo
-from tests.offloading.on_fake_device.harness import DEVICE, live_bytes, run
+from tests.offloading.on_fake_device.harness import DEVICE, equal, live_bytes, plain, run
 from tests.products import representatives
 
 BACKENDS = [kind.removeprefix("conf/") for kind in zoo.LOADED]
 WITHOUT = {"bitsandbytes_nf4_dq"}  # the library quantizes scales on real devices only
 KEPT = {*REPRESENTATIVES, "bitsandbytes", "mixed"} - WITHOUT
-ON_DEVICE = representatives([name for name in BACKENDS if name not in WITHOUT], KEPT)
 
 
-@pytest.mark.parametrize("backend", ON_DEVICE)
-def test_a_model_loaded_on_the_device_is_the_one_loaded_on_the_cpu(backend: str) -> None:
+@pytest.mark.usefixtures("no_thread_is_left")
+@pytest.mark.parametrize("backend", representatives([name for name in BACKENDS if name not in WITHOUT], KEPT))
+def test_a_model_loaded_on_the_device_by_one_worker_or_several_is_the_one_loaded_on_the_cpu(backend: str) -> None:
     expected_model = zoo.load(backend, depth=2)
     batches = zoo.inputs(expected_model)
     expected = zoo.outputs(expected_model, batches)
     before = live_bytes()
     model = zoo.load(backend, depth=2, device=str(DEVICE))
-    parts = [leaf for module in model.modules() for store, name in sites(module) for leaf in leaves(store[name])]
-    assert {leaf.device for leaf in parts} == {DEVICE}
+    assert {leaf.device for leaf in plain(model)} == {DEVICE}
     gc.collect()
     assert live_bytes() - before - module_nbytes(model) < 512  # tables that libraries keep
+    with measure() as seen:
+        by_several = zoo.load(backend, depth=2, device=str(DEVICE), workers=6)
+        assert equal(plain(model), plain(by_several))
+        zoo.outputs(by_several, [batches[0].to(DEVICE)])
+        del by_several
+        gc.collect()
+    assert seen.races == []
     found = run(model, batches, before).outputs
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(found, expected, strict=True))
 

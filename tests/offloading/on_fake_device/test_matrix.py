@@ -60,12 +60,14 @@ def ways_of(number: int) -> dict[str, Way]:
 
 
 def cases() -> list[Any]:
-    """By default, kinds that differ in how their bytes are held take every strategy, and one of them takes all ways."""
+    """By default one kind takes all ways; those that differ in how their bytes are held take two strategies each."""
     found = {}
+    held_apart = [kind for kind in KINDS if kind.removeprefix("conf/") in REPRESENTATIVES]
     for number, kind in enumerate(KINDS):
-        kept = kind.removeprefix("conf/") in REPRESENTATIVES
-        for name, way in (WAYS if kind.removeprefix("conf/") in ALL_WAYS else ways_of(number)).items():
-            found[kind, name] = (way, kind == "conf/torchao" or (kept and name in ways_of(number)))
+        of_strategies = ways_of(number)
+        pair = [*of_strategies][held_apart.index(kind) % 2 :: 2] if kind in held_apart else []
+        for name, way in (WAYS if kind.removeprefix("conf/") in ALL_WAYS else of_strategies).items():
+            found[kind, name] = (way, kind == "conf/torchao" or name in pair)
     for kind in EVERY_COMBINATION:
         for name, way in every_way().items():
             found.setdefault((kind, name), (way, False))

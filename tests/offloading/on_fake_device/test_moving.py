@@ -30,9 +30,7 @@ def moves(model: nn.Module) -> Iterator[tuple[torch.device, nn.Module]]:
     yield torch.device("cpu"), model.to(device="cpu")
 
 
-@pytest.mark.parametrize(
-    "kind", representatives(KINDS, [kind for kind in KINDS if kind.removeprefix("conf/") in REPRESENTATIVES])
-)
+@pytest.mark.parametrize("kind", representatives(KINDS, [f"conf/{name}" for name in REPRESENTATIVES]))
 def test_a_model_is_moved_whole(kind: str) -> None:
     model = zoo.make(kind)
     (x,) = zoo.inputs(model, count=1)

@@ -14,6 +14,7 @@ from qexp.offloading.group import Group
 from qexp.offloading.payload import Site, sites
 from qexp.offloading.streams import Streams
 from tests.offloading.on_fake_device.harness import compare, problems
+from tests.products import representatives
 
 Break = Callable[[pytest.MonkeyPatch], Any]
 BLOCK = OffloadConfig("block", "cpu")
@@ -121,6 +122,6 @@ def test_the_bug_is_caught(bug: Break, rule: str, kind: str, monkeypatch: pytest
     del kept
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", representatives(KINDS, ["fp32", "bitsandbytes_nf4_nested"]))
 def test_without_a_bug_nothing_is_found(kind: str) -> None:
     assert problems(compare(kind, BLOCK, None, starts_on_device=True), BLOCK) == []

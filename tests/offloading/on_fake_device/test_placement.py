@@ -22,7 +22,7 @@ from tests.backends import BACKENDS, REPRESENTATIVES
 from tests.fake_device import counters
 from tests.fake_device.counters import measure
 from tests.loading.toys import WIDTH, Block, ToySource, random_state, save_state, settings
-from tests.products import representatives
+from tests.products import exhaustive, representatives
 
 GIB = 2**30
 DEVICES = [torch.device("fake", index) for index in range(counters.DEVICES)]
@@ -131,7 +131,8 @@ CROSSED = [
 KEPT = [
     (backend, name)
     for backend, name in CROSSED
-    if backend == "torchao" or (backend in REPRESENTATIVES and (BACKENDS.index(backend) + [*MAPS].index(name)) % 6 == 0)
+    if (backend == "torchao" and name != "balanced_low_0")  # planned as accelerate plans it: test_device_map_planner.py
+    or (backend in REPRESENTATIVES[1:] and (BACKENDS.index(backend) + [*MAPS].index(name)) % 6 == 0)
 ]
 
 
@@ -222,7 +223,7 @@ def test_modules_kept_in_fp32_on_the_cpu(planned: bool, folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("device_map", "kept"),
     [
-        ({"": 0, "blocks": "cpu"}, ["blocks"]),
+        exhaustive({"": 0, "blocks": "cpu"}, ["blocks"]),
         ({"": 0, "blocks": "cpu", "blocks.1": 1}, ["blocks.0", "blocks.2"]),
         ({"": "cpu", "blocks.1": 0}, ["embed", "blocks.0", "blocks.2", "head"]),
     ],
