@@ -77,6 +77,20 @@ def save_stack(folder: Path, shapes: list[tuple[int, int]], *, dtype: torch.dtyp
     return model
 
 
+def save_alike(folder: Path, shape: tuple[int, int], count: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """Save the checkpoint of a stack of layers with one weight, N(0, 1), and return its shapes.
+
+    For what takes much memory: as many different weights would take longer to draw than to load.
+    """
+    torch.manual_seed(0)
+    weight = torch.randn(shape).to(dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {f"layers.{number}.weight": weight.clone() for number in range(count)}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"shapes": [shape] * count, "bias": False}))
+    return [shape] * count
+
+
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same, bit by bit: packed weights may be held in a dtype in which some are NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:

@@ -14,8 +14,9 @@ from qexp.loading.audit import audit
 from qexp.loading.saving import save_model
 from qexp.quantizers.base import Quantizer, load_quantizer
 from qexp.quantizers.rows import WeightSpec
-from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE
+from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, QUANTIZING, REPRESENTATIVES
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
+from tests.products import representatives
 
 
 class Loaded(NamedTuple):
@@ -86,7 +87,7 @@ def test_a_dense_weight_in_a_layer_that_was_swapped(backend: str, tmp_path: Path
         audit(*loaded)
 
 
-@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
+@pytest.mark.parametrize("backend", representatives(QUANTIZING, ["bitsandbytes_int8", "torchao"]))
 def test_a_layer_quantized_though_it_was_to_be_skipped(backend: str, tmp_path: Path) -> None:
     loaded = load(tmp_path, backend)
     loaded.model.head = loaded.model.blocks[0].fc1
@@ -118,7 +119,7 @@ def test_nothing_quantized_is_right_without_a_quantizer() -> None:
 # What libraries do without a word (of diffusers, bitsandbytes, torchao, quanto), each under what it does there
 
 
-@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
+@pytest.mark.parametrize("backend", representatives(QUANTIZING, ["bitsandbytes_int8", "torchao"]))
 def test_zero_layers_quantized_as_torchao_does_with_a_device_map(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,8 @@ def test_a_state_dict_assigned_to_a_skeleton(tmp_path: Path) -> None:
 STORED = ["bitsandbytes", "bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "torchao_float8wo", "quanto",
           "quanto_int4", "packed_uint4"]  # fmt: skip
 
+APART = [name for name in STORED if name in REPRESENTATIVES]
+
 
 def stored(folder: Path, backend: str) -> dict[str, torch.Tensor]:
     save_model(load(folder / "dense", backend).model, folder / "stored")
@@ -169,7 +172,7 @@ def damage(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return folder / "stored"
 
 
-@pytest.mark.parametrize("backend", STORED)
+@pytest.mark.parametrize("backend", representatives(STORED, APART))
 def test_a_part_of_a_stored_weight_that_is_missing(backend: str, tmp_path: Path) -> None:
     """diffusers leaves a torchao weight without its scale on meta; quanto's `requantize` passes it over."""
     tensors = stored(tmp_path, backend)
@@ -183,7 +186,7 @@ def test_a_part_of_a_stored_weight_that_is_missing(backend: str, tmp_path: Path)
             load_toy(damage(tmp_path, kept), settings("none"))
 
 
-@pytest.mark.parametrize("backend", STORED)
+@pytest.mark.parametrize("backend", representatives(STORED, ["bitsandbytes", "torchao"]))
 def test_a_plain_key_that_is_missing(backend: str, tmp_path: Path) -> None:
     """diffusers leaves it on meta."""
     tensors = stored(tmp_path, backend)
@@ -193,7 +196,7 @@ def test_a_plain_key_that_is_missing(backend: str, tmp_path: Path) -> None:
             load_toy(damage(tmp_path, kept), settings("none"))
 
 
-@pytest.mark.parametrize("backend", STORED)
+@pytest.mark.parametrize("backend", representatives(STORED, APART))
 def test_a_stored_scale_that_is_not_finite(backend: str, tmp_path: Path) -> None:
     """Every other tensor is checked for that while it is read; the parts of a stored weight are opaque there."""
     tensors = stored(tmp_path, backend)
@@ -211,7 +214,7 @@ def test_a_stored_scale_that_is_not_finite(backend: str, tmp_path: Path) -> None
             load_toy(damage(tmp_path, bad), settings("none"))
 
 
-@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
+@pytest.mark.parametrize("backend", representatives(QUANTIZING, ["bitsandbytes_int8", "torchao"]))
 def test_a_model_that_is_itself_a_linear_layer(backend: str, tmp_path: Path) -> None:
     """quanto leaves it dense."""
     state = {"weight": torch.randn(WIDTH, WIDTH), "bias": torch.randn(WIDTH)}

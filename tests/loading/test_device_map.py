@@ -24,8 +24,9 @@ from qexp.loading.saving import save_model
 from qexp.offloading.payload import as_bytes
 from qexp.offloading.placement import Placement
 from qexp.offloading.strategies import apply_offload
-from tests.backends import CPU, EVERY_WAY
+from tests.backends import BACKENDS, CPU
 from tests.loading.toys import WIDTH, Block, Toy, ToySource, load_toy, random_state, save_state, settings
+from tests.products import representatives
 
 EMPTY = LoadPlan((), {}, ())
 FAKE_CUDA = torch.device("cuda", 0)
@@ -199,7 +200,7 @@ def test_classes_that_must_not_be_split() -> None:
     assert no_split_classes(nn.Sequential(Told()), []) == {"Inner", "MultiheadAttention"}
 
 
-@pytest.mark.parametrize("backend", EVERY_WAY)
+@pytest.mark.parametrize("backend", representatives(BACKENDS, ["bitsandbytes_int8", "torchao", "quanto_int4", "gguf"]))
 def test_what_rests_on_disk_answers_as_if_it_were_in_memory(backend: str, folder: Path, tmp_path: Path) -> None:
     resident = load_toy(folder, settings(backend)).model
     x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0), dtype=resident.scale.dtype)

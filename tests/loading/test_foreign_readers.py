@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,16 @@ def saved(build: Callable[[], Any], backend: str, folder: Path, **options: Any) 
     return model(IDS)[0]
 
 
-@pytest.mark.parametrize("backend", representatives(BACKENDS, ["bitsandbytes", "torchao", "quanto", "gguf"]))
-@pytest.mark.parametrize("build", [mistral, pytest.param(gpt2, marks=pytest.mark.exhaustive), bert,
-                                   pytest.param(t5, marks=pytest.mark.exhaustive)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("build", "backend"),
+    representatives(
+        product([mistral, gpt2, bert, t5], BACKENDS),
+        [
+            *product([bert], ["bitsandbytes", "torchao", "quanto", "gguf"]),
+            *product([mistral], ["bitsandbytes", "quanto"]),
+        ],
+    ),
+)
 def test_transformers_reads_the_same_model_or_refuses_it(build: Any, backend: str, tmp_path: Path) -> None:
     expected = saved(build, backend, tmp_path)
     assert torch.equal(qexp.load(tmp_path / "saved", device="cpu", compute_dtype="fp32")(IDS)[0], expected)
@@ -70,7 +78,7 @@ def test_transformers_reads_the_same_model_or_refuses_it(build: Any, backend: st
     assert backend[:6] != "quanto"
 
 
-@pytest.mark.parametrize("backend", ["quanto", "quanto_int4", "quanto_float8"])
+@pytest.mark.parametrize("backend", representatives(["quanto", "quanto_int4", "quanto_float8"], ["quanto_int4"]))
 def test_the_formats_own_name_is_kept_on_request_with_a_warning(
     backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
 from tests.backends import CPU
 from tests.loading.test_gguf_loading import blocks, write
 from tests.loading.toys import settings
-from tests.products import representatives
+from tests.products import diagonal, representatives
 from tests.quantizers.test_contract import gaussian
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -125,8 +125,7 @@ def test_what_is_saved_here_is_opened_there_and_here(name: str, flux: Path, tmp_
     assert (tmp_path / "again" / "model.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
 
 
-@pytest.mark.parametrize("strategy", ["leaf", "block"])
-@pytest.mark.parametrize("to", ["cpu", "disk"])
+@pytest.mark.parametrize(("strategy", "to"), diagonal(["leaf", "block"], ["cpu", "disk"]))
 def test_a_model_is_saved_while_it_is_offloaded(to: str, strategy: str, flux: Path, tmp_path: Path) -> None:
     ours = load_ours(flux, "gguf_q4_0")
     expected = answer(ours)

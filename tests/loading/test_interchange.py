@@ -20,7 +20,7 @@ from qexp.loading.saving import save_model
 from qexp.models.base import ModelSource
 from qexp.quantizers.bitsandbytes_support.config import QUANT_STORAGES
 from qexp.quantizers.bitsandbytes_support.stored import BLOCK_SIZES
-from tests.backends import CPU, backend_config
+from tests.backends import CPU, REPRESENTATIVES, backend_config
 from tests.products import representatives
 
 BF16 = torch.bfloat16
@@ -147,7 +147,13 @@ def test_both_programs_write_and_read_the_same(backend: tuple[str, ...], dense: 
         assert_same_answer(again, ours)
 
 
-@pytest.mark.parametrize("backend", CASES, ids=lambda backend: backend[0])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(backend, id=backend[0], marks=() if backend[0] in REPRESENTATIVES else pytest.mark.exhaustive)
+        for backend in CASES
+    ],
+)
 def test_shards_that_part_a_weight_from_its_scales(backend: tuple[str, ...], dense: Path, tmp_path: Path) -> None:
     """diffusers fails on those of bitsandbytes; both open each other's where it does not."""
     ours = load_ours(dense, *backend, skip=("plain",))

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,18 @@ from qexp.quantizers.base import Quantizer, load_quantizer
 from qexp.quantizers.rows import WeightSpec
 from qexp.quantizers.torchao import TorchAoConfig
 from qexp.system.memory import host_memory, release_freed_memory
-from tests.backends import CPU, EVERY_WAY, EVERY_WAY_TO_QUANTIZE, Stack, same_bytes, save_stack
+from tests.backends import (
+    BACKENDS,
+    CPU,
+    EVERY_WAY,
+    EVERY_WAY_TO_QUANTIZE,
+    QUANTIZING,
+    REPRESENTATIVES,
+    Stack,
+    same_bytes,
+    save_alike,
+    save_stack,
+)
 from tests.loading.test_plan import KeepsFp32, Shared, Tied
 from tests.loading.toys import WIDTH, Toy, load_toy, random_state, save_state, settings
 from tests.products import representatives
@@ -132,7 +144,7 @@ def test_planned_bytes_are_measured_bytes(backend: str, tmp_path: Path) -> None:
         assert sum(true_nbytes(parameter) for parameter in loaded.model.parameters()) == plan["result_bytes"]
 
 
-@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
+@pytest.mark.parametrize("backend", representatives(QUANTIZING, ["bitsandbytes_nf4_dq", "torchao", "gguf"]))
 def test_statistics_of_a_plan(backend: str, folder: Path) -> None:
     loaded = load_toy(folder, settings(backend, skip_modules=("head",)))
     statistics = plan_statistics([loaded.plan], module_nbytes(loaded.model))
@@ -178,8 +190,20 @@ def test_modules_kept_in_fp32(folder: Path) -> None:
     assert tensors["embed.bias"].dtype == FP16
 
 
-@pytest.mark.parametrize("columns", [4, 12, 17, 24, 34, 264])
-@pytest.mark.parametrize("backend", EVERY_WAY)
+LENGTHS = (4, 12, 17, 24, 34, 264)
+ROWS = (
+    representatives(  # by default, each length for a kernel that crashes on some, two for each other way to hold bytes
+        product(BACKENDS, LENGTHS),
+        [
+            (backend, columns)
+            for number, backend in enumerate(REPRESENTATIVES)
+            for columns in (LENGTHS if backend.startswith("quanto") else (LENGTHS[number % 3], LENGTHS[3 + number % 3]))
+        ],
+    )
+)
+
+
+@pytest.mark.parametrize(("backend", "columns"), ROWS)
 def test_rows_of_any_length_are_computed_as_they_are_dequantized(backend: str, columns: int, tmp_path: Path) -> None:
     """In bf16, where libraries have kernels of their own; one of them crashes on rows that 16 does not divide."""
     shapes = fitting(backend, [(WIDTH, columns), (24, WIDTH)], BF16)
@@ -263,8 +287,15 @@ def test_a_layer_used_twice_is_quantized_under_both_names(backend: str, tmp_path
 # What cannot be loaded
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
+VALUES = (float("nan"), float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "value"),
+    representatives(
+        product(QUANTIZING, VALUES), [(name, VALUES[number % 2]) for number, name in enumerate(REPRESENTATIVES[1:])]
+    ),
+)
 def test_a_weight_that_is_not_finite(backend: str, value: float, tmp_path: Path) -> None:
     state = random_state(Toy)
     state["blocks.1.fc1.weight"][77, 3] = value
@@ -305,7 +336,7 @@ def test_the_warm_up_fits_a_format_that_fits_the_model(override: str, tmp_path: 
     assert len(loaded.plan.quantized) == 2
 
 
-@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
+@pytest.mark.parametrize("backend", representatives(QUANTIZING, ["bitsandbytes_int8", "torchao"]))
 def test_the_audit_follows_every_load(backend: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend whose last step undoes a layer is found out."""
     kind = type(load_quantizer(settings(backend).backend))
@@ -328,8 +359,7 @@ def test_the_audit_follows_every_load(backend: str, folder: Path, monkeypatch: p
 )
 def test_dense_weights_are_not_kept(backend: str, tmp_path: Path) -> None:
     """40 layers of 4 MiB with 4 MiB in flight: 160 MiB dense, 40 or 80 MiB afterwards. Both together would be 200."""
-    shapes = [(1024, 1024)] * 40
-    save_stack(tmp_path, shapes, dtype=FP32, bias=False)
+    shapes = save_alike(tmp_path, (1024, 1024), 40, FP32)
     gc.collect()
     loaded = load_toy(tmp_path, settings(backend, compute_dtype="bfloat16"), stack_of(shapes))
     result, dense = (loaded.plan.to_container()[f"{name}_bytes"] for name in ("result", "dense"))
@@ -340,8 +370,7 @@ def test_dense_weights_are_not_kept(backend: str, tmp_path: Path) -> None:
 
 def test_memory_that_is_freed_is_given_back(tmp_path: Path) -> None:
     """64 layers of 4 MiB, 128 MiB afterwards: the allocator would keep a hole of 0.7 MiB beside each of them."""
-    shapes = [(2048, 1024)] * 64
-    save_stack(tmp_path, shapes, dtype=BF16, bias=False)
+    shapes = save_alike(tmp_path, (2048, 1024), 64, BF16)
     gc.collect()
     release_freed_memory()
     loaded = load_toy(tmp_path, settings("torchao"), stack_of(shapes))

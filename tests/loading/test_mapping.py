@@ -15,8 +15,9 @@ from qexp.loading.lifecycle import load_component
 from qexp.loading.mapping import choose_mapped
 from qexp.loading.saving import save_model
 from qexp.offloading.payload import leaves, sites
-from tests.backends import CPU, EVERY_WAY, same_bytes
+from tests.backends import BACKENDS, CPU, EVERY_WAY, same_bytes
 from tests.loading.toys import Toy, ToySource, answer_of, load_toy, prepare_toy, random_state, save_state, settings
+from tests.products import representatives
 
 MIB = 1 << 20
 
@@ -59,7 +60,7 @@ def test_model_is_that_of_a_copy_bit_by_bit(backend: str, tmp_path: Path) -> Non
     assert torch.equal(answer_of(mapped.model), answer_of(copied.model))
 
 
-@pytest.mark.parametrize("backend", EVERY_WAY)
+@pytest.mark.parametrize("backend", representatives(BACKENDS, ["none", "bitsandbytes_nf4_dq", "torchao"]))
 def test_file_of_another_layout_gives_the_same_bits(backend: str, tmp_path: Path) -> None:
     """Its tensors begin 8 bytes behind a multiple of 64, as in most files that the library writes."""
     folder = saved(tmp_path, backend)
@@ -157,12 +158,12 @@ def test_setting_is_one_of_three(setting: Any) -> None:
 
 @pytest.mark.own_process
 def test_memory_of_mapped_weights_is_the_files(tmp_path: Path) -> None:
-    """32 MiB of 4-bit weights: a load of them takes none of its own, and the pages that are used are the file's."""
+    """16 MiB of 4-bit weights: a load of them takes none of its own, and the pages that are used are the file's."""
 
     class Wide(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(4096, 4096, bias=False) for _ in range(4))
+            self.layers = nn.ModuleList(nn.Linear(4096, 4096, bias=False) for _ in range(2))
 
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Wide().state_dict().items()}
@@ -170,7 +171,7 @@ def test_memory_of_mapped_weights_is_the_files(tmp_path: Path) -> None:
     dense = save_state(tmp_path / "dense", state)
     save_model(load_toy(dense, settings("bitsandbytes"), Wide).model, tmp_path / "saved")
     copied, mapped = load(tmp_path / "saved", False, Wide), load(tmp_path / "saved", "auto", Wide)
-    assert copied.memory.peak_anon_bytes > 30 * MIB
+    assert copied.memory.peak_anon_bytes > 15 * MIB
     assert mapped.memory.peak_anon_bytes < 4 * MIB
     assert mapped.memory.peak_bytes < copied.memory.peak_bytes + 8 * MIB
 

@@ -26,6 +26,7 @@ from tests.loading.test_interchange import (
     embedded,
     load_theirs,
 )
+from tests.products import representatives
 
 __all__ = ["dense", "flux"]  # fixtures
 pytestmark = pytest.mark.usefixtures("open_gate")
@@ -203,7 +204,9 @@ OF_TRANSFORMERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", OF_TRANSFORMERS)
+@pytest.mark.parametrize(
+    "case", representatives(OF_TRANSFORMERS, ["torchao and int8", "int8 of two thresholds", "gguf and packed"])
+)
 def test_transformers_refuses_it_too(case: str, tmp_path: Path) -> None:
     from transformers import BertModel
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.checkpoints.gguf_header import read_gguf_header
 from qexp.errors import LoadError
 from qexp.loading.model_names import under_model_names
-from tests.products import pairwise
+from tests.products import representatives
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
@@ -99,10 +100,19 @@ def wrapped(name: str, segment: str) -> str:
 
 @pytest.mark.parametrize(
     ("segment", "prefix", "backend"),
-    pairwise(
-        ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"],
-        ["", "module.", "_orig_mod."],
-        ["none", "gguf_q4_0"],
+    representatives(
+        product(
+            ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"],
+            ["", "module.", "_orig_mod."],
+            ["none", "gguf_q4_0"],
+        ),
+        [
+            ("_orig_mod", "", "none"),
+            ("_orig_mod", "module.", "gguf_q4_0"),
+            ("module", "_orig_mod.", "none"),
+            ("_fsdp_wrapped_module", "", "gguf_q4_0"),
+            ("_checkpoint_wrapped_module", "module.", "none"),
+        ],
     ),
 )
 def test_wrappers_of_parts_are_taken_out_of_names(prefix: str, segment: str, backend: str, tmp_path: Path) -> None:

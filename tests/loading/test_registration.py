@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from qexp.offloading.strategies import apply_offload, offload_of
 from qexp.quantizers.base import Quantizer
 from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE
 from tests.loading.toys import WIDTH, Toy, answer_of, load_in_bf16, load_toy, random_state, save_state, settings
-from tests.products import pairwise
+from tests.products import representatives
 
 BF16 = torch.bfloat16
 MARKS = ("hf_quantizer", "quantization_method", "_pre_quantization_dtype", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -76,17 +77,28 @@ def test_dequantize_in_another_dtype(folder: Path) -> None:
     assert model.blocks[0].norm.weight.dtype == BF16
 
 
-@cache  # six cases compare with each
+HELD_APART = ("bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "quanto_int4", "gguf")
+
+
+@cache  # several cases compare with each
 def dequantized_state(backend: str, folder: Path) -> dict[str, Tensor]:
     return state_of(load_in_bf16(folder, backend).dequantize())
 
 
 @pytest.mark.parametrize(
     ("backend", "to", "strategy"),
-    pairwise(
-        ["bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "quanto_int4", "gguf"],
-        ["cpu", "disk"],
-        ["leaf", "block", "model"],
+    representatives(
+        product(HELD_APART, ["cpu", "disk"], ["leaf", "block", "model"]),
+        [
+            ("bitsandbytes_nf4_dq", "cpu", "block"),
+            ("bitsandbytes_int8", "disk", "leaf"),
+            ("torchao", "cpu", "leaf"),
+            ("torchao", "disk", "block"),
+            ("torchao", "cpu", "model"),
+            ("torchao", "disk", "model"),
+            ("quanto_int4", "disk", "leaf"),
+            ("gguf", "cpu", "block"),
+        ],
     ),
 )
 def test_dequantize_while_offloaded(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import qexp
 from qexp.errors import LoadError
+from tests.products import diagonal
 
 FP8 = torch.float8_e4m3fn
 LAYERS = ("first", "second")
@@ -94,8 +95,10 @@ def test_scaled_weight_is_its_numbers_times_its_scales(layout: str, tmp_path: Pa
         assert torch.allclose(got[name], want[name].float(), rtol=3e-7, atol=0), name
 
 
-@pytest.mark.parametrize("backend", ["bitsandbytes", "torchao", "gguf", "packed_uint4"])
-@pytest.mark.parametrize("layout", ["ComfyUI, one number", "blocks of 128, ragged"])
+@pytest.mark.parametrize(
+    ("layout", "backend"),
+    diagonal(["ComfyUI, one number", "blocks of 128, ragged"], ["bitsandbytes", "torchao", "gguf", "packed_uint4"]),
+)
 def test_scaled_weight_is_quantized_as_the_dense_one(layout: str, backend: str, tmp_path: Path) -> None:
     want = save(tmp_path / "scaled", layout)
     (tmp_path / "dense").mkdir()

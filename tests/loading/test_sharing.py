@@ -1,6 +1,7 @@
 """Modules under several names, and weights of several layers: one in memory and in the file, with the same outputs."""
 
 import copy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import qexp
 from qexp.errors import LoadError
 from qexp.offloading.payload import module_nbytes
 from tests.loading.toys import prepare_toy, save_state, settings
-from tests.products import diagonal, pairwise
+from tests.products import diagonal, representatives
 
 WIDTH = 256
 BACKENDS = ["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto", "gguf", "packed_uint4"]
+OFFLOADED = BACKENDS[:4]
 
 
 def linear(bias: bool = True) -> nn.Linear:
@@ -150,7 +152,17 @@ def stored_names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("kind", "backend", "strategy", "to"),
-    pairwise(NETWORKS, ["bitsandbytes", "bitsandbytes_int8", "torchao", "quanto"], ["leaf", "model"], ["cpu", "disk"]),
+    representatives(
+        product(NETWORKS, OFFLOADED, ["leaf", "model"], ["cpu", "disk"]),
+        [
+            (TwoParents, "bitsandbytes", "leaf", "cpu"),
+            (TwoParents, "bitsandbytes_int8", "model", "disk"),
+            (TiedPerBias, "torchao", "leaf", "disk"),
+            (TiedPerBias, "quanto", "model", "cpu"),
+            (Recurrent, "bitsandbytes_int8", "leaf", "cpu"),
+            (Recurrent, "bitsandbytes", "model", "disk"),
+        ],
+    ),
 )
 def test_offload_of_what_is_shared_changes_nothing(
     kind: Any, backend: str, strategy: str, to: str, tmp_path: Path

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qexp.errors import LoadError
 from tests.loading.toys import load_toy, save_state, settings
+from tests.products import representatives
 
 
 class Masked(nn.Module):
@@ -40,21 +41,27 @@ def stored(name: str, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     return {**state, name: change(state[name])}
 
 
-@pytest.mark.parametrize("backend", ["none", "bitsandbytes", "gguf"])
+CHANGED = [
+    ("causal", torch.uint8),
+    ("causal", torch.int16),
+    ("causal", torch.uint64),
+    ("order", torch.uint16),
+    ("order", torch.int64),
+    ("levels", torch.uint32),
+    ("levels", torch.int8),
+    ("count", torch.int8),
+    ("count", torch.int64),
+    ("none", torch.bool),
+]
+QUANTIZED = [("causal", torch.int16, "bitsandbytes"), ("order", torch.int64, "gguf")]  # buffers stay as they are
+
+
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        ("causal", torch.uint8),
-        ("causal", torch.int16),
-        ("causal", torch.uint64),
-        ("order", torch.uint16),
-        ("order", torch.int64),
-        ("levels", torch.uint32),
-        ("levels", torch.int8),
-        ("count", torch.int8),
-        ("count", torch.int64),
-        ("none", torch.bool),
-    ],
+    ("name", "dtype", "backend"),
+    representatives(
+        [(*case, backend) for backend in ("none", "bitsandbytes", "gguf") for case in CHANGED],
+        [*((*case, "none") for case in CHANGED), *QUANTIZED],
+    ),
 )
 def test_whole_numbers_in_another_dtype_load_as_load_state_dict_does(
     name: str, dtype: torch.dtype, backend: str, tmp_path: Path
