@@ -13,7 +13,7 @@ from qexp.tasks.roundtrip import LayerRow, measure_layers
 from tests.backends import CPU, QUANTIZING, StackSource, backend_config, save_stack
 from tests.quantizers.formulas import FORMULAS
 
-ROWS, COLUMNS = 256, 4096
+ROWS, COLUMNS = 128, 4096
 # What a weight has once, beside the formula's bits: the 16 levels; with nested scales, their 256 levels and the offset.
 TABLE_BYTES = {"bitsandbytes": 64, "bitsandbytes_fp4": 64, "bitsandbytes_nf4_dq": 64 + 1024 + 4}
 PUBLISHED_DB = {  # measured with each library that has the format, on N(0, 1) weights, 4096 x 4096, fp32

@@ -22,7 +22,7 @@ from qexp.quantizers.base import load_quantizer
 from qexp.quantizers.embedded import embedded_config
 from qexp.quantizers.layers import weight_shape
 from qexp.tasks.roundtrip import measure_layers
-from tests.backends import QUANTIZING, backend_config, same_bytes, save_stack
+from tests.backends import QUANTIZING, backend_config, same_bytes, save_alike
 from tests.loading.toys import WIDTH, Toy, load_toy, prepare_toy, random_state, save_state
 from tests.products import representatives
 from tests.quantizers.test_contract import gaussian
@@ -338,8 +338,7 @@ def test_dense_weights_are_not_kept(tmp_path: Path) -> None:
     """40 layers of 4 MiB with 1 MiB in flight: 160 MiB dense, about 32 MiB afterwards."""
     from tests.loading.test_lifecycle import stack_of
 
-    shapes = [(1024, 1024)] * 40
-    save_stack(tmp_path, shapes, dtype=torch.float32, bias=False)
+    shapes = save_alike(tmp_path, (1024, 1024), 40, torch.float32)
     gc.collect()
     thirds = [[f"layers.{number}" for number in range(40) if number % 4 == part] for part in range(3)]
     rules = [

@@ -178,7 +178,7 @@ def test_whatever_is_finite_stays_finite_in_its_dtype(weight: Tensor, quant_type
     assert (back[zeros] == 0).all()
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=80)
 @given(weights(), TYPES, st.integers(1, 7))
 def test_groups_know_nothing_of_each_other(weight: Tensor, quant_type: str, groups: int) -> None:
     """Whatever lies beside them, in the row or in other rows."""
@@ -206,7 +206,7 @@ def test_the_largest_and_the_least_numbers_stay_finite(quant_type: str, dtype: t
     assert ((back.double() - weight.double()).abs() <= torch.maximum(apart, weight.abs().double() * 0.01 + 1e-40)).all()
 
 
-@settings(derandomize=True, deadline=None, max_examples=150)
+@settings(derandomize=True, deadline=None, max_examples=80)
 @given(weights(reach=0.3), st.sampled_from(sorted(INTEGERS)))
 def test_integers_are_within_half_a_step(weight: Tensor, quant_type: str) -> None:
     """With more than 4 bits. With fewer the range may be cut, but only if that makes the squared error smaller."""
@@ -224,7 +224,7 @@ def test_integers_are_within_half_a_step(weight: Tensor, quant_type: str) -> Non
         assert (error.square().sum(dim=1, keepdim=True) <= most).all()
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=120)
 @given(weights(), st.sampled_from(sorted(FLOATS)))
 def test_floats_are_the_nearest_of_all_that_the_scale_allows(weight: Tensor, quant_type: str) -> None:
     inner = encode(weight, quant_type, 1)
