@@ -56,6 +56,10 @@ BACKENDS = {
 SAFETENSORS = [name for name in BACKENDS if not name.startswith("gguf")]
 KEPT = {"bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "quanto_int4", "gguf_q4_0", "packed_uint4"}
 every_backend = pytest.mark.parametrize("backend", representatives(BACKENDS, KEPT))
+# of what the loader and not the format decides
+every_backend_by_loader = pytest.mark.parametrize(
+    "backend", representatives(BACKENDS, ["bitsandbytes_int8", "torchao"])
+)
 every_saved = pytest.mark.parametrize("backend", representatives(SAFETENSORS, KEPT & {*SAFETENSORS}))
 
 
@@ -131,7 +135,7 @@ def quantized_layers(model: nn.Module) -> set[str]:
     return {name for name, one in linear_layers(model).items() if quantizer is not None and quantizer.is_quantized(one)}
 
 
-@every_backend
+@every_backend_by_loader
 def test_quantization_num_parameters(backend: str, dense: Path) -> None:
     from tests.quantizers.peer_transformer import Transformer
 
@@ -154,7 +158,7 @@ def test_memory_footprint(backend: str, dense: Path) -> None:
     assert unquantized.get_memory_footprint() / footprint > 1.7
 
 
-@every_backend
+@every_backend_by_loader
 def test_quantized_layers(backend: str, dense: Path) -> None:
     from tests.quantizers.peer_transformer import Transformer
 
@@ -205,7 +209,7 @@ def test_serialization(backend: str, safe: str, dense: Path, tmp_path: Path) -> 
     assert again.get_memory_footprint() == model.get_memory_footprint()
 
 
-@every_backend
+@every_backend_by_loader
 def test_serialization_sharded(backend: str, dense: Path, tmp_path: Path) -> None:
     if backend.startswith("gguf"):
         pytest.skip("a .gguf file is one file")
@@ -223,7 +227,7 @@ def test_gguf_serialization(backend: str, dense: Path, tmp_path: Path) -> None:
     assert torch.equal(answer(load(tmp_path, "none")), answer(model))
 
 
-@every_backend
+@every_backend_by_loader
 def test_modules_to_not_convert(backend: str, dense: Path) -> None:
     model, whole = load(dense, backend, skip_modules=("blocks.0", "proj_out")), unused(dense, backend).model
     left = {name for name in linear_layers(model) if name.startswith("blocks.0.") or name == "proj_out"}
@@ -239,7 +243,7 @@ def test_llm_skip(backend: str, dense: Path) -> None:
     assert type(model.blocks[0].attn.to_q) is not nn.Linear
 
 
-@every_backend
+@every_backend_by_loader
 def test_keep_modules_in_fp32(backend: str, dense: Path) -> None:
     from tests.quantizers.peer_transformer import Fp32Transformer
 
@@ -266,7 +270,7 @@ def test_dequantize(backend: str, dense: Path, tmp_path: Path) -> None:
     model.to(torch.float16)
 
 
-@every_backend
+@every_backend_by_loader  # tests/quantizers/test_training.py has every way to hold bytes
 def test_training(backend: str, dense: Path) -> None:
     model = load(dense, backend)
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -290,7 +294,7 @@ def test_training(backend: str, dense: Path) -> None:
         assert torch.equal(found.weight, layer.weight), name
 
 
-@every_backend
+@every_backend_by_loader
 def test_original_dtype(backend: str, dense: Path, tmp_path: Path) -> None:
     from tests.quantizers.peer_transformer import Transformer
 
