@@ -26,8 +26,8 @@ from qexp.models.diffusers import DiffusersConfig, Source
 from qexp.models.lora import LoraConfig, lora_configs, read_updates
 from qexp.models.lora_scales import in_pattern
 from qexp.sweep.run_key import reference_key, run_key
-from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, backend_config
 from tests.assigning import assigned
+from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, backend_config
 from tests.models.test_diffusers import call as call_theirs
 from tests.models.test_diffusers import dense_images, load_theirs, skeletons, task_of
 from tests.pipelines import load_components
