@@ -11,11 +11,11 @@ many of them have a name of one word; its comments for 100 lines of code. Names 
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
 import re
 import subprocess
-import sys
 import tarfile
 import tokenize
 from collections import Counter, defaultdict
@@ -107,8 +107,14 @@ def row(room: str, counts: RoomCounts, shared: int) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commit", nargs="?", help="what git calls a commit; the working tree if left out")
+    commit = parser.parse_args().commit
+    if commit is not None and subprocess.run(["git", "rev-parse", "-q", "--verify", f"{commit}^{{commit}}"], cwd=ROOT,
+                                             stdout=subprocess.DEVNULL, check=False).returncode:  # fmt: skip
+        parser.error(f"{commit} is no commit; `git log --oneline` lists them")
     rooms: dict[str, RoomCounts] = defaultdict(RoomCounts)
-    for path, text in sources(sys.argv[1] if len(sys.argv) > 1 else None):
+    for path, text in sources(commit):
         parts = path.split("/")
         count_file(path, text, rooms[parts[1] if len(parts) > 2 else "(top)"])
     print(table(rooms))
