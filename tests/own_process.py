@@ -85,6 +85,7 @@ def _run(paths: tuple[Path, ...], expression: str) -> tuple[list[Outcome], str]:
         done = subprocess.run(
             [*command, f"--junitxml={report}"],
             cwd=ROOT,
+            env={name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"},  # which may need xdist
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
