@@ -194,32 +194,42 @@ def remove_offload(model: nn.Module) -> nn.Module:
     return model
 
 
-def save(model: Any, folder: str | Path, *, max_shard_gib: float = 5.0, interchange: bool = False) -> list[Path]:
+def save(
+    model: Any,
+    folder: str | Path,
+    *,
+    max_shard_gib: float = 5.0,
+    interchange: bool = False,
+    layout: str | None = None,
+) -> list[Path]:
     """Save a model that `load` returned, or a pipeline of `load_pipeline`, wherever its weights rest now.
 
     What is written, `load` opens without a backend; so do diffusers and transformers, for formats that they know.
     max_shard_gib: of one file of weights. interchange: keep the format's own name also where transformers would open
     the model with other weights (quanto), with a warning; else it is saved under a name that transformers refuses.
+    layout: "file" for GGUF with the names and groups of tensors of the checkpoint's file, which ComfyUI reads.
     Returns: the files written.
     Raises: ConfigError for a model that was loaded by something else, DiskError if it cannot be written.
     """
-    from qexp.loading.saving import save_model
+    from qexp.loading.saving import layouts_of, save_model
 
-    limit = from_plain(SaveConfig, {"max_shard_gib": max_shard_gib}, "save").max_shard_gib
+    asked = {"path": str(folder), "max_shard_gib": max_shard_gib, "layout": layout}
+    limit = from_plain(SaveConfig, asked, "save").max_shard_gib
     place, max_shard_bytes = expanded(folder, "folder"), int(limit * GIB)
     source = getattr(model, SOURCE, None)
     if source is None:
         check_model(model, "save")
-        return save_model(model, place, max_shard_bytes=max_shard_bytes, interchange=interchange)
+        return save_model(model, place, max_shard_bytes=max_shard_bytes, interchange=interchange, layout=layout)
     for name in source.components():  # before any of them is written
         checkpoint = getattr(getattr(model, name), "checkpoint_path", None)
         if checkpoint is not None:
             refuse_source(place / name, checkpoint, "save")
+    layouts = layouts_of({name: getattr(model, name) for name in source.components()}, layout)
     files = [
         file
-        for name in source.components()
+        for name, own in layouts.items()
         for file in save_model(
-            getattr(model, name), place / name, max_shard_bytes=max_shard_bytes, interchange=interchange
+            getattr(model, name), place / name, max_shard_bytes=max_shard_bytes, interchange=interchange, layout=own
         )
     ]
     return [*source.save_side_files(place), *files]

@@ -171,13 +171,15 @@ class SaveConfig:
     """Settings for saving the quantized model.
 
     path: folder. max_shard_gib: largest file. interchange: keep the format's own name even if the model's library
-    would misread it (quanto with transformers). push_to_hub: repository to upload to, user/name. private: create the
+    would misread it (quanto with transformers). layout: null (the network's) or "file": of the checkpoint's file, as
+    ComfyUI reads it, for GGUF. push_to_hub: repository to upload to, user/name. private: create the
     repository as private; null: account default. revision: branch; null: main. commit_message: null names the backend.
     """
 
     path: str | None = None
     max_shard_gib: float = 5.0
     interchange: bool = False
+    layout: str | None = None
     push_to_hub: str | None = None
     private: bool | None = None
     revision: str | None = None
@@ -193,6 +195,10 @@ class SaveConfig:
         check_folder(self.path, "save.path")
         if not 0 < self.max_shard_gib < inf:
             raise ConfigError(f"save.max_shard_gib={self.max_shard_gib} must be a number above 0")
+        if self.layout not in (None, "file"):
+            raise ConfigError(f"save.layout={self.layout} is unknown; use file, or null for the network's own")
+        if self.layout is not None and not self.wanted:
+            raise ConfigError(f"save.layout={self.layout} needs a place to save to; set save.path=<folder>, too")
         hub = {name: getattr(self, name) for name in ("private", "revision", "commit_message")}
         for name, value in hub.items():
             if value is not None and self.push_to_hub is None:

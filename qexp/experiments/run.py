@@ -19,9 +19,10 @@ from qexp.experiments.statistics import Metrics, load_statistics, load_trace, of
 from qexp.hub.upload import push
 from qexp.loading.component import CacheFolder, LoadedComponent, PlannedComponent, plan_statistics
 from qexp.loading.components import plan_components, request_components
+from qexp.loading.file_layout import check_file_layouts
 from qexp.loading.lifecycle import load_planned
 from qexp.loading.prepare import skeleton_and_names
-from qexp.loading.saving import save_model, save_tensors
+from qexp.loading.saving import layouts_of, save_model, save_tensors
 from qexp.models.base import load_source
 from qexp.offloading.dispatch import Dispatch
 from qexp.offloading.payload import module_nbytes
@@ -111,6 +112,8 @@ def _run_model(context: RunContext) -> Metrics:
     if context.inputs is not None:
         dtype = next(iter(planned.values())).prepared.compute_dtype
         context = replace(context, inputs=forward_inputs.in_dtype(context.inputs, dtype))
+    if context.config.save.layout is not None:
+        check_file_layouts(component.prepared for component in planned.values())
     write_json(context.folder / "plan.json", {name: _plan_of(component) for name, component in planned.items()})
     loaded, offloads, weights_bytes = _load_components(context, planned)
     if context.config.save.wanted:
@@ -224,10 +227,11 @@ def _save_components(context: RunContext) -> None:
         files: list[Path] = []
         if source.is_pipeline:
             (folder / INDEX).unlink(missing_ok=True)  # of an earlier one: it says that all is there
+        layouts = layouts_of(context.models, save.layout)
         for name, model in context.models.items():
             place = folder / name if source.is_pipeline else folder
             limit = int(save.max_shard_gib * GIB)
-            files += save_model(model, place, max_shard_bytes=limit, interchange=save.interchange)
+            files += save_model(model, place, max_shard_bytes=limit, interchange=save.interchange, layout=layouts[name])
             if save.path is not None:
                 say(f"saved {name} to {place}")
         if source.is_pipeline:

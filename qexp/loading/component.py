@@ -72,10 +72,11 @@ class LoadRequest:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Stages 1 to 6: everything decided, nothing read."""
+    """Stages 1 to 6: everything decided, nothing read. named: the checkpoint under the names of the network."""
 
     request: LoadRequest
     model: nn.Module
+    named: Checkpoint
     quantizer: Quantizer
     chosen: Mapping[str, WeightSpec]
     plan: LoadPlan

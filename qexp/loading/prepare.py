@@ -109,7 +109,7 @@ def plan_modules(
         plan = replace(plan, left_dense=tuple(unasked))
     for notice in notices(component, plan):
         say(notice)
-    return Prepared(request, model, quantizer, chosen, plan, compute_dtype, own_dtype, unmatched)
+    return Prepared(request, model, named, quantizer, chosen, plan, compute_dtype, own_dtype, unmatched)
 
 
 def _swap_layers(

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from qexp.errors import ConfigError
 from qexp.interop.interfaces import interface_of
 from qexp.loading.component import Prepared
+from qexp.loading.file_layout import read_layout
 from qexp.loading.straight_through import give_backward
 from qexp.offloading.engine import HOOK_MARK
 from qexp.offloading.payload import Site, converted, is_plain, module_nbytes, sites
@@ -185,6 +186,7 @@ def register(model: nn.Module, prepared: Prepared) -> None:
     marked, quantizer = cast(Any, model), prepared.quantizer
     source, checkpoint = prepared.request.source, prepared.request.checkpoint
     marked.checkpoint_path, marked.carried_files = checkpoint.path.absolute(), source.carried_files()
+    marked.file_layout = read_layout(checkpoint, prepared.named)
     marked.checkpoint_config = {
         name: value for name, value in checkpoint.config.items() if name != "quantization_config"
     }

@@ -24,6 +24,7 @@ from qexp.checkpoints.checkpoint import GGUF_CONFIG_KEY, SAVED_GGUF, SAVED_WEIGH
 from qexp.checkpoints.safetensors_file import write_safetensors
 from qexp.errors import ConfigError, DiskError
 from qexp.interop.interfaces import interface_of
+from qexp.loading.file_layout import COMFYUI_NAMES, InFileLayout, not_for
 from qexp.loading.gguf_saving import save_gguf
 from qexp.loading.quantized_model import registered_quantizer
 from qexp.loading.sharing import distinct_state
@@ -43,11 +44,17 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def save_model(
-    model: nn.Module, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, interchange: bool = False
+    model: nn.Module,
+    folder: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    interchange: bool = False,
+    layout: str | None = None,
 ) -> list[Path]:
     """Save a model that `load_component` loaded, quantized or dequantized, wherever its weights rest.
 
-    interchange: keep the format's own names also where their own library would misread them, with a warning.
+    interchange: keep the format's own names also where their own library would misread them, with a warning. layout:
+    "file" for the names and groups of tensors in the file that it was loaded from (`file_layout.py`); GGUF alone.
     Returns the files written, config.json first.
     Raises: ConfigError for a format that cannot be stored, a model that was loaded by something else, or the folder
     that it was loaded from; DiskError, which leaves a model that was saved there before as it was.
@@ -60,6 +67,8 @@ def save_model(
     config = interface.saved_config(model) if interface is not None else config
     config = {name: value for name, value in config.items() if name not in ("quantization_config", "quantization")}
     quantizer = registered_quantizer(model)
+    if layout is not None and (quantizer is None or quantizer.file_format != "gguf"):
+        raise not_for(quantizer)
     tensors, metadata = distinct_state(model, quantizer), dict[str, str]()
     if quantizer is not None:
         if not quantizer.is_serializable:
@@ -68,7 +77,7 @@ def save_model(
             )
         tensors, metadata = quantizer.get_state_dict_and_metadata(tensors)
         if quantizer.file_format == "gguf":
-            return _save_as_gguf(folder, tensors, metadata, config, model)
+            return _save_as_gguf(folder, tensors, metadata, config, model, layout)
         config["quantization_config"] = quantizer.to_dict(model)
         misread = quantizer.misread(model, "model_type" in config) if interface is not None else None
         if misread is not None:
@@ -91,6 +100,17 @@ def save_model(
         sides = _copy_carried_files(model, beside)
         _write_config(beside / "config.json", config)
     return [folder / name for name in ("config.json", *sides, *names)]
+
+
+def layouts_of(models: Mapping[str, nn.Module], layout: str | None) -> dict[str, str | None]:
+    """Return the layout to save each component in: one that is not quantized keeps the network's.
+
+    Raises: ConfigError if none is quantized.
+    """
+    quantized = [name for name, model in models.items() if registered_quantizer(model) is not None]
+    if layout is not None and not quantized:
+        raise not_for(None)
+    return {name: layout if name in quantized else None for name in models}
 
 
 def _write_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -138,9 +158,12 @@ def _save_as_gguf(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     config: Mapping[str, Any],
-    model: nn.Module,
+    model: Any,
+    layout: str | None,
 ) -> list[Path]:
     architecture = str(config.get("_class_name") or config.get("model_type") or "unknown")
+    if layout is not None:
+        tensors, architecture = InFileLayout(tensors, model.file_layout), COMFYUI_NAMES.get(architecture, architecture)
     texts = {GGUF_CONFIG_KEY: json.dumps(config, sort_keys=True), **metadata}
     with _replace_when_complete(folder) as beside:
         save_gguf(beside / SAVED_GGUF, tensors, architecture=architecture, metadata=texts)

@@ -32,6 +32,8 @@ from tests.quantizers.test_contract import gaussian
 BF16, FP32 = torch.bfloat16, torch.float32
 FLUX = {"in_channels": 64, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 32, "num_attention_heads": 8,
         "joint_attention_dim": 256, "pooled_projection_dim": 256, "axes_dims_rope": (8, 12, 12)}  # fmt: skip
+TRUE_FLUX = FLUX | {"num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 4096,
+                    "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56)}  # fmt: skip
 SD3 = {"sample_size": 8, "in_channels": 4, "num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 8,
        "joint_attention_dim": 256, "caption_projection_dim": 256, "pooled_projection_dim": 256, "out_channels": 4,
        "pos_embed_max_size": 8}  # fmt: skip
@@ -250,10 +252,8 @@ def sparse_gguf(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
 def test_flux_at_its_true_width_is_planned_from_the_header(tmp_path: Path) -> None:
     from diffusers import FluxTransformer2DModel
 
-    config = FLUX | {"num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 4096,
-                     "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56)}  # fmt: skip
     with torch.device("meta"):
-        FluxTransformer2DModel(**cast(Any, config)).save_config(tmp_path)
+        FluxTransformer2DModel(**cast(Any, TRUE_FLUX)).save_config(tmp_path)
     shapes = flux_original_shapes()
     path = sparse_gguf(tmp_path / "x.gguf", shapes)
     checkpoint, source = open_checkpoint(path), FolderSource(path, None)
