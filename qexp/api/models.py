@@ -213,9 +213,9 @@ def save(
     """
     from qexp.loading.saving import layouts_of, save_model
 
-    asked = {"path": str(folder), "max_shard_gib": max_shard_gib, "layout": layout}
-    limit = from_plain(SaveConfig, asked, "save").max_shard_gib
-    place, max_shard_bytes = expanded(folder, "folder"), int(limit * GIB)
+    place = expanded(folder, "folder")
+    asked = {"path": str(place), "max_shard_gib": max_shard_gib, "layout": layout}
+    max_shard_bytes = int(from_plain(SaveConfig, asked, "save").max_shard_gib * GIB)
     source = getattr(model, SOURCE, None)
     if source is None:
         check_model(model, "save")

@@ -42,6 +42,9 @@ def register_schemas() -> None:
         for name in plugin_names(group)
     }
     store = ConfigStore.instance()
+    # Hydra copies its list of sources for each composition, and with it the store, of which there is one: a quarter of
+    # the time. What it takes from the store it copies once more.
+    vars(store)["__deepcopy__"] = lambda memo: store
     for (group, name), config in configs.items():
         twin = schema_of(config)
         if _stored.get((group, name)) is not twin:  # each takes a millisecond, and one process may compose often

@@ -107,6 +107,14 @@ def test_every_backend_model_and_task_has_a_yaml_and_a_schema_of_its_own() -> No
         assert inherited == set(plugin_names(group))
 
 
+def test_composition_that_is_changed_leaves_the_next_one_as_it_was() -> None:
+    """All of them take their schemas from one store, which is not copied."""
+    first = compose_settings(["backend=gguf"])
+    expected = OmegaConf.to_container(first)
+    first.backend.quant_type, first.loader.workers, first.paths.outputs = "Q4_0", 9, "elsewhere"
+    assert OmegaConf.to_container(compose_settings(["backend=gguf"])) == expected
+
+
 def test_config_yaml_repeats_the_defaults_of_the_dataclass() -> None:
     config = assigned()
     groups = {"model", "backend", "task", "sweep"}  # None in the dataclass, or given by now

@@ -162,7 +162,8 @@ def _wait_for_go(folder: Path) -> None:
         time.sleep(0.01)
 
 
-def _sleep_with_child(folder: Path) -> None:
+def _sleep_with_children(folder: Path) -> None:
+    _start_daemon(folder)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     (folder / "child.pid").write_text(str(child.pid))
     (folder / ".outputs.safetensors.1.tmp").write_text("half")
@@ -171,16 +172,11 @@ def _sleep_with_child(folder: Path) -> None:
     _sleep(folder)
 
 
-def _sleep_with_a_daemon(folder: Path) -> None:
-    _start_daemon(folder)
-    _sleep(folder)
-
-
 def _start_daemon(folder: Path) -> None:
     """The grandchild leads a session of its own, and the child has ended."""
     code = "import subprocess, sys; child = subprocess.Popen(['sleep', '600'], start_new_session=True)"
     code += "; open(sys.argv[1], 'w').write(str(child.pid))"
-    subprocess.run([sys.executable, "-c", code, str(folder / "child.pid")], check=True)
+    subprocess.run([sys.executable, "-c", code, str(folder / "daemon.pid")], check=True)
 
 
 def _leave_child(folder: Path) -> None:
@@ -236,7 +232,7 @@ BEHAVIOURS = {
     12: lambda folder: os._exit(4),
     13: lambda folder: os.kill(os.getpid(), signal.SIGKILL),
     14: lambda folder: os.kill(os.getpid(), signal.SIGSEGV),
-    15: _sleep_with_child,
+    15: _sleep_with_children,
     16: _sleep,
     17: _leave_child,
     18: _print,
@@ -245,6 +241,5 @@ BEHAVIOURS = {
     21: _raise(KeyboardInterrupt()),
     22: _allocate_past_a_limit,
     23: _fill_the_disk,
-    24: _sleep_with_a_daemon,
-    25: _show_stages,
+    24: _show_stages,
 }

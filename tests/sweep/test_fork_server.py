@@ -99,9 +99,9 @@ def is_running(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != "zombie"
 
 
-@pytest.mark.parametrize("behaviour, count", [(20, 2), (24, 3)])
+@pytest.mark.parametrize("behaviour, count", [(20, 2), (15, 4)])
 def test_killed_parent_takes_server_and_worker_and_its_children_along(behaviour: int, count: int, tmp_path) -> None:
-    """Count: the server, the worker, and a daemon of the worker in a session of its own."""
+    """Count: the server, the worker, a child of the worker, and a daemon in a session of its own."""
     folder = RunFolder(tmp_path / "outputs" / "runs" / "key")
     folder.path.mkdir(parents=True)
     prepare_folder(folder, run_config(tmp_path, behaviour), ())
@@ -121,7 +121,7 @@ def test_killed_parent_takes_server_and_worker_and_its_children_along(behaviour:
 
 def test_children_of_a_worker_whose_server_was_killed_are_gone(tmp_path) -> None:
     assert run(tmp_path, "run_with_a_daemon_killing_the_server_once")["start"] == "fork"
-    number = int((tmp_path / "outputs" / "child.pid").read_text())
+    number = int((tmp_path / "outputs" / "daemon.pid").read_text())
     wait_for(lambda: not psutil.pid_exists(number) or psutil.Process(number).status() == "zombie")
 
 

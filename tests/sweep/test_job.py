@@ -223,6 +223,7 @@ def test_the_traceback_is_in_the_log_and_on_the_console_only_if_asked_for(tmp_pa
 
 
 def test_a_timeout_kills_the_worker_with_its_children_and_what_was_half_written(tmp_path) -> None:
+    """Also a grandchild that leads a session of its own."""
     config = have_reference(run_config(tmp_path, 15, isolation=IsolationConfig(timeout_minutes=5.0 / 60)))
     started = time.monotonic()
     row = run(config)
@@ -231,15 +232,10 @@ def test_a_timeout_kills_the_worker_with_its_children_and_what_was_half_written(
     assert 4.9 < time.monotonic() - started < 300
     folder = folder_of(config)
     assert not psutil.pid_exists(folder.read_status().pid)
-    assert not is_running(int((folder.path / "child.pid").read_text()))
+    for child in ("child.pid", "daemon.pid"):
+        assert not is_running(int((folder.path / child).read_text()))
     left = {entry.name for entry in folder.path.iterdir()}
     assert not left & {"offload", ".outputs.safetensors.1.tmp", "result.json"}
-
-
-def test_a_timeout_also_kills_what_leads_a_session_of_its_own(tmp_path) -> None:
-    config = have_reference(run_config(tmp_path, 24, isolation=IsolationConfig(timeout_minutes=5.0 / 60)))
-    assert run(config).reason == "timeout"
-    assert not is_running(int((folder_of(config).path / "child.pid").read_text()))
 
 
 @pytest.mark.parametrize("waits_for", ["its folder", "its reference"])
