@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qexp.errors import ConfigError
+from qexp.loading.weights import default_workers
 from qexp.sensitivity.blocks import blocks_of
 from qexp.sensitivity.candidates import restored_rows, weight_of
 from qexp.sensitivity.errors import draw_projection
@@ -31,7 +33,7 @@ from qexp.sensitivity.recomputation import recomputed
 from qexp.sensitivity.samples import Batch, first_tensor, merge_calls
 
 GRADIENTS_BYTES = 8 << 20  # of weight gradients at a time: as much as stays in a processor's cache
-CHANGES_BYTES = 64 << 20  # of changes of weights, in all formats, at a time
+CHANGES_BYTES = 32 << 20  # of changes of weights, in all formats, at a time, for each core
 
 
 def passes_of(model: nn.Module, batches: Sequence[Batch], projections: int) -> list[Batch]:
@@ -84,6 +86,9 @@ class _Backward:
         self._is_forward = True
         self._left = {group.name: group for group in left}
         self._handles: list[Any] = []
+        self._threads = torch.get_num_threads()
+        # of these threads: they are the parallelism
+        self._pool = ThreadPoolExecutor(default_workers(), initializer=lambda: torch.set_num_threads(1))
 
     def __enter__(self) -> _Backward:
         modules: dict[nn.Module, str] = {}
@@ -94,6 +99,8 @@ class _Backward:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        torch.set_num_threads(self._threads)  # what they set is also the default of threads to come
         for handle in self._handles:
             handle.remove()
 
@@ -156,13 +163,18 @@ class _Backward:
         dense = weight_of(self._model, layer)
         if specs[0].transposed:
             dense = dense.t()
-        found = x.new_zeros(len(x), len(formats))
-        for numbers, rows in _parts(formats, dense):
-            part = dense[rows]
+
+        def sum_part(numbers: Sequence[int], rows: slice) -> Tensor:
+            part = dense[rows].detach()
             changes = part.new_empty(len(numbers), *part.shape, dtype=torch.float32)
             for number, change in zip(numbers, changes, strict=True):
                 torch.sub(restored_rows(part, specs[number], formats[number]), part, out=change)
-            found[:, numbers] += _sum_products(x, g[..., rows], changes)
+            return _sum_products(x, g[..., rows], changes)
+
+        found = x.new_zeros(len(x), len(formats))
+        parts = list(_parts(formats, dense))
+        for (numbers, _), sums in zip(parts, self._pool.map(sum_part, *zip(*parts, strict=True)), strict=True):
+            found[:, numbers] += sums
         return found
 
     def _by_rows(self, tensor: Tensor) -> Tensor:
