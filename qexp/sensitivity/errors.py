@@ -30,10 +30,14 @@ def output_error(kind: str, expected: Tensor, found: Tensor, weights: Tensor) ->
 
 def draw_projection(kind: str, expected: Tensor, weights: Tensor, random: torch.Generator) -> Tensor:
     """Return a random v, of the output's shape, by which (v^T d)^2 of each row has the mean of its error."""
-    noise = torch.randn(expected.shape, generator=random).to(expected)
     scale = weights.to(expected).view(-1, *[1] * (expected.ndim - 1))
     if kind == "squared_error":
-        return noise * scale.sqrt()
-    p = expected.softmax(-1)
-    noise *= p.sqrt()
-    return (noise - p * noise.sum(-1, keepdim=True)) * (scale / 2).sqrt()
+        return torch.randn(expected.shape, generator=random).to(expected) * scale.sqrt()
+    found, rows = torch.empty_like(expected), max(POSITIONS // expected[0].numel(), 1)
+    for own, factor, result in zip(
+        expected.split(rows), (scale / 2).sqrt().split(rows), found.split(rows), strict=True
+    ):
+        p = own.softmax(-1)
+        noise = torch.randn(own.shape, generator=random).to(own).mul_(p.sqrt())
+        torch.sub(noise, p * noise.sum(-1, keepdim=True), out=result).mul_(factor)
+    return found

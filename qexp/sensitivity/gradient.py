@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from qexp.errors import ConfigError
 from qexp.loading.weights import default_workers
@@ -112,7 +113,10 @@ class _Backward:
                 raise ConfigError(
                     f"no gradient passes through {type(self._model).__name__}; use task.score=exact, which needs none"
                 )
-            output.backward(draw_projection(error, output.detach(), batch.weights, random))
+            projection = draw_projection(error, output.detach(), batch.weights, random)
+            edge = get_gradient_edge(output)
+            del output  # of a language model, as large as the projection
+            torch.autograd.backward(edge, projection)
         for group in list(self._left.values()):  # some layer of it has no part in the output
             self._finish(group)
 

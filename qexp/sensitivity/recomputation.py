@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from typing_extensions import override
 
 from qexp.offloading.strategies import offload_of
+from qexp.system.memory import release_freed_memory
 
 
 @contextmanager
@@ -84,4 +85,6 @@ class _Recompute(torch.autograd.Function):
             ]
             if pairs:
                 torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+        del outputs, pairs
+        release_freed_memory()  # the block's activations, else what one leaves behind adds up to the next one's
         return None, None, *(tensor.grad for tensor in inputs)
