@@ -32,6 +32,7 @@ from qexp.sensitivity.groups import ComponentGroups, Format, Group
 from qexp.sensitivity.partial import PartialScores, Scores
 from qexp.sensitivity.recomputation import recomputed
 from qexp.sensitivity.samples import Batch, first_tensor, merge_calls
+from qexp.system.memory import release_freed_memory
 
 GRADIENTS_BYTES = 8 << 20  # of weight gradients at a time: as much as stays in a processor's cache
 CHANGES_BYTES = 32 << 20  # of changes of weights, in all formats, at a time, for each core
@@ -59,6 +60,7 @@ def score_by_gradient(
         left = [group for group in groups.groups if (component, keys[group.layers]) not in partial.done]
         if left:
             random = torch.Generator().manual_seed(number)
+            release_freed_memory()  # what the forward passes before left behind
             with _Backward(model, groups, left, len(batch.weights)) as backward:
                 backward.on_done = lambda group, scores, keys=keys: partial.add(component, keys[group.layers], scores)
                 backward.run(batch, blocks, error, random)
