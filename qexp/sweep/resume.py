@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qexp.checkpoints.pipeline_folder import INDEX
-from qexp.config.schema import PERCEPTUAL_METRICS, MetricsConfig, RunConfig
+from qexp.config.schema import PERCEPTUAL_METRICS, MetricsConfig, RunConfig, SaveConfig
 from qexp.experiments.reference import saves_outputs
 from qexp.results.environment import differences
 from qexp.results.run_folder import PUSHED, RunFolder
 from qexp.sweep.damage import OUTPUTS
-from qexp.system.files import read_json
+from qexp.system.files import read_json, read_yaml
 
 SCORED_FILES = (OUTPUTS, "memory.csv")  # of a run, from which it can be scored
 
@@ -77,6 +77,9 @@ def scored_names(result: Mapping[str, Any], metrics: MetricsConfig) -> tuple[str
     return tuple(name for name in scored.get("names", ()) if name not in changed)
 
 
+LAYOUT = ("max_shard_gib", "interchange", "layout")  # settings of `save` that make other files
+
+
 def _unsaved(config: RunConfig, folder: RunFolder) -> str:
     """Name the part of `save` that is not done yet, '' if none.
 
@@ -85,6 +88,11 @@ def _unsaved(config: RunConfig, folder: RunFolder) -> str:
     save = config.save
     if save.path is not None and not any(Path(save.path, name).exists() for name in ("config.json", INDEX)):
         return f"saved to {save.path}"
+    written = (read_yaml(folder.path / "config.yaml") or {}).get("save") or {}
+    if save.path is not None and written.get("path") == save.path:
+        changed = [name for name in LAYOUT if written.get(name, getattr(SaveConfig(), name)) != getattr(save, name)]
+        if changed:
+            return f"saved to {save.path} with another save.{changed[0]}"
     pushed = read_json(folder.path / PUSHED) or {}
     if save.push_to_hub is not None and (pushed.get("repo_id"), pushed.get("revision")) != (
         save.push_to_hub,

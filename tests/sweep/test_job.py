@@ -748,6 +748,9 @@ def test_a_finished_run_runs_again_to_save_its_model_and_its_reference_saves_non
     (tmp_path / "saved").mkdir(exist_ok=True)
     (tmp_path / "saved" / "config.json").write_text("{}")
     assert run(saving).reused
+    in_layout = replace(config, save=replace(saving.save, layout="file"))
+    assert not run(in_layout).reused  # the folder has another file
+    assert run(in_layout).reused
 
 
 def test_a_configuration_from_before_there_was_saving_reads(tmp_path) -> None:
