@@ -35,7 +35,8 @@ def converted(checkpoint: Checkpoint, conversion: Conversion) -> Checkpoint:
             "belongs to another model; check its config.json"
         ) from error
     entries = {name: tensor.entry(name) for name, tensor in {**state, **result}.items()}
-    return replace(checkpoint, entries=entries, converted_names=frozenset(checkpoint.entries.keys() - entries.keys()))
+    converted_names = checkpoint.converted_names | (checkpoint.entries.keys() - entries.keys())
+    return replace(checkpoint, entries=entries, converted_names=converted_names)
 
 
 def transposed(entry: TensorEntry) -> TensorEntry:

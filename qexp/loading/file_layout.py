@@ -122,7 +122,7 @@ def check_file_layouts(components: Iterable[Prepared]) -> None:
 
 def _check_groups(prepared: Prepared) -> None:
     quantizer, file = prepared.quantizer, prepared.request.checkpoint
-    groups = InFileLayout(prepared.model.state_dict(), read_layout(file, prepared.named))
+    groups = InFileLayout(prepared.model.state_dict(keep_vars=True), read_layout(file, prepared.named))
     for name in groups:
         layers = [part.removesuffix(".weight") for part in groups.parts_of(name)]
         formats = {quantizer.layer_format(one) if one in prepared.chosen else "unquantized" for one in layers}
@@ -169,7 +169,8 @@ class InFileLayout(Mapping[str, Tensor]):
                 )
             self._layout[name] = one
             used |= own
-        if missing := [name for name in tensors if name not in used]:
+        held = {_identity(tensors[name]) for name in used}
+        if missing := [name for name in tensors if name not in used and _identity(tensors[name]) not in held]:
             raise ConfigError(f"{SETTING}: the file has no place for {first_names(missing)}; leave save.layout out")
 
     @override
@@ -201,6 +202,12 @@ class InFileLayout(Mapping[str, Tensor]):
     @override
     def __len__(self) -> int:
         return len(self._layout)
+
+
+def _identity(tensor: Tensor) -> object:
+    """Return what tied tensors have in common: their memory, or the object where there is none."""
+    address = 0 if tensor.is_meta or isinstance(tensor, GGUFTensor) else tensor.data_ptr()
+    return (address, tensor.shape) if address else id(tensor)
 
 
 def _rows(tensor: Tensor, part: Part) -> Tensor:

@@ -163,7 +163,10 @@ def _save_as_gguf(
 ) -> list[Path]:
     architecture = str(config.get("_class_name") or config.get("model_type") or "unknown")
     if layout is not None:
-        tensors, architecture = InFileLayout(tensors, model.file_layout), COMFYUI_NAMES.get(architecture, architecture)
+        tensors, kind = InFileLayout(tensors, model.file_layout), architecture
+        architecture = COMFYUI_NAMES.get(kind, kind)
+        if kind not in COMFYUI_NAMES:
+            say(f"warning: {folder}: ComfyUI-GGUF has no name for a {kind}; the file's general.architecture is {kind}")
     texts = {GGUF_CONFIG_KEY: json.dumps(config, sort_keys=True), **metadata}
     with _replace_when_complete(folder) as beside:
         save_gguf(beside / SAVED_GGUF, tensors, architecture=architecture, metadata=texts)

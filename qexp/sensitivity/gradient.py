@@ -179,7 +179,10 @@ class _Backward:
 
         found = x.new_zeros(len(x), len(formats))
         parts = list(_parts(formats, dense))
-        for (numbers, _), sums in zip(parts, self._pool.map(sum_part, *zip(*parts, strict=True)), strict=True):
+        is_small = all(formats[number].quantizer.rows_alone for numbers, _ in parts for number in numbers)
+        # whole weights come one after another: several at a time may not fit
+        each = self._pool.map if is_small and not dense.is_cuda else map
+        for (numbers, _), sums in zip(parts, each(sum_part, *zip(*parts, strict=True)), strict=True):
             found[:, numbers] += sums
         return found
 

@@ -89,10 +89,10 @@ def _unsaved(config: RunConfig, folder: RunFolder) -> str:
     if save.path is not None and not any(Path(save.path, name).exists() for name in ("config.json", INDEX)):
         return f"saved to {save.path}"
     written = (read_yaml(folder.path / "config.yaml") or {}).get("save") or {}
-    if save.path is not None and written.get("path") == save.path:
+    if save.wanted and all(written.get(name) == getattr(save, name) for name in ("path", "push_to_hub")):
         changed = [name for name in LAYOUT if written.get(name, getattr(SaveConfig(), name)) != getattr(save, name)]
         if changed:
-            return f"saved to {save.path} with another save.{changed[0]}"
+            return f"saved with another {changed[0]}: {save.wanted}"
     pushed = read_json(folder.path / PUSHED) or {}
     if save.push_to_hub is not None and (pushed.get("repo_id"), pushed.get("revision")) != (
         save.push_to_hub,

@@ -13,7 +13,7 @@ import qexp
 from qexp.config.schema import ComponentConfig
 from qexp.errors import ConfigError
 from qexp.experiments.run import run_experiment
-from qexp.loading.file_layout import check_file_layouts, read_layout
+from qexp.loading.file_layout import FileTensor, InFileLayout, Part, check_file_layouts, read_layout
 from qexp.loading.lifecycle import request_load
 from qexp.loading.prepare import load_quantizer_of, prepare
 from qexp.models.folder import FolderSource
@@ -152,6 +152,14 @@ def test_what_the_file_cannot_hold_is_refused_from_headers(authors_sd3: Path, fl
     with pytest.raises(ConfigError, match="not for quanto"):
         qexp.save(qexp.load(authors_sd3, "quanto", device="cpu"), tmp_path, layout="file")
     assert not any(tmp_path.iterdir())
+
+
+def test_tied_tensors_are_one_of_the_file_and_others_have_no_place() -> None:
+    tensor = torch.ones(2, 3)
+    layout = {"file.w": FileTensor((2, 3), (Part("a", 0, 6, 0, 24, is_computed=False),), is_whole=True)}
+    assert list(InFileLayout({"a": tensor, "b": tensor}, layout)) == ["file.w"]
+    with pytest.raises(ConfigError, match="the file has no place for 'b'"):
+        InFileLayout({"a": tensor, "b": tensor.clone()}, layout)
 
 
 def test_a_run_says_before_it_reads_weights_that_there_is_no_such_layout(tmp_path: Path) -> None:
