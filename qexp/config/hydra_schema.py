@@ -61,8 +61,10 @@ def compose_settings(overrides: Sequence[str], *, with_hydra: bool = False) -> A
     from hydra.core.global_hydra import GlobalHydra
 
     register_schemas()
-    is_within = GlobalHydra.instance().is_initialized()  # a command line of Hydra's, which knows the folder
-    folder = str(conf_folder().resolve())
+    folder, running = str(conf_folder().resolve()), GlobalHydra.instance()
+    paths = running.config_loader().get_search_path().get_path() if running.is_initialized() else []
+    # within our own command line, but not within another program of Hydra's, whose configuration is another one
+    is_within = any(str(one.path).removeprefix("file://") == folder for one in paths)
     with nullcontext() if is_within else initialize_config_dir(folder, version_base="1.3", job_name="qexp"):
         return compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
 

@@ -181,7 +181,7 @@ class _Backward:
         parts = list(_parts(formats, dense))
         is_small = all(formats[number].quantizer.rows_alone for numbers, _ in parts for number in numbers)
         # whole weights come one after another: several at a time may not fit
-        each = self._pool.map if is_small and not dense.is_cuda else map
+        each = self._pool.map if is_small and dense.device.type == "cpu" else map
         for (numbers, _), sums in zip(parts, each(sum_part, *zip(*parts, strict=True)), strict=True):
             found[:, numbers] += sums
         return found
