@@ -144,7 +144,8 @@ def stored_config(folder: RunFolder, outputs: Path | None) -> RunConfig:
     except ConfigError as error:
         raise LoadError(f"{path} is damaged, or of another version: {error}") from error
     root = outputs or outputs_of(folder, config)
-    save = SaveConfig(config.save.path, config.save.max_shard_gib, config.save.interchange, config.save.layout)
+    layout = config.save.layout if config.save.path is not None else None  # what went to a hub alone is not saved again
+    save = SaveConfig(config.save.path, config.save.max_shard_gib, config.save.interchange, layout)
     model = pinned_model(config.model)  # downloaded again if it is no longer here
     loader = replace(config.loader, cache=None)  # it is to be seen whether quantizing gives the same bytes
     return replace(config, model=model, resume="none", paths=PathsConfig(outputs=str(root)), save=save, loader=loader)

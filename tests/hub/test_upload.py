@@ -345,3 +345,6 @@ def test_running_again_to_compare_publishes_nothing(digits: Path, tmp_path: Path
     (tmp_path / "config.yaml").write_text(json.dumps(config.to_container()))
     save = stored_config(RunFolder(tmp_path), tmp_path / "outputs").save
     assert save == SaveConfig(path=str(tmp_path / "saved"), max_shard_gib=0.0002)
+    container = {**config.to_container(), "save": {"push_to_hub": "tester/digits", "layout": "file"}}
+    (tmp_path / "config.yaml").write_text(json.dumps(container))
+    assert stored_config(RunFolder(tmp_path), tmp_path / "outputs").save == SaveConfig()  # what was pushed alone
