@@ -29,6 +29,7 @@ from qexp.offloading.payload import module_nbytes
 from qexp.offloading.strategies import Offload, apply_offload
 from qexp.results.labels import backend_label
 from qexp.results.run_folder import BESIDE, LOAD_MEMORY, PUSHED
+from qexp.results.saved_files import note_saved
 from qexp.system.files import to_csv, write_json, write_text
 from qexp.system.machine_load import MachineLoad
 from qexp.system.memory import GIB, PeakMemory
@@ -218,7 +219,8 @@ def _save_components(context: RunContext) -> None:
     """Save every component, one straight into the folder, those of a pipeline into folders of their names with what
     else belongs to it; push them to a hub.
 
-    A push is noted in hub.json. Without save.path, what is pushed is saved in the run's folder, and removed.
+    What was saved is noted in saved.json, a push in hub.json. Without save.path, what is pushed is saved in the run's
+    folder, and removed.
     """
     config, source, run_folder, save = context.config, context.source, context.folder, context.config.save
     show_stage(Stage("saving the model"))
@@ -236,6 +238,8 @@ def _save_components(context: RunContext) -> None:
                 say(f"saved {name} to {place}")
         if source.is_pipeline:
             files = [*source.save_side_files(folder), *files]
+        if save.path is not None:
+            note_saved(run_folder, folder, files)
         if save.push_to_hub is not None:
             message = f"Upload {config.model.source} in {backend_label(config.to_container())}"
             pushed = push(folder, files, save, message)

@@ -18,6 +18,7 @@ Words with = are the overrides of an experiment, but for these:
     formats=[…]       candidates: options of backend=, or {backend: gguf, quant_type: Q5_1} (default: those with scores)
     score=gradient, groups=[…]   task.score and task.groups of a new sensitivity run
     seeds=3           of the proof, none of which scores were made with
+    save.path=<folder>   also save the recommended model, whose files must keep weights= or bits= too
 
 --plan stops before a weight is read: the mix, its predicted error and bytes, the front over 20 budgets.
 The recipe, tables and plots are written below outputs/fit.

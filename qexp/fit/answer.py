@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from qexp.errors import ConfigError
 from qexp.fit.additivity import Additivity, measure_additivity, random_mixes
 from qexp.fit.contestants import contestants_of, make_contestant, recommended_overrides
 from qexp.fit.held_out import proof_variants
@@ -18,6 +19,7 @@ from qexp.fit.plan import FitPlan, choose_mix, plan_fit, within
 from qexp.fit.proof import Proven, compared_metric, run_proof
 from qexp.fit.recipes import shell_line
 from qexp.fit.request import Request
+from qexp.fit.saved import save_recommended, with_less
 from qexp.fit.scores import make_scores
 from qexp.fit.search import contestants_for_quality
 from qexp.fit.verdict import Verdict, decide
@@ -49,11 +51,26 @@ def prove_and_answer(opened: OpenedModel, request: Request, plan: FitPlan, folde
     plans = {"mix": plan}
     if not additivity.holds and request.quality is None:
         plans |= _plan_from_base(opened, request, plan)
-    proven, plan, request = _prove(opened, request, plans, folder, variants, sweep)
-    wanted = request.quality.metric if request.quality is not None else None
-    verdict = decide(proven, compared_metric(proven, wanted), request, plan.size)
-    _write(folder, opened, request, plan, proven, verdict, additivity)
-    print("\n".join(["", *answer_lines(opened, plan, proven, verdict, folder)]), flush=True)
+    asked = request
+    for _ in range(ROUNDS):
+        proven, plan, request = _prove(opened, request, plans, folder, variants, sweep)
+        wanted = request.quality.metric if request.quality is not None else None
+        verdict = decide(proven, compared_metric(proven, wanted), request, plan.size)
+        _write(folder, opened, asked, plan, proven, verdict, additivity)
+        print("\n".join(["", *answer_lines(opened, plan, proven, verdict, folder)]), flush=True)
+        if not request.saving:
+            return
+        saved = save_recommended(opened, asked, plan, verdict.best, variants[0], sweep)
+        size = format_memory(saved.weights_bytes / GIB)
+        if not saved.excess:
+            write_json(folder / "saved.json", {"folder": str(saved.folder), "weights_bytes": saved.weights_bytes})
+            print(f"saved: {saved.folder}, weights in its files {size}", flush=True)
+            return
+        over = f"its files hold {size} of weights, which is {format_memory(saved.excess / GIB)} over {asked.bounds}"
+        print(f"{over}; choosing again with that much less", flush=True)
+        request = with_less(request, saved.excess, plan)
+        plans = {name: within(one, request) for name, one in plans.items()}
+    raise ConfigError(f"{over}, after {ROUNDS} mixes; give a lower bound, or other formats=[…]")
 
 
 def _prove(

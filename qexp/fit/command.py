@@ -14,7 +14,7 @@ from qexp.fit.bandwidth import measured_bandwidth
 from qexp.fit.contestants import recommended_overrides
 from qexp.fit.front import mixed_front, point, uniform_points
 from qexp.fit.held_out import check_provable
-from qexp.fit.opened import OpenedModel, open_model
+from qexp.fit.opened import OpenedModel, find_save_folder, open_model
 from qexp.fit.outcome import plan_lines, write_plan
 from qexp.fit.plan import check_bounds, check_recipe, plan_fit, timed_choice
 from qexp.fit.recipes import shell_line
@@ -35,6 +35,8 @@ def run_fit(request: Request, *, is_plan: bool) -> None:
                 f"the weights of {opened.config.model.path} are not on this machine, so that nothing can be proven; "
                 "add --plan with scores=, or download them: hf download"
             )
+        if find_save_folder(opened, request) is not None and is_plan:
+            raise ConfigError(f"{' '.join(request.saving)}: with --plan no weight is read; leave one of them out")
         if not is_plan:
             check_provable(opened)
         folder = fit_folder(opened, request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qexp.config.hydra_schema import compose_settings
@@ -53,6 +54,21 @@ def open_model(request: Request) -> Iterator[OpenedModel]:
         chosen = tuple(chosen_components(load_source(config.model), own))
         name = model_label({"model": settings["model"]})
         yield OpenedModel(name, tuple(overrides), config, chosen, is_published)
+
+
+def find_save_folder(opened: OpenedModel, request: Request) -> Path | None:
+    """Return the folder of save.path=, None if nothing is to be saved. Raises: ConfigError for settings of `save`."""
+    if not request.saving:
+        return None
+    save = to_run_config(compose_settings([*opened.overrides, *request.saving])).save
+    if save.path is None:
+        raise ConfigError(f"{' '.join(request.saving)}: fit checks the files that it saved; add save.path=<folder>")
+    if save.layout is not None and request.bits is not None:
+        raise ConfigError(
+            f"bits={request.bits:g} is checked on the layers in the saved files, which save.layout={save.layout} joins "
+            "and renames; use weights= instead of bits=, or leave save.layout= out"
+        )
+    return Path(save.path)
 
 
 def _with_published_name(overrides: Sequence[str]) -> list[str]:

@@ -50,6 +50,7 @@ class Request:
     formats_text: as it was typed.
     score, groups: task.score and task.groups of the sensitivity run, stored or new.
     seeds: of the proof, how many.
+    saving: overrides of `save`, for the recommended model alone.
     """
 
     overrides: tuple[str, ...]
@@ -66,6 +67,7 @@ class Request:
     score: str | None = None
     groups: str | None = None
     seeds: int = 3
+    saving: tuple[str, ...] = ()
 
     @property
     def bounds(self) -> str:
@@ -78,11 +80,12 @@ class Request:
 def read_request(words: Sequence[str]) -> Request:
     """Sort the words of a command line. Raises: ConfigError, with the remedy, for one that is wrong."""
     own: dict[str, Any] = {}
-    overrides = []
+    overrides: list[str] = []
+    saving: list[str] = []
     for word in words:
         name, mark, value = word.partition("=")
         if name not in READERS:
-            overrides.append(word)
+            (saving if _group_of(word) == "save" else overrides).append(word)
             continue
         if not mark or not value:
             raise ConfigError(f"{word} has no value; write {name}={EXAMPLES[name]}")
@@ -91,15 +94,14 @@ def read_request(words: Sequence[str]) -> Request:
         own[name] = READERS[name](value, name)
     _refuse(overrides)
     formats = own.pop("formats", None)
-    request = Request(tuple(overrides), **own, **({} if formats is None else dict(formats)))
+    request = Request(tuple(overrides), **own, **({} if formats is None else dict(formats)), saving=tuple(saving))
     _check_together(request)
     return request
 
 
 def _refuse(overrides: Sequence[str]) -> None:
     for override in overrides:
-        name = override.lstrip("+~").partition("=")[0]
-        group = name.partition(".")[0].partition("@")[0]
+        name, group = override.lstrip("+~").partition("=")[0], _group_of(override)
         if override in ("-m", "--multirun") or override.startswith("-"):
             raise ConfigError(f"{override} is a flag of experiments; fit runs a sweep of its own")
         if group in ("offload", "device_map", "max_memory"):
@@ -109,8 +111,13 @@ def _refuse(overrides: Sequence[str]) -> None:
             )
         if name == "backend" or name.startswith("backend."):
             raise ConfigError(f"{override}: fit chooses the backend; leave it out, or name candidates: formats=[…]")
-        if group in ("save", "sweep"):
-            raise ConfigError(f"{override}: fit names its own sweep, and saves no model; leave it out")
+        if group == "sweep":
+            raise ConfigError(f"{override}: fit names its own sweep; leave it out")
+
+
+def _group_of(override: str) -> str:
+    """'save', of '+save.path=x'."""
+    return re.split(r"[.@=]", override.lstrip("+~"), maxsplit=1)[0]
 
 
 def _check_together(request: Request) -> None:

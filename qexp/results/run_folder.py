@@ -25,6 +25,7 @@ LOCK = ".lock"
 DAMAGED = "damaged"  # files that were not what a run had written
 PARTIAL = "partial.jsonl"  # what a run that was killed had found by then
 KEPT = (LOCK, "wandb", DAMAGED, PARTIAL)  # what a new attempt leaves in the folder; W&B appends to its own files
+SAVED = "saved.json"  # the files that the model of an experiment was saved as
 PUSHED = "hub.json"  # where on a hub the model of an experiment is
 BESIDE = "beside.json"  # the processes that took most CPU time beside a run
 LOAD_MEMORY = "load_memory.csv"  # host memory of the process while weights were loaded

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qexp.checkpoints.checkpoint import read_header
 from qexp.errors import DamagedFileError, LoadError
-from qexp.results.run_folder import DAMAGED, PUSHED, RunFolder
+from qexp.results.run_folder import DAMAGED, PUSHED, SAVED, RunFolder
 from qexp.sweep.run_key import KEY_DIGITS
 from qexp.system.files import disk_error, read_json, read_yaml
 
@@ -40,7 +41,7 @@ def find_damage(folder: RunFolder) -> dict[str, str]:
         "status.json": folder.read_status,
         "result.json": lambda: check_result(folder),
         "plan.json": lambda: read_json(folder.path / "plan.json"),
-        PUSHED: lambda: read_json(folder.path / PUSHED),
+        **{name: partial(read_json, folder.path / name) for name in (PUSHED, SAVED)},
         "config.yaml": lambda: read_yaml(folder.path / "config.yaml"),
         OUTPUTS: lambda: _check_outputs(folder.path / OUTPUTS),
     }

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qexp.checkpoints.pipeline_folder import INDEX
 from qexp.config.schema import PERCEPTUAL_METRICS, MetricsConfig, RunConfig, SaveConfig
 from qexp.experiments.reference import saves_outputs
 from qexp.results.environment import differences
 from qexp.results.run_folder import PUSHED, RunFolder
+from qexp.results.saved_files import find_saved
 from qexp.sweep.damage import OUTPUTS
 from qexp.system.files import read_json, read_yaml
 
@@ -86,8 +86,8 @@ def _unsaved(config: RunConfig, folder: RunFolder) -> str:
     Changes in a hub's repository since are not looked up.
     """
     save = config.save
-    if save.path is not None and not any(Path(save.path, name).exists() for name in ("config.json", INDEX)):
-        return f"saved to {save.path}"
+    if save.path is not None and (found := find_saved(folder.path, Path(save.path))) != "same":
+        return f"saved to {save.path}" + (", where other files are now" if found == "changed" else "")
     written = (read_yaml(folder.path / "config.yaml") or {}).get("save") or {}
     if save.wanted and all(written.get(name) == getattr(save, name) for name in ("path", "push_to_hub")):
         changed = [name for name in LAYOUT if written.get(name, getattr(SaveConfig(), name)) != getattr(save, name)]

@@ -13,7 +13,7 @@ LINES = [entry["line"] for entry in yaml.safe_load((ROOT / "tests/cli/mistakes.y
 # what a message has to have besides the value: what is valid, or what to do
 REMEDY = re.compile(
     r"\b(use|give|set|write|choose|add|save|put|must|needs?|has|have|it takes|valid here|download|convert|wait|run"
-    r"|not found|required|unrecognized|is quoted)\b"
+    r"|leave|not found|required|unrecognized|is quoted)\b"
 )
 
 

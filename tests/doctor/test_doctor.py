@@ -74,7 +74,8 @@ def test_types_without_an_option_are_tried_as_they_are_typed() -> None:
     found = options.trials([])
     for name, config in found.items():
         option, *fields = name.split(" ")
-        assert config.resolved("cpu") == replace(backend_config(option, *fields), label=config.label), name
+        typed = replace(backend_config(option, *fields), label=config.label)
+        assert config.resolved("cpu") == typed.resolved("cpu"), name
     assert len({(config.quant_method, config.label) for config in found.values()}) == len(found)
     assert found["bitsandbytes_fp4 bnb_4bit_use_double_quant=true"].label == "fp4+dq"
     assert list(options.trials(["torchao"])) == ["torchao"]

@@ -58,7 +58,7 @@ WRONG = {
     ("bits=4", "backend=gguf"): "fit chooses the backend",
     ("bits=4", "offload=leaf"): "fit decides where layers rest",
     ("bits=4", "device_map=auto"): "fit decides where layers rest",
-    ("bits=4", "save.path=x"): "saves no model",
+    ("bits=4", "sweep.name=x"): "names its own sweep",
 }
 
 

@@ -27,6 +27,7 @@ from qexp.report.table import rows_of_sweep
 from qexp.results import manifest
 from qexp.results.manifest import Manifest
 from qexp.results.run_folder import RunFolder, Status, now_iso
+from qexp.results.saved_files import note_saved
 from qexp.sweep import job, reference, worker, worker_process
 from qexp.sweep.job import JobRow, refuse_job, run_job
 from qexp.sweep.run_key import reference_key, run_key
@@ -745,11 +746,18 @@ def test_a_finished_run_runs_again_to_save_its_model_and_its_reference_saves_non
     assert run_key(saving) == run_key(config)
     assert reference_config(saving).save.path is None
     assert not run(saving).reused
-    (tmp_path / "saved").mkdir(exist_ok=True)
-    (tmp_path / "saved" / "config.json").write_text("{}")
+    model = tmp_path / "saved" / "config.json"
+    model.parent.mkdir(exist_ok=True)
+    model.write_text("{}")
+    assert not run(saving).reused  # another one saved there
+    note_saved(folder_of(config).path, model.parent, [model])
     assert run(saving).reused
+    os.utime(model, ns=(1, 1))
+    assert not run(saving).reused
+    note_saved(folder_of(config).path, model.parent, [model])
     in_layout = replace(config, save=replace(saving.save, layout="file"))
     assert not run(in_layout).reused  # the folder has another file
+    note_saved(folder_of(config).path, model.parent, [model])
     assert run(in_layout).reused
 
 
