@@ -15,13 +15,13 @@ Source: arXiv:2106.08295, section 3 (errors of weights to second order).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from typing_extensions import override
 
 from qexp.errors import ConfigError
 from qexp.loading.weights import default_workers
@@ -115,10 +115,9 @@ class _Backward:
                 raise ConfigError(
                     f"no gradient passes through {type(self._model).__name__}; use task.score=exact, which needs none"
                 )
-            projection = draw_projection(error, output.detach(), batch.weights, random)
-            edge = get_gradient_edge(output)
-            del output  # of a language model, as large as the projection
-            torch.autograd.backward(edge, projection)
+            projected = _Projected.apply(output, lambda own: draw_projection(error, own, batch.weights, random))
+            del output  # logits are as large as their projection; both are let go on the way back
+            projected.backward()
         for group in list(self._left.values()):  # some layer of it has no part in the output
             self._finish(group)
 
@@ -190,6 +189,23 @@ class _Backward:
         count = tensor.numel() // tensor.shape[-1]
         rows = self._rows if count % self._rows == 0 else 1
         return tensor.reshape(rows, -1, tensor.shape[-1]).float()
+
+
+class _Projected(torch.autograd.Function):
+    """A number whose gradient with respect to the output is a projection, drawn when it is asked for."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, output: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.draw = draw
+        ctx.save_for_backward(output)
+        return output.new_zeros(())
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, _: Tensor) -> Any:
+        (output,) = ctx.saved_tensors
+        return ctx.draw(output.detach()), None
 
 
 def _parts(formats: Sequence[Format], dense: Tensor) -> Iterator[tuple[list[int], slice]]:
