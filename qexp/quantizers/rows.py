@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from qexp.errors import LoadError
-from qexp.system.memory import use_huge_pages
 
 if TYPE_CHECKING:
     import torch
@@ -154,5 +153,5 @@ class RowAssembler:
             assert remainder == 0, (name, tensor.shape, count)
             if name not in self.inner:
                 shape = (per_row * self.rows, *tensor.shape[1:])
-                self.inner[name] = use_huge_pages(torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
+                self.inner[name] = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
             self.inner[name][part.start * per_row : part.stop * per_row] = tensor

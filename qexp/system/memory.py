@@ -27,11 +27,8 @@ from qexp.system.memory_trace import MemoryTrace
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 MIB, GIB = 1 << 20, 1 << 30
-HUGE_PAGE_BYTES = 2 << 20
-MADV_HUGEPAGE = 14  # of linux/mman.h
 SAMPLE_SECONDS = 0.002
 PEAKS = ("peak_bytes", "peak_anon_bytes", "peak_file_bytes", "peak_device_bytes")  # of a `PeakMemory`
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -154,21 +151,6 @@ def release_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def use_huge_pages(tensor: Tensor) -> Tensor:
-    """Ask for pages of 2 MiB where a new tensor on the CPU covers whole ones; returns it.
-
-    Its first pass over memory then costs a page fault for each 2 MiB in place of each 4 KiB. It takes no more memory,
-    and where the system has no such pages, nothing changes. The advice belongs to the addresses: of a tensor within the
-    heap (glibc: below some 32 MiB) it stays when that is freed, and whatever is allocated there next has such pages.
-    """
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    start = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-    nbytes = (tensor.data_ptr() + tensor.nbytes - start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-    if madvise is not None and tensor.device.type == "cpu" and nbytes > 0:
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), MADV_HUGEPAGE)
-    return tensor
 
 
 @contextmanager

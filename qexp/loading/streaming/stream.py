@@ -35,7 +35,6 @@ from qexp.loading.streaming.file_reader import Reader
 from qexp.loading.streaming.lanes import Lanes
 from qexp.loading.streaming.mapped_files import MappedFiles
 from qexp.loading.work_item import WorkItem
-from qexp.system.memory import use_huge_pages
 
 Create = Callable[..., Any]  # (item, tensor of each entry) -> result
 TENSOR_ALIGNMENT = 64  # of tensors that share a place in the arena
@@ -197,4 +196,4 @@ def _buffers_of(item: WorkItem, room: Tensor | None) -> Iterator[tuple[TensorEnt
 
 
 def _own_buffer(item: WorkItem, entry: TensorEntry) -> Tensor:
-    return use_huge_pages(torch.empty(entry.nbytes, dtype=torch.uint8, device=item.device))
+    return torch.empty(entry.nbytes, dtype=torch.uint8, device=item.device)

@@ -12,7 +12,6 @@ from qexp.quantizers.bitsandbytes_support.library import library
 from qexp.quantizers.cpu_kernels.readiness import are_ready
 from qexp.quantizers.rows import RowAssembler, Rows, WeightSpec, check_slice, row_slices
 from qexp.system.imports import once
-from qexp.system.memory import use_huge_pages
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +32,7 @@ def create_4bit(
 
     functional, quant_type = library().functional, config.bnb_4bit_quant_type
     block = config.bnb_4bit_blocksize
-    packed = use_huge_pages(torch.empty(math.ceil(spec.numel / 2), 1, dtype=torch.uint8, device=device))
+    packed = torch.empty(math.ceil(spec.numel / 2), 1, dtype=torch.uint8, device=device)
     absmax = torch.empty(math.ceil(spec.numel / block), dtype=torch.float32, device=device)
     rows_a_block = block // math.gcd(spec.shape[1], block)
     code = functional.get_4bit_type(quant_type, device=device)
