@@ -19,8 +19,9 @@ from multiprocessing.reduction import send_handle
 from typing import IO, Any
 
 MAX_DEATHS = 2  # one may be an accident, such as the kernel's choice when memory runs out
-# Libraries of linear algebra start a thread for each core as they are imported, but for these.
-ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "BLIS_NUM_THREADS": "1"}
+# These libraries of linear algebra start a thread for each core as they are imported. MKL starts none, and its variable
+# must not be set here: torch reads it as it is imported, and its forked workers would compute with one thread.
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "BLIS_NUM_THREADS": "1"}
 # torch asks the driver's library for devices; without, asking would initialize CUDA
 BEFORE_DEVICES = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 

@@ -108,6 +108,12 @@ def run_where_it_is(config: RunConfig, folder: Path) -> dict[str, float | None]:
     }
 
 
+def count_torch_threads(config: RunConfig, folder: Path) -> dict[str, float | None]:
+    import torch
+
+    return {"a/torch_threads": float(torch.get_num_threads())}
+
+
 def run_killing_the_server_once(config: RunConfig, folder: Path) -> dict[str, float | None]:
     return _kill_the_server(folder, once=True)
 

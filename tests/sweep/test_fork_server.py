@@ -72,6 +72,15 @@ def test_forked_worker_has_the_environment_and_folder_of_now(tmp_path, monkeypat
     assert "SET_LATER=1" in lines and not [line for line in lines if line.startswith(("WANDB_", "OPENBLAS_"))]
 
 
+def test_forked_worker_computes_with_the_threads_of_a_fresh_process(tmp_path, monkeypatch) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name)  # tests run with one thread
+    code = "import torch; print(torch.get_num_threads())"
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    forked = run(tmp_path, "count_torch_threads", ("torch",))
+    assert forked["start"] == "fork" and forked["metrics"]["a/torch_threads"] == int(fresh.stdout)
+
+
 def test_server_that_dies_once_runs_the_experiment_again(tmp_path, capfd) -> None:
     assert run(tmp_path, "run_killing_the_server_once")["start"] == "fork"
     assert SERVER.deaths == 1 and "run again" in capfd.readouterr().err
