@@ -1,16 +1,22 @@
-"""A step of a model beside another program that keeps a core busy: `python -m qexp`, quiet and not.
+"""A step of a model, quiet and beside another busy program: OpenMP's threads asleep between two loops, and spinning.
 
-    python scripts/bench_shared.py            # four minutes
+    python scripts/bench_shared.py            # 60 measurements on two cores: about a quarter of an hour
     python scripts/bench_shared.py --quick    # fewer steps, once each
 
-The digits model, unquantized and in nf4, in a fresh process for each measurement, in alternating order: alone on the
-machine, beside one program that counts for ever, and beside one for each core. `asleep` is the default, in which
-OpenMP's threads sleep between loops; `spinning` is OMP_WAIT_POLICY=active, and `library` is libgomp's own, set by
-GOMP_SPINCOUNT. Medians of the median step (time/step_ms).
+The digits model, unquantized and in nf4. Each measurement is a `python -m qexp` of its own, whose worker starts as
+every worker does, and takes the median of its steps (time/step_ms). All cases take turns, in alternating order. Varied:
 
-Writes docs/bench/shared.json. Exits with 1 if a step beside one busy program takes more than 3 times its quiet time, or
-if a quiet machine loses more than 2 % to the library's own waiting. A busy machine decides that, too: see the load
-average beside each row.
+- threads. asleep: the default. spinning: as the library waits without qexp, set by GOMP_SPINCOUNT. active, which is
+  measured only if asked for: OMP_WAIT_POLICY=ACTIVE.
+- beside. nothing; counting: a program that keeps one core busy; multiplying: one that multiplies matrices with PyTorch,
+  with a thread for each core, which spin.
+
+Reported for each case: median, least and largest of its n measurements; the median of their slowest steps; the cores
+that others kept busy meanwhile (time/other_cores), which says of the quiet rows how quiet the machine was; and how many
+times its quiet time a step takes.
+
+Writes docs/bench/shared.json. Exits with 1 if a step beside one busy program takes more than 3 times its quiet time
+with threads asleep, or if a quiet machine loses 2 % to sleeping. On a machine that others use, that may be their doing.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,107 +36,154 @@ from typing import Any
 
 from benching import machine, write_result
 
+from qexp.system.openmp import DECIDED_BY
+
 RESULT = Path(__file__).parents[1] / "docs" / "bench" / "shared.json"
-COUNT = "while True: pass"
-WAITING = {
-    "asleep": {},
-    "library": {"GOMP_SPINCOUNT": "300000"},  # what libgomp has without a setting
-    "spinning": {"OMP_WAIT_POLICY": "ACTIVE"},
-}
 BACKENDS = ("none", "bitsandbytes")
+THREADS = {
+    "asleep": {},
+    "spinning": {"GOMP_SPINCOUNT": "300000"},  # libgomp's own without a setting
+    "active": {"OMP_WAIT_POLICY": "ACTIVE"},
+}
+ENDS_WITH_PARENT = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+"""
+BUSY_PROGRAMS = {
+    "counting": "print('busy', flush=True)\nwhile True: pass",
+    "multiplying": "import torch\na = torch.ones(512, 512)\na @ a\nprint('busy', flush=True)\nwhile True: a @ a",
+}
+QUIET = "nothing"
 MOST_SLOWER, MOST_LOST = 3.0, 0.02
 TIMEOUT_SECONDS = 600
+COLUMNS = ["backend", "threads", "beside", "step ms (range)", "n", "slowest ms", "cores of others", "times quiet"]
+Case = tuple[str, str, str]  # backend, threads, beside
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), help="options of conf/backend")
-    parser.add_argument("--waiting", nargs="+", default=list(WAITING), choices=WAITING)
+    parser.add_argument("--threads", nargs="+", default=["asleep", "spinning"], choices=THREADS)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="8 steps of 16 images, once each; targets are not checked")
+    parser.add_argument("--folder", help="where to keep outputs meanwhile; default: the system's temporary folder")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.steps, arguments.images, arguments.repeats = 8, 16, 1
+    settings = [f"task.num_inference_steps={arguments.steps}", f"task.num_images={arguments.images}"]
     about = machine()
-    rows = list(measure(arguments))
-    write_result(arguments.out, {"machine": about, "rows": rows})
+    rows = measure(arguments.backends, arguments.threads, arguments.repeats, settings, arguments.folder)
+    write_result(arguments.out, {"machine": about, "settings": settings, "rows": rows})
+    print(describe(rows))
     missed = [] if arguments.quick else misses(rows)
     print("\n".join(missed))
     return 1 if missed else 0
 
 
-def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield a row for every (backend, waiting, busy programs)."""
-    counts = sorted({0, 1, len(os.sched_getaffinity(0))})
-    cases = [(backend, name, busy) for backend in arguments.backends for name in arguments.waiting for busy in counts]
-    times: dict[tuple[str, str, int], list[dict[str, float]]] = {case: [] for case in cases}
-    for repeat in range(arguments.repeats):
-        for case in cases if repeat % 2 == 0 else reversed(cases):
-            backend, name, busy = case
-            with busy_programs(busy):
-                times[case].append(step_times(backend, WAITING[name], arguments.steps, arguments.images))
-            print(f"{backend}, {name}, {busy} busy: {times[case][-1]['step_ms']:.1f} ms", file=sys.stderr, flush=True)
-    for (backend, name, busy), found in times.items():
-        medians = {key: statistics.median(run[key] for run in found) for key in found[0]}
-        quiet = statistics.median(run["step_ms"] for run in times[backend, name, 0])
-        row = {"backend": backend, "waiting": name, "busy_programs": busy, **medians}
-        yield {**row, "times_quiet": medians["step_ms"] / quiet}
+def measure(
+    backends: Sequence[str], threads: Sequence[str], repeats: int, settings: Sequence[str], folder: str | None
+) -> list[dict[str, Any]]:
+    """Return a row for every case. folder: where outputs are kept meanwhile."""
+    cases = [(backend, kind, beside) for backend in backends for kind in threads for beside in (QUIET, *BUSY_PROGRAMS)]
+    runs: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
+    with tempfile.TemporaryDirectory(dir=folder) as root:
+        run_steps(Path(root), "none", {}, settings)  # computes the reference
+        for repeat in range(repeats):
+            for case in cases if repeat % 2 == 0 else reversed(cases):
+                backend, kind, beside = case
+                with busy_program(beside):
+                    runs[case].append(run_steps(Path(root), backend, THREADS[kind], settings))
+                print(f"{', '.join(case)}: {runs[case][-1]['time/step_ms']:.1f} ms", file=sys.stderr, flush=True)
+    quiet = {(backend, kind): step_ms(runs[backend, kind, QUIET]) for backend, kind, _ in cases}
+    return [{**row_of(case, runs[case]), "times_quiet": step_ms(runs[case]) / quiet[case[:2]]} for case in cases]
 
 
 @contextmanager
-def busy_programs(count: int) -> Iterator[None]:
-    """Run programs that keep a core each busy."""
-    programs = [subprocess.Popen([sys.executable, "-c", COUNT]) for _ in range(count)]
-    try:
+def busy_program(name: str) -> Iterator[None]:
+    """Run a program of BUSY_PROGRAMS meanwhile, or nothing. It ends also if this process is killed."""
+    if name == QUIET:
         yield
-    finally:
-        for program in programs:
+        return
+    command = [sys.executable, "-c", ENDS_WITH_PARENT + BUSY_PROGRAMS[name]]
+    environment = environment_without_threads({})
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        try:
+            if program.stdout.readline() != b"busy\n":
+                raise SystemExit(f"the program beside, {name!r}, ended before it began")
+            yield
+        finally:
             program.kill()
-            program.wait()
 
 
-def step_times(backend: str, variables: dict[str, str], steps: int, images: int) -> dict[str, float]:
-    """Return the median and the slowest step of one experiment, and the load average before it."""
-    unset = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
-    environment = {name: value for name, value in os.environ.items() if name not in unset} | variables
-    load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        settings = [f"task.num_inference_steps={steps}", f"task.num_images={images}", f"paths.outputs={folder}"]
-        command = [sys.executable, "-m", "qexp", f"backend={backend}", *settings, "tracking=none"]
-        run_quietly(command, environment)
-        (result,) = Path(folder, "runs").glob("*/result.json")
-        metrics = json.loads(result.read_text(encoding="utf-8"))["metrics"]
-    return {
-        "step_ms": metrics["time/step_ms"],
-        "slowest_step_ms": metrics["time/step_ms_max"],
-        "load_average_before": load,
-    }
+def environment_without_threads(variables: dict[str, str]) -> dict[str, str]:
+    """Return this process's environment without settings of threads, and with `variables`."""
+    unset = (*DECIDED_BY, "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    return {name: value for name, value in os.environ.items() if name not in unset} | variables
 
 
-def run_quietly(command: Sequence[str], environment: dict[str, str]) -> None:
+def run_steps(root: Path, backend: str, variables: dict[str, str], settings: Sequence[str]) -> dict[str, float]:
+    """Run one experiment by itself; returns its metrics. Raises SystemExit if it fails."""
+    command = [sys.executable, "-m", "qexp", f"backend={backend}", *settings, f"paths.outputs={root}", "tracking=none"]
+    environment = environment_without_threads(variables)
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=TIMEOUT_SECONDS)
     if done.returncode:
         raise SystemExit(f"{done.stdout}{done.stderr}\n{' '.join(command)} failed")
+    (result,) = root.glob("runs/*/result.json")
+    metrics: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))["metrics"]
+    shutil.rmtree(root / "runs")  # or the next one of the kind would be reused
+    return metrics
+
+
+def step_ms(runs: Sequence[dict[str, float]]) -> float:
+    return statistics.median(run["time/step_ms"] for run in runs)
+
+
+def row_of(case: Case, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Return the median and the spread of a case's measurements."""
+    steps = [run["time/step_ms"] for run in runs]
+    return {
+        **dict(zip(("backend", "threads", "beside"), case, strict=True)),
+        "n": len(runs),
+        "step_ms": step_ms(runs),
+        "least_step_ms": min(steps),
+        "largest_step_ms": max(steps),
+        "slowest_step_ms": statistics.median(run["time/step_ms_max"] for run in runs),
+        "other_cores": statistics.median(run["time/other_cores"] for run in runs),
+    }
+
+
+def describe(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table of docs/benchmarks.md."""
+    lines = [COLUMNS, ["---"] * 3 + ["--:"] * 5, *map(cells, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    spread = f"{row['step_ms']:.1f} ({row['least_step_ms']:.1f}, {row['largest_step_ms']:.1f})"
+    numbers = f"{row['slowest_step_ms']:.0f}", f"{row['other_cores']:.2f}", f"{row['times_quiet']:.2f}"
+    return [row["backend"], row["threads"], row["beside"], spread, str(row["n"]), *numbers]
 
 
 def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the targets that were missed, of what was measured."""
-    by_case = {(row["backend"], row["waiting"], row["busy_programs"]): row for row in rows}
-    missed = []
-    for (backend, name, busy), row in by_case.items():
-        if name != "asleep":
-            continue
-        if busy == 1 and row["times_quiet"] > MOST_SLOWER:
-            missed.append(
-                f"{backend}: a step beside a busy program takes {row['times_quiet']:.1f} times its quiet time"
-            )
-        library = by_case.get((backend, "library", busy))
-        if busy == 0 and library is not None and row["step_ms"] > (1 + MOST_LOST) * library["step_ms"]:
-            missed.append(f"{backend}: {row['step_ms']:.1f} ms a step asleep, {library['step_ms']:.1f} spinning")
-    return missed
+    quiet = {(row["backend"], row["threads"]): row["step_ms"] for row in rows if row["beside"] == QUIET}
+    slower = [
+        f"{row['backend']}: beside a program that is {row['beside']}, a step takes {row['times_quiet']:.2f} times its "
+        f"quiet time, above {MOST_SLOWER}"
+        for row in rows
+        if row["threads"] == "asleep" and row["times_quiet"] > MOST_SLOWER
+    ]
+    lost = [
+        f"{backend}: {asleep:.1f} ms a step with threads asleep, {quiet[backend, 'spinning']:.1f} spinning: more than "
+        f"{MOST_LOST:.0%} lost"
+        for (backend, kind), asleep in quiet.items()
+        if kind == "asleep" and asleep >= (1 + MOST_LOST) * quiet.get((backend, "spinning"), asleep)
+    ]
+    return slower + lost
 
 
 if __name__ == "__main__":
