@@ -69,7 +69,8 @@ def _config_message(config: Mapping[str, Any], folder: Path, error: Exception) -
             f"'{folder}/config.json': model_type={model_type!r} is unknown to transformers {_version()} "
             "(models with code of their own are not loaded); install a version that knows it"
         )
-    reason = " ".join(str(error).split())[:300]
+    kind = f"{type(error).__name__} " * isinstance(error, LookupError)  # whose text is the key alone
+    reason = kind + " ".join(str(error).split())[:300]
     return (
         f"'{folder}/config.json' cannot be read as that of a {model_type!r} by transformers {_version()}: {reason}; "
         "download it again, or install the version that wrote it"
@@ -80,7 +81,7 @@ def network(config: Mapping[str, Any], folder: Path, class_name: str | None = No
     """Return the network of a parsed config.json, as transformers builds it. Nothing is initialized.
 
     class_name: an Auto class of transformers, or a network's; None is the first of config.json's architectures.
-    Raises: LoadError if transformers has no such class, or it is not for this config.
+    Raises: LoadError if transformers has no such class, it is not for this config, or refuses a value of it.
     """
     from transformers.initialization import no_init_weights
 
@@ -88,22 +89,30 @@ def network(config: Mapping[str, Any], folder: Path, class_name: str | None = No
 
     kind, parsed = network_class(config, folder, class_name), transformers_config(config, folder)
     is_auto = hasattr(kind, "from_config")
-    if not is_auto:
+    if is_auto:
+        _check_auto_class(kind, parsed, folder)
+    else:
         kind = _class_for(kind, parsed) if class_name is None else kind
         parsed = _config_for(kind, parsed, folder)
     try:
         with quiet(), no_init_weights(), as_from_pretrained():
             model: Any = kind.from_config(parsed) if is_auto else kind._from_config(parsed)
-    except ValueError as error:  # the class has no network for this model_type
-        fitting = "seq2seq" if getattr(parsed, "is_encoder_decoder", False) else "causal_lm"
-        raise LoadError(
-            f"'{folder}/config.json': model_type={parsed.model_type!r} is not a model for {kind.__name__}; use "
-            f"model={fitting}, or model=transformers with model.auto_class=AutoModel"
-        ) from error
+    except Exception as error:  # networks check and compute with their values in many ways
+        raise LoadError(_config_message(config, folder, error)) from error
     compute_buffers(model, model)
     compute_positions(model)
     _tie(model)
     return model
+
+
+def _check_auto_class(kind: Any, config: Any, folder: Path) -> None:
+    """Raise LoadError if an Auto class has no network for a config: the library's own message imports every model."""
+    if type(config) not in kind._model_mapping:
+        fitting = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal_lm"
+        raise LoadError(
+            f"'{folder}/config.json': model_type={config.model_type!r} is not a model for {kind.__name__}; use "
+            f"model={fitting}, or model=transformers with model.auto_class=AutoModel"
+        )
 
 
 def compute_buffers(module: Any, owner: Any) -> None:

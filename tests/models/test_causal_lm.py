@@ -171,6 +171,23 @@ def test_a_config_of_something_else_is_refused(change: dict[str, Any], message: 
         load(tmp_path)
 
 
+@pytest.mark.parametrize("auto_class", [None, "AutoModelForCausalLM"])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "bert", "hidden_size": 10, "num_attention_heads": 3}, "of a 'bert' .*10.* not a multiple"),
+        ({"model_type": "llama", "hidden_act": "nope"}, "of a 'llama' .*: KeyError 'nope'; download it again"),
+    ],
+)
+def test_values_that_the_network_refuses_are_named(
+    values: dict[str, Any], message: str, auto_class: str | None, tmp_path: Path
+) -> None:
+    """The model_type fits the class, so the message must not say that it does not."""
+    architecture = {"bert": "BertLMHeadModel", "llama": "LlamaForCausalLM"}[values["model_type"]]
+    with pytest.raises(LoadError, match=message):
+        network({**values, "architectures": [architecture]}, tmp_path, auto_class)
+
+
 def test_a_weight_under_two_names_is_refused(tmp_path: Path) -> None:
     """`lm_head` is `embed_out` in files of GPT-NeoX; they are renamed only if some name of the network is missing."""
     save_model(tmp_path, config_of("gpt_neox renamed"))
@@ -195,7 +212,13 @@ def test_without_a_folder_it_says_so() -> None:
         Source(CausalLMConfig()).checkpoints()
 
 
-def test_a_model_of_another_kind_is_told_what_it_is_for(tmp_path: Path) -> None:
+def test_a_model_of_another_kind_is_told_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.auto.auto_factory import _LazyAutoMapping
+
+    def keys(mapping: object) -> list[type]:
+        raise AssertionError("the library imports every model to list those of an Auto class")
+
+    monkeypatch.setattr(_LazyAutoMapping, "keys", keys)
     with pytest.raises(LoadError, match=r"'t5' is not a model for AutoModelForCausalLM; use model=seq2seq, or"):
         network({"model_type": "t5"}, tmp_path, "AutoModelForCausalLM")
     (tmp_path / "model_index.json").write_text("{}")
