@@ -51,15 +51,18 @@ class MachineLoad:
         if self.first is None or last is None:
             return
         seconds = max(last.clock - self.first.clock, 1e-9)
-        took: list[tuple[float, str]] = []
+        writers, others = 0.0, list[tuple[float, str]]()
         for who, (name, cpu) in last.processes.items():
-            took.append(((cpu - self.first.processes.get(who, ("", 0.0))[1]) / seconds, name))
-        writers = sum(cores for cores, name in took if name == LOG_WRITER.decode())
+            cores = (cpu - self.first.processes.get(who, ("", 0.0))[1]) / seconds
+            if cores > 0 and _is_log_writer(self.proc / str(who[0])):  # most did nothing: their command is not read
+                writers += cores
+            else:
+                others.append((cores, name))
         total = last.machine_seconds - self.first.machine_seconds
         own = last.own_seconds - self.first.own_seconds
         self.other_cores = max((total - own) / seconds - writers, 0.0)
         self.load_average = float((self.proc / "loadavg").read_text(encoding="utf-8").split()[0])
-        most = sorted((one for one in took if one[1] != LOG_WRITER.decode()), reverse=True)[:NAMED]
+        most = sorted(others, reverse=True)[:NAMED]
         self.beside = [{"name": name, "cores": round(cores, 2)} for cores, name in most if cores >= LEAST_CORES]
 
     def metrics(self) -> dict[str, float | None]:
@@ -113,6 +116,11 @@ def _processes(proc: Path, hertz: int) -> Iterator[tuple[tuple[int, int], tuple[
         with suppress(OSError, ValueError, IndexError):  # it has ended
             name, _, rest = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
             fields = rest.split()
-            is_writer = LOG_WRITER in (folder / "cmdline").read_bytes()
-            shown = LOG_WRITER.decode() if is_writer else name.partition("(")[2]
-            yield (int(folder.name), int(fields[19])), (shown, (int(fields[11]) + int(fields[12])) / hertz)
+            seconds = (int(fields[11]) + int(fields[12])) / hertz
+            yield (int(folder.name), int(fields[19])), (name.partition("(")[2], seconds)
+
+
+def _is_log_writer(folder: Path) -> bool:
+    with suppress(OSError):  # it has ended
+        return LOG_WRITER in (folder / "cmdline").read_bytes()
+    return False

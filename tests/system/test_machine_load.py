@@ -44,6 +44,21 @@ def test_other_cores_are_the_machines_less_ones_own_and_the_log_writers(tmp_path
     assert load.metrics() == {"time/other_cores": load.other_cores, "time/load_average": 3.25}
 
 
+def test_command_lines_are_read_of_processes_that_worked(tmp_path, monkeypatch) -> None:
+    """On a machine with thousands of processes, most of which sleep, reading them all takes tens of milliseconds."""
+    asked = []
+
+    def is_log_writer(folder: Path) -> bool:
+        asked.append(folder.name)
+        return False
+
+    monkeypatch.setattr(machine_load, "_is_log_writer", is_log_writer)
+    write_proc(tmp_path, 50, {10: ("cc", "cc", 3.0), 12: ("idle", "idle", 9.0)})
+    with MachineLoad(tmp_path):
+        write_proc(tmp_path, 80, {10: ("cc", "cc", 12.0), 12: ("idle", "idle", 9.0), 13: ("late", "late", 4.0)})
+    assert sorted(asked) == ["10", "13"]
+
+
 def test_without_proc_nothing_is_claimed(tmp_path) -> None:
     with MachineLoad(tmp_path) as load:
         pass
