@@ -12,7 +12,7 @@ import os
 import sys
 
 from qexp.cli.commands import COMMANDS
-from qexp.system.openmp import waiting_asleep
+from qexp.system.openmp import openmp_variables
 from qexp.system.standard_streams import survive_closed_pipes
 from qexp.version import __version__
 
@@ -21,7 +21,7 @@ def main() -> None:
     """Run one experiment or a sweep, or another command, and exit with 0 only if all of it is done."""
     arguments = sys.argv[1:]
     survive_closed_pipes()
-    os.environ.update(waiting_asleep(os.environ))
+    os.environ.update(openmp_variables(os.environ))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt or an arrow that the locale has no letter for
     if arguments and arguments[0] in COMMANDS:

@@ -127,10 +127,10 @@ class SweepConfig:
 @dataclass(frozen=True)
 class LoaderConfig:
     """in_flight_mib: staging buffer (MiB) for tensors read whole; grows to the largest one. workers: threads that read
-    and quantize; null: one per core. map: whether weights that stay on the CPU as they are in their file are mapped and
-    not read: auto (those that are aligned), true (says how much is not), false. cache: folder that keeps quantized
-    weights for later loads; auto: <paths.outputs>/quantized in a sweep whose experiments share some, else none.
-    cache_gib: its limit; null: a tenth of the free disk."""
+    and quantize; null: one per core that the process may use. map: whether weights that stay on the CPU as they are in
+    their file are mapped and not read: auto (those that are aligned), true (says how much is not), false. cache: folder
+    that keeps quantized weights for later loads; auto: <paths.outputs>/quantized in a sweep whose experiments share
+    some, else none. cache_gib: its limit; null: a tenth of the free disk."""
 
     in_flight_mib: int = 64
     workers: int | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from qexp.models.skeletons import COMPUTED
 from qexp.offloading.dispatch import Dispatch
 from qexp.quantizers.in_place import refuse_in_place
 from qexp.quantizers.rows import is_finite
-from qexp.system.machine_load import usable_cores
+from qexp.system.machine_load import usable_threads
 from qexp.system.memory import release_freed_memory
 from qexp.system.progress import Progress
 
@@ -43,7 +42,7 @@ def stream_plan(
     is_slow: whether the caller does more with a result than to keep it; no more of them than the loader's
     `in_flight_mib` wait for it then.
     """
-    workers, in_flight_bytes = loader.workers or default_workers(), loader.in_flight_mib << 20
+    workers, in_flight_bytes = loader.workers or usable_threads(), loader.in_flight_mib << 20
     layers = [item for item in items if item.spec is not None and not item.stored]
     words = words or ("quantizing {} layers" if layers else "reading {} tensors")
     counted = {id(item) for item in layers or items}
@@ -68,11 +67,6 @@ def stream_plan(
     finally:
         progress.close()
         release_freed_memory()
-
-
-def default_workers() -> int:
-    """Return a thread for each core that this process may use; of a quota of 1.5 cores, two use all."""
-    return max(math.ceil(usable_cores()), 1)
 
 
 def load_weights(planned: PlannedComponent, dispatch: Dispatch | None, loader: LoaderConfig) -> None:

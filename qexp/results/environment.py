@@ -90,7 +90,8 @@ def _comparable(packages: tuple[str, ...], device: str, threads: str) -> dict[st
 
 def number_of_threads() -> str:
     """Return how many threads torch computes with, as libraries read it from the environment."""
-    return os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+    names = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")  # torch takes MKL's number if there is one
+    return next((os.environ[name] for name in names if os.environ.get(name)), str(len(os.sched_getaffinity(0))))
 
 
 def cpu_name() -> str:

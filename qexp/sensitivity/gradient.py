@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from qexp.errors import ConfigError
-from qexp.loading.weights import default_workers
 from qexp.sensitivity.blocks import blocks_of
 from qexp.sensitivity.candidates import restored_rows, weight_of
 from qexp.sensitivity.errors import draw_projection
@@ -32,6 +31,7 @@ from qexp.sensitivity.groups import ComponentGroups, Format, Group
 from qexp.sensitivity.partial import PartialScores, Scores
 from qexp.sensitivity.recomputation import recomputed
 from qexp.sensitivity.samples import Batch, first_tensor, merge_calls
+from qexp.system.machine_load import usable_threads
 from qexp.system.memory import release_freed_memory
 
 GRADIENTS_BYTES = 8 << 20  # of weight gradients at a time: as much as stays in a processor's cache
@@ -91,7 +91,7 @@ class _Backward:
         self._handles: list[Any] = []
         self._threads = torch.get_num_threads()
         # of these threads: they are the parallelism
-        self._pool = ThreadPoolExecutor(default_workers(), initializer=lambda: torch.set_num_threads(1))
+        self._pool = ThreadPoolExecutor(usable_threads(), initializer=lambda: torch.set_num_threads(1))
 
     def __enter__(self) -> _Backward:
         modules: dict[nn.Module, str] = {}

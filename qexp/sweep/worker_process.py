@@ -39,7 +39,7 @@ from qexp.system.child_process import (
     read_streams,
 )
 from qexp.system.oom_kills import count_oom_kills
-from qexp.system.openmp import waiting_asleep
+from qexp.system.openmp import openmp_variables
 from qexp.system.screen import copy_of, followed_by, library_output_in
 
 
@@ -137,7 +137,7 @@ def _worker_environment() -> dict[str, str]:
     # W&B's variables may name a run of the calling program, which no worker must join
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": ":backslashreplace"}  # a locale may lack a letter
-    environment |= waiting_asleep(environment)
+    environment |= openmp_variables(environment)
     # sets of texts are walked in the same order in every run
     return environment | {"PYTHONHASHSEED": environment.get("PYTHONHASHSEED", "0")}
 

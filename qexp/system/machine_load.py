@@ -9,6 +9,7 @@ and scheduler/sched-bwc.rst (cpu.cfs_quota_us, of version 1).
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -74,8 +75,17 @@ class MachineLoad:
 
 def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> float:
     """Return how many cores this process may use: those it is bound to, or a cgroup's quota if that is less."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min([bound, *_quotas(proc, cgroups)])
+    return min([bound_cores(), *_quotas(proc, cgroups)])
+
+
+def usable_threads() -> int:
+    """Return a thread for each core that this process may use; of a quota of 1.5 cores, two use all."""
+    return max(math.ceil(usable_cores()), 1)
+
+
+def bound_cores() -> int:
+    """Return how many cores this process is bound to, whatever its quota: as many threads as libraries start."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _quotas(proc: Path, cgroups: Path) -> Iterator[float]:
@@ -87,7 +97,8 @@ def _quotas(proc: Path, cgroups: Path) -> Iterator[float]:
         for line in (proc / "self/cgroup").read_text(encoding="utf-8").splitlines():
             number, controllers, path = line.split(":", 2)
             is_v1 = "cpu" in controllers.split(",")
-            root = cgroups / "cpu" if is_v1 else cgroups
+            mounts = [cgroups / name for name in ("cpu", controllers)] if is_v1 else [cgroups]  # cpu may be a link
+            root = next((mount for mount in mounts if mount.is_dir()), mounts[0])
             own = root / path.lstrip("/")
             places = [own, *own.parents] if is_v1 or number == "0" else []
             for place in (place for place in places if place.is_relative_to(root)):

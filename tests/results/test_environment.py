@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_it_says_where_a_result_was_made(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("MKL_NUM_THREADS")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     env = describe_environment(run_config(tmp_path))
     assert env["versions"]["torch"] == importlib.metadata.version("torch")
@@ -29,6 +30,15 @@ def test_it_says_where_a_result_was_made(tmp_path, monkeypatch) -> None:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     assert abs(env["memory_gib"] - physical) < 0.1
     assert all(value not in (None, "") for name, value in env.items() if name != "commit")
+
+
+def test_number_of_threads_is_that_of_torch(monkeypatch) -> None:
+    monkeypatch.setenv("MKL_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    code = "import torch; print(torch.get_num_threads(), torch.backends.mkl.is_available())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    threads, has_mkl = done.stdout.split()
+    assert environment.number_of_threads() == threads or has_mkl == "False"  # without MKL, its variable comes second
 
 
 def test_qexps_version_is_that_of_the_code_and_not_of_its_installation(monkeypatch) -> None:

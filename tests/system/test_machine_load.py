@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qexp.system import machine_load
-from qexp.system.machine_load import MachineLoad, usable_cores
+from qexp.system.machine_load import MachineLoad, usable_cores, usable_threads
 
 HERTZ = os.sysconf("SC_CLK_TCK")
 
@@ -105,9 +105,24 @@ def test_quota_of_a_group_above_counts(tmp_path) -> None:
     assert usable_cores(tmp_path, write_groups(tmp_path, "0::/pod/one\n", files)) == 0.25
 
 
+@pytest.mark.parametrize("mount", ["cpu", "cpu,cpuacct"])  # one is a link to the other, where there is a link
+@pytest.mark.parametrize("place", ["/box", ""])  # in a container the mount is the group itself
 @pytest.mark.parametrize(("quota", "cores"), [("30000", 0.3), ("-1", None)])
-def test_quota_of_cgroups_version_1_counts(quota: str, cores: float | None, tmp_path) -> None:
+def test_quota_of_cgroups_version_1_counts(quota: str, cores: float | None, place: str, mount: str, tmp_path) -> None:
     lines = "4:memory:/other\n2:cpu,cpuacct:/box\n0::/\n"
-    files = {"cpu/box/cpu.cfs_quota_us": f"{quota}\n", "cpu/box/cpu.cfs_period_us": "100000\n"}
+    files = {f"{mount}{place}/cpu.cfs_quota_us": f"{quota}\n", f"{mount}{place}/cpu.cfs_period_us": "100000\n"}
     groups = write_groups(tmp_path, lines, files)
     assert usable_cores(tmp_path, groups) == (cores or len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(0.25, 1), (1.0, 1), (1.5, 2), (2, 2)])
+def test_threads_use_all_of_a_quota(cores: float, threads: int, monkeypatch) -> None:
+    monkeypatch.setattr(machine_load, "usable_cores", lambda: cores)
+    assert usable_threads() == threads
+
+
+def test_cores_that_a_process_is_not_bound_to_do_not_count() -> None:
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+    code += "from qexp.system.machine_load import bound_cores, usable_threads; print(bound_cores(), usable_threads())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1"]

@@ -6,13 +6,32 @@ from pathlib import Path
 
 import pytest
 
-from qexp.system.openmp import waiting_asleep
+from qexp.system import openmp
+from qexp.system.openmp import openmp_variables
+
+
+@pytest.fixture(autouse=True)
+def _without_quota(monkeypatch) -> None:
+    monkeypatch.setattr(openmp, "usable_threads", lambda: 8)
+    monkeypatch.setattr(openmp, "bound_cores", lambda: 8)
+
+
+def test_a_container_with_a_quota_gets_no_more_threads_than_that(monkeypatch) -> None:
+    assert openmp_variables({}) == {"OMP_WAIT_POLICY": "PASSIVE"}
+    monkeypatch.setattr(openmp, "usable_threads", lambda: 3)
+    assert openmp_variables({}) == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "3"}
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
+def test_users_number_of_threads_stays(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(openmp, "usable_threads", lambda: 3)
+    assert openmp_variables({name: "5"}) == {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
 def test_users_choice_of_waiting_stays(name: str) -> None:
-    assert waiting_asleep({name: "1", "PATH": ""}) == {}
-    assert waiting_asleep({"OMP_NUM_THREADS": "2"}) == {"OMP_WAIT_POLICY": "PASSIVE"}
+    assert openmp_variables({name: "1", "PATH": ""}) == {}
+    assert openmp_variables({"OMP_NUM_THREADS": "2"}) == {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def shown_settings(environment: dict[str, str]) -> str:
@@ -28,5 +47,5 @@ def shown_settings(environment: dict[str, str]) -> str:
 
 
 def test_threads_of_torchs_runtime_sleep_with_these_variables() -> None:
-    assert "GOMP_SPINCOUNT = '0'" in shown_settings(waiting_asleep({}))
+    assert "GOMP_SPINCOUNT = '0'" in shown_settings(openmp_variables({}))
     assert "GOMP_SPINCOUNT = '0'" not in shown_settings({})
