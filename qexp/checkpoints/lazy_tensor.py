@@ -289,8 +289,7 @@ def _computed(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
 
 
 def _one_of(apply: Callable[[Iterable[Tensor]], Any], number: int, tensors: Iterable[Tensor]) -> Tensor:
-    result: Tensor = apply(tensors)[number]
-    return result
+    return apply(tensors)[number]
 
 
 def _lazy_result(inputs: Sequence[Lazy], outcome: Tensor, apply: Callable[[Iterable[Tensor]], Tensor]) -> Lazy:

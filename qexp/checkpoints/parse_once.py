@@ -48,5 +48,4 @@ def parse_once(file: Path, parse: Callable[[Path, BufferedReader, FileState], Va
         if len(_parsed) == REMEMBERED_FILES:
             del _parsed[next(iter(_parsed))]
         _parsed[file, parse] = known  # at the end: the least recently used come first
-        result: Value = known.value
-        return result
+        return known.value

@@ -44,8 +44,7 @@ def trials(names: list[str]) -> dict[str, Any]:
 
 
 def _types(config: Any) -> list[dict[str, Any]]:
-    types: list[dict[str, Any]] = config.types()
-    return types
+    return config.types()
 
 
 def _has(config: Any, fields: Mapping[str, Any]) -> bool:

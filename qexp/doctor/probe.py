@@ -142,8 +142,7 @@ def _save_layer(folder: Path, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _dequantized(model: Any) -> nn.Module:
-    dense: nn.Module = model.hf_quantizer.dequantize(model) if hasattr(model, "hf_quantizer") else model
-    return dense
+    return model.hf_quantizer.dequantize(model) if hasattr(model, "hf_quantizer") else model
 
 
 def _say(answers: Any, line: dict[str, Any]) -> None:

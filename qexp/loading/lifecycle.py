@@ -242,8 +242,7 @@ def load_planned(planned: PlannedComponent, loader: LoaderConfig) -> LoadedCompo
     try:
         planned.rest.send(loader)
     except StopIteration as done:
-        loaded: LoadedComponent = done.value
-        return loaded
+        return done.value
     raise AssertionError("a load pauses once")
 
 

@@ -31,8 +31,7 @@ def _with_history(quantizer: Quantizer, layer: Any, arguments: Any, keywords: An
     input = arguments[0] if arguments else keywords["input"]
     if not input.requires_grad and (layer.bias is None or not layer.bias.requires_grad):
         return None
-    straight_through: Tensor = _StraightThrough.apply(input, layer.bias, output, layer, quantizer)
-    return straight_through
+    return _StraightThrough.apply(input, layer.bias, output, layer, quantizer)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -59,8 +59,7 @@ class ModelSource(ABC):
 
     def preset_patterns(self, quantized: Collection[str]) -> tuple[str, ...]:
         """Return the patterns of `model.skip_modules` that apply if these components are quantized."""
-        patterns: tuple[str, ...] = self.config.skip_modules
-        return patterns
+        return self.config.skip_modules
 
     def component_config(self, component: str) -> dict[str, Any] | None:
         """Return the config of a component for checkpoints without a config.json; None if it has none."""
@@ -209,5 +208,4 @@ def load_source(config: Any) -> ModelSource:
     names = plugin_names("model")
     if config.source not in names:
         raise ConfigError(f"model.source={config.source!r} is unknown; use {choices(names)}")
-    source: ModelSource = plugin_module("model", config.source).Source(config)
-    return source
+    return plugin_module("model", config.source).Source(config)

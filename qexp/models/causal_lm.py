@@ -141,8 +141,7 @@ class Source(TextSource):
         """Build transformers' own network, with the folder's generation_config."""
         from qexp.models.transformers_networks import network, with_generation_config
 
-        built: nn.Module = with_generation_config(network(config, self.folder, self.network_class), self.folder)
-        return built
+        return with_generation_config(network(config, self.folder, self.network_class), self.folder)
 
     @property
     def network_class(self) -> str | None:
@@ -303,8 +302,7 @@ class Source(TextSource):
     @override
     def decode(self, tokens: Tensor) -> list[str]:
         """Return the texts of rows of tokens, [n, length]."""
-        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return texts
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def side_files(folder: Path) -> list[Path]:

@@ -206,8 +206,7 @@ class Source(ModelSource):
                 f"needs a {expected}; give weights of that class"
             )
         self._tell_of_variant(component)
-        network: nn.Module = _building().network(self.folder, component, config)
-        return network
+        return _building().network(self.folder, component, config)
 
     def _tell_of_variant(self, component: str) -> None:
         variant, folder = self.config.variant, self.folder.path / component

@@ -172,8 +172,7 @@ def _velocity(model: nn.Module, state: Tensor, t: Tensor, labels: Tensor, guidan
     velocity: Tensor
     null: Tensor
     if guidance_scale == 1:
-        velocity = model(state, t, labels).float()
-        return velocity
+        return model(state, t, labels).float()
     both = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
     velocity, null = model(torch.cat([state, state]), torch.cat([t, t]), both).float().chunk(2)
     return null + guidance_scale * (velocity - null)

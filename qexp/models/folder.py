@@ -131,8 +131,7 @@ def _from_diffusers(fields: Mapping[str, Any], path: Path) -> nn.Module:
 def _from_transformers(fields: Mapping[str, Any], path: Path) -> nn.Module:
     from qexp.models.transformers_networks import network, with_generation_config
 
-    built: nn.Module = with_generation_config(network(fields, path), path)
-    return built
+    return with_generation_config(network(fields, path), path)
 
 
 def _class_of(library: Any, name: object, base: type, entry: str, path: Path) -> Any:

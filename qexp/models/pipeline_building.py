@@ -134,10 +134,8 @@ def _with_own_device(kind: Any) -> Any:
         for model in self.components.values():
             handle: Any = offload_of(model) if isinstance(model, nn.Module) else None
             if handle is not None:
-                device: torch.device = handle.device
-                return device
-        own: torch.device = kind._execution_device.fget(self)
-        return own
+                return handle.device
+        return kind._execution_device.fget(self)
 
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(kind)(kind.__name__, (kind,), {**names, "_execution_device": _execution_device})

@@ -99,8 +99,7 @@ def _draw_from(original: Callable[..., Tensor], generators: list[Generator], arg
 
 
 def _draw_row(original: Any, arguments: Any, keywords: Any, source: Tensor, generator: Generator) -> Tensor:
-    drawn: Tensor = original(source, *arguments, generator=generator, **keywords)
-    return drawn
+    return original(source, *arguments, generator=generator, **keywords)
 
 
 def _draw_in_place(

@@ -80,8 +80,7 @@ class Handle(Protocol):
 
 def offload_of(model: nn.Module) -> Handle | None:
     """Return how a model is offloaded now."""
-    found: Handle | None = vars(model).get(HANDLE)
-    return found
+    return vars(model).get(HANDLE)
 
 
 @contextmanager

@@ -316,8 +316,7 @@ class Quantizer:
 
 def load_quantizer(config: Any) -> Quantizer:
     """Return the quantizer of a backend config."""
-    quantizer: Quantizer = importlib.import_module(f"qexp.quantizers.{config.quant_method}").Quantizer(config)
-    return quantizer
+    return importlib.import_module(f"qexp.quantizers.{config.quant_method}").Quantizer(config)
 
 
 def have_one_config(configs: Sequence[Any]) -> bool:

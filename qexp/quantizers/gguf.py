@@ -107,8 +107,7 @@ class GGUFQuantizer(base.Quantizer):
         import torch
 
         name = saved_dtype(self.metadata, MODEL_DTYPE_KEY) or self.config.compute_dtype or "float32"
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
+        return getattr(torch, name)
 
     @override
     def reason_to_skip(self, spec: WeightSpec) -> str | None:

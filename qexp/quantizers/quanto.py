@@ -312,8 +312,7 @@ class QuantoQuantizer(base.Quantizer):
                 state, "", self._qtype, 0, size, spec.shape, stride, missing_keys=missing
             )
         fits = self._bits == 8 or tinygemm_fits(spec.shape[0], device)  # see the module's docstring
-        optimized: Tensor = weight.optimize() if fits else weight
-        return optimized
+        return weight.optimize() if fits else weight
 
     @override
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -86,8 +86,7 @@ def storage_dtype(config: BitsAndBytesConfig, spec: WeightSpec) -> torch.dtype:
     is_default = config.bnb_4bit_quant_storage == "uint8"
     if is_default and math.ceil(spec.numel / 2) % spec.dtype.itemsize == 0:
         return spec.dtype
-    dtype: torch.dtype = getattr(torch, config.bnb_4bit_quant_storage)
-    return dtype
+    return getattr(torch, config.bnb_4bit_quant_storage)
 
 
 def show_as_stored(module: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -150,8 +149,7 @@ def _quantize_by_library(quant_type: str, blocksize: int, device: torch.device) 
 @once
 def _nested_code(device: torch.device) -> Tensor:
     """Return the library's code table on a device; the library copies it from the first device in every call."""
-    code: Tensor = library().functional.create_dynamic_map().to(device)
-    return code
+    return library().functional.create_dynamic_map().to(device)
 
 
 @contextmanager

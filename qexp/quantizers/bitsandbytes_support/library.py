@@ -55,8 +55,7 @@ def _of_any_dimensions(matmul: Any) -> Any:
     @wraps(matmul)
     def flattened(A: Tensor, *arguments: Any, **options: Any) -> Tensor:
         if A.dim() in (2, 3):
-            same: Tensor = matmul(A, *arguments, **options)
-            return same
+            return matmul(A, *arguments, **options)
         result: Tensor = matmul(A.reshape(-1, A.shape[-1]), *arguments, **options)
         return result.reshape(*A.shape[:-1], result.shape[-1])
 
@@ -79,8 +78,7 @@ def _let_blocks_span_rows(general: Any) -> None:
         numel = math.prod(shape)
         if shape[-1] % blocksize and numel % blocksize:
             code, packed = general._get_4bit_code(quant_type, A.device), A.view(torch.uint8).reshape(-1)
-            whole: Tensor = general._dequantize_4bit_compute(packed, absmax.float(), code, blocksize, shape, dtype)
-            return whole
+            return general._dequantize_4bit_compute(packed, absmax.float(), code, blocksize, shape, dtype)
         rows = (numel // blocksize, blocksize) if shape[-1] % blocksize else shape
         decoded: Tensor = kernel.call_boxed(on_cpu, A, absmax, blocksize, quant_type, rows, dtype)
         return decoded.reshape(shape)

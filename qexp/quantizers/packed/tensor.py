@@ -38,8 +38,7 @@ class PackedTensor(Tensor):
         cls, inner: dict[str, Tensor], quant_type: str, shape: Sequence[int], dtype: torch.dtype
     ) -> PackedTensor:
         wrapper = Tensor._make_wrapper_subclass
-        tensor: PackedTensor = wrapper(cls, tuple(shape), dtype=dtype, device=inner["qdata"].device)
-        return tensor
+        return wrapper(cls, tuple(shape), dtype=dtype, device=inner["qdata"].device)
 
     def __init__(self, inner: dict[str, Tensor], quant_type: str, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.quant_type = quant_type
@@ -173,8 +172,7 @@ def _multiply_packed(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
-    output: Tensor = _SlicedLinear.apply(input, weight, bias)
-    return output
+    return _SlicedLinear.apply(input, weight, bias)
 
 
 class _SlicedLinear(torch.autograd.Function):

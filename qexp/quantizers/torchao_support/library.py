@@ -151,8 +151,7 @@ def int8_group_size(config: Any, columns: int) -> int | None:
         return None
     granularity = config.granularity
     if isinstance(granularity, PerGroup):
-        size: int = granularity.group_size
-        return size
+        return granularity.group_size
     is_rowwise = isinstance(granularity, PerRow) and granularity.dim == -1 and not getattr(config, "reduce_range", None)
     return columns if is_rowwise else None
 
