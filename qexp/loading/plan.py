@@ -30,7 +30,7 @@ from qexp.loading.weight_reads import reason_not_to_pack, weight_reads
 from qexp.loading.work_item import Read, WorkItem
 from qexp.models.skeletons import COMPUTED
 from qexp.quantizers.base import Quantizer
-from qexp.quantizers.layers import computes_otherwise, is_transposed, weight_shape
+from qexp.quantizers.layers import computes_otherwise, is_transposed, linear_layers, weight_shape
 from qexp.quantizers.rows import WeightSpec
 
 
@@ -124,10 +124,8 @@ def choose_modules(
     if quantizer.quantization_method == "none":
         return chosen, skipped
     reads = weight_reads(model)
-    for name, module in model.named_modules(remove_duplicate=False):  # a layer used twice has a tensor by either name
-        shape = weight_shape(module)
-        if shape is None:
-            continue
+    for name, shape in linear_layers(model).items():
+        module = model.get_submodule(name)
         spec = WeightSpec(name, shape, dtype, is_transposed(module))
         kept = covering(class_patterns, name)
         reason = _reason_to_skip(module, name, patterns, fp32_patterns) or (
@@ -158,11 +156,8 @@ def find_quantized(
     skipped: dict[str, str] = {}
     reads = weight_reads(model)
     decoded: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        shape = weight_shape(module)
-        if shape is None:
-            continue
-        parts = quantizer.stored_parts(name, entries)
+    for name, shape in linear_layers(model).items():
+        module, parts = model.get_submodule(name), quantizer.stored_parts(name, entries)
         if parts is None:
             skipped[name] = "the checkpoint holds it unquantized"
             continue

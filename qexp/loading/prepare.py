@@ -45,7 +45,7 @@ def load_quantizer_of(request: LoadRequest) -> Quantizer:
     """Stage 2: the quantizer of the settings' backend, which is the checkpoint's own where that is quantized."""
     quantizer = load_quantizer(request.settings.backend)
     if is_quantized(request.checkpoint):
-        quantizer.stored, quantizer.metadata = True, request.checkpoint.metadata
+        quantizer.mark_stored(request.checkpoint.metadata)
     return quantizer
 
 
@@ -89,7 +89,7 @@ def plan_modules(
     in_fp32, unquantized = kept_by_class(model, compute_dtype)
     fp32 = (*settings.keep_in_fp32_modules, *in_fp32)
     if quantizer.stored:
-        quantizer.metadata = named.metadata  # under all names of what is shared
+        quantizer.mark_stored(named.metadata)  # under all names of what is shared
         chosen, skipped = find_quantized(model, quantizer, named.entries, skip, fp32, compute_dtype)
         if lost := patterns_lost((*settings.skip_modules, *settings.keep_in_fp32_modules), chosen):
             say(f"warning: {component}: {lost}")

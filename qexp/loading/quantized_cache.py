@@ -213,7 +213,7 @@ class _Readers(Quantizer):
         part = self._of.part_of(layer)
         if id(part) not in self._made:
             reader = load_quantizer(part.config)
-            reader.stored, reader.metadata = True, self._metadata
+            reader.mark_stored(self._metadata)
             reader.validate_environment(self._device)
             self._made[id(part)] = reader
         return self._made[id(part)]

@@ -17,7 +17,7 @@ from qexp.checkpoints.checkpoint import Checkpoint
 from qexp.errors import ConfigError, first_names
 from qexp.loading.work_item import WorkItem
 from qexp.quantizers.base import Quantizer
-from qexp.quantizers.layers import weight_shape
+from qexp.quantizers.layers import linear_layers, weight_shape
 from qexp.quantizers.rows import WeightSpec
 
 
@@ -113,9 +113,8 @@ def check_one_format(model: nn.Module, quantizer: Quantizer) -> None:
 def layers_by_weight(model: nn.Module) -> list[list[str]]:
     """Return the names of all linear layers, those that have one weight together. model: the skeleton."""
     names_of: dict[Any, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if weight_shape(module) is not None:
-            names_of.setdefault(_weight_id(model, name), []).append(name)
+    for name in linear_layers(model):
+        names_of.setdefault(_weight_id(model, name), []).append(name)
     return list(names_of.values())
 
 

@@ -12,7 +12,6 @@ with slices of the weight (`rows.py`).
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +22,7 @@ from qexp.config.recipe import format_name
 from qexp.errors import MissingLibraryError
 from qexp.quantizers.layers import dense_linear, refuse_without_weights, replace_module, weight_shape
 from qexp.quantizers.rows import WeightSpec
+from qexp.results.environment import versions_of
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,10 @@ class Quantizer:
         self.config = config
         self.stored = False  # whether the checkpoint holds quantized weights already
         self.metadata: Mapping[str, str] = {}  # of its files, then
+
+    def mark_stored(self, metadata: Mapping[str, str]) -> None:
+        """Read quantized weights of a checkpoint from now on. metadata: of its files."""
+        self.stored, self.metadata = True, metadata
 
     @property
     def quantization_method(self) -> str:
@@ -92,11 +96,8 @@ class Quantizer:
 
     def validate_environment(self, device: torch.device) -> None:
         """Raise MissingLibraryError or UnsupportedError before a byte is read."""
-        for package, lowest in self.required_packages.items():
-            try:
-                found = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                found = None
+        for package, found in versions_of(self.required_packages).items():
+            lowest = self.required_packages[package]
             if found is None or Version(found) < Version(lowest):
                 raise MissingLibraryError(
                     f"backend.quant_method={self.quantization_method} needs {package} >= {lowest}; "

@@ -32,6 +32,12 @@ def weight_shape(module: Any) -> tuple[int, int] | None:
     return None
 
 
+def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return [out, in] of each linear layer by name; a layer used twice has a tensor by either name."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: shape for name, module in modules if (shape := weight_shape(module)) is not None}
+
+
 def is_transposed(module: Any) -> bool:
     """Return whether a layer is linear with a transposed weight, [in, out]."""
     return any((kind.__module__, kind.__name__) == CONV1D for kind in type(module).__mro__)

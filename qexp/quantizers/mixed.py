@@ -11,10 +11,10 @@ bitsandbytes store their own settings; all of them allow unquantized layers. Oth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 from typing_extensions import override
 
@@ -25,7 +25,7 @@ from qexp.errors import ConfigError, QexpError, choices
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
 from qexp.quantizers.embedded import refused_config
-from qexp.quantizers.layers import weight_shape
+from qexp.quantizers.layers import linear_layers
 from qexp.quantizers.mixed_support.container import native_entries, pack
 from qexp.quantizers.rows import WeightSpec
 
@@ -107,6 +107,18 @@ def _stored_rule(values: Any) -> Rule:
     return Rule(union(tuple(map(str, modules))), plugin_module("backend", method).Config.from_dict(values["backend"]))
 
 
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def _of_rule(hook: Hook) -> Hook:
+    """Return the hook, about one weight, as the quantizer of the weight's rule answers it."""
+
+    def forward(self: MixedQuantizer, spec: WeightSpec, *arguments: Any) -> Any:
+        return getattr(self.part_of(spec.module), hook.__name__)(spec, *arguments)
+
+    return cast(Hook, forward)
+
+
 class MixedQuantizer(base.Quantizer):
     """Forwards every call about a layer to the quantizer of its rule."""
 
@@ -122,25 +134,11 @@ class MixedQuantizer(base.Quantizer):
         self.is_trainable = all(part.is_trainable for part in self.parts)
         self.has_backward = all(part.has_backward for part in self.parts)
 
-    @property  # type: ignore[explicit-override]  # mypy knows no mark for a property in place of an attribute
-    def stored(self) -> bool:
-        return self._stored
-
-    @stored.setter
-    def stored(self, stored: bool) -> None:
-        self._stored = stored
+    @override
+    def mark_stored(self, metadata: Mapping[str, str]) -> None:
         for part in self.parts:
-            part.stored = stored
-
-    @property  # type: ignore[explicit-override]  # mypy knows no mark for a property in place of an attribute
-    def metadata(self) -> Mapping[str, str]:
-        return self._metadata
-
-    @metadata.setter
-    def metadata(self, metadata: Mapping[str, str]) -> None:
-        self._metadata = metadata
-        for part in self.parts:
-            part.metadata = metadata
+            part.mark_stored(metadata)
+        super().mark_stored(metadata)
 
     def _number(self, layer: str) -> int:
         if layer not in self._numbers:
@@ -169,8 +167,7 @@ class MixedQuantizer(base.Quantizer):
     @property
     def _used(self) -> list[base.Quantizer]:
         """Return the quantizers that have layers in the model."""
-        used = {id(part): part for part in self._layers.values() if part is not None}
-        return list(used.values())
+        return list({id(part): part for part in self._layers.values() if part is not None}.values())
 
     @override
     def validate_environment(self, device: torch.device) -> None:
@@ -196,7 +193,8 @@ class MixedQuantizer(base.Quantizer):
 
     @override
     def check_patterns(self, model: nn.Module, kept: Sequence[str], component: str) -> dict[str, str]:
-        return undecided_patterns(self.config.recipe, _linear_layers(model), kept, f"backend.recipe of '{component}'")
+        layers = list(linear_layers(model))
+        return undecided_patterns(self.config.recipe, layers, kept, f"backend.recipe of '{component}'")
 
     @override
     def conflict(self, layers: Sequence[str]) -> str | None:
@@ -238,13 +236,12 @@ class MixedQuantizer(base.Quantizer):
                 )
         return reason
 
-    @override
-    def hides(self, spec: WeightSpec) -> Collection[str]:
-        return self.part_of(spec.module).hides(spec)
-
-    @override
-    def quantized_nbytes(self, spec: WeightSpec) -> int:
-        return self.part_of(spec.module).quantized_nbytes(spec)
+    hides = _of_rule(base.Quantizer.hides)
+    quantized_nbytes = _of_rule(base.Quantizer.quantized_nbytes)
+    takes_rows = _of_rule(base.Quantizer.takes_rows)
+    check_quantized_param_shape = _of_rule(base.Quantizer.check_quantized_param_shape)
+    stored_nbytes = _of_rule(base.Quantizer.stored_nbytes)
+    stored_alignment = _of_rule(base.Quantizer.stored_alignment)
 
     @override
     def format_key(self, spec: WeightSpec) -> Any:
@@ -252,16 +249,10 @@ class MixedQuantizer(base.Quantizer):
         return id(part), part.format_key(spec)
 
     @override
-    def takes_rows(self, spec: WeightSpec) -> bool:
-        return self.part_of(spec.module).takes_rows(spec)
-
-    @override
     def preprocess_model(self, model: nn.Module, names: Sequence[str], compute_dtype: torch.dtype) -> None:
-        of_part: dict[int, list[str]] = {}
-        for name in names:
-            of_part.setdefault(id(self.part_of(name)), []).append(name)
-        for own in of_part.values():
-            self.part_of(own[0]).preprocess_model(model, own, compute_dtype)
+        for part in {id(part): part for part in self.parts}.values():
+            if own := [name for name in names if self.part_of(name) is part]:
+                part.preprocess_model(model, own, compute_dtype)
 
     @override
     def create_quantized_param(
@@ -280,11 +271,10 @@ class MixedQuantizer(base.Quantizer):
     def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
         for part in self._by_method():
             part.postprocess_model(model, device)
-        quantized = {name: self.is_quantized(model.get_submodule(name)) for name in _linear_layers(model)}
-        self._layers = {name: self.part_of(name) if found else None for name, found in quantized.items()}
-        for name, found in quantized.items():
-            if found:  # also a weight that was not made here, but found in a cache
-                self._of_type[type(model.get_submodule(name).weight)] = self.part_of(name)
+        layers = {name: model.get_submodule(name) for name in linear_layers(model)}
+        self._layers = {name: self.part_of(name) if self.is_quantized(one) else None for name, one in layers.items()}
+        # also a weight that was not made here, but found in a cache
+        self._of_type |= {type(layers[name].weight): part for name, part in self._layers.items() if part is not None}
 
     @override
     def dequantize_param(self, param: Tensor, dtype: torch.dtype) -> Tensor:
@@ -318,18 +308,6 @@ class MixedQuantizer(base.Quantizer):
         return self.part_of(name).stored_parts(name, native_entries(name, entries))
 
     @override
-    def check_quantized_param_shape(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> None:
-        self.part_of(spec.module).check_quantized_param_shape(spec, parts)
-
-    @override
-    def stored_nbytes(self, spec: WeightSpec, parts: Mapping[str, TensorEntry]) -> int:
-        return self.part_of(spec.module).stored_nbytes(spec, parts)
-
-    @override
-    def stored_alignment(self, spec: WeightSpec) -> int:
-        return self.part_of(spec.module).stored_alignment(spec)
-
-    @override
     def get_state_dict_and_metadata(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         if (writer := self._writer()) is not None:
             return writer.get_state_dict_and_metadata(state_dict)
@@ -359,22 +337,16 @@ class MixedQuantizer(base.Quantizer):
 
 def _quantizers(rules: Sequence[Rule]) -> list[base.Quantizer]:
     """Return a quantizer for each rule; rules with equal configs, apart from labels, share one."""
-    made: list[base.Quantizer] = []
     found: list[base.Quantizer] = []
     for rule in rules:
-        same = [part for part in made if base.have_one_config([part.config, rule.backend])]
-        found.append(same[0] if same else base.load_quantizer(rule.backend))
-        made += [] if same else found[-1:]
+        same = (part for part in found if base.have_one_config([part.config, rule.backend]))
+        found.append(next(same, None) or base.load_quantizer(rule.backend))
     return found
 
 
 def _stored(part: base.Quantizer, model: nn.Module) -> dict[str, Any]:
     """Return a rule's config as its own format stores it, without the list of unquantized layers."""
     return {**part.to_dict(model), part.config.skip_field: None}
-
-
-def _linear_layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules(remove_duplicate=False) if weight_shape(module) is not None]
 
 
 Config = MixedConfig
