@@ -65,9 +65,8 @@ class BackendConfig:
         """
         kind: Any = cls
         hints, known, unknown = field_types(kind), dict[str, Any](), list[str]()
-        for key, value in sorted(
-            values.items(), key=lambda item: item[0] in cls.also_read
-        ):  # the field's own name wins
+        # the field's own name wins
+        for key, value in sorted(values.items(), key=lambda item: item[0] in cls.also_read):
             name = cls.also_read.get(key, key)
             if name not in hints:
                 unknown += [] if key.startswith("_") else [key]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from qexp.checkpoints.gguf_types import BLOCKED_PREFIX, DECODABLE, ENCODABLE, TYPES
+from qexp.checkpoints.gguf_types import DECODABLE, ENCODABLE, TYPES
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.quantizers import base
 from qexp.quantizers.configs import BackendConfig
@@ -147,12 +147,9 @@ class GGUFQuantizer(base.Quantizer):
     @override
     def stored_parts(self, name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry] | None:
         entry = entries.get(f"{name}.weight")
-        if entry is not None and entry.dtype == "U8":  # in a safetensors file, which does not say the type
-            self._stored_types[name] = self.config.quant_type
-            return {"raw": entry}
-        if entry is None or not entry.dtype.startswith(BLOCKED_PREFIX) or len(entry.shape) != 2:
+        if entry is None or not (entry.dtype == "U8" or (entry.block_type is not None and len(entry.shape) == 2)):
             return None
-        self._stored_types[name] = entry.dtype.removeprefix(BLOCKED_PREFIX)
+        self._stored_types[name] = entry.block_type or self.config.quant_type  # which safetensors files do not say
         return {"raw": entry}
 
     @override

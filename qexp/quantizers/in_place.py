@@ -103,11 +103,8 @@ class PackedBytes(Tensor):
 
 def _tensors_among(values: Sequence[Any]) -> Iterator[Tensor]:
     for value in values:
-        yield from (part for part in (value if isinstance(value, (list, tuple)) else [value]) if _is_tensor(part))
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        yield from (part for part in parts if isinstance(part, Tensor))
 
 
 def _is_quantized(value: Any) -> bool:
@@ -145,11 +142,10 @@ def _has_same_format(target: Any, source: Any) -> bool:
     """Return whether packed bytes replace packed bytes, as in load_state_dict."""
     if is_traceable_wrapper_subclass(target):
         return isinstance(source, Tensor) and is_traceable_wrapper_subclass(source)
+    if not isinstance(source, Tensor):
+        return False
     with torch._C.DisableTorchFunctionSubclass():
-        return isinstance(source, Tensor) and (STORED_DTYPE(source), source.shape) == (
-            STORED_DTYPE(target),
-            target.shape,
-        )
+        return STORED_DTYPE(source) == STORED_DTYPE(target) and source.shape == target.shape
 
 
 def _in_place_error(name: str, weight: Tensor) -> ConfigError:

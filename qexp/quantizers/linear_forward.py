@@ -27,6 +27,7 @@ INPUT, WEIGHT, TURNED, BIAS, PRODUCT, RESULT, NOTHING = "x", "W", "Wᵀ", "b", "
 LINEAR = (torch.nn.functional.linear,)
 MATMUL = (torch.matmul, torch.mm)
 ADD = (torch.add,)
+TRANSPOSITIONS = {("t", frozenset()), ("transpose", frozenset({"0", "1"})), ("transpose", frozenset({"-1", "-2"}))}
 
 
 @cache
@@ -34,7 +35,7 @@ def is_linear_forward(kind: type[nn.Linear]) -> bool:
     """Return whether the class's `forward` is equivalent to that of `nn.Linear`."""
     if kind.forward is nn.Linear.forward:
         return True
-    own = [one for one in kind.__mro__[: kind.__mro__.index(nn.Linear)]]
+    own = kind.__mro__[: kind.__mro__.index(nn.Linear)]
     if any({"weight", "bias", "__call__", "_call_impl", "__getattr__"} & vars(one).keys() for one in own):
         return False
     try:
@@ -84,10 +85,7 @@ class _Run:
 
     def branch(self, statement: ast.If) -> str | None:
         test = statement.test
-        is_compared = (
-            isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Is | ast.IsNot)
-        )
-        if not isinstance(test, ast.Compare) or not is_compared:
+        if not (isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Is | ast.IsNot)):
             return None
         if self.value(test.comparators[0]) != NOTHING or ast.unparse(test.left) != f"{self.own}.bias":
             return None
@@ -124,9 +122,8 @@ class _Run:
         if function in ADD and len(values) == 2:
             return _add_terms(values[0], values[1])
         if isinstance(node.func, ast.Attribute) and self.value(node.func.value) == WEIGHT:
-            dims = {ast.unparse(argument) for argument in node.args}
-            is_turned = (node.func.attr, frozenset(dims)) in {("t", frozenset()), *_TRANSPOSED}
-            return TURNED if is_turned else None
+            dims = frozenset(ast.unparse(argument) for argument in node.args)
+            return TURNED if (node.func.attr, dims) in TRANSPOSITIONS else None
         return None
 
     def resolve(self, node: ast.expr) -> Any:
@@ -134,9 +131,6 @@ class _Run:
         if isinstance(node, ast.Name):
             return None if node.id in self.values else self.names.get(node.id)
         return getattr(self.resolve(node.value), node.attr, None) if isinstance(node, ast.Attribute) else None
-
-
-_TRANSPOSED = {("transpose", frozenset(dims)) for dims in (("0", "1"), ("-1", "-2"), ("-2", "-1"))}
 
 
 def _product(left: str | None, right: str | None) -> str | None:

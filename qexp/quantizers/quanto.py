@@ -158,7 +158,7 @@ class QuantoQuantizer(base.Quantizer):
                 activations=self._activation_qtype,
                 quantize_input=True,
             )
-            activations.leave_outputs(new)
+            new.disable_output_quantization()
             if self.requires_calibration:
                 activations.refuse_to_run(new)
             new.requires_grad_(False)
@@ -187,10 +187,9 @@ class QuantoQuantizer(base.Quantizer):
 
     @override
     def quantized_nbytes(self, spec: WeightSpec) -> int:
-        scales = spec.shape[0] if self._bits == 8 else 2 * group_count(spec)
-        rows = spec.shape[0] if self._bits == 8 else group_count(spec)
+        rows, parameters = (spec.shape[0], 1) if self._bits == 8 else (group_count(spec), 2)
         packed_rows = math.ceil(rows * self._bits / 8)
-        return packed_rows * (spec.numel // rows) + scales * spec.dtype.itemsize
+        return packed_rows * (spec.numel // rows) + parameters * rows * spec.dtype.itemsize
 
     @property
     def _bits(self) -> int:
@@ -342,13 +341,11 @@ class QuantoQuantizer(base.Quantizer):
 
     @override
     def under_refused_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        ending = f".weight.{self._part_names()[0]}"
-        renamed = {}
-        for name, tensor in tensors.items():
-            is_data = name.endswith(ending)
-            stored = name.removesuffix(ending) + ".weight" if is_data else name
-            renamed[stored] = tensor[..., None] if is_data else tensor
-        return renamed
+        ending = f".{self._part_names()[0]}"  # of X.weight
+        return dict(
+            (name.removesuffix(ending), tensor[..., None]) if name.endswith(f".weight{ending}") else (name, tensor)
+            for name, tensor in tensors.items()
+        )
 
     @override
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:

@@ -67,9 +67,8 @@ def row_slices(
     start = 0
     while start < rows:
         stop = rows if rows - start <= step + 1 else start + step
-        part = _cast_part(
-            _rows_on(device, weight, start, stop, columns), spec.dtype
-        ).contiguous()  # kernels take addresses, not strides
+        # contiguous: kernels take addresses, not strides
+        part = _cast_part(_rows_on(device, weight, start, stop, columns), spec.dtype).contiguous()
         if check:
             check_slice(spec, slice(start, stop), part)
         yield slice(start, stop), part

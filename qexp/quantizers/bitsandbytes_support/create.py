@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from qexp.quantizers.bitsandbytes_support.library import library
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from qexp.quantizers.bitsandbytes_support.config import BitsAndBytesConfig
 
 NESTED_BLOCK_SIZE = 256
-Quantize = Callable[["Tensor", "Tensor", "Tensor"], None]  # (weights, where to put the packed bytes, and the absmaxes)
 
 
 def create_4bit(
@@ -37,12 +35,10 @@ def create_4bit(
     rows_a_block = block // math.gcd(spec.shape[1], block)
     code = functional.get_4bit_type(quant_type, device=device)
     on_cpu = device.type == "cpu"
-    by_loops, by_library = _quantize_on_cpu(code, block), _quantize_by_library(quant_type, block, device)
     for rows, part in row_slices(spec, weight, device, rows_a_block, check=not on_cpu):
         first, last = rows.start * spec.shape[1], rows.stop * spec.shape[1]
         largest = absmax[first // block : math.ceil(last / block)]
-        quantize = by_loops if on_cpu and are_ready() else by_library
-        quantize(part, packed[first // 2 : math.ceil(last / 2), 0], largest)
+        _quantize_slice(part, quant_type, block, packed[first // 2 : math.ceil(last / 2), 0], largest)
         if on_cpu:
             check_slice(spec, rows, largest)  # of a block that is not finite, neither is the absmax
     offset, state2 = None, None
@@ -119,31 +115,24 @@ def create_8bit(spec: WeightSpec, weight: Tensor | Rows, device: torch.device) -
     return int8_params(values, scale, spec.dtype)
 
 
-def _quantize_on_cpu(code: Tensor, blocksize: int) -> Quantize:
-    """Quantize with compiled loops: the library's bytes, faster."""
-
-    @cache
-    def table() -> Any:
-        from qexp.quantizers.cpu_kernels.blockwise_4bit import code_table
-
-        return code_table(code)
-
-    def quantize(part: Tensor, packed: Tensor, absmax: Tensor) -> None:
+def _quantize_slice(part: Tensor, quant_type: str, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
+    """Quantize rows into `packed` and `absmax`: on a CPU by compiled loops, which make the library's bytes faster."""
+    if part.device.type == "cpu" and are_ready():
         from qexp.quantizers.cpu_kernels.blockwise_4bit import quantize_4bit  # Numba, on first use
 
-        quantize_4bit(part, table(), blocksize, packed, absmax)
+        quantize_4bit(part, _code_table(quant_type), blocksize, packed, absmax)
+        return
+    with _blockwise(part.device):
+        bytes_, state = library().functional.quantize_4bit(part, blocksize=blocksize, quant_type=quant_type)
+    packed.copy_(bytes_.view(-1))
+    absmax.copy_(state.absmax)
 
-    return quantize
 
+@once
+def _code_table(quant_type: str) -> Any:
+    from qexp.quantizers.cpu_kernels.blockwise_4bit import code_table
 
-def _quantize_by_library(quant_type: str, blocksize: int, device: torch.device) -> Quantize:
-    def quantize(part: Tensor, packed: Tensor, absmax: Tensor) -> None:
-        with _blockwise(device):
-            bytes_, state = library().functional.quantize_4bit(part, blocksize=blocksize, quant_type=quant_type)
-        packed.copy_(bytes_.view(-1))
-        absmax.copy_(state.absmax)
-
-    return quantize
+    return code_table(library().functional.get_4bit_type(quant_type, device="cpu"))
 
 
 @once

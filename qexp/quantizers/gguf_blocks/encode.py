@@ -19,13 +19,14 @@ Source: https://github.com/ggml-org/ggml (ggml-quants.c) and its Python package,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from qexp.checkpoints.gguf_types import TYPES
 from qexp.quantizers.cpu_kernels.readiness import are_ready
-from qexp.quantizers.gguf_blocks.fields import BELOW_HALF, half_bytes, inverse_of
+from qexp.quantizers.gguf_blocks.fields import BELOW_HALF, half_bytes, inverse_of, table
 
 Encoder = Callable[[Tensor], Tensor]
 
@@ -92,24 +93,10 @@ def _round_to_codes(blocks: Tensor, d: Tensor) -> Tensor:
     return scaled.add_(torch.full_like(d, BELOW_HALF).copysign(scaled)).to(torch.int8)
 
 
-def _encode_q4_0(blocks: Tensor) -> Tensor:
-    d, codes = _around_zero(blocks, 16)
-    return torch.cat([d, _nibbles(codes)], dim=1)
-
-
-def _encode_q5_0(blocks: Tensor) -> Tensor:
-    d, codes = _around_zero(blocks, 32)
-    return torch.cat([d, _fifth_bits(codes), _nibbles(codes)], dim=1)
-
-
-def _encode_q4_1(blocks: Tensor) -> Tensor:
-    scales, codes = _from_minimum(blocks, 16)
-    return torch.cat([scales, _nibbles(codes)], dim=1)
-
-
-def _encode_q5_1(blocks: Tensor) -> Tensor:
-    scales, codes = _from_minimum(blocks, 32)
-    return torch.cat([scales, _fifth_bits(codes), _nibbles(codes)], dim=1)
+def _encode_legacy(find: Callable[[Tensor, int], tuple[Tensor, Tensor]], bits: int, blocks: Tensor) -> Tensor:
+    """Scales, the fifth bits if there are, then the lower four of each code."""
+    scales, codes = find(blocks, 2**bits)
+    return torch.cat([scales, *([_fifth_bits(codes)] if bits == 5 else []), _nibbles(codes)], dim=1)
 
 
 def _encode_q8_0(blocks: Tensor) -> Tensor:
@@ -130,18 +117,14 @@ def _encode_tq1_0(blocks: Tensor) -> Tensor:
         _base_3(codes[:, 160:240].view(-1, 5, 16)),
         _base_3(codes[:, 240:].view(-1, 4, 4)),
     ]
-    numbers = torch.cat(parts, dim=1).to(torch.int32)
+    numbers = torch.cat(parts, dim=1)
     return torch.cat([((numbers * 256 + 242) // 243).to(torch.uint8), d], dim=1)
 
 
 def _base_3(digits: Tensor) -> Tensor:
-    """Five digits as a number up to 242, four as one that is divisible by three: uint8 [n, 4 or 5, k] -> [n, k]."""
-    number = torch.zeros_like(digits[:, 0])
-    for index in range(5):
-        number.mul_(3)
-        if index < digits.shape[1]:
-            number.add_(digits[:, index])
-    return number
+    """Five digits as a number up to 242, four as one divisible by three: uint8 [n, 4 or 5, k] -> int32 [n, k]."""
+    powers = table((81, 27, 9, 3, 1), digits.device, torch.uint8)[: digits.shape[1], None]
+    return (digits * powers).sum(dim=1, dtype=torch.int32)
 
 
 def _encode_tq2_0(blocks: Tensor) -> Tensor:
@@ -162,6 +145,8 @@ def _encode_mxfp4(blocks: Tensor) -> Tensor:
 
 
 ENCODERS: dict[str, Encoder] = {
-    "Q8_0": _encode_q8_0, "Q5_1": _encode_q5_1, "Q5_0": _encode_q5_0, "Q4_1": _encode_q4_1, "Q4_0": _encode_q4_0,
+    "Q8_0": _encode_q8_0,
+    "Q5_1": partial(_encode_legacy, _from_minimum, 5), "Q5_0": partial(_encode_legacy, _around_zero, 5),
+    "Q4_1": partial(_encode_legacy, _from_minimum, 4), "Q4_0": partial(_encode_legacy, _around_zero, 4),
     "MXFP4": _encode_mxfp4, "TQ2_0": _encode_tq2_0, "TQ1_0": _encode_tq1_0,
 }  # fmt: skip

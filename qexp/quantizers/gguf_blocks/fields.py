@@ -64,9 +64,8 @@ def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _bit_table(device: torch.device) -> Tensor:
     """Byte -> its bits in the eight bytes of an int64."""
     values = torch.arange(256)[:, None] >> torch.arange(8) & 1
-    return (
-        values.to(torch.uint8).view(torch.int64).flatten().to(device)
-    )  # as a copy from the host it is there, for every stream
+    # as a copy from the host it is there, for every stream
+    return values.to(torch.uint8).view(torch.int64).flatten().to(device)
 
 
 @constant

@@ -34,11 +34,9 @@ def decode(name: str, blocks: Tensor, out: Tensor) -> None:
         DECODED[name](blocks, target, drop)
         return
     step = -(-len(blocks) // threads)
+    parts = (slice(start, start + step) for start in range(0, len(blocks), step))
     with ThreadPoolExecutor(threads) as pool:
-        parts = (slice(start, start + step) for start in range(0, len(blocks), step))
-        done = [pool.submit(DECODED[name], blocks[part], target[part], drop) for part in parts]
-    for future in done:
-        future.result()
+        list(pool.map(lambda part: DECODED[name](blocks[part], target[part], drop), parts))
 
 
 def _decode_q8_0(blocks: Tensor, out: Any, drop: int) -> None:

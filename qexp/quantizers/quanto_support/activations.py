@@ -27,11 +27,6 @@ UNKNOWN = (
 )
 
 
-def leave_outputs(layer: Any) -> None:
-    """Do not quantize what a layer answers."""
-    layer.disable_output_quantization()
-
-
 def refuse_to_run(layer: Any) -> None:
     """Let a layer raise ConfigError instead of computing with scales that nobody has found."""
     layer.register_forward_pre_hook(_refuse, prepend=True)

@@ -17,15 +17,7 @@ import torch
 from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.errors import ConfigError, UnsupportedError
 from qexp.quantizers.stored import FLOATS, Part
-from qexp.quantizers.torchao_support.library import (
-    Float8DynamicActivationFloat8WeightConfig,
-    Float8WeightOnlyConfig,
-    build,
-    config_to_dict,
-    inner_tensors,
-    is_quantized,
-    quantize,
-)
+from qexp.quantizers.torchao_support.library import build, inner_tensors, is_quantized, quantize
 from qexp.quantizers.torchao_support.names import SHORTHANDS
 from qexp.quantizers.torchao_support.types import library_call
 
@@ -65,9 +57,7 @@ def layout_of(config: Any, shape: tuple[int, int], dtype: torch.dtype, device: t
     for multiple in (1, 16):  # some kernels take only 16 rows at a time
         parts = _parts_of_slice(config, multiple, columns, dtype) if rows % multiple == 0 else None
         if parts is not None:
-            count = rows // multiple
-            grown = {name: ((count * size[0], *size[1:]), kind) for name, (size, kind) in parts.items()}
-            return Layout(grown, multiple)
+            return Layout(_repeat_rows(parts, rows // multiple), multiple)
     try:
         found = _try_parts(config, shape, dtype, torch.device("meta"))
     except REFUSALS:
@@ -84,6 +74,8 @@ def layout_of(config: Any, shape: tuple[int, int], dtype: torch.dtype, device: t
 
 def stored_layout(config: Any, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Part]:
     """Return the parts that a file must have; {} for types that do not run here, which are checked when read."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig
+
     if isinstance(config, Float8DynamicActivationFloat8WeightConfig):  # whose weights are the same, and made anywhere
         config = Float8WeightOnlyConfig(config.weight_dtype, granularity=config.granularity[1])
     try:
@@ -117,6 +109,8 @@ def _parts_of_slice(config: Any, rows: int, columns: int, dtype: torch.dtype) ->
 
     A try takes milliseconds, so what was found is kept: a model has layers of few widths, and a sweep loads it often.
     """
+    from torchao.core.config import config_to_dict
+
     key = (json.dumps(config_to_dict(config), sort_keys=True), rows, columns, dtype)
     if key not in _SLICES:
         _SLICES[key] = _try_slices(config, rows, columns, dtype)
@@ -128,15 +122,13 @@ def _try_slices(config: Any, rows: int, columns: int, dtype: torch.dtype) -> Par
         once, twice, thrice = (_try_parts(config, (n * rows, columns), dtype, torch.device("meta")) for n in (1, 2, 3))
     except REFUSALS:
         return None
-    if once is None or twice is None or thrice is None:
+    if once is None or not all(size for size, _ in once.values()):
         return None
+    return once if (_repeat_rows(once, 2), _repeat_rows(once, 3)) == (twice, thrice) else None
 
-    def times(count: int) -> Parts | None:
-        if not all(size for size, _ in once.values()):
-            return None
-        return {name: ((count * size[0], *size[1:]), kind) for name, (size, kind) in once.items()}
 
-    return once if times(2) == twice and times(3) == thrice else None
+def _repeat_rows(parts: Parts, count: int) -> Parts:
+    return {name: ((count * size[0], *size[1:]), kind) for name, (size, kind) in parts.items()}
 
 
 def check_machine(name: str, config: Any, device: torch.device) -> None:

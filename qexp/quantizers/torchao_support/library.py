@@ -23,10 +23,8 @@ from qexp.quantizers.torchao_support.types import library_call
 from qexp.system.imports import quiet
 
 with quiet():  # warns of kernels for other machines
-    from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig, config_to_dict
+    from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
     from torchao.quantization import (
-        Float8DynamicActivationFloat8WeightConfig,
-        Float8WeightOnlyConfig,
         FqnToConfig,
         Int8DynamicActivationInt8WeightConfig,
         Int8WeightOnlyConfig,
@@ -36,20 +34,6 @@ with quiet():  # warns of kernels for other machines
     )
     from torchao.utils import TorchAOBaseTensor
 
-__all__ = [
-    "Float8DynamicActivationFloat8WeightConfig",
-    "Float8WeightOnlyConfig",
-    "FqnToConfig",
-    "build",
-    "config_classes",
-    "config_for",
-    "config_to_dict",
-    "dequantize",
-    "inner_tensors",
-    "int8_group_size",
-    "is_quantized",
-    "quantize",
-]
 VALUES = "torchao.quantization"  # where granularities and the like are, beside the modules that have configs
 
 
