@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from qexp.checkpoints.content import content_digest
 from qexp.checkpoints.foreign_files import (
@@ -35,7 +35,7 @@ from qexp.checkpoints.parse_once import parse_once
 from qexp.checkpoints.regular_file import FileState, unreadable
 from qexp.checkpoints.safetensors_header import parse_safetensors_header
 from qexp.checkpoints.scaled_weights import with_scales_applied
-from qexp.checkpoints.tensor_entry import TensorEntry
+from qexp.checkpoints.tensor_entry import FileHeader, TensorEntry
 from qexp.checkpoints.weight_files import shard_files, weight_files, weight_map
 from qexp.errors import ConfigError, LoadError, WrongFileError, first_names
 
@@ -149,21 +149,9 @@ def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return _json_object(metadata.get(GGUF_CONFIG_KEY, "{}"), f"{path}: {GGUF_CONFIG_KEY}")
 
 
-class FileHeader(NamedTuple):
-    """entries: in the order of their bytes; metadata: its strings; nbytes: everything before the tensors."""
-
-    entries: tuple[TensorEntry, ...]
-    metadata: Mapping[str, str]
-    nbytes: int
-
-
 def read_header(file: Path) -> FileHeader:
     """Read the header of a .safetensors or .gguf file, once in a process. Raises LoadError if it is damaged."""
-    return parse_once(file, _parse_gguf if is_gguf(file) else _parse_safetensors)
-
-
-def _parse_safetensors(file: Path, stream: BufferedReader, state: FileState) -> FileHeader:
-    return FileHeader(*parse_safetensors_header(file, stream, state))
+    return parse_once(file, _parse_gguf if is_gguf(file) else parse_safetensors_header)
 
 
 def _parse_gguf(file: Path, stream: BufferedReader, state: FileState) -> FileHeader:
@@ -172,8 +160,7 @@ def _parse_gguf(file: Path, stream: BufferedReader, state: FileState) -> FileHea
     parts = header.metadata.get("split.count", 0)
     if isinstance(parts, int) and parts > 1:
         raise LoadError(f"'{file}' is one of {parts} parts; merge them with llama.cpp's gguf-split --merge")
-    texts = {name: value for name, value in header.metadata.items() if isinstance(value, str)}
-    return FileHeader(header.entries, texts, header.nbytes)
+    return header._replace(metadata={name: text for name, text in header.metadata.items() if isinstance(text, str)})
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -20,10 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import Protocol
 
 from qexp.checkpoints.regular_file import FileState, open_regular
-from qexp.checkpoints.tensor_entry import TensorEntry
+from qexp.checkpoints.tensor_entry import FileHeader, TensorEntry
 from qexp.system.files import write_text
 
 FULL_BYTES = 256 << 20
@@ -36,20 +35,10 @@ REMEMBERED_BYTES = 1 << 20  # a smaller file is read again as fast as its digest
 VERSION = 1  # of how samples are taken
 
 
-class Header(Protocol):
-    """The header of a checkpoint's file; nbytes: everything before the tensors."""
-
-    @property
-    def entries(self) -> Sequence[TensorEntry]: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-
 _digests: dict[tuple[FileState, bool], str] = {}
 
 
-def content_digest(file: Path, *, full: bool = False, header: Callable[[Path], Header] | None = None) -> str:
+def content_digest(file: Path, *, full: bool = False, header: Callable[[Path], FileHeader] | None = None) -> str:
     """Return the digest of a file's content.
 
     full: read a large file completely. header: parses a checkpoint's header; without it the file is read completely.
@@ -72,7 +61,7 @@ def content_digest(file: Path, *, full: bool = False, header: Callable[[Path], H
         return digest
 
 
-def _sampled_digest(stream: BufferedReader, size: int, header: Header) -> str:
+def _sampled_digest(stream: BufferedReader, size: int, header: FileHeader) -> str:
     digest = hashlib.sha256(f"samples {VERSION} {size} {header.nbytes}".encode())
     stream.seek(0)
     digest.update(stream.read(header.nbytes))

@@ -20,7 +20,7 @@ import math
 import struct
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
 from reprlib import repr as brief
@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 from qexp.checkpoints.foreign_files import refuse_foreign, refuse_other_format
 from qexp.checkpoints.gguf_types import BLOCKED_PREFIX, BY_NUMBER, GGMLType
 from qexp.checkpoints.regular_file import FileState, open_regular
-from qexp.checkpoints.tensor_entry import MAX_DIMENSIONS, TensorEntry
+from qexp.checkpoints.tensor_entry import MAX_DIMENSIONS, FileHeader, TensorEntry
 from qexp.errors import LoadError
 
 MAGIC = b"GGUF"
@@ -44,22 +44,13 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 
 
-@dataclass(frozen=True)
-class GGUFHeader:
-    """metadata: strings, numbers, lists of strings, arrays of numbers; nbytes: everything before the tensors."""
-
-    entries: tuple[TensorEntry, ...]
-    metadata: Mapping[str, Any]
-    nbytes: int
-
-
-def read_gguf_header(file: Path) -> GGUFHeader:
+def read_gguf_header(file: Path) -> FileHeader:
     """Read and parse the header of a GGUF file. Raises LoadError if it is damaged."""
     with open_regular(file) as (stream, state):
         return parse_gguf_header(file, stream, state)
 
 
-def parse_gguf_header(file: Path, stream: BufferedReader, state: FileState) -> GGUFHeader:
+def parse_gguf_header(file: Path, stream: BufferedReader, state: FileState) -> FileHeader:
     """Parse the header of an open file: tensors in the order of their bytes, and metadata.
 
     An entry's dtype is safetensors' name for plain numbers, else "GGUF_" and the block type ("GGUF_Q4_0"). Its shape is
@@ -79,7 +70,7 @@ class _Header:
         self.limit = min(self.size, MAX_HEADER_BYTES)
         self.position = 0
 
-    def read(self) -> GGUFHeader:
+    def read(self) -> FileHeader:
         if self.take(min(4, self.size), "its first bytes") != MAGIC:
             raise LoadError(f"'{self.file}' is not a GGUF file: it does not start with GGUF; download it again")
         self._check_version(self.number("I", "its version"))
@@ -100,7 +91,7 @@ class _Header:
         alignment = metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
         start = _aligned(self.position, alignment)
         entries = self._entries(infos, start, alignment)
-        return GGUFHeader(tuple(self._in_original_shape(entry, metadata) for entry in entries), metadata, start)
+        return FileHeader(tuple(self._in_original_shape(entry, metadata) for entry in entries), metadata, start)
 
     def _check_version(self, version: int) -> None:
         if version in VERSIONS:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -204,12 +203,9 @@ def _cat(tensors: Sequence[Lazy], dim: int = 0) -> Lazy | None:
     first = tensors[0]
     dim = dim % max(first.ndim, 1)
     for one in tensors:
-        same = (
-            one.dtype_name == first.dtype_name
-            and one.pieces[0].dtype == first.pieces[0].dtype
-            and one.ndim == first.ndim > 0
-        )
-        if not same or any(a != b for d, (a, b) in enumerate(zip(one.shape, first.shape, strict=True)) if d != dim):
+        kinds = {(each.dtype_name, each.pieces[0].dtype, each.ndim) for each in (one, first)}
+        differs = [d for d, (a, b) in enumerate(zip(one.shape, first.shape, strict=False)) if a != b and d != dim]
+        if len(kinds) > 1 or not first.ndim or differs:
             raise LoadError(f"'{one.name}' and '{first.name}' differ in type or shape; cannot join")
     outer, inner = math.prod(first.shape[:dim]), math.prod(first.shape[dim + 1 :])
     rows = [one.shape[dim] * inner for one in tensors]
@@ -227,7 +223,7 @@ def _cat(tensors: Sequence[Lazy], dim: int = 0) -> Lazy | None:
 
 def _stack(tensors: Sequence[Lazy], dim: int = 0) -> Lazy | None:
     dim = dim % (tensors[0].ndim + 1)
-    longer = [_reshape(one, (*one.shape[:dim], 1, *one.shape[dim:])) for one in tensors]
+    longer = [_unsqueeze(one, dim) for one in tensors]
     return None if None in longer else _cat([one for one in longer if one is not None], dim)
 
 
@@ -284,12 +280,9 @@ def _computed(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
     if isinstance(outcome, Tensor):
         return _lazy_result(inputs, outcome, apply)
     if isinstance(outcome, tuple | list):
-        return tuple(_lazy_result(inputs, one, partial(_one_of, apply, number)) for number, one in enumerate(outcome))
+        chosen = [lambda tensors, number=number: apply(tensors)[number] for number in range(len(outcome))]
+        return tuple(_lazy_result(inputs, one, choose) for one, choose in zip(outcome, chosen, strict=True))
     return outcome
-
-
-def _one_of(apply: Callable[[Iterable[Tensor]], Any], number: int, tensors: Iterable[Tensor]) -> Tensor:
-    return apply(tensors)[number]
 
 
 def _lazy_result(inputs: Sequence[Lazy], outcome: Tensor, apply: Callable[[Iterable[Tensor]], Tensor]) -> Lazy:

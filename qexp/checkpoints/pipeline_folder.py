@@ -47,11 +47,7 @@ class PipelineFolder:
     @cached_property
     def parts(self) -> dict[str, tuple[str, str]]:
         """Component -> (library, class), without unused ones."""
-        return {
-            name: (str(value[0]), str(value[1]))
-            for name, value in self.index.items()
-            if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and None not in value
-        }
+        return parts_in(self.index)
 
     @cached_property
     def models(self) -> tuple[str, ...]:
@@ -95,6 +91,15 @@ class PipelineFolder:
             f"'{self.path / INDEX}' names the component '{name}' ({kind} of {library}), but '{folder}' {found}; "
             f"download the pipeline again"
         )
+
+
+def parts_in(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Component -> (library, class) of a parsed model_index.json, without unused ones."""
+    return {
+        name: (str(value[0]), str(value[1]))
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and None not in value
+    }
 
 
 def variant_names(variant: str | None) -> list[str]:

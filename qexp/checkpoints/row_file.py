@@ -6,41 +6,37 @@ may then be written in any order. Read it back with `safetensors.safe_open(...).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qexp.checkpoints.dtypes import NAMES
+from qexp.checkpoints.safetensors_file import make_header
 from qexp.system.files import replacing
-
-NAMES = {torch.float32: "F32", torch.int32: "I32"}
 
 
 class RowFile:
     """An open file of `row_file`; `put` writes rows of one tensor, starting at row `start`."""
 
     def __init__(self, descriptor: int, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        self._offsets, end = dict[str, int](), 0
-        for name, (dtype, shape) in shapes.items():
-            self._offsets[name], nbytes = end, dtype.itemsize * math.prod(shape)
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + nbytes]}
-            end += nbytes
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._descriptor, self._start, self._shapes = descriptor, 8 + len(text), shapes
-        os.ftruncate(descriptor, self._start + end)
-        _write_all(descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        described = {name: (NAMES[dtype], shape, dtype.itemsize) for name, (dtype, shape) in shapes.items()}
+        header = make_header(described, {"format": "pt"})
+        ends = accumulate((dtype.itemsize * math.prod(shape) for dtype, shape in shapes.values()), initial=len(header))
+        *starts, end = ends
+        self._descriptor, self._shapes, self._offsets = descriptor, shapes, dict(zip(shapes, starts, strict=True))
+        os.ftruncate(descriptor, end)
+        _write_all(descriptor, memoryview(header), 0)
 
     def put(self, name: str, start: int, rows: Tensor) -> None:
         dtype, shape = self._shapes[name]
         assert rows.dtype == dtype and rows.shape[1:] == shape[1:] and start + len(rows) <= shape[0], (name, rows.shape)
-        offset = self._start + self._offsets[name] + start * dtype.itemsize * math.prod(shape[1:])
+        offset = self._offsets[name] + start * dtype.itemsize * math.prod(shape[1:])
         raw = rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         _write_all(self._descriptor, raw.data, offset)
 

@@ -10,29 +10,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Any, NamedTuple
+from typing import Any
 
 from qexp.checkpoints.foreign_files import refuse_foreign, refuse_other_format
 from qexp.checkpoints.regular_file import FileState
-from qexp.checkpoints.tensor_entry import DTYPE_BYTES, MAX_DIMENSIONS, TensorEntry
+from qexp.checkpoints.tensor_entry import DTYPE_BYTES, MAX_DIMENSIONS, FileHeader, TensorEntry
 from qexp.errors import LoadError, WrongFileError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
-class SafetensorsHeader(NamedTuple):
-    """entries: in the order of their bytes; nbytes: everything before the tensors."""
-
-    entries: tuple[TensorEntry, ...]
-    metadata: Mapping[str, str]
-    nbytes: int
-
-
-def parse_safetensors_header(file: Path, stream: BufferedReader, state: FileState) -> SafetensorsHeader:
+def parse_safetensors_header(file: Path, stream: BufferedReader, state: FileState) -> FileHeader:
     """Parse the header of an open file. Raises LoadError if the file is damaged or not in this format."""
     refuse_foreign(file, stream)
     refuse_other_format(file, stream, wants_gguf=False)
@@ -74,7 +65,7 @@ def parse_safetensors_header(file: Path, stream: BufferedReader, state: FileStat
         raise LoadError(
             f"'{file}' is {kind}: its header describes {end} bytes, the file has {state.size}; download it again"
         )
-    return SafetensorsHeader(tuple(entries), metadata, start)
+    return FileHeader(tuple(entries), metadata, start)
 
 
 def _entry(file: Path, name: str, info: object, start: int, state: FileState) -> TensorEntry:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qexp.checkpoints.gguf_types import BLOCKED_PREFIX
 from qexp.checkpoints.regular_file import FileState
@@ -45,3 +45,12 @@ class TensorEntry:
     def block_type(self) -> str | None:
         """The type of the GGUF blocks that hold this tensor; None for plain numbers."""
         return self.dtype.removeprefix(BLOCKED_PREFIX) if self.dtype.startswith(BLOCKED_PREFIX) else None
+
+
+class FileHeader(NamedTuple):
+    """entries: in the order of their bytes; metadata: strings, in GGUF also numbers and lists; nbytes: everything
+    before the tensors."""
+
+    entries: tuple[TensorEntry, ...]
+    metadata: Mapping[str, Any]
+    nbytes: int

@@ -15,11 +15,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from qexp.checkpoints.foreign_files import PICKLE_SUFFIXES
-from qexp.checkpoints.pipeline_folder import variant_file, variant_names
+from qexp.checkpoints.pipeline_folder import INDEX, parts_in, variant_file, variant_names
 from qexp.checkpoints.weight_files import ReadJson, shard_files, weight_files
 from qexp.errors import LoadError, first_names
 
-PIPELINE_INDEX = "model_index.json"
 SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".spm", ".bpe", ".tiktoken")  # configs, tokenizers
 OPENED = (".safetensors", ".gguf")
 NOT_OPENED = (*PICKLE_SUFFIXES, ".msgpack", ".h5", ".onnx", ".onnx_data")
@@ -37,26 +36,17 @@ def needed_files(names: Collection[str], read: ReadJson, place: str, variant: st
             f"{place}: it has no files of the variant {variant}, such as model.{variant}.safetensors; leave the "
             "variant out"
         )
-    if PIPELINE_INDEX not in names:
+    if INDEX not in names:
         return _model_files("", names, read, place, variant, needs_weights=True)
-    files = [PIPELINE_INDEX]
-    for component in component_names(read(PIPELINE_INDEX)):
+    files = [INDEX]
+    for component in parts_in(read(INDEX)):
         found = _model_files(f"{component}/", names, read, place, variant, needs_weights=False)
         if not found:
             raise LoadError(
-                f"{place}: {PIPELINE_INDEX} names '{component}', but the repository has no file of it; use another one"
+                f"{place}: {INDEX} names '{component}', but the repository has no file of it; use another one"
             )
         files += found
     return sorted(files, key=lambda name: (name.endswith(OPENED), name))
-
-
-def component_names(index: Mapping[str, Any]) -> list[str]:
-    """Return the components in a pipeline's model_index.json: the entries with a library and a class."""
-    return [
-        name
-        for name, value in index.items()
-        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and all(value)
-    ]
 
 
 def _model_files(

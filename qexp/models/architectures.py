@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.checkpoints.checkpoint import Checkpoint
-from qexp.checkpoints.tensor_entry import TensorEntry
+from qexp.checkpoints.tensor_entry import DTYPE_BYTES, TensorEntry
 from qexp.errors import ConfigError, choices, did_you_mean
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def as_checkpoint(component: ComponentArchitecture, model: nn.Module, path: Path
     """Return a checkpoint with the published files' headers, for planning: one file in `path` that is never read."""
     dtype, file, offset, entries = SAFETENSORS_NAMES[component.dtype], path / "model.safetensors", 0, {}
     for name, tensor in stored_tensors(model).items():
-        nbytes = tensor.numel() * (4 if dtype == "F32" else 2)
+        nbytes = tensor.numel() * DTYPE_BYTES[dtype]
         entries[name] = TensorEntry(name, dtype, tuple(tensor.shape), file, offset, nbytes)
         offset += nbytes
     return Checkpoint(path, component.config, entries, (file,))
@@ -119,6 +119,8 @@ def write_headers(name: str, folder: Path) -> None:
     Plans from headers (patterns, bytes, groups) are equal to those of the real folder.
     Raises: ConfigError, with the choices, if there is no such model.
     """
+    from qexp.checkpoints.safetensors_file import make_header
+
     model = architecture(name)
     index = {key: value for key, value in model.model_index.items() if key[0] == "_" or key in model.components}
     _write_json(folder / "model_index.json", index)  # without a scheduler and tokenizers: there are none
@@ -127,17 +129,11 @@ def write_headers(name: str, folder: Path) -> None:
         is_diffusers = "_class_name" in part.config
         file = folder / component / ("diffusion_pytorch_model.safetensors" if is_diffusers else "model.safetensors")
         checkpoint = as_checkpoint(part, network(part.config), folder)
-        entries = {
-            entry.name: {
-                "dtype": entry.dtype,
-                "shape": list(entry.shape),
-                "data_offsets": [entry.offset, entry.offset + entry.nbytes],
-            }
-            for entry in checkpoint.entries.values()
-        }
-        header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-        file.write_bytes(len(header).to_bytes(8, "little") + header)
-        os.truncate(file, 8 + len(header) + sum(entry.nbytes for entry in checkpoint.entries.values()))
+        entries = checkpoint.entries.values()
+        described = {entry.name: (entry.dtype, entry.shape, DTYPE_BYTES[entry.dtype]) for entry in entries}
+        header = make_header(described, {"format": "pt"})
+        file.write_bytes(header)
+        os.truncate(file, len(header) + checkpoint.nbytes)
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

@@ -42,16 +42,8 @@ CARRIED_FILES = (  # what a model's folder holds beside config.json and weights:
 )  # fmt: skip
 
 
-SIDE_SUFFIXES = (
-    ".json",
-    ".jinja",
-    ".txt",
-    ".model",
-    ".spm",
-    ".vocab",
-    ".bpe",
-    ".tiktoken",
-)  # of what is read beside weights
+# of what is read beside weights
+SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".spm", ".vocab", ".bpe", ".tiktoken")
 TOKENIZERS = CARRIED_FILES[1:2] + CARRIED_FILES[5:11]  # one of which every tokenizer has
 
 

@@ -205,16 +205,11 @@ class Source(ModelSource):
                 f"model.checkpoints.{component}={self.config.checkpoints[component]} is a {stated}, but the pipeline "
                 f"needs a {expected}; give weights of that class"
             )
-        self._tell_of_variant(component)
-        return _building().network(self.folder, component, config)
-
-    def _tell_of_variant(self, component: str) -> None:
         variant, folder = self.config.variant, self.folder.path / component
         if variant is not None and self.checkpoints()[component] == folder:
-            say(
-                f"warning: {component}: '{folder}' has no files of model.variant={variant}; read are those without a "
-                "variant",
-            )
+            why = f"'{folder}' has no files of model.variant={variant}; read are those without a variant"
+            say(f"warning: {component}: {why}")
+        return _building().network(self.folder, component, config)
 
     @override
     def conversion(self, component: str, model: nn.Module, checkpoint: Checkpoint) -> Conversion | None:
@@ -250,8 +245,8 @@ class Source(ModelSource):
         """Return the task with this pipeline's defaults, without fields that pipelines do not use."""
         from qexp.config.generate import for_pipelines
 
-        unset = {name: value for name, value in self.config.task_defaults.items() if not getattr(task, name)}
-        unset = {name: value for name, value in unset.items() if getattr(task, name) != 0}
+        now = {name: getattr(task, name) for name in self.config.task_defaults}
+        unset = {name: self.config.task_defaults[name] for name, own in now.items() if not own and own != 0}
         return for_pipelines(replace(task, **unset).resolved())
 
     @override

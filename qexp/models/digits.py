@@ -169,8 +169,6 @@ def _velocity(model: nn.Module, state: Tensor, t: Tensor, labels: Tensor, guidan
 
     from qexp.models.digits_network import NULL_LABEL
 
-    velocity: Tensor
-    null: Tensor
     if guidance_scale == 1:
         return model(state, t, labels).float()
     both = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])

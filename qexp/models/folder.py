@@ -44,7 +44,25 @@ class FolderSource(ModelSource):
 
         Raises: ConfigError or LoadError if nothing says how to build it.
         """
-        return self._build(config)
+        fields = {name: value for name, value in config.items() if name not in NOT_THE_NETWORKS}
+        if isinstance(self.build, type):
+            return self._built_by_class(self.build, {n: v for n, v in fields.items() if not n.startswith("_")})
+        if self.build is not None:
+            return self.build(config)
+        if fields.get("_class_name") == "DigitsTransformer":
+            from qexp.models.digits import DigitsModelConfig, Source
+
+            return Source(DigitsModelConfig()).skeleton("transformer", config)
+        if "_class_name" in fields:
+            return _from_diffusers(fields, self.path)
+        if "architectures" in fields:
+            from qexp.models.transformers_networks import network, with_generation_config
+
+            return with_generation_config(network(fields, self.path), self.path)
+        raise ConfigError(
+            f"'{self.path}': its config.json names no class of diffusers (_class_name) or transformers "
+            "(architectures), so nothing says how to build the network; pass skeleton=, a class or a function"
+        )
 
     @override
     def skip_modules(self, component: str, model: Any) -> tuple[str, ...]:
@@ -70,25 +88,6 @@ class FolderSource(ModelSource):
         from qexp.models.causal_lm import CARRIED_FILES
 
         return CARRIED_FILES
-
-    def _build(self, config: dict[str, Any]) -> nn.Module:
-        fields = {name: value for name, value in config.items() if name not in NOT_THE_NETWORKS}
-        if isinstance(self.build, type):
-            return self._built_by_class(self.build, {n: v for n, v in fields.items() if not n.startswith("_")})
-        if self.build is not None:
-            return self.build(config)
-        if fields.get("_class_name") == "DigitsTransformer":
-            from qexp.models.digits import DigitsModelConfig, Source
-
-            return Source(DigitsModelConfig()).skeleton("transformer", config)
-        if "_class_name" in fields:
-            return _from_diffusers(fields, self.path)
-        if "architectures" in fields:
-            return _from_transformers(fields, self.path)
-        raise ConfigError(
-            f"'{self.path}': its config.json names no class of diffusers (_class_name) or transformers "
-            "(architectures), so nothing says how to build the network; pass skeleton=, a class or a function"
-        )
 
     @override
     def conversion(self, component: str, model: nn.Module, checkpoint: Checkpoint) -> Conversion | None:
@@ -118,29 +117,19 @@ def library_conversion(model: nn.Module, checkpoint: Checkpoint) -> Conversion |
 
 
 def _from_diffusers(fields: Mapping[str, Any], path: Path) -> nn.Module:
+    """Build the class that config.json names. Raises LoadError if the library has none so called."""
     import diffusers
 
     from qexp.models.skeletons import as_from_pretrained
 
-    kind = _class_of(diffusers, fields["_class_name"], diffusers.ModelMixin, "_class_name", path)
-    with as_from_pretrained():
-        network: nn.Module = kind.from_config(dict(fields))
-    return network
-
-
-def _from_transformers(fields: Mapping[str, Any], path: Path) -> nn.Module:
-    from qexp.models.transformers_networks import network, with_generation_config
-
-    return with_generation_config(network(fields, path), path)
-
-
-def _class_of(library: Any, name: object, base: type, entry: str, path: Path) -> Any:
-    """Return the model class that config.json names. Raises LoadError if the library has none so called."""
+    name = fields["_class_name"]
     with quiet():  # it imports the module of the class, and all that this one may need
-        found = getattr(library, str(name), None)
-    if isinstance(found, type) and issubclass(found, base):
-        return found
-    raise LoadError(
-        f"'{path}': config.json has {entry}={name!r}, which {library.__name__} {library.__version__} has not; install "
-        "a version that has it, or pass skeleton=, a class or a function that builds the network"
-    )
+        kind: Any = getattr(diffusers, str(name), None)
+    is_model = isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
+    if not is_model:
+        raise LoadError(
+            f"'{path}': config.json has _class_name={name!r}, which diffusers {diffusers.__version__} has not; install "
+            "a version that has it, or pass skeleton=, a class or a function that builds the network"
+        )
+    with as_from_pretrained():
+        return kind.from_config(dict(fields))

@@ -14,6 +14,7 @@ Source: arXiv:2106.09685 (LoRA).
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -204,7 +205,7 @@ def _converted(
     options: dict[str, Any] = {"local_files_only": True, "return_lora_metadata": True}
     if "unet" in models:
         options["unet_config"] = models["unet"].config
-    elif "return_alphas" in _signature_of(kind.lora_state_dict):
+    elif "return_alphas" in inspect.signature(kind.lora_state_dict).parameters:
         options["return_alphas"] = True
     try:
         with quiet():
@@ -253,12 +254,6 @@ def _of_component(
 def _without_prefix(named: Mapping[str, Any], component: str) -> dict[str, Any]:
     prefix = f"{component}."
     return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
-
-
-def _signature_of(function: Any) -> Any:
-    import inspect
-
-    return inspect.signature(function).parameters
 
 
 def _peft_names(tensors: Mapping[str, Tensor], model: nn.Module, place: str) -> dict[str, Tensor]:

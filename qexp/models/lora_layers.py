@@ -6,7 +6,7 @@ Source: arXiv:2106.09685 (LoRA).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,9 +23,10 @@ class Update:
     bias: Tensor | None
     scale: float
 
-    @property
-    def rank(self) -> int:
-        return int(self.down.shape[0])
+    def to(self, place: torch.dtype | torch.device) -> Update:
+        """Return the update in a dtype, or on a device."""
+        bias = None if self.bias is None else self.bias.to(place)
+        return replace(self, down=self.down.to(place), up=self.up.to(place), bias=bias)
 
 
 def layer_sizes(layer: Any) -> tuple[int, int] | None:
@@ -51,24 +52,16 @@ class _Hook:
 
     def __init__(self, updates: list[Update], dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.updates = [
-            Update(u.down.to(dtype), u.up.to(dtype), None if u.bias is None else u.bias.to(dtype), u.scale)
-            for u in updates
-        ]
+        self.updates = [update.to(dtype) for update in updates]
 
     def __call__(self, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         (x, *_), result = arguments, output
         if self.updates[0].down.device != x.device:
-            self.updates = [_move_update(update, x.device) for update in self.updates]
+            self.updates = [update.to(x.device) for update in self.updates]
         for update in self.updates:
             x = x.to(self.dtype)
             result = result + _low_rank(layer, update, x) * update.scale
         return result.to(output.dtype)
-
-
-def _move_update(update: Update, device: torch.device) -> Update:
-    bias = None if update.bias is None else update.bias.to(device)
-    return Update(update.down.to(device), update.up.to(device), bias, update.scale)
 
 
 def _low_rank(layer: Any, update: Update, x: Tensor) -> Tensor:

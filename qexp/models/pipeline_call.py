@@ -292,9 +292,8 @@ def _ask_pipeline(pipeline: Any, task: GenerateConfig, known: Mapping[str, Any])
         return
     given = {**arguments_of(task, known), "prompt": list(task.prompt), "callback_steps": 1}
     if task.negative_prompt is not None:
-        given["negative_prompt"] = list(task.negative_prompt) * (
-            len(task.prompt) if len(task.negative_prompt) == 1 else 1
-        )
+        copies = len(task.prompt) if len(task.negative_prompt) == 1 else 1
+        given["negative_prompt"] = list(task.negative_prompt) * copies
     if "callback_on_step_end" in known:
         given["callback_on_step_end_tensor_inputs"] = ["latents"]
     wanted = checked_arguments(pipeline, given, known)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qexp.errors import ConfigError, LoadError
 
@@ -40,14 +42,9 @@ def padded_inputs(rows: list[list[int]], padding: int | None, model: Any) -> dic
     """input_ids and attention_mask of prompts, [prompts, longest]: padded in front, so that the new tokens follow on
     each of them; an encoder's behind.
     """
-    longest, ids, mask = max(map(len, rows)), [], []
-    for row in rows:
-        pads = longest - len(row)
-        parts = ([padding or 0] * pads, row), ([0] * pads, [1] * len(row))
-        first, second = (1, 0) if writes_answers(model) else (0, 1)
-        ids.append(parts[0][first] + parts[0][second])
-        mask.append(parts[1][first] + parts[1][second])
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    pad = partial(pad_sequence, batch_first=True, padding_side="right" if writes_answers(model) else "left")
+    return {"input_ids": pad(ids, padding_value=padding or 0), "attention_mask": pad([*map(torch.ones_like, ids)])}
 
 
 def encode_lines(model: Any, tokenizer: Any, lines: list[str]) -> dict[str, Tensor]:

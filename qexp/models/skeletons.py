@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +54,8 @@ def _parameters_on_meta() -> Iterator[None]:
             vars(moved).update(vars(parameter) if kind is type(parameter) else {})
             module._parameters[name] = moved
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
+    with patch.object(nn.Module, "register_parameter", register_on_meta):
         yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -78,14 +76,9 @@ def as_from_pretrained() -> Iterator[None]:
 @contextmanager
 def without_initialization() -> Iterator[None]:
     """Make `torch.nn.init` skip tensors on the meta device; others are filled as ever."""
-    originals = {name: getattr(nn.init, name) for name in INITIALIZERS}
-    try:
-        for name, original in originals.items():
-            setattr(nn.init, name, _but_for_meta(original))
+    skipping: dict[str, Any] = {name: _but_for_meta(getattr(nn.init, name)) for name in INITIALIZERS}
+    with patch.multiple(nn.init, **skipping):
         yield
-    finally:
-        for name, original in originals.items():
-            setattr(nn.init, name, original)
 
 
 def _but_for_meta(initialize: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,9 +14,10 @@ import gguf
 import numpy as np
 import pytest
 
-from qexp.checkpoints.gguf_header import MAX_HEADER_BYTES, GGUFHeader, _Header, read_gguf_header
+from qexp.checkpoints.gguf_header import MAX_HEADER_BYTES, _Header, read_gguf_header
 from qexp.checkpoints.gguf_types import DECODABLE, TYPES
 from qexp.checkpoints.regular_file import FileState
+from qexp.checkpoints.tensor_entry import FileHeader
 from qexp.errors import LoadError
 
 METADATA_TYPES = {
@@ -258,7 +259,7 @@ def test_mutations_are_refused_or_harmless(tmp_path: Path) -> None:
     assert refusals > 700
 
 
-def check_places(header: GGUFHeader, size: int) -> None:
+def check_places(header: FileHeader, size: int) -> None:
     end = header.nbytes
     for entry in header.entries:
         kind = TYPES[entry.dtype.removeprefix("GGUF_")]
