@@ -133,7 +133,7 @@ def load(
         cache=CacheFolder.of(loader),
         device_map=places,
         max_memory=limits,
-        offload_folder=None if offload_folder is None else Path(offload_folder),
+        store=None if offload_folder is None else Path(offload_folder),
         waits_for_kernels=False,
     )
     return loaded.model

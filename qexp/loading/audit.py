@@ -24,14 +24,10 @@ def audit(model: nn.Module, quantizer: Quantizer, planned: Mapping[str, int]) ->
     if on_meta:
         raise LoadError(f"after loading, {len(on_meta)} tensors have no data: {first_names(on_meta)}")
     quantized = {name for name, module in model.named_modules(remove_duplicate=False) if quantizer.is_quantized(module)}
-    if forgotten := sorted(set(planned) - quantized):
-        raise LoadError(
-            f"after loading, {len(forgotten)} layers are not quantized though planned: {first_names(forgotten)}"
-        )
-    if surplus := sorted(quantized - set(planned)):
-        raise LoadError(
-            f"after loading, {len(surplus)} layers are quantized though not planned: {first_names(surplus)}"
-        )
+    forgotten, surplus = sorted(set(planned) - quantized), sorted(quantized - set(planned))
+    if wrong := forgotten or surplus:
+        what = "not quantized though planned" if forgotten else "quantized though not planned"
+        raise LoadError(f"after loading, {len(wrong)} layers are {what}: {first_names(wrong)}")
     if not quantized and quantizer.quantization_method != "none":
         raise LoadError(
             f"backend {quantizer.quantization_method!r} quantized no layer: every linear layer is skipped; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import nn
@@ -44,6 +44,16 @@ class CacheFolder:
     def of(cls, loader: LoaderConfig, **fields: bool) -> CacheFolder | None:
         """Return the folder that the loader's settings name, or None. fields: the others."""
         return None if loader.cache in (None, "auto") else cls(Path(str(loader.cache)), loader.cache_gib, **fields)
+
+
+class LoadOptions(TypedDict, total=False):
+    """The fields of `LoadRequest` that have defaults: where a component goes, and how."""
+
+    device_map: DeviceMap
+    max_memory: MaxMemory
+    store: Path | None
+    cache: CacheFolder | None
+    waits_for_kernels: bool
 
 
 @dataclass(frozen=True)

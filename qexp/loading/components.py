@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Unpack, cast
 
 import torch
 
 from qexp.errors import ConfigError
-from qexp.loading.component import CacheFolder, LoadRequest, PlannedComponent, Prepared
+from qexp.loading.component import LoadOptions, LoadRequest, PlannedComponent, Prepared
 from qexp.loading.device_map import DeviceMap
 from qexp.loading.fp32 import cast_between
 from qexp.loading.lifecycle import plan_component, request_load
-from qexp.system.device_names import MaxMemory
 
 if TYPE_CHECKING:
     from qexp.config.schema import ComponentConfig
@@ -27,30 +25,18 @@ def request_components(
     components: Mapping[str, ComponentConfig],
     *,
     device: torch.device,
-    device_map: DeviceMap = None,
-    max_memory: MaxMemory = None,
-    store: Path | None = None,
-    cache: CacheFolder | None = None,
-    waits_for_kernels: bool = True,
+    **options: Unpack[LoadOptions],
 ) -> dict[str, LoadRequest]:
     """`request_load` for every component, each with a folder of its own in `store`.
 
-    device_map: of all of them, see `entries_of`. waits_for_kernels: see `LoadRequest`.
+    device_map: of all of them, see `entries_of`. options: see `LoadRequest`.
     """
-    return {
-        name: request_load(
-            source,
-            name,
-            settings,
-            device=device,
-            device_map=entries_of(device_map, name, list(components)),
-            max_memory=max_memory,
-            store=None if store is None else store / name,
-            cache=cache,
-            waits_for_kernels=waits_for_kernels,
-        )
-        for name, settings in components.items()
-    }
+    requests, device_map, store = dict[str, LoadRequest](), options.get("device_map"), options.get("store")
+    for name, settings in components.items():
+        options["device_map"] = entries_of(device_map, name, list(components))
+        options["store"] = None if store is None else store / name
+        requests[name] = request_load(source, name, settings, device=device, **options)
+    return requests
 
 
 def plan_components(requests: Mapping[str, LoadRequest], *, travels: bool = False) -> dict[str, PlannedComponent]:

@@ -12,16 +12,15 @@ import time
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 
 from qexp.checkpoints.checkpoint import open_component
 from qexp.errors import LoadError
 from qexp.loading.audit import audit
-from qexp.loading.component import CacheFolder, LoadedComponent, LoadRequest, LoadTimes, PlannedComponent, Prepared
-from qexp.loading.device_map import DeviceMap, main_device, no_split_classes, place, to_keep_in_fp32
+from qexp.loading.component import LoadedComponent, LoadOptions, LoadRequest, LoadTimes, PlannedComponent, Prepared
+from qexp.loading.device_map import main_device, no_split_classes, place, to_keep_in_fp32
 from qexp.loading.fp32 import compute_in_fp32
 from qexp.loading.mapping import choose_mapped
 from qexp.loading.prepare import load_quantizer_of, prepare
@@ -32,7 +31,6 @@ from qexp.models.component_settings import merge_with_checkpoint
 from qexp.offloading.dispatch import Dispatch
 from qexp.quantizers.cpu_kernels.readiness import prepare_beside
 from qexp.system.child_process import die_with_parent
-from qexp.system.device_names import MaxMemory
 from qexp.system.memory import PeakMemory, without_collector
 from qexp.system.screen import say
 
@@ -47,11 +45,7 @@ def request_load(
     settings: ComponentConfig,
     *,
     device: torch.device,
-    device_map: DeviceMap = None,
-    max_memory: MaxMemory = None,
-    store: Path | None = None,
-    cache: CacheFolder | None = None,
-    waits_for_kernels: bool = True,
+    **options: Unpack[LoadOptions],
 ) -> LoadRequest:
     """Open the checkpoint of a component and merge its settings with it: the one place that does both for a load.
 
@@ -59,11 +53,10 @@ def request_load(
     """
     started = time.perf_counter()
     checkpoint = open_component(source, component)
-    kind = main_device(device_map, device).type  # torchao's int4 is another backend on a CPU, for example
+    kind = main_device(options.get("device_map"), device).type  # torchao's int4 is another backend on a CPU
     settings = merge_with_checkpoint(settings, checkpoint, component, kind)
     seconds = time.perf_counter() - started
-    place = (device, device_map, max_memory, store)
-    return LoadRequest(source, component, checkpoint, settings, *place, cache, waits_for_kernels, seconds)
+    return LoadRequest(source, component, checkpoint, settings, device, open_seconds=seconds, **options)
 
 
 def load_stages(request: LoadRequest) -> Generator[PlannedComponent, LoaderConfig, LoadedComponent]:
@@ -84,7 +77,10 @@ def load_stages(request: LoadRequest) -> Generator[PlannedComponent, LoaderConfi
         no_split = no_split_classes(model, request.source.block_lists(model) if device_map is not None else ())
         placement = place(model, prepared.plan, device_map, device, request.max_memory, no_split)
         if spilled := to_keep_in_fp32(model, quantizer, placement):  # stays dense there: plan again, in the same places
-            request = replace(request, settings=_kept_dense(request.settings, spilled))
+            settings = request.settings
+            skipped, in_fp32 = settings.skip_modules, settings.keep_in_fp32_modules
+            kept = replace(settings, skip_modules=(*skipped, *spilled), keep_in_fp32_modules=(*in_fp32, *spilled))
+            request = replace(request, settings=kept)
             prepared = prepare(request, quantizer)
             model, places = prepared.model, placement.places
             placement = place(model, prepared.plan, places, device, request.max_memory, no_split, travels=False)
@@ -203,29 +199,14 @@ def load_component(
     *,
     device: torch.device,
     loader: LoaderConfig,
-    device_map: DeviceMap = None,
-    max_memory: MaxMemory = None,
-    offload_folder: Path | None = None,
-    cache: CacheFolder | None = None,
-    waits_for_kernels: bool = True,
+    **options: Unpack[LoadOptions],
 ) -> LoadedComponent:
     """Load one component of a model, quantized as `settings` say, onto `device`, or where `device_map` puts it.
 
-    max_memory, offload_folder, cache, waits_for_kernels: see `LoadRequest`, whose `store` is that folder.
+    options: see `LoadRequest`.
     Raises: ConfigError, MissingLibraryError, UnsupportedError or LoadError, most of them before a weight is read.
     """
-    request = request_load(
-        source,
-        component,
-        settings,
-        device=device,
-        device_map=device_map,
-        max_memory=max_memory,
-        store=offload_folder,
-        cache=cache,
-        waits_for_kernels=waits_for_kernels,
-    )
-    planned = plan_component(request)
+    planned = plan_component(request_load(source, component, settings, device=device, **options))
     planned.prepared.check_patterns()
     return load_planned(planned, loader)
 
@@ -244,15 +225,6 @@ def load_planned(planned: PlannedComponent, loader: LoaderConfig) -> LoadedCompo
     except StopIteration as done:
         return done.value
     raise AssertionError("a load pauses once")
-
-
-def _kept_dense(settings: ComponentConfig, names: list[str]) -> ComponentConfig:
-    """Return settings that neither quantize these modules nor cast them."""
-    return replace(
-        settings,
-        skip_modules=(*settings.skip_modules, *names),
-        keep_in_fp32_modules=(*settings.keep_in_fp32_modules, *names),
-    )
 
 
 def warm_up(prepared: Prepared, device: torch.device) -> None:

@@ -9,9 +9,9 @@ off if no tensor has a place in the network with it. And dimensions of one, whic
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, MutableMapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qexp.checkpoints.checkpoint import Checkpoint, is_gguf
 from qexp.checkpoints.conversion import converted
@@ -75,7 +75,7 @@ def _without_wrappers(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
         names[name] = plain if is_place else bare
     if all(name == bare for name, bare in names.items()) or len({*names.values()}) < len(names):
         return checkpoint
-    return converted(checkpoint, lambda tensors: {names[name]: tensors.pop(name) for name in list(tensors)})
+    return _renamed(checkpoint, names)
 
 
 def _without_segments(name: str, segments: Collection[str]) -> str:
@@ -91,14 +91,12 @@ def _without_prefixes(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
         if len(segments) != 1 or any(name == prefix + s for s in segments for name in checkpoint.entries):
             return
         prefix += f"{segments.pop()}."
-        yield converted(checkpoint, _take_off(len(prefix)))
+        bare = {name: name.removeprefix(prefix) for name in checkpoint.entries}
+        yield _renamed(checkpoint, bare)
 
 
-def _take_off(length: int) -> Any:
-    def renamed(tensors: MutableMapping[str, Any]) -> dict[str, Any]:
-        return {name[length:]: tensors.pop(name) for name in list(tensors)}
-
-    return renamed
+def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    return converted(checkpoint, lambda tensors: {names[name]: tensors.pop(name) for name in list(tensors)})
 
 
 def _has_places(checkpoint: Checkpoint, model: nn.Module) -> bool:

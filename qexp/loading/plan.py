@@ -221,7 +221,8 @@ def make_plan(
     dtype: torch.dtype,
 ) -> LoadPlan:
     """Match the preprocessed skeleton with the checkpoint. Raises LoadError for missing keys and wrong shapes."""
-    targets, stored = _targets(model), _stored_items(quantizer, checkpoint, chosen, dtype)
+    # targets: every tensor that a checkpoint must hold, parameters and persistent buffers
+    targets, stored = dict(model.state_dict(keep_vars=True)), _stored_items(quantizer, checkpoint, chosen, dtype)
     absent = [name for name in targets if name not in checkpoint.entries and name not in stored]
     # tables that the network computes itself need no file
     absent = [name for name in absent if not hasattr(targets[name], COMPUTED)]
@@ -244,7 +245,7 @@ def make_plan(
             items.append(_copied(name, entry, torch.float32 if covering(fp32_patterns, name) else dtype, tensor.dtype))
     items = [replace(item, read=_choose_read(item, quantizer)) for item in items]
     # in the order of the files, which the kernel reads ahead
-    items.sort(key=lambda item: (str(item.source.file), item.source.offset))
+    items.sort(key=WorkItem.place)
     used = {entry.name for item in items for entry in item.entries} | targets.keys()
     unused = tuple(name for name, entry in checkpoint.entries.items() if not {name, entry.name} & used)
     tied = tied_targets(items, targets, quantizer)
@@ -309,11 +310,6 @@ def _stored_items(
     return items
 
 
-def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return every tensor that a checkpoint must hold: parameters and persistent buffers."""
-    return dict(model.state_dict(keep_vars=True))
-
-
 def _check_fits(
     name: str, entry: TensorEntry, shape: tuple[int, ...], floating_point: bool, checkpoint: Checkpoint
 ) -> None:
@@ -342,9 +338,8 @@ def _copied(name: str, entry: TensorEntry, dtype: torch.dtype, declared: torch.d
 
 
 def _missing_message(missing: Sequence[str], checkpoint: Checkpoint, targets: Iterable[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in missing[:5]) + (
-        f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-    )
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    shown = ", ".join(f"'{name}'" for name in missing[:5]) + more
     unused = sorted(set(checkpoint.entries) - set(targets))
     prefixed = [name for name in unused if name.endswith(f".{missing[0]}")]
     near = prefixed or difflib.get_close_matches(missing[0], unused, n=1)

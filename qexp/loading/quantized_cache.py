@@ -196,7 +196,7 @@ class CachedWeights:
         """Return what was prepared, with these weights in place of those to quantize. alone: and nothing else."""
         items = [self._stored.get(item.target, item) for item in prepared.plan.items]
         kept = [item for item in items if item.target in self._stored] if alone else items
-        plan = replace(prepared.plan, items=tuple(sorted(kept, key=_place)))
+        plan = replace(prepared.plan, items=tuple(sorted(kept, key=WorkItem.place)))
         return replace(prepared, plan=plan, quantizer=self._readers)
 
 
@@ -273,10 +273,6 @@ def _check_unchanged(folder: Path, values: Mapping[str, Any]) -> None:
     if described["sha256"] != values["sha256"]:
         raise LoadError("its weights have changed")
     write_json(folder / ENTRY, {**values, **described})  # copied, or restored
-
-
-def _place(item: WorkItem) -> tuple[str, int]:
-    return str(item.source.file), item.source.offset
 
 
 def _size(folder: Path) -> int:

@@ -46,6 +46,10 @@ class WorkItem:
         """Everything that is read for this item."""
         return (self.source, *self.companions.values())
 
+    def place(self) -> tuple[str, int]:
+        """Return where it begins: items in this order are read as the kernel reads ahead."""
+        return str(self.source.file), self.source.offset
+
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries)

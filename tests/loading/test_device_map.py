@@ -48,7 +48,7 @@ def load(
         loader=LoaderConfig(in_flight_mib=1, workers=2),
         device_map=device_map,
         max_memory=max_memory,
-        offload_folder=store,
+        store=store,
     )
 
 

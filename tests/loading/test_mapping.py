@@ -181,7 +181,7 @@ def test_plan_of_a_spread_model_is_read(tmp_path: Path) -> None:
     folder = saved(tmp_path, "torchao")
     loaded = load_component(
         ToySource(folder, Toy), "toy", settings("none", compute_dtype="bfloat16"), device=CPU,
-        loader=LoaderConfig(), device_map={"": "cpu", "blocks": "disk"}, offload_folder=tmp_path / "offload",
+        loader=LoaderConfig(), device_map={"": "cpu", "blocks": "disk"}, store=tmp_path / "offload",
     )  # fmt: skip
     assert mapped_bytes(loaded) == 0
     assert torch.equal(answer_of(loaded.model), answer_of(load(folder, "auto").model))

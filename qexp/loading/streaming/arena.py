@@ -18,17 +18,29 @@ class Stopped(Exception):
     """The load ended while somebody waited for room."""
 
 
-class Arena:
+class Waiting:
+    """What threads wait for, until `stop`."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+
+class Arena(Waiting):
     """Hands out ranges of one buffer, first fit. `acquire` waits until there is room.
 
     nbytes: of the whole buffer; no single request may be larger.
     """
 
     def __init__(self, nbytes: int) -> None:
+        super().__init__()
         self._buffer = torch.empty(aligned(nbytes), dtype=torch.uint8)
         self._used: dict[int, int] = {}  # start -> bytes, in the order of their starts
-        self._changed = threading.Condition()
-        self._stopped = False
 
     def acquire(self, nbytes: int) -> tuple[int, Tensor]:
         """(ticket for `release`, uint8 tensor [nbytes]). Raises Stopped after `stop`."""
@@ -57,22 +69,16 @@ class Arena:
             del self._used[ticket]
             self._changed.notify_all()
 
-    def stop(self) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
 
-
-class Window:
+class Window(Waiting):
     """How far workers may be ahead of whoever takes their results, in bytes of results; one is let in at any size.
 
     nbytes: None is any number.
     """
 
     def __init__(self, nbytes: int | None) -> None:
+        super().__init__()
         self._room, self._inside = nbytes, 0
-        self._changed = threading.Condition()
-        self._stopped = False
 
     def enter(self, nbytes: int) -> None:
         """Wait until a result of this size may be made. Raises Stopped after `stop`."""
@@ -89,11 +95,6 @@ class Window:
     def leave(self, nbytes: int) -> None:
         with self._changed:
             self._inside -= nbytes
-            self._changed.notify_all()
-
-    def stop(self) -> None:
-        with self._changed:
-            self._stopped = True
             self._changed.notify_all()
 
 
