@@ -34,21 +34,13 @@ def trials(names: list[str]) -> dict[str, Any]:
     found = dict(options)
     for method in dict.fromkeys(config.quant_method for config in options.values()):
         own = {name: config for name, config in options.items() if config.quant_method == method}
-        for fields in _types(next(iter(own.values()))):
-            if not any(_has(config, fields) for config in own.values()):
-                name, changes = _nearest(own, method, fields)
+        for fields in next(iter(own.values())).types():
+            name, changes = _nearest(own, method, fields)
+            if changes:
                 config = replace(own[name], **changes)
                 words = " ".join(f"{field}={_typed(value)}" for field, value in changes.items())
                 found[f"{name} {words}"] = replace(config, label=config.describe())
     return dict(sorted(found.items(), key=lambda item: (item[1].quant_method, item[0] not in options, item[0])))
-
-
-def _types(config: Any) -> list[dict[str, Any]]:
-    return config.types()
-
-
-def _has(config: Any, fields: Mapping[str, Any]) -> bool:
-    return all(getattr(config, name) == value for name, value in fields.items())
 
 
 def _nearest(options: Mapping[str, Any], method: str, fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

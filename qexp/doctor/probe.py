@@ -97,7 +97,7 @@ def measure(config: Any, dtype: str, device: str) -> dict[str, Any]:
         if quantizer is not None:
             quantizer.calibrate(loaded.model, lambda: loaded.model(tokens))
         answer = loaded.model(tokens)
-        dense = _dequantized(loaded.model)
+        dense = loaded.model if quantizer is None else quantizer.dequantize(loaded.model)
         agreement = compare(dense(tokens), answer).relative_l2
     if agreement is None or agreement > AGREEMENT:
         raise ArithmeticError(f"its output differs from that of its dequantized weight (relative L2 {agreement})")
@@ -139,10 +139,6 @@ def _save_layer(folder: Path, dtype: torch.dtype) -> torch.Tensor:
     save_file({"0.weight": weight, "0.bias": bias}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text("{}", encoding="utf-8")
     return weight
-
-
-def _dequantized(model: Any) -> nn.Module:
-    return model.hf_quantizer.dequantize(model) if hasattr(model, "hf_quantizer") else model
 
 
 def _say(answers: Any, line: dict[str, Any]) -> None:

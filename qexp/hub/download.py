@@ -68,15 +68,13 @@ def hub_id(path: str | Path) -> HubId | None:
 def pinned_model(model: Any) -> Any:
     """Download the repositories in `path` and `reference_path` of a model's config, and add their commits."""
     changes: dict[str, Any] = {}
-    revision = getattr(model, "revision", None)
-    for name in ("path", "reference_path"):
-        path = getattr(model, name, None)
-        of_path = revision if name == "path" else None
-        variant = getattr(model, "variant", None) if name == "path" else None
-        if path is not None:
-            changes[name] = pinned(path, of_path, variant, place=f"model.{name}")
-        elif of_path is not None:
-            raise ConfigError(f"model.revision={revision} needs a hub's repository; set model.path=user/name, too")
+    path, reference, revision = model.path, model.reference_path, model.revision
+    if path is not None:
+        changes["path"] = pinned(path, revision, getattr(model, "variant", None), place="model.path")
+    elif revision is not None:
+        raise ConfigError(f"model.revision={revision} needs a hub's repository; set model.path=user/name, too")
+    if reference is not None:
+        changes["reference_path"] = pinned(reference, place="model.reference_path")
     if revision is not None:
         changes["revision"] = None  # the path has it now
     return replace(model, **changes) if changes else model
@@ -129,14 +127,12 @@ def _storage(repo: str) -> Path:
 
 def _cached_commit(storage: Path, revision: str) -> str | None:
     """Return the commit of a revision with a snapshot in the cache, or None."""
-    try:
-        commit = (
-            revision
-            if COMMIT.fullmatch(revision)
-            else (storage / "refs" / revision).read_text(encoding="utf-8").strip()
-        )
-    except OSError:
-        return None
+    commit = revision
+    if not COMMIT.fullmatch(revision):
+        try:
+            commit = (storage / "refs" / revision).read_text(encoding="utf-8").strip()
+        except OSError:
+            return None
     return commit if (storage / "snapshots" / commit).is_dir() else None
 
 

@@ -148,9 +148,7 @@ class Alignment(TorchFunctionMode):
         name = func.__name__
         changes_first = name.endswith("_") and (not name.startswith("__") or name.startswith("__i"))
         changed = list(_tensors_in(kwargs.get("out"))) or tensors[:1] * changes_first
-        own = {
-            id(tensor) for module in self.owners for tensor in (*module._parameters.values(), *module._buffers.values())
-        }
+        own = {id(tensor) for one in self.owners for tensor in (*one._parameters.values(), *one._buffers.values())}
         activations = [tensor for tensor in tensors if id(tensor) not in own and not isinstance(tensor, nn.Parameter)]
         return [*changed, *activations, *tensors][0].device
 

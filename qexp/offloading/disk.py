@@ -72,8 +72,7 @@ class DiskStore:
         digest = hashlib.sha256()
         with _named(draft, f"write the weights of '{name}'"):
             try:
-                handle = os.open(draft, os.O_CREAT | os.O_RDWR | os.O_TRUNC)
-                try:
+                with _opened(draft, os.O_CREAT | os.O_RDWR | os.O_TRUNC) as handle:
                     if nbytes:
                         os.posix_fallocate(handle, 0, nbytes)  # a full disk is found here, not in the middle
                     for chunk in _stream(pieces, nbytes):
@@ -81,8 +80,6 @@ class DiskStore:
                         _write_chunk(handle, chunk)
                     os.fdatasync(handle)  # dirty pages cannot be dropped
                     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-                finally:
-                    os.close(handle)
                 path = self.folder / f"{self._written:04d}-{digest.hexdigest()[:16]}.bin"
                 draft.rename(path)
             except OSError:
@@ -118,12 +115,8 @@ class WeightFile:
 
     def expect(self) -> None:
         """Start reading ahead in the system. `read` reports errors of the file."""
-        with suppress(OSError):
-            handle = os.open(self.path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(handle)
+        with suppress(OSError), _opened(self.path, os.O_RDONLY) as handle:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
 
     def read(self, buffer: Tensor) -> None:
         """Fill a uint8 host buffer [nbytes]; directly if it starts at a page.
@@ -132,17 +125,14 @@ class WeightFile:
         """
         direct = self.direct and buffer.data_ptr() % PAGE == 0
         view = buffer.numpy().data
-        with _named(self.path, f"read the weights of '{self.name}'"):
-            handle = os.open(self.path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-            try:
-                stat = os.fstat(handle)
-                if direct:
-                    _read_directly(handle, view)
-                else:
-                    _fill_from_file(handle, view)
-                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(handle)
+        flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
+        with _named(self.path, f"read the weights of '{self.name}'"), _opened(self.path, flags) as handle:
+            stat = os.fstat(handle)
+            if direct:
+                _read_directly(handle, view)
+            else:
+                _fill_from_file(handle, view)
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         self._verify(view, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
 
     def _verify(self, content: memoryview, identity: tuple[int, int, int]) -> None:
@@ -189,17 +179,22 @@ def _reads_directly(folder: Path) -> bool:
     probe = folder / "probe.part"
     try:
         probe.write_bytes(bytes(PAGE))
-        handle = os.open(probe, os.O_RDONLY | os.O_DIRECT)
-        try:
-            with mmap.mmap(-1, PAGE) as page:
-                return os.preadv(handle, [page], 0) == PAGE
-        finally:
-            os.close(handle)
+        with _opened(probe, os.O_RDONLY | os.O_DIRECT) as handle, mmap.mmap(-1, PAGE) as page:
+            return os.preadv(handle, [page], 0) == PAGE
     except OSError as error:
         log.info("offload: '%s' is read through the page cache, not past it (O_DIRECT): %s", folder, error.strerror)
         return False
     finally:
         probe.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    handle = os.open(path, flags)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _readable(nbytes: int) -> str:
@@ -217,18 +212,11 @@ def _create_locked_folder(parent: Path) -> tuple[Path, int]:
 def remove_stale_folders(parent: Path) -> None:
     """Remove the folders of killed processes."""
     for folder in parent.glob(f"{PREFIX}*"):
-        try:
-            handle = os.open(folder / OWNER, os.O_RDWR)
-        except FileNotFoundError:  # it is being removed, or whoever did that was killed
+        # without a lock it is being removed, or whoever did that was killed; of one that is locked, the owner lives
+        with suppress(BlockingIOError):
+            with suppress(FileNotFoundError), _opened(folder / OWNER, os.O_RDWR) as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            pass  # its owner lives
-        finally:
-            os.close(handle)
 
 
 def _remove_folder(folder: Path, owner: int, process: int, with_parent: bool) -> None:

@@ -224,8 +224,6 @@ def _tensor_names(model: nn.Module) -> dict[int, list[str]]:
     """Full names of the tensors of each module itself, by the module's id."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        own = [
-            key for store in (module._parameters, module._buffers) for key, value in store.items() if value is not None
-        ]
-        names[id(module)] = [f"{name}.{key}" if name else key for key in own]
+        own = {**module._parameters, **module._buffers}.items()
+        names[id(module)] = [f"{name}.{key}" if name else key for key, value in own if value is not None]
     return names

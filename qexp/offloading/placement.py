@@ -59,19 +59,18 @@ class Placement:
 
     def bytes_by_place(self) -> dict[str, int]:
         counted, shared = Counter[str](), self.shared()
-        for name, nbytes in ((name, nbytes) for name, nbytes in self.nbytes.items() if name not in shared):
-            counted[str(self.place_of(name))] += nbytes
+        for name in (name for name in self.nbytes if name not in shared):
+            counted[str(self.place_of(name))] += self.nbytes[name]
         return dict(counted)
 
     def to_container(self) -> dict[str, Any]:
         """Return the placement as JSON-able data, for plan.json."""
         places = {name: str(place) for name, place in self.places.items()}
-        travelling = {name: str(self.computes[name]) for name, place in self.places.items() if self._travels(name)}
-        return {"device_map": places, "computed_on": travelling, "bytes": self.bytes_by_place()}
+        elsewhere = {
+            name: str(self.computes[name]) for name, place in self.places.items() if self.computes[name] != place
+        }
+        return {"device_map": places, "computed_on": elsewhere, "bytes": self.bytes_by_place()}
 
     def hf_device_map(self) -> dict[str, int | str]:
         """Return the map as other libraries write it: accelerators by their index."""
         return {name: key_of(place) for name, place in self.places.items()}
-
-    def _travels(self, name: str) -> bool:
-        return self.places[name] != self.computes[name]

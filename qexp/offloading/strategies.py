@@ -55,8 +55,11 @@ def apply_offload(
     offload = Offload(model, config, device)
     try:
         if groups:
-            payload = sum(group.measure() for group in groups)
-            offload.open(store, in_memory=payload if config.to == "cpu" else 0, on_disk=_disk_bytes(config, groups))
+            if config.to == "cpu":
+                offload.open(store, in_memory=sum(group.measure() for group in groups), on_disk=0)
+            else:
+                values = [place[name] for group in groups for place, name in group.all_sites]
+                offload.open(store, in_memory=0, on_disk=true_nbytes(*values))
         for group in groups:
             offload.pack(group)
         offload.start()
@@ -122,14 +125,10 @@ def _without_resident(model: nn.Module, groups: list[Group], budget: int) -> lis
     """Return the groups that travel: all but those kept on the device within its budget of bytes."""
     if not budget:
         return groups
-    mandatory = true_nbytes(*(store[name] for store, name in _sites_outside(model, groups)))
+    mandatory = true_nbytes(*(store[name] for store, name in _without(all_sites(model), groups)))
     staying = choose_resident([group.measure() for group in groups], budget - mandatory)
     log.info("offload: %d of %d groups stay on the device", len(staying), len(groups))
     return [group for number, group in enumerate(groups) if number not in staying]
-
-
-def _sites_outside(model: nn.Module, groups: list[Group]) -> list[Site]:
-    return _without(all_sites(model), groups)
 
 
 def all_sites(model: nn.Module) -> list[Site]:
@@ -139,12 +138,6 @@ def all_sites(model: nn.Module) -> list[Site]:
 def _without(places: Sequence[Site], groups: list[Group]) -> list[Site]:
     grouped = {(id(store), name) for group in groups for store, name in group.all_sites}
     return [(store, name) for store, name in places if (id(store), name) not in grouped]
-
-
-def _disk_bytes(config: OffloadConfig, groups: list[Group]) -> int:
-    if config.to != "disk":
-        return 0
-    return true_nbytes(*(place[name] for group in groups for place, name in group.all_sites))
 
 
 def _is_cpu_only(value: object) -> bool:
