@@ -48,14 +48,16 @@ def content_digest(file: Path, *, full: bool = False, header: Callable[[Path], F
     if stored.parent.name == "blobs" and SHA256.fullmatch(stored.name):
         return stored.name
     with open_regular(file) as (stream, state):
-        is_sampled = state.size > FULL_BYTES and header is not None and not full
+        sampled = header if state.size > FULL_BYTES and not full else None
+        is_sampled = sampled is not None
         known = _recall(state, is_sampled)
         if known is not None:
             return known
         started = time.time_ns()
-        digest = hashlib.file_digest(stream, "sha256").hexdigest() if not is_sampled else ""
-        if header is not None and is_sampled:
-            digest = _sampled_digest(stream, state.size, header(file))
+        if sampled is not None:
+            digest = _sampled_digest(stream, state.size, sampled(file))
+        else:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if started - max(state.mtime_ns, state.ctime_ns) > FRESH_NS:
             _remember(state, is_sampled, digest)
         return digest

@@ -164,10 +164,8 @@ def _explicit(model: nn.Module, nbytes: Mapping[str, int], places: Mapping[str, 
     names_of: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names_of.setdefault(id(module), []).append(name)
-        below = (
-            [tensor for tensor in nbytes if tensor.startswith(f"{name}.")] if isinstance(module, INDIVISIBLE) else []
-        )
-        if len({placement.place_of(tensor) for tensor in below}) > 1:
+        below = (tensor for tensor in nbytes if tensor.startswith(f"{name}."))
+        if isinstance(module, INDIVISIBLE) and len({placement.place_of(tensor) for tensor in below}) > 1:
             raise ConfigError(
                 f"device_map splits '{name}', but {type(module).__name__} reads the weights of its parts itself; "
                 "put it on one device as a whole"

@@ -181,15 +181,12 @@ def _path(node: ast.AST, names: dict[str, tuple[str, ...]]) -> tuple[str, ...] |
     """Return the names from the module on that an expression follows; None if it does not begin there."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
+    if not isinstance(node, ast.Attribute | ast.Subscript) or (before := _path(node.value, names)) is None:
+        return None
     if isinstance(node, ast.Attribute):
-        before = _path(node.value, names)
-        return None if before is None else (*before, node.attr)
-    if isinstance(node, ast.Subscript):
-        before = _path(node.value, names)
-        index = node.slice
-        is_fixed = isinstance(index, ast.Constant) and isinstance(index.value, int | str)
-        return None if before is None else (*before, str(index.value) if is_fixed else ANY)  # type: ignore[attr-defined]
-    return None
+        return (*before, node.attr)
+    index = getattr(node.slice, "value", None)  # of a constant
+    return (*before, str(index) if isinstance(index, int | str) else ANY)
 
 
 def _kind_of_use(node: ast.Attribute, above: dict[ast.AST, ast.AST]) -> str | None:

@@ -52,13 +52,12 @@ class Table(Tensor):
         if self.made is None:
             assert self.recipe is not None
             function, arguments, options, dtype = self.recipe
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(dtype)  # it decides what whole numbers become
-            try:
-                with torch.no_grad(), _disable_current_modes():
-                    self.made = function(*_evaluated(arguments), **_evaluated(options))
-            finally:
-                torch.set_default_dtype(before)
+            with (
+                default_dtype(dtype),
+                torch.no_grad(),
+                _disable_current_modes(),
+            ):  # it decides what whole numbers become
+                self.made = function(*_evaluated(arguments), **_evaluated(options))
             self.recipe = None
         assert self.made is not None
         return self.made
@@ -150,6 +149,17 @@ def _as_meta(values: Any) -> Any:
 def _copied(values: Any) -> Any:
     """Copy arguments as they are now: who owns a tensor may write into it."""
     return tree_map_only(Tensor, lambda one: one if isinstance(one, Table) else one.detach().clone(), values)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make a dtype torch's default in the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

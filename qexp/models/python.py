@@ -143,11 +143,8 @@ class Source(ModelSource):
 def split_name(name: str | None) -> tuple[str, str]:
     """(module, function) of 'package.module:function'. Raises ConfigError."""
     module, colon, function = (name or "").partition(":")
-    if (
-        not colon
-        or module.endswith(".py")
-        or not all(part.isidentifier() for part in (*module.split("."), *function.split(".")))
-    ):
+    parts = [*module.split("."), *function.split(".")]
+    if not colon or module.endswith(".py") or not all(map(str.isidentifier, parts)):
         raise ConfigError(
             f"model.factory={name or 'null'} must name what builds the network, as package.module:function"
             f"{as_module_name(name or '')} (a class is a function, too)"

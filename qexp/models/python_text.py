@@ -67,16 +67,13 @@ def check_arguments(name: str, module: ast.Module | None, given: Mapping[str, An
 def _find_parameters(module: ast.Module, function: str) -> list[ast.arg] | None:
     """Return the parameters of a function, or of a class's own __init__; None if it takes any, or is not found."""
     node = next((n for n in module.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == function), None)
+    before = 0
     if isinstance(node, ast.ClassDef):
         node = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-        count = 1  # self
-    else:
-        count = 0
-    if node is None or node.args.kwarg is not None or node.decorator_list:
+        before = 1  # self
+    if node is None or node.args.kwarg is not None or node.args.posonlyargs or node.decorator_list:
         return None
-    if node.args.posonlyargs:
-        return None
-    return [*node.args.args[count:], *node.args.kwonlyargs]
+    return [*node.args.args[before:], *node.args.kwonlyargs]
 
 
 def _declared_types(argument: ast.arg) -> list[type]:

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from qexp.models.computed_tables import Table
+from qexp.models.computed_tables import Table, default_dtype
 
 INITIALIZERS = tuple(name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_"))
 
@@ -65,12 +65,8 @@ def as_from_pretrained() -> Iterator[None]:
     Buffers that no file holds (position tables, masks, scales of embeddings) are computed in the default dtype where
     the class names none: in fp32 they would meet activations in 16 bits, which some networks cannot take.
     """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(COMPUTE_DTYPE.get() or before)
-    try:
+    with default_dtype(COMPUTE_DTYPE.get() or torch.get_default_dtype()):
         yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextmanager

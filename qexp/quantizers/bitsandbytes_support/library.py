@@ -105,6 +105,8 @@ def _no_kernels() -> Iterator[None]:
 @contextmanager
 def _compiled_when_called() -> Iterator[None]:
     """Defer torch.compile of the library's own functions, requested in the block, to their first call."""
+    from unittest.mock import patch
+
     import torch
 
     compiler: Any = torch.compile
@@ -116,8 +118,5 @@ def _compiled_when_called() -> Iterator[None]:
         compiled = once(lambda: compiler(*arguments, **options))
         return lambda *inputs, **named: compiled()(*inputs, **named)
 
-    torch.compile = compile_
-    try:
+    with patch.object(torch, "compile", compile_):
         yield
-    finally:
-        torch.compile = compiler

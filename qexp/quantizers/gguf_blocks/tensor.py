@@ -151,12 +151,6 @@ class _Linear(torch.autograd.Function):
         return for_input, None, for_bias
 
 
-def _to_copy(weight: GGUFTensor, *, dtype: torch.dtype | None = None, **options: Any) -> GGUFTensor:
-    options.pop("memory_format", None)
-    options.pop("layout", None)
-    return weight.around(torch.ops.aten._to_copy.default(weight.raw, **options), dtype)
-
-
 def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not (isinstance(target, GGUFTensor) and isinstance(source, GGUFTensor)):
         raise NotImplementedError("weights in GGUF blocks and dense ones are not copied into each other")
@@ -176,12 +170,10 @@ def _on_raw(operation: Any) -> Callable[..., GGUFTensor]:
 
 _aten = torch.ops.aten
 OPERATIONS: dict[Any, Callable[..., Any]] = {
-    _aten.detach.default: _on_raw(_aten.detach.default),
-    _aten.alias.default: _on_raw(_aten.alias.default),
-    _aten.clone.default: _on_raw(_aten.clone.default),
-    _aten.empty_like.default: _on_raw(_aten.empty_like.default),
-    _aten._pin_memory.default: _on_raw(_aten._pin_memory.default),
-    _aten._to_copy.default: _to_copy,
+    **{
+        kind.default: _on_raw(kind.default)
+        for kind in (_aten.detach, _aten.alias, _aten.clone, _aten.empty_like, _aten._pin_memory, _aten._to_copy)
+    },
     _aten.copy_.default: _copy_,
     _aten.is_pinned.default: lambda weight, device=None: weight.raw.is_pinned(),
 }

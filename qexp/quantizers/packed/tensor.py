@@ -156,9 +156,7 @@ def _describe(tensor: Tensor) -> str:
 
 
 OPERATIONS: dict[Any, Callable[..., Any]] = {
-    aten.detach.default: _on_inner,
-    aten.clone.default: _on_inner,
-    aten._pin_memory.default: _on_inner,
+    **dict.fromkeys((aten.detach.default, aten.clone.default, aten._pin_memory.default), _on_inner),
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy,
     aten.equal.default: _equal,
