@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qexp.errors import LoadError, first_names
@@ -40,14 +40,8 @@ def audit(model: nn.Module, quantizer: Quantizer, planned: Mapping[str, int]) ->
     for name in planned:
         weight = model.get_submodule(name).weight
         opaque = 0 if is_traceable_wrapper_subclass(weight) else 1  # its own bytes, in whatever dtype they are kept
-        if not all(_is_finite(leaf) for leaf in leaves(weight)[opaque:]):
+        if not all(map(is_finite, leaves(weight)[opaque:])):
             raise LoadError(
                 f"the quantized weight of '{name}' has a scale or a value that is not finite: every answer would be "
                 "wrong; repair the checkpoint, or quantize the original one again"
             )
-
-
-def _is_finite(leaf: Tensor) -> bool:
-    if leaf.is_floating_point() and leaf.itemsize == 1:  # float8, for which aminmax is not there
-        return not bool(leaf.isnan().any())
-    return is_finite(leaf)

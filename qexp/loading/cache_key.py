@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from qexp.config.dataclass_io import to_plain
 from qexp.config.plugins import PACKAGE_FOLDER
 from qexp.loading.component import Prepared
 from qexp.loading.work_item import WorkItem
+from qexp.quantizers.rows import WeightSpec
 from qexp.results.environment import RESULT_PACKAGES, device_name, versions_of
 
 SCHEMA = 1
@@ -39,8 +41,8 @@ def cache_key(prepared: Prepared, *, is_full: bool) -> str:
     values = {
         "schema": SCHEMA,
         "content": request.checkpoint.content_hash(full=is_full),
-        "weights": [_describe_item(item) for item in prepared.plan.distinct if item.spec is not None],
-        "formats": {layer: _without_label(part.config) for layer, part in parts.items()},
+        "weights": [_describe_item(item, item.spec) for item in prepared.plan.distinct if item.spec is not None],
+        "formats": {layer: to_plain(replace(part.config, label=None)) for layer, part in parts.items()},
         "device": [device_name(str(request.device)), torch.backends.cpu.get_cpu_capability()],
         "versions": versions_of(sorted({*PACKAGES, *required})),
         "code": [_code_digest(), *_source_digest(type(request.source))],
@@ -49,19 +51,14 @@ def cache_key(prepared: Prepared, *, is_full: bool) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
 
 
-def _describe_item(item: WorkItem) -> list[Any]:
-    assert item.spec is not None
-    return [item.target, item.spec.shape, str(item.spec.dtype), item.spec.transposed, *map(_describe, item.entries)]
+def _describe_item(item: WorkItem, spec: WeightSpec) -> list[Any]:
+    return [item.target, spec.shape, str(spec.dtype), spec.transposed, *map(_describe, item.entries)]
 
 
 def _describe(entry: TensorEntry) -> list[Any]:
     """Return what of an entry decides which numbers it stands for; the files count by their content."""
     pieces = [[piece.name, piece.dtype, piece.offset, piece.nbytes] for piece in entry.pieces]
     return [entry.name, entry.dtype, entry.shape, entry.offset, entry.nbytes, entry.transform is not None, pieces]
-
-
-def _without_label(config: Any) -> dict[str, Any]:
-    return {name: value for name, value in to_plain(config).items() if name != "label"}
 
 
 @cache

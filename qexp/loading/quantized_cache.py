@@ -247,15 +247,13 @@ def _stored_form(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, str]]
         if item.spec is None:
             continue
         layer = item.spec.module
-        own = {name: tensor for name, tensor in state.items() if _is_of_weight(name, layer)}
+        own = {
+            name: tensor for name, tensor in state.items() if name.startswith(f"{layer}.") and name != f"{layer}.bias"
+        }
         stored, described = prepared.quantizer.part_of(layer).as_safetensors(own)
         tensors |= stored
         metadata |= {name: text for name, text in described.items() if name == item.target}
     return tensors, metadata
-
-
-def _is_of_weight(name: str, layer: str) -> bool:
-    return name.startswith(f"{layer}.") and name != f"{layer}.bias"
 
 
 def _describe(file: Path) -> dict[str, Any]:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from qexp.config.generate import GenerateConfig
     from qexp.models.lora import LoraConfig
 
+OnStep = Callable[[int, "Tensor | None"], None]  # (number of the step, the state after it)
+
 
 class ModelSource(ABC):
     """One model, which may have several components (a transformer, a text encoder) with a checkpoint each.
@@ -144,13 +146,7 @@ class ModelSource(ABC):
         )
 
     def generate(
-        self,
-        models: dict[str, nn.Module],
-        task: GenerateConfig,
-        *,
-        seed: int,
-        device: torch.device,
-        on_step: Callable[[int, Tensor | None], None],
+        self, models: dict[str, nn.Module], task: GenerateConfig, *, seed: int, device: torch.device, on_step: OnStep
     ) -> dict[str, Tensor]:
         """Generate samples as CPU tensors.
 

@@ -10,7 +10,7 @@ the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -24,7 +24,7 @@ from qexp.config.model import ModelConfig
 from qexp.config.text_windows import positions, window_and_stride
 from qexp.errors import ConfigError, LoadError
 from qexp.hub.download import local_folder
-from qexp.models.base import TextSource
+from qexp.models.base import OnStep, TextSource
 from qexp.system.text_files import read_text
 
 if TYPE_CHECKING:
@@ -275,13 +275,7 @@ class Source(TextSource):
 
     @override
     def generate(
-        self,
-        models: dict[str, nn.Module],
-        task: GenerateConfig,
-        *,
-        seed: int,
-        device: torch.device,
-        on_step: Callable[[int, Tensor | None], None],
+        self, models: dict[str, nn.Module], task: GenerateConfig, *, seed: int, device: torch.device, on_step: OnStep
     ) -> dict[str, Tensor]:
         """Continue every prompt: see `text_generation.continue_prompts`."""
         from qexp.models.text_generation import continue_prompts

@@ -21,7 +21,7 @@ from qexp.config.dataclass_io import check_known, convert, field_types
 from qexp.config.model import ModelConfig
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.hub.download import local_folder
-from qexp.models.base import ModelSource
+from qexp.models.base import ModelSource, OnStep
 from qexp.models.lora import LoraConfig, lora_configs, lora_with_paths
 from qexp.system.screen import say
 
@@ -311,13 +311,7 @@ class Source(ModelSource):
 
     @override
     def generate(
-        self,
-        models: dict[str, nn.Module],
-        task: GenerateConfig,
-        *,
-        seed: int,
-        device: torch.device,
-        on_step: Callable[[int, Tensor | None], None],
+        self, models: dict[str, nn.Module], task: GenerateConfig, *, seed: int, device: torch.device, on_step: OnStep
     ) -> dict[str, Tensor]:
         """Generate images of all prompts: see `pipeline_call.run_pipeline`."""
         from qexp.models.pipeline_call import run_pipeline

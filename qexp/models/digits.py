@@ -10,7 +10,7 @@ Sources: arXiv:2210.02747 (flow matching), arXiv:2207.12598 (classifier-free gui
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from typing_extensions import override
 from qexp.config.model import ModelConfig
 from qexp.errors import LoadError, choices
 from qexp.hub.download import local_folder
-from qexp.models.base import ModelSource
+from qexp.models.base import ModelSource, OnStep
 
 if TYPE_CHECKING:
     import torch
@@ -94,13 +94,7 @@ class Source(ModelSource):
 
     @override
     def generate(
-        self,
-        models: dict[str, nn.Module],
-        task: GenerateConfig,
-        *,
-        seed: int,
-        device: torch.device,
-        on_step: Callable[[int, Tensor | None], None],
+        self, models: dict[str, nn.Module], task: GenerateConfig, *, seed: int, device: torch.device, on_step: OnStep
     ) -> dict[str, Tensor]:
         """Generate digits 0..9 in turn from the noise of `seed`; the module's docstring describes the integration."""
         import torch

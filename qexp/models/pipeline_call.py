@@ -11,7 +11,7 @@ of videos would take gigabytes. The last latents are kept whole.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from qexp.models.pipeline_source import SAMPLES, checked_arguments, returned_fie
 
 if TYPE_CHECKING:
     from qexp.config.generate import GenerateConfig
+    from qexp.models.base import OnStep
 
 TRAJECTORY_VALUES = 1 << 16  # of the latents after one step
 NAMED = (  # fields of a task that are arguments of pipelines by the same names
@@ -165,12 +166,7 @@ def _calls(pipeline: Any, prompts: list[str], task: GenerateConfig, seed: int) -
 
 
 def run_pipeline(
-    pipeline: Any,
-    prompts: list[str],
-    task: GenerateConfig,
-    *,
-    seed: int,
-    on_step: Callable[[int, Tensor | None], None],
+    pipeline: Any, prompts: list[str], task: GenerateConfig, *, seed: int, on_step: OnStep
 ) -> dict[str, Tensor]:
     """Images of every prompt: "images" [n, channels, height, width] in [-1, 1], "latents" [images or videos, ...] of
     the end, and "labels" [n], the number of each one's prompt. The frames of a video are images, one behind the
@@ -227,7 +223,7 @@ class _Steps:
 
     last: Tensor
 
-    def __init__(self, on_step: Callable[[int, Tensor | None], None]) -> None:
+    def __init__(self, on_step: OnStep) -> None:
         self.on_step, self.count, self.width = on_step, 0, 0
 
     def arguments(self, known: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -89,17 +88,16 @@ def _draw_from(original: Callable[..., Tensor], generators: list[Generator], arg
     """Return a draw by the values of a tensor [samples, ...], given as the first argument or as `input`."""
     named = {**keywords}
     source = arguments[0] if arguments else named.pop("input")
-    draw = partial(_draw_row, original, arguments[1:], named)
+
+    def draw(row: Tensor, generator: Generator) -> Tensor:
+        return original(row, *arguments[1:], generator=generator, **named)
+
     if len(generators) == 1:
         return draw(source.cpu(), generators[0]).to(source.device)
     if source.dim() < 2 or len(source) != len(generators):
         raise MixedNoiseError(f"torch.{original.__name__} for {len(generators)} samples together")
     rows = source.cpu().split(1)
     return torch.cat([draw(row, one) for row, one in zip(rows, generators, strict=True)]).to(source.device)
-
-
-def _draw_row(original: Any, arguments: Any, keywords: Any, source: Tensor, generator: Generator) -> Tensor:
-    return original(source, *arguments, generator=generator, **keywords)
 
 
 def _draw_in_place(

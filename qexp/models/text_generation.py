@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from qexp.system.screen import say
 
 if TYPE_CHECKING:
     from qexp.config.generate import GenerateConfig
+    from qexp.models.base import OnStep
 
 DEFAULT_NEW_TOKENS = 64  # where neither the task nor the model's generation_config says how many
 PADDING_ERROR, PADDING_ERROR_HALF = 0.001, 0.1  # of probability, that rounding may move in fp32, and in half precision
@@ -36,7 +37,7 @@ def continue_prompts(
     *,
     seed: int,
     device: torch.device,
-    on_step: Callable[[int, Tensor | None], None],
+    on_step: OnStep,
 ) -> dict[str, Tensor]:
     """Of every prompt: "tokens" [prompts, longest], the new ones, padded behind their end, "lengths" [prompts], and
     "nonfinite" [prompts], how many new tokens have probabilities that are not finite; "prompts" are its own tokens,
@@ -223,7 +224,7 @@ def _padding_of(tokenizer: Any, end_tokens: int | list[int] | None, model: Any) 
 class _Steps(StoppingCriteria):
     """Never stops anything: it is asked after every new token, which is what it is here for."""
 
-    def __init__(self, on_step: Callable[[int, Tensor | None], None]) -> None:
+    def __init__(self, on_step: OnStep) -> None:
         self.on_step, self.count = on_step, 0
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:

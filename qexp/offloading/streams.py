@@ -26,12 +26,9 @@ class Streams:
 
     def run(self, copy: Callable[[], None]) -> Any:
         """Start a copy; returns the event after it."""
-        with self.copying():
+        with self.module.stream(self.side) if self.side else nullcontext():
             copy()
             return self.record()
-
-    def copying(self) -> Any:
-        return self.module.stream(self.side) if self.side else nullcontext()
 
     def copy_waits_for(self, event: Any) -> None:
         if self.side and event is not None:
@@ -42,7 +39,7 @@ class Streams:
             self.module.current_stream(self.device).wait_event(event)
 
     def record(self) -> Any:
-        """Record an event on the current stream: the side stream inside `copying()`, else the compute stream."""
+        """Record an event on the current stream: the side stream inside `run`, else the compute stream."""
         return self.module.current_stream(self.device).record_event() if self.module else None
 
     def announce(self, memory: Tensor) -> None:
