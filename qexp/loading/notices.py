@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from qexp.errors import first_names
 from qexp.loading.plan import LoadPlan
@@ -12,16 +12,19 @@ from qexp.system.memory import GIB
 LARGE_SHARE = 0.2  # of weights that cannot be quantized: more is worth a warning
 
 
-def notices(component: str, plan: LoadPlan) -> list[str]:
-    """Return the messages about a plan, a line each."""
-    made = (unused_message(component, plan), left_dense_message(component, plan), not_linear_message(component, plan))
-    return [message for message in made if message is not None]
+def notices(component: str, plan: LoadPlan) -> Iterator[str]:
+    """Yield the messages about a plan, a line each."""
+    if plan.unused:
+        places = "tensors of the checkpoint have no place in the model and are not read"
+        yield f"{component}: {len(plan.unused)} {places}: {first_names(plan.unused)}"
+    if plan.left_dense:
+        yield left_dense_message(component, plan)
+    if plan.quantized and (message := not_linear_message(component, plan)):
+        yield message
 
 
-def left_dense_message(component: str, plan: LoadPlan) -> str | None:
+def left_dense_message(component: str, plan: LoadPlan) -> str:
     """Name the linear layers that stay unquantized though nobody asked for it."""
-    if not plan.left_dense:
-        return None
     share, count = plan.left_dense_share, len(plan.left_dense)
     named = ", ".join(f"'{name}' ({plan.skipped[name]})" for name in plan.left_dense[:3])
     return (
@@ -31,17 +34,8 @@ def left_dense_message(component: str, plan: LoadPlan) -> str | None:
     )
 
 
-def unused_message(component: str, plan: LoadPlan) -> str | None:
-    if not plan.unused:
-        return None
-    places = "tensors of the checkpoint have no place in the model and are not read"
-    return f"{component}: {len(plan.unused)} {places}: {first_names(plan.unused)}"
-
-
 def not_linear_message(component: str, plan: LoadPlan) -> str | None:
     """Return a warning, if weights that no format quantizes are a large part of the model."""
-    if not plan.quantized:
-        return None
     items = [item for item in plan.distinct if item.target in plan.not_linear]
     share = sum(item.numel for item in items) / max(sum(item.numel for item in plan.distinct), 1)
     if share <= LARGE_SHARE:

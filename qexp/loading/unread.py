@@ -11,7 +11,7 @@ from qexp.checkpoints.checkpoint import Checkpoint
 from qexp.checkpoints.scaled_weights import FLOAT8
 from qexp.errors import LoadError, first_names
 from qexp.loading.plan import LoadPlan
-from qexp.models.single_file import paths_above
+from qexp.quantizers.layers import paths_above
 
 HARMLESS = ("num_batches_tracked",)  # of batch norms that are frozen in the model
 

@@ -99,11 +99,10 @@ def load_weights(planned: PlannedComponent, dispatch: Dispatch | None, loader: L
             dispatch.loaded(item.target)
     for name, first in shared.items():
         _assign(model, name, model.get_parameter(first))
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, COMPUTED):
+            parameter.data = parameter.data.to(placement.device_of(name))
     for name, module in model.named_modules():  # buffers that no checkpoint holds were made on the CPU
-        for own, computed in module.named_parameters(recurse=False):
-            device = placement.device_of(f"{name}.{own}" if name else own)
-            if hasattr(computed, COMPUTED) and computed.device != device:
-                computed.data = computed.data.to(device)
         for own, buffer in module.named_buffers(recurse=False):
             device = placement.device_of(f"{name}.{own}" if name else own)
             if buffer.device != device and not buffer.is_meta and (dispatch is None or not dispatch.travels(module)):

@@ -82,6 +82,7 @@ class Source(TextSource):
 
     config: CausalLMConfig
     tasks: tuple[str, ...] = ("generate", "perplexity", "lm_eval", "forward", "roundtrip", "sensitivity")
+    network_class: str | None = "AutoModelForCausalLM"  # of transformers; None is the one in config.json
     padding_side = "left"  # of prompts that are continued together
     required_packages = ("transformers", "tokenizers")
     imports = (
@@ -134,11 +135,6 @@ class Source(TextSource):
         from qexp.models.transformers_networks import network, with_generation_config
 
         return with_generation_config(network(config, self.folder, self.network_class), self.folder)
-
-    @property
-    def network_class(self) -> str | None:
-        """Return the class of transformers for the network; None is the one in config.json."""
-        return "AutoModelForCausalLM"
 
     @override
     def conversion(self, component: str, model: nn.Module, checkpoint: Checkpoint) -> Conversion:

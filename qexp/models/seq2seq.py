@@ -29,12 +29,8 @@ class Source(causal_lm.Source):
     """A sequence-to-sequence model with one component, "model"."""
 
     tasks: tuple[str, ...] = ("generate", "forward", "roundtrip")
+    network_class = "AutoModelForSeq2SeqLM"
     padding_side = "right"
-
-    @property
-    @override
-    def network_class(self) -> str | None:
-        return "AutoModelForSeq2SeqLM"
 
     @override
     def check_task(self, task: Any) -> None:

@@ -7,8 +7,10 @@ attention blocks otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any
+
+from qexp.quantizers.layers import paths_above
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,10 +66,3 @@ def has_own_names(model: nn.Module, names: Iterable[str]) -> bool:
 
 def _is_layer(module: nn.Module) -> bool:
     return bool(module.state_dict()) and next(module.children(), None) is None
-
-
-def paths_above(name: str) -> Iterator[str]:
-    """Yield the modules that a tensor may be of, the nearest first."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name

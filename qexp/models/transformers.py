@@ -37,10 +37,9 @@ class Source(causal_lm.Source):
     modality = "tensors"
     padding_side = "right"
 
-    @property
-    @override
-    def network_class(self) -> str | None:
-        return self.config.auto_class
+    def __init__(self, config: TransformersConfig) -> None:
+        super().__init__(config)
+        self.network_class = config.auto_class
 
     @override
     def skip_modules(self, component: str, model: nn.Module) -> tuple[str, ...]:

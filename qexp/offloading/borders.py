@@ -61,7 +61,7 @@ class Borders:
                     self._put_border(child, *found)
             if is_called(module):
                 self._alignment.owners.append(module)
-                self._replace_forward(module, self._as_divided)
+                self._replace_forward(module, self._alignment.active())
         elif not name:
             self._put_border(module, *(devices or {self._main}))
         return devices
@@ -82,13 +82,6 @@ class Borders:
         def run(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = travel((args, kwargs), device)
             with self._alignment.suspended(), _current(device):
-                return forward(*args, **kwargs)
-
-        return run
-
-    def _as_divided(self, forward: Forward) -> Forward:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with self._alignment.active():
                 return forward(*args, **kwargs)
 
         return run

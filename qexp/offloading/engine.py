@@ -109,16 +109,12 @@ class Engine:
             self.ring.open([group.nbytes for group in self.groups])
 
     def _hook(self, module: nn.Module, group: Group, index: int) -> None:
-        def enter(*_: object) -> None:
-            self.enter(group, index)
-
-        def leave(*_: object) -> None:
-            self.leave(group, index)
-
         setattr(module, HOOK_MARK, True)
         self._hooked.append(module)
-        self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
-        self._handles.append(module.register_forward_hook(leave, always_call=True))
+        self._handles += [
+            module.register_forward_pre_hook(lambda *_: self.enter(group, index), prepend=True),
+            module.register_forward_hook(lambda *_: self.leave(group, index), always_call=True),
+        ]
 
     def detach(self) -> None:
         """Remove all hooks, after all groups returned to their storage and transfers ended."""

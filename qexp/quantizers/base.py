@@ -277,9 +277,9 @@ class Quantizer:
     def postprocess_model(self, model: nn.Module, device: torch.device) -> None:
         """Finish the model after all weights are assigned."""
 
-    def dequantize_param(self, param: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the dense weight [out, in] of a quantized parameter."""
-        raise NotImplementedError
+    def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
+        """Return the dense weight [out, in] of a quantized parameter; by default one that decodes itself."""
+        return param.dequantize(dtype)
 
     def restore_linear_layers(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Replace quantized layers by ordinary linear layers of a dtype."""

@@ -225,10 +225,6 @@ class GGUFQuantizer(base.Quantizer):
 
         return isinstance(getattr(module, "weight", None), GGUFTensor)
 
-    @override
-    def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
-        return param.dequantize(dtype)
-
 
 def saved_dtype(metadata: Mapping[str, str], key: str) -> str | None:
     """Return the compute dtype named in a file's metadata. Raises LoadError for an unknown one."""

@@ -10,6 +10,7 @@ packed weights support `linear`, but not every product that a class may use.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import ConfigError
@@ -36,6 +37,13 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return [out, in] of each linear layer by name; a layer used twice has a tensor by either name."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: shape for name, module in modules if (shape := weight_shape(module)) is not None}
+
+
+def paths_above(name: str) -> Iterator[str]:
+    """Yield the modules that a tensor may be of, the nearest first."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def is_transposed(module: Any) -> bool:

@@ -182,10 +182,6 @@ class PackedQuantizer(base.Quantizer):
 
         return isinstance(getattr(module, "weight", None), PackedTensor)
 
-    @override
-    def dequantize_param(self, param: Any, dtype: torch.dtype) -> Tensor:
-        return param.dequantize(dtype)
-
 
 Config = PackedConfig
 Quantizer = PackedQuantizer

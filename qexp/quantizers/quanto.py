@@ -116,10 +116,7 @@ class QuantoQuantizer(base.Quantizer):
     imports: ClassVar[tuple[str, ...]] = ("qexp.quantizers.quanto_support.library:library", base.FOR_DISPATCH)
     has_kernels = True
     is_serializable = True
-
-    def __init__(self, config: QuantoConfig) -> None:
-        super().__init__(config)
-        self._calibrated = False
+    _calibrated = False
 
     @property
     @override

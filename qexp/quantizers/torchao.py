@@ -64,9 +64,7 @@ class TorchAoConfig(BackendConfig):
         quant_type, arguments, group_size = settle(self.quant_type, self.quant_type_kwargs, self.group_size)
         if self.label == self.quant_type:
             object.__setattr__(self, "label", quant_type)
-        settled = {"quant_type": quant_type, "quant_type_kwargs": arguments, "group_size": group_size}
-        for name, value in settled.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(quant_type=quant_type, quant_type_kwargs=arguments, group_size=group_size)
 
     @override
     def resolved(self, device_type: str) -> BackendConfig:

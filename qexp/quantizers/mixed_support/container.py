@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from qexp.errors import ConfigError
 from qexp.quantizers.base import Quantizer
+from qexp.quantizers.layers import paths_above
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,8 @@ def pack(state_dict: Mapping[str, Tensor], layers: Mapping[str, Quantizer]) -> t
     """
     of_layer: dict[str | None, dict[str, Tensor]] = {}
     for name, tensor in state_dict.items():
-        of_layer.setdefault(_layer_of(name, layers), {})[name] = tensor
+        layer = next((path for path in paths_above(name) if path in layers), None)
+        of_layer.setdefault(layer, {})[name] = tensor
     tensors, metadata = dict(of_layer.pop(None, {})), dict[str, str]()
     for layer, own in of_layer.items():
         assert layer is not None
@@ -64,13 +66,3 @@ def native_entries(layer: str, entries: Mapping[str, TensorEntry]) -> Mapping[st
     if weight is None or weight.shape[-1:] != (1,):
         return entries
     return ChainMap({f"{layer}.weight": replace(weight, shape=weight.shape[:-1])}, dict(entries))
-
-
-def _layer_of(tensor: str, layers: Mapping[str, Quantizer]) -> str | None:
-    """Return the quantized layer of a tensor in a state dict."""
-    name = tensor
-    while "." in name:
-        name = name.rpartition(".")[0]
-        if name in layers:
-            return name
-    return None
