@@ -17,7 +17,6 @@ from qexp.quantizers.base import Quantizer
 
 OWN = {  # public names of a class that are its own
     "backend/gguf": {"wrap"},
-    "backend/mixed": {"metadata", "part_of", "stored"},
     "backend/qexp_packed": {"inner_shapes", "parameters"},
     "model/causal_lm": {"folder", "network_class", "padding_side", "tokenizer"},
     "model/diffusers": {"folder", "pipeline", "prompts"},

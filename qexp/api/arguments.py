@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.config.backend_options import backend_of
-from qexp.config.plugins import plugin_module, plugin_names
+from qexp.config.plugins import plugin_config, plugin_module, plugin_names
 from qexp.config.schema import LoaderConfig
 from qexp.config.yaml_options import option_names
 from qexp.errors import ConfigError, choices
@@ -75,15 +75,8 @@ def backend_config(backend: Any, place: str = "backend") -> Any:
             f"or a mapping whose quant_method is {choices(plugin_names('backend'))}"
         )
     if isinstance(backend, Mapping):
-        from qexp.config.plugins import plugin_config
-
         return plugin_config("backend", backend, place)
     return plugin_module("backend", method).Config.from_dict(values)
-
-
-def as_list(names: str | Iterable[str]) -> Any:
-    """Return a list; a string, and a value that is no list at all, unchanged for `patterns` to check."""
-    return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else names
 
 
 def check_model(model: Any, function: str) -> None:

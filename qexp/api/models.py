@@ -24,6 +24,7 @@ from qexp.checkpoints.pipeline_folder import INDEX
 from qexp.config.backend_options import backend_of, model_skip_modules
 from qexp.config.dataclass_io import from_plain
 from qexp.config.module_patterns import union
+from qexp.config.offload import OffloadConfig
 from qexp.config.plugins import plugin_module, plugin_names
 from qexp.config.schema import SaveConfig
 from qexp.config.yaml_options import option_names
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from qexp.config.offload import OffloadConfig
     from qexp.offloading.strategies import Offload
 
 GIB = 1 << 30
@@ -165,7 +165,6 @@ def offload(
     """
     import torch
 
-    from qexp.config.offload import OffloadConfig
     from qexp.offloading.grouping import outermost_lists
     from qexp.offloading.strategies import apply_offload
 
@@ -288,8 +287,6 @@ def _component(source: ModelSource, asked: str | None) -> str:
 
 def _check_known(settings: Mapping[str, Any]) -> None:
     """Raise ConfigError for a keyword of `offload` that is no field of `OffloadConfig`."""
-    from qexp.config.offload import OffloadConfig
-
     known = [field.name for field in fields(OffloadConfig) if field.name not in ("strategy", "to")]
     for name in settings:
         if name not in known:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qexp.api.arguments import SOURCE, as_list, backend_config, expanded, loader_settings, places_of
+from qexp.api.arguments import SOURCE, backend_config, expanded, loader_settings, places_of
 from qexp.api.models import offload as offload_model
 from qexp.hub.download import pinned
 from qexp.models.component_settings import merge_components, parse_component
@@ -66,7 +66,7 @@ def load_pipeline(
         DiffusersConfig(
             path=pinned(str(expanded(path, "path")), revision, variant, place="path"),
             variant=variant,
-            quantize=None if quantize is None else tuple(as_list(quantize)),
+            quantize=None if quantize is None else tuple(quantize),
             checkpoints={name: str(file) for name, file in (checkpoints or {}).items()},
         )
     )

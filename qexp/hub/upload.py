@@ -19,14 +19,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qexp.checkpoints.checkpoint import SAVED_WEIGHTS
+from qexp.config.schema import SaveConfig
 from qexp.errors import ConfigError, HubError, MissingLibraryError
 from qexp.system.screen import say
-
-if TYPE_CHECKING:
-    from qexp.config.schema import SaveConfig
 
 LOGIN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
 AGAIN = "run the same command again: stored files are not sent again"

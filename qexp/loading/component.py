@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import nn
 
 from qexp.checkpoints.checkpoint import Checkpoint
+from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import ConfigError
 from qexp.loading.device_map import DeviceMap
 from qexp.loading.plan import LoadPlan
+from qexp.models.base import ModelSource
 from qexp.offloading.dispatch import Dispatch
 from qexp.offloading.placement import Placement
 from qexp.quantizers.base import Quantizer
 from qexp.quantizers.rows import WeightSpec
 from qexp.system.device_names import MaxMemory
 from qexp.system.memory import GIB, PeakMemory
-
-if TYPE_CHECKING:
-    from qexp.config.schema import ComponentConfig, LoaderConfig
-    from qexp.models.base import ModelSource
 
 
 @dataclass(frozen=True)

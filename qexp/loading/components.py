@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Unpack, cast
+from typing import Unpack, cast
 
 import torch
 
+from qexp.config.schema import ComponentConfig
 from qexp.errors import ConfigError
 from qexp.loading.component import LoadOptions, LoadRequest, PlannedComponent, Prepared
 from qexp.loading.device_map import DeviceMap
 from qexp.loading.fp32 import cast_between
 from qexp.loading.lifecycle import plan_component, request_load
-
-if TYPE_CHECKING:
-    from qexp.config.schema import ComponentConfig
-    from qexp.models.base import ModelSource
+from qexp.models.base import ModelSource
 
 
 def request_components(

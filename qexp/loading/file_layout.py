@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,9 @@ from typing_extensions import override
 from qexp.checkpoints.checkpoint import Checkpoint
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import ConfigError, first_names
+from qexp.loading.component import Prepared
+from qexp.quantizers.base import Quantizer
 from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
-
-if TYPE_CHECKING:
-    from qexp.loading.component import Prepared
-    from qexp.quantizers.base import Quantizer
 
 SETTING = "save.layout=file"
 COMFYUI_NAMES = {  # class of diffusers -> general.architecture, by which ComfyUI-GGUF knows a model

@@ -8,23 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from qexp.config.offload import STRATEGIES, OffloadConfig
+from qexp.config.schema import RunConfig
 from qexp.errors import ConfigError, QexpError
+from qexp.loading.component import Prepared
 from qexp.loading.components import check_shared_patterns
 from qexp.loading.lifecycle import plan_component, request_load
+from qexp.models.base import ModelSource
 from qexp.offloading.grouping import plan_groups
 from qexp.offloading.payload import sites, true_nbytes
 from qexp.offloading.residency import choose_resident
-
-if TYPE_CHECKING:
-    from qexp.config.schema import RunConfig
-    from qexp.loading.component import Prepared
-    from qexp.models.base import ModelSource
 
 LOADING_BYTES = 128 << 20  # what a load may take beside its result and its largest dense tensor
 OFFLOADED = tuple(strategy for strategy in STRATEGIES if strategy != "none")

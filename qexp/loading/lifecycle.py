@@ -12,11 +12,12 @@ import time
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 import torch
 
 from qexp.checkpoints.checkpoint import open_component
+from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import LoadError
 from qexp.loading.audit import audit
 from qexp.loading.component import LoadedComponent, LoadOptions, LoadRequest, LoadTimes, PlannedComponent, Prepared
@@ -27,16 +28,13 @@ from qexp.loading.prepare import load_quantizer_of, prepare
 from qexp.loading.quantized_cache import CachedWeights, QuantizedCache
 from qexp.loading.quantized_model import register
 from qexp.loading.weights import load_weights
+from qexp.models.base import ModelSource
 from qexp.models.component_settings import merge_with_checkpoint
 from qexp.offloading.dispatch import Dispatch
 from qexp.quantizers.cpu_kernels.readiness import prepare_beside
 from qexp.system.child_process import die_with_parent
 from qexp.system.memory import PeakMemory, without_collector
 from qexp.system.screen import say
-
-if TYPE_CHECKING:
-    from qexp.config.schema import ComponentConfig, LoaderConfig
-    from qexp.models.base import ModelSource
 
 
 def request_load(

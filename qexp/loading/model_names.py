@@ -11,18 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from qexp.checkpoints.checkpoint import Checkpoint, is_gguf
 from qexp.checkpoints.conversion import converted
+from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import LoadError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from qexp.checkpoints.tensor_entry import TensorEntry
-    from qexp.models.base import ModelSource
-
+from qexp.models.base import ModelSource
 
 # what torch.compile, FSDP and activation checkpointing call the module that they wrap
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,6 +20,7 @@ from qexp.loading.plan import choose_modules, find_quantized, make_plan, stored_
 from qexp.loading.sharing import check_one_format, with_tied_entries
 from qexp.loading.unread import check_meaning
 from qexp.loading.weight_reads import keep_to_layers
+from qexp.models.base import ModelSource
 from qexp.models.computed_tables import deferred_tables, settle_tables
 from qexp.models.skeletons import on_meta, without_initialization
 from qexp.quantizers.base import Quantizer, load_quantizer
@@ -28,9 +28,6 @@ from qexp.quantizers.embedded import is_quantized
 from qexp.quantizers.layers import MARK, replace_module, to_linear
 from qexp.quantizers.rows import WeightSpec
 from qexp.system.screen import say
-
-if TYPE_CHECKING:
-    from qexp.models.base import ModelSource
 
 
 def prepare(request: LoadRequest, quantizer: Quantizer) -> Prepared:

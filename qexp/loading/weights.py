@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qexp.config.schema import LoaderConfig
 from qexp.errors import LoadError
 from qexp.loading.component import PlannedComponent
 from qexp.loading.sharing import aliases
@@ -20,9 +21,6 @@ from qexp.quantizers.rows import is_finite
 from qexp.system.machine_load import usable_threads
 from qexp.system.memory import release_freed_memory
 from qexp.system.progress import Progress
-
-if TYPE_CHECKING:
-    from qexp.config.schema import LoaderConfig
 
 RELEASE_BYTES = 64 << 20  # how much is loaded before freed memory is given back; that costs page faults
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from qexp.checkpoints.checkpoint import read_object
+from qexp.config.generate import GenerateConfig, for_text
 from qexp.config.model import ModelConfig
 from qexp.config.text_windows import positions, window_and_stride
 from qexp.errors import ConfigError, LoadError
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from qexp.checkpoints.checkpoint import Checkpoint
     from qexp.checkpoints.conversion import Conversion
-    from qexp.config.generate import GenerateConfig
 
 CARRIED_FILES = (  # what a model's folder holds beside config.json and weights: without it, text means nothing
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -109,8 +109,6 @@ class Source(TextSource):
     @override
     def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
         """Return the task with its defaults, without fields for images."""
-        from qexp.config.generate import for_text
-
         return for_text(task)
 
     @override

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qexp.checkpoints.checkpoint import Checkpoint
 from qexp.config.dataclass_io import check_known, convert
 from qexp.config.module_patterns import patterns, union
 from qexp.config.plugins import plugin_config
 from qexp.config.schema import ComponentConfig
 from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.models.base import ModelSource
 from qexp.quantizers.configs import compute_dtype, plain
 from qexp.quantizers.embedded import merge, stored_config
 from qexp.quantizers.none import NoneConfig
 from qexp.system.screen import say
-
-if TYPE_CHECKING:
-    from qexp.checkpoints.checkpoint import Checkpoint
-    from qexp.models.base import ModelSource
 
 ToBackend = Callable[[Any, str], Any]  # (what names a backend, its place in the settings) -> its config
 

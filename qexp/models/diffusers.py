@@ -18,11 +18,12 @@ from typing_extensions import override
 from qexp.checkpoints.checkpoint import read_object
 from qexp.checkpoints.pipeline_folder import INDEX, PipelineFolder, open_pipeline
 from qexp.config.dataclass_io import check_known, convert, field_types
+from qexp.config.generate import GenerateConfig, for_pipelines
 from qexp.config.model import ModelConfig
 from qexp.errors import ConfigError, LoadError, choices, did_you_mean
 from qexp.hub.download import local_folder
 from qexp.models.base import ModelSource, OnStep
-from qexp.models.lora import LoraConfig, lora_configs, lora_with_paths
+from qexp.models.lora import LoraConfig, Updates, lora_configs, lora_with_paths, read_updates
 from qexp.system.screen import say
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
     from qexp.checkpoints.checkpoint import Checkpoint
     from qexp.checkpoints.conversion import Conversion
-    from qexp.config.generate import GenerateConfig
-    from qexp.models.lora import Updates
 
 LEGACY = ("Transformer2DModel",)  # a general class of old, which stands for several
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -63,8 +62,6 @@ class DiffusersConfig(ModelConfig):
 
     @override
     def __post_init__(self) -> None:
-        from qexp.config.generate import GenerateConfig
-
         super().__post_init__()
         lora_configs(self.lora)
         for name in self.task_defaults:
@@ -243,8 +240,6 @@ class Source(ModelSource):
     @override
     def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
         """Return the task with this pipeline's defaults, without fields that pipelines do not use."""
-        from qexp.config.generate import for_pipelines
-
         now = {name: getattr(task, name) for name in self.config.task_defaults}
         unset = {name: self.config.task_defaults[name] for name, own in now.items() if not own and own != 0}
         return for_pipelines(replace(task, **unset).resolved())
@@ -280,7 +275,6 @@ class Source(ModelSource):
     @override
     def check_run(self, models: Mapping[str, nn.Module], task: GenerateConfig) -> None:
         """Raise ConfigError or LoadError for a task that this pipeline cannot do, before weights are read."""
-        from qexp.models.lora import read_updates
         from qexp.models.pipeline_building import pipeline_class
         from qexp.models.pipeline_call import check_arguments
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from qexp.config.generate import GenerateConfig, for_images
 from qexp.config.model import ModelConfig
 from qexp.errors import LoadError, choices
 from qexp.hub.download import local_folder
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qexp.config.generate import GenerateConfig
     from qexp.models.digits_network import DigitsClassifier
 
 ASSETS = Path(__file__).parents[1] / "assets" / "digits"
@@ -60,8 +60,6 @@ class Source(ModelSource):
     @override
     def resolve_task(self, task: GenerateConfig) -> GenerateConfig:
         """Return the task with this model's defaults, and only the fields that it uses."""
-        from qexp.config.generate import for_images
-
         return for_images(task)
 
     @override

@@ -13,19 +13,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qexp.config.generate import GenerateConfig
 from qexp.errors import ConfigError, choices, did_you_mean, first_names
+from qexp.models.base import OnStep
 from qexp.models.pipeline_noise import MixedNoiseError, noise_of_samples
 from qexp.models.pipeline_source import SAMPLES, checked_arguments, returned_fields, steps_of_call
-
-if TYPE_CHECKING:
-    from qexp.config.generate import GenerateConfig
-    from qexp.models.base import OnStep
 
 TRAJECTORY_VALUES = 1 << 16  # of the latents after one step
 NAMED = (  # fields of a task that are arguments of pipelines by the same names

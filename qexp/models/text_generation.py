@@ -6,20 +6,18 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 
+from qexp.config.generate import GenerateConfig
 from qexp.errors import ConfigError, LoadError
+from qexp.models.base import OnStep
 from qexp.models.prompt_tokens import encode_prompts, is_in_vocabulary, padded_inputs, writes_answers
 from qexp.system.screen import say
-
-if TYPE_CHECKING:
-    from qexp.config.generate import GenerateConfig
-    from qexp.models.base import OnStep
 
 DEFAULT_NEW_TOKENS = 64  # where neither the task nor the model's generation_config says how many
 PADDING_ERROR, PADDING_ERROR_HALF = 0.001, 0.1  # of probability, that rounding may move in fp32, and in half precision

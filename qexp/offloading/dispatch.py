@@ -16,7 +16,6 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -28,11 +27,9 @@ from qexp.offloading.engine import HOOK_MARK
 from qexp.offloading.group import ALIGNMENT, Group, Unit
 from qexp.offloading.grouping import units_of
 from qexp.offloading.payload import Site, leaves, sites
+from qexp.offloading.placement import Placement
 from qexp.offloading.strategies import HANDLE, Offload
 from qexp.system.memory import GIB
-
-if TYPE_CHECKING:
-    from qexp.offloading.placement import Placement
 
 PADDING_BYTES = 8 * ALIGNMENT  # at most, of a tensor: its leaves start at boundaries
 

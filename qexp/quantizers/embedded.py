@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qexp.checkpoints.checkpoint import Checkpoint
 from qexp.checkpoints.gguf_types import DECODABLE
 from qexp.config.plugins import plugin_module, plugin_names
 from qexp.errors import ConfigError, LoadError, choices
 from qexp.quantizers.configs import plain
 from qexp.quantizers.gguf import COMPUTE_DTYPE_KEY, GGUFConfig, saved_dtype
-
-if TYPE_CHECKING:
-    from qexp.checkpoints.checkpoint import Checkpoint
 
 REFUSED_PREFIX = "qexp_"  # of a quant_method that other libraries do not know
 REFUSED_FIELDS = "config"

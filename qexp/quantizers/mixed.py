@@ -116,7 +116,7 @@ def _of_rule(hook: Hook) -> Hook:
     def forward(self: MixedQuantizer, spec: WeightSpec, *arguments: Any) -> Any:
         return getattr(self.part_of(spec.module), hook.__name__)(spec, *arguments)
 
-    return cast(Hook, forward)
+    return cast(Hook, override(forward))
 
 
 class MixedQuantizer(base.Quantizer):

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import LoadError
-
-if TYPE_CHECKING:
-    from qexp.checkpoints.tensor_entry import TensorEntry
-    from qexp.quantizers.rows import WeightSpec
+from qexp.quantizers.rows import WeightSpec
 
 FLOATS = ("F32", "F16", "BF16")
 REMEDY = "the checkpoint is damaged, or belongs to another model: download it again, or check its config.json"

@@ -19,7 +19,6 @@ A weight comes back in fp32, computed as above, and is rounded once, to the dtyp
 from __future__ import annotations
 
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,27 +35,15 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 Parameters = dict[str, Tensor]  # "scale" and, for integers, "offset": fp32 [rows, groups, 1], each exact in bf16
 
 
-class Codes(Protocol):
+class IntegerCodes:
     """A number format. Weights and their values are fp32 [rows, groups, size], codes uint8 of the same shape."""
 
-    bits: int
-
-    def parameters(self, weight: Tensor, shrink: float, limit: float) -> Parameters:
-        """Return the parameters that map `shrink` of each group's range onto the codes, within -limit and limit."""
-
-    def codes(self, weight: Tensor, parameters: Parameters) -> Tensor:
-        """Return the codes of the nearest values."""
-
-    def values(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        """Return the values of the codes."""
-
-
-class IntegerCodes:
     def __init__(self, bits: int) -> None:
         self.bits = bits
         self.levels = 2**bits - 1
 
     def parameters(self, weight: Tensor, shrink: float, limit: float) -> Parameters:
+        """Return the parameters that map `shrink` of each group's range onto the codes, within -limit and limit."""
         low, high = weight.amin(dim=2, keepdim=True), weight.amax(dim=2, keepdim=True)
         middle, half = low / 2 + high / 2, (high / 2 - low / 2) * shrink
         if shrink < 1:
@@ -67,14 +54,18 @@ class IntegerCodes:
         return {"scale": torch.minimum(scale, bf16_below(highest)), "offset": offset}
 
     def codes(self, weight: Tensor, parameters: Parameters) -> Tensor:
+        """Return the codes of the nearest values."""
         steps = (weight - parameters["offset"]) / or_one(parameters["scale"])
         return steps.round_().clamp_(0, self.levels).to(torch.uint8)
 
     def values(self, codes: Tensor, parameters: Parameters) -> Tensor:
+        """Return the values of the codes."""
         return codes.float().mul_(parameters["scale"]).add_(parameters["offset"])
 
 
 class FloatCodes:
+    """A number format with the methods of `IntegerCodes`."""
+
     def __init__(self, exponent_bits: int, mantissa_bits: int) -> None:
         self.bits = 1 + exponent_bits + mantissa_bits
         self.mantissa_bits = mantissa_bits
@@ -99,6 +90,9 @@ class FloatCodes:
     def values(self, codes: Tensor, parameters: Parameters) -> Tensor:
         table = float_table(self.bits, self.mantissa_bits, codes.device)
         return table.index_select(0, codes.reshape(-1).int()).view(codes.shape).mul_(parameters["scale"])
+
+
+Codes = IntegerCodes | FloatCodes
 
 
 @once
