@@ -26,9 +26,12 @@ class Streams:
 
     def run(self, copy: Callable[[], None]) -> Any:
         """Start a copy; returns the event after it."""
-        with self.module.stream(self.side) if self.side else nullcontext():
+        with self.copying():
             copy()
             return self.record()
+
+    def copying(self) -> Any:
+        return self.module.stream(self.side) if self.side else nullcontext()
 
     def copy_waits_for(self, event: Any) -> None:
         if self.side and event is not None:
@@ -39,7 +42,7 @@ class Streams:
             self.module.current_stream(self.device).wait_event(event)
 
     def record(self) -> Any:
-        """Record an event on the current stream: the side stream inside `run`, else the compute stream."""
+        """Record an event on the current stream: the side stream inside `copying()`, else the compute stream."""
         return self.module.current_stream(self.device).record_event() if self.module else None
 
     def announce(self, memory: Tensor) -> None:
