@@ -15,6 +15,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,22 +216,18 @@ def save(
     place = expanded(folder, "folder")
     asked = {"path": str(place), "max_shard_gib": max_shard_gib, "layout": layout}
     max_shard_bytes = int(from_plain(SaveConfig, asked, "save").max_shard_gib * GIB)
+    write = partial(save_model, max_shard_bytes=max_shard_bytes, interchange=interchange)
     source = getattr(model, SOURCE, None)
     if source is None:
         check_model(model, "save")
-        return save_model(model, place, max_shard_bytes=max_shard_bytes, interchange=interchange, layout=layout)
-    for name in source.components():  # before any of them is written
-        checkpoint = getattr(getattr(model, name), "checkpoint_path", None)
+        return write(model, place, layout=layout)
+    models = {name: getattr(model, name) for name in source.components()}
+    for name, one in models.items():  # before any of them is written
+        checkpoint = getattr(one, "checkpoint_path", None)
         if checkpoint is not None:
             refuse_source(place / name, checkpoint, "save")
-    layouts = layouts_of({name: getattr(model, name) for name in source.components()}, layout)
-    files = [
-        file
-        for name, own in layouts.items()
-        for file in save_model(
-            getattr(model, name), place / name, max_shard_bytes=max_shard_bytes, interchange=interchange, layout=own
-        )
-    ]
+    layouts = layouts_of(models, layout)
+    files = [file for name, own in layouts.items() for file in write(models[name], place / name, layout=own)]
     return [*source.save_side_files(place), *files]
 
 

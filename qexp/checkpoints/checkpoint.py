@@ -23,13 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.checkpoints.content import content_digest
-from qexp.checkpoints.foreign_files import (
-    REAL_FILES,
-    convert_remedy,
-    pickles_in,
-    refuse_cache_folder,
-    refuse_foreign,
-)
+from qexp.checkpoints.foreign_files import REAL_FILES, convert_remedy, pickles_in, refuse_cache_folder, refuse_foreign
 from qexp.checkpoints.gguf_header import parse_gguf_header
 from qexp.checkpoints.parse_once import parse_once
 from qexp.checkpoints.regular_file import FileState, unreadable

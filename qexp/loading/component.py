@@ -163,7 +163,5 @@ def plan_statistics(plans: Sequence[LoadPlan], weights_bytes: int) -> dict[str, 
     }
     if quantized:
         bits = 8 * sum(item.result_nbytes for item in quantized)
-        statistics["memory/bits_per_weight"] = bits / sum(
-            item.spec.numel for item in quantized if item.spec is not None
-        )
+        statistics["memory/bits_per_weight"] = bits / sum(item.numel for item in quantized)
     return statistics

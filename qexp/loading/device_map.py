@@ -26,16 +26,7 @@ from qexp.loading.plan import LoadPlan
 from qexp.offloading.grouping import INDIVISIBLE
 from qexp.offloading.placement import Placement
 from qexp.quantizers.base import Quantizer
-from qexp.system.device_names import (
-    CPU,
-    DISK,
-    MaxMemory,
-    Place,
-    device_of_key,
-    limits_of,
-    parse_place,
-    place_of_key,
-)
+from qexp.system.device_names import CPU, DISK, MaxMemory, Place, device_of_key, limits_of, parse_place, place_of_key
 from qexp.system.devices import PLANNED_DEVICE_MAPS
 
 GIB = 2**30

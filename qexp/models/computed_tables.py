@@ -38,12 +38,8 @@ class Table(Tensor):
     @staticmethod
     def __new__(cls, meta: Tensor, recipe: tuple[Any, Sequence[Any], Mapping[str, Any], torch.dtype]) -> Table:
         """Make one. meta: its shape, strides and dtype. recipe: operation, arguments, torch's default dtype then."""
-        place: dict[str, Any] = {
-            "strides": meta.stride(),
-            "storage_offset": meta.storage_offset(),
-            "device": torch.device("cpu"),
-        }
-        own: Any = Tensor._make_wrapper_subclass(cls, meta.shape, dtype=meta.dtype, **place)
+        place: dict[str, Any] = {"strides": meta.stride(), "storage_offset": meta.storage_offset()}
+        own: Any = Tensor._make_wrapper_subclass(cls, meta.shape, dtype=meta.dtype, device=torch.device("cpu"), **place)
         own.meta, own.recipe, own.made = meta, recipe, None
         return own
 

@@ -223,16 +223,9 @@ class QuantoQuantizer(base.Quantizer):
             if has_loop:
                 check_slice(spec, rows, scale)
             rows_of.add(rows, {"data": data, "scale": scale.reshape(-1, 1)})
-        inner, scale = rows_of.inner, rows_of.inner["scale"]
-        return library().WeightQBytesTensor.create(
-            qtype,
-            axis,
-            spec.shape,
-            (spec.shape[1], 1),
-            inner["data"],
-            scale if axis == 0 else scale.squeeze(),
-            self._activation_qtype,
-        )
+        data, scale, stride = rows_of.inner["data"], rows_of.inner["scale"], (spec.shape[1], 1)
+        scale = scale if axis == 0 else scale.squeeze()
+        return library().WeightQBytesTensor.create(qtype, axis, spec.shape, stride, data, scale, self._activation_qtype)
 
     def _create_packed(self, spec: WeightSpec, weight: Tensor | Rows, device: torch.device) -> Tensor:
         import torch
@@ -291,16 +284,9 @@ class QuantoQuantizer(base.Quantizer):
         state, stride = {part: tensor.to(device) for part, tensor in parts.items()}, (spec.shape[1], 1)
         missing: list[str] = []
         if self._bits == 8:
-            axis = 0 if state["_scale"].dim() else None
+            axis, inputs = 0 if state["_scale"].dim() else None, self._activation_qtype
             weight = library().WeightQBytesTensor.load_from_state_dict(
-                state,
-                "",
-                self._qtype,
-                axis,
-                spec.shape,
-                stride,
-                activation_qtype=self._activation_qtype,
-                missing_keys=missing,
+                state, "", self._qtype, axis, spec.shape, stride, activation_qtype=inputs, missing_keys=missing
             )
         else:
             size = group_size(spec.shape[1])
