@@ -41,5 +41,4 @@ def converted(checkpoint: Checkpoint, conversion: Conversion) -> Checkpoint:
 
 def transposed(entry: TensorEntry) -> TensorEntry:
     """Return the entry of a transposed matrix of plain numbers."""
-    exchanged: Lazy = Lazy.of(entry).t()
-    return exchanged.entry(entry.name)
+    return Lazy.of(entry).t().entry(entry.name)

@@ -138,8 +138,7 @@ def open_pipeline(path: Path, place: str) -> PipelineFolder:
         raise LoadError(f"{place}: '{path}' does not exist; give the folder of a pipeline, which has {INDEX}")
     if not (path / INDEX).is_file():
         raise ConfigError(f"{place}: {_what_else(path)}; give the folder of a pipeline, which has {INDEX}")
-    index = read_object(path / INDEX)
-    folder = PipelineFolder(path, index)
+    folder = PipelineFolder(path, read_object(path / INDEX))
     if not folder.parts:
         raise LoadError(f"'{path / INDEX}' names no component; download it again")
     return folder

@@ -281,8 +281,7 @@ def _explain_answer(error: Exception, repo: str, revision: str, endpoint: str) -
     """Describe a hub's error response and its remedy."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    response: Any = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
+    status = getattr(getattr(error, "response", None), "status_code", None)
     text = " ".join(str(getattr(error, "server_message", None) or error).split())[:300]
     if isinstance(error, RevisionNotFoundError):
         return f"{endpoint} has no revision {revision!r} of it; use a branch, a tag or a commit from its page"

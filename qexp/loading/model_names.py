@@ -87,8 +87,7 @@ def _without_prefixes(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
         if len(segments) != 1 or any(name == prefix + s for s in segments for name in checkpoint.entries):
             return
         prefix += f"{segments.pop()}."
-        bare = {name: name.removeprefix(prefix) for name in checkpoint.entries}
-        yield _renamed(checkpoint, bare)
+        yield _renamed(checkpoint, {name: name.removeprefix(prefix) for name in checkpoint.entries})
 
 
 def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:

@@ -200,9 +200,7 @@ def _reason_to_skip(module: nn.Module, name: str, patterns: Sequence[str], fp32:
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other parameters"
-    if weight.numel() == 0:
-        return "it has no weights"
-    return None
+    return "it has no weights" if weight.numel() == 0 else None
 
 
 def _reason_to_decode(entry: TensorEntry) -> str | None:

@@ -60,11 +60,7 @@ def parse_component(
 
 
 def merge_components(
-    source: ModelSource,
-    base: ComponentConfig,
-    own: Mapping[str, Any],
-    *,
-    to_backend: ToBackend = backend_from_fields,
+    source: ModelSource, base: ComponentConfig, own: Mapping[str, Any], *, to_backend: ToBackend = backend_from_fields
 ) -> dict[str, ComponentConfig]:
     """Return the settings of every component, from those for the whole model and what some have of their own.
 
@@ -82,8 +78,7 @@ def merge_components(
         values, place = own.get(name, {}), f"components.{name}"
         if not isinstance(values, Mapping):
             raise ConfigError(f"{place}={values} must be a group of fields, such as {place}.compute_dtype=bf16")
-        is_quantized = name in quantized or name in with_backend
-        start = base if is_quantized else dense
+        start = base if name in quantized or name in with_backend else dense
         merged[name] = parse_component(values, f"{place}.", base=start, to_backend=to_backend)
     return merged
 

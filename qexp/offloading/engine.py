@@ -136,8 +136,7 @@ class Engine:
         if group.at_rest[index].changed():
             self.store_changes(group)
         self.order.visit(group)
-        coming = self._coming(group)
-        stay = self._hold(group, coming)
+        stay = self._hold(group, self._coming(group))
         self._running[group, index] = Visit(stay, stay.bindings()[index])
         self._running[group, index].binding.bind()
 

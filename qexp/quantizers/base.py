@@ -263,8 +263,7 @@ class Quantizer:
 
     def to_dict(self, model: nn.Module) -> dict[str, Any]:
         """Return the `quantization_config` of a saved model, which lists every unquantized layer."""
-        values: dict[str, Any] = self.config.to_dict()
-        return {**values, self.config.skip_field: unquantized_layers(self, model)}
+        return {**self.config.to_dict(), self.config.skip_field: unquantized_layers(self, model)}
 
     def update_missing_keys(self, missing: Sequence[str]) -> list[str]:
         """Remove the keys that `postprocess_model` sets, which a checkpoint may lack."""

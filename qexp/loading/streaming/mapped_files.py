@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexp.checkpoints.regular_file import FileState, open_descriptor, state_of, unreadable
+from qexp.checkpoints.regular_file import FileState, open_descriptor, open_regular, state_of
 from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import LoadError
 from qexp.loading.streaming.file_reader import as_tensor
@@ -61,13 +61,8 @@ class MappedFiles:
     def check_unchanged(self) -> None:
         """Raise LoadError if a file has changed since its header was read."""
         for file, state in self._states.items():
-            try:
-                descriptor = open_descriptor(file)
-            except OSError as error:
-                raise unreadable(file, error) from error
-            now = state_of(descriptor)
-            os.close(descriptor)
-            _check_state(file, state, now)
+            with open_regular(file) as (_, now):
+                _check_state(file, state, now)
 
 
 class _Run:

@@ -141,10 +141,7 @@ def _encode_by_loops(weight: Tensor, element: Element, groups: int) -> dict[str,
         found = kernels.encode_integers(weight, element.bits, columns // groups, shrinks)
     codes, *parameters = found
     named = zip(("scale", "offset"), parameters, strict=False)
-    return {
-        "qdata": pack(codes, element.bits),
-        **{name: value.view(rows, groups).bfloat16() for name, value in named},
-    }
+    return {"qdata": pack(codes, element.bits), **{name: value.view(rows, groups).bfloat16() for name, value in named}}
 
 
 def _best_parameters(codes: Codes, weight: Tensor, limit: float) -> Parameters:
