@@ -18,12 +18,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qexp.errors import DiskError
+from qexp.errors import DamagedFileError
 from qexp.metrics.registry import metric_order
 from qexp.report.marks import differing_environments
 from qexp.report.seeds import NOT_SETTINGS, seed_groups
 from qexp.results.labels import backend_label, offload_label
 from qexp.results.rows import GONE, Row
+from qexp.system.files import read_csv
 
 FIRST = (
     "number",
@@ -73,12 +74,9 @@ def lost_runs(path: Path, rows: list[Row]) -> list[Path]:
     Raises: DiskError if the file cannot be read. One that is no CSV has no numbers.
     """
     try:
-        text = io.StringIO(path.read_text(encoding="utf-8"), newline="")
-        done = [line for line in csv.DictReader(text) if line.get("status") == "done" and line.get("key")]
-    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, csv.Error):
+        done = [line for line in read_csv(path) or () if line.get("status") == "done" and line.get("key")]
+    except DamagedFileError:
         return []
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be read ({error.strerror}); make it readable, or delete it") from error
     gone = {row["key"]: row["status"] in (*GONE, "skipped") for row in rows}
     runs = {str(line["key"]): _folder_of(line, path) for line in done}
     return [run for key, run in runs.items() if gone.get(key, not (run / "result.json").exists())]

@@ -11,14 +11,13 @@ in every run. A metric is sum(weight * value) / sum(weight) over its finite valu
 
 from __future__ import annotations
 
-import csv
 import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qexp.errors import DamagedFileError, DiskError
-from qexp.system.files import to_csv, write_text
+from qexp.errors import DamagedFileError
+from qexp.system.files import read_csv, to_csv, write_text
 
 SAMPLES = "samples.csv"
 COLUMNS = ("seed", "sample", "metric", "value", "weight")
@@ -68,19 +67,13 @@ def read_samples(folder: Path) -> dict[str, Values]:
     Raises: DamagedFileError, DiskError.
     """
     path = folder / SAMPLES
+    rows, found = read_csv(path) or [], dict[str, Values]()
+    if rows and "metric" not in rows[0]:
+        return {}  # of version 0.2: prompts and texts
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
-            if reader.fieldnames and "metric" not in reader.fieldnames:
-                return {}  # of version 0.2: prompts and texts
-            found: dict[str, Values] = {}
-            for row in reader:
-                values = found.setdefault(row["metric"], {})
-                values[row["seed"], row["sample"]] = float(row["value"]), float(row["weight"])
-    except FileNotFoundError:
-        return {}
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        for row in rows:
+            values = found.setdefault(row["metric"], {})
+            values[row["seed"], row["sample"]] = float(row["value"]), float(row["weight"])
+    except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(path, f"a line of it is not {', '.join(COLUMNS)}") from error
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be read ({error.strerror}); make it readable, or delete it") from error
     return found

@@ -11,7 +11,6 @@ Importing this module imports no torch, so that `check_names` can run while the 
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable
 from functools import cache
@@ -273,13 +272,11 @@ def _write_history(outputs: Tensors, expected: Tensors | None, folder: Path) -> 
     The column is empty where the value is undefined (a state that is not finite).
     """
     from qexp.metrics.tensors import relative_l2
-    from qexp.system.files import to_csv, write_text
+    from qexp.system.files import read_csv, to_csv, write_text
 
     path = folder / "memory.csv"
-    try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    except FileNotFoundError:
-        raise LoadError(f"{path} is missing, so there is no history; run it again with resume=none") from None
+    if (rows := read_csv(path)) is None:
+        raise LoadError(f"{path} is missing, so there is no history; run it again with resume=none")
     if len(rows) != len(outputs["trajectory"]):
         raise LoadError(
             f"{path} has {len(rows)} rows, but the saved trajectory {len(outputs['trajectory'])} steps; "

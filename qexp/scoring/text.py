@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 from qexp.errors import LoadError
 from qexp.metrics.tensors import count_nonfinite
 from qexp.results.samples import shorten_text
-from qexp.system.files import to_csv, write_text
+from qexp.system.files import read_csv, to_csv, write_text
 from qexp.tasks.perplexity import LOGPROBS
 from qexp.tasks.text import TEXTS
 
@@ -74,8 +73,6 @@ def text_names(folder: Path, outputs: Mapping[str, Tensor]) -> dict[str, list[st
 
 def read_texts(folder: Path) -> list[dict[str, str]]:
     """Return the rows of texts.csv, {prompt, text}. Raises LoadError if it is missing."""
-    try:
-        with (folder / TEXTS).open(newline="", encoding="utf-8") as stream:
-            return list(csv.DictReader(stream))
-    except FileNotFoundError:
-        raise LoadError(f"{folder / TEXTS} is missing; run it again with resume=none") from None
+    if (rows := read_csv(folder / TEXTS)) is None:
+        raise LoadError(f"{folder / TEXTS} is missing; run it again with resume=none")
+    return rows

@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from qexp.errors import DamagedFileError, DiskError
 
 LOCK_POLL_SECONDS = 0.1
+Parsed = TypeVar("Parsed")
 
 
 @contextmanager
@@ -80,19 +81,35 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
     Raises DamagedFileError if it holds something else, DiskError.
     """
+    return _read_mapping(path, json.loads, "a JSON object")
+
+
+def read_csv(path: Path) -> list[dict[str, Any]] | None:
+    """Return the rows of a file with a header, None if there is no file. Raises DamagedFileError, DiskError."""
+    return _read_parsed(path, lambda data: list(csv.DictReader(io.StringIO(data.decode(), newline=""))))
+
+
+def _read_parsed(path: Path, parse: Callable[[bytes], Parsed]) -> Parsed | None:
+    """Return the parsed contents of a file, None if there is no file."""
     try:
-        value = json.loads(path.read_bytes())
+        return parse(path.read_bytes())
     except FileNotFoundError:
         return None
     except IsADirectoryError as error:
         raise DamagedFileError(path, "it is a folder") from error
     except OSError as error:
         raise DiskError(f"{path}: cannot be read ({error.strerror}); make it readable, or delete it") from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError(path, str(error)) from error
-    if not isinstance(value, dict):
-        raise DamagedFileError(path, "it must hold a JSON object")
-    return value
+    except (ValueError, RecursionError, csv.Error, yaml.YAMLError) as error:
+        raise DamagedFileError(path, " ".join(str(error).split())) from error
+
+
+def _read_mapping(path: Path, parse: Callable[[bytes], Any], kind: str) -> dict[str, Any] | None:
+    def mapping(data: bytes) -> dict[str, Any]:
+        if not isinstance(value := parse(data), dict):
+            raise ValueError(f"it must hold {kind}")
+        return value
+
+    return _read_parsed(path, mapping)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -184,14 +201,5 @@ def read_yaml(path: Path) -> dict[str, Any] | None:
 
     Raises: DamagedFileError if it holds something else, DiskError if it cannot be read.
     """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except FileNotFoundError:
-        return None
-    except (IsADirectoryError, ValueError, yaml.YAMLError) as error:
-        raise DamagedFileError(path, " ".join(str(error).split())) from error
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be read ({error.strerror}); make it readable, or delete it") from error
-    if not isinstance(content, dict):
-        raise DamagedFileError(path, "it must hold a configuration")
-    return content
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return _read_mapping(path, lambda data: yaml.load(data.decode(), Loader=loader), "a configuration")

@@ -19,7 +19,6 @@ replaced. wandb is kept quiet, and away from the working directory and the home 
 
 from __future__ import annotations
 
-import csv
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -34,7 +33,7 @@ from qexp.results.intervals import metric_intervals
 from qexp.results.labels import backend_label, experiment_name, run_label
 from qexp.results.run_folder import RunFolder
 from qexp.results.samples import read_samples
-from qexp.system.files import read_json, read_yaml
+from qexp.system.files import read_csv, read_json, read_yaml
 from qexp.tracking.session import clear_errors, require_login, wandb_session
 
 INIT_TIMEOUT_SECONDS = 20.0  # without an answer, wandb gives up starting an online run
@@ -179,8 +178,7 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
 
     JSON holds no infinity (the PSNR of identical images): it is None, and a column `<name> is infinite` says so.
     """
-    with path.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_csv(path) or []
     numeric = {name for name in (rows[0] if rows else ()) if all(_is_number(row[name]) for row in rows)}
     infinite = [name for name in numeric if any(math.isinf(float(row[name] or 0)) for row in rows)]
     for row in rows:

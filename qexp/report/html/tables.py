@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from qexp.errors import DamagedFileError, DiskError
+from qexp.system.files import read_csv
 
 Part = TypeVar("Part")
 
@@ -18,15 +18,7 @@ def read_table(path: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
 
     Raises: DamagedFileError if it lacks a column of `needed` or is no text, DiskError if it cannot be read.
     """
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-    except FileNotFoundError:
-        return []
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DamagedFileError(path, str(error)) from error
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be read ({error.strerror}); make it readable, or delete it") from error
+    rows = read_csv(path) or []
     if any(row.get(name) is None for row in rows for name in needed):
         raise DamagedFileError(path, f"a line of it lacks {', '.join(needed)}")
     return rows
