@@ -11,8 +11,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ from qexp.results.manifest import Manifest
 from qexp.sweep.callback import check_lists, swept_settings
 from qexp.sweep.console_lines import job_name
 from qexp.system.signals import Terminated, ending_signals_interrupt
+from qexp.system.variables import variables_set
 from qexp.tracking.session import check_login
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     refusals: list[QexpError] = []  # of a single run; raised through Hydra they would be announced twice
 
     def job(cfg: DictConfig) -> JobRow | float | tuple[float, ...] | None:
-        with environment(FULL_ERROR, wanted):
+        with variables_set({FULL_ERROR: wanted}):
             if cfg.sweep.get("dry_run"):
                 preview_one(cfg, preview)
                 return None
@@ -82,7 +83,7 @@ def run(arguments: Sequence[str]) -> int:
         sorted_arguments = flags_first(arguments)
         sys.argv[1:] = defer_to_jobs(sorted_arguments)
         typed.update(zip(sys.argv[1:], sorted_arguments, strict=True))
-        with environment(FULL_ERROR, "1"), ending_signals_interrupt():
+        with variables_set({FULL_ERROR: "1"}), ending_signals_interrupt():
             hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)()
         for refusal in refusals:
             raise refusal
@@ -249,20 +250,3 @@ def defer_to_jobs(arguments: Sequence[str]) -> list[str]:
         return f"{key}=choice({value})" if dot and group in swept else argument
 
     return [deferred(argument) for argument in arguments]
-
-
-@contextmanager
-def environment(name: str, value: str | None) -> Iterator[None]:
-    """Set a variable, or unset it with None, and put back what was there."""
-    before = os.environ.get(name)
-    _set(name, value)
-    try:
-        yield
-    finally:
-        _set(name, before)
-
-
-def _set(name: str, value: str | None) -> None:
-    os.environ.pop(name, None)
-    if value is not None:
-        os.environ[name] = value

@@ -6,9 +6,8 @@ asks for a key on the terminal, and no service process outlives the work.
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +15,7 @@ from typing import Any
 
 from qexp.config.wandb_names import OF_A_RUN
 from qexp.errors import ConfigError, MissingLibraryError, UnsupportedError
+from qexp.system.variables import variables_set
 
 
 @contextmanager
@@ -32,9 +32,7 @@ def wandb_session(folder: Path, mode: str) -> Iterator[Any]:
     changes |= {"WANDB_DATA_DIR": str(folder / "wandb" / "data"), "WANDB_CACHE_DIR": str(cache)}
     if mode == "offline":
         changes["WANDB_ERROR_REPORTING"] = "false"
-    before = {name: os.environ.get(name) for name in changes}
-    _set_variables(changes)
-    try:
+    with variables_set(changes):
         wandb = import_wandb()
         try:
             if wandb.run is None:
@@ -43,19 +41,9 @@ def wandb_session(folder: Path, mode: str) -> Iterator[Any]:
         finally:
             if wandb.run is None:
                 wandb.teardown()
-    finally:
-        _set_variables(before)
     shutil.rmtree(cache, ignore_errors=True)  # debug logs, of use only if something failed
     with suppress(OSError):
         cache.parent.rmdir()  # if nothing else is there
-
-
-def _set_variables(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 def require_login(wandb: Any) -> None:
