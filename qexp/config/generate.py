@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from qexp.config.task import TaskConfig
 from qexp.errors import ConfigError, choices, did_you_mean
@@ -61,6 +60,8 @@ class GenerateConfig(TaskConfig):
     batch_size: int | None = None
     text: str | None = None
 
+    FILES: ClassVar[tuple[str, ...]] = ("text",)
+
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
             if isinstance(getattr(self, name), list):
@@ -68,9 +69,7 @@ class GenerateConfig(TaskConfig):
         for name in ("guidance_scale", "true_cfg_scale"):
             if (value := getattr(self, name)) is not None and not math.isfinite(value):
                 raise ConfigError(f"task.{name}={value} must be a finite number; 1 is no guidance")
-        for name in COUNTS:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"task.{name}={value} must be 1 or more")
+        self.check_least(**dict.fromkeys(COUNTS, 1))
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ConfigError(f"task.temperature={self.temperature} must be above 0; task.do_sample=false is greedy")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -88,10 +87,6 @@ class GenerateConfig(TaskConfig):
     def ignored_fields(self) -> set[str]:
         """Return the fields of pipelines that have their defaults: other models do not have them."""
         return {name for name in OF_PIPELINES if not getattr(self, name) and getattr(self, name) != 0}
-
-    def input_files(self) -> dict[str, Path]:
-        """Return the fields that name a file; its content is part of a run's key."""
-        return {"text": Path(self.text).expanduser()} if self.text is not None else {}
 
 
 def for_images(task: GenerateConfig) -> GenerateConfig:

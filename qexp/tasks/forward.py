@@ -7,7 +7,6 @@ text is nobody's answer: it is zero in what is saved. Inputs: `forward_inputs.py
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,17 +52,16 @@ def run_forward(context: RunContext) -> TaskResult:
     batches = list(batches_of(inputs, task.batch_size))
     parts: dict[str, list[Tensor]] = {}
     recorder = context.recorder("calling the network", len(batches))
-    started = recorder.begin()
+    recorder.begin()
     for step, batch in enumerate(batches, start=1):
         for name, tensor in call_network(model, batch, context.device).items():
             parts.setdefault(name, []).append(tensor)
         recorder.on_step(step, None)
-    seconds = time.perf_counter() - started
+    times = recorder.times()
     outputs = _joined(parts, batches)
     if task.is_text and "attention_mask" in inputs:
         outputs = {name: without_padding(tensor, inputs["attention_mask"]) for name, tensor in outputs.items()}
-    metrics = {**recorder.step_times(), "time/total_seconds": seconds}
-    return TaskResult(outputs, recorder.rows, metrics)
+    return TaskResult(outputs, recorder.rows, times)
 
 
 def call_network(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

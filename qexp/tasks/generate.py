@@ -6,7 +6,6 @@ is outside the time of the step, but inside `time/total_seconds`.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from qexp.config.generate import GenerateConfig
@@ -29,11 +28,7 @@ def run_generate(context: RunContext) -> TaskResult:
 
     source, task = context.source, context.task
     recorder = context.recorder("generating", source.number_of_steps(context.models, task))
-    started = recorder.begin()
+    recorder.begin()
     outputs = source.generate(context.models, task, seed=context.seed, device=context.device, on_step=recorder.on_step)
-    total_seconds = time.perf_counter() - started
-    return TaskResult(
-        outputs={**outputs, "trajectory": torch.stack(recorder.states)},
-        rows=recorder.rows,
-        metrics={**recorder.step_times(), "time/total_seconds": total_seconds},
-    )
+    times = recorder.times()
+    return TaskResult({**outputs, "trajectory": torch.stack(recorder.states)}, recorder.rows, times)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from qexp.config.task import TaskConfig
 from qexp.errors import ConfigError, LoadError, choices
@@ -26,9 +26,10 @@ class ForwardConfig(TaskConfig):
     batch_size: int = 8
     component: str | None = None
 
+    FILES: ClassVar[tuple[str, ...]] = ("inputs",)
+
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"task.batch_size={self.batch_size} must be 1 or more")
+        self.check_least(batch_size=1)
 
     @property
     def path(self) -> Path:
@@ -42,10 +43,6 @@ class ForwardConfig(TaskConfig):
         """Itself. Raises ConfigError or LoadError for inputs that cannot be read, as far as headers say."""
         check_file(self)
         return self
-
-    def input_files(self) -> dict[str, Path]:
-        """Return fields that name a file, whose content is what counts."""
-        return {"inputs": self.path} if self.inputs is not None else {}
 
 
 def check_file(task: ForwardConfig) -> None:

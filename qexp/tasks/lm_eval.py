@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import math
 import random
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -59,9 +58,7 @@ class LmEvalConfig(TaskConfig):
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ConfigError("task.tasks=[] names no task; give names of lm-eval, task.tasks=[arc_easy,hellaswag]")
-        for name, least in {"num_fewshot": 0, "limit": 1, "batch_size": 1}.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ConfigError(f"task.{name}={value} must be {least} or more")
+        self.check_least(num_fewshot=0, limit=1, batch_size=1)
 
     @override
     def resolved(self) -> Self:
@@ -115,19 +112,19 @@ def run_lm_eval(context: RunContext) -> TaskResult:
     torch.manual_seed(context.seed)
     loaded = _load_tasks(task, context.seed)
     recorder, numbers = context.recorder("answering", None), itertools.count(1)
-    started = recorder.begin()
+    recorder.begin()
     counting = model.register_forward_hook(lambda *_: recorder.on_step(next(numbers), None))
     try:
         found = evaluate(_adapter(context), loaded, limit=task.limit, bootstrap_iters=BOOTSTRAPS, log_samples=True)
     finally:
         counting.remove()
-    seconds = time.perf_counter() - started
+    times = recorder.times()
     assert found is not None  # None is for further processes of a distributed run
     samples = {name: list(_of_one_filter(rows)) for name, rows in found["samples"].items()}
     outputs = {"loglikelihoods": _loglikelihoods(samples)}
     tasks = {name: _task_result(name, rows, found, outputs) for name, rows in samples.items()}
     write_json(context.folder / RESULTS, {"tasks": tasks})
-    return TaskResult(outputs, recorder.rows, {**recorder.step_times(), "time/total_seconds": seconds})
+    return TaskResult(outputs, recorder.rows, times)
 
 
 def _task_manager(task: LmEvalConfig) -> Any:

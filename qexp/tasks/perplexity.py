@@ -21,11 +21,9 @@ divergence from the unquantized model's saved logits).
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from qexp.config.task import TaskConfig
 from qexp.config.text_windows import window_and_stride
@@ -59,16 +57,12 @@ class PerplexityConfig(TaskConfig):
     batch_size: int = 4
     logprobs: int | None = 1024
 
+    FILES: ClassVar[tuple[str, ...]] = ("text",)
+
     def __post_init__(self) -> None:
-        for name, least in {"max_tokens": 2, "window": 2, "stride": 1, "batch_size": 1, "logprobs": 1}.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ConfigError(f"task.{name}={value} must be {least} or more")
+        self.check_least(max_tokens=2, window=2, stride=1, batch_size=1, logprobs=1)
         if self.window is not None:
             window_and_stride(None, self.window, self.stride, has_begin=False)  # the least that any model asks for
-
-    def input_files(self) -> dict[str, Path]:
-        """Return fields that name a file, whose content is what counts."""
-        return {"text": Path(self.text).expanduser()} if self.text is not None else {}
 
 
 Config = PerplexityConfig
@@ -90,15 +84,9 @@ def run_perplexity(context: RunContext) -> TaskResult:
     """
     tokens = read_tokens(context, context.task)
     recorder = context.recorder("reading the text", None)
-    started = recorder.begin()
+    recorder.begin()
     outputs = score_text(context, tokens, context.task, recorder)
-    seconds = time.perf_counter() - started
-    metrics = {
-        **recorder.step_times(),
-        "time/total_seconds": seconds,
-        "time/tokens_per_second": len(outputs["nll"]) / seconds,
-    }
-    return TaskResult(outputs, recorder.rows, metrics)
+    return TaskResult(outputs, recorder.rows, recorder.times(len(outputs["nll"])))
 
 
 def read_tokens(context: RunContext, task: PerplexityConfig) -> Tensor:

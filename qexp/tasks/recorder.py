@@ -47,12 +47,11 @@ class Recorder:
     step_started: float = 0.0
     started: float = 0.0
 
-    def begin(self) -> float:
+    def begin(self) -> None:
         """Wait for earlier work of the device and start the clock of step 1."""
         show_stage(self._stage(0, ""))
         self._synchronize()
         self.started = self.step_started = time.perf_counter()
-        return self.step_started
 
     def on_step(self, step: int, state: Tensor | None) -> None:
         import torch
@@ -69,9 +68,14 @@ class Recorder:
         self._show(step, step_ms)
         self.step_started = time.perf_counter()
 
-    def step_times(self) -> dict[str, float | None]:
-        """Return the `time/` metrics of the steps so far; the first one, which warms up, is one of its own."""
-        return step_times([row["step_ms"] for row in self.rows])
+    def times(self, tokens: int | None = None) -> dict[str, float | None]:
+        """Return the `time/` metrics of the steps so far, and of all since `begin`.
+
+        Of the steps, the first one, which warms up, is one of its own. tokens: how many were made or read meanwhile.
+        """
+        seconds = time.perf_counter() - self.started
+        pace = {} if tokens is None else {"time/tokens_per_second": tokens / seconds}
+        return {**step_times([row["step_ms"] for row in self.rows]), "time/total_seconds": seconds, **pace}
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":

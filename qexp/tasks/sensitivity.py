@@ -71,9 +71,7 @@ class SensitivityConfig(GenerateConfig):
             raise ConfigError(
                 f"task.score={self.score!r} is unknown{did_you_mean(self.score, SCORES)}; use {choices(SCORES)}"
             )
-        for name, least in {"samples": 1, "states": 1, "window": 2, "projections": 1}.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ConfigError(f"task.{name}={value} must be {least} or more")
+        self.check_least(samples=1, states=1, window=2, projections=1)
         object.__setattr__(self, "formats", default_formats() if self.formats is None else read_formats(self.formats))
         object.__setattr__(self, "groups", read_groups(self.groups))
         if self.base is not None:

@@ -6,7 +6,6 @@ far its probabilities moved, which shows long before answers change.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, cast
 
 from qexp.system.files import to_csv, write_text
@@ -30,20 +29,15 @@ def run_generate_text(context: RunContext) -> TaskResult:
     source, task = cast("TextSource", context.source), context.task
     prompts = source.prompts(task)
     recorder = context.recorder("generating", None)
-    started = recorder.begin()
+    recorder.begin()
     outputs = source.generate(context.models, task, seed=context.seed, device=context.device, on_step=recorder.on_step)
-    seconds = time.perf_counter() - started
+    times = recorder.times(int(outputs["lengths"].sum()))
     texts = source.decode(outputs["tokens"])
     rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
     write_text(context.folder / TEXTS, to_csv(["prompt", "text"], rows))
-    metrics = {
-        **recorder.step_times(),
-        "time/total_seconds": seconds,
-        "time/tokens_per_second": int(outputs["lengths"].sum()) / seconds,
-    }
     if task.text is not None or source.has_text:
         reading = PerplexityConfig(text=task.text)
         tokens, progress = read_tokens(context, reading), context.recorder("reading the text", None)
         progress.begin()
         outputs |= score_text(context, tokens, reading, progress)
-    return TaskResult(outputs, recorder.rows, metrics)
+    return TaskResult(outputs, recorder.rows, times)
