@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from qexp.config.dataclass_io import field_types
 from qexp.errors import DamagedFileError, DiskError, WaitedTooLongError
 from qexp.system.child_process import kill_marked
 from qexp.system.files import disk_error, file_lock, read_json, write_json, write_text
@@ -50,17 +51,7 @@ class Status:
 
 
 STATUSES = ("running", "done", "failed", "unsupported")
-STATUS_FIELDS: dict[str, Any] = {
-    "status": str,
-    "pid": int,
-    "started": str,
-    "reason": str | None,
-    "message": str,
-    "finished": str | None,
-    "seconds": int | float,
-    "ticks": int | None,
-    "sweep": str | None,
-}
+STATUS_FIELDS = {**field_types(Status), "seconds": int | float}
 _DEFAULTS = {item.name: item.default for item in fields(Status)}
 
 
@@ -74,15 +65,15 @@ class RunFolder:
     def key(self) -> str:
         return self.path.name
 
-    def read_status(self, name: str = "status.json") -> Status | None:
+    def read_status(self) -> Status | None:
         """Return the stored status; one that is `running` although its process is gone reads as failed.
 
         Raises: DamagedFileError, DiskError.
         """
-        values = read_json(self.path / name)
-        if values is None:
+        path = self.path / "status.json"
+        if (values := read_json(path)) is None:
             return None
-        status = _status_of(self.path / name, values)
+        status = _status_of(path, values)
         if status.status == "running" and not is_alive(status.pid, status.started, status.ticks):
             gone = f"process {status.pid} is gone without a result: it was killed, or the machine restarted"
             return replace(status, status="failed", reason="signal", message=gone)
@@ -95,8 +86,8 @@ class RunFolder:
         """Return whether all these files are there."""
         return all((self.path / name).is_file() for name in names)
 
-    def write_status(self, status: Status, name: str = "status.json") -> None:
-        self.write_json(name, asdict(status))
+    def write_status(self, status: Status) -> None:
+        self.write_json("status.json", asdict(status))
 
     def write_json(self, name: str, value: Any) -> None:
         write_json(self.path / name, value)
@@ -165,14 +156,10 @@ def try_lock(folder: Path | None) -> Iterator[bool]:
     with ExitStack() as stack:
         is_free = folder is None
         if folder is not None:
-            with suppress(BlockingIOError, DiskError):
-                stack.enter_context(file_lock(folder / LOCK, _refuse_to_wait))
+            with suppress(TimeoutError, DiskError):
+                stack.enter_context(file_lock(folder / LOCK, patience_seconds=0))
                 is_free = True
         yield is_free
-
-
-def _refuse_to_wait() -> None:
-    raise BlockingIOError
 
 
 def _status_of(path: Path, values: dict[str, Any]) -> Status:

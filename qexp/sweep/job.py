@@ -312,15 +312,8 @@ def _filled(row: JobRow, folder: RunFolder, status: Status | None, reused: bool)
     if status is None:
         return replace(row, status="skipped", message="not run: resume=failed runs only what has failed")
     result = folder.read_result() if status.status == "done" else None
-    return replace(
-        row,
-        reused=reused,
-        status=status.status,
-        reason=status.reason,
-        message=status.message,
-        seconds=status.seconds,
-        metrics=result["metrics"] if result else {},
-    )
+    ending = {name: getattr(status, name) for name in ("status", "reason", "message", "seconds")}
+    return replace(row, **ending, reused=reused, metrics=result["metrics"] if result else {})
 
 
 def _is_tracked(job: _Job, folder: RunFolder) -> bool:

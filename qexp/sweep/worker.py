@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from qexp.errors import DiskError, LoadError
 from qexp.experiments.stored import run_config_from_container
 from qexp.metrics.registry import find_metric
 from qexp.results.environment import describe_environment
-from qexp.results.outcome import DONE, Outcome, outcome_of
+from qexp.results.outcome import DONE, outcome_of
 from qexp.results.run_folder import BESIDE, RunFolder, Status, now_iso, start_ticks
 from qexp.sweep.preload import import_modules, modules_of
 from qexp.sweep.resume import scored_names
@@ -103,8 +103,8 @@ def do_work(work: Work) -> Status:
         if isinstance(error, KeyboardInterrupt):
             raise
     finally:
-        seconds = before.seconds if before else time.monotonic() - started
-        status = _finished(running, outcome, seconds)
+        seconds = round(before.seconds if before else time.monotonic() - started, 3)
+        status = replace(running, **asdict(outcome), finished=now_iso(), seconds=seconds, ticks=None)
         # first: a folder whose status is final has nothing left over
         folder.remove_scratch()
         folder.write_status(status)
@@ -186,12 +186,6 @@ def _finite(metrics: Mapping[str, float | None]) -> Metrics:
         if value is not None and not math.isfinite(value):
             say(f"warning: {name} is {value}; result.json holds null")
     return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
-
-
-def _finished(running: Status, outcome: Outcome, seconds: float) -> Status:
-    return Status(
-        outcome.status, running.pid, running.started, outcome.reason, outcome.message, now_iso(), round(seconds, 3)
-    )
 
 
 def _log_traceback(folder: RunFolder) -> None:
