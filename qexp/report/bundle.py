@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qexp.errors import ConfigError, DiskError
+from qexp.report.marks import versions_of_runs
 from qexp.report.results_csv import flatten_config
 from qexp.report.selection import MANIFEST, Selection, select
 from qexp.results.rows import GONE, Row
@@ -87,13 +88,8 @@ def safe_name(name: str) -> str:
 
 def constraints_of(rows: Sequence[Row]) -> str:
     """Return the versions of all runs, as pip takes them; of a package with several, each in a comment."""
-    found: dict[str, dict[str, None]] = {}
-    for row in rows:
-        for package, version in ((row["env"] or {}).get("versions") or {}).items():
-            if version is not None:
-                found.setdefault(package, {})[str(version)] = None
     lines = []
-    for package, versions in sorted(found.items()):
+    for package, versions in versions_of_runs(row["env"] or {} for row in rows).items():
         several = len(versions) > 1 or package == "qexp"  # itself: it is installed from its source
         lines += [f"{'# ' if several else ''}{package}=={version}" for version in versions]
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from qexp.report.comparison import comparison_notes
-from qexp.report.marks import OTHER, differing_environments, footnotes, members_of
+from qexp.report.marks import OTHER, differing_environments, footnotes, members_of, versions_of_runs
 from qexp.report.selection import Selection, SweepRows
 from qexp.report.table import TEXTS, status_text, table_cells
 from qexp.results.manifest import count_line
@@ -129,17 +129,13 @@ def _environments(rows: list[Row]) -> list[str]:
 
 def _environment_table(environments: list[Mapping[str, Any]]) -> str:
     first = environments[0]
-    versions: dict[str, dict[str, None]] = {}
-    for environment in environments:
-        for package, version in environment["versions"].items():
-            if version is not None:
-                versions.setdefault(package, {})[version] = None
+    versions = versions_of_runs(environments)
     lines = {
         "device": f"{first['device']} ({first['device_name']})",
         "host": f"{first['host']}: {first['cpu']}, {first['cores']} cores, {first['memory_gib']} GiB",
         "threads": first["threads"],
         "system": f"{first['platform']}, Python {first['python']}",
-        "versions": ", ".join(f"{package} {' and '.join(found)}" for package, found in sorted(versions.items())),
+        "versions": ", ".join(f"{package} {' and '.join(found)}" for package, found in versions.items()),
         "commit": _commits(environment["commit"] for environment in environments),
     }
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())

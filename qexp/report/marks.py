@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qexp.results.rows import Row
@@ -59,6 +59,16 @@ def _compared(env: Mapping[str, Any]) -> dict[str, str]:
     versions = {name: version for name, version in (env.get("versions") or {}).items() if version is not None}
     machine = {name: env[name] for name in MACHINE if env.get(name) is not None}
     return {name: _shown(name, value) for name, value in {**machine, **versions}.items()}
+
+
+def versions_of_runs(environments: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return package -> its versions in all of these runs, sorted by package."""
+    found: dict[str, dict[str, None]] = {}
+    for environment in environments:
+        for package, version in (environment.get("versions") or {}).items():
+            if version is not None:
+                found.setdefault(package, {})[str(version)] = None
+    return {package: [*versions] for package, versions in sorted(found.items())}
 
 
 def _shown(name: str, value: object) -> str:

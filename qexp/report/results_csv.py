@@ -10,8 +10,6 @@ of their first. `folder` is the run's, from where the file is; `sweep`, where se
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -24,20 +22,11 @@ from qexp.report.marks import differing_environments
 from qexp.report.seeds import NOT_SETTINGS, seed_groups
 from qexp.results.labels import backend_label, offload_label
 from qexp.results.rows import GONE, Row
-from qexp.system.files import read_csv
+from qexp.system.files import read_csv, to_csv
 
 FIRST = (
-    "number",
-    "key",
-    "group",
-    "status",
-    "reason",
-    "message",
-    "reused",
-    "seconds",
-    "environment",
-    "backend",
-    "offload",
+    *("number", "key", "group", "status", "reason", "message", "reused", "seconds"),
+    *("environment", "backend", "offload"),
 )
 
 
@@ -47,24 +36,17 @@ def results_csv(rows: list[Row], place: Path | None = None) -> str:
     settings = varying_settings(rows)
     metrics = sorted({name for row in rows for name in row["metrics"]}, key=metric_order)
     columns = [column for name in metrics for column in _metric_columns(name, rows)]
+    names = [*FIRST, *where, *settings, *columns]
     groups, differing = seed_groups(rows), differing_environments(rows)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*FIRST, *where, *settings, *columns])
+    lines = []
     for row, values in zip(rows, _flat_configs(rows), strict=True):
-        cells = _metric_cells(row)
-        first = (
-            row
-            | _label_columns(row)
-            | {"group": groups.get(row["number"], ""), "environment": differing.get(row["number"])}
-            | {"folder": os.path.relpath(row["folder"], place) if row["folder"] and place else None}
-        )
-        writer.writerow(
-            [_csv_cell(first[name]) for name in (*FIRST, *where)]
-            + [_csv_cell(values.get(name)) for name in settings]
-            + [_csv_cell(cells.get(name)) for name in columns]
-        )
-    return text.getvalue()
+        cells = {
+            **row, **_label_columns(row), **values, **_metric_cells(row),
+            "group": groups.get(row["number"], ""), "environment": differing.get(row["number"]),
+            "folder": os.path.relpath(row["folder"], place) if row["folder"] and place else None,
+        }  # fmt: skip
+        lines.append({name: _csv_cell(cells.get(name)) for name in names})
+    return to_csv(names, lines)
 
 
 def lost_runs(path: Path, rows: list[Row]) -> list[Path]:

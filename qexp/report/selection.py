@@ -25,6 +25,7 @@ from qexp.system.files import read_json
 
 MANIFEST = "manifest.json"
 OF_A_RUN = ("config.yaml", "status.json", "result.json")
+UNKNOWN: dict[str, Any] = {"notes": None, "total": None, "finished": None}  # of a manifest that does not say
 LONGEST_NAME = 80  # characters of a folder that is named after several sweeps
 
 
@@ -98,14 +99,7 @@ def select(outputs: Path | str, words: Sequence[str] = ()) -> Selection:
     alone = [path for path in found if path not in manifests]
     if runs := [row_of_run(path, number) for number, path in enumerate(alone, start=1)]:
         name = f"run {runs[0]['key']}" if len(runs) == 1 else f"{len(runs)} runs"
-        none: dict[str, Any] = {
-            "name": name,
-            "notes": None,
-            "command": [],
-            "total": None,
-            "started": None,
-            "finished": True,
-        }
+        none = UNKNOWN | {"name": name, "command": [], "started": None, "finished": True}
         sweeps.append(SweepRows(name, None, none, runs))
     rows = sweeps[0].rows if len(sweeps) == 1 and sweeps[0].folder else _unite(sweeps)
     return Selection(outputs, tuple(sweeps), rows)
@@ -173,8 +167,7 @@ def _read_manifest(folder: Path) -> Mapping[str, Any]:
     values = read_json(folder / MANIFEST) or {}
     if not isinstance(values.get("jobs"), list) or not all(name in values for name in ("started", "command")):
         raise DamagedFileError(folder / MANIFEST, "it is not that of a sweep", "give another folder")
-    unknown = {"notes": None, "total": None, "finished": None}
-    return unknown | (Manifest("", folder.name, folder).read() or {}) | {"name": folder.name}
+    return UNKNOWN | (Manifest("", folder.name, folder).read() or {}) | {"name": folder.name}
 
 
 def _is_sweep(path: Path) -> bool:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from qexp.metrics.registry import Metric, is_infinite, metrics_in
 from qexp.report.marks import BUSY, OTHER, busy_cores, differing_environments, footnotes, members_of
@@ -56,8 +56,8 @@ def number_columns(prepared: list[Row]) -> dict[str, Column]:
     return {column.header: column for column in columns}
 
 
-def format_table(rows: Iterable[Any]) -> str:
-    """Rows (of `rows_of_sweep`, or job rows with number, label, overrides, status, metrics ...) as aligned text."""
+def format_table(rows: Iterable[Row]) -> str:
+    """Return rows (of `rows_of_sweep`) as aligned text."""
     prepared = prepare(rows)
     if not prepared:
         return "no experiments"
@@ -86,13 +86,13 @@ def _heads(name: str) -> tuple[str, str]:
     return first, last
 
 
-def prepare(rows: Iterable[Any]) -> list[Row]:
+def prepare(rows: Iterable[Row]) -> list[Row]:
     """Return rows as dicts with the parts of their label and what tells them apart, the smallest weights first.
 
     Experiments that differ in their seed alone are one row (`seeds.py`). Those without a result come last, in the order
     they ran.
     """
-    plain = with_seeds_united([_as_dict(row) for row in rows])
+    plain = with_seeds_united([dict(row) for row in rows])
     for row, setting in zip(plain, settings_labels([row["overrides"] for row in plain]), strict=True):
         parts = str(row["label"]).split(SEPARATOR)
         is_label = len(parts) == len(PARTS)  # else overrides, of an experiment that does not resolve
@@ -104,14 +104,6 @@ def prepare(rows: Iterable[Any]) -> list[Row]:
             plain = [row | {name: ""} for row in plain]  # the same everywhere: not worth a column
     infinity = float("inf")
     return sorted(plain, key=lambda row: (row["metrics"].get("memory/weights_gib") or infinity, row["number"]))
-
-
-def _as_dict(row: Any) -> Row:
-    if isinstance(row, Mapping):
-        return dict(row)
-    if is_dataclass(row):
-        return {item.name: getattr(row, item.name) for item in fields(row)}
-    raise TypeError(f"a row is a mapping or a dataclass, not {type(row).__name__}")
 
 
 def table_cells(prepared: list[Row]) -> list[dict[str, str]]:
@@ -137,7 +129,7 @@ def _texts(row: Row, differing: Mapping[int, str]) -> dict[str, str]:
     mark = f" {OTHER}" if any(member["number"] in differing for member in members_of(row)) else ""
     texts = {
         "#": numbers_text(row),
-        "sweep": ", ".join(dict.fromkeys(filter(None, (member.get("sweep") for member in members_of(row))))),
+        "sweep": sweeps_text(row),
         "status": status_text(row) + mark,
         "seeds": str(row.get("seeds", "")),
     }
@@ -153,6 +145,11 @@ def numbers_text(row: Row) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def sweeps_text(row: Row) -> str:
+    """Return the sweeps of the runs in a row, where a report has several."""
+    return ", ".join(dict.fromkeys(run["sweep"] for run in members_of(row) if run.get("sweep")))
 
 
 def _is_absent_device(column: Column | None, prepared: list[Row]) -> bool:
@@ -182,22 +179,33 @@ def format_value(row: Row, column: Column) -> str:
         text = ", ".join(format_number(end * column.factor, metric.digits) for end in ends)
         return f"[{text}]" if text else ""
     value = metrics.get(metric.name)
-    if metric.hidden_by in metrics:
-        return ""
-    if value is None:
-        if metric.name in metrics and metric.group == "quality" and metrics.get("quality/finite", 1) != 1:
-            return "not finite"
-        return "exact" if is_infinite(metrics, metric) else ""
+    if value is None or metric.hidden_by in metrics:
+        return absent_text(row, metric)
     text = format_number(value * column.factor, metric.digits)
     if (spread := row.get("spread", {}).get(metric.name)) is not None:
         text += f" ±{format_number(spread * column.factor, metric.digits)}"
     elif metric.name == STEP_MS:
         text += _range_of_steps(metrics, metric.digits)
-    if (have := row.get("counts", {}).get(metric.name)) is not None and have < row["seeds"]:
-        text += f" (of {have})"
+    text = f"{text} {missing_seeds_text(row, metric.name)}".rstrip()
     count = metrics.get(metric.count_name) if metric.set_of and metric.count_name else None
     text = text if count is None else f"{text} n={count:g}"
     return f"{text} {BUSY}" if metric.group == "time" and busy_cores(row) is not None else text
+
+
+def absent_text(row: Row, metric: Metric) -> str:
+    """Return 'exact' or 'not finite' for a value that is null because of that, else ''."""
+    metrics = row["metrics"]
+    if metrics.get(metric.name) is not None or metric.name not in metrics or metric.hidden_by in metrics:
+        return ""
+    if metric.group == "quality" and metrics.get("quality/finite", 1) != 1:
+        return "not finite"
+    return "exact" if is_infinite(metrics, metric) else ""
+
+
+def missing_seeds_text(row: Row, name: str) -> str:
+    """Return '(of 2)' where only two of the row's seeds have the metric, else ''."""
+    have = row.get("counts", {}).get(name)
+    return f"(of {have})" if have is not None and have < row["seeds"] else ""
 
 
 def _range_of_steps(metrics: Mapping[str, float | None], digits: str) -> str:

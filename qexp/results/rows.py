@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qexp.errors import ConfigError, DamagedFileError, DiskError, choices, did_you_mean
+from qexp.errors import DamagedFileError, DiskError
 from qexp.results.labels import run_label
 from qexp.results.manifest import Manifest
 from qexp.results.run_folder import RunFolder
@@ -35,21 +35,6 @@ def _read_start(outputs: Path | str, name: str) -> str:
         return ""
 
 
-def find_sweep(outputs: Path | str, name: str | None) -> str:
-    """`name` if there is such a sweep, the latest for None. Raises ConfigError that lists those there."""
-    place = Path(outputs, "sweeps")
-    if name is not None and Path(name).parent == place:
-        name = Path(name).name  # its folder, as the shell completes it
-    if name is not None and (place / name / "manifest.json").exists():
-        return name
-    names = sweep_names(outputs)
-    if not names:
-        raise ConfigError(f"{place} holds no sweep; run one with python -m qexp -m, or give the right --outputs")
-    if name is not None:
-        raise ConfigError(f"sweep {name!r} is not in {place}{did_you_mean(name, names)}; use {choices(names)}")
-    return names[-1]
-
-
 def read_manifest(outputs: Path | str, name: str) -> dict[str, Any]:
     return Manifest(outputs, name).read() or {"jobs": []}
 
@@ -61,7 +46,7 @@ def rows_of_sweep(outputs: Path | str, name: str) -> list[Row]:
     label, metrics, config (the stored container), env and folder; the last three are None without a run folder.
     Raises: ConfigError for an unknown sweep, DiskError for a manifest that is damaged.
     """
-    return rows_of_jobs(read_manifest(outputs, find_sweep(outputs, name)), [Path(outputs, "runs")])
+    return rows_of_jobs(read_manifest(outputs, name), [Path(outputs, "runs")])
 
 
 def rows_of_jobs(manifest: Mapping[str, Any], places: Sequence[Path]) -> list[Row]:

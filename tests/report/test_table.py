@@ -1,15 +1,13 @@
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from qexp.errors import ConfigError, DiskError
 from qexp.report.__main__ import main
+from qexp.report.selection import select
 from qexp.report.table import format_table, rows_of_sweep
 from qexp.results.labels import run_label
-from qexp.results.rows import find_sweep
 from tests.report.factory import GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_six
 
 pytestmark = pytest.mark.usefixtures("drawn_once")
@@ -86,7 +84,7 @@ def test_a_file_of_another_shape_costs_its_own_row(file: str, content: str, tmp_
 def test_a_damaged_manifest_of_another_sweep_does_not_matter(tmp_path: Path) -> None:
     sweep_of_six(tmp_path)
     (manifest(tmp_path, "older", []) / "manifest.json").write_text("{")
-    assert find_sweep(tmp_path, None) == "first"
+    assert select(tmp_path).title == "first"
     with pytest.raises(DiskError, match="older"):
         rows_of_sweep(tmp_path, "older")
 
@@ -192,26 +190,6 @@ def test_table_fits_120_columns_and_keeps_numbers_whole(tmp_path: Path) -> None:
     assert re.search(r"device.*\n.* GiB", text) and len(re.findall(r" 1\.5 ", text)) == 2  # on the device
 
 
-def test_job_rows_without_a_run_folder_make_the_same_table(tmp_path: Path) -> None:
-    @dataclass(frozen=True)
-    class JobRow:
-        number: int
-        key: str | None
-        overrides: list[str]
-        label: str
-        status: str
-        reason: str | None
-        message: str
-        reused: bool
-        seconds: float
-        metrics: dict[str, Any] = field(default_factory=dict)
-
-    sweep_of_six(tmp_path)
-    rows = rows_of_sweep(tmp_path, "first")
-    names = ("number", "key", "overrides", "label", "status", "reason", "message", "reused", "seconds", "metrics")
-    assert format_table([JobRow(*(row[name] for name in names)) for row in rows]) == format_table(rows)
-
-
 def test_a_run_whose_process_died_is_shown_as_failed(tmp_path: Path) -> None:
     sweep_of_six(tmp_path)
     status = tmp_path / "runs/key2/status.json"
@@ -224,10 +202,10 @@ def test_a_run_whose_process_died_is_shown_as_failed(tmp_path: Path) -> None:
 def test_sweeps_are_found_by_name_or_the_latest(tmp_path: Path) -> None:
     manifest(tmp_path, "zebra", [], started="2026-01-01T00:00:00")
     manifest(tmp_path, "alpha", [], started="2026-01-03T00:00:00")
-    assert find_sweep(tmp_path, None) == "alpha"
-    assert find_sweep(tmp_path, "zebra") == "zebra"
+    assert select(tmp_path).title == "alpha"
+    assert select(tmp_path, ["zebra"]).title == "zebra"
     with pytest.raises(ConfigError, match=r"'zebar' is not in .*sweeps \(did you mean zebra\?\); use alpha or zebra"):
-        find_sweep(tmp_path, "zebar")
+        select(tmp_path, ["zebar"])
     with pytest.raises(ConfigError, match="holds no sweep"):
-        find_sweep(tmp_path / "empty", None)
+        select(tmp_path / "empty")
     assert format_table(rows_of_sweep(tmp_path, "alpha")) == "no experiments"

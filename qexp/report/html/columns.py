@@ -30,7 +30,7 @@ from qexp.metrics.registry import Metric, find_metric, is_infinite, member_of, m
 from qexp.report.html.appearance import UNQUANTIZED
 from qexp.report.marks import busy_cores, members_of
 from qexp.report.results_csv import flatten_config, varying_settings
-from qexp.report.table import STEP_MS, TEXTS, numbers_text, status_text
+from qexp.report.table import STEP_MS, TEXTS, absent_text, missing_seeds_text, numbers_text, status_text, sweeps_text
 from qexp.results.labels import backend_family
 from qexp.results.numbers import shown_unit
 from qexp.results.rows import Row
@@ -44,37 +44,22 @@ def table_columns(rows: list[Row], prepared: list[Row]) -> list[Column]:
     columns = [*_text_columns(prepared), *_setting_columns(rows, prepared)]
     names = sorted({name for row in prepared for name in row["metrics"]}, key=metric_order)
     columns += [_metric_column(name, prepared) for name in names]
-    return [column for column in columns if _has_values(column)]
-
-
-def _has_values(column: Column) -> bool:
-    return any(value not in (None, "") for value in column["values"]) or bool(column.get("words"))
+    return [one for one in columns if one.get("words") or any(value not in (None, "") for value in one["values"])]
 
 
 def _text_columns(prepared: list[Row]) -> list[Column]:
     texts = {
         "#": [numbers_text(row) for row in prepared],
         "status": [status_text(row) for row in prepared],
-        "sweep": [_sweeps_of(row) for row in prepared],
+        "sweep": [sweeps_text(row) for row in prepared],
     }
     columns = {name: texts.get(name) or [str(row.get(name, "")) for row in prepared] for name in TEXTS}
     plain = {"#": set(columns["#"]), "status": {"done"}, "offload": {"none", ""}}  # that tell nothing
     return [
-        {
-            "id": name,
-            "label": name,
-            "kind": "text",
-            "group": "experiment",
-            "shown": not {*values} <= plain.get(name, set()),
-        }
-        | {"values": values}
+        {"id": name, "label": name, "kind": "text", "group": "experiment", "values": values}
+        | {"shown": not {*values} <= plain.get(name, set())}
         for name, values in columns.items()
     ]
-
-
-def _sweeps_of(row: Row) -> str:
-    """The sweeps of its runs, where a report has several."""
-    return ", ".join(dict.fromkeys(run["sweep"] for run in members_of(row) if run.get("sweep")))
 
 
 def _setting_columns(rows: list[Row], prepared: list[Row]) -> list[Column]:
@@ -102,11 +87,11 @@ def _metric_column(name: str, prepared: list[Row]) -> Column:
         "meaning": metric.meaning, "axis": metric.axis.format(unit=unit), "is_time": metric.group == "time",
         "values": values,
         "n": _united_n([_n_of(row, name, metric) for row in prepared]),
-        "words": _sparse(prepared, lambda row: _word_of(row, name, metric)),
+        "words": _sparse(prepared, lambda row: absent_text(row, metric)),
         "spread": _sparse(prepared, lambda row: _scaled(row.get("spread", {}).get(name), factor)),
         "interval": _sparse(prepared, lambda row: _ends(row.get("intervals", {}).get(name), factor)),
         "versus": _sparse(prepared, lambda row: row.get("versus", {}).get(name)),
-        "missing": _sparse(prepared, lambda row: _missing_text(row, name)),
+        "missing": _sparse(prepared, lambda row: missing_seeds_text(row, name)),
         "best": _best_rows(prepared, metric, values),
     }  # fmt: skip
 
@@ -144,20 +129,6 @@ def _is_shown(metric: Metric, values: Sequence[float | None]) -> bool:
     """Metrics with a header, but for the less important ones and the memory of a device that is not there."""
     is_absent = metric.name == "memory/run_peak_device_gib" and not any(values)
     return bool(metric.header) and not metric.is_minor and not is_absent
-
-
-def _word_of(row: Row, name: str, metric: Metric) -> str:
-    metrics = row["metrics"]
-    if metrics.get(name) is not None or name not in metrics or metric.hidden_by in metrics:
-        return ""
-    if metric.group == "quality" and metrics.get("quality/finite", 1) != 1:
-        return "not finite"
-    return "exact" if is_infinite(metrics, metric) else ""
-
-
-def _missing_text(row: Row, name: str) -> str:
-    have = row.get("counts", {}).get(name)
-    return f"(of {have})" if have is not None and have < row["seeds"] else ""
 
 
 def _n_of(row: Row, name: str, metric: Metric) -> str:
