@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benching import machine, medians, run_watched, serve, wait_for_start, write_result
+from benching import alternating, machine, medians, run_watched, serve, wait_for_start, write_result
 from torch import Tensor, nn
 
 RESULT = Path(__file__).parents[1] / "docs" / "bench" / "gguf.json"
@@ -102,10 +102,9 @@ def main() -> None:
     for name in arguments.types:
         for tokens in arguments.tokens:
             runs: dict[str, list[dict[str, Any]]] = {program: [] for program in PROGRAMS}
-            for repeat in range(arguments.repeats):
-                for program in PROGRAMS if repeat % 2 == 0 else reversed(PROGRAMS):
-                    command = [sys.executable, __file__, "--child", program, name, str(tokens)]
-                    runs[program].append(run_watched(command))
+            for program in alternating(PROGRAMS, arguments.repeats):
+                command = [sys.executable, __file__, "--child", program, name, str(tokens)]
+                runs[program].append(run_watched(command))
             row: dict[str, Any] = {"type": name, "tokens": tokens}
             rows.append(row | {program: medians(runs[program]) for program in PROGRAMS})
             print(describe(rows[-1]), flush=True)

@@ -40,6 +40,7 @@ from typing import Any
 from bench_load_programs import FORMATS, STORED
 from benching import (
     MIB,
+    alternating,
     copy_bytes_per_second,
     drop_from_cache,
     fresh_bytes_per_second,
@@ -161,13 +162,12 @@ def measure_format(arguments: argparse.Namespace, root: Path, case: str, shards:
     memory = dict[str, dict[str, Any]]()
     for program in programs:  # before the times: compiled loops are in their cache afterwards
         memory[program] = run_watched(load_command(program, name, large, small, warm=True, **options))
-    for repeat in range(arguments.repeats):
-        for program in programs if repeat % 2 == 0 else reversed(programs):
-            _reading(files, cold, read=not cold)
-            load = os.getloadavg()[0]
-            run = run_watched(load_command(program, name, large, small, **options))
-            runs[program].append({**run, "load_average_before": load})
-            print(f"  {case}: {name}: {program}: {run['wall_seconds']:.2f} s", file=sys.stderr, flush=True)
+    for program in alternating(programs, arguments.repeats):
+        _reading(files, cold, read=not cold)
+        load = os.getloadavg()[0]
+        run = run_watched(load_command(program, name, large, small, **options))
+        runs[program].append({**run, "load_average_before": load})
+        print(f"  {case}: {name}: {program}: {run['wall_seconds']:.2f} s", file=sys.stderr, flush=True)
     limits = {"read_seconds": _reading(files, cold), "read_bytes": sum(f.stat().st_size for f in files)}
     if name != "dense" and name not in STORED:
         kernels = run_watched(load_command("kernels", name, large, small, **options))

@@ -82,27 +82,20 @@ def backend_config(name: str) -> Any:
     return backend_of(FORMATS.get(name, name))
 
 
-def call_qexp(folder: Path, name: str, workers: int | None = None, slice_weights: int | None = None) -> nn.Module:
-    """Load as a user does. slice_weights: see `load_with_qexp`."""
+def call_qexp(folder: Path, name: str, workers: int | None = None) -> nn.Module:
+    """Load as a user does."""
     import qexp
 
-    if slice_weights is not None:
-        from qexp.quantizers.rows import SLICE_WEIGHTS
-
-        SLICE_WEIGHTS["cpu"] = slice_weights
     option = FORMATS.get(name, name)
     return qexp.load(folder, None if option == "none" else option, device="cpu", compute_dtype=BF16, workers=workers)
 
 
-def load_with_qexp(folder: Path, name: str, workers: int | None = None, slice_weights: int | None = None) -> Any:
-    """Return a `LoadedComponent`. slice_weights: weights that a kernel is given at a time."""
+def load_with_qexp(folder: Path, name: str, workers: int | None = None) -> Any:
+    """Return a `LoadedComponent`."""
     from qexp.config.schema import ComponentConfig, LoaderConfig
     from qexp.loading.lifecycle import load_component
     from qexp.models.folder import FolderSource
-    from qexp.quantizers.rows import SLICE_WEIGHTS
 
-    if slice_weights is not None:
-        SLICE_WEIGHTS["cpu"] = slice_weights
     settings = ComponentConfig(backend_config(name), compute_dtype="bfloat16")
     source = FolderSource(folder, None)
     loader = LoaderConfig(workers=workers)
@@ -139,16 +132,14 @@ def patch_open(library: Any) -> None:
     if library.__name__ == "diffusers":
         import diffusers.quantizers.bitsandbytes.bnb_quantizer as gated
 
-        for quantizer in (gated.BnB4BitDiffusersQuantizer, gated.BnB8BitDiffusersQuantizer):
-            quantizer.validate_environment = lambda self, *arguments, **fields: None
-            quantizer.update_device_map = lambda self, device_map: device_map or {"": "cpu"}
+        quantizers = [gated.BnB4BitDiffusersQuantizer, gated.BnB8BitDiffusersQuantizer]
     else:
-        from transformers.quantizers import auto
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-        for method in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
-            quantizer = auto.AUTO_QUANTIZER_MAPPING[method]
-            quantizer.validate_environment = lambda self, *arguments, **fields: None
-            quantizer.update_device_map = lambda self, device_map: device_map or {"": "cpu"}
+        quantizers = [AUTO_QUANTIZER_MAPPING[method] for method in ("bitsandbytes_4bit", "bitsandbytes_8bit")]
+    for quantizer in quantizers:
+        quantizer.validate_environment = lambda self, *arguments, **fields: None
+        quantizer.update_device_map = lambda self, device_map: device_map or {"": "cpu"}
 
 
 def convert_in_memory(folder: Path, name: str) -> nn.Module:
@@ -215,15 +206,14 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("small", type=Path)
     parser.add_argument("--workers", type=int)
-    parser.add_argument("--slice-weights", type=int)
+    parser.add_argument("--slice-weights", type=int, help="weights that a kernel of qexp is given at a time")
     parser.add_argument("--warm", action="store_true", help="load the small checkpoint first")
     arguments = parser.parse_args()
     name, warm = arguments.format, arguments.warm or arguments.program == "kernels"
-    own: dict[str, Any] = {"workers": arguments.workers, "slice_weights": arguments.slice_weights}
     work: Callable[[Path], Any]
     if arguments.program == "qexp":
         load: Callable[..., Any] = load_with_qexp if warm else call_qexp
-        work = partial(load, name=name, **own)
+        work = partial(load, name=name, workers=arguments.workers)
     elif arguments.program == "kernels":
         torch.set_num_threads(1)
         quantize_alone(arguments.small, name)()
@@ -237,6 +227,10 @@ def main() -> None:
     import_libraries(arguments.checkpoint, name)
     import qexp  # noqa: F401
 
+    if arguments.program == "qexp" and arguments.slice_weights is not None:
+        from qexp.quantizers.rows import SLICE_WEIGHTS
+
+        SLICE_WEIGHTS["cpu"] = arguments.slice_weights
     imported = seconds_since_start()
     kept: Any = work(arguments.small) if warm else None
     wait_for_start()

@@ -31,6 +31,7 @@ from bench_load import flux_config
 from bench_offload_programs import CACHES, PROGRAMS
 from benching import (
     MIB,
+    alternating,
     direct_read_seconds,
     drop_from_cache,
     machine,
@@ -55,11 +56,10 @@ def measure(arguments: argparse.Namespace, root: Path) -> Iterator[dict[str, Any
     for name in arguments.formats:
         runs: dict[str, list[dict[str, Any]]] = {program: [] for program in arguments.programs}
         disk: list[dict[str, Any]] = []
-        for repeat in range(arguments.repeats):
-            for program in arguments.programs if repeat % 2 == 0 else reversed(arguments.programs):
-                if not any("refused" in run for run in runs[program]):
-                    disk.append(bandwidths(root / "large"))
-                    runs[program].append(_run(program, name, root, arguments))
+        for program in alternating(arguments.programs, arguments.repeats):
+            if not any("refused" in run for run in runs[program]):
+                disk.append(bandwidths(root / "large"))
+                runs[program].append(_run(program, name, root, arguments))
         row = {"format": name, "disk": medians(disk), **{program: medians(found) for program, found in runs.items()}}
         row["limits"] = limits(row, arguments.tokens)
         print(describe(row, arguments.tokens), flush=True)

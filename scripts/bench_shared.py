@@ -34,7 +34,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benching import machine, write_result
+from benching import alternating, machine, write_result
 
 from qexp.system.openmp import DECIDED_BY
 
@@ -91,12 +91,11 @@ def measure(
     runs: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
     with tempfile.TemporaryDirectory(dir=folder) as root:
         run_steps(Path(root), "none", {}, settings)  # computes the reference
-        for repeat in range(repeats):
-            for case in cases if repeat % 2 == 0 else reversed(cases):
-                backend, kind, beside = case
-                with busy_program(beside):
-                    runs[case].append(run_steps(Path(root), backend, THREADS[kind], settings))
-                print(f"{', '.join(case)}: {runs[case][-1]['time/step_ms']:.1f} ms", file=sys.stderr, flush=True)
+        for case in alternating(cases, repeats):
+            backend, kind, beside = case
+            with busy_program(beside):
+                runs[case].append(run_steps(Path(root), backend, THREADS[kind], settings))
+            print(f"{', '.join(case)}: {runs[case][-1]['time/step_ms']:.1f} ms", file=sys.stderr, flush=True)
     quiet = {(backend, kind): step_ms(runs[backend, kind, QUIET]) for backend, kind, _ in cases}
     return [{**row_of(case, runs[case]), "times_quiet": step_ms(runs[case]) / quiet[case[:2]]} for case in cases]
 

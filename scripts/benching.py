@@ -18,11 +18,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Item = TypeVar("Item")
 MIB = 1 << 20
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # of this process and its children: users' modules are compiled once
@@ -144,6 +144,12 @@ def wait_for_start() -> None:
     sys.stdin.readline()
 
 
+def alternating(programs: Sequence[Item], repeats: int) -> Iterator[Item]:
+    """Yield every program `repeats` times, in alternating order: a machine that slows down slows all of them."""
+    for repeat in range(repeats):
+        yield from programs if repeat % 2 == 0 else reversed(programs)
+
+
 def medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the median of each number over runs of the same program; what is no number is taken from the first."""
     first = runs[0]
@@ -217,13 +223,15 @@ def _seconds(work: Any) -> float:
 
 def machine() -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
+    from qexp.results import environment
+
     return {
-        "cpu": cpu_name(),
+        "cpu": environment.cpu_name(),
         "instruction_sets": instruction_sets(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30), 1),
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "versions": {name: found for name, found in environment.versions_of(PACKAGES).items() if found is not None},
         "load_average_before": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -234,18 +242,6 @@ def instruction_sets() -> list[str]:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
     return sorted(flag for flag in flags if flag.startswith(("avx", "amx", "fma", "f16c", "sse4")))
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

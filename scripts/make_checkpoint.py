@@ -25,6 +25,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -166,25 +167,19 @@ def write_architecture(
             _write_json(unfinished / "model_index.json", model.model_index)
 
 
-class complete_or_not_at_all:
-    """A folder to write to that takes the name of `folder` at the end of the block, if nothing was raised in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.unfinished = folder.with_name(f".{folder.name}.unfinished")
-        if folder.exists():
-            raise ConfigError(f"'{folder}' exists; remove it, or choose another folder")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.unfinished, ignore_errors=True)  # of a run that was killed
-        self.unfinished.mkdir(parents=True)
-        return self.unfinished
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.unfinished.rename(self.folder)
-        else:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
+@contextmanager
+def complete_or_not_at_all(folder: Path) -> Iterator[Path]:
+    """Provide a folder that takes the name of `folder` at the end of the block, if nothing was raised in it."""
+    if folder.exists():
+        raise ConfigError(f"'{folder}' exists; remove it, or choose another folder")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_disk(folder: Path, nbytes: int) -> None:

@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,8 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qexp.results.environment import cpu_name
 
 ASSETS = Path(__file__).parents[1] / "qexp" / "assets" / "arithmetic"
 SPECIAL, CHARACTERS = ["<pad>", "<s>"], "\n 0123456789+-="
@@ -183,13 +184,6 @@ def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, lin
     return right / len(lines)
 
 
-def processor_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2500)
@@ -220,7 +214,7 @@ def main() -> None:
         **numbers,
         "steps": arguments.steps,
         "problems_seen": arguments.steps * arguments.batch_size * LINES,
-        "processor": processor_name(),
+        "processor": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -40,6 +40,8 @@ from typing import Any
 
 from mutation_copies import Copy, Run, Stopped, Tests, default_markers, files_of, has_compiled_neighbours
 
+from qexp.system.files import write_json
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from tests.mutations.faults import Fault, read_faults  # noqa: E402
@@ -156,10 +158,7 @@ class Results:
             self.by_name[name] = result
             if self._path is not None:
                 faults = {name: asdict(found) for name, found in sorted(self.by_name.items())}
-                text = json.dumps({"suite": self._suite, "faults": faults}, indent=2, ensure_ascii=False)
-                beside = self._path.with_name(f".{self._path.name}.tmp")
-                beside.write_text(text + "\n", encoding="utf-8")
-                os.replace(beside, self._path)
+                write_json(self._path, {"suite": self._suite, "faults": faults})
 
 
 def table(faults: Sequence[Fault], results: dict[str, Result]) -> str:

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from gpu_checks.checks import BAD, FAILED, PASSED, Row
 from gpu_checks.worker import GROUPS, LOST
+from qexp.results.environment import git_commit, versions_of
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "torchao", "optimum-quanto", "gguf")
@@ -78,25 +79,26 @@ class Collector:
             self._add(Row("worker", "all checks", FAILED, f"{MOST_PROCESSES} processes died on the way"))
         if not self.rows:
             self._add(Row("worker", "all checks", FAILED, "nothing was checked"))
-        counts: dict[str, int] = {}
-        for row in self.rows:
-            counts[row["status"]] = counts.get(row["status"], 0) + 1
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         return {
             "schema": 1,
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "passed": not any(row["status"] in BAD for row in self.rows),
-            "counts": counts,
+            "counts": Counter(row["status"] for row in self.rows),
             "seconds": round(time.monotonic() - self.started, 1),
             "small": self.arguments.small,
             "groups": self.arguments.groups,
             "backends": self.arguments.backends or "all",
             "device": self.facts,
-            "host": {"cores": len(os.sched_getaffinity(0)), "memory_gib": memory_gib(), "machine": platform.machine()},
-            "versions": {"python": platform.python_version(), **versions()},
+            "host": {
+                "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1), "machine": platform.machine(),
+            },
+            "versions": {"python": platform.python_version()}
+            | {name: found or "missing" for name, found in versions_of(PACKAGES).items()},
             "git": git_state(),
             "speed": self.speed,
             "rows": self.rows,
-        }
+        }  # fmt: skip
 
     def _run_worker(self) -> bool:
         """Return one process, from the first check without a row on; True if it came to the end."""
@@ -154,34 +156,10 @@ class Collector:
             print(f"{spent:6.1f} s  {len(self.rows)} checks, now {row.name}", file=sys.stderr, flush=True)
 
 
-def memory_gib() -> float:
-    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "missing"
-    return found
-
-
 def git_state() -> dict[str, Any]:
     """Return the commit that was checked, and whether files differed from it; nulls outside a repository."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False
-            )
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+    commit = git_commit(ROOT)
+    return {"commit": commit and commit.removesuffix("+"), "dirty": commit and commit.endswith("+")}
 
 
 def slug(device: dict[str, Any]) -> str:

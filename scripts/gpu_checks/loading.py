@@ -47,7 +47,7 @@ def same_bytes(some: list[Tensor], others: list[Tensor]) -> bool:
     return len(some) == len(others) and all(map(is_same, some, others))
 
 
-def dense_weights(model: Any, option: str) -> dict[str, Tensor]:
+def dense_weights(model: Any) -> dict[str, Tensor]:
     """Return the weights that the quantized model stands for, in fp32 on the host.
 
     The model is dequantized in place.
@@ -92,7 +92,7 @@ def against_cpu(option: str, folder: Path, accelerator: Accelerator, dtype: torc
     method = getattr(getattr(here, "hf_quantizer", None), "quantization_method", "none")
     errors = []
     for model in (here, there):
-        dense = dense_weights(model, option)
+        dense = dense_weights(model)
         names = [name for name in dense if name.startswith("blocks.")]
         found = [compare(original[name], dense[name]).sqnr_db for name in names]
         errors.append(min((error for error in found if error is not None), default=None))

@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class Subject:
         rest_bytes = self.accelerator.allocated_bytes() - self.empty_bytes
         found = run(self.model, self.inputs, self.accelerator)
         numbers = self._numbers(handle, found, rest_bytes)
-        broken = self._broken(config, found, numbers)
+        broken = self._broken(config, numbers)
         handle.remove()
         del handle
         if any(store.glob("*")):
@@ -146,35 +147,31 @@ class Subject:
             "host_waits": found.waits - resident.waits,
         }
 
-    def _broken(self, config: OffloadConfig, found: Run, numbers: Numbers) -> list[str]:
+    def _broken(self, config: OffloadConfig, numbers: Numbers) -> list[str]:
         """Return the rules that do not hold, with the numbers that say so."""
-        moves = (
-            numbers["payload_bytes"] if config.strategy not in ("none", "model") else 0
-        )  # a component stays, once here
-        copies = numbers["groups"] if moves else 0
-        ring = numbers["ring_bytes"]
-        rest = numbers["outside_groups_bytes"] + (0 if config.strategy == "model" else ring) + SLACK_BYTES
-        most = numbers["outside_groups_bytes"] + ring + self.activation_bytes + SLACK_BYTES
+        n = SimpleNamespace(**numbers)
+        moves = n.payload_bytes if config.strategy not in ("none", "model") else 0  # a component stays, once here
+        copies = n.groups if moves else 0
+        rest = n.outside_groups_bytes + (0 if config.strategy == "model" else n.ring_bytes) + SLACK_BYTES
+        most = n.outside_groups_bytes + n.ring_bytes + self.activation_bytes + SLACK_BYTES
+        own = n.own_at_rest_device_bytes if config.strategy != "none" else 0
         waits_allowed = config.to == "disk" or config.low_cpu_mem or not config.non_blocking
-        on_device = self.accelerator.module is not None
-        own = numbers["own_at_rest_device_bytes"] if config.strategy != "none" and on_device else 0
-        rules = {
-            f"{FORWARDS - numbers['equal_forwards']} of {FORWARDS} outputs are not the resident model's": numbers[
-                "equal_forwards"
+        missed = FORWARDS - n.equal_forwards
+        rules = [
+            (missed == 0, f"{missed} of {FORWARDS} outputs are not the resident model's"),
+            (n.d2h_bytes <= 0, f"{n.d2h_bytes} bytes came back"),
+            (n.host_waits <= 0 or waits_allowed, f"the host waited {n.host_waits} times more"),
+        ]
+        if self.accelerator.module is not None:
+            at_rest, peak = n.at_rest_device_bytes, n.peak_device_bytes
+            rules += [
+                (at_rest <= rest, f"at rest {at_rest} bytes are on the device, {rest} are allowed"),
+                (own == 0, f"by its own account {own} bytes are at rest on the device"),
+                (peak <= most, f"at the peak {peak} bytes are on the device, {most} are allowed"),
+                (n.h2d_bytes == moves, f"{n.h2d_bytes} bytes went to the device, the payload has {moves}"),
+                (n.h2d_copies <= copies, f"{n.h2d_copies} copies for {copies} groups"),
             ]
-            == FORWARDS,
-            f"at rest {numbers['at_rest_device_bytes']} bytes are on the device, {rest} are allowed": not on_device
-            or numbers["at_rest_device_bytes"] <= rest,
-            f"by its own account {own} bytes are at rest on the device": own == 0,
-            f"at the peak {numbers['peak_device_bytes']} bytes are on the device, {most} are allowed": not on_device
-            or numbers["peak_device_bytes"] <= most,
-            f"{numbers['h2d_bytes']} bytes went to the device, the payload has {moves}": not on_device
-            or numbers["h2d_bytes"] == moves,
-            f"{numbers['h2d_copies']} copies for {copies} groups": not on_device or numbers["h2d_copies"] <= copies,
-            f"{numbers['d2h_bytes']} bytes came back": numbers["d2h_bytes"] <= 0,
-            f"the host waited {numbers['host_waits']} times more": numbers["host_waits"] <= 0 or waits_allowed,
-        }
-        return [text for text, holds in rules.items() if not holds]
+        return [text for holds, text in rules if not holds]
 
 
 def check_all(

@@ -65,12 +65,6 @@ def save_net(folder: Path, width: int, depth: int) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def backend_options() -> list[str]:
-    from qexp.config.yaml_options import option_names
-
-    return list(option_names("backend"))
-
-
 def load_net(option: str, folder: Path, device: torch.device | str, dtype: torch.dtype, *, workers: int = 2) -> Any:
     """Return the `LoadedComponent` of a saved `Net`, as `python -m qexp backend=<option>` would load it."""
     from qexp.config.schema import ComponentConfig, LoaderConfig

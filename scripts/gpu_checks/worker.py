@@ -47,6 +47,7 @@ def check(task: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     from gpu_checks import loading, offloading, speed, subjects
     from gpu_checks.accelerator import Accelerator
     from gpu_checks.checks import Checks
+    from qexp.config.yaml_options import option_names
 
     accelerator, small = Accelerator(task["device"]), bool(task["small"])
     dtype = torch.bfloat16 if accelerator.device.type in ("cuda", "cpu") else torch.float32
@@ -71,7 +72,7 @@ def check(task: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
             for row in rows:
                 say({"row": row.to_dict()})
             accelerator.settle()
-        options = task["backends"] or subjects.backend_options()
+        options = task["backends"] or option_names("backend")
         if "loading" in task["groups"]:
             subjects.save_net(folder / "large", 64 if small else 1024, 3 if small else 64)  # 1 GiB
             loading.check_all(checks, accelerator, folder, options, dtype=dtype)
