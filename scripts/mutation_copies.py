@@ -24,7 +24,6 @@ from pathlib import Path
 PACKAGE = "qexp"
 MUTATIONS = "tests/mutations"  # left out: they fail with every fault, since its old text is gone
 LEFT_OUT = ("exhaustive", "external")  # markers of tests that scripts/check leaves out
-PYTEST_SETTINGS = re.compile(r"^\[tool\.pytest\.ini_options\]\n.*?(?=^\[|\Z)", re.MULTILINE | re.DOTALL)
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?(?:\[.*\])?)(?: - .*)?$", re.MULTILINE)
 NO_TESTS = 5  # pytest's exit code if none was selected
 IN_ONE_PROCESS = "-n 0" if importlib.util.find_spec("xdist") else ""  # faults run beside each other already
@@ -57,14 +56,12 @@ class Run:
 class Copy:
     """A copy of the repository, with a temporary folder and a cache for its processes beside it."""
 
-    def __init__(self, source: Path, folder: Path, files: Iterable[str], tests_from: str | None) -> None:
+    def __init__(self, source: Path, folder: Path, files: Iterable[str]) -> None:
         self.root, self._temporary, self._caches = folder / "copy", folder / "tmp", folder / "numba"
         for name in files:
             target = self.root / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / name, target, follow_symlinks=False)
-        if tests_from is not None:
-            take_tests(source, self.root, tests_from)
         shutil.rmtree(self.root / MUTATIONS, ignore_errors=True)
         self._process: subprocess.Popen[bytes] | None = None
         self._is_stopped = False
@@ -156,27 +153,6 @@ def failure(code: int | None, said: str, limit_seconds: float | None) -> str:
         raise SystemExit(f"pytest cannot be called so:\n{said[-2000:]}")
     found = FAILED.search(said)
     return found[1] if found else f"pytest ended with {f'signal {-code}' if code < 0 else f'code {code}'}"
-
-
-def take_tests(source: Path, root: Path, revision: str) -> None:
-    """Replace the tests, and pytest's settings, of a copy by those of a revision of the repository `source`."""
-
-    def git(*arguments: str) -> bytes:
-        done = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True)
-        if done.returncode:
-            raise SystemExit(f"git {' '.join(arguments)}: {done.stderr.decode().strip()}")
-        return done.stdout
-
-    shutil.rmtree(root / "tests")
-    archive = git("archive", revision, "tests")
-    subprocess.run(["tar", "-x", "-C", str(root)], input=archive, check=True)
-    settings = PYTEST_SETTINGS.search(git("show", f"{revision}:pyproject.toml").decode())
-    project = root / "pyproject.toml"
-    if settings is None:
-        raise SystemExit(f"pyproject.toml of {revision} has no [tool.pytest.ini_options]")
-    project.write_text(
-        PYTEST_SETTINGS.sub(lambda _: settings[0], project.read_text(encoding="utf-8")), encoding="utf-8"
-    )
 
 
 def files_of(root: Path) -> list[str]:

@@ -4,14 +4,12 @@
     python scripts/try_mutations.py --room loading --jobs 1
     python scripts/try_mutations.py --only arena-ranges-overlap
     python scripts/try_mutations.py --json after.json --table       # resumable; prints a Markdown table at the end
-    python scripts/try_mutations.py --json before.json --tests-from 1a2b3c4
 
-A fault meets up to four sets of tests, and is done with the first that fails:
+A fault meets up to three sets of tests, and is done with the first that fails:
 
     default   the fault's `first` file, then its room, as `scripts/check` runs them: without tests marked as exhaustive
               or external
     full      its room, all tests
-    whole     all tests of the repository; only with --whole
 
 The room of a fault in qexp/<room>/ is tests/<room>, unless its `tests` name other files. Each set must pass without a
 fault before it counts; that run is made once. A run that takes much longer than without the fault is stopped, and
@@ -36,7 +34,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from mutation_copies import Copy, Run, Stopped, Tests, default_markers, files_of, has_compiled_neighbours
 
@@ -46,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from tests.mutations.faults import Fault, read_faults  # noqa: E402
 
-STAGES = ("default", "full", "whole")
+STAGES = ("default", "full")
 SLOWER = 3  # a run of more than so many times the seconds without the fault hangs
 
 
@@ -69,11 +66,11 @@ class RedBaseline(Exception):
 class Trial:
     """Tries faults in copies of a repository, several at a time."""
 
-    def __init__(self, copies: Sequence[Copy], *, timeout_seconds: float, whole: bool) -> None:
+    def __init__(self, copies: Sequence[Copy], timeout_seconds: float) -> None:
         self._copies = queue.SimpleQueue[Copy]()
         for copy in copies:
             self._copies.put(copy)
-        self._timeout_seconds, self._whole = timeout_seconds, whole
+        self._timeout_seconds = timeout_seconds
         self._baselines: dict[Tests, Future[Run]] = {}
         self._lock = threading.Lock()
 
@@ -91,7 +88,7 @@ class Trial:
         if source.count(fault.old) != 1:
             raise SystemExit(f"{fault.name}: its old text occurs {source.count(fault.old)} times in {fault.file}")
         cache = fault.name if has_compiled_neighbours(path) else "unchanged"
-        for tests in tests_of(fault, copy.root, whole=self._whole):
+        for tests in tests_of(fault, copy.root):
             limit = max(self._timeout_seconds, SLOWER * self._baseline(tests, copy).seconds)
             path.write_text(source.replace(fault.old, fault.new), encoding="utf-8")
             try:
@@ -121,31 +118,23 @@ class Trial:
         return run
 
 
-def tests_of(fault: Fault, root: Path, *, whole: bool) -> list[Tests]:
+def tests_of(fault: Fault, root: Path) -> list[Tests]:
     """Return the sets of tests that a fault meets, as far as a repository has them."""
     first = tuple(path for path in (fault.first,) if path and (root / path).exists())
-    targets, markers = (
-        tuple(path for path in fault.targets if (root / path).exists()) or ("tests",),
-        default_markers(root),
-    )
-    found = [Tests("default", first, markers)] if first else []
-    found += [Tests("default", targets, markers)]
-    found += [Tests("full", targets, "")] if markers else []
-    return [*found, Tests("whole", ("tests",), "")] if whole else found
+    targets = tuple(path for path in fault.targets if (root / path).exists()) or ("tests",)
+    markers = default_markers(root)
+    found = [Tests("default", paths, markers) for paths in (first, targets) if paths]
+    return [*found, Tests("full", targets, "")] if markers else found
 
 
 class Results:
-    """The results so far, in a file that is whole at any moment. suite: where the tests come from."""
+    """The results so far, in a file that is whole at any moment."""
 
-    def __init__(self, path: Path | None, suite: str) -> None:
-        self._path, self._suite, self.by_name = path, suite, dict[str, Result]()
+    def __init__(self, path: Path | None) -> None:
+        self._path, self.by_name = path, dict[str, Result]()
         self._lock = threading.Lock()
         if path is not None and path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["suite"] != suite:
-                raise SystemExit(
-                    f"{path} has results of the tests of {stored['suite']}, not of {suite}; name another file"
-                )
             self.by_name = {name: Result(**values) for name, values in stored["faults"].items()}
 
     def has(self, fault: Fault) -> bool:
@@ -158,7 +147,7 @@ class Results:
             self.by_name[name] = result
             if self._path is not None:
                 faults = {name: asdict(found) for name, found in sorted(self.by_name.items())}
-                write_json(self._path, {"suite": self._suite, "faults": faults})
+                write_json(self._path, {"faults": faults})
 
 
 def table(faults: Sequence[Fault], results: dict[str, Result]) -> str:
@@ -194,21 +183,14 @@ def chosen(faults: Sequence[Fault], names: Sequence[str], rooms: Sequence[str]) 
 
 
 def try_faults(
-    root: Path,
-    faults: Sequence[Fault],
-    results: Results,
-    *,
-    jobs: int,
-    timeout_seconds: float,
-    whole: bool = False,
-    tests_from: str | None = None,
+    root: Path, faults: Sequence[Fault], results: Results, *, jobs: int, timeout_seconds: float
 ) -> list[str]:
     """Try faults of the repository in `root`; returns what could not be judged, a line each."""
     files, problems = files_of(root), list[str]()
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         count = max(min(jobs, len(faults)), 1)
-        copies = [Copy(root, Path(folder, str(number)), files, tests_from) for number in range(count)]
-        trial = Trial(copies, timeout_seconds=timeout_seconds, whole=whole)
+        copies = [Copy(root, Path(folder, str(number)), files) for number in range(count)]
+        trial = Trial(copies, timeout_seconds)
 
         def attempt(fault: Fault) -> None:
             try:
@@ -244,19 +226,14 @@ def main() -> int:
     parser.add_argument(
         "--timeout", type=float, default=300, help="seconds of a run that hangs, at least (default: 300)"
     )
-    parser.add_argument(
-        "--tests-from", metavar="REF", help="take tests and pytest's settings from another git revision"
-    )
-    parser.add_argument("--whole", action="store_true", help="run all tests on what its room does not catch")
     parser.add_argument("--json", type=Path, metavar="OUT", help="keep results in a file, and try only what it lacks")
     parser.add_argument("--again", action="store_true", help="try faults that OUT has results of, too")
     parser.add_argument("--table", action="store_true", help="print a Markdown table of the results at the end")
     arguments = parser.parse_args()
     faults = chosen(read_faults(), arguments.only, arguments.room)
-    results = Results(arguments.json, arguments.tests_from or "the working tree")
+    results = Results(arguments.json)
     left = [fault for fault in faults if arguments.again or not results.has(fault)]
-    options: dict[str, Any] = {"jobs": arguments.jobs, "timeout_seconds": arguments.timeout, "whole": arguments.whole}
-    problems = try_faults(ROOT, left, results, tests_from=arguments.tests_from, **options) if left else []
+    problems = try_faults(ROOT, left, results, jobs=arguments.jobs, timeout_seconds=arguments.timeout) if left else []
     tried = [results.by_name[fault.name] for fault in faults if results.has(fault)]
     print(f"\n{table(faults, results.by_name)}" if arguments.table else f"\n{summary(tried)}")
     for problem in problems:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import mutation_copies
 import pytest
-from mutation_copies import PYTEST_SETTINGS, failure
-from try_mutations import Result, Results, chosen, table, try_faults
+from mutation_copies import failure
+from try_mutations import Results, chosen, table, try_faults
 
 from tests.mutations.faults import Fault
 
@@ -72,7 +72,7 @@ def git(root: Path, *arguments: str) -> None:
 
 @pytest.mark.exhaustive
 def test_faults_are_caught_by_the_first_tests_that_fail_and_survivors_are_named(project: Path, tmp_path: Path) -> None:
-    results = Results(tmp_path / "out.json", "the working tree")
+    results = Results(tmp_path / "out.json")
     faults = [CAUGHT, CAUGHT_BY_ALL, NOT_CAUGHT]
     assert try_faults(project, faults, results, jobs=1, timeout_seconds=60) == []
     assert {name: (result.stage, result.test) for name, result in results.by_name.items()} == {
@@ -81,7 +81,7 @@ def test_faults_are_caught_by_the_first_tests_that_fail_and_survivors_are_named(
         "half-has-no-name": ("none", ""),
     }
     assert (project / FILE).read_text() == CODE
-    stored = Results(tmp_path / "out.json", "the working tree")
+    stored = Results(tmp_path / "out.json")
     assert stored.by_name == results.by_name
     assert stored.has(CAUGHT) and not stored.has(Fault("half-is-a-third", FILE, "x // 2", "x // 4", "Wrong."))
     shown = table(faults, results.by_name)
@@ -90,14 +90,11 @@ def test_faults_are_caught_by_the_first_tests_that_fail_and_survivors_are_named(
     assert shown.endswith("3 faults: 1 caught by the default tests, 1 caught by the full tests, 1 by none.")
 
 
-def test_tests_that_fail_without_a_fault_judge_none(project: Path, tmp_path: Path) -> None:
-    """The tests come from a revision, the program from the working tree."""
-    tests = project / "tests" / "room" / "test_code.py"
-    tests.write_text("")
+def test_tests_that_fail_without_a_fault_judge_none(project: Path) -> None:
     (project / FILE).write_text(CODE.replace("x // 2", "x // 4"))
-    results, fault = Results(None, "HEAD"), Fault("half-is-half", FILE, "x // 4", "x // 2", "Right.")
+    results, fault = Results(None), Fault("half-is-half", FILE, "x // 4", "x // 2", "Right.")
     try:
-        (problem,) = try_faults(project, [fault], results, jobs=1, timeout_seconds=60, tests_from="HEAD")
+        (problem,) = try_faults(project, [fault], results, jobs=1, timeout_seconds=60)
     finally:
         git(project, "checkout", "-q", ".")
     assert problem == ("half-is-half: tests/room/test_code.py::test_half_is_that_of_this_copy fails without any fault")
@@ -120,19 +117,8 @@ def test_end_of_pytest_in_words(code: int | None, said: str, expected: str) -> N
     assert failure(code, said, 7) == expected
 
 
-def test_results_of_other_tests_are_not_mixed_in(tmp_path: Path) -> None:
-    Results(tmp_path / "out.json", "HEAD").add("a", Result(FILE, "1", "2", "none", "", 1.0))
-    with pytest.raises(SystemExit, match="has results of the tests of HEAD"):
-        Results(tmp_path / "out.json", "the working tree")
-
-
 def test_unknown_names_are_answered_with_the_nearest() -> None:
     assert chosen([CAUGHT, NOT_CAUGHT], [NOT_CAUGHT.name], []) == [NOT_CAUGHT]
     assert chosen([CAUGHT, NOT_CAUGHT], [], ["room"]) == [CAUGHT, NOT_CAUGHT]
     with pytest.raises(SystemExit, match="there is no 'half-is-a-thrd'; did you mean half-is-a-third"):
         chosen([CAUGHT, NOT_CAUGHT], ["half-is-a-thrd"], [])
-
-
-def test_settings_of_pytest_are_found_in_a_project() -> None:
-    found = PYTEST_SETTINGS.search(PROJECT + "\n[tool.other]\nx = 1\n")
-    assert found is not None and found[0].startswith("[tool.pytest.ini_options]") and "[tool.other]" not in found[0]
