@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -16,6 +16,7 @@ COUNTS = (
     "max_sequence_length",
     "max_new_tokens", "batch_size", "top_k",
 )  # fmt: skip
+IMAGE_DEFAULTS = {"num_images": 200, "num_inference_steps": 20, "guidance_scale": 1.0, "batch_size": 50}
 OF_IMAGES = ("num_images", "num_inference_steps", "guidance_scale")
 OF_TEXT = ("prompt", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "text", "batch_size")
 OF_PIPELINES = (
@@ -91,31 +92,24 @@ class GenerateConfig(TaskConfig):
 
 def for_images(task: GenerateConfig) -> GenerateConfig:
     """Return the settings of an image model other than a pipeline. Raises ConfigError for one without effect."""
-    found = GenerateConfig(
-        num_images=200 if task.num_images is None else task.num_images,
-        num_inference_steps=20 if task.num_inference_steps is None else task.num_inference_steps,
-        guidance_scale=1.0 if task.guidance_scale is None else task.guidance_scale,
-        batch_size=50,
-    )
-    return _complete(task, found, OF_IMAGES)
+    return _complete(task, OF_IMAGES, IMAGE_DEFAULTS)
 
 
 def for_text(task: GenerateConfig) -> GenerateConfig:
     """Return the settings of a text model, with defaults. Raises ConfigError for one without effect."""
-    batch_size = 50 if task.batch_size is None else task.batch_size
-    own = {name: getattr(task, name) for name in OF_TEXT}
-    return _complete(task, replace(for_images(GenerateConfig()), **{**own, "batch_size": batch_size}), OF_TEXT)
+    return _complete(task, OF_TEXT, IMAGE_DEFAULTS)
 
 
 def for_pipelines(task: GenerateConfig) -> GenerateConfig:
     """Return the settings of a pipeline; null is its own default. Raises ConfigError for one without effect."""
-    names = ("prompt", "num_inference_steps", "guidance_scale", "batch_size", *OF_PIPELINES)
-    own = {name: getattr(task, name) for name in names}
-    return _complete(task, GenerateConfig(**{**own, "batch_size": task.batch_size or 1}), names)
+    taken = ("prompt", "num_inference_steps", "guidance_scale", "batch_size", *OF_PIPELINES)
+    return _complete(task, taken, {"batch_size": 1})
 
 
-def _complete(task: GenerateConfig, found: GenerateConfig, taken: Sequence[str]) -> GenerateConfig:
-    """Return `found`, or raise ConfigError for a setting without effect. taken: the fields that the model uses."""
+def _complete(task: GenerateConfig, taken: Sequence[str], defaults: Mapping[str, Any]) -> GenerateConfig:
+    """Return the fields that the model uses, `taken`, over defaults; raise ConfigError for another that is set."""
+    own = {name: value for name in taken if (value := getattr(task, name)) is not None}
+    found = GenerateConfig(**{**defaults, **own})
     for item in fields(task):
         value = getattr(task, item.name)
         if item.name not in taken and value not in (None, {}) and value != getattr(found, item.name):
