@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from statistics import median_low
+from typing import TYPE_CHECKING, Any
 
 from qexp.metrics.registry import Metric
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+MAX_GAIN_EXPONENT = 20  # below a millionth of the range, a difference is noise of the numbers
 PER_GIB = {"GiB": 1, "MiB": 2**10, "KiB": 2**20}  # largest first
 
 
@@ -41,3 +48,19 @@ def format_duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def difference_gain(difference: NDArray[np.floating[Any]]) -> float:
+    """Return the power of two, 1 or more, that shows a difference best: all but its highest thousandth stays in [0, 1].
+
+    A fixed scale shows nothing of a good format, whose pixels differ by a hundredth. Values that are not finite do not
+    count.
+    """
+    import numpy as np
+
+    finite = difference[np.isfinite(difference)]
+    if not finite.any():
+        return 1.0
+    place = max(0, round(0.999 * finite.size) - 1)
+    nearly_highest = float(np.partition(finite, place)[place]) or float(finite.max())
+    return 2.0 ** min(max(math.floor(-math.log2(nearly_highest)), 0), MAX_GAIN_EXPONENT)

@@ -7,7 +7,6 @@ that an overflow is seen at once.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qexp.results.numbers import difference_gain
 from qexp.system.files import write_bytes
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ MAX_IMAGES = 100
 MIN_SIDE = 32  # smaller images are enlarged by a whole factor to at least this many pixels
 MAX_SIDE = 512  # larger ones are shrunk to this many on a sheet
 MAX_WIDTH = 2600  # of a sheet of images that are not small
-MAX_GAIN_EXPONENT = 20  # below a millionth of the range, a difference is noise of the numbers
 GAP = 4
 TITLE_HEIGHT = 16
 LETTER_WIDTH = 6  # pixels of a letter of a name, about
@@ -91,22 +90,9 @@ def image_sheet(images: Tensor, title: str, names: Sequence[object]) -> Image.Im
 def difference_sheet(images: Tensor, reference: Tensor, names: Sequence[object]) -> Image.Image:
     """Draw |images - reference|, both in [-1, 1], 0 black; the title has the gain and the difference drawn white."""
     difference = (images.float() - reference.float()).abs()
-    gain = difference_gain(difference)
+    gain = difference_gain(difference.numpy())
     title = f"|difference| x {gain:g}, white is {1 / gain:.3g} of 2"
     return sheet(difference * gain, title if difference.ne(0).any() else "identical to the reference", names)
-
-
-def difference_gain(difference: Tensor) -> float:
-    """Return the power of two, 1 or more, that shows a difference best: all but its highest thousandth stays in [0, 1].
-
-    A fixed scale shows nothing of a good format, whose pixels differ by a hundredth. Values that are not finite do not
-    count.
-    """
-    finite = difference[difference.isfinite()].flatten()
-    if not finite.numel() or not finite.any():
-        return 1.0
-    nearly_highest = float(finite.kthvalue(max(1, round(0.999 * finite.numel()))).values) or float(finite.max())
-    return 2.0 ** min(max(math.floor(-math.log2(nearly_highest)), 0), MAX_GAIN_EXPONENT)
 
 
 def write_images(images: Tensor, frames: int, folder: Path) -> None:

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from qexp.errors import DiskError
+from qexp.results.numbers import difference_gain
 from qexp.scoring.pictures import (
     GAP,
     TITLE_HEIGHT,
-    difference_gain,
     difference_sheet,
     image_sheet,
     save_png,
@@ -64,13 +64,14 @@ def test_difference_is_absolute_and_white_from_1() -> None:
 )
 def test_difference_is_shown_by_the_largest_power_of_two_that_keeps_it_in_range(largest: float, gain: float) -> None:
     difference = torch.linspace(0, largest, 5000).repeat(2)
-    assert difference_gain(difference) == gain
-    assert difference_gain(torch.cat([difference, torch.tensor([float("nan"), float("inf"), 1.9])])) == gain
+    assert difference_gain(difference.numpy()) == gain
+    others = torch.tensor([float("nan"), float("inf"), 1.9])
+    assert difference_gain(torch.cat([difference, others]).numpy()) == gain
 
 
 def test_difference_of_one_pixel_is_seen_and_none_is_said() -> None:
     images = torch.zeros(50, 1, 8, 8)
-    assert difference_gain(images) == 1
+    assert difference_gain(images.numpy()) == 1
     identical = np.asarray(difference_sheet(images, images, digits(50)))
     changed = images.clone()
     changed[0, 0, 0, 0] = 0.01

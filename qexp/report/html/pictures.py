@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.errors import DamagedFileError
+from qexp.results.numbers import difference_gain
 from qexp.results.rows import Row
 from qexp.system.files import read_json
 
@@ -37,7 +37,6 @@ SIDES = (512, 384, 256, 192, 128, 96)  # pixels of the longer side, at most
 TRIED = 6  # pairs by which the side is chosen
 SMALL = 64  # up to this side a picture is stored without loss
 QUALITY = 82
-MAX_GAIN_EXPONENT = 20  # below a millionth of the range, a difference is noise of the numbers
 NOT_FINITE = (255, 0, 255)
 
 
@@ -104,7 +103,7 @@ def images_of(row: Row, number: int, table_row: int) -> RunImages | None:
 
     Raises: DamagedFileError for a file that is none of ours.
     """
-    if row["status"] != "done" or row["folder"] is None or (outputs := open_outputs(row["folder"])) is None:
+    if (outputs := open_outputs(row["folder"])) is None:
         return None
     key = str((read_json(row["folder"] / "result.json") or {}).get("reference") or "")
     expected = open_outputs(row["folder"].parents[1] / "references" / key) if key else None
@@ -228,11 +227,7 @@ def amplified_difference(ours: Pixels, theirs: Pixels, side: int) -> tuple[Any, 
     import numpy as np
 
     difference = _shrunk(np.abs(ours - theirs), side)
-    finite = np.sort(difference[np.isfinite(difference)])
-    gain = 1.0
-    if finite.size and finite[-1] > 0:
-        nearly_highest = float(finite[max(0, round(0.999 * finite.size) - 1)]) or float(finite[-1])
-        gain = 2.0 ** min(max(math.floor(-math.log2(nearly_highest)), 0), MAX_GAIN_EXPONENT)
+    gain = difference_gain(difference)
     return _to_picture(difference * gain), gain
 
 
