@@ -54,10 +54,7 @@ class Preview:
         except QexpError as error:
             self.refuse(name, error)
             return
-        words = [
-            f"{VERBS[decision.action]}{_say_why(decision, folder)}",
-            f"weights {format_memory(nbytes / GIB)}",
-        ]
+        words = [f"{VERBS[decision.action]}{_say_why(decision, folder)}", f"weights {format_memory(nbytes / GIB)}"]
         if decision.action == "run":
             words += [] if reference_is_known else ["its reference first"]
             words.append(self._time(config))

@@ -6,8 +6,8 @@ tree, so that other modules in the folder (a network, a tensor subclass) are nev
 
 from __future__ import annotations
 
-import ast
 import importlib
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from qexp.config.dataclass_io import from_plain
 from qexp.errors import ConfigError, choices, did_you_mean
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
+BINDS_CONFIG = re.compile(r"^(Config\s*=|class Config\b)", re.MULTILINE)  # the file is not imported for that
 # group -> (package whose files are the options, the field that names the file)
 PLUGINS = {
     "model": ("qexp.models", "source"),
@@ -30,7 +31,7 @@ PLUGINS = {
 def plugin_names(group: str) -> tuple[str, ...]:
     """Return the options of a plugin group, sorted."""
     folder = PACKAGE_FOLDER.joinpath(*PLUGINS[group][0].split(".")[1:])
-    return tuple(sorted(path.stem for path in folder.glob("*.py") if _binds_config(path)))
+    return tuple(sorted(path.stem for path in folder.glob("*.py") if BINDS_CONFIG.search(path.read_text("utf-8"))))
 
 
 def plugin_module(group: str, name: str) -> ModuleType:
@@ -52,12 +53,3 @@ def plugin_config(group: str, values: Any, place: str) -> Any:
     if name not in names:
         raise ConfigError(f"{place}.{field_name}={name} is unknown{did_you_mean(name, names)}; use {choices(names)}")
     return from_plain(plugin_module(group, str(name)).Config, values, place)
-
-
-def _binds_config(path: Path) -> bool:
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        names = [target.id for target in targets if isinstance(target, ast.Name)]
-        if "Config" in names or (isinstance(node, ast.ClassDef) and node.name == "Config"):
-            return True
-    return False

@@ -21,11 +21,7 @@ from qexp.config.dataclass_io import from_plain
 from qexp.config.generate import GenerateConfig
 from qexp.config.objectives import check_measured
 from qexp.config.plugins import plugin_config
-from qexp.config.schema import (
-    ComponentConfig,
-    RunConfig,
-    TopLevelConfig,
-)
+from qexp.config.schema import ComponentConfig, RunConfig, TopLevelConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.experiments.checks import (
     check_before_download,

@@ -50,9 +50,7 @@ def run_sensitivity(context: RunContext) -> Metrics:
     }
 
 
-def plan_sensitivity(
-    context: RunContext,
-) -> tuple[RunContext, dict[str, PlannedComponent], dict[str, ComponentGroups]]:
+def plan_sensitivity(context: RunContext) -> tuple[RunContext, dict[str, PlannedComponent], dict[str, ComponentGroups]]:
     """Plan what is scored and loaded: (the context with skeletons, plans of loads, groups). No weight is read."""
     config, source = context.config, context.source
     groups = {name: plan_groups(context.requests[name], config.task) for name in source.quantized_components()}
@@ -110,11 +108,7 @@ def _score(context: RunContext, groups: Mapping[str, ComponentGroups]) -> None:
 
 
 def unreached_groups(
-    component: str,
-    model: nn.Module,
-    own: ComponentGroups,
-    scores: Mapping[str, Scores],
-    run: Callable[[], object],
+    component: str, model: nn.Module, own: ComponentGroups, scores: Mapping[str, Scores], run: Callable[[], object]
 ) -> list[Group]:
     """Return the groups that no sample reaches, and say so: that they cost nothing would not be true.
 

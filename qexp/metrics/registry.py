@@ -61,7 +61,6 @@ class Samples:
         own_samples: computes the values whose means some of these are.
         names: of the samples, by what they are ('images', 'prompts', 'tokens'), one for each value of `Result.samples`.
             Values with one name are of one sample: the tokens of a window, the frames of a video.
-        settings: the `metrics` group of the configuration.
         tools: loads what a formula needs beside the outputs (a network, log-probabilities), by name.
     """
 
@@ -74,7 +73,6 @@ class Samples:
     own_scores: Callable[[], Mapping[str, float | None]] = dict
     own_samples: Callable[[], Mapping[str, Sequence[float | None]]] = dict
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    settings: Any = None
     tools: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
     @cached_property

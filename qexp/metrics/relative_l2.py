@@ -8,10 +8,10 @@ from qexp.metrics.registry import Metric, Samples
 
 
 def _latent_error(samples: Samples) -> float | None:
-    from qexp.metrics.tensors import relative_l2
+    from qexp.metrics.tensors import compare
 
     assert samples.expected is not None
-    return relative_l2(samples.expected["latents"], samples.outputs["latents"])
+    return compare(samples.expected["latents"], samples.outputs["latents"]).relative_l2
 
 
 METRICS = (

@@ -83,22 +83,6 @@ def compare_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
     )
 
 
-def sqnr_db(original: Tensor, restored: Tensor) -> float | None:
-    return compare(original, restored).sqnr_db
-
-
-def relative_l2(original: Tensor, restored: Tensor) -> float | None:
-    return compare(original, restored).relative_l2
-
-
-def cosine(original: Tensor, restored: Tensor) -> float | None:
-    return compare(original, restored).cosine
-
-
-def max_abs_error(original: Tensor, restored: Tensor) -> float | None:
-    return compare(original, restored).max_abs_error
-
-
 def count_nonfinite(tensor: Tensor) -> int:
     """Return how many elements are NaN or infinite."""
     return int((~torch.isfinite(tensor)).sum())

@@ -201,7 +201,8 @@ def _answer(options: argparse.Namespace) -> str:
         models = {_name_of_model(overrides): [*overrides, *([f"compute_dtype={dtype}"] if dtype else [])]}
     else:
         models = {name: published_overrides(name, dtype or "bfloat16") for name in names or architecture_names()}
-    backends = backends or (_backend_in(overrides),)
+    if not backends:  # the default of these overrides
+        backends = (str(compose_settings(overrides, with_hydra=True).hydra.runtime.choices["backend"]),)
     found = [forecast(name, given, backends) for name, given in models.items()]
     unit = unit_of(found)
     parts = [formatted(weights_table(found, backends, unit, memory), 2, options.markdown)]
@@ -285,11 +286,6 @@ def _name_of_model(overrides: Sequence[str]) -> str:
     given = {key.lstrip("+"): value.strip("'\"") for key, _, value in (one.partition("=") for one in overrides)}
     path = given.get("model.path") or given.get("model.checkpoint")
     return Path(path).name if path else given.get("model") or given.get("experiment") or "model"
-
-
-def _backend_in(overrides: Sequence[str]) -> str:
-    """Return the default option of backend= for these overrides."""
-    return str(compose_settings(overrides, with_hydra=True).hydra.runtime.choices["backend"])
 
 
 def _footnote(unit: str, memory: int | None) -> str:

@@ -182,9 +182,7 @@ def _report_parser() -> CommandParser:
         help="also one file with the report and all that it is made from; where it is unpacked, report and rerun work",
     )
     parser.add_argument(
-        "--with-outputs",
-        action="store_true",
-        help="with --bundle: what the models produced, too, and the references",
+        "--with-outputs", action="store_true", help="with --bundle: what the models produced, too, and the references"
     )
     parser.add_argument(
         "--wandb",

@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qexp.metrics.registry import Metric, all_metrics
-from qexp.report.pareto import MEMORY, Point, pareto_front, points_of
+from qexp.report.pareto import MEMORY, Point, pareto_front
 from qexp.results.numbers import shown_unit
-from qexp.results.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,12 +55,6 @@ PAPER = {  # widths of a column and of a page in most templates
     "1col": Style(3.3, 2.4, 7, "outside lower left", 24, 0, 5),
     "2col": Style(7.0, 3.2, 7.5, "outside right upper", 34, 30, 5),
 }
-
-
-def pareto_png(rows: list[Row], metric: Metric, title: str) -> bytes | None:
-    """Return the plot as PNG, None if no experiment has this metric."""
-    points = points_of(rows, metric)
-    return draw_pareto(points, metric, title, SCREEN, "png") if points else None
 
 
 def draw_pareto(points: list[Point], metric: Metric, title: str, style: Style, kind: str) -> bytes:

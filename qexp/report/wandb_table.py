@@ -49,7 +49,7 @@ def log_table(wandb: Any, folder: Path, selection: Selection, prepared: list[Row
     }
     with open_run(wandb, folder, tracking, names, {"sweeps": sweeps}) as run:
         rows = list(table_rows(prepared))
-        data = [[_media(wandb, value) for value in row.values()] for row in rows]
+        data = [[wandb.Image(str(cell)) if isinstance(cell, Path) else cell for cell in row.values()] for row in rows]
         run.log({TABLE: wandb.Table(columns=list(rows[0]) if rows else [], data=data), **_maps(wandb, prepared)})
         artifact = wandb.Artifact(f"report-{run_id(selection)}", type=REPORT)
         for name in FILES:
@@ -124,10 +124,6 @@ def _pictures(row: Row, prepared: list[Row]) -> dict[str, Path | None]:
 def _picture(row: Row, file: str) -> Path | None:
     folder = members_of(row)[0]["folder"]
     return folder / file if folder is not None and (folder / file).is_file() else None
-
-
-def _media(wandb: Any, value: Any) -> Any:
-    return wandb.Image(str(value)) if isinstance(value, Path) else value
 
 
 def _maps(wandb: Any, prepared: list[Row]) -> Mapping[str, Any]:

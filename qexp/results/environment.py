@@ -33,13 +33,14 @@ OTHER_PACKAGES = ("hydra-core", "omegaconf", "wandb")
 def result_packages(config: RunConfig) -> tuple[str, ...]:
     """Return the packages whose versions can change the result of this experiment."""
     backends = {name for component in config.components.values() for name in component.backend.methods()}
-    named = [package for name in sorted(backends) for package in _required(plugin_module("backend", name).Quantizer)]
+    quantizers = [plugin_module("backend", name).Quantizer for name in sorted(backends)]
+    named = [package for quantizer in quantizers for package in quantizer.required_packages]
     return tuple(dict.fromkeys((*RESULT_PACKAGES, *model_packages(config), *named)))
 
 
 def model_packages(config: RunConfig) -> tuple[str, ...]:
     """Return the packages that a model source computes with, beside torch."""
-    return _required(plugin_module("model", config.model.source).Source)
+    return tuple(plugin_module("model", config.model.source).Source.required_packages)
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str | None]:
@@ -123,10 +124,6 @@ def git_commit(folder: Path) -> str | None:
     if commit in (None, "(initial)"):
         return None
     return f"{commit}+" if any(not line.startswith("#") for line in lines) else commit
-
-
-def _required(plugin: Any) -> tuple[str, ...]:
-    return tuple(plugin.required_packages)
 
 
 def _package_version(package: str) -> str | None:

@@ -171,6 +171,11 @@ def count_line(jobs: Iterable[Mapping[str, Any]], total: int | None = None) -> s
     return f"{number} experiment{'' if number == 1 else 's'}: {', '.join(parts)}"
 
 
+def jobs_left(values: Mapping[str, Any] | None) -> int | None:
+    """Return how many experiments of a sweep have not ended; None outside of one, or if their number is not known."""
+    return max(values["total"] - len(values["jobs"]), 0) if values and values.get("total") else None
+
+
 def _is_running(values: Mapping[str, Any]) -> bool:
     pid = values.get("pid")
     if values.get("finished") or pid in (None, os.getpid()):

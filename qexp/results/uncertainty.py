@@ -77,10 +77,7 @@ def mean_interval(values: Sequence[float], weights: Sequence[float] | None = Non
 
 
 def compare_paired(
-    ours: Mapping[Any, float],
-    theirs: Mapping[Any, float],
-    better: str,
-    weights: Mapping[Any, float] | None = None,
+    ours: Mapping[Any, float], theirs: Mapping[Any, float], better: str, weights: Mapping[Any, float] | None = None
 ) -> PairedComparison:
     """Say whether `ours` is better than `theirs`, by the values of the same samples.
 

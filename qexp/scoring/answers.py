@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 from qexp.errors import LoadError
 from qexp.metrics.lm_eval import PREFIX
 from qexp.system.files import read_json
+from qexp.tasks.lm_eval import RESULTS
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-RESULTS = "lm_eval.json"
 
 
 def answer_numbers(folder: Path) -> dict[str, float | None]:

@@ -271,7 +271,7 @@ def _write_history(outputs: Tensors, expected: Tensors | None, folder: Path) -> 
 
     The column is empty where the value is undefined (a state that is not finite).
     """
-    from qexp.metrics.tensors import relative_l2
+    from qexp.metrics.tensors import compare
     from qexp.system.files import read_csv, to_csv, write_text
 
     path = folder / "memory.csv"
@@ -284,6 +284,6 @@ def _write_history(outputs: Tensors, expected: Tensors | None, folder: Path) -> 
         )
     if expected is not None:
         for row, ours, theirs in zip(rows, outputs["trajectory"], expected["trajectory"], strict=True):
-            error = relative_l2(theirs, ours)
+            error = compare(theirs, ours).relative_l2
             row["relative_l2"] = "" if error is None else repr(error)
     write_text(folder / "history.csv", to_csv(list(rows[0]), rows))

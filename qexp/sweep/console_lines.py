@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qexp.metrics.registry import all_metrics
-from qexp.results.manifest import JobRow
+from qexp.results.manifest import JobRow, jobs_left
 from qexp.results.numbers import format_memory
 
 
@@ -23,7 +23,7 @@ def job_name(number: int | None, total: int | None, label: str) -> str:
 
 def end_line(name: str, row: JobRow, manifest: Mapping[str, Any] | None) -> str:
     """Return how a job ended: its main numbers, or why it has none; and how far the sweep is."""
-    parts = [f"{_ending_words(row)}"]
+    parts = [_ending_words(row)]
     if row.status == "done":
         parts += [words for words in (_quality_words(row.metrics), _weights_words(row.metrics)) if words]
     elif row.message:
@@ -61,6 +61,6 @@ def _how_far(manifest: Mapping[str, Any] | None) -> str:
         return ""
     counts = Counter(job["status"] for job in manifest["jobs"])
     parts = [f"{counts[status]} {status}" for status in ("done", "failed") if counts[status] or status == "done"]
-    if manifest.get("total"):
-        parts.append(f"{max(manifest['total'] - len(manifest['jobs']), 0)} left")
+    if (left := jobs_left(manifest)) is not None:
+        parts.append(f"{left} left")
     return f" ({', '.join(parts)})"

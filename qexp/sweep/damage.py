@@ -45,15 +45,13 @@ def find_damage(folder: RunFolder) -> dict[str, str]:
         "config.yaml": lambda: read_yaml(folder.path / "config.yaml"),
         OUTPUTS: lambda: _check_outputs(folder.path / OUTPUTS),
     }
-    return {name: reason for name, check in checks.items() if (reason := _find_damage(check)) is not None}
-
-
-def _find_damage(check: Callable[[], object]) -> str | None:
-    try:
-        check()
-    except DamagedFileError as error:
-        return error.what
-    return None
+    found = {}
+    for name, check in checks.items():
+        try:
+            check()
+        except DamagedFileError as error:
+            found[name] = error.what
+    return found
 
 
 def check_result(folder: RunFolder) -> None:

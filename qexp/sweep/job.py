@@ -22,7 +22,7 @@ from qexp.experiments.reference import saves_outputs
 from qexp.experiments.stored import with_absolute_paths
 from qexp.results.environment import differences
 from qexp.results.labels import experiment_name, run_label, settings_label
-from qexp.results.manifest import JobRow, Manifest
+from qexp.results.manifest import JobRow, Manifest, jobs_left
 from qexp.results.outcome import Outcome, outcome_of
 from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.console_lines import end_line, job_name
@@ -103,7 +103,7 @@ def run_job(
     job = _Job(config, tuple(overrides), number, sweep.get("total"), sweep.get("token"), settings, work)
     row = job.row
     if number is None or sweep.get("pid") == os.getpid():  # else others that run beside this one print there too
-        DISPLAY.begin(job.name, _left(sweep))
+        DISPLAY.begin(job.name, jobs_left(sweep))
     try:
         key = run_key(config) if key is None else key
         config = with_cache_folder(config, sweep.get("varying") or ())
@@ -135,11 +135,6 @@ def _kept_result(config: RunConfig, row: JobRow) -> str | None:
     return None
 
 
-def _left(sweep: Mapping[str, Any]) -> int | None:
-    """Return how many experiments of a sweep have not ended; None outside of one, or if their number is not known."""
-    return max(sweep["total"] - len(sweep["jobs"]), 0) if sweep.get("total") else None
-
-
 def refuse_job(
     error: QexpError,
     overrides: Sequence[str],
@@ -158,7 +153,7 @@ def refuse_job(
     row = replace(JobRow(number or 1, "", tuple(overrides), label, "failed"), **asdict(outcome_of(error)))
     name = job_name(number, sweep.get("total"), experiment_name(label, settings))
     if sweep.get("pid") == os.getpid():
-        DISPLAY.begin(name, _left(sweep))
+        DISPLAY.begin(name, jobs_left(sweep))
     _record(manifest, row, name, outputs)
     return row
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from qexp.results.manifest import JobRow
+from qexp.results.manifest import JobRow, jobs_left
 from qexp.results.numbers import format_duration, format_memory
 from qexp.system.memory import GIB
 from qexp.system.stages import Stage
@@ -49,9 +49,8 @@ class SweepView:
             self.durations.append(self.clock() - self.began)
         if row.status == "failed":
             self.failures.append((f"{self.name}: {row.reason}: {' '.join(row.message.split())}", str(log or "")))
-        jobs = manifest["jobs"] if manifest else []
-        self.statuses = Counter(job["status"] for job in jobs)
-        self.left = max(manifest["total"] - len(jobs), 0) if manifest and manifest.get("total") else None
+        self.statuses = Counter(job["status"] for job in (manifest["jobs"] if manifest else ()))
+        self.left = jobs_left(manifest)
         self.name, self.stage = "", None
 
     def lines(self) -> list[tuple[str, str]]:

@@ -29,15 +29,7 @@ from qexp.sweep.changed_files import find_changed_file
 from qexp.sweep.fork_client import SERVER, ForkedWorker, ServerDied
 from qexp.sweep.worker import Work, do_work
 from qexp.sweep.worker_console import WorkerConsole
-from qexp.system.child_process import (
-    CHUNK,
-    MARK,
-    ChildProcess,
-    ends_within,
-    kill_family,
-    kill_marked,
-    read_streams,
-)
+from qexp.system.child_process import CHUNK, MARK, ChildProcess, ends_within, kill_family, kill_marked, read_streams
 from qexp.system.oom_kills import count_oom_kills
 from qexp.system.openmp import openmp_variables
 from qexp.system.screen import copy_of, followed_by, library_output_in

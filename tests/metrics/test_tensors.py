@@ -12,10 +12,11 @@ from qexp.metrics.tensors import Comparison, compare
 def test_numbers_by_hand() -> None:
     # Σ a² = 25, Σ (a - b)² = 1, Σ b² = 34, Σ ab = 29
     a, b = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 5.0])
-    assert tensors.sqnr_db(a, b) == pytest.approx(13.9794, abs=1e-4)  # 10 log10(25)
-    assert tensors.relative_l2(a, b) == pytest.approx(0.2)
-    assert tensors.cosine(a, b) == pytest.approx(29 / (5 * math.sqrt(34)))
-    assert tensors.max_abs_error(a, b) == 1.0
+    found = compare(a, b)
+    assert found.sqnr_db == pytest.approx(13.9794, abs=1e-4)  # 10 log10(25)
+    assert found.relative_l2 == pytest.approx(0.2)
+    assert found.cosine == pytest.approx(29 / (5 * math.sqrt(34)))
+    assert found.max_abs_error == 1.0
 
 
 def numpy_comparison(original: Tensor, restored: Tensor) -> Comparison:
@@ -72,7 +73,7 @@ def test_sums_do_not_lose_bits_over_many_elements() -> None:
 
 def test_bf16_rounding_of_gaussian_weights() -> None:
     weight = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0))
-    sqnr = tensors.sqnr_db(weight, weight.bfloat16())
+    sqnr = compare(weight, weight.bfloat16()).sqnr_db
     # 8 significant bits: for log-uniform mantissas the error is x² u² / 3 with u in [2^-9, 2^-8] -> about 55.6 dB
     assert sqnr == pytest.approx(55.59, abs=0.03)
 
@@ -109,7 +110,7 @@ def test_cosine_stays_within_its_bounds() -> None:
     for _ in range(100):  # rounding takes some of them past 1
         tensor = torch.rand(10)
         for factor in (4.0, -0.5):
-            cosine = tensors.cosine(tensor, tensor * factor)
+            cosine = compare(tensor, tensor * factor).cosine
             assert cosine is not None and abs(cosine) <= 1 and cosine == pytest.approx(math.copysign(1, factor))
 
 

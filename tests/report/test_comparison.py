@@ -17,7 +17,7 @@ from qexp.metrics.registry import all_metrics
 from qexp.report.__main__ import main
 from qexp.report.comparison import comparison_notes, prepare_compared, read_all_samples
 from qexp.report.pareto import points_of
-from qexp.report.pareto_plot import pareto_png
+from qexp.report.pareto_plot import SCREEN, draw_pareto
 from qexp.report.results_csv import results_csv
 from qexp.report.table import format_table
 from qexp.results.rows import Row, rows_of_sweep
@@ -151,7 +151,7 @@ def test_plot_has_the_intervals_as_bars(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Axes, "errorbar", lambda *args, **kw: (bars.append(kw["yerr"]), original(*args, **kw))[1])
     jobs = [made_run(tmp_path, "a", {PSNR: HARD}), made_run(tmp_path, "b", {PSNR: [5.0]})]
     _, prepared = compared(tmp_path, jobs)
-    assert pareto_png(prepared, all_metrics()[PSNR], "title") is not None
+    assert draw_pareto(points_of(prepared, all_metrics()[PSNR]), all_metrics()[PSNR], "title", SCREEN, "png")
     low, high = mean_interval(HARD.tolist()) or (0, 0)
     assert bars == [[[pytest.approx(HARD.mean() - low)], [pytest.approx(high - HARD.mean())]]]
     assert [point.bar is None for point in points_of(prepared, all_metrics()[PSNR])].count(False) == 1

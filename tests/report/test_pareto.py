@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qexp.metrics.registry import all_metrics
+from qexp.metrics.registry import Metric, all_metrics
 from qexp.report.pareto import Point, pareto_front, points_csv, points_of
-from qexp.report.pareto_plot import PAPER, SCREEN, draw_pareto, pareto_png
+from qexp.report.pareto_plot import PAPER, SCREEN, draw_pareto
 from qexp.report.table import rows_of_sweep
+from qexp.results.rows import Row
 from tests.products import representatives
 from tests.report.factory import GENERATE, ROUNDTRIP, config, job, manifest, run_folder, sweep_of_seeds, sweep_of_six
 
@@ -58,37 +59,38 @@ def test_backends_that_share_a_point_are_all_named(tmp_path: Path) -> None:
     assert shared.label(()) == "quanto int8 / quanto float8 (none)"
 
 
-def picture(data: bytes | None, path: Path) -> np.ndarray:
-    assert data is not None
+def drawn(rows: list[Row], metric: Metric = PSNR) -> bytes:
+    return draw_pareto(points_of(rows, metric), metric, "title", SCREEN, "png")
+
+
+def picture(data: bytes, path: Path) -> np.ndarray:
     path.write_bytes(data)
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
 def test_plot_shows_its_points(tmp_path: Path) -> None:
     rows = rows_of_sweep(tmp_path, sweep_of_six(tmp_path))
-    pixels = picture(pareto_png(rows, PSNR, "title"), tmp_path / "plot.png")
+    pixels = picture(drawn(rows), tmp_path / "plot.png")
     assert min(pixels.shape[:2]) >= 600
     for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # of the two libraries
         assert (abs(pixels - color).sum(-1) < 10).sum() > 200
-    fewer = picture(pareto_png(rows[2:4], PSNR, "title"), tmp_path / "fewer.png")
+    fewer = picture(drawn(rows[2:4]), tmp_path / "fewer.png")
     assert (abs(fewer - (0xD5, 0x5E, 0x00)).sum(-1) < 10).sum() == 0
 
 
 def test_the_same_sweep_gives_the_same_file(tmp_path: Path) -> None:
     rows = rows_of_sweep(tmp_path, sweep_of_six(tmp_path))
-    assert pareto_png(rows, PSNR, "title") == pareto_png(rows, PSNR, "title")
+    assert drawn(rows) == drawn(rows)
 
 
 def test_one_point_no_point_and_only_infinite_points_are_drawn(tmp_path: Path) -> None:
     sweep_of_six(tmp_path)
     rows = rows_of_sweep(tmp_path, "first")
-    assert pareto_png(rows, SQNR, "title") is None
-    assert pareto_png(rows[4:], PSNR, "title") is None
-    assert pareto_png(rows[2:3], PSNR, "title") is not None
-    assert pareto_png(rows[:2], PSNR, "title") is not None
+    assert points_of(rows, SQNR) == points_of(rows[4:], PSNR) == []
+    assert drawn(rows[2:3]) and drawn(rows[:2])
     run_folder(tmp_path, "r", config(task="roundtrip"), ROUNDTRIP)
     manifest(tmp_path, "second", [job(0, "r", [])])
-    assert pareto_png(rows_of_sweep(tmp_path, "second"), SQNR, "title") is not None
+    assert drawn(rows_of_sweep(tmp_path, "second"), SQNR)
     lossless = ROUNDTRIP | {SQNR.name: None, "roundtrip/layers": 2, "roundtrip/exact_layers": 2}
     run_folder(tmp_path, "s", config("none", task="roundtrip"), lossless)
     manifest(tmp_path, "third", [job(0, "s", []), job(1, "r", [])])
@@ -138,15 +140,15 @@ def test_points_are_numbered_and_named(tmp_path: Path, monkeypatch: pytest.Monke
     """Points that lie on one another share a place for their numbers; every point has its name in the legend."""
     from matplotlib.figure import Figure
 
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
     values = [(0.004, 20.0), (0.004, 20.001), (0.005, 30.0), (0.006, 25.0)]
     for number, (memory, quality) in enumerate(values):
         metrics = GENERATE | {"memory/weights_gib": memory, "quality/psnr_db": quality}
         run_folder(tmp_path, f"k{number}", config("quanto", f"t{number}"), metrics)
     manifest(tmp_path, "first", [job(number, f"k{number}", []) for number in range(4)])
-    pareto_png(rows_of_sweep(tmp_path, "first"), PSNR, "title")
-    (figure,) = drawn
+    drawn(rows_of_sweep(tmp_path, "first"))
+    (figure,) = figures
     assert {"1 2", "3", "4"} <= set(texts_of(figure))
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
@@ -164,13 +166,13 @@ def test_the_axis_has_the_unit_of_its_values(
 ) -> None:
     from matplotlib.figure import Figure
 
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
     run_folder(tmp_path, "a", config(), GENERATE | {"memory/weights_gib": gib})
     manifest(tmp_path, "first", [job(0, "a", [])])
-    pareto_png(rows_of_sweep(tmp_path, "first"), PSNR, "title")
-    assert drawn[0].axes[0].get_xlabel() == f"memory of the weights ({unit})"
-    assert any(list(line.get_xdata()) == [pytest.approx(shown)] for line in drawn[0].axes[0].lines)
+    drawn(rows_of_sweep(tmp_path, "first"))
+    assert figures[0].axes[0].get_xlabel() == f"memory of the weights ({unit})"
+    assert any(list(line.get_xdata()) == [pytest.approx(shown)] for line in figures[0].axes[0].lines)
 
 
 @pytest.mark.parametrize(("width", "inches"), representatives([("1col", 3.3), ("2col", 7.0)], [("1col", 3.3)]))

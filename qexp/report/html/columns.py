@@ -80,7 +80,9 @@ def _setting_texts(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]
 def _metric_column(name: str, prepared: list[Row]) -> Column:
     metric = member_of(find_metric(name) or Metric(name, "", digits=".4g"), name)
     unit, factor = shown_unit(metric, (row["metrics"].get(name) for row in prepared))
-    values = [_scaled(_value_of(row, name, metric), factor) for row in prepared]
+    values = [
+        None if metric.hidden_by in row["metrics"] else _scaled(row["metrics"].get(name), factor) for row in prepared
+    ]
     return {
         "id": name, "label": _label_of(name, metric, unit), "kind": "number", "group": metric.group,
         "shown": _is_shown(metric, values), "unit": unit, "better": metric.better, "digits": metric.digits,
@@ -94,11 +96,6 @@ def _metric_column(name: str, prepared: list[Row]) -> Column:
         "missing": _sparse(prepared, lambda row: missing_seeds_text(row, name)),
         "best": _best_rows(prepared, metric, values),
     }  # fmt: skip
-
-
-def _value_of(row: Row, name: str, metric: Metric) -> float | None:
-    value: float | None = None if metric.hidden_by in row["metrics"] else row["metrics"].get(name)
-    return value
 
 
 def _scaled(value: float | None, factor: float) -> float | None:

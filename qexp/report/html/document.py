@@ -85,7 +85,7 @@ def report_document(
         "sorted_by": next((name for name in (MEMORY, "#") if any(column["id"] == name for column in columns)), ""),
         "plot": _plot(columns),
         "footnotes": [*footnotes(prepared), *comparison_notes(prepared)],
-        **_contents(rows, prepared, row_of, warnings),
+        **_contents(rows, row_of, warnings),
         "warnings": warnings,
     }
 
@@ -147,13 +147,14 @@ def _plot(columns: Sequence[Column]) -> Document:
     return {"x": names[0], "y": names[-1], "choices": []} if names else {"x": "", "y": "", "choices": []}
 
 
-def _contents(rows: list[Row], prepared: list[Row], row_of: Mapping[int, int], warnings: list[str]) -> Document:
+def _contents(rows: list[Row], row_of: Mapping[int, int], warnings: list[str]) -> Document:
     """What the run folders hold; of a file that is damaged, a warning."""
 
     def each(read: Callable[[Row, int, int], Part | None]) -> Iterator[Part]:
         seen = set[Path]()
         for place, row in enumerate(rows):
-            if place in row_of and row["folder"] not in (None, *seen):  # a run that stands there twice is read once
+            # a run that stands there twice is read once
+            if place in row_of and row["status"] == "done" and row["folder"] not in (None, *seen):
                 seen.add(row["folder"])
                 found = or_warning(partial(read, row, place, row_of[place]), None, warnings)
                 if found is not None:

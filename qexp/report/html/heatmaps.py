@@ -23,8 +23,6 @@ def layer_column(row: Row) -> Layers:
 
     Raises: DamagedFileError, DiskError.
     """
-    if row["status"] != "done" or row["folder"] is None:
-        return {}
     path = row["folder"] / LAYERS
     lines = read_table(path, ("layer", "sqnr_db"))
     components = {line.get("component") for line in lines}
@@ -66,8 +64,6 @@ def score_map(row: Row, table_row: int) -> dict[str, Any] | None:
 
     Raises: DamagedFileError, DiskError.
     """
-    if row["status"] != "done" or row["folder"] is None:
-        return None
     path = row["folder"] / SCORES
     lines = read_table(path, ("component", "group", "format", "score"))
     if not lines:

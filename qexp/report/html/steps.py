@@ -28,8 +28,6 @@ def steps_of(row: Row, number: int, table_row: int, points: int = MOST_POINTS) -
     host over that time, where it was recorded.
     Raises: DamagedFileError, DiskError.
     """
-    if row["status"] != "done" or row["folder"] is None:
-        return None
     path = next((path for name in FILES if (path := row["folder"] / name).is_file()), None)
     lines = read_table(path, ("step", "step_ms")) if path else []
     if path is None or not lines:

@@ -35,8 +35,6 @@ class RunTexts:
 
 def texts_of(row: Row, number: int, table_row: int) -> RunTexts | None:
     """Read the texts of a run; None for one that left none. Raises DamagedFileError, DiskError."""
-    if row["status"] != "done" or row["folder"] is None:
-        return None
     lines = read_table(row["folder"] / FILE, ("prompt", "text"))
     texts = [(line["prompt"], line.get("reference"), line["text"]) for line in lines]
     return RunTexts(number, table_row, str(row["config"].get("seed", "")), texts) if texts else None
