@@ -37,20 +37,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import benching
 from bench_load_programs import FORMATS, STORED
-from benching import (
-    MIB,
-    alternating,
-    copy_bytes_per_second,
-    drop_from_cache,
-    fresh_bytes_per_second,
-    machine,
-    medians,
-    read_seconds,
-    run_watched,
-    timed,
-    write_result,
-)
+from benching import MIB
 from make_checkpoint import write_checkpoint
 
 ALLOWANCE_BYTES = 128 * MIB
@@ -161,32 +150,32 @@ def measure_format(arguments: argparse.Namespace, root: Path, case: str, shards:
     runs: dict[str, list[dict[str, Any]]] = {program: [] for program in programs}
     memory = dict[str, dict[str, Any]]()
     for program in programs:  # before the times: compiled loops are in their cache afterwards
-        memory[program] = run_watched(load_command(program, name, large, small, warm=True, **options))
-    for program in alternating(programs, arguments.repeats):
+        memory[program] = benching.run_watched(load_command(program, name, large, small, warm=True, **options))
+    for program in benching.alternating(programs, arguments.repeats):
         _reading(files, cold, read=not cold)
         load = os.getloadavg()[0]
-        run = run_watched(load_command(program, name, large, small, **options))
+        run = benching.run_watched(load_command(program, name, large, small, **options))
         runs[program].append({**run, "load_average_before": load})
         print(f"  {case}: {name}: {program}: {run['wall_seconds']:.2f} s", file=sys.stderr, flush=True)
     limits = {"read_seconds": _reading(files, cold), "read_bytes": sum(f.stat().st_size for f in files)}
     if name != "dense" and name not in STORED:
-        kernels = run_watched(load_command("kernels", name, large, small, **options))
+        kernels = benching.run_watched(load_command("kernels", name, large, small, **options))
         limits["kernel_cpu_seconds"] = kernels["cpu_seconds"]
     cores = len(os.sched_getaffinity(0))
     kernel_seconds = limits.get("kernel_cpu_seconds", 0) / cores
     limits["pipeline_seconds"] = max(limits["read_seconds"], kernel_seconds)
     row: dict[str, Any] = {"case": case, "format": name, "files": len(files), "limits": limits}
-    row |= {program: {**medians(runs[program]), "memory": memory[program]} for program in programs}
+    row |= {program: {**benching.medians(runs[program]), "memory": memory[program]} for program in programs}
     if "qexp" in row:
         if name not in STORED and name != "dense" and not cold:
             with tempfile.TemporaryDirectory() as empty:
                 command = load_command("qexp", name, large, small, **options)
-                row["qexp"]["first_ever"] = run_watched(command, NUMBA_CACHE_DIR=empty)
+                row["qexp"]["first_ever"] = benching.run_watched(command, NUMBA_CACHE_DIR=empty)
         quantized_bytes = memory["qexp"]["quantized_bytes"]
-        written = quantized_bytes / fresh_bytes_per_second()
-        copied = read_seconds(files) / cores  # they are in the page cache now
+        written = quantized_bytes / benching.fresh_bytes_per_second()
+        copied = benching.read_seconds(files) / cores  # they are in the page cache now
         limits["cores_seconds"] = copied + kernel_seconds + written
-        limits["machine_seconds"] = (limits["read_bytes"] + quantized_bytes) / copy_bytes_per_second()
+        limits["machine_seconds"] = (limits["read_bytes"] + quantized_bytes) / benching.copy_bytes_per_second()
     print(describe(row), flush=True)
     return row
 
@@ -194,10 +183,10 @@ def measure_format(arguments: argparse.Namespace, root: Path, case: str, shards:
 def _reading(files: list[Path], cold: bool, read: bool = True) -> float:
     """Time to read the files, from the disk if `cold`; they are in the page cache then, or with read=False are not."""
     if cold:
-        drop_from_cache(files)
+        benching.drop_from_cache(files)
     elif read:
-        read_seconds(files)
-    return read_seconds(files) if read else 0.0
+        benching.read_seconds(files)
+    return benching.read_seconds(files) if read else 0.0
 
 
 def load_command(
@@ -252,7 +241,7 @@ def measure_command(root: Path) -> dict[str, Any]:
     outputs, found = root / "outputs", dict[str, Any]()
     for backend in ("none", *COMMAND_BACKENDS):  # the first one computes the reference
         settings = [f"backend={backend}", "seed=1", f"paths.outputs={outputs}"]
-        found[backend] = timed([sys.executable, "-m", "qexp", *settings], root / f"{backend}.log")
+        found[backend] = benching.timed([sys.executable, "-m", "qexp", *settings], root / f"{backend}.log")
     del found["none"]
     return found
 
@@ -277,17 +266,19 @@ def main() -> None:
     arguments.layers_of = QUICK_LAYERS if arguments.quick else LAYERS
     if arguments.quick:
         arguments.repeats, arguments.cases = 1, arguments.cases[:1]
-    about, rows = machine(), list[dict[str, Any]]()
+    about, rows = benching.machine(), list[dict[str, Any]]()
     options = {name: value for name, value in vars(arguments).items() if name not in ("folder", "out")}
     if arguments.folder:
         Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
         for row in measure(arguments, Path(root)):
             rows.append(row)  # what is measured is kept, whatever comes next
-            write_result(arguments.out, {"machine": about, "options": options, "rows": rows})
+            benching.write_result(arguments.out, {"machine": about, "options": options, "rows": rows})
         if not arguments.no_command:
             command = measure_command(Path(root))
-            write_result(arguments.out, {"machine": about, "options": options, "rows": rows, "command": command})
+            benching.write_result(
+                arguments.out, {"machine": about, "options": options, "rows": rows, "command": command}
+            )
     held = [row["qexp"]["memory"] for row in rows if "qexp" in row]
     if any(run["peak_total_bytes"] > _bound(run) for run in held):
         raise SystemExit("qexp's peak memory is above its bound")

@@ -27,19 +27,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import benching
 from bench_load import flux_config
 from bench_offload_programs import CACHES, PROGRAMS
-from benching import (
-    MIB,
-    alternating,
-    direct_read_seconds,
-    drop_from_cache,
-    machine,
-    medians,
-    read_seconds,
-    run_watched,
-    write_result,
-)
+from benching import MIB
 from make_checkpoint import write_checkpoint
 
 GIB = 1 << 30
@@ -56,11 +47,15 @@ def measure(arguments: argparse.Namespace, root: Path) -> Iterator[dict[str, Any
     for name in arguments.formats:
         runs: dict[str, list[dict[str, Any]]] = {program: [] for program in arguments.programs}
         disk: list[dict[str, Any]] = []
-        for program in alternating(arguments.programs, arguments.repeats):
+        for program in benching.alternating(arguments.programs, arguments.repeats):
             if not any("refused" in run for run in runs[program]):
                 disk.append(bandwidths(root / "large"))
                 runs[program].append(_run(program, name, root, arguments))
-        row = {"format": name, "disk": medians(disk), **{program: medians(found) for program, found in runs.items()}}
+        row = {
+            "format": name,
+            "disk": benching.medians(disk),
+            **{program: benching.medians(found) for program, found in runs.items()},
+        }
         row["limits"] = limits(row, arguments.tokens)
         print(describe(row, arguments.tokens), flush=True)
         yield row
@@ -70,11 +65,11 @@ def bandwidths(checkpoint: Path) -> dict[str, float]:
     """Bytes a second of reading the checkpoint: from the disk, by the better of two ways, and from the page cache."""
     files = sorted(checkpoint.glob("*.safetensors"))
     nbytes = sum(file.stat().st_size for file in files)
-    drop_from_cache(files)
-    direct = direct_read_seconds(files)
-    buffered = read_seconds(files)
-    warm = read_seconds(files)
-    drop_from_cache(files)  # the programs need the memory
+    benching.drop_from_cache(files)
+    direct = benching.direct_read_seconds(files)
+    buffered = benching.read_seconds(files)
+    warm = benching.read_seconds(files)
+    benching.drop_from_cache(files)  # the programs need the memory
     return {
         "direct_bytes_per_second": nbytes / direct,
         "buffered_bytes_per_second": nbytes / buffered,
@@ -87,7 +82,7 @@ def _run(program: str, name: str, root: Path, arguments: argparse.Namespace) -> 
         script = str(Path(__file__).with_name("bench_offload_programs.py"))
         command = [sys.executable, script, program, name, str(root / "large"), str(root / "small"), store]
         command += ["--steps", str(arguments.steps), "--tokens", *map(str, arguments.tokens)]
-        run = run_watched(command)
+        run = benching.run_watched(command)
     for kind in ("anon", "file", "total"):
         run[f"peak_{kind}_bytes"] += run[f"rest_{kind}_bytes"]
     shown = run.get("refused") or f"{run[f'cold_{arguments.tokens[0]}_seconds']:.2f} s"
@@ -167,12 +162,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.heads, arguments.layers, arguments.steps, arguments.repeats = 2, (1, 1), 1, 1
-    about, rows = machine(), list[dict[str, Any]]()
+    about, rows = benching.machine(), list[dict[str, Any]]()
     options = {name: value for name, value in vars(arguments).items() if name not in ("folder", "out")}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
         for row in measure(arguments, Path(root)):
             rows.append(row)  # what is measured is kept, whatever comes next
-            write_result(arguments.out, {"machine": about, "options": options, "rows": rows})
+            benching.write_result(arguments.out, {"machine": about, "options": options, "rows": rows})
     if found := failures(rows):
         raise SystemExit("\n".join(found))
 

@@ -36,14 +36,7 @@ from torch import Tensor, nn
 
 from qexp.checkpoints.safetensors_file import make_header
 from qexp.errors import ConfigError, DiskError, QexpError
-from qexp.models.architectures import (
-    SAFETENSORS_NAMES,
-    architecture,
-    architecture_names,
-    component_of,
-    network,
-    stored_tensors,
-)
+from qexp.models import architectures
 from qexp.system.progress import Progress
 
 STD = 0.02
@@ -61,8 +54,8 @@ class Layout:
 
     def __init__(self, config: Mapping[str, Any], dtype: str, max_shard_gb: float, shards: int | None = None) -> None:
         self.config, self.dtype, self.itemsize = config, dtype, getattr(torch, dtype).itemsize
-        model = network(config)
-        self.tensors = stored_tensors(model)
+        model = architectures.network(config)
+        self.tensors = architectures.stored_tensors(model)
         self.scales = _scale_names(model, self.tensors)
         sizes = {name: tensor.numel() * self.itemsize for name, tensor in self.tensors.items()}
         self.nbytes = sum(sizes.values())
@@ -92,7 +85,7 @@ class Layout:
         self, file: Path, names: Sequence[str], seed: int, threads: ThreadPoolExecutor, progress: Progress
     ) -> None:
         """One safetensors file, its tensors drawn by all threads and written where they belong."""
-        dtype = SAFETENSORS_NAMES[self.dtype]
+        dtype = architectures.SAFETENSORS_NAMES[self.dtype]
         header = make_header(
             {name: (dtype, self.tensors[name].shape, self.itemsize) for name in names}, {"format": "pt"}
         )
@@ -152,8 +145,8 @@ def write_architecture(
     Raises: ConfigError for a wrong name or fraction or if the folder exists, DiskError if the disk has no room for it.
     """
     name, _, part = what.partition("/")
-    model = architecture(name)
-    components = {part: component_of(name, part)} if part else dict(model.components)
+    model = architectures.architecture(name)
+    components = {part: architectures.component_of(name, part)} if part else dict(model.components)
     layouts = {
         place: Layout(shortened(found.config, fraction), dtype or found.dtype, found.max_shard_gb)
         for place, found in components.items()
@@ -267,8 +260,8 @@ def shortened(config: Mapping[str, Any], fraction: float) -> dict[str, Any]:
 def describe() -> str:
     """Return a line for each component of each architecture."""
     lines = []
-    for name in architecture_names():
-        for part, component in architecture(name).components.items():
+    for name in architectures.architecture_names():
+        for part, component in architectures.architecture(name).components.items():
             nbytes = component.parameters * getattr(torch, component.dtype).itemsize
             size = f"{component.parameters / 1e9:6.2f} B parameters, {nbytes / 1e9:5.1f} GB in {component.dtype}"
             lines.append(f"{f'{name}/{part}':28} {size}")
@@ -281,7 +274,9 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--list", action="store_true", help="the architectures and their sizes")
     parser.add_argument("--fraction", type=float, default=1.0, help="of the blocks of each network")
-    parser.add_argument("--dtype", choices=tuple(SAFETENSORS_NAMES), help="default: that of the published files")
+    parser.add_argument(
+        "--dtype", choices=tuple(architectures.SAFETENSORS_NAMES), help="default: that of the published files"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="threads that draw; default: one a core")
     arguments = parser.parse_args()

@@ -23,18 +23,7 @@ from qexp.config.objectives import check_measured
 from qexp.config.plugins import plugin_config
 from qexp.config.schema import ComponentConfig, RunConfig, TopLevelConfig
 from qexp.errors import ConfigError, LoadError
-from qexp.experiments.checks import (
-    check_before_download,
-    check_offload,
-    check_placed,
-    check_reference_files,
-    check_reference_path,
-    check_save_path,
-    check_saves,
-    check_sensitivity,
-    check_streaming,
-    check_task,
-)
+from qexp.experiments import checks
 from qexp.hub.download import pinned_model
 from qexp.models.base import ModelSource, load_source
 from qexp.models.component_settings import merge_components, merge_with_checkpoint, parse_component
@@ -50,33 +39,33 @@ def to_run_config(cfg: Any) -> RunConfig:
     """
     top = from_plain(TopLevelConfig, plain_settings(cfg))
     model = plugin_config("model", top.model, "model")
-    check_reference_path(model)
+    checks.check_reference_path(model)
     device, device_map = resolve_device_map(top.device, top.device_map)
     max_memory = resolve_max_memory(top.max_memory, top.device_map)
     if max_memory is not None and device_map is None:
         device_map = {"": device}  # one device, and a limit to check
-    check_offload(device_map, top.offload.strategy)
+    checks.check_offload(device_map, top.offload.strategy)
     base = parse_component({item.name: getattr(top, item.name) for item in fields(ComponentConfig)})
     task = plugin_config("task", top.task, "task")
     task = task.resolved()
-    check_placed(task, device_map, max_memory)
-    check_saves(top.save, task)
+    checks.check_placed(task, device_map, max_memory)
+    checks.check_saves(top.save, task)
     check_measured(top.sweep.objectives, task.name, top.metrics.names, top.isolation.mode)
     metrics = available_metrics(top.metrics, load_source(model), task)
-    check_before_download(model, task, top)  # a mistake in the settings must not cost a download
+    checks.check_before_download(model, task, top)  # a mistake in the settings must not cost a download
     model = pinned_model(model)  # from here on it is on this machine
     source = load_source(model)
     components = merge_components(source, base, top.components)
-    check_reference_files(model)
+    checks.check_reference_files(model)
     components = _with_embedded(source, components, device)
     # after the checkpoints had their say: a quantized one needs the streaming path too
-    check_streaming(top.low_cpu_mem_usage, components)
-    check_task(model, task)
-    check_sensitivity(task, source, components, top.offload)
+    checks.check_streaming(top.low_cpu_mem_usage, components)
+    checks.check_task(model, task)
+    checks.check_sensitivity(task, source, components, top.offload)
     if isinstance(task, GenerateConfig):
         task = task.resolved_by(source.resolve_task)
     if top.save.path is not None:
-        check_save_path(Path(top.save.path).expanduser(), model, components)
+        checks.check_save_path(Path(top.save.path).expanduser(), model, components)
     return RunConfig(
         model=replace(model, skip_modules=()),  # its patterns are in the components now: one place, one run key
         components=components,

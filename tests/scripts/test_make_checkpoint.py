@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qexp.errors import ConfigError, DiskError
+from qexp.models import architectures
 from qexp.models.architectures import component_of
 from tests.products import representatives
 
@@ -131,13 +132,13 @@ def test_a_pipeline_has_its_index_and_a_folder_for_each_component(
 ) -> None:
     vae = component_of("flux_dev", "vae")
     small = {**vae.config, "block_out_channels": [32, 32, 32, 32]}
-    model = make_checkpoint.architecture("flux_dev")
+    model = architectures.architecture("flux_dev")
     parts = {
         "transformer": SimpleNamespace(config=TINY, dtype="bfloat16", max_shard_gb=10),
         "vae": SimpleNamespace(config=small, dtype="bfloat16", max_shard_gb=10),
     }
     fake = SimpleNamespace(model_index=model.model_index, scheduler=model.scheduler, components=parts)
-    monkeypatch.setattr(make_checkpoint, "architecture", lambda name: fake)
+    monkeypatch.setattr(architectures, "architecture", lambda name: fake)
     write_architecture(tmp_path / "flux", "flux_dev")
     written = {str(path.relative_to(tmp_path / "flux")) for path in (tmp_path / "flux").rglob("*.*")}
     assert written == {

@@ -29,18 +29,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qexp.report.comparison import comparison_notes
+from qexp.report.html import settings
 from qexp.report.html.appearance import family_colors, offload_marker
 from qexp.report.html.columns import Column, family_of, member_rows, table_columns
 from qexp.report.html.heatmaps import layer_column, score_map, sqnr_map, unique_columns
 from qexp.report.html.pictures import images_of, make_album
-from qexp.report.html.settings import (
-    config_texts,
-    env_texts,
-    folder_link,
-    repeating_command,
-    shared_settings,
-    typed_command,
-)
 from qexp.report.html.steps import points_for, steps_of
 from qexp.report.html.tables import or_warning
 from qexp.report.html.texts import make_texts, texts_of
@@ -108,20 +101,20 @@ def _rows(prepared: list[Row], places: Sequence[Sequence[int]], folder: Path) ->
             "status": status_text(row), "message": str(row["message"] or ""), "family": family_of(row),
             "marker": offload_marker(str(row["offload"])), "is_busy": busy_cores(row) is not None,
             "other": next((differing[run["number"]] for run in members_of(row) if run["number"] in differing), ""),
-            "runs": list(places[number]), "folder": folder_link(row, folder),
+            "runs": list(places[number]), "folder": settings.folder_link(row, folder),
         }
         for number, row in enumerate(prepared)
     ]  # fmt: skip
 
 
 def _runs(rows: list[Row], row_of: Mapping[int, int]) -> Document:
-    config, configs = shared_settings([config_texts(row) for row in rows])
-    env, envs = shared_settings([env_texts(row) for row in rows])
+    config, configs = settings.shared_settings([settings.config_texts(row) for row in rows])
+    env, envs = settings.shared_settings([settings.env_texts(row) for row in rows])
     runs = [
         {
             "number": row["number"], "key": row["key"], "row": row_of.get(place),
-            "seed": str((row["config"] or {}).get("seed", "")), "command": repeating_command(row),
-            "typed": typed_command(row), "has_config": row["config"] is not None, "config": configs[place],
+            "seed": str((row["config"] or {}).get("seed", "")), "command": settings.repeating_command(row),
+            "typed": settings.typed_command(row), "has_config": row["config"] is not None, "config": configs[place],
             "has_env": row["env"] is not None, "env": envs[place],
         }
         for place, row in enumerate(rows)
