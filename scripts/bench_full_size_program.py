@@ -50,8 +50,7 @@ def flux_forward(model: nn.Module, config: Mapping[str, Any], dtype: torch.dtype
 
 def text_forward(model: nn.Module, config: Mapping[str, Any], dtype: torch.dtype, image: int, text: int) -> Tensor:
     """Return the last hidden state of `text` tokens: [1, text, width]."""
-    answer: Tensor = model(torch.arange(2, text + 2)[None] % config["vocab_size"])[0]
-    return answer
+    return model(torch.arange(2, text + 2)[None] % config["vocab_size"])[0]
 
 
 FORWARDS: dict[str, Callable[..., Tensor]] = {

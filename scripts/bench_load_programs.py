@@ -123,8 +123,7 @@ def load_with_diffusers(folder: Path, name: str) -> nn.Module:
     if name not in {*configs, "dense", *STORED}:
         raise SystemExit(f"diffusers: {name} is not compared; use one of {', '.join(FORMATS)}")
     config = configs[name]() if name in configs else None
-    model = kind.from_pretrained(folder, quantization_config=config, torch_dtype=BF16)
-    return model
+    return kind.from_pretrained(folder, quantization_config=config, torch_dtype=BF16)
 
 
 def patch_open(library: Any) -> None:

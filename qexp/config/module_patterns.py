@@ -79,8 +79,7 @@ def patterns(value: Any, place: str) -> tuple[str, ...]:
     """Skip patterns: any iterable of them, or "@file" with one pattern a line and # comments."""
     if not isinstance(value, str):
         is_iterable = isinstance(value, Iterable) and not isinstance(value, Mapping)
-        patterns: tuple[str, ...] = convert(tuple[str, ...], list(value) if is_iterable else value, place)
-        return patterns
+        return convert(tuple[str, ...], list(value) if is_iterable else value, place)
     if not value.startswith("@"):
         raise ConfigError(f"{place}={value} must be a list, such as [{value}], or @file with one pattern per line")
     lines = read_lines(value[1:], f"{place}={value}", f"give a path from {Path.cwd()}, or a list of patterns")

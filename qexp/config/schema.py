@@ -257,8 +257,7 @@ class RunConfig:
 
     def to_container(self) -> dict[str, Any]:
         """Convert to plain dicts, lists and scalars for YAML and JSON; `run_config_from_container` reads them."""
-        container: dict[str, Any] = to_plain(self)
-        return container
+        return to_plain(self)
 
 
 @dataclass(frozen=True)

@@ -66,5 +66,4 @@ def run_config_from_container(container: Mapping[str, Any]) -> RunConfig:
         name: replace(component, backend=plugin_config("backend", component.backend, f"components.{name}.backend"))
         for name, component in components.items()
     }
-    config: RunConfig = from_plain(RunConfig, values)
-    return config
+    return from_plain(RunConfig, values)

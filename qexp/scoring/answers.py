@@ -42,5 +42,4 @@ def _read_tasks(folder: Path) -> dict[str, Any]:
     found = read_json(folder / RESULTS)
     if found is None:
         raise LoadError(f"{folder / RESULTS} is missing, so there is nothing to score; run it again with resume=none")
-    tasks: dict[str, Any] = found["tasks"]
-    return tasks
+    return found["tasks"]

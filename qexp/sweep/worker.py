@@ -202,8 +202,7 @@ def _log_traceback(folder: RunFolder) -> None:
 
 def _function(name: str) -> Callable[..., Mapping[str, float | None]]:
     module, _, attribute = name.partition(":")
-    function: Callable[..., Mapping[str, float | None]] = getattr(importlib.import_module(module), attribute)
-    return function
+    return getattr(importlib.import_module(module), attribute)
 
 
 def main(typed: Sequence[str] | None = None) -> int:

@@ -192,8 +192,7 @@ def check_writable(folder: Path, option: str) -> None:
 def to_yaml(value: Any, width: int = 80) -> str:
     """Return YAML text, entries in their order; by libyaml, where Python's yaml has it: ten times as fast."""
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    text: str = yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=width)
-    return text
+    return yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=width)
 
 
 def read_yaml(path: Path) -> dict[str, Any] | None:

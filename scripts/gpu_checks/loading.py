@@ -159,8 +159,7 @@ def check_all(
         for what, (checkpoint, check) in CHECKS.items():
 
             def bound(check: Any = check, option: str = option, checkpoint: str = checkpoint) -> Outcome:
-                outcome: Outcome = check(option, folder / checkpoint, accelerator, dtype)
-                return outcome
+                return check(option, folder / checkpoint, accelerator, dtype)
 
             checks.run(GROUP, f"{option} · {what}", bound)
         accelerator.settle()

@@ -44,8 +44,7 @@ class Net(nn.Module):
         x = self.embed(x) * self.scale + self.shift
         for block in self.blocks:
             x = block(x)
-        result: Tensor = self.head(x)
-        return result
+        return self.head(x)
 
 
 def save_net(folder: Path, width: int, depth: int) -> int:
@@ -196,7 +195,6 @@ def forward_of(timed: Timed, device: torch.device) -> Forward:
     def forward(model: nn.Module) -> Tensor:
         with torch.no_grad():
             output: Any = model(**inputs)
-        found: Tensor = output if isinstance(output, Tensor) else output[0]
-        return found
+        return output if isinstance(output, Tensor) else output[0]
 
     return forward

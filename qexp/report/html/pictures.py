@@ -59,8 +59,7 @@ class Outputs:
         with _opened(self.path) as file:
             place = sample * self.frames + self.frames // 2
             image = file.get_slice("images")[place : place + 1][0]
-        pixels: Pixels = image.transpose(1, 2, 0).astype("float32")
-        return pixels
+        return image.transpose(1, 2, 0).astype("float32")
 
 
 @dataclass(frozen=True)
