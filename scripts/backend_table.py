@@ -38,8 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure every type of every backend.")
     parser.add_argument("--print", action="store_true", help="print the table, leave the document alone")
     arguments = parser.parse_args()
-    machine = describe_machine()
-    text = table(machine, rows(), datetime.datetime.now(datetime.UTC).date())
+    text = table(describe_machine(), rows(), datetime.datetime.now(datetime.UTC).date())
     if arguments.print:
         print(text)
     else:

@@ -105,8 +105,7 @@ def main() -> None:
             for program in alternating(PROGRAMS, arguments.repeats):
                 command = [sys.executable, __file__, "--child", program, name, str(tokens)]
                 runs[program].append(run_watched(command))
-            row: dict[str, Any] = {"type": name, "tokens": tokens}
-            rows.append(row | {program: medians(runs[program]) for program in PROGRAMS})
+            rows.append({"type": name, "tokens": tokens} | {program: medians(runs[program]) for program in PROGRAMS})
             print(describe(rows[-1]), flush=True)
     write_result(arguments.out, {"machine": about, "shape": SHAPE, "repeats": arguments.repeats, "rows": rows})
 

@@ -90,8 +90,7 @@ def run_watched(command: Sequence[str], **variables: str) -> dict[str, Any]:
         if not line:
             messages.seek(0)
             raise SystemExit(f"{messages.read()}\n{' '.join(command)} failed")
-    result: dict[str, Any] = json.loads(line)
-    return {**result, **peaks}
+    return {**json.loads(line), **peaks}
 
 
 def timed(command: Sequence[str], log: Path, watch: Callable[[int], None] = lambda pid: None) -> dict[str, float]:
@@ -203,8 +202,7 @@ def copy_bytes_per_second() -> float:
 
     source = torch.ones(256 * MIB, dtype=torch.uint8)
     target = torch.zeros_like(source)
-    best = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
-    return 2 * source.nbytes / best
+    return 2 * source.nbytes / min(_seconds(lambda: target.copy_(source)) for _ in range(5))
 
 
 def fresh_bytes_per_second() -> float:

@@ -52,8 +52,7 @@ def main() -> None:
     if "--write" not in sys.argv[1:]:
         print(table(), end="")
         return
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     write_text(PAGE, before + BEGIN + table() + END + rest.partition(END)[2])
 
 

@@ -22,5 +22,4 @@ def quoted(argument: str) -> str:
 
 def is_unbalanced(argument: str) -> bool:
     """Return whether the value has an odd number of quotes."""
-    text = argument.partition("=")[2]
-    return any(text.count(quote) % 2 for quote in ('"', "'"))
+    return any(argument.partition("=")[2].count(quote) % 2 for quote in ('"', "'"))

@@ -90,8 +90,7 @@ def objective_values(names: Sequence[str], metrics: Mapping[str, float | None]) 
 
     None if an objective has no value. One that is null because nothing differs is infinite.
     """
-    known = all_metrics()
-    values = [inf if is_infinite(metrics, known[name]) else metrics.get(name) for name in names]
+    values = [inf if is_infinite(metrics, all_metrics()[name]) else metrics.get(name) for name in names]
     numbers = tuple(value for value in values if value is not None)
     if len(numbers) < len(names):
         return None

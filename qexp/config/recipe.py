@@ -94,8 +94,7 @@ def undecided_patterns(rules: Sequence[Rule], layers: Sequence[str], kept: Seque
 
     kept: patterns of skip_modules and the like, which take precedence over a recipe.
     """
-    named = [pattern for rule in rules for pattern in rule.modules]
-    found = unmatched_patterns(named, layers, place, "linear layer")
+    found = unmatched_patterns((pattern for rule in rules for pattern in rule.modules), layers, place, "linear layer")
     by_layer = {layer: rule_for(rules, layer) for layer in layers}
     for number, rule in enumerate(rules):
         for pattern in rule.modules:

@@ -73,5 +73,4 @@ def _original(config: RunConfig, component: str) -> Checkpoint | None:
     if not config.model.has_original:
         return None
     source = load_source(unquantized_model(config.model))
-    checkpoint = open_component(source, component)
-    return skeleton_and_names(source, component, checkpoint)[1]
+    return skeleton_and_names(source, component, open_component(source, component))[1]

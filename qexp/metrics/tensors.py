@@ -43,8 +43,7 @@ def _matching_pieces(original: Tensor, restored: Tensor) -> Iterator[tuple[Tenso
     original, restored = original.detach(), restored.detach()
     if original.dim() == 0 or (original.is_contiguous() and restored.is_contiguous()):
         original, restored = original.reshape(-1), restored.reshape(-1)
-    row_elements = math.prod(original.shape[1:])
-    rows = max(1, CHUNK_ELEMENTS // max(1, row_elements))
+    rows = max(1, CHUNK_ELEMENTS // max(1, math.prod(original.shape[1:])))
     for a, b in zip(torch.split(original, rows), torch.split(restored, rows), strict=True):
         yield a.double(), b.to(a.device).double()
 

@@ -143,10 +143,9 @@ def published_overrides(name: str, compute_dtype: str) -> list[str]:
     """Return the overrides that quantize every component of a published model except the autoencoder."""
     parts = [component for component in architecture(name).components if component != "vae"]
     option = name if name in option_names("model") else "diffusers"
-    path = architecture(name).repository
     return [
         f"model={option}",
-        f"model.path={path}",
+        f"model.path={architecture(name).repository}",
         f"model.quantize=[{','.join(parts)}]",
         f"compute_dtype={compute_dtype}",
     ]

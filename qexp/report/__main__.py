@@ -94,10 +94,9 @@ def write_report(selection: Selection, prepared: list[Row], folder: Path, format
             f"write into another folder with --out: {', '.join(map(str, lost))}"
         )
     files = dict(_figures(prepared, selection.title, formats))
-    plots = [name for name in files if name.endswith(".png")]
     texts = {
         "results.csv": results_csv(selection.rows, folder),
-        "report.md": report_markdown(selection, prepared, folder, plots),
+        "report.md": report_markdown(selection, prepared, folder, [name for name in files if name.endswith(".png")]),
         "table.tex": table_tex(prepared),
     }
     files = {name: text.encode() for name, text in texts.items()} | files

@@ -68,8 +68,7 @@ def write_bundle(path: Path, selection: Selection, write_report: Report, *, with
     with TemporaryDirectory(prefix="qexp-bundle-") as folder:
         root = Path(folder, safe_name(path.stem))
         words = _stage(root / "outputs", selection, runs)
-        staged = select(root / "outputs", words)
-        list(write_report(staged, root / "report"))
+        list(write_report(select(root / "outputs", words), root / "report"))
         (root / "constraints.txt").write_text(constraints_of(selection.rows), encoding="utf-8")
         (root / "README.txt").write_text(_readme(selection, words, with_outputs), encoding="utf-8")
         references = _references_of(runs.values()) if with_outputs else {}

@@ -76,8 +76,7 @@ def points_of(rows: list[Row], metric: Metric) -> list[Point]:
 
 
 def _quality_of(row: Row, metric: Metric) -> float | None:
-    value: float | None = row["metrics"].get(metric.name)
-    return math.inf if is_infinite(row["metrics"], metric) else value
+    return math.inf if is_infinite(row["metrics"], metric) else row["metrics"].get(metric.name)
 
 
 def _point(memory: float, quality: float, group: list[Row], metric: Metric) -> Point:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Literal
 
 from qexp.metrics.registry import Metric, is_infinite, metrics_in
@@ -102,8 +103,7 @@ def prepare(rows: Iterable[Row]) -> list[Row]:
     for name in ("model", "task"):
         if len({row[name] for row in plain if row[name]}) < 2:
             plain = [row | {name: ""} for row in plain]  # the same everywhere: not worth a column
-    infinity = float("inf")
-    return sorted(plain, key=lambda row: (row["metrics"].get("memory/weights_gib") or infinity, row["number"]))
+    return sorted(plain, key=lambda row: (row["metrics"].get("memory/weights_gib") or inf, row["number"]))
 
 
 def table_cells(prepared: list[Row]) -> list[dict[str, str]]:

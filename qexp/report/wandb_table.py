@@ -77,8 +77,7 @@ def table_rows(prepared: list[Row]) -> Iterator[dict[str, Any]]:
     is infinite is empty, and `<column> is exact` is true.
     """
     columns = number_columns(prepared)
-    shown = table_cells(prepared)
-    for row, cells in zip(prepared, shown, strict=True):
+    for row, cells in zip(prepared, table_cells(prepared), strict=True):
         line: dict[str, Any] = {name: cells[name] for name in TEXTS if name in cells}
         line["reason"] = str(row["message"])
         line["key"] = ", ".join(str(member["key"]) for member in members_of(row))

@@ -92,5 +92,4 @@ def _short_name(name: str, others: Sequence[str]) -> str:
 
 def _values(overrides: Sequence[str]) -> dict[str, str]:
     """Setting -> value; of one that is given twice, the last."""
-    split = (override.partition("=") for override in overrides)
-    return {name.lstrip("+~"): value for name, _, value in split}
+    return {name.lstrip("+~"): value for name, _, value in (override.partition("=") for override in overrides)}

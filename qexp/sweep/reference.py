@@ -83,7 +83,6 @@ def prepare_folder(folder: RunFolder, config: RunConfig, overrides: Sequence[str
         if folder.holds("status.json"):  # of a run that may have been killed
             kill_marked(partial(eq, str(folder.path.absolute())))
         folder.clear()
-    outputs = Path(config.paths.outputs).absolute()
-    stored = replace(config, paths=PathsConfig(str(outputs))).to_container()
-    folder.write_text("config.yaml", to_yaml(stored))
+    stored = replace(config, paths=PathsConfig(str(Path(config.paths.outputs).absolute())))
+    folder.write_text("config.yaml", to_yaml(stored.to_container()))
     folder.write_text("overrides.txt", "".join(f"{override}\n" for override in overrides))

@@ -112,8 +112,7 @@ def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def batches_of(inputs: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
     """Yield the inputs cut along their first dimension; those without one go with every batch."""
-    rows = row_count(inputs)
-    for start in range(0, max(rows, 1), size):
+    for start in range(0, max(row_count(inputs), 1), size):
         yield {name: tensor[start : start + size] if tensor.dim() else tensor for name, tensor in inputs.items()}
 
 

@@ -71,8 +71,7 @@ def measure_layers(prepared: Prepared, *, loader: LoaderConfig, original: Checkp
     items = [replace(item, read="staged") for item in items]
     if original is not None:
         items = [_with_original(item, original) for item in items]
-    component = prepared.request.component
-    return [row for _, row in stream_plan(items, create, loader, component, "measuring {} layers")]
+    return [row for _, row in stream_plan(items, create, loader, prepared.request.component, "measuring {} layers")]
 
 
 def _with_original(item: WorkItem, original: Checkpoint) -> WorkItem:

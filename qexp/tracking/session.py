@@ -57,10 +57,9 @@ def require_login(wandb: Any) -> None:
 
 def check_login() -> None:
     """Raise ConfigError without an API key: for asking before experiments run whose log would be lost."""
-    remedy = "use tracking=offline"
     with (
         TemporaryDirectory(prefix="qexp-login-") as folder,
-        clear_errors("tracking.mode=online: W&B does not start", remedy),
+        clear_errors("tracking.mode=online: W&B does not start", "use tracking=offline"),
         wandb_session(Path(folder), "online") as wandb,
     ):
         require_login(wandb)

@@ -102,10 +102,9 @@ class Collector:
 
     def _run_worker(self) -> bool:
         """Return one process, from the first check without a row on; True if it came to the end."""
-        spent = time.monotonic() - self.started
         task = {
             **{name: getattr(self.arguments, name) for name in TASK},
-            "seconds": 60 * self.arguments.minutes - spent,
+            "seconds": 60 * self.arguments.minutes - (time.monotonic() - self.started),
             "done": [f"{row['group']}: {row['name']}" for row in self.rows],
             "failed": [f"{row['group']}: {row['name']}" for row in self.rows if row["status"] == FAILED],
         }

@@ -157,9 +157,6 @@ def check_all(
 ) -> None:
     for option in options:
         for what, (checkpoint, check) in CHECKS.items():
-
-            def bound(check: Any = check, option: str = option, checkpoint: str = checkpoint) -> Outcome:
-                return check(option, folder / checkpoint, accelerator, dtype)
-
+            bound = partial(check, option, folder / checkpoint, accelerator, dtype)
             checks.run(GROUP, f"{option} · {what}", bound)
         accelerator.settle()

@@ -117,8 +117,7 @@ class Subject:
         handle = apply_offload(self.model, config, device=device, block_lists=["blocks"], store=store)
         self.accelerator.settle()
         rest_bytes = self.accelerator.allocated_bytes() - self.empty_bytes
-        found = run(self.model, self.inputs, self.accelerator)
-        numbers = self._numbers(handle, found, rest_bytes)
+        numbers = self._numbers(handle, run(self.model, self.inputs, self.accelerator), rest_bytes)
         broken = self._broken(config, numbers)
         handle.remove()
         del handle

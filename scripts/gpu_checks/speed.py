@@ -53,12 +53,11 @@ def theirs(level: str, *, use_stream: bool, record_stream: bool = False) -> Appl
     def apply(model: nn.Module, timed: Timed, device: torch.device) -> None:
         from diffusers.hooks import apply_group_offloading
 
-        blocks = 1 if level == "block_level" else None
         apply_group_offloading(
             model,
             device,
             offload_type=level,
-            num_blocks_per_group=blocks,
+            num_blocks_per_group=1 if level == "block_level" else None,
             use_stream=use_stream,
             record_stream=record_stream,
         )

@@ -25,8 +25,7 @@ class Block(nn.Module):
         self.gate = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(nn.functional.gelu(self.fc1(self.norm(x))))
-        return x + self.gate * y
+        return x + self.gate * self.fc2(nn.functional.gelu(self.fc1(self.norm(x))))
 
 
 class Net(nn.Module):

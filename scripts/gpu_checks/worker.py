@@ -52,11 +52,10 @@ def check(task: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     accelerator, small = Accelerator(task["device"]), bool(task["small"])
     dtype = torch.bfloat16 if accelerator.device.type in ("cuda", "cpu") else torch.float32
     say({"facts": {**accelerator.facts(), "dtype": str(dtype).removeprefix("torch.")}})
-    deadline = time.monotonic() + task["seconds"]
     checks = Checks(
         lambda name: say({"begin": name}),
         lambda row: say({"row": row.to_dict()}),
-        deadline=deadline,
+        deadline=time.monotonic() + task["seconds"],
         done=task["done"],
         device_works=accelerator.works,
     )

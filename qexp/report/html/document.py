@@ -84,12 +84,11 @@ def report_document(
 
 
 def _heading(manifest: Mapping[str, Any], rows: list[Row]) -> Document:
-    command = shlex.join(manifest["command"]) if manifest.get("command") else ""
     return {
         "name": str(manifest["name"]),
         "summary": summary_line(manifest, rows),
         "notes": str(manifest.get("notes") or ""),
-        "command": command,
+        "command": shlex.join(manifest["command"]) if manifest.get("command") else "",
     }
 
 

@@ -157,10 +157,9 @@ def make_album(runs: Sequence[RunImages], budget: int = BUDGET_BYTES) -> dict[st
         else:
             _add_shot(album, run, sample, known)
     album.shots = sorted(album.shots, key=lambda shot: (shot["sample"], shot["row"]))
-    total = sum(run.outputs.samples for run in runs)
     return {
         "samples": album.samples, "shots": album.shots, "images": album.images,
-        "note": _note(len(album.shots), total, album.side, runs),
+        "note": _note(len(album.shots), sum(run.outputs.samples for run in runs), album.side, runs),
     }  # fmt: skip
 
 

@@ -26,8 +26,7 @@ def shared_settings(values: Sequence[Mapping[str, str]]) -> tuple[dict[str, str]
     names = dict.fromkeys(name for each in present for name in each)
     base: dict[str, str] = {}
     for name in names:
-        counts = Counter(each.get(name) for each in present)
-        usual = counts.most_common(1)[0][0]
+        usual = Counter(each.get(name) for each in present).most_common(1)[0][0]
         base[name] = usual if usual is not None else next(each[name] for each in present if name in each)
     return base, [_differences(each, base) if each else {} for each in values]
 

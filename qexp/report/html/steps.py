@@ -34,10 +34,9 @@ def steps_of(row: Row, number: int, table_row: int, points: int = MOST_POINTS) -
         return None
     numbers = {name: [number_of(line.get(name), path, DIGITS.get(name, 4)) for line in lines] for name in lines[0]}
     baseline = row["metrics"].get("load/baseline_host_gib")
-    seconds = _running_sum([(ms or 0.0) / 1000 for ms in numbers["step_ms"]])
     series: dict[str, Sequence[float | None]] = {
         "step": [None if step is None else int(step) for step in numbers["step"]],
-        "seconds": seconds,
+        "seconds": _running_sum([(ms or 0.0) / 1000 for ms in numbers["step_ms"]]),
         "ms": numbers["step_ms"],
         "host": [] if baseline is None else [_above(value, baseline) for value in numbers.get("host_gib", [])],
         "device": numbers.get("device_gib", []) if any(numbers.get("device_gib", [])) else [],
