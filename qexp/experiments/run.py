@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qexp.checkpoints.pipeline_folder import INDEX
-from qexp.errors import ConfigError, choices
 from qexp.experiments.roundtrip import run_roundtrip
 from qexp.experiments.sensitivity import plan_sensitivity, run_sensitivity
 from qexp.experiments.statistics import Metrics, load_statistics, load_trace, offload_statistics, run_peaks
@@ -203,16 +202,14 @@ def _plan_of(component: PlannedComponent) -> dict[str, Any]:
 
 
 def _run_task(context: RunContext) -> TaskResult:
-    name, is_text = context.task.name, context.source.modality == "text"
+    is_text = context.source.modality == "text"
     tasks = {
         "forward": forward.run_forward,
         "generate": text.run_generate_text if is_text else generate.run_generate,
         "perplexity": perplexity.run_perplexity,
         "lm_eval": lm_eval.run_lm_eval,
     }
-    if name not in tasks:
-        raise ConfigError(f"task.name={name!r} cannot be run; use {choices(tasks)}, or roundtrip")
-    return tasks[name](context)
+    return tasks[context.task.name](context)
 
 
 def _save_components(context: RunContext) -> None:

@@ -56,16 +56,11 @@ def _sums(model: ModelForecast, backends: Sequence[str], unit: str) -> list[list
     whole = [list(column.values()) for name, column in model.columns.items() if name in model.offload]
     first = whole[0] if whole else []
     head = [_count_cell(sum(part.parameters for part in first)), size(sum(part.file_bytes for part in first), unit)]
+    head = head if first else [NOTHING, NOTHING]
     totals = [model.offload[name]["none"] if name in model.offload else None for name in backends]
-    return [
-        [
-            model.name,
-            "total",
-            *(head if first else [NOTHING, NOTHING]),
-            *(_memory_cell(one.device if one else None, unit) for one in totals),
-        ],
-        [model.name, "peak of loading", "", "", *(_memory_cell(one.loading if one else None, unit) for one in totals)],
-    ]
+    held = [_memory_cell(one.device if one else None, unit) for one in totals]
+    peaks = [_memory_cell(one.loading if one else None, unit) for one in totals]
+    return [[model.name, "total", *head, *held], [model.name, "peak of loading", "", "", *peaks]]
 
 
 def _fitting(model: ModelForecast, backend: str, memory: int) -> str:

@@ -70,15 +70,8 @@ def format_table(rows: Iterable[Row]) -> str:
     text = [_table_line(line, widths, header) for line in lines]
     text.insert(2, _table_line(["─" * width for width in widths], widths, header))
     notes = [line for note in footnotes(prepared) for line in textwrap.wrap(note, WIDTH, subsequent_indent="  ")]
-    return "\n".join(
-        [
-            *text,
-            *([""] if notes else []),
-            *notes,
-            *_cut_settings(table, dict(zip(header, widths, strict=True))),
-            *_failure_lines(prepared),
-        ]
-    )
+    cut = _cut_settings(table, dict(zip(header, widths, strict=True)))
+    return "\n".join([*text, *([""] if notes else []), *notes, *cut, *_failure_lines(prepared)])
 
 
 def _heads(name: str) -> tuple[str, str]:

@@ -79,13 +79,8 @@ def _read_overrides(path: Path) -> list[str]:
 
 def _row(job: Mapping[str, Any], folder: RunFolder) -> Row:
     row: Row = {"reason": None, "message": "", "reused": False, "seconds": None, **job}
-    row |= {
-        "label": job.get("label") or " ".join(job["overrides"]),
-        "metrics": {},
-        "config": None,
-        "env": None,
-        "folder": None,
-    }
+    row |= {"label": job.get("label") or " ".join(job["overrides"]), "metrics": {}}
+    row |= dict.fromkeys(("config", "env", "folder"))
     if not job["key"] or not folder.path.is_dir():
         return row | _missing(folder.path) if job["status"] == "done" else row
     row["folder"] = folder.path

@@ -6,7 +6,7 @@ are prompts each image; of text: compared_texts.csv, of a network's outputs: out
 metrics there are, and their formulas, is in `qexp/metrics/`. Values that are not finite are counted in a warning, and
 magenta in the pictures.
 
-Importing this module imports no torch, so that `check_names` can run while the configuration is composed.
+Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qexp.errors import ConfigError, LoadError, choices
-from qexp.metrics.registry import Metric, Result, Samples, all_metrics, chosen_metrics
+from qexp.errors import LoadError
+from qexp.metrics.registry import Metric, Result, Samples, all_metrics
 from qexp.models.base import load_source
 from qexp.results.samples import mean_by_sample, shorten_text, write_samples
 from qexp.scoring.answers import answer_numbers, answer_samples
@@ -33,13 +33,6 @@ if TYPE_CHECKING:
 Numbers = dict[str, float | None]
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Raise ConfigError for a metric that does not exist."""
-    for name in names:
-        if name not in (known := chosen_metrics()):
-            raise ConfigError(f"metrics.names: {name!r} is unknown; use {choices(known)}")
-
-
 def score(config: RunConfig, folder: Path, reference: Path | None) -> Numbers:
     """Return quality/* of the run in `folder`, against the reference's folder if there is one.
 
@@ -47,7 +40,6 @@ def score(config: RunConfig, folder: Path, reference: Path | None) -> Numbers:
     that the model source does not define, or that has no finite value, is None.
     Raises: LoadError if saved outputs are missing or do not fit each other, DiskError if nothing can be written.
     """
-    check_names(config.metrics.names)
     if not config.task.saves_outputs:
         return {}
     outputs = _read_outputs(folder)

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from qexp.errors import UnsupportedError
@@ -93,9 +92,7 @@ class PeakMemory:
                 if self._stop.wait(SAMPLE_SECONDS):
                     return
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         import torch
 
         highest = _high_water_mark() if self._exact else 0

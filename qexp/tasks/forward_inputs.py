@@ -53,13 +53,13 @@ def in_dtype(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 
-def _forward_parameters(skeleton: nn.Module) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(skeleton.forward).parameters)
+def _named_arguments(skeleton: nn.Module) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, item in inspect.signature(skeleton.forward).parameters.items() if item.kind in kinds]
 
 
 def _first_argument(skeleton: nn.Module) -> str:
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = [name for name, item in _forward_parameters(skeleton).items() if item.kind in kinds]
+    names = _named_arguments(skeleton)
     if not names:
         raise ConfigError(
             f"forward of {type(skeleton).__name__} names no argument to give a .npy file to; use .safetensors"
@@ -68,8 +68,8 @@ def _first_argument(skeleton: nn.Module) -> str:
 
 
 def _check_names(task: ForwardConfig, inputs: Mapping[str, Tensor], skeleton: nn.Module) -> None:
-    parameters, kind = _forward_parameters(skeleton), type(skeleton).__name__
-    named = [name for name, item in parameters.items() if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
+    parameters, kind = inspect.signature(skeleton.forward).parameters, type(skeleton).__name__
+    named = _named_arguments(skeleton)
     further = next((_further_names(item) for item in parameters.values() if item.kind is item.VAR_KEYWORD), ())
     for name in inputs:
         if further is not None and name not in (*named, *further):

@@ -129,10 +129,7 @@ def _measure(prepared: Prepared, item: WorkItem, stored: list[Tensor], dense: Te
         format=_format_of(prepared, item),
         quantized_bytes=nbytes,
         bits_per_weight=8 * nbytes / dense.numel(),
-        sqnr_db=compared.sqnr_db,
-        relative_l2=compared.relative_l2,
-        cosine=compared.cosine,
-        max_abs_error=compared.max_abs_error,
+        **{name: getattr(compared, name) for name in ("sqnr_db", "relative_l2", "cosine", "max_abs_error")},
     )
 
 
