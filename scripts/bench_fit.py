@@ -22,9 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benching import machine, write_result
+from benching import bench_parser, machine, write_result
 
-RESULT = Path(__file__).parents[1] / "docs" / "bench" / "fit.json"
 BITS = (3.5, 4.5, 5.5)
 MODELS: dict[str, tuple[str, ...]] = {
     "digits": ("model=digits", "compute_dtype=fp32", "reference.dtype=fp32"),
@@ -38,7 +37,7 @@ METRICS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__, "fit.json")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--bits", type=float, nargs="+", default=list(BITS))
     parser.add_argument("--seeds", type=int, default=3)
@@ -47,7 +46,6 @@ def main() -> None:
     parser.add_argument("--outputs", help="keep the runs in this folder; default: a temporary one")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the stored table, and run nothing")
-    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     if arguments.table:
         print(markdown(json.loads(arguments.out.read_text(encoding="utf-8"))["rows"]))

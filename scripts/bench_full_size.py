@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_full_size_program import BACKENDS
-from benching import drop_from_cache, machine, run_watched, write_result
+from benching import bench_parser, drop_from_cache, machine, run_watched, write_result
 from make_checkpoint import write_architecture, write_checkpoint
 
 from qexp.models.architectures import component_of
@@ -39,7 +39,6 @@ TARGET_GIB = 7.5  # of nf4, load and forward, over the process's baseline
 FORMATS = {"transformer": ("nf4", "gguf Q4_0", "torchao int4wo"), "text_encoder_2": ("nf4", "int8")}
 SMALL = {"transformer": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},
          "text_encoder_2": {"num_layers": 1, "num_heads": 4, "d_ff": 256, "vocab_size": 1024}}  # fmt: skip
-RESULT = Path(__file__).parents[1] / "docs" / "bench" / "full_size.json"
 
 
 def measure(component: str, root: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -100,7 +99,7 @@ def failures(rows: list[dict[str, Any]], fraction: float) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__, "full_size.json")
     parser.add_argument("--components", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--formats", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     parser.add_argument("--fraction", type=float, default=1.0, help="of the blocks")
@@ -108,7 +107,6 @@ def main() -> None:
     parser.add_argument("--compute-dtype", default="float32", choices=("float32", "bfloat16"),
                         help="float32: a CPU without AVX-512 multiplies bfloat16 several times slower")  # fmt: skip
     parser.add_argument("--keep", type=Path, help="where checkpoints are written and stay")
-    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     options = {name: getattr(arguments, name) for name in ("fraction", "text_tokens", "compute_dtype")}
     rows = list[dict[str, Any]]()

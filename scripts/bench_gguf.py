@@ -15,14 +15,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from benching import alternating, machine, medians, run_watched, serve, wait_for_start, write_result
+from benching import alternating, bench_parser, machine, medians, run_watched, serve, wait_for_start, write_result
 from torch import Tensor, nn
 
-RESULT = Path(__file__).parents[1] / "docs" / "bench" / "gguf.json"
 SHAPE = (12288, 3072)
 PROGRAMS = ("qexp", "diffusers")
 TYPES = ("Q4_0", "Q8_0", "Q4_K", "Q6_K")
@@ -85,12 +83,11 @@ def measured(program: str, name: str, tokens: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__, "gguf.json")
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=TYPES)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 1024])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one token, one repeat")
-    parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:

@@ -50,7 +50,6 @@ LAYERS = {"flux": (3, 6), "sd3": (18,), "t5": (6,)}  # blocks, of each kind
 QUICK_LAYERS = {"flux": (0, 2), "sd3": (4,), "t5": (2,)}
 COMMAND_BACKENDS = ("bitsandbytes", "quanto")
 CONVERTIBLE = ("torchao int8wo", "quanto int8")
-RESULT = Path(__file__).parents[1] / "docs" / "bench" / "load.json"
 
 
 def flux_config(heads: int, layers: tuple[int, int]) -> dict[str, Any]:
@@ -247,7 +246,7 @@ def measure_command(root: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benching.bench_parser(__doc__, "load.json")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="also options of conf/backend (qexp)")
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, help="the first has every case")
@@ -261,7 +260,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="of qexp's loader; default: one a core")
     parser.add_argument("--slice-weights", type=int, help="weights that qexp gives a kernel at a time")
     parser.add_argument("--folder", help="where to write the checkpoint; default: the system's temporary folder")
-    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     arguments.layers_of = QUICK_LAYERS if arguments.quick else LAYERS
     if arguments.quick:

@@ -36,7 +36,6 @@ from make_checkpoint import write_checkpoint
 GIB = 1 << 30
 ALLOWANCE_BYTES = 128 * MIB
 FORMATS = ("dense", "nf4", "int8")
-RESULT = Path(__file__).parents[1] / "docs" / "bench" / "offload.json"
 
 
 def measure(arguments: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
@@ -148,7 +147,7 @@ def _bound(run: dict[str, Any], resident: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benching.bench_parser(__doc__, "offload.json")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="also options of conf/backend (qexp)")
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS)
     parser.add_argument("--heads", type=int, default=16, help="attention heads of 128 channels")
@@ -158,7 +157,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a small model, one step of each kind, one repeat")
     parser.add_argument("--folder", help="where to write checkpoint and stores; default: the system's temporary folder")
-    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.heads, arguments.layers, arguments.steps, arguments.repeats = 2, (1, 1), 1, 1

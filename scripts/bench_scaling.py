@@ -17,22 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from bench_load import flux_config, load_command
-from benching import MIB, machine, medians, read_seconds, run_watched, write_result
+from benching import MIB, bench_parser, machine, medians, read_seconds, run_watched, write_result
 from make_checkpoint import write_checkpoint
 
-RESULT = Path(__file__).parents[1] / "docs" / "bench" / "scaling.json"
 LAYERS = {0.25: (0, 1), 0.5: (0, 3), 1.0: (1, 4), 2.0: (3, 7), 4.0: (6, 14)}  # billions, about -> FLUX blocks
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__, "scaling.json")
     parser.add_argument("--format", default="nf4", help="a format of bench_load.py, or an option of conf/backend")
     parser.add_argument("--billions", type=float, nargs="+", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="0.25 and 0.5 B, one repeat")
     parser.add_argument("--folder", help="where to write the checkpoints; default: the system's temporary folder")
-    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.billions, arguments.repeats = [0.25, 0.5], 1

@@ -21,10 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benching import MIB, machine, write_result
+from benching import MIB, bench_parser, machine, write_result
 from make_checkpoint import Layout
 
-RESULT = Path(__file__).parents[1] / "docs" / "bench" / "sensitivity.json"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 1024,
     "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
@@ -35,12 +34,11 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__, "sensitivity.json")
     parser.add_argument("--layers", type=int, default=29)
     parser.add_argument("--formats", default="null", help="task.formats (default: all that are tried by default)")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     about = machine()
     with tempfile.TemporaryDirectory() as scratch:

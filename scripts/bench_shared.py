@@ -34,11 +34,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benching import alternating, machine, write_result
+from benching import alternating, bench_parser, machine, write_result
 
 from qexp.system.openmp import DECIDED_BY
 
-RESULT = Path(__file__).parents[1] / "docs" / "bench" / "shared.json"
 BACKENDS = ("none", "bitsandbytes")
 THREADS = {
     "asleep": {},
@@ -61,7 +60,7 @@ Case = tuple[str, str, str]  # backend, threads, beside
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__, "shared.json")
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), help="options of conf/backend")
     parser.add_argument("--threads", nargs="+", default=["asleep", "spinning"], choices=THREADS)
     parser.add_argument("--steps", type=int, default=40)
@@ -69,7 +68,6 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="8 steps of 16 images, once each; targets are not checked")
     parser.add_argument("--folder", help="where to keep outputs meanwhile; default: the system's temporary folder")
-    parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.steps, arguments.images, arguments.repeats = 8, 16, 1

@@ -35,9 +35,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benching import MIB, machine, medians, resident_bytes, timed, write_result
+from benching import MIB, bench_parser, machine, medians, resident_bytes, timed, write_result
 
-RESULT = Path(__file__).parents[1] / "docs" / "bench" / "sweep.json"
 SMALL = ("task.num_images=16", "task.num_inference_steps=5", "sweep.name=bench")
 SWEEPS = {
     2: ("backend=bitsandbytes,quanto",),
@@ -56,12 +55,11 @@ SINGLE_REPEATS = 3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__, "sweep.json")
     parser.add_argument("--experiments", type=int, nargs="+", default=[12, 48], choices=SWEEPS)
     parser.add_argument("--finished", type=int, default=1000, help="experiments that are passed over; 0: none")
     parser.add_argument("--quick", action="store_true", help="2 experiments, 20 finished ones; targets are not checked")
     parser.add_argument("--folder", help="where to keep outputs meanwhile; default: the system's temporary folder")
-    parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--compose", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.compose is not None:

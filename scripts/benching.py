@@ -7,6 +7,7 @@ phases of the work, which print their names when they end.
 
 from __future__ import annotations
 
+import argparse
 import json
 import mmap
 import os
@@ -26,7 +27,15 @@ Item = TypeVar("Item")
 MIB = 1 << 20
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # of this process and its children: users' modules are compiled once
+RESULTS = Path(__file__).parents[1] / "docs" / "bench"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "torchao", "optimum-quanto", "gguf")
+
+
+def bench_parser(description: str | None, result: str) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark, with --out: the file of its result, by default docs/bench/<result>."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / result)
+    return parser
 
 
 def resident_bytes(pid: int | str = "self") -> dict[str, int]:
