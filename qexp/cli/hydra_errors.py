@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
+from itertools import takewhile
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -281,12 +282,8 @@ def _split_value(arguments: Sequence[str], word: str) -> str:
     is_text = start and before[-1] is start and word not in _known_words() and not word.startswith(("-", "qexp."))
     if not is_text or value == "" or start.partition("=")[0] in group_names():
         return ""
-    words = [start]
-    for one in arguments[len(before) :]:
-        if "=" in one or one.startswith("-"):
-            break
-        words.append(one)
-    typed = quoted(" ".join(words))
+    words = takewhile(lambda one: "=" not in one and not one.startswith("-"), arguments[len(before) :])
+    typed = quoted(" ".join([start, *words]))
     return f"{word} has no =: the shell splits a value at its spaces, so it is quoted twice; write {typed}"
 
 

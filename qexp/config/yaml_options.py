@@ -37,10 +37,8 @@ def options_of_plugin(group: str, plugin: str) -> list[str]:
 
 def description(path: Path) -> str:
     """Return the first line of a yaml's opening comment, without Hydra's `# @package` line."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") and not line.startswith("# @"):
-            return line.lstrip("# ").rstrip()
-    return ""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((line.lstrip("# ").rstrip() for line in lines if line.startswith("#") and line[:3] != "# @"), "")
 
 
 def default_options() -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from math import inf
 from typing import Literal
 
@@ -131,12 +132,9 @@ def _texts(row: Row, differing: Mapping[int, str]) -> dict[str, str]:
 
 def numbers_text(row: Row) -> str:
     """Return the numbers of the experiments in a row: '1-3, 5'."""
-    runs: list[list[int]] = []
-    for number in sorted(member["number"] for member in members_of(row)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
+    numbers = enumerate(sorted(member["number"] for member in members_of(row)))
+    # a run of neighbours has the same distance from its places all along
+    runs = [[number for _, number in run] for _, run in groupby(numbers, lambda pair: pair[1] - pair[0])]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 

@@ -14,13 +14,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import cache, partial
 from operator import eq
 from pathlib import Path
-from typing import IO
 
 from qexp.config.schema import IsolationConfig
 from qexp.results.outcome import Outcome, outcome_of, outcome_of_exit, timed_out
@@ -141,8 +140,8 @@ def _follow(
     deadline = time.monotonic() + 60 * timeout_minutes if timeout_minutes is not None else float("inf")
     output = process.stdout
     assert output is not None
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    with output, open(screen, "rb", buffering=0) as said, _Log(log_path) as log, closing(console):
+    log, decoder = _Log(log_path), codecs.getincrementaldecoder("utf-8")("replace")
+    with output, open(screen, "rb", buffering=0) as said, closing(console):
         for stream, data in read_streams(process, (output, said), lambda: deadline - time.monotonic()):
             if stream is output:
                 log.write(data)
@@ -174,28 +173,15 @@ class _Log:
     """Writes bytes to the log file; one that cannot be written costs the log, not the experiment."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: IO[bytes] | None = None
-
-    def __enter__(self) -> _Log:
-        self._try(self._open)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self._try(self.file.close)
+        self.path: Path | None = path
+        self.write(b"")  # the file is there even if nothing is printed
 
     def write(self, data: bytes) -> None:
-        if self.file is not None:
-            file = self.file
-            self._try(lambda: file.write(data))
-
-    def _open(self) -> None:
-        self.file = self.path.open("ab", buffering=0)
-
-    def _try(self, action: Callable[[], object]) -> None:
+        if self.path is None:
+            return
         try:
-            action()
+            with self.path.open("ab", buffering=0) as file:
+                file.write(data)
         except OSError as error:
-            self.file = None
             print(f"warning: {self.path} is incomplete: {error.strerror}", file=sys.stderr)
+            self.path = None

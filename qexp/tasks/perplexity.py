@@ -23,6 +23,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from qexp.config.task import TaskConfig
@@ -173,14 +174,9 @@ def windows_of(count: int, tokens: int, stride: int, has_begin: bool) -> Iterato
 
 def batches_of(windows: list[Window], size: int) -> Iterator[list[Window]]:
     """Yield batches of neighbours of the same shape, at most `size` at a time."""
-    batch: list[Window] = []
-    for window in windows:
-        same = batch and _shape(batch[0]) == _shape(window)
-        if batch and (not same or len(batch) == size):
-            yield batch
-            batch = []
-        batch.append(window)
-    yield batch
+    for _, group in groupby(windows, _shape):
+        alike = list(group)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
 def _shape(window: Window) -> tuple[int, int]:

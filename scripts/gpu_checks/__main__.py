@@ -118,7 +118,9 @@ class Collector:
             line = json.loads(text)
             begun = line.get("begin", "" if "row" in line else begun)
             ended = "yes" if "end" in line else ended
-            self._take(line)
+            self.facts, self.speed = line.get("facts", self.facts), line.get("speed", self.speed)
+            if "row" in line:
+                self._add(Row(**line["row"]))
         status = process.wait()
         if ended:
             return True
@@ -139,12 +141,6 @@ class Collector:
             if not line:
                 return
             yield line
-
-    def _take(self, line: dict[str, Any]) -> None:
-        self.facts = line.get("facts", self.facts)
-        self.speed = line.get("speed", self.speed)
-        if "row" in line:
-            self._add(Row(**line["row"]))
 
     def _add(self, row: Row) -> None:
         self.rows.append(row.to_dict())

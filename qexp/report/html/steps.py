@@ -7,6 +7,7 @@ to points that are evenly spaced, the first and the last among them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def steps_of(row: Row, number: int, table_row: int, points: int = MOST_POINTS) -
     baseline = row["metrics"].get("load/baseline_host_gib")
     series: dict[str, Sequence[float | None]] = {
         "step": [None if step is None else int(step) for step in numbers["step"]],
-        "seconds": _running_sum([(ms or 0.0) / 1000 for ms in numbers["step_ms"]]),
+        "seconds": [float(f"{total:.5g}") for total in accumulate((ms or 0.0) / 1000 for ms in numbers["step_ms"])],
         "ms": numbers["step_ms"],
         "host": [] if baseline is None else [_above(value, baseline) for value in numbers.get("host_gib", [])],
         "device": numbers.get("device_gib", []) if any(numbers.get("device_gib", [])) else [],
@@ -54,14 +55,6 @@ def steps_of(row: Row, number: int, table_row: int, points: int = MOST_POINTS) -
 
 def _above(value: float | None, baseline: float) -> float | None:
     return None if value is None else float(f"{value - baseline:.4g}")
-
-
-def _running_sum(values: Sequence[float]) -> list[float | None]:
-    total, sums = 0.0, list[float | None]()
-    for value in values:
-        total += value
-        sums.append(float(f"{total:.5g}"))
-    return sums
 
 
 def _loading(row: Row) -> dict[str, float | None]:
