@@ -31,7 +31,8 @@ PLUGINS = {
 def plugin_names(group: str) -> tuple[str, ...]:
     """Return the options of a plugin group, sorted."""
     folder = PACKAGE_FOLDER.joinpath(*PLUGINS[group][0].split(".")[1:])
-    return tuple(sorted(path.stem for path in folder.glob("*.py") if BINDS_CONFIG.search(path.read_text("utf-8"))))
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
+    return tuple(sorted(name for name, text in texts.items() if BINDS_CONFIG.search(text)))
 
 
 def plugin_module(group: str, name: str) -> ModuleType:
