@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from benching import Stopwatch, serve, wait_for_start
@@ -31,30 +31,32 @@ from torch import Tensor, nn
 
 BF16 = torch.bfloat16
 PAGE_BYTES = 4096
-FORMATS = {  # name in the tables -> option of conf/backend
-    "dense": "none",
-    "nf4": "bitsandbytes",
-    "int8": "bitsandbytes_int8",
-    "torchao int8wo": "torchao",
-    "quanto int8": "quanto",
-    "nf4, stored": "none",
-    "torchao int8wo, stored": "none",
-    "gguf Q4_0, stored": "none",
+
+
+class Format(NamedTuple):
+    """option: of conf/backend; library: what quantizes; stored: the option that a checkpoint was quantized with."""
+
+    option: str = "none"
+    library: str = ""
+    stored: str = ""
+
+
+FORMATS = {  # by the name in the tables
+    "dense": Format(),
+    "nf4": Format("bitsandbytes", "bitsandbytes"),
+    "int8": Format("bitsandbytes_int8", "bitsandbytes"),
+    "torchao int8wo": Format("torchao", "torchao.quantization"),
+    "quanto int8": Format("quanto", "optimum.quanto"),
+    "nf4, stored": Format(library="bitsandbytes", stored="bitsandbytes"),
+    "torchao int8wo, stored": Format(library="torchao.quantization", stored="torchao"),
+    "gguf Q4_0, stored": Format(library="gguf", stored="gguf_q4_0"),
 }
-LIBRARIES = {  # name in the tables -> what quantizes
-    "nf4": "bitsandbytes",
-    "int8": "bitsandbytes",
-    "nf4, stored": "bitsandbytes",
-    "torchao int8wo": "torchao.quantization",
-    "torchao int8wo, stored": "torchao.quantization",
-    "quanto int8": "optimum.quanto",
-    "gguf Q4_0, stored": "gguf",
-}
-STORED = {  # format -> option it was quantized with
-    "nf4, stored": "bitsandbytes",
-    "torchao int8wo, stored": "torchao",
-    "gguf Q4_0, stored": "gguf_q4_0",
-}
+STORED = {name: one.stored for name, one in FORMATS.items() if one.stored}
+
+
+def format_of(name: str) -> Format:
+    """Return one of `FORMATS`, or the format of any other option of conf/backend."""
+    return FORMATS.get(name, Format(name))
 
 
 def model_class(folder: Path) -> Any:
@@ -71,22 +73,22 @@ def model_class(folder: Path) -> Any:
 def import_libraries(folder: Path, name: str) -> None:
     """Import what a program that loads such a model imports at its top."""
     model_class(folder)
-    if name in LIBRARIES:
-        importlib.import_module(LIBRARIES[name])
+    if library := format_of(name).library:
+        importlib.import_module(library)
 
 
 def backend_config(name: str) -> Any:
     """Return the backend config of a format: one of `FORMATS`, or any option of conf/backend."""
     from qexp.config.backend_options import backend_of
 
-    return backend_of(FORMATS.get(name, name))
+    return backend_of(format_of(name).option)
 
 
 def call_qexp(folder: Path, name: str, workers: int | None = None) -> nn.Module:
     """Load as a user does."""
     import qexp
 
-    option = FORMATS.get(name, name)
+    option = format_of(name).option
     return qexp.load(folder, None if option == "none" else option, device="cpu", compute_dtype=BF16, workers=workers)
 
 

@@ -198,9 +198,9 @@ def targets(race: Race, *, small: bool) -> list[Row]:
 
 def _targets(race: Race) -> list[Row]:
     mode = race.modes.get(STREAMED_BLOCK)
-    near, faster = (
-        Row(TARGETS, f"streamed block offload takes at most {WITHIN_BOUND:.2f} times the bound"),
-        Row(TARGETS, f"streamed block offload is at least {FASTER_THAN_PEER} times as fast as diffusers' best mode"),
+    near = Row(TARGETS, f"streamed block offload takes at most {WITHIN_BOUND:.2f} times the bound")
+    faster = Row(
+        TARGETS, f"streamed block offload is at least {FASTER_THAN_PEER} times as fast as diffusers' best mode"
     )
     peers = {name: other for name, other in race.modes.items() if name.startswith(PEER) and other.step_seconds}
     if mode is None or not mode.step_seconds or not race.bytes_per_second or not race.modes[RESIDENT].step_seconds:
