@@ -108,10 +108,8 @@ def _unknown_option(problem: Problem) -> str:
 
 def _split_option(option: str) -> tuple[str, str]:
     """Split 'hydra/launcher/basic' or 'model/user/name' into the group and the option."""
-    group = next((group for group in group_names() if option.startswith(f"{group}/")), "")
-    return (
-        (group, option.removeprefix(f"{group}/")) if group else (option.rpartition("/")[0], option.rpartition("/")[2])
-    )
+    group = next((group for group in group_names() if option.startswith(f"{group}/")), option.rpartition("/")[0])
+    return group, option.removeprefix(f"{group}/")
 
 
 def _other_word(group: str, name: str) -> str:

@@ -76,9 +76,7 @@ def _values_by_sample(metric: Metric, result: Result, samples: Samples) -> dict[
     may have scored others than those that are shown.
     """
     names = samples.names.get(metric.sample_kind, ())
-    is_exact = (
-        result.value is None and bool(result.samples) and all(value == math.inf for value in result.samples or ())
-    )
+    is_exact = result.value is None and set(result.samples or ()) == {math.inf}
     is_defined = is_exact or (result.value is not None and math.isfinite(result.value))
     if result.samples is None or len(names) != len(result.samples) or not is_defined:
         return {}

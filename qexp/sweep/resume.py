@@ -94,10 +94,8 @@ def _unsaved(config: RunConfig, folder: RunFolder) -> str:
         if changed:
             return f"saved with another {changed[0]}: {save.wanted}"
     pushed = read_json(folder.path / PUSHED) or {}
-    if save.push_to_hub is not None and (pushed.get("repo_id"), pushed.get("revision")) != (
-        save.push_to_hub,
-        save.revision,
-    ):
+    there = (pushed.get("repo_id"), pushed.get("revision"))
+    if save.push_to_hub is not None and there != (save.push_to_hub, save.revision):
         return f"pushed to {save.push_to_hub}"
     return ""
 
