@@ -150,7 +150,7 @@ def refuse_job(
     sweep = _read_sweep(manifest) if manifest is not None else {}
     settings = settings_label(overrides, sweep.get("varying") or ()) if label else ""
     label = label or " ".join(overrides) or "this experiment"
-    row = replace(JobRow(number or 1, "", tuple(overrides), label, "failed"), **asdict(outcome_of(error)))
+    row = JobRow(number or 1, "", tuple(overrides), label, **asdict(outcome_of(error)))
     name = job_name(number, sweep.get("total"), experiment_name(label, settings))
     if sweep.get("pid") == os.getpid():
         DISPLAY.begin(name, jobs_left(sweep))

@@ -24,10 +24,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qexp.errors import DiskError
 from qexp.report.comparison import comparison_notes
 from qexp.report.html import settings
 from qexp.report.html.appearance import family_colors, offload_marker
@@ -35,7 +35,6 @@ from qexp.report.html.columns import Column, family_of, member_rows, table_colum
 from qexp.report.html.heatmaps import layer_column, score_map, sqnr_map, unique_columns
 from qexp.report.html.pictures import images_of, make_album
 from qexp.report.html.steps import points_for, steps_of
-from qexp.report.html.tables import or_warning
 from qexp.report.html.texts import make_texts, texts_of
 from qexp.report.markdown import summary_line
 from qexp.report.marks import busy_cores, differing_environments, footnotes, members_of
@@ -148,7 +147,11 @@ def _contents(rows: list[Row], row_of: Mapping[int, int], warnings: list[str]) -
             # a run that stands there twice is read once
             if place in row_of and row["status"] == "done" and row["folder"] not in (None, *seen):
                 seen.add(row["folder"])
-                found = or_warning(partial(read, row, place, row_of[place]), None, warnings)
+                try:
+                    found = read(row, place, row_of[place])
+                except DiskError as error:
+                    warnings.append(f"{error} (this report is without it)")
+                    continue
                 if found is not None:
                     yield found
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
-from qexp.errors import DamagedFileError, DiskError
+from qexp.errors import DamagedFileError
 from qexp.system.files import read_csv
-
-Part = TypeVar("Part")
 
 
 def read_table(path: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
@@ -34,12 +30,3 @@ def number_of(text: str | None, path: Path, digits: int = 5) -> float | None:
     except ValueError:
         raise DamagedFileError(path, f"'{text}' is no number") from None
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
-
-
-def or_warning(read: Callable[[], Part], empty: Part, warnings: list[str]) -> Part:
-    """Return what `read` does; `empty` and a further warning if its file cannot be used."""
-    try:
-        return read()
-    except DiskError as error:
-        warnings.append(f"{error} (this report is without it)")
-        return empty
