@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -36,15 +36,12 @@ from qexp.config.yaml_options import conf_folder
 from qexp.errors import QexpError
 from qexp.experiments.resolve import to_run_config
 from qexp.results.labels import experiment_name, run_label, settings_label
-from qexp.results.manifest import Manifest
+from qexp.results.manifest import JobRow, Manifest
 from qexp.sweep.callback import check_lists, swept_settings
 from qexp.sweep.console_lines import job_name
 from qexp.system.signals import Terminated, ending_signals_interrupt
 from qexp.system.variables import variables_set
 from qexp.tracking.session import check_login
-
-if TYPE_CHECKING:
-    from qexp.sweep.job import JobRow
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 DEFAULT_NAME = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"  # of a sweep in conf/sweep/default.yaml: when it began

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qexp.config.schema import RunConfig
 from qexp.errors import DiskError, QexpError
 from qexp.experiments.stored import with_absolute_paths
 from qexp.results.labels import backend_label, experiment_name, model_label, run_label
@@ -25,9 +26,6 @@ from qexp.sweep.reference import reference_is_there
 from qexp.sweep.resume import Decision, decide
 from qexp.sweep.run_key import run_key
 from qexp.system.memory import GIB
-
-if TYPE_CHECKING:
-    from qexp.config.schema import RunConfig
 
 VERBS = {"run": "would run", "score": "would be scored again", "keep": "would be reused"}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from qexp.checkpoints.checkpoint import Checkpoint, open_component
+from qexp.config.schema import RunConfig
 from qexp.errors import ConfigError, first_names
 from qexp.experiments.reference import unquantized_model
 from qexp.experiments.statistics import Metrics, run_peaks
@@ -18,10 +18,7 @@ from qexp.system.files import write_json, write_text
 from qexp.system.memory import PeakMemory
 from qexp.system.screen import say
 from qexp.tasks import roundtrip
-
-if TYPE_CHECKING:
-    from qexp.config.schema import RunConfig
-    from qexp.tasks.context import RunContext
+from qexp.tasks.context import RunContext
 
 
 def run_roundtrip(context: RunContext) -> Metrics:

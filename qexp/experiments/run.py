@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from qexp.checkpoints.pipeline_folder import INDEX
+from qexp.config.schema import RunConfig
 from qexp.experiments.roundtrip import run_roundtrip
 from qexp.experiments.sensitivity import plan_sensitivity, run_sensitivity
 from qexp.experiments.statistics import Metrics, load_statistics, load_trace, offload_statistics, run_peaks
@@ -38,9 +39,6 @@ from qexp.tasks import forward, forward_inputs, generate, lm_eval, perplexity, t
 from qexp.tasks.calibration import calibrate_models
 from qexp.tasks.context import RunContext
 from qexp.tasks.recorder import TaskResult
-
-if TYPE_CHECKING:
-    from qexp.config.schema import RunConfig
 
 
 def run_experiment(config: RunConfig, folder: Path) -> Metrics:

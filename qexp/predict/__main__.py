@@ -20,13 +20,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qexp.cli.backend_words import other_word
 from qexp.config.dataclass_io import field_types, from_plain
 from qexp.config.hydra_schema import compose_settings
 from qexp.config.offload import OffloadConfig
-from qexp.config.schema import TopLevelConfig
+from qexp.config.schema import RunConfig, TopLevelConfig
 from qexp.config.yaml_options import group_names, option_names
 from qexp.errors import ConfigError, LoadError, QexpError, choices, did_you_mean
 from qexp.models.architectures import architecture, architecture_names, write_headers
@@ -37,9 +37,6 @@ from qexp.system.devices import parse_bytes
 from qexp.system.program_name import program_name
 from qexp.system.screen import library_output_in, say, sayings_in
 from qexp.system.standard_streams import survive_closed_pipes
-
-if TYPE_CHECKING:
-    from qexp.config.schema import RunConfig
 
 BACKENDS = ("none", "bitsandbytes_int8", "torchao", "bitsandbytes", "bitsandbytes_nf4_dq", "gguf_q4_0", "packed_uint3")
 OF_RUNS = ("device_map", "max_memory")  # settings that place modules in another way than offloading

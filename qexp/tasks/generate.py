@@ -6,14 +6,9 @@ is outside the time of the step, but inside `time/total_seconds`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qexp.config.generate import GenerateConfig
+from qexp.tasks.context import RunContext
 from qexp.tasks.recorder import TaskResult
-
-if TYPE_CHECKING:
-    from qexp.tasks.context import RunContext
-
 
 Config = GenerateConfig
 

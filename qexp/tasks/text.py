@@ -6,15 +6,13 @@ far its probabilities moved, which shows long before answers change.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
+from qexp.models.base import TextSource
 from qexp.system.files import to_csv, write_text
+from qexp.tasks.context import RunContext
 from qexp.tasks.perplexity import PerplexityConfig, read_tokens, score_text
 from qexp.tasks.recorder import TaskResult
-
-if TYPE_CHECKING:
-    from qexp.models.base import TextSource
-    from qexp.tasks.context import RunContext
 
 TEXTS = "texts.csv"  # prompt, text
 
@@ -26,7 +24,7 @@ def run_generate_text(context: RunContext) -> TaskResult:
     time/tokens_per_second (all prompts together), of the continuation alone. texts.csv has prompts and
     continuations for people.
     """
-    source, task = cast("TextSource", context.source), context.task
+    source, task = cast(TextSource, context.source), context.task
     prompts = source.prompts(task)
     recorder = context.recorder("generating", None)
     recorder.begin()
