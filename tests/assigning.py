@@ -4,8 +4,6 @@ Only options of groups (`task=roundtrip`) are composed, once for all tests of a 
 Values (`seed=3`) are assigned to a copy, by the function with which Hydra assigns them after it has composed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache

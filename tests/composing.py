@@ -1,7 +1,5 @@
 """The real configuration, composed as Hydra does it, and a command line that stops where an experiment would run."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ Other programs on the same cores (shared caches, hyperthreads) double or triple 
 fixed loop is timed directly before each call, and the result is scaled to the seconds that the loop takes undisturbed.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -22,8 +22,6 @@ they are part of a run of everything too. `shares` deals the files out to two pr
 more of them would spend their time on imports.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Cases of large products: in the default run a few that cover what matters, in `scripts/check --all` all of them."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Sequence
 from itertools import product
 from typing import Any

@@ -1,7 +1,5 @@
 """Configurations that tests assign are those that Hydra composes."""
 
-from __future__ import annotations
-
 import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf

@@ -1,7 +1,5 @@
 """Tests marked `external`: skipped where their program is missing, but not in CI, which has to install it."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -4,8 +4,6 @@ mypy refuses a method that overrides without `@override`, and one so marked that
 is a misspelt method without a mark: so public names that no base class has are listed here.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A process of its own: what it reports is read, whatever else it prints."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tests import own_process

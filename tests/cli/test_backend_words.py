@@ -1,7 +1,5 @@
 """Names of formats from elsewhere lead to the option that is meant, or say that there is none."""
 
-from __future__ import annotations
-
 import pytest
 
 from qexp.cli.backend_words import MEANT, other_word

@@ -1,7 +1,5 @@
 """The command line as a user meets it: exit codes, sweeps, the environment, and what is imported."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -1,7 +1,5 @@
 """`qexp report` and the other commands: the same programs as `python -m qexp.report`."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 

@@ -1,7 +1,5 @@
 """--help is put together from conf/, wherever that is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

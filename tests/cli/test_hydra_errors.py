@@ -1,7 +1,5 @@
 """Every mistake that composing can find is one message: value, rule, place, remedy, and what would be valid."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

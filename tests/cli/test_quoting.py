@@ -1,7 +1,5 @@
 """What a message says to type is what Hydra reads as the text that was meant."""
 
-from __future__ import annotations
-
 import shlex
 
 import pytest

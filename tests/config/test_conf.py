@@ -1,7 +1,5 @@
 """conf/: every yaml composes, says what it is, and survives the way to YAML and back; every field can be overridden."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from importlib.util import find_spec

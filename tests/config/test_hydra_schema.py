@@ -1,7 +1,5 @@
 """Schemas are what Hydra may override: the dataclasses without their frozenness and their checks."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """What an experiment returns to Hydra's sweeper, and which objectives are refused before anything runs."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The settings of offloading: what is refused and how it says so, and what is settled or dropped for a device."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any
 

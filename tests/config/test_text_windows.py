@@ -1,7 +1,5 @@
 """Windows that cannot be right are refused from config.json and the settings alone, before a network is built."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

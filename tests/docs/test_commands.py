@@ -1,7 +1,5 @@
 """Every `python -m qexp` command of README.md, docs/ and conf/: its groups, options and fields exist."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from copy import deepcopy

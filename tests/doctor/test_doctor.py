@@ -1,7 +1,5 @@
 """The table of what runs here: complete, right, and made whatever a backend does to its process."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """What `to_run_config` resolves and refuses, and stored configurations."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import replace

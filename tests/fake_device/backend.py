@@ -5,8 +5,6 @@ CPU's kernel on the same bytes, after a check that all tensors are on one device
 others arrive here as their parts.
 """
 
-from __future__ import annotations
-
 from functools import cache, partial
 from typing import Any
 

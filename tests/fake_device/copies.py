@@ -5,8 +5,6 @@ stream it runs at once, in the order of the kernels; on a side stream, and alway
 destination poisoned meanwhile. Every other copy between host and device makes the host wait.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from tests.fake_device import counters, memory, races

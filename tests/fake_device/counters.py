@@ -1,7 +1,5 @@
 """What happened on the devices: copies between host and device, waits of the host, memory, races."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

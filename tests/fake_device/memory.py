@@ -4,8 +4,6 @@ A tensor goes through DLPack with the device in its header rewritten: both tenso
 tagged keeps the other one alive. Views of a device tensor share its storage, as on any device.
 """
 
-from __future__ import annotations
-
 import ctypes
 import weakref
 

@@ -11,8 +11,6 @@ there at once, so work on other streams must be known to have finished, or be an
 Source: Lamport (1978) and Fidge (1988) for the clocks; torch.cuda._sanitizer does this for kernels on CUDA.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from torch import Tensor

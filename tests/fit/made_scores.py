@@ -1,7 +1,5 @@
 """Scores that are made up: a model's real layers and bytes, and errors that fall with the bits by a known law."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -5,8 +5,6 @@ the real one: the client asks how each is to be sent (preupload), then where (th
 bytes there in one piece or in parts, and names them by their sha256 in the commit, which refuses what was never put.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

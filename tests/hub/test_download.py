@@ -1,7 +1,5 @@
 """Models downloaded from a hub: from a stand-in for its HTTP interface on the loopback, into a cache of the test's."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Models pushed to a hub: by huggingface_hub's own client, to a stand-in for its HTTP interface on the loopback."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

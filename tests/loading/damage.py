@@ -10,8 +10,6 @@ Bytes of tensors are damaged only where they mean something to a loader (a descr
 flipped bit of a weight from a weight.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from random import Random

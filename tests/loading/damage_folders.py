@@ -1,7 +1,5 @@
 """A wrong index, shards in disorder, and a wrong config.json. See `damage.py`."""
 
-from __future__ import annotations
-
 import json
 from random import Random
 from typing import Any

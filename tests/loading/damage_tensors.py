@@ -1,7 +1,5 @@
 """Tensors that are wrong in files which are in order: other names, shapes, dtypes, descriptions. See `damage.py`."""
 
-from __future__ import annotations
-
 import json
 from random import Random
 from typing import Any

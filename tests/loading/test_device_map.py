@@ -1,7 +1,5 @@
 """Device maps: where each part of a model goes, what is refused before a weight is read, and how it runs on a CPU."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Planned maps: accelerate's for dense models, and within the limits for all."""
 
-from __future__ import annotations
-
 import logging
 import random
 import time

@@ -1,7 +1,5 @@
 """More than a thousand damaged checkpoints, of every format that can be stored: each is refused, clearly, at once."""
 
-from __future__ import annotations
-
 import re
 import resource
 import shutil

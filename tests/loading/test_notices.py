@@ -1,7 +1,5 @@
 """What stays unquantized though nobody asked for it is said, counted, and in the plan."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

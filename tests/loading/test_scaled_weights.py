@@ -1,7 +1,5 @@
 """Weights in 8 bits with scales, as other programs write them; the right value is multiplied out here, by numpy."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Networks that read a layer's weight outside of the layer's own call, on every backend."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from itertools import product

@@ -1,7 +1,5 @@
 """Small models with everything a checkpoint can hold, saved as checkpoints, and their model source."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every metric is declared in one file, and what reads the declarations shows its values as they are stored."""
 
-from __future__ import annotations
-
 import ast
 import csv
 import io

@@ -1,7 +1,5 @@
 """Settings of components mean the same on the command line and in Python, and the checkpoint has the last word."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A pipeline is asked with what its call passes to the check; what gives no images, and how many steps it takes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

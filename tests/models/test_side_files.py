@@ -1,7 +1,5 @@
 """Every file that a source reads is part of a run's key: what it says it reads is compared with what is opened."""
 
-from __future__ import annotations
-
 import builtins
 import io
 import json

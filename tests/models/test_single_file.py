@@ -1,7 +1,5 @@
 """Which checkpoints are converted from their authors' layout: none that has the names of the model's own layers."""
 
-from __future__ import annotations
-
 import json
 from itertools import product
 from pathlib import Path

@@ -3,8 +3,6 @@
 Each `*.toml` of this folder has the faults of one room, as `[[fault]]` tables with the fields of `Fault`.
 """
 
-from __future__ import annotations
-
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path

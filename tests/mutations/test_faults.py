@@ -1,7 +1,5 @@
 """The faults fit today's code: whoever moves or rewrites it meets them here."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The script that tries faults, on a made project of one module: what is caught, by which tests, and what is not."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A small model with everything that offloading meets, quantized by each library directly, or as a load does it."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Callable

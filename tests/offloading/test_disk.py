@@ -1,7 +1,5 @@
 """The store of weight files: what it promises about content, other models, full disks, exits and kills."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import mmap

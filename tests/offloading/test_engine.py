@@ -1,7 +1,5 @@
 """Models that do not run their modules once each and in order, and modules that change their own weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

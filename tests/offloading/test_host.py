@@ -1,7 +1,5 @@
 """Host memory for groups: few pieces of memory, aligned, and no longer there than their groups."""
 
-from __future__ import annotations
-
 import weakref
 
 import pytest

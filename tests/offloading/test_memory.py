@@ -1,7 +1,5 @@
 """Offloading to disk lowers the memory of the process: to the ring at rest, and to the ring plus activations in use."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

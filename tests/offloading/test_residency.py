@@ -1,7 +1,5 @@
 """Which groups stay on the device, compared with trying all choices."""
 
-from __future__ import annotations
-
 import random
 from itertools import combinations
 

@@ -1,7 +1,5 @@
 """An offloaded model is the resident model, on every backend and for every strategy; and it really is offloaded."""
 
-from __future__ import annotations
-
 from functools import cache
 from itertools import product
 from pathlib import Path

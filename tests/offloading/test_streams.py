@@ -6,8 +6,6 @@ one tells a stream how far that one had come. A copy into memory that the comput
 at a time that the side stream has not waited for) is a race: it leaves the output right on this CPU, so it is counted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Every kind of quantization that runs on this machine: all options of conf/backend, and the types beside them."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a quantizer tells planners of other libraries: upstream's answers, and sizes that come near the truth."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One contract for every backend and type that runs here: load, run, save, load again, dequantize, and find damage."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json

@@ -1,7 +1,5 @@
 """What a backend's library brings along, in a fresh interpreter: no more than it needs, and the rest when asked."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import threading

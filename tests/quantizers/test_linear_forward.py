@@ -1,7 +1,5 @@
 """Subclasses of `nn.Linear` that compute the same are quantized as one, by what their source says; others are not."""
 
-from __future__ import annotations
-
 from itertools import product
 from pathlib import Path
 from typing import Any

@@ -19,8 +19,6 @@ What is not here, and why:
 - cuda_kernels of GGUF: a package from a hub, for GPUs
 """
 
-from __future__ import annotations
-
 import json
 import math
 from functools import cache

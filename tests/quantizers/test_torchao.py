@@ -1,7 +1,5 @@
 """torchao's types by every name, what they become, and what is said of those that cannot be."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import cache
 from typing import Any

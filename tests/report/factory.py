@@ -1,7 +1,5 @@
 """Sweeps on disk as the program leaves them, with numbers chosen by the test."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Intervals and comparisons in a report, from the samples of made runs with planted differences."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

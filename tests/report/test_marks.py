@@ -1,7 +1,5 @@
 """Marks of rows that cannot be compared with the others."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """Names of the experiments of a sweep: what tells them apart is in them, and no two have the same one."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from qexp.results.run_folder import RunFolder, remove_leftovers
 
 

@@ -1,7 +1,5 @@
 """Bootstrap intervals against scipy's on the same samples; comparisons of settings against planted truth."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """samples.csv: the values of images, videos, prompts and windows, whose means are the metrics in result.json."""
 
-from __future__ import annotations
-
 import csv
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """docs/backends.md has every type there is, with the numbers that the script measures."""
 
-from __future__ import annotations
-
 import datetime
 import re
 

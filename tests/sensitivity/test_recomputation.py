@@ -1,7 +1,5 @@
 """Blocks that are computed again in the backward pass: the same gradients, also of blocks that rest on disk."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """task=sensitivity from settings to files: planted outliers come first, and both scores agree."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

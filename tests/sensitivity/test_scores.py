@@ -1,7 +1,5 @@
 """Scores of small networks: exact ones against a computation of their own, gradients against these."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Sensitivity tables: what is written is read, and what is damaged, or of another checkpoint, is refused."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

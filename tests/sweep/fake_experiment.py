@@ -4,8 +4,6 @@ What an experiment does is chosen by `task.num_images`, so that it is part of th
 references behave, unless the seed is BAD_REFERENCE.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import mmap

@@ -1,7 +1,5 @@
 """A Hydra program around `run_job` and the callback, with fake experiments: `python hydra_app.py <folder> -m ...`."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

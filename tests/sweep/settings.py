@@ -1,7 +1,5 @@
 """A complete configuration for tests of the sweep, with a checkpoint of a few bytes."""
 
-from __future__ import annotations
-
 import json
 import struct
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The callback inside real Hydra sweeps (of `hydra_app.py`), and how it counts them beforehand."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

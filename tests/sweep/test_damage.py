@@ -1,7 +1,5 @@
 """Damaged files of earlier runs: reported, kept, and computed again."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The parent's side, with real worker processes around the experiments of `fake_experiment.py`."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """The same sweep under the launchers basic, joblib and submitit, and under the sweeper optuna: the real program."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

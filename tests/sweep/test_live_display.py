@@ -1,7 +1,5 @@
 """The display in a terminal: what a terminal emulator shows of a sweep of fake experiments."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The lines at the bottom of a terminal, from what happened so far and a clock of the test's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Lines of a worker: each says its experiment's place and what it is of; stages go to the display, or are lines."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 

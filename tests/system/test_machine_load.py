@@ -1,7 +1,5 @@
 """What ran beside, from a /proc of the test's own, and from this machine's."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Counts of kills for memory, in the layouts of both versions of cgroups, inside and outside of containers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

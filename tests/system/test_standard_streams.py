@@ -1,7 +1,5 @@
 """Programs whose reader goes away, as `| head` does."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Read a .wandb file: a 7-byte header, then records in LevelDB's log format, each a protobuf `Record`."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Iterator

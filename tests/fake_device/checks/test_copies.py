@@ -1,7 +1,5 @@
 """Copies: counted, late on side streams, and making the host wait where they would on real hardware."""
 
-from __future__ import annotations
-
 import gc
 
 import pytest

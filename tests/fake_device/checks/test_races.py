@@ -1,7 +1,5 @@
 """The happens-before checker: each kind of race is reported, and correct programs are not."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

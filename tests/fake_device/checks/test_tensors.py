@@ -1,7 +1,5 @@
 """Tensors on the fake device: the CPU's results, one device for each operation, memory that is counted."""
 
-from __future__ import annotations
-
 import copy
 import gc
 

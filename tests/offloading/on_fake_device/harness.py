@@ -1,7 +1,5 @@
 """Runs a model resident and offloaded on the same fake device, and collects what must be said about both."""
 
-from __future__ import annotations
-
 import gc
 from dataclasses import dataclass, field
 from functools import cache

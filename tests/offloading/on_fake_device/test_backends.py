@@ -1,7 +1,5 @@
 """Every backend option of conf/, quantized on the device and offloaded by every strategy, answers as if resident."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -4,8 +4,6 @@ The numbers are those of https://github.com/huggingface/diffusers. What diffuser
 lies, because its group offloading assigns `param.data` across devices, which tensors of this fake device do not allow.
 """
 
-from __future__ import annotations
-
 import gc
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Loading onto an accelerator in lanes: nothing races, little is in flight, and each rule that is broken is noticed."""
 
-from __future__ import annotations
-
 import gc
 import sys
 import threading

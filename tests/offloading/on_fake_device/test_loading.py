@@ -1,7 +1,5 @@
 """Loading straight onto an accelerator: every option of conf/backend, and the memory that a load is said to take."""
 
-from __future__ import annotations
-
 import gc
 
 import pytest

@@ -4,8 +4,6 @@ The ways cover every pair of strategy, place, stream, depth and start. Kinds tha
 take all of them, the others every strategy; two kinds take all combinations. The default run takes fewer: `cases`.
 """
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`.to(device)` takes every byte of a guarded model along, whatever the format and whether it has run, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

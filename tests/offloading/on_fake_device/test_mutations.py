@@ -1,7 +1,5 @@
 """Tests of the tests: each bug that offloading is known for, put in, must fail the check that the matrix makes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

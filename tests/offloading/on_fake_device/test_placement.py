@@ -1,7 +1,5 @@
 """Models over several devices: the answer of the resident model, bytes where the plan says, and nothing moved twice."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable
 from functools import cache

@@ -1,7 +1,5 @@
 """What only an accelerator can show: components that take turns, a budget of resident groups, what is pinned, ties."""
 
-from __future__ import annotations
-
 import copy
 import gc
 from itertools import product

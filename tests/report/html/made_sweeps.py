@@ -1,7 +1,5 @@
 """Sweeps with what real runs leave: pictures beside their references, steps, layers, texts; numbers are made."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

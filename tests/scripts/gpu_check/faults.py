@@ -1,7 +1,5 @@
 """`--setup tests.scripts.gpu_check.faults:install`: the fake device, and four faults that the checks must survive."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

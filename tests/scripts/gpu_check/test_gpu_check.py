@@ -1,7 +1,5 @@
 """The whole command, as tried without a GPU: on a CPU, on the fake accelerator, and with faults put in."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

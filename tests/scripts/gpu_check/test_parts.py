@@ -1,7 +1,5 @@
 """The parts of `scripts/gpu_check`: isolation of checks, what is counted, the arithmetic of the targets."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path
