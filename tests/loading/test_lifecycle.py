@@ -218,33 +218,6 @@ def test_rows_of_any_length_are_computed_as_they_are_dequantized(backend: str, c
         assert (answer - dense(x).float()).norm() / answer.norm() < 0.05
 
 
-# What is left on the model for others
-
-
-@pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
-def test_registration_and_dequantize(backend: str, folder: Path) -> None:
-    model: Any = load_toy(folder, settings(backend, compute_dtype="bfloat16")).model
-    assert isinstance(model.hf_quantizer, Quantizer)
-    assert model.quantization_method == settings(backend).backend.quant_method
-    assert model._pre_quantization_dtype == BF16
-    quantized = [name for name, module in model.named_modules() if model.hf_quantizer.is_quantized(module)]
-    assert len(quantized) == 6
-    bits = 8 * true_nbytes(model.embed.weight) / WIDTH**2
-    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1)).to(BF16)
-    with torch.no_grad():
-        answer = model(x).float()
-    assert model.hf_quantizer.dequantize(model) is model
-    state = random_state(Toy)
-    for name in quantized:
-        layer = model.get_submodule(name)
-        assert type(layer) is nn.Linear and layer.weight.dtype == BF16
-        original = state[f"{name}.weight"]
-        assert (layer.weight.float() - original).norm() / original.norm() < (0.7 if bits < 4 else 0.2)
-    with torch.no_grad():
-        dense_answer = model(x).float()
-    assert (answer - dense_answer).norm() / dense_answer.norm() < 0.05  # int8dq and LLM.int8 round activations, too
-
-
 # Two names
 
 
@@ -287,13 +260,13 @@ def test_a_layer_used_twice_is_quantized_under_both_names(backend: str, tmp_path
 # What cannot be loaded
 
 
-VALUES = (float("nan"), float("inf"))
+VALUES = (float("nan"), float("inf"), -float("inf"))
 
 
 @pytest.mark.parametrize(
     ("backend", "value"),
     representatives(
-        product(QUANTIZING, VALUES), [(name, VALUES[number % 2]) for number, name in enumerate(REPRESENTATIVES[1:])]
+        product(QUANTIZING, VALUES), [(name, VALUES[number % 3]) for number, name in enumerate(REPRESENTATIVES[1:])]
     ),
 )
 def test_a_weight_that_is_not_finite(backend: str, value: float, tmp_path: Path) -> None:
