@@ -2,13 +2,13 @@
 
 import ast
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+
+from tests.fresh_process import run_python
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qexp"
@@ -117,6 +117,4 @@ for name in {names!r}:
         blame[name] = heavy
 print(json.dumps(blame))
 """
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stderr
-    assert json.loads(child.stdout.splitlines()[-1]) == {}
+    assert json.loads(run_python(code).splitlines()[-1]) == {}

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from qexp.offloading.payload import true_nbytes
 from qexp.quantizers.bitsandbytes_support.config import BitsAndBytesConfig
 from tests.assigning import run_config
 from tests.backends import EVERY_WAY, Stack, StackSource, backend_config, save_stack
+from tests.fresh_process import run_python
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 README = Path(__file__).parents[2] / "README.md"
@@ -42,18 +41,17 @@ def load(folder: Path, backend: Any = None, **settings: Any) -> Any:
 
 
 def test_importing_it_is_light() -> None:
-    code = """
+    run_python("""
 import sys
 import qexp
 assert {"load", "offload", "save", "memory_footprint", "remove_offload", "backends"} <= set(dir(qexp))
 names = qexp.backends()
-heavy = {"torch", "bitsandbytes", "torchao", "optimum", "diffusers", "transformers", "accelerate", "hydra"}
-assert "bitsandbytes" in names and "mixed" not in names and not heavy & set(sys.modules), heavy & set(sys.modules)
+assert "bitsandbytes" in names and "mixed" not in names
 import qexp.config.offload
 assert callable(qexp.offload) and qexp.config.offload.STRATEGIES
-assert not heavy & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+heavy = {"torch", "bitsandbytes", "torchao", "optimum", "diffusers", "transformers", "accelerate", "hydra"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+""")
     with pytest.raises(AttributeError, match="no attribute 'laod'; it has backends, load"):
         _ = qexp.laod  # type: ignore[attr-defined]
 

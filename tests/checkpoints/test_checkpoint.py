@@ -4,8 +4,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +18,10 @@ from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.checkpoints.dtypes import TORCH_DTYPES
 from qexp.checkpoints.tensor_entry import DTYPE_BYTES
 from qexp.errors import LoadError
+from tests.fresh_process import imported_by, run_python
 from tests.loading.files import header_of, write_file, write_folder, write_index, write_tensors
 
+OPEN = "import sys; from qexp.checkpoints.checkpoint import open_checkpoint; open_checkpoint(sys.argv[1])"
 TWO = {"a": ("F32", [2, 3]), "b": ("BF16", [4])}  # 24 + 8 bytes
 
 
@@ -131,11 +131,7 @@ def test_agrees_with_safetensors(dtype: str, tmp_path: Path) -> None:
 
 def test_torch_is_not_imported(tmp_path: Path) -> None:
     write_folder(tmp_path, {"model.safetensors": TWO})
-    code = (
-        "import sys; from qexp.checkpoints.checkpoint import open_checkpoint; "
-        "open_checkpoint(sys.argv[1]).content_hash(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
+    assert {"torch", "numpy"}.isdisjoint(imported_by(f"{OPEN}.content_hash()", tmp_path))
 
 
 # Damaged files
@@ -338,9 +334,7 @@ def test_damaged_json_is_refused(name: str, content: bytes, tmp_path: Path) -> N
 def test_json_is_read_as_utf8_whatever_the_locale(tmp_path: Path) -> None:
     write_folder(tmp_path, {"model.safetensors": TWO})
     (tmp_path / "config.json").write_bytes('{"name": "größe"}'.encode())
-    code = "import sys; from qexp.checkpoints.checkpoint import open_checkpoint; open_checkpoint(sys.argv[1])"
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
+    run_python(OPEN, tmp_path, env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
 
 
 def test_two_files_without_an_index(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 import json
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from qexp.results.manifest import JobRow, Manifest
 from qexp.sweep.run_key import run_key
 from tests.composing import CommandLine
 from tests.composing import command as command
+from tests.fresh_process import imported_by
 from tests.tracking.wandb_server import use_server
 
 REPOSITORY = Path(__file__).parents[2]
@@ -200,20 +199,11 @@ def test_experiments_see_the_users_environment(command: CommandLine, monkeypatch
     assert os.environ["HYDRA_FULL_ERROR"] == "0"
 
 
-def imported_by(code: str, cwd: Path) -> set[str]:
-    """The top-level modules that a fresh interpreter has imported after running some code elsewhere."""
-    ending = "\nimport sys; print('\\nMODULES', *sorted({name.partition('.')[0] for name in sys.modules}))"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, "-c", code + ending], cwd=cwd, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return set(done.stdout.rpartition("MODULES ")[2].split())
-
-
 def test_help_is_quick_and_imports_neither_hydra_nor_torch(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    modules = imported_by("import sys; sys.argv = ['qexp', '--help']; from qexp.__main__ import main; main()", tmp_path)
+    modules = imported_by(
+        "import sys; sys.argv = ['qexp', '--help']; from qexp.__main__ import main; main()", cwd=tmp_path
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert modules.isdisjoint({"hydra", "omegaconf", "torch", "yaml", "numpy"})
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 1.5
@@ -232,7 +222,7 @@ try:
 except SystemExit:
     pass
 """
-    modules = imported_by(code, tmp_path)
+    modules = imported_by(code, cwd=tmp_path)
     assert {"hydra", "qexp"} <= modules
     heavy = {"torch", "bitsandbytes", "torchao", "optimum", "accelerate", "diffusers", "transformers"}
     assert modules.isdisjoint(heavy)

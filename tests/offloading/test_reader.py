@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from qexp.offloading.disk import PAGE, DiskStore, WeightFile
 from qexp.offloading.host import aligned_buffer
 from qexp.offloading.reader import Reader
 from qexp.offloading.strategies import Offload, apply_offload
+from tests.fresh_process import run_python
 from tests.offloading import model_zoo as zoo
 
 LEAF = OffloadConfig("leaf", "disk")
@@ -256,9 +255,7 @@ print("done", flush=True)  # and exits with the thread at work
 
 
 def test_a_forked_child_reads_for_itself_and_an_exit_ends_the_thread(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FORKS, str(tmp_path / "store")]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (process.stdout, process.returncode) == ("done\n", 0), process.stderr
+    assert run_python(FORKS, tmp_path / "store") == "done\n"
     assert not (tmp_path / "store").exists()
 
 

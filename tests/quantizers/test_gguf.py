@@ -1,7 +1,5 @@
 """GGUF against gguf-py: the same bytes from the same weights, the same weights from the same bytes."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from qexp.quantizers.gguf_blocks.decode import decode, decode_tensor
 from qexp.quantizers.gguf_blocks.encode import encode
 from qexp.quantizers.rows import WeightSpec
 from tests.backends import CPU, StackSource, backend_config, save_stack
+from tests.fresh_process import run_python
 from tests.quantizers.formulas import fp16
 from tests.quantizers.test_contract import gaussian
 
@@ -163,7 +162,7 @@ def test_threads_decode_a_part_each(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.exhaustive
 def test_tables_first_needed_while_something_is_traced_are_real() -> None:
-    code = """
+    run_python("""
 from contextlib import suppress
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -173,8 +172,7 @@ with FakeTensorMode(), suppress(AssertionError):
 out = torch.empty(1, 32)
 decode("MXFP4", torch.full((1, 17), 130, dtype=torch.uint8), out)
 assert out.tolist() == [[8.0] * 16 + [0.0] * 16], out  # 2^(130 - 128) * (2 of code 2, 0 of code 8)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+""")
 
 
 def test_types_without_decoder_are_refused() -> None:

@@ -1,21 +1,14 @@
 """What a backend's library brings along, in a fresh interpreter: no more than it needs, and the rest when asked."""
 
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 
 from qexp.system.imports import once
+from tests.fresh_process import run_python
 
 HEAVY = {"diffusers", "transformers", "torch._dynamo", "torch._inductor", "scipy", "sympy", "matplotlib"}
-
-
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_libraries_come_without_compilers_other_libraries_and_kernels_of_a_hub() -> None:
@@ -30,13 +23,13 @@ bitsandbytes_library.library(), quanto_library.library()
 assert sys.modules["kernels"] is trap
 print(*sys.modules)
 """
-    found = run(code).split()
+    found = run_python(code).split()
     assert {"bitsandbytes", "optimum.quanto"} <= {*found} and HEAVY.isdisjoint(found)
 
 
 @pytest.mark.exhaustive
 def test_quanto_has_all_its_names_still_also_for_a_star_import() -> None:
-    code = """
+    run_python("""
 from qexp.quantizers.quanto_support.library import library
 quanto = library()
 from optimum.quanto import QuantizedTransformersModel
@@ -45,19 +38,14 @@ names = [name for name, value in vars(optimum.quanto.models).items() if "quanto"
 assert len(names) == 6 and all(getattr(quanto, name) is getattr(optimum.quanto.models, name) for name in names)
 for name in ("nonsense", "__wrapped__"):
     assert not hasattr(quanto, name)
-"""
-    run(
-        code
-        + """
 from optimum.quanto import *
 assert QuantizedTransformersModel and QuantizedDiffusersModel and quantize and qint8 and models
-"""
-    )
+""")
 
 
 @pytest.mark.exhaustive
 def test_a_star_import_without_diffusers() -> None:
-    run("""
+    run_python("""
 import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "diffusers" else find(name, *rest)
@@ -69,7 +57,7 @@ assert QuantizedTransformersModel and not is_diffusers_available() and "Quantize
 
 
 def test_threads_that_import_at_once_leave_all_as_it_was() -> None:
-    run("""
+    run_python("""
 import sys, threading, torch
 from qexp.quantizers.bitsandbytes_support import library as bitsandbytes_library
 from qexp.quantizers.quanto_support import library as quanto_library
@@ -110,7 +98,7 @@ def test_threads_that_make_a_table_at_once_get_the_same_one() -> None:
 
 @pytest.mark.exhaustive
 def test_the_library_s_other_functions_are_compiled_when_called() -> None:
-    run("""
+    run_python("""
 import torch
 compiled = []
 real, torch.compile = torch.compile, lambda function, **options: compiled.append(function.__name__) or function
@@ -127,7 +115,7 @@ assert compiled == ["_dequantize_blockwise_compute"]
 
 @pytest.mark.exhaustive
 def test_a_library_that_is_there_already_is_the_same() -> None:
-    run("""
+    run_python("""
 import torch, bitsandbytes
 from optimum import quanto
 from qexp.quantizers.bitsandbytes_support import library as bitsandbytes_library

@@ -1,7 +1,5 @@
 """optimum-quanto: the tensors that the library itself makes, without its compiled extension."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from qexp.quantizers.quanto import QuantoConfig, group_size, tinygemm_fits
 from qexp.quantizers.quanto_support.library import library, unpack
 from qexp.quantizers.rows import WeightSpec
 from tests.backends import CPU
+from tests.fresh_process import run_python
 from tests.products import representatives
 from tests.quantizers.test_contract import gaussian
 
@@ -61,7 +60,7 @@ def test_unpack_reads_what_the_library_packs(bits: int) -> None:
 @pytest.mark.exhaustive
 def test_nothing_is_compiled_and_nothing_is_written_beside_the_library() -> None:
     """The library compiles an extension into its own folder with the first packed weight that it unpacks."""
-    code = """
+    run_python("""
 import sys
 from pathlib import Path
 import torch
@@ -88,8 +87,7 @@ for kind in ("int2", "int4"):
             quantizer.dequantize_param(weight, dtype)
             torch.nn.functional.linear(torch.randn(3, 256, dtype=dtype), weight)
 assert files() == before
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+""")
 
 
 def test_group_size_is_the_librarys_rule() -> None:
@@ -102,7 +100,7 @@ def test_group_size_is_the_librarys_rule() -> None:
 @pytest.mark.parametrize("moved", representatives(["activations", "weights", "neither"], ["activations"]))
 def test_int8_products_survive_any_address(moved: str) -> None:
     """PyTorch's kernel ends the process when either starts off its alignment; run in a process of its own."""
-    code = f"""
+    run_python(f"""
 import torch
 from qexp.quantizers.quanto_support.library import library
 library()
@@ -115,8 +113,7 @@ scale = torch.rand(64, 1).bfloat16()
 got = torch.ops.quanto.qbytes_mm(placed(x, {moved == "activations":d}), placed(w, 8 * {moved == "weights":d}), scale)
 expected = x.float() @ (w.float() * scale.float()).T
 assert (got.float() - expected).norm() / expected.norm() < 0.01
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+""")
 
 
 def test_fields_are_checked() -> None:

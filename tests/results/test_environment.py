@@ -2,7 +2,6 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from qexp.quantizers.none import NoneConfig
 from qexp.quantizers.torchao import TorchAoConfig
 from qexp.results import environment
 from qexp.results.environment import describe_environment, differences, git_commit, result_packages
+from tests.fresh_process import imported_by
 from tests.sweep.settings import run_config, with_backend
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,5 @@ import sys, qexp.sweep.job, qexp.sweep.callback, qexp.sweep.worker, qexp.rerun
 from qexp.results.environment import describe_environment; from qexp.sweep.run_key import reference_key
 from tests.sweep.settings import run_config; from pathlib import Path
 config = run_config(Path(sys.argv[1])); describe_environment(config); reference_key(config)
-print(sorted({"torch", "wandb", "numpy", "bitsandbytes"} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stderr
+    assert {"torch", "wandb", "numpy", "bitsandbytes"}.isdisjoint(imported_by(code, tmp_path))

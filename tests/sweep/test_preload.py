@@ -1,13 +1,12 @@
 """What is imported before workers are forked: all that experiments import."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from qexp.sweep.preload import import_modules
+from tests.fresh_process import run_python
 
 BACKENDS = ("quanto", "torchao", "bitsandbytes", "gguf_q4_0", "packed_uint4")
 CODE = """
@@ -37,10 +36,8 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 def late_imports(folder: Path, *overrides: str) -> list[str]:
     """The modules of libraries that an experiment imports after the preload."""
-    command = [sys.executable, "-c", CODE, str(folder / "outputs"), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [name for name in json.loads(done.stdout.splitlines()[-1]) if not name.startswith("qexp.")]
+    printed = run_python(CODE, folder / "outputs", *overrides)
+    return [name for name in json.loads(printed.splitlines()[-1]) if not name.startswith("qexp.")]
 
 
 @pytest.mark.exhaustive  # some ten seconds each

@@ -1,5 +1,4 @@
-import subprocess
-import sys
+from tests.fresh_process import run_python
 
 FORK = """
 import os, numpy, numpy.linalg
@@ -16,8 +15,7 @@ os.wait()
 
 
 def test_forked_process_gets_the_file_pages_of_its_parent() -> None:
-    run = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, check=True)
-    parent, before, after, counted = map(int, run.stdout.split())
+    parent, before, after, counted = map(int, run_python(FORK).split())
     assert before < 0.8 * parent  # what a fork leaves out, without which the rest shows nothing
     assert 0.97 * parent <= after <= 1.1 * parent
     assert counted >= 0.97 * parent  # it also counts pages that were written to, which the kernel counts as anonymous
