@@ -1,10 +1,7 @@
 """LoRA on pipelines: on unquantized ones diffusers' answer, bit for bit; on quantized ones exact beside the base."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -28,6 +25,7 @@ from qexp.models.lora_scales import in_pattern
 from qexp.sweep.run_key import reference_key, run_key
 from tests.assigning import assigned
 from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, backend_config
+from tests.fresh_process import run_python
 from tests.models.test_diffusers import call as call_theirs
 from tests.models.test_diffusers import dense_images, load_theirs, skeletons, task_of
 from tests.pipelines import load_components
@@ -78,15 +76,14 @@ def lora_file(model_folder: Path, name: str, seed: int, config: str) -> bytes:
         return (Path(folder) / "pytorch_lora_weights.safetensors").read_bytes()
 
 
-def images_of_ours(folder: Path, name: str, lora: Any, backend: Any = None) -> torch.Tensor:
-    source, models = load_components(folder, backend, lora=lora)
+def images_of_ours(folder: Path, name: str, lora: Any) -> torch.Tensor:
+    source, models = load_components(folder, lora=lora)
     task = task_of(name)
     source.check_run(models, task)
     for component, model in models.items():
         source.adapt(component, model, torch.bfloat16)
-    images: torch.Tensor = source.generate(
-        models, task, seed=3, device=torch.device("cpu"), on_step=lambda step, state: None
-    )["images"]
+    outputs = source.generate(models, task, seed=3, device=CPU, on_step=lambda step, state: None)
+    images: torch.Tensor = outputs["images"]
     return images
 
 
@@ -355,13 +352,7 @@ def run(folder: Path, model: Path, *overrides: str) -> torch.Tensor:
 
 
 def config_of(model: Path, *overrides: str) -> Any:
-    small = (
-        "height=32",
-        "width=32",
-        "num_inference_steps=2",
-        "max_sequence_length=16",
-        "prompt=[a red cube,two trees]",
-    )
+    small = "height=32", "width=32", "num_inference_steps=2", "max_sequence_length=16", "prompt=[a red cube,two trees]"
     fields = [f"task.{entry}" for entry in small]
     return to_run_config(assigned("model=diffusers", f"model.path={model}", "device=cpu", *fields, *overrides))
 
@@ -399,87 +390,72 @@ def test_it_needs_no_peft(pipeline_folder: Folder, tmp_path: Path) -> None:
         "source.check_run(models, task_of('flux'))\n"
         "print(len(source._updates['transformer']))"
     )
-    command = [sys.executable, "-c", code, str(pipeline_folder("flux")), str(path)]
-    process = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
-    assert process.returncode == 0, process.stderr
-    assert int(process.stdout) == len(load_file(path)) / 2
+    assert int(run_python(code, pipeline_folder("flux"), path)) == len(load_file(path)) / 2
 
 
-class TestErrors:
-    def check(self, pipeline_folder: Folder, name: str, path: Path) -> None:
-        source = Source(DiffusersConfig(path=str(pipeline_folder(name)), lora=str(path)))
-        source.check_run(dict(skeletons(pipeline_folder(name))), task_of(name))
+def of_another_size(flux: Path) -> dict[str, torch.Tensor]:
+    name = "transformer.proj_out"
+    return {f"{name}.lora_A.weight": torch.ones(4, 3072), f"{name}.lora_B.weight": torch.ones(64, 4)}
 
-    def test_another_architecture(self, pipeline_folder: Folder, tmp_path: Path) -> None:
-        path = save_lora(pipeline_folder, "sdxl", tmp_path)
-        with pytest.raises(
-            LoadError, match=r"does not fit FluxPipeline: it has 'unet\.\S+.* none of its components .*use a"
-        ):
-            self.check(pipeline_folder, "flux", path)
 
-    def test_another_size(self, pipeline_folder: Folder, tmp_path: Path) -> None:
-        tensors = {
-            "transformer.proj_out.lora_A.weight": torch.ones(4, 3072),
-            "transformer.proj_out.lora_B.weight": torch.ones(64, 4),
-        }
-        save_file(tensors, tmp_path / "large.safetensors")
-        with pytest.raises(
-            LoadError, match=r"'proj_out' maps 64 values to 16, but the LoRA's A is \[4, 3072\] and B \[64, 4\]"
-        ):
-            self.check(pipeline_folder, "flux", tmp_path / "large.safetensors")
+def of_layers_that_are_not_there(flux: Path) -> dict[str, torch.Tensor]:
+    return {name.replace("blocks.1.", "blocks.30."): tensor for name, tensor in load_file(flux).items()}
 
-    def test_layers_that_are_not_there(self, pipeline_folder: Folder, tmp_path: Path) -> None:
-        path = save_lora(pipeline_folder, "flux", tmp_path)
-        tensors = {name.replace("blocks.1.", "blocks.30."): tensor for name, tensor in load_file(path).items()}
-        save_file(tensors, path)
-        with pytest.raises(
-            LoadError, match=r"transformer has no layer '\S+blocks\.30\.\S+'.* of the \d+ .*another size of it"
-        ):
-            self.check(pipeline_folder, "flux", path)
 
-    def test_a_dora(self, pipeline_folder: Folder, tmp_path: Path) -> None:
-        path = save_lora(pipeline_folder, "flux", tmp_path, use_dora=True)
-        with pytest.raises(LoadError, match="is a DoRA, whose weight norms a quantized layer has not; use a LoRA"):
-            self.check(pipeline_folder, "flux", path)
+REFUSED: dict[str, tuple[str, dict[str, Any], Callable[[Path], dict[str, torch.Tensor]] | None, str]] = {
+    "another architecture": ("sdxl", {}, None, r"does not fit FluxPipeline: it has 'unet\.\S+.* none "
+    "of its components .*use a"),
+    "another size": ("flux", {}, of_another_size, r"'proj_out' maps 64 values to 16, but the LoRA's A is "
+    r"\[4, 3072\] and B \[64, 4\]"),
+    "layers": ("flux", {}, of_layers_that_are_not_there, r"transformer has no layer '\S+blocks\.30\.\S+'.* "
+    r"of the \d+ .*another size of it"),
+    "a DoRA": ("flux", {"use_dora": True}, None, "is a DoRA, whose weight norms a quantized layer has "
+    "not; use a LoRA"),
+    "no LoRA": ("flux", {}, lambda _: {"model.layers.0.weight": torch.ones(2)}, "does not fit FluxPipeline|"
+    "cannot convert it"),
+}  # fmt: skip
 
-    def test_a_pipeline_without_lora(self, pipeline_folder: Folder, tmp_path: Path) -> None:
-        path = save_lora(pipeline_folder, "flux", tmp_path)
-        with pytest.raises(ConfigError, match="PixArtSigmaPipeline has no LoRA in diffusers"):
-            self.check(pipeline_folder, "pixart", path)
 
-    def test_no_safetensors(self, pipeline_folder: Folder, tmp_path: Path) -> None:
-        (tmp_path / "broken.safetensors").write_bytes(b"no header")
-        with pytest.raises(LoadError, match=r"broken\.safetensors cannot be read: .*; get it again"):
-            self.check(pipeline_folder, "flux", tmp_path / "broken.safetensors")
+@pytest.mark.parametrize("case", REFUSED)
+def test_file_that_does_not_fit_is_refused(case: str, pipeline_folder: Folder, tmp_path: Path) -> None:
+    name, config, change, message = REFUSED[case]
+    path = save_lora(pipeline_folder, name, tmp_path, **config)
+    if change is not None:
+        save_file(change(path), path)
+    with pytest.raises(LoadError, match=message):
+        scales_of(pipeline_folder, "flux", str(path))
 
-    def test_what_is_no_lora(self, pipeline_folder: Folder, tmp_path: Path) -> None:
-        save_file({"model.layers.0.weight": torch.ones(2)}, tmp_path / "other.safetensors")
-        with pytest.raises(LoadError, match=r"does not fit FluxPipeline|cannot convert it"):
-            self.check(pipeline_folder, "flux", tmp_path / "other.safetensors")
 
-    def test_a_path_that_is_not_there_is_refused_while_composing(self, pipeline_folder: Folder, tmp_path: Path) -> None:
-        with pytest.raises(
-            ConfigError, match=r"model\.lora=/no/such must be a \.safetensors file.*; it does not exist"
-        ):
-            config_of(pipeline_folder("flux"), "model.lora=/no/such")
-        with pytest.raises(ConfigError, match=r"folder with one; it has none"):
-            config_of(pipeline_folder("flux"), f"model.lora={tmp_path}")
+def test_pipeline_without_lora_and_file_that_cannot_be_read(pipeline_folder: Folder, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="PixArtSigmaPipeline has no LoRA in diffusers"):
+        scales_of(pipeline_folder, "pixart", str(save_lora(pipeline_folder, "flux", tmp_path)))
+    (tmp_path / "broken.safetensors").write_bytes(b"no header")
+    with pytest.raises(LoadError, match=r"broken\.safetensors cannot be read: .*; get it again"):
+        scales_of(pipeline_folder, "flux", str(tmp_path / "broken.safetensors"))
 
-    @pytest.mark.parametrize(
-        ("value", "message"),
-        [
-            (3, "model.lora=3 must be a path, or a list of them; with weights: "),
-            ({"weight": 1}, "must be a path"),
-            ({"path": "a", "wieght": 1}, "model.lora.wieght .*did you mean weight"),
-            ({"path": "a", "component": 3}, "component=3 of 'a' must be a component's name"),
-            ({"path": "a", "weight": "x"}, "weight=x of 'a' must be a finite number"),
-            ({"path": "a", "weight": float("nan")}, "weight=nan of 'a' must be a finite number"),
-            ("", "must be a path"),
-        ],
-    )
-    def test_a_setting_that_is_none(self, value: Any, message: str) -> None:
-        with pytest.raises(ConfigError, match=message):
-            lora_configs(value)
+
+def test_a_path_that_is_not_there_is_refused_while_composing(pipeline_folder: Folder, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.lora=/no/such must be a \.safetensors file.*; it does not exist"):
+        config_of(pipeline_folder("flux"), "model.lora=/no/such")
+    with pytest.raises(ConfigError, match=r"folder with one; it has none"):
+        config_of(pipeline_folder("flux"), f"model.lora={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, "model.lora=3 must be a path, or a list of them; with weights: "),
+        ({"weight": 1}, "must be a path"),
+        ({"path": "a", "wieght": 1}, "model.lora.wieght .*did you mean weight"),
+        ({"path": "a", "component": 3}, "component=3 of 'a' must be a component's name"),
+        ({"path": "a", "weight": "x"}, "weight=x of 'a' must be a finite number"),
+        ({"path": "a", "weight": float("nan")}, "weight=nan of 'a' must be a finite number"),
+        ("", "must be a path"),
+    ],
+)
+def test_a_setting_that_is_none(value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        lora_configs(value)
 
 
 def test_settings_of_every_form() -> None:
