@@ -28,23 +28,25 @@ class Velocity(nn.Module):
         return self.function(images, t[:, None, None, None], labels[:, None, None, None])
 
 
-def small_transformer(seed: int = 0) -> DigitsTransformer:
-    torch.manual_seed(seed)
+def small_transformer() -> DigitsTransformer:
+    torch.manual_seed(0)
     return DigitsTransformer(DigitsConfig(width=32, depth=1, heads=2)).eval()
 
 
 def generate(model: nn.Module, seed: int = 0, device: torch.device = CPU, on_step=None, **task) -> dict[str, Tensor]:
-    return Source(Config()).generate(
-        {"transformer": model},
-        GenerateConfig(**task),
-        seed=seed,
-        device=device,
-        on_step=on_step or (lambda step, state: None),
-    )
+    models, on_step = {"transformer": model}, on_step or (lambda step, state: None)
+    return Source(Config()).generate(models, GenerateConfig(**task), seed=seed, device=device, on_step=on_step)
 
 
-def noise(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+def states_of(model: nn.Module, **task) -> list[Tensor]:
+    """The state after each step."""
+    states: list[Tensor] = []
+    generate(model, on_step=lambda step, state: states.append(state), **task)
+    return states
+
+
+def noise(count: int) -> Tensor:
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 # Sampling
@@ -83,8 +85,7 @@ def test_on_step_sees_every_state() -> None:
 
 def test_state_stays_in_fp32_under_a_bf16_network() -> None:
     model = Velocity(lambda x, t, y: torch.full_like(x, 0.0078125, dtype=torch.bfloat16))
-    states: list[Tensor] = []
-    generate(model, num_images=1, num_inference_steps=64, on_step=lambda step, state: states.append(state))
+    states = states_of(model, num_images=1, num_inference_steps=64)
     assert all(state.dtype == torch.float32 for state in states)
     torch.testing.assert_close(states[-1], noise(1) - 0.0078125, atol=1e-6, rtol=0)  # bf16 sums would not move
 
@@ -131,16 +132,9 @@ def test_same_noise_and_same_digits_on_cuda() -> None:
 def test_guidance_extrapolates_from_the_null_label(scale: float) -> None:
     assert NULL_LABEL == 10
     model = Velocity(lambda x, t, y: (y / 100).expand_as(x))  # v_null = 0.1
-    states: list[Tensor] = []
-    generate(
-        model,
-        num_images=4,
-        num_inference_steps=1,
-        guidance_scale=scale,
-        on_step=lambda step, state: states.append(state),
-    )
+    (state,) = states_of(model, num_images=4, num_inference_steps=1, guidance_scale=scale)
     labels = torch.arange(4).view(4, 1, 1, 1) / 100
-    torch.testing.assert_close(states[0], noise(4) - (0.1 + scale * (labels - 0.1)))
+    torch.testing.assert_close(state, noise(4) - (0.1 + scale * (labels - 0.1)))
     assert [len(call[0]) for call in model.calls] == [4 if scale == 1 else 8]  # one forward a step in either case
 
 

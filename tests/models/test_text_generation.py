@@ -11,6 +11,7 @@ import torch
 from qexp.config.generate import GenerateConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.models.arithmetic import ASSETS, ArithmeticConfig, Source
+from tests.backends import CPU
 from tests.language import save_language_model
 from tests.products import diagonal, representatives
 
@@ -22,17 +23,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_language_model(tmp_path_factory.mktemp("model"))
 
 
-def generate(folder: Path, **task: Any) -> tuple[dict[str, torch.Tensor], list[int], Any]:
+def run(source: Any, model: Any, task: GenerateConfig, seed: int = 0, on_step: Any = None) -> dict[str, torch.Tensor]:
+    on_step = on_step or (lambda step, state: None)
+    outputs: dict[str, torch.Tensor] = source.generate({"model": model}, task, seed=seed, device=CPU, on_step=on_step)
+    return outputs
+
+
+def library_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    steps: list[int] = []
-    source = Source(ArithmeticConfig(path=str(folder)))
-    config = GenerateConfig(prompt=PROMPTS, **task)
-    outputs = source.generate(
-        {"model": model}, config, seed=3, device=torch.device("cpu"), on_step=lambda step, _: steps.append(step)
-    )
-    return outputs, steps, model
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def generate(folder: Path, **task: Any) -> tuple[dict[str, torch.Tensor], list[int], Any]:
+    model, steps = library_model(folder), list[int]()
+    source, config = Source(ArithmeticConfig(path=str(folder))), GenerateConfig(prompt=PROMPTS, **task)
+    return run(source, model, config, seed=3, on_step=lambda step, _: steps.append(step)), steps, model
 
 
 @pytest.mark.parametrize("batch_size", representatives([1, 3, 4], [3]))
@@ -40,27 +46,20 @@ def test_each_prompt_is_continued_as_if_alone(batch_size: int, folder: Path) -> 
     outputs, steps, model = generate(folder, max_new_tokens=20, batch_size=batch_size)
     tokenizer = Source(ArithmeticConfig(path=str(folder))).tokenizer
     for prompt, tokens, length in zip(PROMPTS, outputs["tokens"], outputs["lengths"], strict=True):
-        inputs = tokenizer(prompt, return_tensors="pt")
-        alone = model.generate(inputs["input_ids"], max_new_tokens=20, do_sample=False)[
-            0, inputs["input_ids"].shape[1] :
-        ]
-        assert tokens[:length].tolist() == alone.tolist()
+        (alone,) = own_answers(model, tokenizer, [prompt], max_new_tokens=20)
+        assert tokens[:length].tolist() == alone
         assert length == 20 or tokens[length - 1] == 2  # the line's end
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) >= outputs["tokens"].shape[1]
 
 
 def test_beams_are_the_librarys(folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model, source = library_model(folder), Source(ArithmeticConfig(path=str(folder)))
     model.generation_config.num_beams = 3
-    source = Source(ArithmeticConfig(path=str(folder)))
-    task = GenerateConfig(prompt=PROMPTS[1:2], max_new_tokens=9)
-    outputs = source.generate({"model": model}, task, seed=0, device=torch.device("cpu"), on_step=lambda step, _: None)
+    (ours,) = our_answers(model, source, PROMPTS[1:2], max_new_tokens=9)
     inputs = source.tokenizer(PROMPTS[1], return_tensors="pt")
     theirs = model.generate(**inputs, max_new_tokens=9)[0, inputs["input_ids"].shape[1] :]
-    assert outputs["tokens"][0, : outputs["lengths"][0]].tolist() == theirs[: outputs["lengths"][0]].tolist()
+    assert ours == theirs[: len(ours)].tolist()
 
 
 def test_it_draws_the_same_numbers_from_the_same_seed(folder: Path) -> None:
@@ -87,13 +86,8 @@ def test_settings_are_the_models_but_for_what_the_task_sets() -> None:
 
 def test_a_prompt_ends_with_the_end_token_and_is_padded_behind_it() -> None:
     """The embedded model ends an answer with the line; the short prompt has digits to write before that."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(ASSETS).eval()
     task = GenerateConfig(prompt=("543+870=", "54"), max_new_tokens=9)
-    outputs = Source(ArithmeticConfig()).generate(
-        {"model": model}, task, seed=0, device=torch.device("cpu"), on_step=lambda step, state: None
-    )
+    outputs = run(Source(ArithmeticConfig()), library_model(ASSETS), task)
     assert outputs["lengths"].tolist() == [5, 9]
     assert outputs["tokens"][0, 4:].tolist() == [2, 0, 0, 0, 0]
 
@@ -124,7 +118,7 @@ def test_tokens_that_follow_from_nan_are_counted_prompt_by_prompt(kind: str, bea
     model, source = broken_model(kind), Source(ArithmeticConfig())
     model.generation_config.update(num_beams=beams, do_sample=False)
     task = GenerateConfig(prompt=("12", "5", "345+1=", "000"), max_new_tokens=3, batch_size=2)
-    outputs = source.generate({"model": model}, task, seed=0, device=torch.device("cpu"), on_step=lambda step, _: None)
+    outputs = run(source, model, task)
     counts, lengths = outputs["nonfinite"].tolist(), outputs["lengths"].tolist()
     assert counts[1:3] == lengths[1:3]  # each of their tokens comes behind a 5
     assert counts[0] < lengths[0] and counts[3] < lengths[3]
@@ -132,12 +126,9 @@ def test_tokens_that_follow_from_nan_are_counted_prompt_by_prompt(kind: str, bea
 
 
 def test_nothing_is_drawn_from_nan() -> None:
-    source = Source(ArithmeticConfig())
     task = GenerateConfig(prompt=("5",), max_new_tokens=3, do_sample=True)
     with pytest.raises(LoadError, match=r"token 1 are not finite, so none can be drawn.*do_sample=false"):
-        source.generate(
-            {"model": broken_model("Llama")}, task, seed=0, device=torch.device("cpu"), on_step=lambda step, _: None
-        )
+        run(Source(ArithmeticConfig()), broken_model("Llama"), task)
 
 
 def own_answers(model: Any, tokenizer: Any, prompts: Any, **settings: Any) -> list[list[int]]:
@@ -152,10 +143,7 @@ def own_answers(model: Any, tokenizer: Any, prompts: Any, **settings: Any) -> li
 
 
 def our_answers(model: Any, source: Any, prompts: Any, **task: Any) -> list[list[int]]:
-    config = GenerateConfig(prompt=tuple(prompts), **task)
-    outputs = source.generate(
-        {"model": model}, config, seed=0, device=torch.device("cpu"), on_step=lambda step, _: None
-    )
+    outputs = run(source, model, GenerateConfig(prompt=tuple(prompts), **task))
     return [row[:length].tolist() for row, length in zip(outputs["tokens"], outputs["lengths"], strict=True)]
 
 

@@ -41,29 +41,10 @@ def test_its_contents(tmp_path) -> None:
     assert values["started"] <= values["jobs"][0].pop("recorded")
     assert values["started"] <= values.pop("finished") and values.pop("started")
     assert re.fullmatch("[0-9a-f]{32}", values.pop("token"))
-    assert values == {
-        "name": "s",
-        "command": ["python", "-m", "qexp"],
-        "notes": "why",
-        "varying": ["seed"],
-        "pid": os.getpid(),
-        "ticks": start_ticks(os.getpid()),
-        "total": 2,
-        "jobs": [
-            {
-                "number": 1,
-                "key": "k",
-                "label": "label",
-                "overrides": ["a=1", "b=2"],
-                "status": "failed",
-                "reason": "oom",
-                "message": "too big",
-                "reused": False,
-                "seconds": 1.5,
-                "kept": None,
-            }
-        ],
-    }
+    job = {"number": 1, "key": "k", "label": "label", "overrides": ["a=1", "b=2"], "status": "failed", "reason": "oom"}
+    job |= {"message": "too big", "reused": False, "seconds": 1.5, "kept": None}
+    sweep = {"name": "s", "command": ["python", "-m", "qexp"], "notes": "why", "varying": ["seed"], "total": 2}
+    assert values == {**sweep, "pid": os.getpid(), "ticks": start_ticks(os.getpid()), "jobs": [job]}
 
 
 def test_a_job_that_is_recorded_twice_counts_once(tmp_path) -> None:

@@ -14,15 +14,8 @@ from qexp.system.text_files import read_lines, read_text
 from qexp.tasks import input_files
 
 ROOT = Path(__file__).parents[2]
-INSIDE = (
-    "\u2028",
-    "\u2029",
-    "\x85",
-    "\x0b",
-    "\x0c",
-    "\x1c",
-    "\r",
-)  # what str.splitlines, or newline=None, ends lines at
+# what str.splitlines, or newline=None, ends lines at
+INSIDE = ("\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r")
 
 
 @pytest.mark.parametrize("letter", INSIDE, ids=ascii)
