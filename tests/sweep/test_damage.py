@@ -83,25 +83,21 @@ def test_a_damaged_file_of_a_run_is_kept_and_the_run_done_again(
     assert run(config).reused
 
 
-@pytest.mark.parametrize("name, content, reason", [DAMAGE[1], DAMAGE[7], DAMAGE[9]])
-def test_a_damaged_reference_is_computed_again_once(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(DAMAGE[number][:2] for number in (1, 7, 9)),
+        *representatives(
+            [("outputs.safetensors", content) for content in BROKEN_OUTPUTS],
+            [("outputs.safetensors", content) for content in (b"none", BROKEN_OUTPUTS[-1])],
+        ),
+    ],
+)
+def test_a_damaged_reference_is_computed_again_once(name: str, content: bytes, tmp_path: Path) -> None:
     config = settings(tmp_path)
     run(config)
     _, reference = folders(config)
     (reference.path / name).write_bytes(content)
-    _expect_one_more_reference(config, reference, name)
-
-
-@pytest.mark.parametrize("content", representatives(BROKEN_OUTPUTS, [b"none", BROKEN_OUTPUTS[-1]]))
-def test_damaged_outputs_of_a_reference_are_computed_again_once(content: bytes, tmp_path: Path) -> None:
-    config = settings(tmp_path)
-    run(config)
-    _, reference = folders(config)
-    (reference.path / "outputs.safetensors").write_bytes(content)
-    _expect_one_more_reference(config, reference, "outputs.safetensors")
-
-
-def _expect_one_more_reference(config: RunConfig, reference: RunFolder, name: str) -> None:
     component = config.components["transformer"]
     for pattern in ("a", "b"):
         other = replace(config, components={"transformer": replace(component, skip_modules=(pattern,))})
@@ -110,25 +106,16 @@ def _expect_one_more_reference(config: RunConfig, reference: RunFolder, name: st
     assert (reference.path / "damaged" / name).exists()
 
 
-def test_more_is_scored_against_a_new_reference_where_the_old_one_is_damaged(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("damaged", "runs_again"), [("reference", "references"), ("run", "runs")])
+def test_damaged_outputs_cost_nothing_until_more_is_scored(damaged: str, runs_again: str, tmp_path: Path) -> None:
     config = settings(tmp_path)
     run(config)
-    _, reference = folders(config)
-    (reference.path / "outputs.safetensors").write_bytes(b"none")
-    row = run(replace(config, metrics=MetricsConfig(names=("ssim",))))
-    assert (row.status, row.rescored) == ("done", True)
-    assert runs(config) == ["references", "runs", "references"]
-
-
-def test_damaged_outputs_of_a_run_cost_it_nothing_until_they_are_needed(tmp_path: Path) -> None:
-    config = settings(tmp_path)
-    run(config)
-    folder, _ = folders(config)
-    (folder.path / "outputs.safetensors").write_bytes(b"none")
+    folder, reference = folders(config)
+    ((reference if damaged == "reference" else folder).path / "outputs.safetensors").write_bytes(b"none")
     assert run(config).reused
     row = run(replace(config, metrics=MetricsConfig(names=("ssim",))))
-    assert (row.status, row.rescored) == ("done", False)
-    assert runs(config) == ["references", "runs", "runs"]
+    assert (row.status, row.rescored) == ("done", damaged == "reference")
+    assert runs(config) == ["references", "runs", runs_again]
 
 
 def test_what_was_damaged_twice_is_kept_twice(tmp_path: Path) -> None:

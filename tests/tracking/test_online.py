@@ -3,7 +3,10 @@
 import json
 import socket
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from qexp.errors import ConfigError, UnsupportedError
 from qexp.experiments.stored import run_config_from_container
 from qexp.tracking import wandb_run
 from qexp.tracking.wandb_run import log_run
-from tests.products import representatives
+from tests.products import exhaustive, representatives
 from tests.report.factory import GENERATE, ROUNDTRIP, config, run_folder
 from tests.tracking.wandb_server import WandbServer, sync, use_server
 
@@ -50,9 +53,7 @@ def test_online_run_arrives_whole(server: WandbServer, tmp_path: Path, capsys: p
     assert address == f"{server.url}/tester/qexp/runs/abc0"
     check_generated(server, folder)
     assert capsys.readouterr() == (f"W&B run: {address}\n", "")
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "runs"
-    ]  # the home directory: no settings, no cache, no .netrc
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # the home: no settings, no cache, no .netrc
 
 
 def test_logging_again_updates_the_same_run(server: WandbServer, tmp_path: Path) -> None:
@@ -106,37 +107,41 @@ def test_without_a_key_it_fails_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert time.monotonic() - started < 15  # it did not wait for an answer (INIT_TIMEOUT_SECONDS)
 
 
-@pytest.mark.exhaustive
-def test_an_unreachable_server_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
-        use_server(monkeypatch, tmp_path, f"http://127.0.0.1:{unused.getsockname()[1]}")
-        fails_in_time(monkeypatch, tmp_path, "connection refused")
-
-
-def test_a_server_that_never_answers_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@contextmanager
+def socket_that_is_silent(listens: bool) -> Iterator[str]:
+    """Without listening it refuses connections; else it never answers."""
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        use_server(monkeypatch, tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
-        fails_in_time(monkeypatch, tmp_path, "deadline exceeded")
+        if listens:
+            silent.listen()
+        yield f"http://127.0.0.1:{silent.getsockname()[1]}"
 
 
-@pytest.mark.exhaustive
-def test_a_network_that_goes_away_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@contextmanager
+def server_that_goes_away() -> Iterator[str]:
     with WandbServer(silent_after=("UpsertBucket",)) as server:
-        use_server(monkeypatch, tmp_path, server.url)
-        fails_in_time(monkeypatch, tmp_path, "Timed out finishing run")
+        yield server.url
 
 
-def fails_in_time(monkeypatch: pytest.MonkeyPatch, outputs: Path, cause: str) -> None:
+@pytest.mark.parametrize(
+    ("connect", "cause"),
+    [
+        exhaustive(partial(socket_that_is_silent, False), "connection refused"),
+        (partial(socket_that_is_silent, True), "deadline exceeded"),
+        exhaustive(server_that_goes_away, "Timed out finishing run"),
+    ],
+    ids=["refuses", "is silent", "goes away"],
+)
+def test_server_that_does_not_answer_is_given_up_in_time(
+    connect: Callable[[], AbstractContextManager[str]], cause: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(wandb_run, "INIT_TIMEOUT_SECONDS", 2.0)
     monkeypatch.setattr(wandb_run, "FINISH_TIMEOUT_SECONDS", 2.0)
-    folder = run_folder(outputs, "abc0", config(), GENERATE)
-    started = time.monotonic()
-    with pytest.raises(
-        UnsupportedError, match=rf"tracking\.mode=online: the run in .*abc0 is not logged.*{cause}.*tracking=offline"
-    ):
+    folder = run_folder(tmp_path, "abc0", config(), GENERATE)
+    message = rf"tracking\.mode=online: the run in .*abc0 is not logged.*{cause}.*tracking=offline"
+    with connect() as url, pytest.raises(UnsupportedError, match=message):
+        use_server(monkeypatch, tmp_path, url)
+        started = time.monotonic()
         log(folder, config())
     assert time.monotonic() - started < 15
 

@@ -55,6 +55,7 @@ class WandbServer:
 
     def answer(self, operation: str, v: dict[str, Any]) -> dict[str, Any]:
         artifact = {"id": "a", "digest": "d", "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
+        pages = {"endCursor": None, "hasNextPage": False}
         answers: dict[str, Callable[[], dict[str, Any]]] = {
             "Viewer": lambda: {"viewer": VIEWER},
             "GetDefaultEntity": lambda: {"viewer": VIEWER},
@@ -68,17 +69,9 @@ class WandbServer:
             "CreateArtifactManifest": lambda: {
                 "createArtifactManifest": {"artifactManifest": {"id": "m", "file": self.slots(["manifest.json"])[0]}}
             },
-            "CreateArtifactFiles": lambda: {
-                "createArtifactFiles": {
-                    "files": {
-                        "edges": [{"node": f} for f in self.slots([f["name"] for f in v["input"]["artifactFiles"]])]
-                    }
-                }
-            },
+            "CreateArtifactFiles": lambda: {"createArtifactFiles": {"files": {"edges": self.artifact_slots(v)}}},
             "ProjectInternalId": lambda: {"project": PROJECT if v["projectName"] == PROJECT["name"] else None},
-            "GetProjects": lambda: {
-                "models": {"pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": [{"node": PROJECT}]}
-            },
+            "GetProjects": lambda: {"models": {"pageInfo": pages, "edges": [{"node": PROJECT}]}},
             "upsertView": lambda: {"upsertView": {"view": self.save_report(v), "inserted": v["id"] is None}},
             "CommitArtifact": lambda: {"commitArtifact": {"artifact": artifact}},
         }
@@ -87,30 +80,19 @@ class WandbServer:
     def slots(self, names: list[str]) -> list[dict[str, Any]]:
         """Places to upload files to."""
         rest = {"uploadHeaders": [], "uploadMultipartUrls": None, "artifact": {"id": "a"}}
-        return [
-            {
-                "id": name,
-                "name": name,
-                "displayName": name,
-                "storagePath": name,
-                "uploadUrl": f"{self.url}/upload/{name}",
-            }
-            | rest
-            for name in names
-        ]
+        fields = ("id", "name", "displayName", "storagePath")
+        return [dict.fromkeys(fields, name) | {"uploadUrl": f"{self.url}/upload/{name}"} | rest for name in names]
+
+    def artifact_slots(self, v: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"node": slot} for slot in self.slots([file["name"] for file in v["input"]["artifactFiles"]])]
 
     def upsert(self, v: dict[str, Any]) -> dict[str, Any]:
         new = v["name"] not in self.runs
         run = self.runs.setdefault(v["name"], {"history": [], "summary": {}, "exitcode": None})
         run |= {name: value for name, value in v.items() if value is not None}
-        bucket = {
-            "id": "r",
-            "name": v["name"],
-            "displayName": run.get("displayName"),
-            "description": "",
-            "config": "{}",
-        }
-        return {"bucket": bucket | {"sweepName": None, "historyLineCount": 0, "project": PROJECT}, "inserted": new}
+        bucket = {"id": "r", "name": v["name"], "displayName": run.get("displayName"), "config": "{}"}
+        bucket |= {"description": "", "sweepName": None, "historyLineCount": 0, "project": PROJECT}
+        return {"bucket": bucket, "inserted": new}
 
     def save_report(self, v: dict[str, Any]) -> dict[str, Any]:
         number = v["id"] or f"report{len(self.reports)}"
