@@ -14,7 +14,7 @@ import qexp
 from qexp.config.generate import GenerateConfig
 from qexp.models.pipeline_call import BATCHED, BATCHED_BY_PROMPT, number_of_steps, run_pipeline
 from tests.models.test_diffusers import run, task_of
-from tests.pipelines import ARGUMENTS, MORE_PIPELINES, PIPELINES
+from tests.pipelines import ARGUMENTS, MORE_PIPELINES, PIPELINES, build_pipeline
 from tests.products import representatives
 
 Folder = Callable[[str], Path]
@@ -49,7 +49,7 @@ def check_together_and_alone(pipeline: Any, name: str, **changes: Any) -> dict[s
     return alone
 
 
-@pytest.mark.parametrize("name", representatives({**PIPELINES, **MORE_PIPELINES}, ["flux", "sana", "ltx"]))
+@pytest.mark.parametrize("name", representatives([*PIPELINES, *MORE_PIPELINES], ["flux", "sana", "ltx"]))
 def test_batch_of_prompts_is_each_prompt_alone(name: str, opened: Callable[[str], Any]) -> None:
     changes = {"negative_prompt": ("blur, and more of it", "b")} if name in ("qwen_image", "sana", "sd") else {}
     check_together_and_alone(opened(name), name, **changes)
@@ -57,7 +57,9 @@ def test_batch_of_prompts_is_each_prompt_alone(name: str, opened: Callable[[str]
 
 @pytest.mark.exhaustive
 def test_every_batched_pipeline_is_one_of_those_above() -> None:
-    assert {*BATCHED, *BATCHED_BY_PROMPT} <= {type(make()).__name__ for make in (PIPELINES | MORE_PIPELINES).values()}
+    assert {*BATCHED, *BATCHED_BY_PROMPT} <= {
+        type(build_pipeline(name)).__name__ for name in [*PIPELINES, *MORE_PIPELINES]
+    }
 
 
 SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # pipeline, scheduler, its configuration
@@ -176,8 +178,6 @@ def test_safety_checker_of_a_pipeline_is_heard(opened: Callable[[str], Any]) -> 
 
 
 def test_steps_are_counted_by_calls() -> None:
-    from tests.pipelines import flux
-
     task = task_of("flux", prompt=["a", "b", "c"], batch_size=2)
-    assert number_of_steps(flux(), task, 3) == 4
+    assert number_of_steps(build_pipeline("flux"), task, 3) == 4
     assert number_of_steps(Unlisted(lambda count: torch.zeros(count)), task, 3) == 6

@@ -24,7 +24,8 @@ from qexp.models.diffusers import DiffusersConfig, Source
 from qexp.models.pipeline_call import TRAJECTORY_VALUES, check_arguments, run_pipeline
 from qexp.offloading.strategies import offload_of
 from qexp.system import files
-from tests.pipelines import ARGUMENTS, PIPELINES
+from tests.library_configs import LIBRARY_BACKENDS, library_config
+from tests.pipelines import ARGUMENTS, PIPELINES, build_pipeline
 from tests.products import exhaustive, representatives
 
 BF16 = torch.bfloat16
@@ -138,42 +139,14 @@ def test_a_pipeline_that_is_saved_in_part_has_no_index(
     assert (tmp_path / "model_index.json").is_file()
 
 
-def bitsandbytes(**fields: Any) -> Any:
-    import diffusers
-
-    return diffusers.BitsAndBytesConfig(bnb_4bit_compute_dtype=BF16, **fields)
-
-
-def torchao() -> Any:
-    import diffusers
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return diffusers.TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
-
-
-def quanto() -> Any:
-    import diffusers
-
-    return diffusers.QuantoConfig("int8")
-
-
-LIBRARIES: dict[str, Callable[[], Any]] = {
-    "bitsandbytes": lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    "bitsandbytes_int8": lambda: bitsandbytes(load_in_8bit=True),
-    "torchao": torchao,
-    "quanto": quanto,
-}
-
-
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [*product(["flux"], LIBRARIES), *(exhaustive("pixart", backend) for backend in LIBRARIES)],
+    [*product(["flux"], LIBRARY_BACKENDS), *(exhaustive("pixart", backend) for backend in LIBRARY_BACKENDS)],
 )
 def test_quantized_it_is_what_diffusers_loads_quantized(name: str, backend: str, pipeline_folder: Folder) -> None:
-    kind: Any = type(PIPELINES[name]().transformer)
-    transformer = kind.from_pretrained(
-        pipeline_folder(name) / "transformer", quantization_config=LIBRARIES[backend](), torch_dtype=BF16
-    )
+    kind: Any = type(build_pipeline(name).transformer)
+    config, folder = library_config("diffusers", backend), pipeline_folder(name) / "transformer"
+    transformer = kind.from_pretrained(folder, quantization_config=config, torch_dtype=BF16)
     expected = call(load_theirs(pipeline_folder(name), transformer=transformer), name)
     ours = qexp.load_pipeline(pipeline_folder(name), backend, device="cpu")
     assert ours.transformer.is_quantized and not getattr(ours.vae, "is_quantized", False)

@@ -1,7 +1,6 @@
 """Networks of transformers in their true layouts, tiny: loaded as the library loads them, dense and quantized."""
 
 import json
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
 from qexp.models.transformers import Source, TransformersConfig
 from tests.backends import CPU, backend_config
+from tests.library_configs import LIBRARY_BACKENDS, library_config
 from tests.products import diagonal, representatives
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -30,11 +30,13 @@ T5 = {
     "vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4,
     "decoder_start_token_id": 0,
 }  # fmt: skip
+UNTIED_T5 = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 BART = {
     "vocab_size": 64, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_position_embeddings": 64,
 }  # fmt: skip
 FEW = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GPT_OSS = {**DECODER, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
 DEEPSEEK = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
     "n_group": 2, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
@@ -42,10 +44,7 @@ DEEPSEEK = {
 }  # fmt: skip
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # by class: its config's class, and the arguments of that
     "T5ForConditionalGeneration": ("T5Config", T5),
-    "T5ForConditionalGeneration untied": (
-        "T5Config",
-        {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-    ),
+    "T5ForConditionalGeneration untied": ("T5Config", UNTIED_T5),
     "T5EncoderModel": ("T5Config", T5),
     "BartForConditionalGeneration": ("BartConfig", BART),
     "BertModel": ("BertConfig", ENCODER),
@@ -59,10 +58,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # by class: its config's cl
     "Qwen2MoeForCausalLM": ("Qwen2MoeConfig", {**DECODER, **FEW, "shared_expert_intermediate_size": 64}),
     "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", {**DECODER, **FEW, "head_dim": 16}),
     "DeepseekV3ForCausalLM": ("DeepseekV3Config", {**DECODER, **DEEPSEEK, "num_key_value_heads": 4}),
-    "GptOssForCausalLM": (
-        "GptOssConfig",
-        {**DECODER, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
-    ),
+    "GptOssForCausalLM": ("GptOssConfig", GPT_OSS),
 }
 
 
@@ -168,38 +164,13 @@ def test_a_missing_expert_is_an_error(tmp_path: Path) -> None:
 # Against the library's own quantizers
 
 
-def bitsandbytes(skip: list[str], **fields: Any) -> Any:
-    import transformers
-
-    return transformers.BitsAndBytesConfig(bnb_4bit_compute_dtype=BF16, llm_int8_skip_modules=skip, **fields)
-
-
-def torchao(skip: list[str]) -> Any:
-    import transformers
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return transformers.TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=skip)
-
-
-def quanto(skip: list[str]) -> Any:
-    import transformers
-
-    return transformers.QuantoConfig(weights="int8", modules_to_not_convert=skip)
-
-
-THEIRS: dict[str, Callable[[list[str]], Any]] = {
-    "bitsandbytes": lambda skip: bitsandbytes(skip, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    "bitsandbytes_int8": lambda skip: bitsandbytes(skip, load_in_8bit=True),
-    "torchao": torchao,
-    "quanto": quanto,
-}
 QUANTIZED = ["T5ForConditionalGeneration", "BertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM"]
 
 
 pytestmark = pytest.mark.usefixtures("without_repacking")
 
 
-@pytest.mark.parametrize(("name", "backend"), diagonal(QUANTIZED, THEIRS))
+@pytest.mark.parametrize(("name", "backend"), diagonal(QUANTIZED, LIBRARY_BACKENDS))
 def test_quantized_it_is_what_the_library_quantizes(name: str, backend: str, tmp_path: Path) -> None:
     """But for torchao, of which transformers quantizes what T5 keeps in fp32, and quanto and torchao of GPT-2, whose
     layers they do not take for linear."""
@@ -208,16 +179,8 @@ def test_quantized_it_is_what_the_library_quantizes(name: str, backend: str, tmp
     ours: Any = loaded.model
     head = [path for path, module in ours.named_modules() if module is ours.get_output_embeddings()]
     keeps = [f"{path}.wo" for path, _ in ours.named_modules() if path.endswith("DenseReluDense")]
-    theirs = (
-        class_of(name)
-        .from_pretrained(
-            tmp_path / "dense",
-            dtype="auto",
-            quantization_config=THEIRS[backend](head + keeps),
-            device_map={"": "cpu"},
-        )
-        .eval()
-    )
+    options = {"quantization_config": library_config("transformers", backend, head + keeps), "device_map": {"": "cpu"}}
+    theirs = class_of(name).from_pretrained(tmp_path / "dense", dtype="auto", **options).eval()
     if name == "GPT2LMHeadModel" and not backend.startswith("bitsandbytes"):
         assert len(loaded.plan.quantized) == 8 and type(theirs.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
         dense = answer(class_of(name).from_pretrained(tmp_path / "dense", dtype="auto"))
