@@ -21,6 +21,7 @@ from qexp.errors import ConfigError
 from qexp.quantizers.base import Quantizer
 from tests.products import representatives
 
+pytestmark = pytest.mark.usefixtures("open_gate")
 BF16 = torch.bfloat16
 SAVED = ["bitsandbytes", "bitsandbytes_nf4_dq", "bitsandbytes_int8", "torchao", "torchao_float8wo", "quanto"]
 BACKENDS = [*SAVED, "gguf", "packed_fp6_e3w2"]
@@ -112,15 +113,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         saved[name] = tmp_path_factory.mktemp(name)
         build().to(BF16).save_pretrained(saved[name])
     return saved
-
-
-@pytest.fixture(autouse=True)
-def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusers.quantizers.bitsandbytes import bnb_quantizer
-
-    for name in ("BnB4BitDiffusersQuantizer", "BnB8BitDiffusersQuantizer"):
-        monkeypatch.setattr(getattr(bnb_quantizer, name), "validate_environment", lambda *_, **__: None)
-        monkeypatch.setattr(getattr(bnb_quantizer, name), "update_device_map", lambda _, device_map: device_map)
 
 
 def close(one: Tensor, other: Tensor, tolerance: float = 0.03) -> bool:

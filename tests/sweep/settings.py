@@ -6,20 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qexp.config import schema
 from qexp.config.generate import GenerateConfig, for_images
-from qexp.config.schema import (
-    ComponentConfig,
-    IsolationConfig,
-    LoaderConfig,
-    MetricsConfig,
-    OffloadConfig,
-    PathsConfig,
-    ReferenceConfig,
-    RunConfig,
-    SaveConfig,
-    SweepConfig,
-    TrackingConfig,
-)
+from qexp.config.schema import ComponentConfig, RunConfig
 from qexp.models.digits import DigitsModelConfig
 from qexp.quantizers.bitsandbytes_support.config import BitsAndBytesConfig
 
@@ -44,16 +33,16 @@ def run_config(tmp_path: Path, behaviour: int = 1, **changes: Any) -> RunConfig:
     config = RunConfig(
         model=DigitsModelConfig(path=str(checkpoint)),
         components={"transformer": ComponentConfig(backend=BACKEND)},
-        offload=OffloadConfig(),
+        offload=schema.OffloadConfig(),
         task=for_images(GenerateConfig(num_images=behaviour)),
-        metrics=MetricsConfig(names=("psnr_db",)),
-        tracking=TrackingConfig(mode="none"),
-        isolation=IsolationConfig(),
-        sweep=SweepConfig(name="test"),
-        loader=LoaderConfig(),
-        save=SaveConfig(),
-        reference=ReferenceConfig(),
-        paths=PathsConfig(outputs=str(tmp_path / "outputs")),
+        metrics=schema.MetricsConfig(names=("psnr_db",)),
+        tracking=schema.TrackingConfig(mode="none"),
+        isolation=schema.IsolationConfig(),
+        sweep=schema.SweepConfig(name="test"),
+        loader=schema.LoaderConfig(),
+        save=schema.SaveConfig(),
+        reference=schema.ReferenceConfig(),
+        paths=schema.PathsConfig(outputs=str(tmp_path / "outputs")),
         device="cpu",
         seed=0,
         resume="missing",

@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -38,14 +41,25 @@ from tests.sweep.settings import run_config
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
+INLINE = IsolationConfig(mode="inline")
 
 
 def run(config: RunConfig, **options) -> JobRow:
     return run_job(config, ["task.num_images=1"], **(FAKES | options))
 
 
+def skipping(config: RunConfig, pattern: str) -> RunConfig:
+    """Another candidate with the same reference."""
+    component = replace(config.components["transformer"], skip_modules=(pattern,))
+    return replace(config, components={"transformer": component})
+
+
 def folder_of(config: RunConfig) -> RunFolder:
     return RunFolder(Path(config.paths.outputs, "runs", run_key(config)))
+
+
+def reference_of(config: RunConfig) -> RunFolder:
+    return RunFolder(Path(config.paths.outputs, "references", reference_key(config)))
 
 
 def ran(config: RunConfig) -> list[str]:
@@ -56,10 +70,16 @@ def ran(config: RunConfig) -> list[str]:
 
 def have_reference(config: RunConfig) -> RunConfig:
     """Put a finished reference there, so that a test need not run one."""
-    folder = RunFolder(Path(config.paths.outputs, "references", reference_key(config)))
+    folder = reference_of(config)
     fake_experiment.write_outputs(folder.path, "none")
     folder.write_status(Status("done", 1, now_iso(), finished=now_iso()))
     return config
+
+
+def track_by(log_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a function called for each run that is tracked, in place of wandb."""
+    fake = SimpleNamespace(log_run=log_run)
+    monkeypatch.setitem(sys.modules, "qexp.tracking.wandb_run", fake)  # type: ignore[arg-type]
 
 
 def test_a_first_run_runs_its_reference_and_leaves_everything(tmp_path, capfd) -> None:
@@ -84,8 +104,8 @@ def test_a_first_run_runs_its_reference_and_leaves_everything(tmp_path, capfd) -
     status = folder.read_status()
     assert status.status == "done" and status.pid != os.getpid() and status.finished >= status.started
 
-    reference_result = RunFolder(tmp_path / "outputs/references" / reference_key(config)).read_result()
-    assert reference_result["metrics"] == fake_experiment.METRICS  # nothing to compare with: no quality
+    # nothing to compare with: no quality
+    assert reference_of(config).read_result()["metrics"] == fake_experiment.METRICS
     assert "done in" in capfd.readouterr().out
 
 
@@ -103,8 +123,7 @@ def test_a_mistake_is_found_before_the_reference_runs(pattern, reason, message, 
     if (pattern, mode) == ("killed", "inline"):
         pytest.skip("would kill the tests")
     good = run_config(tmp_path, isolation=IsolationConfig(mode=mode))
-    component = replace(good.components["transformer"], skip_modules=(pattern,))
-    config = replace(good, components={"transformer": component})
+    config = skipping(good, pattern)
     row = run(config)
     assert (row.status, row.reason) == ("failed", reason) and re.search(message, row.message)
     assert ran(config) == []
@@ -118,18 +137,16 @@ def test_a_mistake_is_found_before_the_reference_runs(pattern, reason, message, 
 
 
 def test_a_refused_experiment_leaves_the_reference_as_it_is(tmp_path) -> None:
-    good = run_config(tmp_path, isolation=IsolationConfig(mode="inline"))
+    good = run_config(tmp_path, isolation=INLINE)
     assert run(good).status == "done"
-    component = replace(good.components["transformer"], skip_modules=("heads",))
-    config = replace(good, components={"transformer": component}, resume="none")
+    config = replace(skipping(good, "heads"), resume="none")
     assert run(config).status == "failed"
-    reference = RunFolder(tmp_path / "outputs/references" / reference_key(good))
-    assert reference.read_status().status == "done" and reference.holds("outputs.safetensors")
+    assert reference_of(good).read_status().status == "done" and reference_of(good).holds("outputs.safetensors")
 
 
 def test_what_is_scored_again_is_not_checked(tmp_path, monkeypatch) -> None:
     """Its outputs are there: it need not run any more."""
-    config = run_config(tmp_path, isolation=IsolationConfig(mode="inline"))
+    config = run_config(tmp_path, isolation=INLINE)
     assert run(config).status == "done"
     shutil.rmtree(tmp_path / "outputs/references")
     monkeypatch.setattr(fake_experiment, "check", lambda *_: pytest.fail("checked"))
@@ -138,7 +155,7 @@ def test_what_is_scored_again_is_not_checked(tmp_path, monkeypatch) -> None:
 
 
 def test_a_result_survives_what_can_be_known_before(tmp_path, monkeypatch) -> None:
-    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    config = have_reference(run_config(tmp_path, isolation=INLINE))
     run(config)
     before = folder_of(config).read_result()
 
@@ -240,8 +257,7 @@ def test_a_timeout_kills_the_worker_with_its_children_and_what_was_half_written(
 @pytest.mark.parametrize("waits_for", ["its folder", "its reference"])
 def test_a_timeout_bounds_the_wait_for_another_process(waits_for, tmp_path, capfd) -> None:
     config = run_config(tmp_path, isolation=IsolationConfig(timeout_minutes=0.3 / 60))
-    reference = RunFolder(Path(config.paths.outputs, "references", reference_key(config)))
-    taken = folder_of(config) if waits_for == "its folder" else reference
+    taken = folder_of(config) if waits_for == "its folder" else reference_of(config)
     with taken.locked(print):
         started = time.monotonic()
         row = run(config)
@@ -287,9 +303,8 @@ def test_a_done_run_is_reused_and_says_so(tmp_path, capfd) -> None:
 
 
 def test_candidates_share_the_reference(tmp_path) -> None:
-    one, other = run_config(tmp_path), run_config(tmp_path)
-    other = replace(other, components={"transformer": replace(other.components["transformer"], skip_modules=("a",))})
-    assert run(one).status == run(other).status == "done"
+    one = run_config(tmp_path)
+    assert run(one).status == run(skipping(one, "a")).status == "done"
     assert [name.partition("/")[0] for name in ran(one)] == ["references", "runs", "runs"]
 
 
@@ -302,32 +317,25 @@ def test_a_task_without_outputs_needs_no_reference_and_no_scoring(tmp_path) -> N
 
 
 STORED = {"done": 1, "failed": 2, "unsupported": 4}
-RERUN = {
-    ("missing", "done"): False,
-    ("missing", "failed"): True,
-    ("missing", "unsupported"): True,
-    ("failed", "done"): False,
-    ("failed", "failed"): True,
-    ("failed", "unsupported"): False,
-    ("stale", "done"): False,
-    ("stale", "failed"): True,
-    ("stale", "unsupported"): True,
-    ("none", "done"): True,
-    ("none", "failed"): True,
-    ("none", "unsupported"): True,
+RUN_AGAIN = {  # resume -> the endings after which it runs once more
+    "missing": {"failed", "unsupported"},
+    "failed": {"failed"},
+    "stale": {"failed", "unsupported"},
+    "none": {*STORED},
 }
 
 
-@pytest.mark.parametrize("mode, stored", RERUN)
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("mode", RUN_AGAIN)
 def test_resume_modes(mode, stored, tmp_path) -> None:
-    config = have_reference(run_config(tmp_path, STORED[stored], isolation=IsolationConfig(mode="inline")))
+    config = have_reference(run_config(tmp_path, STORED[stored], isolation=INLINE))
     first = run(config)
     assert first.status == stored
     second = run(replace(config, resume=mode))
     assert second.status == stored
-    assert second.reused is not RERUN[mode, stored]
+    assert second.reused is (stored not in RUN_AGAIN[mode])
     runs = [name for name in ran(config) if name.startswith("runs/")]
-    assert len(runs) == 1 + RERUN[mode, stored]
+    assert len(runs) == 1 + (stored in RUN_AGAIN[mode])
     assert len(ran(config)) - len(runs) == (mode == "none")
 
 
@@ -345,7 +353,7 @@ def test_resume_failed_leaves_alone_what_never_ran(tmp_path, capfd) -> None:
     + [{name: "other"} for name in ("commit", "threads", "python", "cores")],
 )
 def test_resume_stale_runs_again_what_was_made_with_something_else(change, tmp_path, capfd, monkeypatch) -> None:
-    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    config = have_reference(run_config(tmp_path, isolation=INLINE))
     run(config)
     folder = folder_of(config)
     result = folder.read_result()
@@ -362,7 +370,7 @@ def test_resume_stale_runs_again_what_was_made_with_something_else(change, tmp_p
 
 
 def test_a_running_status_whose_process_is_gone_is_a_failure(tmp_path) -> None:
-    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    config = have_reference(run_config(tmp_path, isolation=INLINE))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     folder_of(config).write_status(Status("running", gone.pid, now_iso()))
@@ -382,13 +390,8 @@ def test_new_metrics_are_computed_without_running_again(tmp_path, capfd) -> None
     output = capfd.readouterr().out
     assert "scoring again (for ssim, cosine)" in output and output.count("done in") == 1
     assert run(replace(config, metrics=MetricsConfig(names=("cosine", "psnr_db")))).reused
-    assert run_config_from_container(
-        yaml.safe_load((folder_of(config).path / "config.yaml").read_text())
-    ).metrics.names == (
-        "psnr_db",
-        "ssim",
-        "cosine",
-    )
+    stored = yaml.safe_load((folder_of(config).path / "config.yaml").read_text())
+    assert run_config_from_container(stored).metrics.names == ("psnr_db", "ssim", "cosine")
 
 
 def test_all_is_scored_again_against_another_reference(tmp_path, monkeypatch) -> None:
@@ -402,7 +405,7 @@ def test_all_is_scored_again_against_another_reference(tmp_path, monkeypatch) ->
 
 @pytest.mark.parametrize("file", ["outputs.safetensors", "memory.csv"])
 def test_deleted_outputs_are_made_again_if_there_is_more_to_score(file, tmp_path) -> None:
-    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    config = have_reference(run_config(tmp_path, isolation=INLINE))
     run(config)
     (folder_of(config).path / file).unlink()
     assert run(config).reused
@@ -413,18 +416,17 @@ def test_deleted_outputs_are_made_again_if_there_is_more_to_score(file, tmp_path
 
 @pytest.mark.parametrize("resume", ["missing", "none"])
 def test_a_reference_without_its_outputs_is_run_again(resume, tmp_path) -> None:
-    config = run_config(tmp_path, isolation=IsolationConfig(mode="inline"))
+    config = run_config(tmp_path, isolation=INLINE)
     assert run(config).status == "done"
-    (tmp_path / "outputs/references" / reference_key(config) / "outputs.safetensors").unlink()
-    other = replace(config, components={"transformer": replace(config.components["transformer"], skip_modules=("a",))})
-    assert run(replace(other, resume=resume)).status == "done"
+    (reference_of(config).path / "outputs.safetensors").unlink()
+    assert run(replace(skipping(config, "a"), resume=resume)).status == "done"
     assert [name.partition("/")[0] for name in ran(config)] == ["references", "runs"] * 2
 
 
 def test_scoring_again_makes_a_reference_whose_outputs_are_gone(tmp_path) -> None:
-    config = run_config(tmp_path, isolation=IsolationConfig(mode="inline"))
+    config = run_config(tmp_path, isolation=INLINE)
     run(config)
-    (tmp_path / "outputs/references" / reference_key(config) / "outputs.safetensors").unlink()
+    (reference_of(config).path / "outputs.safetensors").unlink()
     row = run(replace(config, metrics=MetricsConfig(names=("ssim",))))
     assert (row.status, row.rescored) == ("done", True)
     assert [name.partition("/")[0] for name in ran(config)] == ["references", "runs", "references"]
@@ -441,7 +443,7 @@ def clock(request, monkeypatch) -> None:
 
 
 def test_resume_none_runs_the_reference_again_once_a_sweep(tmp_path, clock) -> None:
-    config = run_config(tmp_path, isolation=IsolationConfig(mode="inline"))
+    config = run_config(tmp_path, isolation=INLINE)
     run(config)
     Manifest(config.paths.outputs, "test").start(["x"], 2)
     for number in (1, 2):
@@ -450,14 +452,13 @@ def test_resume_none_runs_the_reference_again_once_a_sweep(tmp_path, clock) -> N
 
 
 def test_a_failed_scoring_is_a_failed_row_of_a_done_run(tmp_path, clock) -> None:
-    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    config = have_reference(run_config(tmp_path, isolation=INLINE))
     first = run(config, number=1)
-    stored = {
-        name: (folder_of(config).path / name).read_text() for name in ("status.json", "config.yaml", "result.json")
-    }
+    files = [folder_of(config).path / name for name in ("status.json", "config.yaml", "result.json")]
+    stored = [file.read_text() for file in files]
     other = replace(config, metrics=MetricsConfig(names=("ssim",)), sweep=SweepConfig(name="later"))
     run(other, number=1, score="tests.sweep.fake_experiment:score_unscorable")
-    assert {name: (folder_of(config).path / name).read_text() for name in stored} == stored
+    assert [file.read_text() for file in files] == stored
     (row,) = rows_of_sweep(config.paths.outputs, "later")
     assert (row["status"], row["message"]) == ("failed", "no statistics to compare with")
     (row,) = rows_of_sweep(config.paths.outputs, "test")
@@ -468,9 +469,8 @@ def test_a_failed_scoring_is_a_failed_row_of_a_done_run(tmp_path, clock) -> None
 
 def test_scoring_again_keeps_the_group_of_the_first_sweep(tmp_path, monkeypatch) -> None:
     groups = []
-    monkeypatch.setitem(sys.modules, "qexp.tracking.wandb_run", type(sys)("fake"))
-    sys.modules["qexp.tracking.wandb_run"].log_run = lambda folder, config, name, settings: groups.append(name)
-    config = run_config(tmp_path, tracking=TrackingConfig(mode="offline"), isolation=IsolationConfig(mode="inline"))
+    track_by(lambda folder, config, name, settings: groups.append(name), monkeypatch)
+    config = run_config(tmp_path, tracking=TrackingConfig(mode="offline"), isolation=INLINE)
     have_reference(config)
     run(config, number=1)
     for number, metric in ((1, "ssim"), (2, "cosine"), (None, "relative_l2")):
@@ -503,11 +503,9 @@ def test_scoring_again_uses_the_reference_that_was_used_before(tmp_path, monkeyp
 
 
 def test_a_failed_reference_is_the_experiment_s_failure_and_tried_once_a_sweep(tmp_path, clock) -> None:
-    inline = IsolationConfig(mode="inline")
-    config = run_config(tmp_path, 3, seed=fake_experiment.BAD_REFERENCE, isolation=inline)
+    config = run_config(tmp_path, 3, seed=fake_experiment.BAD_REFERENCE, isolation=INLINE)
     Manifest(config.paths.outputs, "test").start(["x"], 2)
-    other = replace(config, components={"transformer": replace(config.components["transformer"], skip_modules=("a",))})
-    for number, one in enumerate((config, other), 1):
+    for number, one in enumerate((config, skipping(config, "a")), 1):
         row = run(one, number=number)
         assert (row.status, row.reason) == ("failed", "config")
         assert "reference" in row.message and "backend.x=1 must be 2" in row.message
@@ -518,13 +516,13 @@ def test_a_failed_reference_is_the_experiment_s_failure_and_tried_once_a_sweep(t
 
 
 def test_inline_runs_in_this_process(tmp_path) -> None:
-    config = run_config(tmp_path, isolation=IsolationConfig(mode="inline"))
+    config = run_config(tmp_path, isolation=INLINE)
     assert run(config).status == "done"
     assert folder_of(config).read_status().pid == os.getpid()
 
 
 def test_ctrl_c_goes_through_inline_too(tmp_path) -> None:
-    config = have_reference(run_config(tmp_path, 21, isolation=IsolationConfig(mode="inline")))
+    config = have_reference(run_config(tmp_path, 21, isolation=INLINE))
     with pytest.raises(KeyboardInterrupt):
         run(config, number=1)
     assert folder_of(config).read_status().reason == "signal"
@@ -541,7 +539,7 @@ def test_a_status_of_an_earlier_worker_is_not_taken_for_that_of_one_that_could_n
 
 @pytest.mark.parametrize("file", ["config.yaml", "status.json", "jobs.jsonl", ".lock"])
 def test_a_full_disk_is_a_failed_row_and_leaves_nothing_half_written(file, tmp_path, monkeypatch, capfd) -> None:
-    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    config = have_reference(run_config(tmp_path, isolation=INLINE))
     real_replace, real_open = os.replace, os.open
 
     def full(real, path):
@@ -567,7 +565,7 @@ def test_a_full_disk_is_a_failed_row_and_leaves_nothing_half_written(file, tmp_p
 
 
 def test_a_damaged_manifest_costs_the_record_and_not_the_run(tmp_path, capfd) -> None:
-    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    config = have_reference(run_config(tmp_path, isolation=INLINE))
     files.write_text(Manifest(config.paths.outputs, "test").path, "{")
     assert run(config, number=1).status == "done"
     assert "missing in the sweep's manifest" in capfd.readouterr().err
@@ -601,9 +599,8 @@ def test_a_configuration_that_does_not_resolve_is_recorded(tmp_path, capfd) -> N
 
 def test_every_line_and_the_tracker_name_what_varies_in_the_sweep(tmp_path, monkeypatch, capfd) -> None:
     settings = []
-    monkeypatch.setitem(sys.modules, "qexp.tracking.wandb_run", type(sys)("fake"))
-    sys.modules["qexp.tracking.wandb_run"].log_run = lambda *arguments: settings.append(arguments[-1])
-    config = run_config(tmp_path, tracking=TrackingConfig(mode="offline"), isolation=IsolationConfig(mode="inline"))
+    track_by(lambda *arguments: settings.append(arguments[-1]), monkeypatch)
+    config = run_config(tmp_path, tracking=TrackingConfig(mode="offline"), isolation=INLINE)
     Manifest(config.paths.outputs, "test").start([], 2, varying=["backend", "seed", "task.num_images"])
     run_job(config, ["backend=bitsandbytes", "seed=0", "task.num_images=1", "device=cpu"], number=1, **FAKES)
     assert settings == ["seed=0, num_images=1"]
@@ -622,9 +619,8 @@ def test_tracking_comes_after_the_result_and_cannot_lose_it(tmp_path, monkeypatc
         calls.append((RunFolder(folder).read_status().status, sweep_name))
         raise RuntimeError("no network")
 
-    monkeypatch.setitem(sys.modules, "qexp.tracking.wandb_run", type(sys)("fake"))
-    sys.modules["qexp.tracking.wandb_run"].log_run = log_run
-    config = run_config(tmp_path, tracking=TrackingConfig(mode="offline"), isolation=IsolationConfig(mode="inline"))
+    track_by(log_run, monkeypatch)
+    config = run_config(tmp_path, tracking=TrackingConfig(mode="offline"), isolation=INLINE)
     have_reference(config)
     row = run(config, number=1)
     assert row.status == "done" and calls == [("done", "test")]
@@ -642,9 +638,8 @@ def test_a_reused_run_is_tracked_if_it_was_not_before(tmp_path, monkeypatch) -> 
         calls.append(config.tracking.mode)
         (folder / "wandb" / {"offline": "offline-run-1", "online": "run-1"}[config.tracking.mode]).mkdir(parents=True)
 
-    monkeypatch.setitem(sys.modules, "qexp.tracking.wandb_run", type(sys)("fake"))
-    sys.modules["qexp.tracking.wandb_run"].log_run = log_run
-    config = have_reference(run_config(tmp_path, isolation=IsolationConfig(mode="inline")))
+    track_by(log_run, monkeypatch)
+    config = have_reference(run_config(tmp_path, isolation=INLINE))
     for mode in ("none", "offline", "offline", "online", "online", "none"):
         run(replace(config, tracking=TrackingConfig(mode=mode)))
     assert calls == ["offline", "online"]
@@ -727,12 +722,11 @@ def test_ctrl_c_kills_the_worker_marks_the_run_and_goes_through(tmp_path) -> Non
 
 def test_ctrl_c_while_the_reference_runs_marks_both(tmp_path) -> None:
     config = run_config(tmp_path, 16, seed=fake_experiment.BAD_REFERENCE)
-    reference_folder = RunFolder(Path(config.paths.outputs, "references", reference_key(config)))
     one = parent(tmp_path, 16, "a", config.seed)
-    wait_for((reference_folder.path / "started").exists)
+    wait_for((reference_of(config).path / "started").exists)
     one.send_signal(signal.SIGINT)
     one.communicate(timeout=300)
-    for folder in (reference_folder, folder_of(config)):
+    for folder in (reference_of(config), folder_of(config)):
         status = folder.read_status()
         assert (status.status, status.reason) == ("failed", "signal") and "Ctrl-C" in status.message
 
@@ -782,10 +776,8 @@ def test_a_place_that_cannot_be_saved_to_costs_no_result(tmp_path) -> None:
 def test_only_what_ran_is_a_run_on_wandb(seed: int, planned: bool, expected: int, tmp_path, monkeypatch) -> None:
     """Refused settings and files (3, 5) are none, unless a plan says that loading began; out of memory (6) is one."""
     logged = []
-    monkeypatch.setitem(sys.modules, "qexp.tracking.wandb_run", type(sys)("fake"))
-    sys.modules["qexp.tracking.wandb_run"].log_run = lambda *arguments: logged.append(arguments)
-    inline = IsolationConfig(mode="inline")
-    config = have_reference(run_config(tmp_path, seed, tracking=TrackingConfig("offline"), isolation=inline))
+    track_by(lambda *arguments: logged.append(arguments), monkeypatch)
+    config = have_reference(run_config(tmp_path, seed, tracking=TrackingConfig("offline"), isolation=INLINE))
     if planned:
         monkeypatch.setattr(RunFolder, "holds", lambda self, *names: True)
     assert run(config).status == "failed"
