@@ -21,7 +21,6 @@ with threads asleep, or if a quiet machine loses 2 % to sleeping. On a machine t
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil

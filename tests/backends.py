@@ -1,6 +1,8 @@
 """What the tests of several rooms share: every backend that `conf/backend` has, and a checkpoint of linear layers."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,14 @@ class StackSource(ModelSource):
         return Stack([tuple(shape) for shape in config["shapes"]], config["bias"])
 
 
+def save_state(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Path:
+    """A checkpoint of one file, and its config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(state), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(dict(config or {})))
+    return folder
+
+
 def save_stack(folder: Path, shapes: list[tuple[int, int]], *, dtype: torch.dtype, bias: bool = True) -> Stack:
     """A stack with N(0, 1) weights, saved as a checkpoint."""
     torch.manual_seed(0)
@@ -71,9 +81,7 @@ def save_stack(folder: Path, shapes: list[tuple[int, int]], *, dtype: torch.dtyp
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     model = model.to(dtype).requires_grad_(False)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(model.state_dict()), folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"shapes": shapes, "bias": bias}))
+    save_state(folder, model.state_dict(), {"shapes": shapes, "bias": bias})
     return model
 
 
@@ -84,11 +92,19 @@ def save_alike(folder: Path, shape: tuple[int, int], count: int, dtype: torch.dt
     """
     torch.manual_seed(0)
     weight = torch.randn(shape).to(dtype)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {f"layers.{number}.weight": weight.clone() for number in range(count)}
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"shapes": [shape] * count, "bias": False}))
+    save_state(folder, state, {"shapes": [shape] * count, "bias": False})
     return [shape] * count
+
+
+def save_digits(folder: Path, depth: int = 1) -> Path:
+    """A digits model with random weights."""
+    from qexp.models.digits_network import DigitsConfig, DigitsTransformer
+
+    torch.manual_seed(0)
+    shape = DigitsConfig(depth=depth)
+    config = {"_class_name": "DigitsTransformer", **asdict(shape)}
+    return save_state(folder, DigitsTransformer(shape).bfloat16().state_dict(), config)
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -23,10 +22,9 @@ from qexp.experiments.run import run_experiment
 from qexp.loading.gguf_saving import save_gguf
 from qexp.metrics.registry import find_metric
 from qexp.models.digits import Source
-from qexp.models.digits_network import DigitsConfig, DigitsTransformer
 from qexp.sweep.run_key import reference_key, run_key
 from tests import assigning
-from tests.backends import BACKENDS
+from tests.backends import BACKENDS, save_digits
 from tests.products import exhaustive, representatives
 
 Resident = Callable[[str], tuple[dict[str, Any], dict[str, torch.Tensor], Path]]
@@ -34,14 +32,7 @@ Resident = Callable[[str], tuple[dict[str, Any], dict[str, torch.Tensor], Path]]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("digits")
-    model = DigitsTransformer(DigitsConfig(depth=2)).bfloat16()
-    save_file(dict(model.state_dict()), folder / "model.safetensors")
-    (folder / "config.json").write_text(
-        json.dumps({"_class_name": "DigitsTransformer", **asdict(DigitsConfig(depth=2))})
-    )
-    return folder
+    return save_digits(tmp_path_factory.mktemp("digits"), depth=2)
 
 
 def run_config(checkpoint: Path, *overrides: str, task: str = "generate") -> RunConfig:
@@ -79,10 +70,8 @@ def resident(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Resi
 def test_activations_are_calibrated_before_the_model_is_saved_and_offloaded(
     checkpoint: Path, resident: Resident, tmp_path: Path
 ) -> None:
-    chosen, saved = (
-        ("backend=quanto", "backend.activations_dtype=int8", "backend.calibration_samples=5"),
-        tmp_path / "q",
-    )
+    chosen = ("backend=quanto", "backend.activations_dtype=int8", "backend.calibration_samples=5")
+    saved = tmp_path / "q"
     _, expected = run(checkpoint, tmp_path / "one", *chosen, f"save.path={saved}")
     _, weights_alone, _ = resident("quanto")
     assert not torch.equal(expected["images"], weights_alone["images"])
@@ -382,12 +371,8 @@ def test_a_roundtrip_of_a_quantized_checkpoint_is_that_of_its_original(
     stored = run_experiment(config, folders[1])
     tables = [sorted(csv.reader((folder / "layers.csv").open())) for folder in folders]
     assert tables[0] == tables[1] and len(tables[0]) > 5
-    for name in (
-        "roundtrip/sqnr_db_mean",
-        "roundtrip/max_abs_error",
-        "memory/bits_per_weight",
-        "load/quantized_modules",
-    ):
+    numbers = ("roundtrip/sqnr_db_mean", "roundtrip/max_abs_error", "memory/bits_per_weight", "load/quantized_modules")
+    for name in numbers:
         assert stored[name] == pytest.approx(fresh[name]), name
     with pytest.raises(ConfigError, match="is quantized itself"):
         run_experiment(run_config(saved, f"model.reference_path={saved}", task="roundtrip"), tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -9,14 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import save_file
 
 import qexp
 from qexp.errors import ConfigError, DiskError, HubError, LoadError, MissingLibraryError
@@ -24,11 +24,11 @@ from qexp.experiments.run import run_experiment
 from qexp.hub import download
 from qexp.hub.download import HubId, hub_id, local_folder, pinned, pinned_model
 from qexp.models.diffusers import DiffusersConfig, Source
-from qexp.models.digits_network import DigitsConfig, DigitsTransformer
 from qexp.rerun import stored_config
 from qexp.results.run_folder import RunFolder
 from qexp.sweep.run_key import run_key
 from tests.assigning import run_config
+from tests.backends import save_digits
 from tests.hub.hub_server import TOKEN, HubServer, client_of, environment, serving
 from tests.language import save_language_model
 from tests.screen import foreign_lines
@@ -52,11 +52,7 @@ def server(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder, shape = tmp_path_factory.mktemp("digits"), DigitsConfig(depth=1)
-    save_file(dict(DigitsTransformer(shape).bfloat16().state_dict()), folder / WEIGHTS)
-    (folder / "config.json").write_text(json.dumps({"_class_name": "DigitsTransformer", **asdict(shape)}))
-    return folder
+    return save_digits(tmp_path_factory.mktemp("digits"))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -68,10 +64,8 @@ def forget() -> None:
     download._downloaded.cache_clear()
 
 
-def weights(seed: int, size: int = 300_000) -> bytes:
-    return (
-        torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).numpy().tobytes()
-    )
+def weights(seed: int) -> bytes:
+    return random.Random(seed).randbytes(300_000)
 
 
 MODEL = {"config.json": b'{"a": 1}', WEIGHTS: weights(0)}
@@ -492,8 +486,7 @@ def test_the_key_is_that_of_the_content_wherever_and_whenever_it_was_downloaded(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
     forget()
     key = run_key(run_config("model.path=user/digits", "model.revision=main", "device=cpu"))
-    config_again = run_config("model.path=user/digits", "device=cpu")
-    assert run_key(config_again) == key
+    assert run_key(run_config("model.path=user/digits", "device=cpu")) == key
     server.add("user/digits", {"README.md": b"new"})
     forget()
     assert run_key(run_config("model.path=user/digits", "device=cpu")) == key

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,12 @@ from qexp.experiments.reference import reference_config
 from qexp.experiments.run import run_experiment
 from qexp.hub import upload
 from qexp.loading.saving import save_model
-from qexp.models.digits_network import DigitsConfig, DigitsTransformer
 from qexp.rerun import stored_config
 from qexp.results.run_folder import RunFolder, Status, now_iso
 from qexp.sweep.resume import SCORED_FILES, Decision, decide
 from qexp.sweep.run_key import run_key
 from tests.assigning import run_config
-from tests.backends import CPU
+from tests.backends import CPU, save_digits
 from tests.hub.hub_server import PART_BYTES, TOKEN, HubServer, Repository, client_of, environment, serving
 from tests.loading.toys import Toy, load_toy, random_state, save_state, settings
 
@@ -116,10 +115,8 @@ def test_pushing_again_sends_nothing(server: HubServer, model: Path) -> None:
 
 def test_what_an_earlier_push_left_of_another_model_is_removed(server: HubServer, model: Path, tmp_path: Path) -> None:
     push(model)
-    other = tmp_path / "other"
-    other.mkdir()
-    save_file({"a": torch.zeros(2)}, other / NAME)
-    (other / "config.json").write_text("{}")
+    other = save_state(tmp_path / "other", {"a": torch.zeros(2)})
+    (other / "model.safetensors").rename(other / NAME)
     commits = server.repositories["tester/toy"].branches["main"]
     own = {"README.md": b"mine", "diffusion_pytorch_model.fp16.safetensors": b"", "sub/" + SHARDS[0]: b""}
     commits[-1].files.update(own)
@@ -244,11 +241,7 @@ def test_saving_over_a_sharded_model_leaves_nothing_of_it(tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder, shape = tmp_path_factory.mktemp("digits"), DigitsConfig(depth=1)
-    save_file(dict(DigitsTransformer(shape).bfloat16().state_dict()), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(asdict(shape)))
-    return folder
+    return save_digits(tmp_path_factory.mktemp("digits"))
 
 
 SMALL = ("device=cpu", "tracking=none", "task.num_images=2", "task.num_inference_steps=1", "backend=packed_uint4")

@@ -90,10 +90,7 @@ def test_the_same_tensors_are_the_same_bytes(tmp_path: Path) -> None:
     assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(4)}) == 1
     with safe_open(tmp_path / "0.safetensors", "pt") as opened:
         assert opened.metadata() == {"format": "pt", **metadata}
-        assert {name: opened.get_tensor(name).tolist() for name in tensors} == {
-            "b": [0, 1, 2],
-            "a\t\u00e9\x7f": [0, 1, 2],
-        }
+        assert all(opened.get_tensor(name).tolist() == [0, 1, 2] for name in tensors)
 
 
 def content(folder: Path) -> dict[str, bytes]:

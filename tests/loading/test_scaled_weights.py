@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import qexp
 from qexp.errors import LoadError
+from tests.backends import save_state
 from tests.products import diagonal
 
 FP8 = torch.float8_e4m3fn
@@ -72,17 +73,12 @@ def save(folder: Path, layout: str, extra: dict[str, Tensor] | None = None, **co
         want[key] = multiplied_out(numbers, scale, rows, columns)
         state[key] = numbers
         state[key.removesuffix("weight") + name] = scale if shape is None else scale.reshape(shape)
-    folder.mkdir(exist_ok=True)
-    save_file(state | (extra or {}), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"width": 192, **config}))
+    save_state(folder, state | (extra or {}), {"width": 192, **config})
     return want
 
 
 def load(folder: Path, backend: Any = None, **options: Any) -> Any:
-    def build(config: dict[str, Any]) -> Net:
-        return Net(config["width"])
-
-    return qexp.load(folder, backend, skeleton=build, device="cpu", compute_dtype="fp32", **options)
+    return qexp.load(folder, backend, skeleton=Net, device="cpu", compute_dtype="fp32", **options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -99,9 +95,7 @@ def test_scaled_weight_is_its_numbers_times_its_scales(layout: str, tmp_path: Pa
 )
 def test_scaled_weight_is_quantized_as_the_dense_one(layout: str, backend: str, tmp_path: Path) -> None:
     want = save(tmp_path / "scaled", layout)
-    (tmp_path / "dense").mkdir()
-    save_file({name: value.float() for name, value in want.items()}, tmp_path / "dense" / "model.safetensors")
-    (tmp_path / "dense" / "config.json").write_text('{"width": 192}')
+    save_state(tmp_path / "dense", {name: value.float() for name, value in want.items()}, {"width": 192})
     ours, dense = (load(tmp_path / name, backend).dequantize().state_dict() for name in ("scaled", "dense"))
     assert all(torch.equal(ours[name], dense[name]) for name in dense)
 
@@ -168,8 +162,7 @@ def test_format_in_the_files_metadata_is_checked(tmp_path: Path) -> None:
 def test_float8_without_scales_is_an_error_unless_it_is_said_to_be_plain(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = {name: value.to(dtype) for name, value in Net().state_dict().items()}
-    save_file(state, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"width": 192}')
+    save_state(tmp_path, state, {"width": 192})
     with pytest.raises(LoadError, match=r"'first\.\w+' is F8_E\dM\d in .*plain_fp8=true"):
         load(tmp_path)
     got = load(tmp_path, plain_fp8=True).state_dict()
@@ -178,8 +171,7 @@ def test_float8_without_scales_is_an_error_unless_it_is_said_to_be_plain(dtype: 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
 def test_whole_numbers_without_scales_are_an_error_that_names_them(dtype: torch.dtype, tmp_path: Path) -> None:
-    save_file({name: value.to(dtype) for name, value in Net().state_dict().items()}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"width": 192}')
+    save_state(tmp_path, {name: value.to(dtype) for name, value in Net().state_dict().items()}, {"width": 192})
     with pytest.raises(LoadError, match=r"'first\.\w+' is [IU]8"):
         load(tmp_path)
 
@@ -203,17 +195,15 @@ def test_scales_of_an_authors_layout_are_applied_before_it_is_converted(tmp_path
     assert got.keys() == own.keys()
     for name in own:
         largest = own[name].abs().max()
-        assert (got[name] - own[name]).abs().max() <= largest / 14, (
-            name
-        )  # 3 bits behind the point, scaled by the largest
+        # 3 bits behind the point, scaled by the largest
+        assert (got[name] - own[name]).abs().max() <= largest / 14, name
     layer = "transformer_blocks.0.attn.to_k.weight"
     assert not torch.equal(got[layer], own[layer])
 
 
 def test_counters_of_frozen_batch_norms_are_no_numbers_that_lack_a_meaning(tmp_path: Path) -> None:
     want = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
-    save_file(want.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
+    save_state(tmp_path, want.state_dict())
 
     def build(config: Any) -> nn.Module:
         norm = nn.BatchNorm1d(8)

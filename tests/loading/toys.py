@@ -1,12 +1,10 @@
 """Small models with everything a checkpoint can hold, saved as checkpoints, and their model source."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qexp.config.schema import ComponentConfig, LoaderConfig
@@ -15,6 +13,7 @@ from qexp.loading.lifecycle import load_component, request_load
 from qexp.loading.prepare import load_quantizer_of, prepare
 from qexp.models.base import ModelSource
 from tests.backends import CPU, backend_config
+from tests.backends import save_state as save_state
 
 WIDTH = 256  # what the widest block of any format divides
 
@@ -76,13 +75,6 @@ def random_state(build: Callable[[], nn.Module], dtype: torch.dtype = torch.floa
     return dict(model.to(dtype).state_dict())
 
 
-def save_state(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(state), folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(dict(config or {})))
-    return folder
-
-
 def settings(backend: str = "torchao", *overrides: str, **fields: Any) -> ComponentConfig:
     return ComponentConfig(backend_config(backend, *overrides), **fields)
 
@@ -95,10 +87,11 @@ def prepare_toy(folder: Path, settings: ComponentConfig, build: Callable[[], nn.
 
 
 def load_toy(
-    folder: Path, settings: ComponentConfig, build: Callable[[], nn.Module] = Toy, *, workers: int = 2
+    folder: Path, settings: ComponentConfig, build: Callable[[], nn.Module] = Toy, *, workers: int = 2, **options: Any
 ) -> LoadedComponent:
+    """`options` are further ones of `load_component`."""
     source, loader = ToySource(folder, build), LoaderConfig(in_flight_mib=1, workers=workers)
-    return load_component(source, "toy", settings, device=CPU, loader=loader)
+    return load_component(source, "toy", settings, **{"device": CPU, "loader": loader} | options)
 
 
 def load_in_bf16(folder: Path, backend: str) -> Any:
