@@ -5,8 +5,6 @@ import os
 import random
 import resource
 import struct
-import subprocess
-import sys
 from array import array
 from pathlib import Path
 
@@ -19,6 +17,8 @@ from qexp.checkpoints.gguf_types import DECODABLE, TYPES
 from qexp.checkpoints.regular_file import FileState
 from qexp.checkpoints.tensor_entry import FileHeader
 from qexp.errors import LoadError
+from tests.fresh_process import imported_by
+from tests.loading.gguf_files import finish
 
 METADATA_TYPES = {
     "uint8": 200, "int8": -3, "uint16": 60_000, "int16": -300, "uint32": 4_000_000_000, "int32": -70_000,
@@ -50,11 +50,7 @@ def write_with_library(path: Path, alignment: int = 32) -> Path:
     writer.add_tensor("conv", np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5))
     writer.add_tensor("ein langer Name." * 10, np.ones(7, np.float32))
     writer.add_tensor("scalar", np.float32(3).reshape(()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return finish(writer, path)
 
 
 @pytest.mark.parametrize("alignment", [32, 8, 4096])
@@ -79,21 +75,14 @@ def test_words_that_are_parts_of_a_character_are_kept(tmp_path: Path) -> None:
     words = [b"\xe2\x82".decode(errors="surrogateescape"), "€"]
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "x")
     writer.add_array("words", [word.encode(errors="surrogateescape") for word in words])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    finish(writer)
     assert read_gguf_header(tmp_path / "x.gguf").metadata["words"] == words
 
 
 def test_nothing_heavy_is_imported_to_read_a_header(tmp_path: Path) -> None:
     path = write_with_library(tmp_path / "x.gguf")
-    code = """
-import pathlib, sys
-from qexp.checkpoints.gguf_header import read_gguf_header
-read_gguf_header(pathlib.Path(sys.argv[1]))
-sys.exit(any(name in sys.modules for name in ("torch", "numpy", "gguf")))
-"""
-    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 0
+    code = "import pathlib, sys; from qexp.checkpoints.gguf_header import read_gguf_header as read"
+    assert {"torch", "numpy", "gguf"}.isdisjoint(imported_by(f"{code}; read(pathlib.Path(sys.argv[1]))", path))
 
 
 # Damage

@@ -16,26 +16,9 @@ def index_entry(files: Files, random: Random) -> str | None:
     name = random.choice(sorted(values["weight_map"]))
     here = values["weight_map"][name]
     wrong: list[Any] = [
-        "../" + here,
-        "/etc/passwd",
-        "/etc/x.safetensors",
-        "a/../" + here,
-        "./" + here,
-        "",
-        ".",
-        "..",
-        "x.bin",
-    ]
-    wrong += [
-        "config.json",
-        "gone.safetensors",
-        "x" * 400 + ".safetensors",
-        "a\0.safetensors",
-        None,
-        1,
-        [here],
-        {here: 1},
-    ]
+        "../" + here, "/etc/passwd", "/etc/x.safetensors", "a/../" + here, "./" + here, "", ".", "..", "x.bin",
+        "config.json", "gone.safetensors", "x" * 400 + ".safetensors", "a\0.safetensors", None, 1, [here], {here: 1},
+    ]  # fmt: skip
     wrong += [other for other in weights(files) if other != here] * 4
     values["weight_map"][name] = random.choice(wrong)
     files[index] = json.dumps(values).encode()
@@ -62,19 +45,8 @@ def index_itself(files: Files, random: Random) -> str | None:
     if index is None:
         return None
     content = files[index]
-    files[index] = random.choice(
-        [
-            b"",
-            b"{}",
-            b"[]",
-            b"null",
-            content[: len(content) // 2],
-            b"[" * 90_000,
-            b'{"weight_map": {}}',
-            b'{"weight_map": 1}',
-            b"\xff",
-        ]
-    )
+    wrong = [b"", b"{}", b"[]", b"null", content[: len(content) // 2], b"[" * 90_000, b"\xff"]
+    files[index] = random.choice([*wrong, b'{"weight_map": {}}', b'{"weight_map": 1}'])
     return "refused"
 
 
@@ -106,18 +78,9 @@ def shard_twice(files: Files, random: Random) -> str | None:
 
 def config_bytes(files: Files, random: Random) -> str:
     content = files["config.json"]
-    files["config.json"] = random.choice(
-        [
-            b"",
-            b"[]",
-            b"null",
-            b'"x"',
-            content[: random.randrange(1, len(content) - 1)],
-            b"{" * 90_000,
-            b"\xff\xfe" + content,
-            content + content,
-        ]
-    )
+    cut = content[: random.randrange(1, len(content) - 1)]
+    wrong = [b"", b"[]", b"null", b'"x"', cut, b"{" * 90_000, b"\xff\xfe" + content, content + content]
+    files["config.json"] = random.choice(wrong)
     return "refused"
 
 

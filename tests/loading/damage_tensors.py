@@ -52,15 +52,8 @@ def reshape(files: Files, random: Random) -> str | None:
     file, name = pick(files, random) or ("", "")
     entry, data = parts_of(files, file)[name]
     shape, count = entry["shape"], len(data) // DTYPE_BYTES[entry["dtype"]]
-    others = [
-        shape[::-1],
-        [count],
-        [1, count],
-        [count, 1],
-        [*shape, 1],
-        [1, *shape],
-        [2, count // 2] if count % 2 == 0 else shape,
-    ]
+    others = [shape[::-1], [count], [1, count], [count, 1], [*shape, 1], [1, *shape]]
+    others.append([2, count // 2] if count % 2 == 0 else shape)
     others = [other for other in others if other != shape]
     allowed = _replace(files, file, name, {**entry, "shape": random.choice(others)}, data)
     return "agrees" if "quant_state" in name else allowed  # it is a text

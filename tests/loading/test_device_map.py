@@ -11,19 +11,17 @@ from safetensors import safe_open
 from torch import nn
 
 from qexp.config.offload import OffloadConfig
-from qexp.config.schema import LoaderConfig
 from qexp.errors import ConfigError
 from qexp.loading.component import LoadedComponent
 from qexp.loading.components import entries_of
 from qexp.loading.device_map import main_device, no_split_classes, place
-from qexp.loading.lifecycle import load_component
 from qexp.loading.plan import LoadPlan
 from qexp.loading.saving import save_model
 from qexp.offloading.payload import as_bytes
 from qexp.offloading.placement import Placement
 from qexp.offloading.strategies import apply_offload
 from tests.backends import BACKENDS, CPU
-from tests.loading.toys import WIDTH, Block, Toy, ToySource, load_toy, random_state, save_state, settings
+from tests.loading.toys import WIDTH, Block, Toy, load_toy, random_state, save_state, settings
 from tests.products import representatives
 
 EMPTY = LoadPlan((), {}, ())
@@ -38,16 +36,8 @@ def placed(device_map: Any, max_memory: Any = None, device: torch.device = CPU, 
 def load(
     folder: Path, backend: str, device_map: Any, max_memory: Any = None, store: Path | None = None
 ) -> LoadedComponent:
-    return load_component(
-        ToySource(folder, Toy),
-        "toy",
-        settings(backend),
-        device=CPU,
-        loader=LoaderConfig(in_flight_mib=1, workers=2),
-        device_map=device_map,
-        max_memory=max_memory,
-        store=store,
-    )
+    options = {"device_map": device_map, "max_memory": max_memory, "store": store}
+    return load_toy(folder, settings(backend), **options)
 
 
 def content(file: Path) -> Any:

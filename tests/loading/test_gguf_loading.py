@@ -17,17 +17,15 @@ from torch import Tensor, nn
 
 from qexp.checkpoints.checkpoint import GGUF_CONFIG_KEY, open_checkpoint
 from qexp.checkpoints.gguf_types import DECODABLE, ENCODABLE, TYPES
-from qexp.config.schema import LoaderConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.loading import weights
 from qexp.loading.component import LoadedComponent
 from qexp.loading.gguf_saving import save_gguf
-from qexp.loading.lifecycle import load_component
 from qexp.offloading.payload import leaves, module_nbytes, true_nbytes
 from qexp.quantizers.gguf_blocks.tensor import GGUFTensor
-from tests.backends import CPU
 from tests.checkpoints.test_gguf_header import mutated
-from tests.loading.toys import ToySource, load_toy, save_state, settings
+from tests.loading.gguf_files import finish
+from tests.loading.toys import load_toy, save_state, settings
 from tests.products import representatives
 from tests.quantizers.test_contract import gaussian
 
@@ -83,11 +81,7 @@ def write(path: Path, tensors: Mapping[str, tuple[str, np.ndarray]], metadata: M
     for tensor, (name, data) in tensors.items():
         kind = gguf.GGMLQuantizationType[name] if TYPES[name].block > 1 else None
         writer.add_tensor(tensor, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return finish(writer, path)
 
 
 def reader_tensors(name: str) -> dict[str, tuple[str, np.ndarray]]:
@@ -217,9 +211,7 @@ def test_layers_that_are_skipped_or_kept_in_fp32_are_decoded(q4: Path) -> None:
         assert loaded.plan.to_container()["result_bytes"] == module_nbytes(loaded.model)
     with pytest.raises(ConfigError, match="skip_modules"):
         load_file(q4, skip_modules=("nowhere",))
-    with pytest.raises(
-        LoadError, match=r"no quantized weight is a linear layer's: 'first' .skip_modules has .*decoded"
-    ):
+    with pytest.raises(LoadError, match=r"no quantized weight is a linear layer's: 'first' .skip_modules .*decoded"):
         load_file(q4, skip_modules=("**",))
 
 
@@ -272,9 +264,7 @@ def test_a_config_in_a_file_that_is_damaged(text: str, words: str, tmp_path: Pat
 def test_a_part_of_a_file_is_refused(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "test")
     writer.add_uint16("split.count", 3)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(LoadError, match=r"x\.gguf' is one of 3 parts; merge them"):
         open_checkpoint(tmp_path / "x.gguf")
 
@@ -321,11 +311,10 @@ def test_damaged_files_end_in_a_load_error_or_a_model(tmp_path: Path) -> None:
     good = write(tmp_path / "good.gguf", reader_tensors("Q2_K"), {GGUF_CONFIG_KEY: json.dumps(CONFIG)})
     content, path, random_, refusals = good.read_bytes(), tmp_path / "x.gguf", random.Random(0), 0
     described = min(entry.offset for entry in open_checkpoint(good).entries.values())
-    source, loader = ToySource(path, Reader), LoaderConfig(workers=1)
     for _ in range(400):
         path.write_bytes(mutated(content, described, random_))
         try:
-            load_component(source, "toy", settings("none"), device=CPU, loader=loader)
+            load_toy(path, settings("none"), Reader, workers=1)
         except LoadError as error:
             refusals += 1
             assert len(str(error)) < 1500

@@ -18,6 +18,7 @@ from qexp.loading.gguf_saving import save_gguf
 from qexp.quantizers.gguf import GGUFConfig, GGUFQuantizer
 from qexp.quantizers.rows import WeightSpec
 from tests.backends import CPU
+from tests.loading.gguf_files import finish
 from tests.loading.test_saving import files_of_at_most
 from tests.quantizers.test_contract import gaussian
 
@@ -63,10 +64,7 @@ def test_a_saved_file_is_the_librarys_byte_for_byte(tmp_path: Path) -> None:
     writer.add_tensor("q", weight.raw.numpy(), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
     for name, tensor in {"p": plain, "s": scalar, "e": empty}.items():
         writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     tensors = {"q": weight, "p": plain, "s": scalar, "e": empty}
     save_gguf(tmp_path / "mine.gguf", tensors, architecture="flux", metadata={"x.name": "ö"})
     assert (tmp_path / "mine.gguf").read_bytes() == (tmp_path / "library.gguf").read_bytes()

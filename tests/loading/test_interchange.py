@@ -17,26 +17,13 @@ from torch import Tensor, nn
 from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
-from qexp.models.base import ModelSource
+from qexp.models.folder import FolderSource
 from qexp.quantizers.bitsandbytes_support.config import QUANT_STORAGES
 from qexp.quantizers.bitsandbytes_support.stored import BLOCK_SIZES
 from tests.backends import CPU, REPRESENTATIVES, backend_config
 from tests.products import representatives
 
 BF16 = torch.bfloat16
-
-
-class TinySource(ModelSource):
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def checkpoints(self) -> dict[str, Path]:
-        return {"tiny": self.folder}
-
-    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
-        from tests.loading.tiny_diffusers import Tiny
-
-        return Tiny.from_config({name: value for name, value in config.items() if name != "quantization_config"})
 
 
 def bitsandbytes(**fields: Any) -> Any:
@@ -92,9 +79,15 @@ def dense(tmp_path: Path) -> Path:
     return tmp_path / "dense"
 
 
+def load_tiny(folder: Path, config: Any, skip: tuple[str, ...] = (), dtype: str | None = None) -> Any:
+    from tests.loading.tiny_diffusers import Tiny
+
+    settings = ComponentConfig(config, skip, compute_dtype=dtype)
+    return load_component(FolderSource(folder, Tiny), "model", settings, device=CPU, loader=LoaderConfig()).model
+
+
 def load_ours(folder: Path, *backend: str, skip: tuple[str, ...] = ()) -> Any:
-    source, settings = TinySource(folder), ComponentConfig(backend_config(*backend), skip)
-    return load_component(source, "tiny", settings, device=CPU, loader=LoaderConfig()).model
+    return load_tiny(folder, backend_config(*backend), skip)
 
 
 def load_theirs(folder: Path, config: Any = None) -> Any:

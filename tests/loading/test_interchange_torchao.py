@@ -12,19 +12,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import LoadError, UnsupportedError
-from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
 from qexp.quantizers.torchao import TorchAoConfig
-from tests.backends import CPU, backend_config
+from tests.backends import backend_config
 from tests.loading.test_interchange import (
-    TinySource,
     assert_same_answer,
     assert_same_files,
     dense,
     embedded,
     load_theirs,
+    load_tiny,
 )
 from tests.products import representatives
 from tests.quantizers.kinds import DYNAMIC_INTX, INTX, ao
@@ -119,12 +117,6 @@ def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
 
 
-def load_ours(folder: Path, config: Any, dtype: str | None = None, skip: tuple[str, ...] = ()) -> Any:
-    source = TinySource(folder)
-    component = ComponentConfig(config, skip, compute_dtype=dtype)
-    return load_component(source, "tiny", component, device=CPU, loader=LoaderConfig()).model
-
-
 def metadata(folder: Path) -> dict[str, str]:
     with safe_open(folder / "diffusion_pytorch_model.safetensors", "pt") as file:
         return dict(file.metadata())
@@ -143,7 +135,7 @@ def test_both_programs_write_and_read_the_same(case: str, dense: Path, tmp_path:
     import torchao.quantization
 
     config, upstream = CASES[case]
-    ours = load_ours(dense, config, skip=("plain",))
+    ours = load_tiny(dense, config, skip=("plain",))
     theirs = load_theirs(
         dense, diffusers.TorchAoConfig(upstream(torchao.quantization), modules_to_not_convert=["plain"])
     )
@@ -153,7 +145,7 @@ def test_both_programs_write_and_read_the_same(case: str, dense: Path, tmp_path:
     assert metadata(tmp_path / "ours") == metadata(tmp_path / "theirs")
     assert embedded(tmp_path / "ours") == embedded(tmp_path / "theirs")
     assert_same_answer(ours, theirs)
-    reloaded = load_ours(tmp_path / "theirs", backend_config("none"))
+    reloaded = load_tiny(tmp_path / "theirs", backend_config("none"))
     assert_same_answer(reloaded, theirs)
     save_model(reloaded, tmp_path / "again")
     assert_same_files(tmp_path / "again", tmp_path / "ours")
@@ -164,8 +156,10 @@ def test_both_programs_write_and_read_the_same(case: str, dense: Path, tmp_path:
 @pytest.mark.parametrize("case", ["int8wo groups", "float8wo tensor", "int4dq", "intx row, fp32 scale", "nvfp4"])
 def test_stored_weights_compute_in_the_dtype_that_is_asked_for(case: str, dense: Path, tmp_path: Path) -> None:
     """Those of diffusers keep the dtype that they were quantized from, and fail in a model of another."""
-    save_model(load_ours(dense, CASES[case][0], skip=("plain",)), tmp_path / "ours")
-    narrow, wide = (load_ours(tmp_path / "ours", backend_config("none"), dtype) for dtype in ("bfloat16", "float32"))
+    save_model(load_tiny(dense, CASES[case][0], skip=("plain",)), tmp_path / "ours")
+    narrow, wide = (
+        load_tiny(tmp_path / "ours", backend_config("none"), dtype=dtype) for dtype in ("bfloat16", "float32")
+    )
     assert wide.first.weight.dtype == torch.float32
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -180,15 +174,15 @@ def test_stored_weights_compute_in_the_dtype_that_is_asked_for(case: str, dense:
 def test_weights_that_do_not_run_here_are_refused_when_they_are_read(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_model(load_ours(dense, CASES["float8dq row"][0], skip=("plain",)), tmp_path / "ours")
-    load_ours(tmp_path / "ours", backend_config("none"))
+    save_model(load_tiny(dense, CASES["float8dq row"][0], skip=("plain",)), tmp_path / "ours")
+    load_tiny(tmp_path / "ours", backend_config("none"))
 
     def no_kernel(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("no kernel image\nand more")
 
     monkeypatch.setattr(torch, "_scaled_mm", no_kernel)
     with pytest.raises(UnsupportedError, match=r"float8dq_e4m3_row weights, which do not run on cpu: no kernel image;"):
-        load_ours(tmp_path / "ours", backend_config("none"))
+        load_tiny(tmp_path / "ours", backend_config("none"))
 
 
 @pytest.mark.parametrize(
@@ -202,10 +196,10 @@ def test_weights_that_do_not_run_here_are_refused_when_they_are_read(
 def test_damaged_metadata_is_found(old: str, new: str, message: str, dense: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    save_model(load_ours(dense, CASES["int8wo groups"][0], skip=("plain",)), tmp_path)
+    save_model(load_tiny(dense, CASES["int8wo groups"][0], skip=("plain",)), tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     described = metadata(tmp_path)
     assert old in described["first.weight"]
     save_file(load_file(file), file, {**described, "first.weight": described["first.weight"].replace(old, new, 1)})
     with pytest.raises(LoadError, match=message):
-        load_ours(tmp_path, backend_config("none"))
+        load_tiny(tmp_path, backend_config("none"))

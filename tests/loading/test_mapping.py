@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from qexp.config.schema import LoaderConfig
 from qexp.errors import ConfigError
 from qexp.loading.component import LoadedComponent
-from qexp.loading.lifecycle import load_component
 from qexp.loading.mapping import choose_mapped
 from qexp.loading.saving import save_model
 from qexp.offloading.payload import leaves, sites
-from tests.backends import BACKENDS, CPU, EVERY_WAY, same_bytes
-from tests.loading.toys import Toy, ToySource, answer_of, load_toy, prepare_toy, random_state, save_state, settings
+from tests.backends import BACKENDS, EVERY_WAY, same_bytes
+from tests.loading.toys import Toy, answer_of, load_toy, prepare_toy, random_state, save_state, settings
 from tests.products import representatives
 
 MIB = 1 << 20
@@ -31,8 +30,7 @@ def saved(folder: Path, backend: str = "none") -> Path:
 
 def load(folder: Path, setting: bool | str, build: Any = Toy, **fields: Any) -> LoadedComponent:
     loader = LoaderConfig(in_flight_mib=1, workers=2, map=setting)
-    chosen = settings("none", compute_dtype="bfloat16", **fields)
-    return load_component(ToySource(folder, build), "toy", chosen, device=CPU, loader=loader)
+    return load_toy(folder, settings("none", compute_dtype="bfloat16", **fields), build, loader=loader)
 
 
 def mapped_bytes(loaded: LoadedComponent) -> int:
@@ -179,10 +177,8 @@ def test_memory_of_mapped_weights_is_the_files(tmp_path: Path) -> None:
 def test_plan_of_a_spread_model_is_read(tmp_path: Path) -> None:
     """What travels is packed, and its first copy would be the mapping's."""
     folder = saved(tmp_path, "torchao")
-    loaded = load_component(
-        ToySource(folder, Toy), "toy", settings("none", compute_dtype="bfloat16"), device=CPU,
-        loader=LoaderConfig(), device_map={"": "cpu", "blocks": "disk"}, store=tmp_path / "offload",
-    )  # fmt: skip
+    spread = {"device_map": {"": "cpu", "blocks": "disk"}, "store": tmp_path / "offload"}
+    loaded = load_toy(folder, settings("none", compute_dtype="bfloat16"), **spread)
     assert mapped_bytes(loaded) == 0
     assert torch.equal(answer_of(loaded.model), answer_of(load(folder, "auto").model))
 

@@ -11,20 +11,18 @@ import torch
 
 import qexp
 from qexp.config.backend_options import backend_of
-from qexp.config.schema import ComponentConfig, LoaderConfig
-from qexp.loading.lifecycle import load_component
 from qexp.loading.saving import save_model
-from tests.backends import CPU, backend_config
+from tests.backends import backend_config
 from tests.loading.test_foreign_readers import IDS, bert, mistral
 from tests.loading.test_gguf_interchange import answer, assert_same_weights, flux
 from tests.loading.test_gguf_interchange import load_theirs as load_single_file
 from tests.loading.test_interchange import (
-    TinySource,
     assert_same_answer,
     assert_same_files,
     dense,
     embedded,
     load_theirs,
+    load_tiny,
 )
 from tests.products import representatives
 
@@ -40,11 +38,6 @@ FLUX_RULES: list[dict[str, Any]] = [
 
 def mixed(*rules: dict[str, Any]) -> Any:
     return backend_of("mixed", {"recipe": list(rules)})
-
-
-def load_tiny(folder: Path, config: Any) -> Any:
-    source = TinySource(folder)
-    return load_component(source, "tiny", ComponentConfig(config), device=CPU, loader=LoaderConfig()).model
 
 
 # GGUF: a type for each tensor
@@ -155,9 +148,7 @@ def test_four_bits_of_every_kind_share_a_file_that_diffusers_opens(dense: Path, 
 @pytest.mark.parametrize("backend", ["bitsandbytes", "bitsandbytes_int8", "quanto", "quanto_int2"])
 def test_one_format_and_dense_layers_are_that_formats_file(backend: str, dense: Path, tmp_path: Path) -> None:
     ours = load_tiny(dense, mixed({"modules": "plain", "backend": "none"}, {"backend": backend}))
-    source = TinySource(dense)
-    alone = ComponentConfig(backend_config(backend), ("plain",))
-    uniform = load_component(source, "tiny", alone, device=CPU, loader=LoaderConfig()).model
+    uniform = load_tiny(dense, backend_config(backend), ("plain",))
     for model, name in ((ours, "ours"), (uniform, "uniform")):
         save_model(model, tmp_path / name)
     assert embedded(tmp_path / "ours") == embedded(tmp_path / "uniform")

@@ -19,6 +19,7 @@ from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.checkpoints.gguf_header import read_gguf_header
 from qexp.errors import LoadError
 from qexp.loading.model_names import under_model_names
+from tests.loading.gguf_files import finish
 from tests.products import representatives
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
@@ -181,11 +182,7 @@ def write_gguf_file(folder: Path, stored: dict[str, np.ndarray], metadata: dict[
             writer.add_tensor(name, gguf.quantize(value, Q8_0), raw_dtype=Q8_0)
         elif value.ndim <= 4:
             writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return folder / "m.gguf"
+    return finish(writer, folder / "m.gguf")
 
 
 def in_blocks(name: str) -> tuple[np.ndarray, np.ndarray]:

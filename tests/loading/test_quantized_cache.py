@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qexp.config.backend_options import backend_of
-from qexp.config.schema import ComponentConfig, LoaderConfig
-from qexp.loading import quantized_cache
+from qexp.config.schema import ComponentConfig
+from qexp.loading import cache_key, quantized_cache
 from qexp.loading.component import CacheFolder, LoadedComponent
-from qexp.loading.lifecycle import load_component
 from qexp.loading.quantized_cache import ENTRY, WEIGHTS, QuantizedCache
-from tests.backends import CPU, EVERY_WAY_TO_QUANTIZE, same_bytes
+from qexp.quantizers import torchao
+from tests.backends import EVERY_WAY_TO_QUANTIZE, same_bytes
 from tests.loading.test_mapping import all_leaves
-from tests.loading.toys import Toy, ToySource, answer_of, random_state, save_state, settings
+from tests.loading.toys import Toy, answer_of, load_toy, random_state, save_state, settings
 
 MIB = 1 << 20
 NO_GIB = 1e-9
@@ -34,12 +33,16 @@ def dense(tmp_path: Path) -> Path:
     return save_state(tmp_path / "dense", random_state(Toy))
 
 
+@pytest.fixture
+def cache(tmp_path: Path) -> CacheFolder:
+    return CacheFolder(tmp_path / "kept")
+
+
 def load(
-    dense: Path, cache: CacheFolder | None, backend: str = "bitsandbytes", build: Any = Toy, **fields: Any
+    dense: Path, cache: CacheFolder | None, backend: Any = "bitsandbytes", build: Any = Toy, **fields: Any
 ) -> LoadedComponent:
-    chosen = settings(backend, **{"compute_dtype": "bfloat16", **fields})
-    loader = LoaderConfig(in_flight_mib=1, workers=2)
-    return load_component(ToySource(dense, build), "toy", chosen, device=CPU, loader=loader, cache=cache)
+    chosen = settings(backend, **{"compute_dtype": "bfloat16", **fields}) if isinstance(backend, str) else backend
+    return load_toy(dense, chosen, build, cache=cache)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +61,9 @@ def same_models(one: nn.Module, other: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("backend", EVERY_WAY_TO_QUANTIZE)
-def test_second_load_has_the_bits_of_the_first_and_of_one_without(backend: str, dense: Path, tmp_path: Path) -> None:
-    cache = CacheFolder(tmp_path / "kept")
+def test_second_load_has_the_bits_of_the_first_and_of_one_without(
+    backend: str, dense: Path, cache: CacheFolder, tmp_path: Path
+) -> None:
     without, miss, hit = (load(dense, own, backend) for own in (None, cache, cache))
     assert [without.cached, miss.cached, hit.cached] == [None, False, True]
     assert same_models(miss.model, without.model) and same_models(hit.model, without.model)
@@ -71,10 +75,9 @@ def test_second_load_has_the_bits_of_the_first_and_of_one_without(backend: str, 
     assert len(entries(tmp_path / "kept")) == 1
 
 
-def test_hit_reads_no_weight_that_is_quantized(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qexp.quantizers import torchao
-
-    cache = CacheFolder(tmp_path / "kept")
+def test_hit_reads_no_weight_that_is_quantized(
+    dense: Path, cache: CacheFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     load(dense, cache, "torchao")
     monkeypatch.setattr(torchao, "row_slices", lambda *_: pytest.fail("quantized again"))
     assert load(dense, cache, "torchao").cached
@@ -97,8 +100,7 @@ def change_one_weight(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_decides_the_bytes_is_in_the_key(change: str, dense: Path, tmp_path: Path) -> None:
-    cache = CacheFolder(tmp_path / "kept")
+def test_what_decides_the_bytes_is_in_the_key(change: str, dense: Path, cache: CacheFolder, tmp_path: Path) -> None:
     load(dense, cache)
     fields = CHANGES[change](dense)
     other = load(dense, cache, **fields)
@@ -107,19 +109,17 @@ def test_what_decides_the_bytes_is_in_the_key(change: str, dense: Path, tmp_path
     assert len(entries(tmp_path / "kept")) == 2
 
 
-def test_copy_of_the_checkpoint_and_another_number_of_workers_are_the_same_weights(dense: Path, tmp_path: Path) -> None:
-    cache = CacheFolder(tmp_path / "kept")
+def test_copy_of_the_checkpoint_and_another_number_of_workers_are_the_same_weights(
+    dense: Path, cache: CacheFolder, tmp_path: Path
+) -> None:
     load(dense, cache)
     shutil.copytree(dense, tmp_path / "copy")
     assert load(tmp_path / "copy", cache).cached
 
 
 def test_version_of_a_library_and_source_code_are_in_the_key(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path, cache: CacheFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qexp.loading import cache_key
-
-    cache = CacheFolder(tmp_path / "kept")
     load(dense, cache)
     versions = cache_key.versions_of
     monkeypatch.setattr(cache_key, "versions_of", lambda names: {**versions(names), "bitsandbytes": "99"})
@@ -151,9 +151,13 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_entry_is_made_again(
-    damage: str, dense: Path, uncached: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: str,
+    dense: Path,
+    cache: CacheFolder,
+    uncached: nn.Module,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    cache = CacheFolder(tmp_path / "kept")
     load(dense, cache)  # and let go: a file that is cut while it is mapped ends the process
     DAMAGE[damage](entries(tmp_path / "kept")[0])
     again = load(dense, cache)
@@ -162,8 +166,7 @@ def test_damaged_entry_is_made_again(
     assert load(dense, cache).cached is True
 
 
-def test_entry_that_was_copied_is_compared_and_used(dense: Path, tmp_path: Path) -> None:
-    cache = CacheFolder(tmp_path / "kept")
+def test_entry_that_was_copied_is_compared_and_used(dense: Path, cache: CacheFolder, tmp_path: Path) -> None:
     load(dense, cache)
     shutil.copytree(tmp_path / "kept", tmp_path / "moved")
     assert load(dense, CacheFolder(tmp_path / "moved")).cached is True
@@ -199,11 +202,8 @@ def test_what_is_no_entry_is_left_alone(dense: Path, tmp_path: Path) -> None:
 
 
 def test_entry_that_cannot_be_read_now_is_not_removed(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dense: Path, cache: CacheFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from qexp.loading import quantized_cache
-
-    cache = CacheFolder(tmp_path / "kept")
     load(dense, cache)
     (entry,) = entries(tmp_path / "kept")
     with monkeypatch.context() as patch:
@@ -226,6 +226,7 @@ def test_limit_that_is_too_small_is_said_once_and_nothing_is_kept(
 
 def test_full_disk_means_no_entry_and_is_said_once(
     dense: Path,
+    cache: CacheFolder,
     uncached: nn.Module,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -233,7 +234,6 @@ def test_full_disk_means_no_entry_and_is_said_once(
 ) -> None:
     from tests.loading.test_saving import files_of_at_most
 
-    cache = CacheFolder(tmp_path / "kept")
     with files_of_at_most(10_000):
         for _ in range(2):
             loaded = load(dense, cache)
@@ -291,9 +291,8 @@ def test_what_a_killed_process_left_is_removed(dense: Path, tmp_path: Path) -> N
 
 
 def test_entry_that_vanishes_during_the_load_is_made_again(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path, cache: CacheFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = CacheFolder(tmp_path / "kept")
     expected = load(dense, cache)
     find = QuantizedCache.find
 
@@ -309,21 +308,19 @@ def test_entry_that_vanishes_during_the_load_is_made_again(
 
 
 @pytest.mark.parametrize("backend", ["none", "calibrated"])
-def test_what_has_no_stored_form_is_loaded_without(backend: str, dense: Path, tmp_path: Path) -> None:
+def test_what_has_no_stored_form_is_loaded_without(
+    backend: str, dense: Path, cache: CacheFolder, tmp_path: Path
+) -> None:
     if backend == "none":
-        assert load(dense, CacheFolder(tmp_path / "kept"), backend).cached is None
+        assert load(dense, cache, backend).cached is None
         return
-    chosen = replace(settings("quanto", "activations_dtype=int8"), compute_dtype="bfloat16")
-    loader = LoaderConfig(workers=1)
+    chosen = settings("quanto", "activations_dtype=int8", compute_dtype="bfloat16")
     for _ in range(2):
-        loaded = load_component(
-            ToySource(dense, Toy), "toy", chosen, device=CPU, loader=loader, cache=CacheFolder(tmp_path / "kept")
-        )
-        assert loaded.cached is False
+        assert load(dense, cache, chosen).cached is False
     assert entries(tmp_path / "kept") == []
 
 
-def test_mixed_formats_are_kept_too(dense: Path, tmp_path: Path) -> None:
+def test_mixed_formats_are_kept_too(dense: Path, cache: CacheFolder) -> None:
     rules = [
         {"modules": ["embed"], "backend": "gguf_q4_0"},
         {"modules": ["**.fc1"], "backend": "bitsandbytes"},
@@ -331,11 +328,7 @@ def test_mixed_formats_are_kept_too(dense: Path, tmp_path: Path) -> None:
         {"backend": "none"},
     ]
     chosen = ComponentConfig(backend_of("mixed", {"recipe": rules}).resolved("cpu"), compute_dtype="bfloat16")
-    cache, loader = CacheFolder(tmp_path / "kept"), LoaderConfig(workers=1)
-    models = [
-        load_component(ToySource(dense, Toy), "toy", chosen, device=CPU, loader=loader, cache=own)
-        for own in (None, cache, cache)
-    ]
+    models = [load(dense, own, chosen) for own in (None, cache, cache)]
     assert [each.cached for each in models] == [None, False, True]
     assert all(same_models(each.model, models[0].model) for each in models)
 
@@ -343,12 +336,7 @@ def test_mixed_formats_are_kept_too(dense: Path, tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.own_process
 def test_memory_of_a_hit_and_a_miss_agree(tmp_path: Path) -> None:
-    class Wide(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(2048, 2048, bias=False) for _ in range(8))
-
-    state = {name: torch.zeros(tensor.shape, dtype=torch.bfloat16) for name, tensor in Wide().state_dict().items()}
+    state = {f"layers.{number}.weight": torch.zeros(2048, 2048, dtype=torch.bfloat16) for number in range(8)}
     code = """
 import sys
 from pathlib import Path

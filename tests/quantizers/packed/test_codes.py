@@ -17,19 +17,7 @@ from tests.quantizers.test_contract import gaussian
 FLOATS = {name: element for name, element in ELEMENTS.items() if element.is_float}
 INTEGERS = {name: element for name, element in ELEMENTS.items() if not element.is_float}
 EXTREMES = [
-    0.0,
-    -0.0,
-    1.0,
-    -1.0,
-    1.2e-38,
-    1e-45,
-    -1e-45,
-    6e-8,
-    65504.0,
-    -65504.0,
-    3.3895314e38,
-    3.4028235e38,
-    -3.4028235e38,
+    sign * size for size in (0.0, 1.0, 1.2e-38, 1e-45, 6e-8, 65504.0, 3.3895314e38, 3.4028235e38) for sign in (1, -1)
 ]
 
 
