@@ -20,7 +20,6 @@ from tests.sweep.settings import run_config
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
-FAKES = "tests.sweep.fake_experiment"
 
 
 @pytest.fixture(autouse=True)
@@ -33,15 +32,20 @@ def _new_server() -> Iterator[None]:
     SERVER.deaths = 0
 
 
-def run(tmp_path: Path, function: str, modules: tuple[str, ...] = (), name: str = "key", start: str = "fork") -> dict:
-    """Run a fake experiment; its result."""
+def work_of(tmp_path: Path, function: str = "run", name: str = "key", behaviour: int = 1) -> Work:
+    """A fake experiment in its folder, before it runs."""
     folder = RunFolder(tmp_path / "outputs" / "runs" / name)
     folder.path.mkdir(parents=True)
-    prepare_folder(folder, run_config(tmp_path), ())
-    work = Work(folder.path, "run", experiment=f"{FAKES}:{function}")
+    prepare_folder(folder, run_config(tmp_path, behaviour), ())
+    return Work(folder.path, "run", experiment=f"tests.sweep.fake_experiment:{function}")
+
+
+def run(tmp_path: Path, function: str, modules: tuple[str, ...] = (), name: str = "key", start: str = "fork") -> dict:
+    """Run a fake experiment; its result."""
+    work = work_of(tmp_path, function, name)
     status = run_worker(work, IsolationConfig(start=start), modules)
     assert status.status == "done", status.message
-    return json.loads((folder.path / "result.json").read_text())
+    return json.loads((work.folder / "result.json").read_text())
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
@@ -60,6 +64,7 @@ def test_workers_of_one_server_are_processes_of_their_own(tmp_path) -> None:
 
 
 def test_forked_worker_has_the_environment_and_folder_of_now(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
     run(tmp_path, "run_environment", name="one")
     monkeypatch.setenv("SET_LATER", "1")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
@@ -67,7 +72,9 @@ def test_forked_worker_has_the_environment_and_folder_of_now(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path / "elsewhere")
     run(tmp_path, "run_environment", name="two")
     lines = (tmp_path / "outputs/runs/two/environment.txt").read_text().splitlines()
-    assert "SET_LATER=1" in lines and not [line for line in lines if line.startswith(("WANDB_", "OPENBLAS_"))]
+    assert {"SET_LATER=1", "OMP_NUM_THREADS=7", "OMP_WAIT_POLICY=PASSIVE"} <= {*lines}
+    assert not [line for line in lines if line.startswith(("WANDB_", "OPENBLAS_"))]
+    assert os.environ["WANDB_API_KEY"] == "secret"
 
 
 def test_forked_worker_computes_with_the_threads_of_a_fresh_process(tmp_path, monkeypatch) -> None:
@@ -109,16 +116,14 @@ def is_running(process: psutil.Process) -> bool:
 @pytest.mark.parametrize("behaviour, count", [(20, 2), (15, 4)])
 def test_killed_parent_takes_server_and_worker_and_its_children_along(behaviour: int, count: int, tmp_path) -> None:
     """Count: the server, the worker, a child of the worker, and a daemon in a session of its own."""
-    folder = RunFolder(tmp_path / "outputs" / "runs" / "key")
-    folder.path.mkdir(parents=True)
-    prepare_folder(folder, run_config(tmp_path, behaviour), ())
+    work = work_of(tmp_path, behaviour=behaviour)
     code = (
         "from qexp.config.schema import IsolationConfig; from qexp.sweep.worker import Work; "
         "from qexp.sweep.worker_process import run_worker; from pathlib import Path; "
-        f"run_worker(Work(Path({str(folder.path)!r}), 'run', experiment='{FAKES}:run'), IsolationConfig())"
+        f"run_worker(Work(Path({str(work.folder)!r}), 'run', experiment={work.experiment!r}), IsolationConfig())"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
-    wait_for(lambda: (folder.path / "started").exists())
+    wait_for(lambda: (work.folder / "started").exists())
     family = psutil.Process(parent.pid).children(recursive=True)
     assert len(family) == count, family
     parent.kill()
@@ -158,11 +163,7 @@ def test_next_sweep_ends_what_nobody_watches_any_more(tmp_path) -> None:
 
 
 def test_timeout_kills_a_forked_worker_and_the_server_stays(tmp_path) -> None:
-    folder = RunFolder(tmp_path / "outputs" / "runs" / "key")
-    folder.path.mkdir(parents=True)
-    prepare_folder(folder, run_config(tmp_path, 20), ())
-    work = Work(folder.path, "run", experiment=f"{FAKES}:run")
-    status = run_worker(work, IsolationConfig(timeout_minutes=0.02))
+    status = run_worker(work_of(tmp_path, behaviour=20), IsolationConfig(timeout_minutes=0.02))
     assert (status.status, status.reason) == ("failed", "timeout")
     assert run(tmp_path, "run_where_it_is", name="next")["start"] == "fork" and SERVER.deaths == 0
 
