@@ -1,9 +1,10 @@
 """The real configuration, composed as Hydra does it, and a command line that stops where an experiment would run."""
 
+import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +49,14 @@ class CommandLine:
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else int(error.code is not None)
         return 0
+
+    def refusal(self, *arguments: str) -> str:
+        """The one line of a command that runs nothing, behind 'error: '."""
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            assert self(*arguments) == 1
+        (line,) = err.getvalue().splitlines()
+        assert line.startswith("error: ") and out.getvalue() == "" and self.configs == []
+        return line.removeprefix("error: ")
 
     def run_job(self, config: RunConfig, overrides: Sequence[str], *, key: str) -> JobRow:
         self.configs.append(config)
