@@ -10,7 +10,7 @@ from qexp.quantizers.none import NoneConfig
 from qexp.quantizers.torchao import TorchAoConfig
 from qexp.results import environment
 from qexp.results.environment import describe_environment, differences, git_commit, result_packages
-from tests.fresh_process import imported_by
+from tests.fresh_process import imported_by, run_python
 from tests.sweep.settings import run_config, with_backend
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +34,7 @@ def test_number_of_threads_is_that_of_torch(monkeypatch) -> None:
     monkeypatch.setenv("MKL_NUM_THREADS", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     code = "import torch; print(torch.get_num_threads(), torch.backends.mkl.is_available())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    threads, has_mkl = done.stdout.split()
+    threads, has_mkl = run_python(code).split()
     assert environment.number_of_threads() == threads or has_mkl == "False"  # without MKL, its variable comes second
 
 
