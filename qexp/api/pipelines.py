@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qexp.api.arguments import SOURCE, backend_config, expanded, loader_settings, places_of
 from qexp.api.models import offload as offload_model
+from qexp.checkpoints.regular_file import read_ahead
 from qexp.hub.download import pinned
 from qexp.models.component_settings import merge_components, parse_component
 from qexp.models.diffusers import DiffusersConfig, Source
@@ -86,6 +87,7 @@ def load_pipeline(
     loader = loader_settings(in_flight_mib=in_flight_mib, workers=workers, map=map, cache=cache, cache_gib=cache_gib)
     cache_folder = CacheFolder.of(loader)
     requests = request_components(source, settings, device=place, cache=cache_folder, waits_for_kernels=False)
+    read_ahead(file for request in requests.values() for file in request.checkpoint.files)
     planned = plan_components(requests, travels=offload is not None)
     pipeline = source.pipeline({name: component.prepared.model for name, component in planned.items()})
     for component in planned.values():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 from qexp.errors import LoadError
+
+AHEAD_BYTES = 256 << 20  # what a disk reads in the half second that a plan takes
 
 
 class FileState(NamedTuple):
@@ -49,6 +52,23 @@ def open_descriptor(file: Path) -> int:
 def state_of(descriptor: int) -> FileState:
     status = os.fstat(descriptor)
     return FileState(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def read_ahead(files: Iterable[Path], nbytes: int = AHEAD_BYTES) -> None:
+    """Have the system read the beginning of files into its page cache while the caller does something else.
+
+    A file that cannot be read is left to whoever reads it.
+    """
+    Thread(target=_advise, args=(list(files), nbytes), name="read-ahead", daemon=True).start()
+
+
+def _advise(files: Iterable[Path], nbytes: int) -> None:
+    for file in files:
+        if nbytes <= 0 or not hasattr(os, "posix_fadvise"):
+            return
+        with suppress(OSError, LoadError), open_regular(file) as (stream, state):
+            os.posix_fadvise(stream.fileno(), 0, min(nbytes, state.size), os.POSIX_FADV_WILLNEED)
+            nbytes -= state.size
 
 
 def unreadable(file: Path, error: OSError) -> LoadError:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qexp.checkpoints.pipeline_folder import INDEX
+from qexp.checkpoints.regular_file import read_ahead
 from qexp.config.schema import RunConfig
 from qexp.experiments.roundtrip import run_roundtrip
 from qexp.experiments.sensitivity import plan_sensitivity, run_sensitivity
@@ -103,6 +104,7 @@ def _with_inputs(context: RunContext) -> RunContext:
 
 
 def _run_model(context: RunContext) -> Metrics:
+    read_ahead(file for request in context.requests.values() for file in request.checkpoint.files)
     context, planned = _plan_run(context)
     for hint in (_slow_dtypes(planned.values(), context.device), _other_dtype_than_reference(context.config, planned)):
         if hint is not None:

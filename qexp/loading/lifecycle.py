@@ -17,6 +17,7 @@ from typing import Unpack
 import torch
 
 from qexp.checkpoints.checkpoint import open_component
+from qexp.checkpoints.regular_file import read_ahead
 from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.errors import LoadError
 from qexp.loading.audit import audit
@@ -204,7 +205,9 @@ def load_component(
     options: see `LoadRequest`.
     Raises: ConfigError, MissingLibraryError, UnsupportedError or LoadError, most of them before a weight is read.
     """
-    planned = plan_component(request_load(source, component, settings, device=device, **options))
+    request = request_load(source, component, settings, device=device, **options)
+    read_ahead(request.checkpoint.files)
+    planned = plan_component(request)
     planned.prepared.check_patterns()
     return load_planned(planned, loader)
 

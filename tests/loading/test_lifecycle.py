@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.config.schema import ComponentConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.loading import lifecycle, prepare
@@ -287,6 +288,17 @@ def test_a_weight_that_overflows_fp16(tmp_path: Path) -> None:
         with pytest.raises(LoadError, match=r"'head' is not finite in float16 \(rows 0 to 9\).*compute_dtype"):
             load_toy(tmp_path, settings(backend, compute_dtype=dtype))
     load_toy(tmp_path, settings("torchao", compute_dtype="bfloat16"))
+
+
+def test_files_are_read_ahead_while_a_load_is_planned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(lifecycle, "read_ahead", asked.extend)
+
+    def build() -> nn.Module:
+        assert asked == list(open_checkpoint(folder).files) != []
+        return Toy()
+
+    load_toy(folder, settings("none"), build)
 
 
 def test_errors_before_reading_read_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
