@@ -1,7 +1,9 @@
 """The 4-bit search on the CPU: the library's bytes, on values chosen to be hard."""
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -78,3 +80,19 @@ def test_the_input_is_left_as_it_was() -> None:
     before = weight.clone()
     quantize_4bit(weight, "nf4", 64)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.exhaustive
+def test_comparisons_are_compiled_for_the_widest_vectors() -> None:
+    import numba
+
+    from qexp.quantizers.cpu_kernels import kernels
+    from qexp.quantizers.cpu_kernels.blockwise_4bit import code_table
+
+    loop = numba.njit(kernels.nearest_4bit.py_func, nogil=True, error_model="numpy")
+    table = code_table(torch.linspace(-1, 1, 16))
+    absmaxes = np.empty(1, np.float32)
+    loop(np.zeros(64, np.uint16), 16, 64, table.midpoints, table.indices, np.empty(32, np.uint8), absmaxes)
+    (code,) = loop.inspect_asm().values()
+    has_512_bits = "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    assert ("zmm" in code) == has_512_bits
