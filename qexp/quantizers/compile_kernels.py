@@ -22,9 +22,10 @@ def compile_all() -> None:
     """Call each loop with small tensors of the dtypes that it takes."""
     for dtype in (torch.bfloat16, torch.float32):
         weight = torch.linspace(-1, 1, ROWS * COLUMNS).view(ROWS, COLUMNS).to(dtype)
-        rowwise_8bit.llm_int8(weight)
-        rowwise_8bit.torchao_int8(weight, COLUMNS)
-        rowwise_8bit.quanto_int8(weight)
+        values = torch.empty(weight.shape, dtype=torch.int8)
+        rowwise_8bit.llm_int8(weight, values)
+        rowwise_8bit.torchao_int8(weight, COLUMNS, values)
+        rowwise_8bit.quanto_int8(weight, values)
         table = blockwise_4bit.code_table(torch.linspace(-1, 1, 16))
         bytes_, absmax = torch.empty(weight.numel() // 2, dtype=torch.uint8), torch.empty(weight.numel() // 64)
         blockwise_4bit.quantize_4bit(weight, table, 64, bytes_, absmax)

@@ -215,14 +215,15 @@ class QuantoQuantizer(base.Quantizer):
             if has_loop and are_ready():
                 from qexp.quantizers.cpu_kernels.rowwise_8bit import quanto_int8  # Numba, on first use
 
-                data, scale = quanto_int8(part)
+                scale = quanto_int8(part, rows_of.room("data", rows, part.shape, torch.int8))
             else:
                 scale = library().AbsmaxOptimizer()(part, qtype=qtype, axis=axis)
                 data = torch.ops.quanto.quantize_symmetric(part, dtype=qtype.dtype, axis=axis, scale=scale)
                 clear_nan(data)
+                rows_of.add(rows, {"data": data})
             if has_loop:
                 check_slice(spec, rows, scale)
-            rows_of.add(rows, {"data": data, "scale": scale.reshape(-1, 1)})
+            rows_of.add(rows, {"scale": scale.reshape(-1, 1)})
         data, scale, stride = rows_of.inner["data"], rows_of.inner["scale"], (spec.shape[1], 1)
         scale = scale if axis == 0 else scale.squeeze()
         return library().WeightQBytesTensor.create(qtype, axis, spec.shape, stride, data, scale, self._activation_qtype)

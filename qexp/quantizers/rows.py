@@ -7,7 +7,7 @@ their results stay in the processor's last-level cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -146,13 +146,18 @@ class RowAssembler:
         self.inner: dict[str, Tensor] = {}
 
     def add(self, part: slice, inner: Mapping[str, Tensor]) -> None:
+        """Copy the inner tensors of a slice of rows to their places."""
+        for name, tensor in inner.items():
+            self.room(name, part, tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+
+    def room(
+        self, name: str, part: slice, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+    ) -> Tensor:
+        """Return the place of an inner tensor of a slice of rows, for the caller to write."""
         import torch
 
-        count = part.stop - part.start
-        for name, tensor in inner.items():
-            per_row, remainder = divmod(tensor.shape[0], count)
-            assert remainder == 0, (name, tensor.shape, count)
-            if name not in self.inner:
-                shape = (per_row * self.rows, *tensor.shape[1:])
-                self.inner[name] = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-            self.inner[name][part.start * per_row : part.stop * per_row] = tensor
+        per_row, remainder = divmod(shape[0], part.stop - part.start)
+        assert remainder == 0, (name, shape, part)
+        if name not in self.inner:
+            self.inner[name] = torch.empty((per_row * self.rows, *shape[1:]), dtype=dtype, device=device)
+        return self.inner[name][part.start * per_row : part.stop * per_row]

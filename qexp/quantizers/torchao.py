@@ -240,7 +240,11 @@ class TorchAoQuantizer(base.Quantizer):
             if group_size is not None and are_ready():
                 if rows.start == 0:
                     quantized: Any = quantize(part[:1], config)  # a template of the library's tensor class
-                rows_of.add(rows, self._int8_parts(spec, rows, part, group_size))
+                from qexp.quantizers.cpu_kernels.rowwise_8bit import torchao_int8  # Numba, on first use
+
+                scale = torchao_int8(part, group_size, rows_of.room("qdata", rows, part.shape, torch.int8))
+                check_slice(spec, rows, scale)
+                rows_of.add(rows, {"scale": scale, "zero_point": torch.zeros_like(scale, dtype=torch.int8)})
                 continue
             quantized = quantize(part, config)
             inner = inner_tensors(quantized)
@@ -253,17 +257,6 @@ class TorchAoQuantizer(base.Quantizer):
         context = quantized.__tensor_flatten__()[1]
         tensor = type(quantized).__tensor_unflatten__(rows_of.inner, context, spec.shape, (spec.shape[1], 1))
         return torch.nn.Parameter(tensor, requires_grad=False)
-
-    def _int8_parts(self, spec: WeightSpec, rows: slice, part: Tensor, group_size: int) -> dict[str, Tensor]:
-        """Return torchao's inner tensors of rows in symmetric int8."""
-        import torch
-
-        from qexp.quantizers.cpu_kernels.rowwise_8bit import torchao_int8
-
-        values, scale = torchao_int8(part, group_size)
-        check_slice(spec, rows, scale)
-        scale = scale.view(len(part), -1)
-        return {"qdata": values, "scale": scale, "zero_point": torch.zeros_like(scale, dtype=torch.int8)}
 
     def _library_config(self, layer: str) -> Any:
         """Return torchao's config for one layer, or None if it stays unquantized."""

@@ -105,12 +105,13 @@ def create_8bit(spec: WeightSpec, weight: Tensor | Rows, device: torch.device) -
         if on_cpu and are_ready():
             from qexp.quantizers.cpu_kernels.rowwise_8bit import llm_int8
 
-            values, scale = llm_int8(part)
+            scale = llm_int8(part, rows_of.room("CB", rows, part.shape, torch.int8))
         else:
             values, scale = library().functional.int8_vectorwise_quant(part.half())[:2]
+            rows_of.add(rows, {"CB": values})
         if on_cpu:
             check_slice(half, rows, scale)
-        rows_of.add(rows, {"CB": values, "SCB": scale})
+        rows_of.add(rows, {"SCB": scale})
     values, scale = rows_of.inner["CB"], rows_of.inner["SCB"]
     return int8_params(values, scale, spec.dtype)
 

@@ -24,31 +24,38 @@ def absmax(groups: Tensor) -> Tensor:
     return largest.to(groups.dtype)
 
 
-def llm_int8(part: Tensor) -> tuple[Tensor, Tensor]:
-    """bitsandbytes' (values int8 [n, k], absmaxes float32 [n]) of rows, which it quantizes from fp16: an absmax is
-    infinite where one of them is."""
+def llm_int8(part: Tensor, out: Tensor) -> Tensor:
+    """Quantize rows [n, k] as bitsandbytes does, from fp16, into `out`, int8 [n, k].
+
+    Returns the absmaxes, float32 [n]: infinite where one of them is.
+    """
     largest = absmax(part).half().float()  # rounding keeps the order, so this is the largest after rounding, too
-    return _products(part, 127.0 / largest, as_half=part.dtype != torch.float16), largest.squeeze(1)
+    _round_products(part, 127.0 / largest, out, as_half=part.dtype != torch.float16)
+    return largest.squeeze(1)
 
 
-def torchao_int8(part: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Quantize as torchao's symmetric int8: (values int8 [n, k], scales float32 [n * k / group_size, 1])."""
+def torchao_int8(part: Tensor, group_size: int, out: Tensor) -> Tensor:
+    """Quantize rows [n, k] as torchao's symmetric int8 into `out`, int8 [n, k].
+
+    Returns the scales, float32 [n, k / group_size].
+    """
     groups = part.view(-1, group_size)
     scale = (absmax(groups) / 127.5).clamp_(min=EPS).float()  # the quotient is rounded to the weight's dtype
-    return _products(groups, 1.0 / scale).view(part.shape), scale
+    _round_products(groups, 1.0 / scale, out.view(-1, group_size))
+    return scale.view(len(part), -1)
 
 
-def quanto_int8(part: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize as quanto's int8: (values int8 [n, k], scales [n, 1]), computed in the weight's own dtype."""
+def quanto_int8(part: Tensor, out: Tensor) -> Tensor:
+    """Quantize rows [n, k] as quanto's int8, computed in their own dtype, into `out`, int8 [n, k].
+
+    Returns the scales, [n, 1].
+    """
     scale = absmax(part) / 127
     source, shift = kernels.source_bits(part)
-    values = torch.empty(part.shape, dtype=torch.int8)
-    kernels.round_quotients(source, shift, scale.float().view(-1).numpy(), MISSING_BITS[part.dtype], values.numpy())
-    return values, scale
+    kernels.round_quotients(source, shift, scale.float().view(-1).numpy(), MISSING_BITS[part.dtype], out.numpy())
+    return scale
 
 
-def _products(part: Tensor, factors: Tensor, as_half: bool = False) -> Tensor:
+def _round_products(part: Tensor, factors: Tensor, out: Tensor, as_half: bool = False) -> None:
     source, shift = kernels.source_bits(part)
-    values = torch.empty(part.shape, dtype=torch.int8)
-    kernels.round_products(source, shift, factors.view(-1).numpy(), as_half, values.numpy())
-    return values
+    kernels.round_products(source, shift, factors.view(-1).numpy(), as_half, out.numpy())

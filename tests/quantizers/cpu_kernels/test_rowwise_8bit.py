@@ -52,7 +52,8 @@ def test_llm_int8_is_bitsandbytes(name: str, dtype: torch.dtype) -> None:
     from qexp.quantizers.cpu_kernels import rowwise_8bit
 
     weight = HARD[name]().clamp(-65504, 65504).to(dtype)
-    values, scale = rowwise_8bit.llm_int8(weight)
+    values = torch.empty(weight.shape, dtype=torch.int8)
+    scale = rowwise_8bit.llm_int8(weight, values)
     expected, largest, _ = bitsandbytes().functional.int8_vectorwise_quant(weight.half())
     assert torch.equal(values, expected)
     assert torch.equal(scale, largest)
@@ -71,7 +72,8 @@ def test_int8_is_torchaos(name: str, dtype: torch.dtype, group_size: int) -> Non
     granularity = PerRow() if group_size == COLUMNS else PerGroup(group_size)
     config = Int8WeightOnlyConfig(granularity=granularity, set_inductor_config=False)
     expected = inner_tensors(quantize(weight.clone(), config))
-    values, scale = rowwise_8bit.torchao_int8(weight, group_size)
+    values = torch.empty(weight.shape, dtype=torch.int8)
+    scale = rowwise_8bit.torchao_int8(weight, group_size, values)
     assert torch.equal(values, expected["qdata"])
     assert torch.equal(scale.flatten(), expected["scale"].flatten())
 
@@ -85,7 +87,8 @@ def test_int8_is_quantos(name: str, dtype: torch.dtype) -> None:
     qtype = quanto().qint8
     scale = quanto().AbsmaxOptimizer()(weight, qtype=qtype, axis=0)
     expected = torch.ops.quanto.quantize_symmetric(weight, dtype=qtype.dtype, axis=0, scale=scale)
-    values, found = rowwise_8bit.quanto_int8(weight)
+    values = torch.empty(weight.shape, dtype=torch.int8)
+    found = rowwise_8bit.quanto_int8(weight, values)
     assert torch.equal(found, scale)
     assert torch.equal(values, expected)
 
