@@ -18,6 +18,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
 from typing import IO, Any
 
+from qexp.system.openmp import DECIDED_BY, THREADS
+
 MAX_DEATHS = 2  # one may be an accident, such as the kernel's choice when memory runs out
 # These libraries of linear algebra start a thread for each core as they are imported. MKL starts none, and its variable
 # must not be set here: torch reads it as it is imported, and its forked workers would compute with one thread.
@@ -61,6 +63,7 @@ class ForkServer:
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.connection: Connection | None = None
+        self.threads: list[str | None] = []
         self.deaths = 0
 
     @property
@@ -68,10 +71,13 @@ class ForkServer:
         return sys.platform == "linux" and self.deaths < MAX_DEATHS
 
     def start(self, environment: Mapping[str, str]) -> Connection:
-        """Start the server unless it runs."""
-        if self.connection is not None and self.process is not None and self.process.poll() is None:
+        """Start the server unless it runs, with the settings of threads that libraries read as they are imported."""
+        threads = [environment.get(name) for name in (*DECIDED_BY, *THREADS)]
+        is_running = self.process is not None and self.process.poll() is None
+        if self.connection is not None and is_running and threads == self.threads:
             return self.connection
         self.stop()
+        self.threads = threads
         ours, theirs = socket.socketpair()
         with theirs, tempfile.TemporaryFile() as log:
             command = [sys.executable, "-m", "qexp.sweep.fork_server", "--parent", str(os.getpid())]

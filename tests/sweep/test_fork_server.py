@@ -86,6 +86,15 @@ def test_forked_worker_computes_with_the_threads_of_a_fresh_process(tmp_path, mo
     assert forked["start"] == "fork" and forked["metrics"]["a/torch_threads"] == int(fresh.stdout)
 
 
+def test_settings_that_libraries_read_once_are_those_of_now(tmp_path, monkeypatch) -> None:
+    settings = {"CHANGED": "1", "OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}
+    servers = [run(tmp_path, "run_where_it_is", name="first")["metrics"]["a/parent"]]
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+        servers.append(run(tmp_path, "run_where_it_is", name=name)["metrics"]["a/parent"])
+    assert servers[0] == servers[1] and len({*servers}) == 4
+
+
 def test_server_that_dies_once_runs_the_experiment_again(tmp_path, capfd) -> None:
     assert run(tmp_path, "run_killing_the_server_once")["start"] == "fork"
     assert SERVER.deaths == 1 and "run again" in capfd.readouterr().err
