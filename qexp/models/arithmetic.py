@@ -67,13 +67,6 @@ class Source(causal_lm.Source):
         return super().text(path) if path is not None else "".join(f"{line}\n" for line in self._lines())
 
     @override
-    def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
-        """answer_accuracy: how many of the problems among the prompts are solved; None if no prompt is a problem."""
-        answers = self.sample_scores(outputs)
-        right = [value for value in answers.get("answer_accuracy", ()) if value is not None]
-        return {name: sum(right) / len(right) if right else None for name in answers}
-
-    @override
     def sample_scores(self, outputs: dict[str, Tensor]) -> dict[str, Sequence[float | None]]:
         """answer_accuracy: 1 for a problem that is solved, 0 for another, None for a prompt that is no problem."""
         if "tokens" not in outputs:

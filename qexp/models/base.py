@@ -159,8 +159,12 @@ class ModelSource(ABC):
         raise NotImplementedError(f"{type(self).__module__} has 'generate' among its tasks, and no such method")
 
     def scores(self, outputs: dict[str, Tensor]) -> dict[str, float | None]:
-        """Return the source's own quality scores of saved outputs; None where one is undefined."""
-        return {}
+        """Return the source's own quality scores of saved outputs; None where one is undefined.
+
+        By default the means of `sample_scores`, of those that are defined.
+        """
+        by_name = {name: [one for one in of if one is not None] for name, of in self.sample_scores(outputs).items()}
+        return {name: sum(defined) / len(defined) if defined else None for name, defined in by_name.items()}
 
     def sample_scores(self, outputs: dict[str, Tensor]) -> dict[str, Sequence[float | None]]:
         """The values whose means some of `scores` are, one for each image or prompt; None where one is undefined."""

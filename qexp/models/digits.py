@@ -125,34 +125,23 @@ class Source(ModelSource):
 
         from qexp.metrics.frechet import frechet_distance, mean_and_covariance
 
-        classifier, real_mean, real_covariance = _classifier()
-        images = outputs["images"].float()
-        with torch.no_grad():
-            features = classifier.features(images)
-        correct = _is_correct(classifier, features, outputs)
-        distance = None
+        images, distance = outputs["images"].float(), None
         if len(images) > 1 and bool(images.isfinite().all()):
-            distance = frechet_distance(*mean_and_covariance(features), real_mean, real_covariance)
-        return {"class_accuracy": correct.mean().item(), "frechet_distance": distance}
+            classifier, *real = _classifier()
+            with torch.no_grad():
+                features = classifier.features(images)
+            distance = frechet_distance(*mean_and_covariance(features), *real)
+        return {**super().scores(outputs), "frechet_distance": distance}
 
     @override
     def sample_scores(self, outputs: dict[str, Tensor]) -> dict[str, Sequence[float | None]]:
         """class_accuracy: 1 for an image that is recognized as its label, else 0."""
         import torch
 
-        classifier, _, _ = _classifier()
+        images = outputs["images"].float()
         with torch.no_grad():
-            features = classifier.features(outputs["images"].float())
-        return {"class_accuracy": _is_correct(classifier, features, outputs).tolist()}
-
-
-def _is_correct(classifier: DigitsClassifier, features: Tensor, outputs: dict[str, Tensor]) -> Tensor:
-    """1 for each image that is recognized as its label, else 0: fp64 [n]."""
-    import torch
-
-    with torch.no_grad():
-        recognized = classifier.head(features).argmax(-1) == outputs["labels"]
-    return (recognized & outputs["images"].flatten(1).isfinite().all(-1)).double()
+            is_recognized = _classifier()[0](images).argmax(-1) == outputs["labels"]
+        return {"class_accuracy": (is_recognized & images.flatten(1).isfinite().all(-1)).double().tolist()}
 
 
 def _velocity(model: nn.Module, state: Tensor, t: Tensor, labels: Tensor, guidance_scale: float) -> Tensor:
