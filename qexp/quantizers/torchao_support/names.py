@@ -38,6 +38,7 @@ INTX = {"intx_packing_format": "UNPACKED_TO_INT8", "intx_choose_qparams_algorith
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 FAST_ACCUM = {"_type": "Float8MMConfig", "emulate": False, "use_fast_accum": True, "pad_inner_dim": False}
 NO_INDUCTOR = {"set_inductor_config": False}  # True, torchao's default, changes how torch.compile works everywhere
+FLOAT8_DYNAMIC = "Float8DynamicActivationFloat8WeightConfig"
 CLASSES = {
     "Int8WeightOnlyConfig": LibraryClass({"granularity": "PerRow", **NO_INDUCTOR}, "granularity"),
     "Int8DynamicActivationInt8WeightConfig": LibraryClass(
@@ -84,7 +85,7 @@ CLASSES = {
     "Float8WeightOnlyConfig": LibraryClass(
         {"weight_dtype": E4M3, "granularity": "PerRow", **NO_INDUCTOR}, "granularity"
     ),
-    "Float8DynamicActivationFloat8WeightConfig": LibraryClass(
+    FLOAT8_DYNAMIC: LibraryClass(
         {
             "activation_dtype": E4M3,
             "weight_dtype": E4M3,
@@ -101,7 +102,7 @@ CLASSES = {
 }
 
 TILED = {"int4_packing_format": "TILE_PACKED_TO_4D"}  # tinygemm, which PyTorch itself has
-FLOAT8_DYNAMIC = {"activation_dtype": E4M3, "weight_dtype": E4M3}
+BOTH_E4M3 = {"activation_dtype": E4M3, "weight_dtype": E4M3}
 FORMER_INT4DQ = {"mapping_type": "weight_mapping_type"}
 SHORTHANDS = {
     "int4wo": NamedType("Int4WeightOnlyConfig", TILED),
@@ -110,12 +111,8 @@ SHORTHANDS = {
     "int8dq": NamedType("Int8DynamicActivationInt8WeightConfig"),
     "float8wo_e4m3": NamedType("Float8WeightOnlyConfig", {"weight_dtype": E4M3}),
     "float8wo_e5m2": NamedType("Float8WeightOnlyConfig", {"weight_dtype": E5M2}),
-    "float8dq_e4m3_tensor": NamedType(
-        "Float8DynamicActivationFloat8WeightConfig", {**FLOAT8_DYNAMIC, "granularity": "PerTensor"}
-    ),
-    "float8dq_e4m3_row": NamedType(
-        "Float8DynamicActivationFloat8WeightConfig", {**FLOAT8_DYNAMIC, "granularity": "PerRow"}
-    ),
+    "float8dq_e4m3_tensor": NamedType(FLOAT8_DYNAMIC, {**BOTH_E4M3, "granularity": "PerTensor"}),
+    "float8dq_e4m3_row": NamedType(FLOAT8_DYNAMIC, {**BOTH_E4M3, "granularity": "PerRow"}),
 }
 OTHER_SHORTHANDS = {
     "float8wo": "float8wo_e5m2",
@@ -128,7 +125,7 @@ FUNCTIONS = {
     "int8_weight_only": NamedType("Int8WeightOnlyConfig"),
     "int8_dynamic_activation_int8_weight": NamedType("Int8DynamicActivationInt8WeightConfig"),
     "float8_weight_only": NamedType("Float8WeightOnlyConfig"),
-    "float8_dynamic_activation_float8_weight": NamedType("Float8DynamicActivationFloat8WeightConfig"),
+    "float8_dynamic_activation_float8_weight": NamedType(FLOAT8_DYNAMIC),
 }
 STATIC = {
     "float8_e4m3_tensor": "float8dq_e4m3_tensor",
