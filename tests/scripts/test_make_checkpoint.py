@@ -115,7 +115,7 @@ def test_there_are_as_many_files_as_were_published(what: str, files: int) -> Non
 
 def test_a_component_of_an_architecture_with_fewer_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        make_checkpoint,
+        architectures,
         "component_of",
         lambda name, part: SimpleNamespace(config=TINY, dtype="float16", max_shard_gb=10),
     )
