@@ -54,13 +54,9 @@ def _real_images(folder: str | None, reference: Tensor | None) -> Iterable[Tenso
     return None if reference is None else _pixels(reference).split(BATCH)
 
 
-def _to_three_channels(images: Tensor) -> Tensor:
-    return images.float().expand(-1, 3, -1, -1)
-
-
 def _pixels(images: Tensor) -> Tensor:
     """[-1, 1] -> uint8, as a picture is stored."""
-    return ((_to_three_channels(images).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return ((images.float().expand(-1, 3, -1, -1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def _opened(path: Path) -> Tensor:
