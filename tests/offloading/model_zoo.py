@@ -1,6 +1,5 @@
 """A small model with everything that offloading meets, quantized by each library directly, or as a load does it."""
 
-import json
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qexp.config.backend_options import backend_of
@@ -16,7 +14,8 @@ from qexp.config.schema import ComponentConfig, LoaderConfig
 from qexp.config.yaml_options import option_names
 from qexp.doctor.options import backend_config, backend_files
 from qexp.loading.lifecycle import load_component
-from qexp.models.base import ModelSource
+from qexp.models.folder import FolderSource
+from tests.backends import save_state
 
 WIDTH = 64
 
@@ -165,25 +164,10 @@ RECIPE = [
 ]
 
 
-class NetSource(ModelSource):
-    """The model source of a saved `Net`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def checkpoints(self) -> dict[str, Path]:
-        return {"net": self.folder}
-
-    def skeleton(self, component: str, config: dict[str, Any]) -> nn.Module:
-        return Net(config["depth"])
-
-
-def save(folder: Path, depth: int = 3) -> NetSource:
+def save(folder: Path, depth: int = 3) -> FolderSource:
     """The seeded model as a checkpoint."""
     torch.manual_seed(0)
-    save_file(Net(depth).state_dict(), folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"depth": depth}))
-    return NetSource(folder)
+    return FolderSource(save_state(folder, Net(depth).state_dict(), {"depth": depth}), Net)
 
 
 @cache
@@ -204,7 +188,7 @@ def load(backend: str, *, depth: int = 3, device: str = "cpu", workers: int = 1,
 
 def load_from(source: Any, backend: str, *, device: str, workers: int = 1, **placement: Any) -> nn.Module:
     settings, loader = ComponentConfig(option(backend)), LoaderConfig(workers=workers)
-    return load_component(source, "net", settings, device=torch.device(device), loader=loader, **placement).model
+    return load_component(source, "model", settings, device=torch.device(device), loader=loader, **placement).model
 
 
 def make(kind: str, *, depth: int = 3) -> nn.Module:

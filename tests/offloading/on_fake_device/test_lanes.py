@@ -20,6 +20,7 @@ from qexp.loading.streaming import file_reader, lanes
 from qexp.loading.streaming.lanes import LANES, PIECE_BYTES
 from qexp.loading.streaming.stream import stream
 from qexp.loading.work_item import WorkItem
+from qexp.models.folder import FolderSource
 from qexp.quantizers.bitsandbytes_support.library import library
 from tests.fake_device import streams
 from tests.fake_device.counters import measure
@@ -43,7 +44,7 @@ def test_a_saved_model_is_read_onto_the_device(backend: str, tmp_path: Path) -> 
     save_model(saved, tmp_path)
     before = live_bytes()
     with measure() as seen:
-        model = zoo.load_from(zoo.NetSource(tmp_path), backend, device=str(DEVICE), workers=3)
+        model = zoo.load_from(FolderSource(tmp_path, zoo.Net), backend, device=str(DEVICE), workers=3)
         assert {leaf.device for leaf in plain(model)} == {DEVICE}
         assert equal(plain(model), plain(saved))
         del model

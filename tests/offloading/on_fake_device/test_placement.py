@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qexp.config.schema import LoaderConfig
-from qexp.loading.lifecycle import load_component
 from qexp.offloading import borders
 from qexp.offloading.engine import Engine
 from qexp.offloading.group import Group
@@ -19,7 +17,7 @@ from qexp.offloading.streams import Streams
 from tests.backends import BACKENDS, REPRESENTATIVES
 from tests.fake_device import counters
 from tests.fake_device.counters import measure
-from tests.loading.toys import WIDTH, Block, ToySource, random_state, save_state, settings
+from tests.loading.toys import WIDTH, Block, load_toy, random_state, save_state, settings
 from tests.products import exhaustive, representatives
 
 GIB = 2**30
@@ -82,16 +80,8 @@ def load(
     build: type[nn.Module] = Net,
     **fields: Any,
 ) -> Any:
-    return load_component(
-        ToySource(folder, build),
-        "toy",
-        settings(backend, *overrides, **fields),
-        device=DEVICES[0],
-        loader=LoaderConfig(in_flight_mib=1, workers=2),
-        device_map=device_map,
-        max_memory=limits,
-        store=store,
-    )
+    options = {"device": DEVICES[0], "device_map": device_map, "max_memory": limits, "store": store}
+    return load_toy(folder, settings(backend, *overrides, **fields), build, **options)
 
 
 def batch(model: nn.Module) -> Tensor:
