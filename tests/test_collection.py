@@ -14,24 +14,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Each takes 0.2 to 4 seconds to import. hypothesis does, too, but its decorators have to be there at collection.
-HEAVY = frozenset(
-    (
-        "accelerate",
-        "bitsandbytes",
-        "diffusers",
-        "matplotlib",
-        "numba",
-        "optimum",
-        "peft",
-        "scipy",
-        "sklearn",
-        "torchao",
-        "torchmetrics",
-        "transformers",
-        "wandb",
-        "wandb_workspaces",
-    )
-)
+HEAVY = {
+    "accelerate", "bitsandbytes", "diffusers", "matplotlib", "numba", "optimum", "peft", "scipy", "sklearn", "torchao",
+    "torchmetrics", "transformers", "wandb", "wandb_workspaces",
+}  # fmt: skip
 # pytest's own files; a helper that they import late, inside their tests, may import at its top what it likes
 COLLECTED = [path for pattern in ("test_*.py", "conftest.py") for path in sorted((ROOT / "tests").rglob(pattern))]
 

@@ -47,15 +47,8 @@ def test_digits_from_a_budget_to_a_command_line(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.exhaustive
 def test_quality_of_digits_is_reached_by_the_smallest(tmp_path: Path) -> None:
-    words = [
-        "model=digits",
-        "quality=psnr_db>=38",
-        "task.num_images=10",
-        "seeds=1",
-        f"paths.outputs={tmp_path}",
-        *QUICK,
-    ]
-    assert main(words) == 0
+    words = ["model=digits", "quality=psnr_db>=38", "task.num_images=10", "seeds=1", f"paths.outputs={tmp_path}"]
+    assert main([*words, *QUICK]) == 0
     rows, fit, _ = proof_of(tmp_path)
     recommended = fit["recommended"]
     assert isinstance(recommended, dict)

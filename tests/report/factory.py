@@ -77,12 +77,8 @@ def run_folder(
         rows = ["layer,shape,quantized,sqnr_db", "blocks.0.attn.to_q,256x256,true,20.7", "proj_out,4x256,false,"]
         (folder / "layers.csv").write_text("\n".join(rows) + "\n")
     else:
-        steps = [
-            "step,step_ms,host_gib,device_gib,relative_l2",
-            "0,12.5,0.5,0.0,0.01",
-            "1,11.5,0.5,0.0,",
-            "2,12.0,0.6,0.0,0.03",
-        ]
+        steps = ["step,step_ms,host_gib,device_gib,relative_l2"]
+        steps += ["0,12.5,0.5,0.0,0.01", "1,11.5,0.5,0.0,", "2,12.0,0.6,0.0,0.03"]
         (folder / "history.csv").write_text("\n".join(steps) + "\n")
         for name, shade in (("grid", 10), ("reference", 20), ("difference", 30)):
             Image.new("L", (40, 40), shade).save(folder / "images" / f"{name}.png")
@@ -106,12 +102,8 @@ def manifest(outputs: Path, name: str, jobs: list[dict[str, Any]], started: str 
 
 def sweep_of_six(outputs: Path) -> str:
     """Two backends under two offloads, one experiment out of memory and one this machine cannot run."""
-    none = GENERATE | {
-        "memory/weights_gib": 0.016,
-        "memory/bits_per_weight": 32.0,
-        "quality/psnr_db": None,
-        "quality/exact": 1,
-    }
+    none = GENERATE | {"memory/weights_gib": 0.016, "memory/bits_per_weight": 32.0}
+    none |= {"quality/psnr_db": None, "quality/exact": 1}
     jobs = []
     for number, (backend, label, offload, metrics) in enumerate(
         [("none", "none", "none", none), ("none", "none", "leaf", none),
