@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 def run_python(code: str, *arguments: object, **options: Any) -> str:
     """Run code in a fresh interpreter, which must end well, and return its standard output."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 300, "cwd": ROOT} | options)
+    settings: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "cwd": ROOT} | options
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], **settings)
     assert done.returncode == 0, done.stderr
     return str(done.stdout)
 
