@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from qexp.metrics.registry import Metric, all_metrics, is_infinite
 from qexp.report.table import prepare
-from qexp.results.labels import backend_family
+from qexp.results.labels import SEPARATOR, backend_family
 from qexp.results.rows import Row
 from qexp.results.uncertainty import Interval
 from qexp.system.files import to_csv
@@ -65,14 +65,22 @@ def file_name(metric: Metric, ending: str = ".png") -> str:
 def points_of(rows: list[Row], metric: Metric) -> list[Point]:
     """Return one point for each memory and quality, by memory; experiments with both equal share it.
 
-    Experiments that differ in their seed alone are one point, at their mean.
+    Experiments that differ in their seed alone are one point, at their mean. Names have what varies between those here.
     """
     shared: dict[tuple[float, float], list[Row]] = {}
-    for row in sorted(prepare(rows), key=lambda row: row["number"]):
+    here = [row for row in rows if _quality_of(row, metric) is not None and MEMORY in row["metrics"]]
+    several_models = len({_model_of(row) for row in rows if row["metrics"]}) > 1
+    for row in sorted(prepare(here), key=lambda row: row["number"]):
+        if several_models:  # this plot may have one alone
+            row["model"] = _model_of(row)
         quality, memory = _quality_of(row, metric), row["metrics"].get(MEMORY)
         if memory is not None and quality is not None:
             shared.setdefault((memory, quality), []).append(row)
     return [_point(memory, quality, group, metric) for (memory, quality), group in sorted(shared.items())]
+
+
+def _model_of(row: Row) -> str:
+    return str(row["label"]).partition(SEPARATOR)[0]
 
 
 def _quality_of(row: Row, metric: Metric) -> float | None:

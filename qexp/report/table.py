@@ -88,7 +88,8 @@ def prepare(rows: Iterable[Row]) -> list[Row]:
     they ran.
     """
     plain = with_seeds_united([dict(row) for row in rows])
-    for row, setting in zip(plain, settings_labels([row["overrides"] for row in plain]), strict=True):
+    settings = settings_labels([row["overrides"] for row in plain], [str(row["label"]) for row in plain])
+    for row, setting in zip(plain, settings, strict=True):
         parts = str(row["label"]).split(SEPARATOR)
         is_label = len(parts) == len(PARTS)  # else overrides, of an experiment that does not resolve
         named = dict(zip(PARTS, parts, strict=True)) if is_label else {"backend": row["label"]}

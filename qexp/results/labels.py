@@ -59,10 +59,28 @@ def experiment_name(label: str, settings: str) -> str:
     return SEPARATOR.join(filter(None, (label, settings)))
 
 
-def settings_labels(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """Return the label of the settings for each experiment of a sweep, by those that vary between these."""
-    varying = varying_settings(overrides)
-    return [settings_label(each, varying) for each in overrides]
+def settings_labels(overrides: Sequence[Sequence[str]], labels: Sequence[str] = ()) -> list[str]:
+    """Return the label of the settings for each experiment of a sweep, by those that vary between these.
+
+    A path is its last part, where that tells it from the others; a recipe that its experiment's label names is left
+    out. labels: of the experiments, see `run_label`.
+    """
+    varying, each = varying_settings(overrides), [_values(one) for one in overrides]
+    if labels and all(
+        Path(one["backend.recipe"]).stem in label
+        for one, label in zip(each, labels, strict=True)
+        if "backend.recipe" in one
+    ):
+        varying = [name for name in varying if name != "backend.recipe"]
+    for name in varying:
+        paths = {one[name] for one in each if "/" in one.get(name, "")}
+        if len({Path(path).name for path in paths}) == len(paths):
+            each = [one | {name: _last_part(one[name])} if one.get(name) in paths else one for one in each]
+    return [_settings_label(one, varying) for one in each]
+
+
+def _last_part(path: str) -> str:
+    return "@" * path.startswith("@") + Path(path).name
 
 
 def varying_settings(overrides: Sequence[Sequence[str]]) -> list[str]:
@@ -77,7 +95,10 @@ def settings_label(overrides: Sequence[str], varying: Sequence[str]) -> str:
 
     '' where nothing is left. A name is as short as it can be without being another setting's that varies.
     """
-    values = _values(overrides)
+    return _settings_label(_values(overrides), varying)
+
+
+def _settings_label(values: Mapping[str, str], varying: Sequence[str]) -> str:
     names = [name for name in varying if name not in SHOWN_GROUPS]
     return ", ".join(f"{_short_name(name, names)}={values[name]}" for name in names if name in values)
 

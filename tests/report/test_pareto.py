@@ -202,3 +202,18 @@ def test_csv_has_the_numbers_behind_the_plot(tmp_path: Path) -> None:
     assert (nf4["name"], nf4["memory_weights_gib"], nf4["psnr_db"]) == ("bitsandbytes nf4 (3 seeds)", "0.004", "20.0")
     assert (nf4["low"], nf4["high"], nf4["bar"]) == ("10.0", "30.0", "standard deviation over seeds")
     assert (int8["number"], int8["on_front"], int8["low"], int8["bar"]) == ("2", "1", "", "")
+
+
+def test_points_are_named_by_what_varies_in_their_own_plot(tmp_path: Path) -> None:
+    """Of two models, one has this metric: the other one's text is not in the names, but the model is."""
+    text = config(task="perplexity")
+    text["model"] = {**text["model"], "source": "arithmetic"}
+    for key, label in (("a", "int8"), ("b", "float8")):
+        run_folder(tmp_path, key, config("quanto", label), GENERATE)
+    run_folder(tmp_path, "c", text, {"memory/weights_gib": 0.1})
+    common = ["seed=1"]
+    jobs = [job(0, "a", ["backend=quanto", *common]), job(1, "b", ["backend=quanto_float8", *common])]
+    manifest(tmp_path, "first", [*jobs, job(2, "c", ["task.text=/a/b.txt"])])
+    assert [point.names for point in points_of(rows_of_sweep(tmp_path, "first"), PSNR)] == [
+        ("digits quanto int8", "digits quanto float8")
+    ]

@@ -31,6 +31,18 @@ def test_settings_label_has_what_varies_and_the_label_lacks(overrides: list[list
     assert settings_labels(overrides) == labels
 
 
+@pytest.mark.parametrize(
+    ("recipes", "labels", "expected"),
+    [
+        (["@/a/r1.yaml", "@/a/r2.yaml"], ["m · mixed r1", "m · mixed r2"], ["", ""]),
+        (["@/a/r1.yaml", "@/a/r2.yaml"], ["m · mixed own", "m · mixed r2"], ["recipe=@r1.yaml", "recipe=@r2.yaml"]),
+        (["@/a/r.yaml", "@/b/r.yaml"], ["m · mixed x", "m · mixed x"], ["recipe=@/a/r.yaml", "recipe=@/b/r.yaml"]),
+    ],
+)
+def test_paths_are_as_short_as_they_differ(recipes: list[str], labels: list[str], expected: list[str]) -> None:
+    assert settings_labels([[f"backend.recipe={recipe}"] for recipe in recipes], labels) == expected
+
+
 def test_settings_label_of_one_experiment_names_what_varies_in_its_sweep() -> None:
     label = settings_label(["backend=a", "task.num_images=4", "+seed=3"], ["backend", "seed", "offload.to"])
     assert label == "seed=3"
