@@ -98,7 +98,7 @@ def load_weights(planned: PlannedComponent, dispatch: Dispatch | None, loader: L
     for name, first in shared.items():
         _assign(model, name, model.get_parameter(first))
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, COMPUTED):
+        if hasattr(parameter, COMPUTED) and parameter.device != placement.device_of(name):
             parameter.data = parameter.data.to(placement.device_of(name))
     for name, module in model.named_modules():  # buffers that no checkpoint holds were made on the CPU
         for own, buffer in module.named_buffers(recurse=False):

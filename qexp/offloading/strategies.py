@@ -55,11 +55,8 @@ def apply_offload(
     offload = Offload(model, config, device)
     try:
         if groups:
-            if config.to == "cpu":
-                offload.open(store, in_memory=sum(group.measure() for group in groups), on_disk=0)
-            else:
-                values = [place[name] for group in groups for place, name in group.all_sites]
-                offload.open(store, in_memory=0, on_disk=true_nbytes(*values))
+            payload = sum(group.measure() for group in groups)
+            offload.open(store, in_memory=payload if config.to == "cpu" else 0, on_disk=_disk_bytes(config, groups))
         for group in groups:
             offload.pack(group)
         offload.start()
@@ -138,6 +135,12 @@ def all_sites(model: nn.Module) -> list[Site]:
 def _without(places: Sequence[Site], groups: list[Group]) -> list[Site]:
     grouped = {(id(store), name) for group in groups for store, name in group.all_sites}
     return [(store, name) for store, name in places if (id(store), name) not in grouped]
+
+
+def _disk_bytes(config: OffloadConfig, groups: list[Group]) -> int:
+    if config.to != "disk":
+        return 0
+    return true_nbytes(*(place[name] for group in groups for place, name in group.all_sites))
 
 
 def _is_cpu_only(value: object) -> bool:
