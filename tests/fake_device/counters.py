@@ -52,7 +52,7 @@ def allocated(index: int, nbytes: int) -> None:
 @contextmanager
 def measure() -> Iterator[Counters]:
     """Count what happens inside; complete at the end. Memory is absolute, everything else a difference."""
-    before = {item.name: getattr(total, item.name) for item in fields(Counters) if item.type == "int"}
+    before = {item.name: getattr(total, item.name) for item in fields(Counters) if item.type is int}
     races = len(total.races)
     total.peak_bytes[:] = total.live_bytes
     seen = Counters()
