@@ -117,6 +117,7 @@ class _Backward:
                 )
             projected = _Projected.apply(output, lambda own: draw_projection(error, own, batch.weights, random))
             del output  # logits are as large as their projection; both are let go on the way back
+            release_freed_memory()  # the last block's activations
             projected.backward()
         for group in list(self._left.values()):  # some layer of it has no part in the output
             self._finish(group)
