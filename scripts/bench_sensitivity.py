@@ -84,7 +84,8 @@ def run(model: Path, text: Path, outputs: Path, arguments: argparse.Namespace) -
     lines = (path.parent / "sensitivity.csv").read_text(encoding="utf-8").count("\n") - 1
     return {
         "wall_seconds": seconds, "load_seconds": metrics["load/seconds"], "scores": lines,
-        "load_peak_mib": peaks[0] * 1024, "run_peak_mib": peaks[1] * 1024, "words": [word for word in words[2:-2] if not word.startswith("task.text=")],
+        "load_peak_mib": peaks[0] * 1024, "run_peak_mib": peaks[1] * 1024,
+        "words": [word for word in words[2:-2] if not word.startswith("task.text=")],
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 GIB, MIB = 2**30, 2**20
+SHARED_NUMBERS = {"n": "d", "slowest_step_ms": ".0f", "other_cores": ".2f", "times_quiet": ".2f"}
 NAMES = {"text_encoder_2": "T5 encoder", "torchao int4wo": "int4wo"}
 
 
@@ -80,11 +81,23 @@ def sweeps() -> list[list[str]]:
     ]
 
 
+def shared() -> list[list[str]]:
+    return [
+        [
+            *(row[name] for name in ("backend", "threads", "beside")),
+            "{step_ms:.1f} ({least_step_ms:.1f}, {largest_step_ms:.1f})".format(**row),
+            *(f"{row[name]:{shape}}" for name, shape in SHARED_NUMBERS.items()),
+        ]
+        for row in stored("shared.json")
+    ]
+
+
 TABLES = {
     "Loading": loading,
     "Loading from the call to the model": lambda: loading("load_sd3.json"),
     "Full size": full_size,
     "Sweeps": sweeps,
+    "A shared machine": shared,
 }
 
 

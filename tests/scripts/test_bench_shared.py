@@ -23,21 +23,21 @@ def row(threads: str, beside: str, step_ms: float, times_quiet: float = 1.0) -> 
 
 
 def test_every_target_is_checked() -> None:
-    quiet = [row("asleep", "nothing", 45.8), row("spinning", "nothing", 45.0)]
-    beside = [row("asleep", "counting", 130, 2.9), row("spinning", "counting", 4500, 100)]
+    quiet = [row("qexp", "nothing", 45.8), row("spinning", "nothing", 45.0)]
+    beside = [row("qexp", "counting", 130, 2.9), row("spinning", "counting", 4500, 100)]
     assert misses([*quiet, *beside]) == []
-    assert misses([row("asleep", "nothing", 46.0), quiet[1]]) == [
-        "none: 46.0 ms a step with threads asleep, 45.0 spinning: more than 2% lost"
+    assert misses([row("qexp", "nothing", 46.0), quiet[1]]) == [
+        "none: 46.0 ms a step as workers start, 45.0 spinning: more than 2% lost"
     ]
-    (missed,) = misses([*quiet, row("asleep", "multiplying", 140, 3.1)])
+    (missed,) = misses([*quiet, row("qexp", "multiplying", 140, 3.1)])
     assert missed.startswith("none: beside a program that is multiplying, a step takes 3.10 times its quiet time")
-    assert misses([row("asleep", "nothing", 46.0)]) == []  # nothing to compare with
+    assert misses([row("qexp", "nothing", 46.0)]) == []  # nothing to compare with
 
 
 def test_table_has_a_row_for_each_case() -> None:
-    head, line, first = describe([row("asleep", "nothing", 45.0)]).splitlines()
+    head, line, first = describe([row("qexp", "nothing", 45.0)]).splitlines()
     assert head.count("|") == line.count("|") == first.count("|")
-    assert first == "| none | asleep | nothing | 45.0 (45.0, 45.0) | 5 | 45 | 0.25 | 1.00 |"
+    assert first == "| none | qexp | nothing | 45.0 (45.0, 45.0) | 5 | 45 | 0.25 | 1.00 |"
 
 
 @pytest.mark.parametrize("name", ["counting", pytest.param("multiplying", marks=pytest.mark.exhaustive)])
@@ -78,7 +78,7 @@ def test_every_case_is_measured(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert result["machine"]["instruction_sets"] and result["machine"]["load_average_before"] >= 0
     rows = {(one["threads"], one["beside"]): one for one in result["rows"]}
-    assert set(rows) == {(kind, beside) for kind in ("asleep", "spinning") for beside in ("nothing", *BUSY_PROGRAMS)}
+    assert set(rows) == {(kind, beside) for kind in ("qexp", "spinning") for beside in ("nothing", *BUSY_PROGRAMS)}
     for (kind, _), one in rows.items():
         assert one["n"] == 1 and 0 < one["step_ms"] == one["least_step_ms"] <= one["slowest_step_ms"]
         assert one["times_quiet"] == one["step_ms"] / rows[kind, "nothing"]["step_ms"]
