@@ -151,7 +151,9 @@ class LoaderConfig:
         if self.in_flight_mib < 1:
             raise ConfigError(f"loader.in_flight_mib={self.in_flight_mib} must be 1 or more; the default is 64")
         if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"loader.workers={self.workers} must be 1 or more, or null for one per core")
+            raise ConfigError(
+                f"loader.workers={self.workers} must be 1 or more, or null for one per core that the process may use"
+            )
 
 
 @dataclass(frozen=True)

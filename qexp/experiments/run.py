@@ -14,6 +14,7 @@ import torch
 from qexp.checkpoints.pipeline_folder import INDEX
 from qexp.checkpoints.regular_file import read_ahead
 from qexp.config.schema import RunConfig
+from qexp.errors import ConfigError, choices
 from qexp.experiments.roundtrip import run_roundtrip
 from qexp.experiments.sensitivity import plan_sensitivity, run_sensitivity
 from qexp.experiments.statistics import Metrics, load_statistics, load_trace, offload_statistics, run_peaks
@@ -209,6 +210,8 @@ def _run_task(context: RunContext) -> TaskResult:
         "perplexity": perplexity.run_perplexity,
         "lm_eval": lm_eval.run_lm_eval,
     }
+    if context.task.name not in tasks:  # of a plugin
+        raise ConfigError(f"task.name={context.task.name!r} cannot be run; use {choices(tasks)}, or roundtrip")
     return tasks[context.task.name](context)
 
 

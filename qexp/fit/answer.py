@@ -69,8 +69,11 @@ def prove_and_answer(opened: OpenedModel, request: Request, plan: FitPlan, folde
         over = f"its files hold {size} of weights, which is {format_memory(saved.excess / GIB)} over {asked.bounds}"
         print(f"{over}; choosing again with that much less", flush=True)
         request = with_less(request, saved.excess, plan)
-        plans = {name: within(one, request) for name, one in plans.items()}
-    raise ConfigError(f"{over}, after {ROUNDS} mixes; give a lower bound, or other formats=[…]")
+        try:
+            plans = {name: within(one, request) for name, one in plans.items()}
+        except ConfigError:  # it names a bound that nobody gave
+            break
+    raise ConfigError(f"{over}, and no other mix was found; it is left there. Give a lower bound, or other formats=[…]")
 
 
 def _prove(

@@ -12,6 +12,7 @@ from qexp.config.hydra_schema import compose_settings
 from qexp.config.schema import RunConfig
 from qexp.errors import ConfigError, LoadError
 from qexp.experiments.resolve import plain_settings, to_run_config
+from qexp.experiments.stored import absolute_path
 from qexp.fit.layers import chosen_components
 from qexp.fit.request import Request
 from qexp.hub.download import hub_id, local_folder
@@ -68,7 +69,7 @@ def find_save_folder(opened: OpenedModel, request: Request) -> Path | None:
             f"bits={request.bits:g} is checked on the layers in the saved files, which save.layout={save.layout} joins "
             "and renames; use weights= instead of bits=, or leave save.layout= out"
         )
-    return Path(save.path)
+    return Path(absolute_path(save.path))
 
 
 def _with_published_name(overrides: Sequence[str]) -> list[str]:

@@ -92,7 +92,7 @@ def read_request(words: Sequence[str]) -> Request:
         if name in own:
             raise ConfigError(f"{name}= is given twice; give it once")
         own[name] = READERS[name](value, name)
-    _refuse(overrides)
+    _refuse([*overrides, *saving])
     formats = own.pop("formats", None)
     request = Request(tuple(overrides), **own, **({} if formats is None else dict(formats)), saving=tuple(saving))
     _check_together(request)
@@ -111,6 +111,11 @@ def _refuse(overrides: Sequence[str]) -> None:
             )
         if name == "backend" or name.startswith("backend."):
             raise ConfigError(f"{override}: fit chooses the backend; leave it out, or name candidates: formats=[…]")
+        if name == "save.push_to_hub":
+            raise ConfigError(
+                f"{override}: fit may save several models until one keeps the bounds; push the recommended one with "
+                "the command line that fit prints, and leave this out"
+            )
         if group == "sweep":
             raise ConfigError(f"{override}: fit names its own sweep; leave it out")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from qexp.errors import ConfigError, LoadError, did_you_mean
+from qexp.errors import ConfigError, LoadError, MissingLibraryError, did_you_mean
 from qexp.system.imports import quiet
 
 if TYPE_CHECKING:
@@ -97,6 +97,10 @@ def network(config: Mapping[str, Any], folder: Path, class_name: str | None = No
     try:
         with quiet(), no_init_weights(), as_from_pretrained():
             model: Any = kind.from_config(parsed) if is_auto else kind._from_config(parsed)
+    except ImportError as error:
+        raise MissingLibraryError(f"'{folder}/config.json' needs a package that is not there: {error}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # networks check and compute with their values in many ways
         raise LoadError(_config_message(config, folder, error)) from error
     compute_buffers(model, model)

@@ -6,12 +6,15 @@ digits · bitsandbytes nf4 · none · generate · seed=1        in a sweep, with
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 SEPARATOR = " · "
 AND = " + "  # between the backends of a model's components
+PATH = re.compile(r"@?[^\s,\[\](){}'\"]*/[^\s,\[\](){}'\"/]+")
+RECIPE = "backend.recipe"
 SHOWN_GROUPS = ("model", "backend", "offload", "task")  # overrides of these are in the label already
 
 
@@ -66,21 +69,22 @@ def settings_labels(overrides: Sequence[Sequence[str]], labels: Sequence[str] = 
     out. labels: of the experiments, see `run_label`.
     """
     varying, each = varying_settings(overrides), [_values(one) for one in overrides]
-    if labels and all(
-        Path(one["backend.recipe"]).stem in label
-        for one, label in zip(each, labels, strict=True)
-        if "backend.recipe" in one
-    ):
-        varying = [name for name in varying if name != "backend.recipe"]
+    recipes = {
+        (label, one[RECIPE]) for one, label in zip(each, labels or [""] * len(each), strict=True) if RECIPE in one
+    }
+    is_named = all(Path(recipe).stem in label.split() for label, recipe in recipes)
+    if is_named and len({label for label, _ in recipes}) == len({recipe for _, recipe in recipes}) == len(recipes):
+        varying = [name for name in varying if name != RECIPE]
     for name in varying:
-        paths = {one[name] for one in each if "/" in one.get(name, "")}
-        if len({Path(path).name for path in paths}) == len(paths):
-            each = [one | {name: _last_part(one[name])} if one.get(name) in paths else one for one in each]
+        values = {one[name] for one in each if name in one}
+        if len({_last_part(value) for value in values}) == len(values):
+            each = [one | {name: _last_part(one[name])} if name in one else one for one in each]
     return [_settings_label(one, varying) for one in each]
 
 
-def _last_part(path: str) -> str:
-    return "@" * path.startswith("@") + Path(path).name
+def _last_part(value: str) -> str:
+    """Return the last part of a path, with its @; any other value as it is."""
+    return "@" * value.startswith("@") + Path(value).name if PATH.fullmatch(value) else value
 
 
 def varying_settings(overrides: Sequence[Sequence[str]]) -> list[str]:

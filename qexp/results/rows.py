@@ -44,7 +44,7 @@ def rows_of_sweep(outputs: Path | str, name: str) -> list[Row]:
 
     Keys: those of a job in the manifest (number, key, overrides, status, reason, message, reused, seconds), and
     label, metrics, config (the stored container), env and folder; the last three are None without a run folder.
-    Raises: ConfigError for an unknown sweep, DiskError for a manifest that is damaged.
+    Raises: DiskError for a manifest that is damaged.
     """
     return rows_of_jobs(read_manifest(outputs, name), [Path(outputs, "runs")])
 

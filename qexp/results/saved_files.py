@@ -19,10 +19,12 @@ def note_saved(run_folder: Path, folder: Path, files: Iterable[Path]) -> None:
 
 def find_saved(run_folder: Path, folder: Path) -> str:
     """Say how the model in `folder` is the one that the experiment saved there: 'none', 'changed' or 'same'."""
-    noted = read_json(run_folder / SAVED)
-    if noted is None or noted["folder"] != os.path.abspath(folder):
+    noted = read_json(run_folder / SAVED) or {}
+    files = noted.get("files") or {}
+    there = _states(folder, files)
+    if noted.get("folder") != os.path.abspath(folder) or not there:
         return "none"
-    return "same" if noted["files"] == _states(folder, noted["files"]) else "changed"
+    return "same" if there == files else "changed"
 
 
 def _states(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qexp.checkpoints.pipeline_folder import INDEX
 from qexp.config.schema import PERCEPTUAL_METRICS, MetricsConfig, RunConfig, SaveConfig
 from qexp.experiments.reference import saves_outputs
 from qexp.results.environment import differences
-from qexp.results.run_folder import PUSHED, RunFolder
+from qexp.results.run_folder import PUSHED, SAVED, RunFolder
 from qexp.results.saved_files import find_saved
 from qexp.sweep.damage import OUTPUTS
 from qexp.system.files import read_json, read_yaml
@@ -85,10 +86,11 @@ def _unsaved(config: RunConfig, folder: RunFolder) -> str:
 
     Changes in a hub's repository since are not looked up.
     """
-    save = config.save
-    if save.path is not None and (found := find_saved(folder.path, Path(save.path))) != "same":
-        return f"saved to {save.path}" + (", where other files are now" if found == "changed" else "")
-    written = (read_yaml(folder.path / "config.yaml") or {}).get("save") or {}
+    save, written = config.save, (read_yaml(folder.path / "config.yaml") or {}).get("save") or {}
+    if save.path is not None and not _saved_without_note(save.path, written, folder):
+        found = find_saved(folder.path, Path(save.path))
+        if found != "same":
+            return f"saved to {save.path}" + (", where other files are now" if found == "changed" else "")
     if save.wanted and all(written.get(name) == getattr(save, name) for name in ("path", "push_to_hub")):
         changed = [name for name in LAYOUT if written.get(name, getattr(SaveConfig(), name)) != getattr(save, name)]
         if changed:
@@ -98,6 +100,12 @@ def _unsaved(config: RunConfig, folder: RunFolder) -> str:
     if save.push_to_hub is not None and there != (save.push_to_hub, save.revision):
         return f"pushed to {save.push_to_hub}"
     return ""
+
+
+def _saved_without_note(path: str, written: Mapping[str, Any], folder: RunFolder) -> bool:
+    """Return whether a run of an earlier version, which wrote no saved.json, has saved its model to a path."""
+    is_there = any(Path(path, name).exists() for name in ("config.json", INDEX))
+    return not folder.holds(SAVED) and written.get("path") == path and is_there
 
 
 def _score_if_possible(folder: RunFolder, why: str) -> Decision:

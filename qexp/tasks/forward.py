@@ -44,7 +44,7 @@ def component_of(task: ForwardConfig, components: Iterable[str]) -> str:
 def run_forward(context: RunContext) -> TaskResult:
     """Call the one network that is loaded on the inputs; a step is a batch.
 
-    Outputs: by their names, in the dtypes that they come in. Metrics: those of `Recorder.step_times` (a
+    Outputs: by their names, in the dtypes that they come in. Metrics: those of `Recorder.times` (a
     step is a batch), time/total_seconds.
     """
     (model,), inputs, task = context.models.values(), context.inputs, context.task

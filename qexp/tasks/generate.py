@@ -17,7 +17,7 @@ def run_generate(context: RunContext) -> TaskResult:
     """Generate once.
 
     Outputs: those of the source, and trajectory [steps, ...] fp32, the state after each step. Rows: step (from 1),
-    step_ms, host_gib, device_gib. Metrics: those of `Recorder.step_times`, and time/total_seconds.
+    step_ms, host_gib, device_gib. Metrics: those of `Recorder.times`, and time/total_seconds.
     """
     import torch
 

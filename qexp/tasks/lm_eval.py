@@ -100,7 +100,7 @@ def check_tasks(task: LmEvalConfig) -> None:
 def run_lm_eval(context: RunContext) -> TaskResult:
     """Ask the model all questions; a step is a call of the network.
 
-    Metrics: those of `Recorder.step_times`, time/total_seconds. Those of the tasks are in lm_eval.json.
+    Metrics: those of `Recorder.times`, time/total_seconds. Those of the tasks are in lm_eval.json.
     """
     import numpy as np
     import torch

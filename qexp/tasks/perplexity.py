@@ -81,7 +81,7 @@ class Window:
 def run_perplexity(context: RunContext) -> TaskResult:
     """Read the text once; a step is a batch of windows.
 
-    Metrics: those of `Recorder.step_times` (a step is a batch of windows), time/total_seconds, time/tokens_per_second.
+    Metrics: those of `Recorder.times` (a step is a batch of windows), time/total_seconds, time/tokens_per_second.
     """
     tokens = read_tokens(context, context.task)
     recorder = context.recorder("reading the text", None)

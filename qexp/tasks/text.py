@@ -20,7 +20,7 @@ TEXTS = "texts.csv"  # prompt, text
 def run_generate_text(context: RunContext) -> TaskResult:
     """Continue the prompts once; a step is a new token of a whole batch.
 
-    Metrics: those of `Recorder.step_times` (a step is a token for a whole batch), time/total_seconds and
+    Metrics: those of `Recorder.times` (a step is a token for a whole batch), time/total_seconds and
     time/tokens_per_second (all prompts together), of the continuation alone. texts.csv has prompts and
     continuations for people.
     """

@@ -8,6 +8,8 @@ import pytest
 import qexp
 from qexp.checkpoints.checkpoint import open_checkpoint
 from qexp.fit.__main__ import main
+from qexp.fit.opened import find_save_folder, open_model
+from qexp.fit.request import read_request
 from qexp.fit.saved import bytes_of_layers
 from tests.fit.test_proof import QUICK, proof_of
 
@@ -56,3 +58,23 @@ def test_recommended_model_is_saved_and_its_files_keep_the_budget(
     assert main([*words, f"weights={bound}B"]) == 0
     assert "choosing again" in capsys.readouterr().out
     assert open_checkpoint(place).nbytes <= bound
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["save.max_shard_gib=1"], "add save.path="),
+        (["save.path=x", "save.layout=file"], "use weights= instead of bits="),
+    ],
+)
+def test_saving_that_cannot_be_checked_is_refused_before_the_proof(
+    words: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["model=digits", "bits=4.5", *words]) == 1
+    assert why in capsys.readouterr().err
+
+
+def test_folder_to_save_to_is_that_of_the_run() -> None:
+    request = read_request(["model=digits", "bits=4.5", "save.path='~/x'"])
+    with open_model(request) as opened:
+        assert find_save_folder(opened, request) == Path.home() / "x"

@@ -36,11 +36,17 @@ def test_settings_label_has_what_varies_and_the_label_lacks(overrides: list[list
     [
         (["@/a/r1.yaml", "@/a/r2.yaml"], ["m · mixed r1", "m · mixed r2"], ["", ""]),
         (["@/a/r1.yaml", "@/a/r2.yaml"], ["m · mixed own", "m · mixed r2"], ["recipe=@r1.yaml", "recipe=@r2.yaml"]),
-        (["@/a/r.yaml", "@/b/r.yaml"], ["m · mixed x", "m · mixed x"], ["recipe=@/a/r.yaml", "recipe=@/b/r.yaml"]),
+        (["@/a/r.yaml", "@/b/r.yaml"], ["m · mixed r", "m · mixed r"], ["recipe=@/a/r.yaml", "recipe=@/b/r.yaml"]),
+        (["@r.yaml", "@/b/r.yaml"], ["m · mixed r", "m · mixed r"], ["recipe=@r.yaml", "recipe=@/b/r.yaml"]),
     ],
 )
 def test_paths_are_as_short_as_they_differ(recipes: list[str], labels: list[str], expected: list[str]) -> None:
     assert settings_labels([[f"backend.recipe={recipe}"] for recipe in recipes], labels) == expected
+
+
+@pytest.mark.parametrize("values", [["a cat and/or a dog", "or a dog"], ["[a/x,b/y]", "[c/x,d/z]"], ["{m: a/b}", "b"]])
+def test_values_that_are_no_paths_stay_whole(values: list[str]) -> None:
+    assert settings_labels([[f"task.prompt={value}"] for value in values]) == [f"prompt={value}" for value in values]
 
 
 def test_settings_label_of_one_experiment_names_what_varies_in_its_sweep() -> None:
