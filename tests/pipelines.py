@@ -24,10 +24,17 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # of a call that takes no time
 }  # fmt: skip
 
 
-def build_pipeline(name: str) -> Any:
+def __getattr__(name: str) -> Any:
+    """Return a builder of parts (`clip`, `vae`), which import their libraries: not before somebody asks for one."""
+    if name.startswith("__"):
+        raise AttributeError(name)
     from tests import pipeline_networks
 
-    return getattr(pipeline_networks, name)()
+    return getattr(pipeline_networks, name)
+
+
+def build_pipeline(name: str) -> Any:
+    return __getattr__(name)()
 
 
 def save_pipeline(name: str, folder: Path) -> Path:
