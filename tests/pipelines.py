@@ -37,23 +37,24 @@ def build_pipeline(name: str) -> Any:
     return __getattr__(name)()
 
 
-def save_pipeline(name: str, folder: Path) -> Path:
-    """A pipeline as its library saves it, with the weights of its seed in bf16."""
+def save_pipeline(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A pipeline as its library saves it, with the weights of its seed in one dtype."""
     torch.manual_seed(0)
     pipeline = build_pipeline(name)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(dtype=torch.bfloat16).save_pretrained(folder)
+    pipeline.to(dtype=dtype).save_pretrained(folder)
     return folder
 
 
-def load_components(folder: Path | str, **config: Any) -> tuple[Any, dict[str, Any]]:
-    """(the model source, each component loaded by us), unquantized."""
+def load_components(folder: Path | str, backend: Any = None, **config: Any) -> tuple[Any, dict[str, Any]]:
+    """(the model source, each component loaded by us), the denoiser quantized as `backend` says."""
     from qexp.config.schema import ComponentConfig, LoaderConfig
     from qexp.loading.lifecycle import load_component
     from qexp.models.diffusers import DiffusersConfig, Source
     from tests.backends import CPU, backend_config
 
-    source = Source(DiffusersConfig(path=str(folder), **config))
+    source, dense = Source(DiffusersConfig(path=str(folder), **config)), backend_config("none")
     options: dict[str, Any] = {"device": CPU, "loader": LoaderConfig()}
-    dense = ComponentConfig(backend_config("none"))
-    return source, {name: load_component(source, name, dense, **options).model for name in source.components()}
+    quantized = source.quantized_components()
+    settings = {n: ComponentConfig((backend or dense) if n in quantized else dense) for n in source.components()}
+    return source, {name: load_component(source, name, one, **options).model for name, one in settings.items()}
