@@ -30,6 +30,10 @@ class Size:
         """Return the bits per weight of groups that take `nbytes` bytes."""
         return 8 * nbytes / max(self.numel, 1)
 
+    def bytes_at(self, bits: float) -> int:
+        """Return the bytes that groups of so many bits a weight may take."""
+        return int(bits * self.numel / 8)
+
 
 def size_of(model: ModelLayers, groups: Groups, request: Request) -> Size:
     """Measure the groups by the plan."""
@@ -68,7 +72,7 @@ def _budgets(request: Request, size: Size) -> list[tuple[int, str, int]]:
     if request.weights is not None:
         found.append((request.weights - size.fixed, "weights", size.fixed))
     if request.bits is not None:
-        found.append((int(request.bits * size.numel / 8), "bits", 0))
+        found.append((size.bytes_at(request.bits), "bits", 0))
     return found
 
 

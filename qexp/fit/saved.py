@@ -44,7 +44,7 @@ def save_recommended(
     for name, file in files.items():
         chosen = {layer for group in plan.groups for layer in group[0].layers if group[0].component == name}
         layers += bytes_of_layers(file, chosen)
-    return SavedModel(folder, nbytes, max(layers - int(request.bits * plan.size.numel / 8), 0))
+    return SavedModel(folder, nbytes, max(layers - plan.size.bytes_at(request.bits), 0))
 
 
 def with_less(request: Request, nbytes: int, plan: FitPlan) -> Request:

@@ -66,7 +66,7 @@ def why_out(one: Proven, metric: Metric, request: Request, size: Size) -> str:
     for bound, measured, what in found:
         if bound is not None and measured > bound:
             return f"{what} {format_memory(measured / GIB)}"
-    if request.bits is not None and groups > request.bits * size.numel / 8:
+    if request.bits is not None and groups > size.bytes_at(request.bits):
         return f"its layers take {size.bits(groups):.4f} bits a weight as loaded"
     if request.step_ms is not None and one.step_ms > request.step_ms:
         return f"a step takes {one.step_ms:.0f} ms"
