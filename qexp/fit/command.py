@@ -20,6 +20,7 @@ from qexp.fit.plan import check_bounds, check_recipe, plan_fit, timed_choice
 from qexp.fit.recipes import shell_line
 from qexp.fit.request import Request
 from qexp.fit.scores import find_scores, make_scores, score_of
+from qexp.system.files import check_writable
 from qexp.system.screen import library_output_in
 from qexp.tasks.sensitivity import default_formats
 
@@ -35,8 +36,10 @@ def run_fit(request: Request, *, is_plan: bool) -> None:
                 f"the weights of {opened.config.model.path} are not on this machine, so that nothing can be proven; "
                 "add --plan with scores=, or download them: hf download"
             )
-        if find_save_folder(opened, request) is not None and is_plan:
-            raise ConfigError(f"{' '.join(request.saving)}: with --plan no weight is read; leave one of them out")
+        if (saves_to := find_save_folder(opened, request)) is not None:
+            if is_plan:
+                raise ConfigError(f"{' '.join(request.saving)}: with --plan no weight is read; leave one of them out")
+            check_writable(saves_to, "save.path=")  # not only after the proof
         if not is_plan:
             check_provable(opened)
         folder = fit_folder(opened, request)

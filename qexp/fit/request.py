@@ -111,7 +111,7 @@ def _refuse(overrides: Sequence[str]) -> None:
             )
         if name == "backend" or name.startswith("backend."):
             raise ConfigError(f"{override}: fit chooses the backend; leave it out, or name candidates: formats=[…]")
-        if name == "save.push_to_hub":
+        if name == "save.push_to_hub" or (name == "save" and "push_to_hub" in override):
             raise ConfigError(
                 f"{override}: fit may save several models until one keeps the bounds; push the recommended one with "
                 "the command line that fit prints, and leave this out"

@@ -60,6 +60,7 @@ WRONG = {
     ("bits=4", "device_map=auto"): "fit decides where layers rest",
     ("bits=4", "sweep.name=x"): "names its own sweep",
     ("bits=4", "save.push_to_hub=me/model"): "push the recommended one with the command line",
+    ("bits=4", "save={path: x, push_to_hub: me/model}"): "push the recommended one with the command line",
 }
 
 

@@ -65,6 +65,8 @@ def test_recommended_model_is_saved_and_its_files_keep_the_budget(
     [
         (["save.max_shard_gib=1"], "add save.path="),
         (["save.path=x", "save.layout=file"], "use weights= instead of bits="),
+        (["save.path=/proc/x"], "or choose another folder with save.path="),
+        (["save.path=x", "--plan"], "with --plan no weight is read"),
     ],
 )
 def test_saving_that_cannot_be_checked_is_refused_before_the_proof(
