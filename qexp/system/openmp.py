@@ -19,7 +19,7 @@ from qexp.system.machine_load import bound_cores, usable_threads
 
 WAITING = {
     "OMP_WAIT_POLICY": "PASSIVE",  # of runtimes that do not know the next one: asleep at once
-    "GOMP_SPINCOUNT": "10000",  # turns of libgomp, some 0.1 to 0.5 ms; its own number is 300,000
+    "GOMP_SPINCOUNT": "10000",  # turns of libgomp, whose own number is 300,000
 }
 DECIDED_BY = (*WAITING, "KMP_BLOCKTIME")  # whoever sets one of them has decided
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # torch takes MKL's number if there is one
