@@ -8,10 +8,11 @@ diffusers   `from_pretrained` with a quantization config, of transformers where 
 convert     `from_pretrained` without quantization, then the library's own conversion in memory
 kernels     the quantizing of qexp alone, on one thread, from dense weights in memory: what a pipeline cannot do without
 
-Before the clock starts, torch, the model's class and the library of the format are imported, and `import qexp`:
-import_seconds are from the start of the process until then. wall_seconds are from the call to the returned model,
-touched_seconds until a byte of every page of the weights has been read: stored files may be mapped, and are then not
-in memory before. With --warm the small checkpoint is loaded first, so that peaks are those of the weights.
+Before the clock starts, torch, the model's class and the library of the format are imported, and of qexp what
+`from qexp import load` imports: import_seconds are from the start of the process until then. wall_seconds are from the
+call to the returned model, touched_seconds until a byte of every page of the weights has been read: stored files may be
+mapped, and are then not in memory before. With --warm the small checkpoint is loaded first, so that peaks are those of
+the weights.
 """
 
 from __future__ import annotations
@@ -226,12 +227,11 @@ def main() -> None:
     else:
         work = partial(convert_in_memory if arguments.program == "convert" else load_with_diffusers, name=name)
     import_libraries(arguments.checkpoint, name)
-    import qexp  # noqa: F401
-
-    if arguments.program == "qexp" and arguments.slice_weights is not None:
+    if arguments.program == "qexp":
+        import qexp.api.models  # noqa: F401  # what `from qexp import load` imports
         from qexp.quantizers.rows import SLICE_WEIGHTS
 
-        SLICE_WEIGHTS["cpu"] = arguments.slice_weights
+        SLICE_WEIGHTS["cpu"] = arguments.slice_weights or SLICE_WEIGHTS["cpu"]
     imported = seconds_since_start()
     kept: Any = work(arguments.small) if warm else None
     wait_for_start()

@@ -21,6 +21,7 @@ as workers start, or if a quiet machine loses 2 % to it. On a machine that other
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -62,7 +63,7 @@ Case = tuple[str, str, str]  # backend, threads, beside
 def main() -> int:
     parser = bench_parser(__doc__, "shared.json")
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), help="options of conf/backend")
-    parser.add_argument("--threads", nargs="+", default=["qexp", "spinning"], choices=THREADS)
+    parser.add_argument("--threads", nargs="+", default=["qexp", "spinning"], type=kind_of_threads)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=5)
@@ -92,10 +93,22 @@ def measure(
         for case in alternating(cases, repeats):
             backend, kind, beside = case
             with busy_program(beside):
-                runs[case].append(run_steps(Path(root), backend, THREADS[kind], settings))
+                runs[case].append(run_steps(Path(root), backend, variables_of(kind), settings))
             print(f"{', '.join(case)}: {runs[case][-1]['time/step_ms']:.1f} ms", file=sys.stderr, flush=True)
     quiet = {(backend, kind): step_ms(runs[backend, kind, QUIET]) for backend, kind, _ in cases}
     return [{**row_of(case, runs[case]), "times_quiet": step_ms(runs[case]) / quiet[case[:2]]} for case in cases]
+
+
+def kind_of_threads(text: str) -> str:
+    """Return a value of --threads. Raises ArgumentTypeError for one that is neither a kind nor a number of turns."""
+    if text in THREADS or text.isdecimal():
+        return text
+    raise argparse.ArgumentTypeError(f"{text}: use {', '.join(THREADS)}, or how often a waiting thread turns: 30000")
+
+
+def variables_of(kind: str) -> dict[str, str]:
+    """Return the environment variables of a value of --threads."""
+    return THREADS.get(kind, {"GOMP_SPINCOUNT": kind})
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class Progress:
         self._items, self._bytes = self._items + items, self._bytes + nbytes
         now = time.monotonic()
         quarter, is_long = 4 * self._bytes // self._total_bytes, now - self._started >= 1
-        is_terminal = sys.stderr.isatty()
+        is_terminal = is_long and sys.stderr.isatty()  # a call of the system, which short work goes without
         is_due = is_long and (now - self._shown_at > 0.2 if is_terminal else quarter > self._shown_quarter)
         is_followed = show_stage(self._stage(self._line() if is_due else ""))
         if is_due:

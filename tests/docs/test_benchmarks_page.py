@@ -41,6 +41,17 @@ def loading(name: str = "load_warm.json") -> list[list[str]]:
     return rows
 
 
+def stored_files() -> list[list[str]]:
+    rows = []
+    for row in stored("load_flux.json"):
+        cells = [row["format"], "cold" if row["case"] == "cold" else "warm"]
+        for kind in ("wall_seconds", "touched_seconds"):
+            ours, theirs = row["qexp"][kind], row["diffusers"][kind]
+            cells += [f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.1f}"]
+        rows.append(cells)
+    return rows
+
+
 def full_size() -> list[list[str]]:
     sizes = ("file_bytes", "weights_bytes", "loaded_peak_total_bytes", "peak_total_bytes")
     return [
@@ -95,6 +106,7 @@ def shared() -> list[list[str]]:
 TABLES = {
     "Loading": loading,
     "Loading from the call to the model": lambda: loading("load_sd3.json"),
+    "Stored files, warm and cold": stored_files,
     "Full size": full_size,
     "Sweeps": sweeps,
     "A shared machine": shared,

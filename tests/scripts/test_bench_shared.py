@@ -1,5 +1,6 @@
 """The benchmark of shared machines: it measures every case, and says which targets were missed."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from bench_shared import BUSY_PROGRAMS, busy_program, describe, misses
+from bench_shared import BUSY_PROGRAMS, busy_program, describe, kind_of_threads, misses, variables_of
 
 from tests.waiting import wait_for
 
@@ -67,6 +68,13 @@ def has_ended(pid: int) -> bool:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
+
+
+def test_number_of_turns_is_a_kind_of_threads() -> None:
+    assert variables_of(kind_of_threads("30000")) == {"GOMP_SPINCOUNT": "30000"}
+    assert variables_of(kind_of_threads("qexp")) == {}
+    with pytest.raises(argparse.ArgumentTypeError, match=r"sleepy: use qexp, .* turns"):
+        kind_of_threads("sleepy")
 
 
 @pytest.mark.exhaustive
