@@ -107,6 +107,7 @@ TABLES = {
     "Loading": loading,
     "Loading from the call to the model": lambda: loading("load_sd3.json"),
     "Stored files, warm and cold": stored_files,
+    "A T5 encoder, beside transformers": lambda: loading("load_t5.json"),
     "Full size": full_size,
     "Sweeps": sweeps,
     "A shared machine": shared,
