@@ -7,7 +7,8 @@
 
 Writes checkpoints with made weights (FLUX-shaped 3.7 GiB, SD3-shaped 3.0, T5-shaped 2.6), then loads them in a fresh
 process for each measurement, in alternating order, `--repeats` times; medians. A process has imported torch, the
-model's class and the format's library when the clock starts (import_seconds). Reported for each format:
+model's class, the format's library and what it calls of qexp when the clock starts (import_seconds). Reported
+for each format:
 
     wall_seconds     from the call to the returned model
     touched_seconds  until a byte of every page of its weights has been read

@@ -229,9 +229,10 @@ def main() -> None:
     import_libraries(arguments.checkpoint, name)
     if arguments.program == "qexp":
         import qexp.api.models  # noqa: F401  # what `from qexp import load` imports
+    if arguments.program == "qexp" and arguments.slice_weights is not None:
         from qexp.quantizers.rows import SLICE_WEIGHTS
 
-        SLICE_WEIGHTS["cpu"] = arguments.slice_weights or SLICE_WEIGHTS["cpu"]
+        SLICE_WEIGHTS["cpu"] = arguments.slice_weights
     imported = seconds_since_start()
     kept: Any = work(arguments.small) if warm else None
     wait_for_start()

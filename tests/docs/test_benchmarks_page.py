@@ -44,7 +44,7 @@ def loading(name: str = "load_warm.json") -> list[list[str]]:
 def stored_files() -> list[list[str]]:
     rows = []
     for row in stored("load_flux.json"):
-        cells = [row["format"], "cold" if row["case"] == "cold" else "warm"]
+        cells = [row["format"], row["case"]]
         for kind in ("wall_seconds", "touched_seconds"):
             ours, theirs = row["qexp"][kind], row["diffusers"][kind]
             cells += [f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.1f}"]
