@@ -170,7 +170,7 @@ def measure_format(arguments: argparse.Namespace, root: Path, case: str, shards:
         if name not in STORED and name != "dense" and not cold:
             with tempfile.TemporaryDirectory() as empty:
                 command = load_command("qexp", name, large, small, **options)
-                row["qexp"]["first_ever"] = benching.run_watched(command, NUMBA_CACHE_DIR=empty)
+                row["qexp"]["first_ever"] = benching.run_watched(command, QEXP_LOOPS=empty)
         quantized_bytes = memory["qexp"]["quantized_bytes"]
         written = quantized_bytes / benching.fresh_bytes_per_second()
         copied = benching.read_seconds(files) / cores  # they are in the page cache now

@@ -1,7 +1,7 @@
 """A copy of the repository in which tests run while one of its files is changed.
 
-The copy comes before an installed package on the import path. No bytecode is written, and compiled kernels have a cache
-of their own: two versions of a file may have the same size and time.
+The copy comes before an installed package on the import path. No bytecode is written: two versions of a
+file may have the same size and time.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Run:
 
 
 class Copy:
-    """A copy of the repository, with a temporary folder and a cache for its processes beside it."""
+    """A copy of the repository, with a temporary folder for its processes beside it."""
 
     def __init__(self, source: Path, folder: Path, files: Iterable[str]) -> None:
-        self.root, self._temporary, self._caches = folder / "copy", folder / "tmp", folder / "numba"
+        self.root, self._temporary = folder / "copy", folder / "tmp"
         for name in files:
             target = self.root / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,12 +67,11 @@ class Copy:
         self._is_stopped = False
         self._check_import()
 
-    def environment(self, cache: str = "unchanged") -> dict[str, str]:
-        """For processes in the copy; cache: the name of their cache of compiled kernels."""
+    def environment(self) -> dict[str, str]:
+        """Return the variables of processes in the copy."""
         own = {
             "PYTHONPATH": str(self.root),
             "PYTHONDONTWRITEBYTECODE": "1",
-            "NUMBA_CACHE_DIR": str(self._caches / cache),
             "TMPDIR": str(self._temporary),
             "PYTEST_ADDOPTS": IN_ONE_PROCESS,  # also of pytest within tests
         }
@@ -88,10 +87,10 @@ class Copy:
         if Path(found) != self.root / PACKAGE:
             raise SystemExit(f"the copy in {self.root} is not what is imported, but {found or 'nothing'}")
 
-    def run(self, tests: Tests, limit_seconds: float | None, cache: str = "unchanged") -> Run:
+    def run(self, tests: Tests, limit_seconds: float | None) -> Run:
         """Run tests until one fails.
 
-        limit_seconds: after which they are stopped, which counts as a failure; cache: see `environment`.
+        limit_seconds: after which they are stopped, which counts as a failure.
         Raises: Stopped if `stop` was called.
         """
         if self._is_stopped:
@@ -105,7 +104,7 @@ class Copy:
             self._process = subprocess.Popen(
                 command,
                 cwd=self.root,
-                env=self.environment(cache),
+                env=self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -167,8 +166,3 @@ def default_markers(root: Path) -> str:
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     registered = {line.partition(":")[0] for line in project["tool"]["pytest"]["ini_options"].get("markers", [])}
     return " and ".join(f"not {name}" for name in LEFT_OUT if name in registered)
-
-
-def has_compiled_neighbours(path: Path) -> bool:
-    """Return whether a file may change what Numba compiles: a kernel's cache knows its own file alone."""
-    return any("numba" in file.read_text(encoding="utf-8") for file in path.parent.glob("*.py"))

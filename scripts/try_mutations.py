@@ -35,7 +35,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mutation_copies import Copy, Run, Stopped, Tests, default_markers, files_of, has_compiled_neighbours
+from mutation_copies import Copy, Run, Stopped, Tests, default_markers, files_of
 
 from qexp.system.files import write_json
 
@@ -87,12 +87,11 @@ class Trial:
         source = path.read_text(encoding="utf-8")
         if source.count(fault.old) != 1:
             raise SystemExit(f"{fault.name}: its old text occurs {source.count(fault.old)} times in {fault.file}")
-        cache = fault.name if has_compiled_neighbours(path) else "unchanged"
         for tests in tests_of(fault, copy.root):
             limit = max(self._timeout_seconds, SLOWER * self._baseline(tests, copy).seconds)
             path.write_text(source.replace(fault.old, fault.new), encoding="utf-8")
             try:
-                run = copy.run(tests, limit, cache)
+                run = copy.run(tests, limit)
             finally:
                 path.write_text(source, encoding="utf-8")
             seconds += run.seconds

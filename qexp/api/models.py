@@ -135,7 +135,7 @@ def load(
         device_map=places,
         max_memory=limits,
         store=None if offload_folder is None else Path(offload_folder),
-        waits_for_kernels=False,
+        warms_up_first=False,
     )
     return loaded.model
 

@@ -86,7 +86,7 @@ def load_pipeline(
     settings = merge_components(source, base, own, to_backend=backend_config)
     loader = loader_settings(in_flight_mib=in_flight_mib, workers=workers, map=map, cache=cache, cache_gib=cache_gib)
     cache_folder = CacheFolder.of(loader)
-    requests = request_components(source, settings, device=place, cache=cache_folder, waits_for_kernels=False)
+    requests = request_components(source, settings, device=place, cache=cache_folder, warms_up_first=False)
     read_ahead(file for request in requests.values() for file in request.checkpoint.files)
     planned = plan_components(requests, travels=offload is not None)
     pipeline = source.pipeline({name: component.prepared.model for name, component in planned.items()})

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qexp.errors import LoadError, first_names
-from qexp.offloading.payload import leaves, true_nbytes
+from qexp.offloading.payload import leaves, nbytes_of
 from qexp.quantizers.base import Quantizer
 from qexp.quantizers.rows import is_finite
 
@@ -20,7 +20,8 @@ def audit(model: nn.Module, quantizer: Quantizer, planned: Mapping[str, int]) ->
     are not those the plan predicted, and scales (of a stored weight, say) that are not finite.
     """
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    on_meta = [name for name, tensor in tensors if any(leaf.is_meta for leaf in leaves(tensor))]
+    parts = {id(tensor): leaves(tensor) for _, tensor in tensors}  # to take a tensor apart is most of the work here
+    on_meta = [name for name, tensor in tensors if any(leaf.is_meta for leaf in parts[id(tensor)])]
     if on_meta:
         raise LoadError(f"after loading, {len(on_meta)} tensors have no data: {first_names(on_meta)}")
     quantized = {name for name, module in model.named_modules(remove_duplicate=False) if quantizer.is_quantized(module)}
@@ -34,13 +35,12 @@ def audit(model: nn.Module, quantizer: Quantizer, planned: Mapping[str, int]) ->
             "loosen skip_modules, or use backend=none"
         )
     for name, expected in planned.items():
-        found = true_nbytes(model.get_submodule(name).weight)
-        if expected != found:
-            raise LoadError(f"the quantized weight of '{name}' takes {found} bytes, but {expected} were planned")
-    for name in planned:
         weight = model.get_submodule(name).weight
+        found = parts[id(weight)]
+        if expected != (nbytes := nbytes_of(found)):
+            raise LoadError(f"the quantized weight of '{name}' takes {nbytes} bytes, but {expected} were planned")
         opaque = 0 if is_traceable_wrapper_subclass(weight) else 1  # its own bytes, in whatever dtype they are kept
-        if not all(map(is_finite, leaves(weight)[opaque:])):
+        if not all(map(is_finite, found[opaque:])):
             raise LoadError(
                 f"the quantized weight of '{name}' has a scale or a value that is not finite: every answer would be "
                 "wrong; repair the checkpoint, or quantize the original one again"

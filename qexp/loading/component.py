@@ -51,7 +51,7 @@ class LoadOptions(TypedDict, total=False):
     max_memory: MaxMemory
     store: Path | None
     cache: CacheFolder | None
-    waits_for_kernels: bool
+    warms_up_first: bool
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class LoadRequest:
 
     checkpoint: opened, so that nobody opens it again; settings: merged with it (`models/component_settings.py`);
     max_memory: bytes, or sizes such as "10GiB", for each device, "cpu" and "disk"; store: the folder for what a map
-    puts on disk; cache: where weights that were quantized before are looked for, and kept; waits_for_kernels: whether
-    compiled loops are there before the first weight is read, so that their memory is not measured as the model's;
-    open_seconds: what opening took.
+    puts on disk; cache: where weights that were quantized before are looked for, and kept; warms_up_first: whether
+    libraries and compiled loops are there before the first weight is read, so that their memory is not measured as the
+    model's; open_seconds: what opening took.
     """
 
     source: ModelSource
@@ -74,7 +74,7 @@ class LoadRequest:
     max_memory: MaxMemory = None
     store: Path | None = None
     cache: CacheFolder | None = None
-    waits_for_kernels: bool = True
+    warms_up_first: bool = True
     open_seconds: float = 0.0
 
 

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Unpack
 
 import torch
@@ -32,7 +31,6 @@ from qexp.loading.weights import load_weights
 from qexp.models.base import ModelSource
 from qexp.models.component_settings import merge_with_checkpoint
 from qexp.offloading.dispatch import Dispatch
-from qexp.quantizers.cpu_kernels.readiness import prepare_beside
 from qexp.system.child_process import die_with_parent
 from qexp.system.memory import PeakMemory, without_collector
 from qexp.system.screen import say
@@ -119,11 +117,8 @@ def _run_stages(
     """Run stages 7 to 9. Returns: (the cached weights, if they were used, times, memory)."""
     prepared, started = planned.prepared, time.perf_counter()
     model, request, quantizer = prepared.model, prepared.request, prepared.quantizer
-    if request.waits_for_kernels or request.device.type != "cpu" or quantizer.stored:
-        if cached is None:  # before memory is measured: what libraries take is not the model's
-            warm_up(prepared, request.device)
-    elif cached is None:
-        prepare_beside(partial(warm_up, prepared, request.device))
+    if cached is None and (request.warms_up_first or request.device.type != "cpu"):
+        warm_up(prepared, request.device)  # before memory is measured: what libraries take is not the model's
     warm = time.perf_counter()
     with PeakMemory(request.device) as memory:
         cached = _read_weights(planned, dispatch, loader, cached)  # 7 stream, quantize, assign

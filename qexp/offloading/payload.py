@@ -66,8 +66,12 @@ def leaves(value: object) -> list[Tensor]:
 
 def true_nbytes(*values: object) -> int:
     """Return bytes that the values occupy: inner tensors and scales counted, memory that they share counted once."""
-    spans = {(leaf.device, leaf.data_ptr(), span_bytes(leaf)) for value in values for leaf in leaves(value)}
-    return sum(span for _, _, span in spans)
+    return nbytes_of(leaf for value in values for leaf in leaves(value))
+
+
+def nbytes_of(parts: Iterable[Tensor]) -> int:
+    """Return bytes that leaves occupy, memory that they share counted once."""
+    return sum(span for _, _, span in {(leaf.device, leaf.data_ptr(), span_bytes(leaf)) for leaf in parts})
 
 
 def module_nbytes(module: nn.Module) -> int:

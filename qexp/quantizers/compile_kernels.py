@@ -1,7 +1,6 @@
 """Compile every loop for this processor, so that no load has to: `python -m qexp.quantizers.compile_kernels`.
 
-scripts/setup calls it. Numba keeps the machine code beside each source file, or in the user's cache where that cannot
-be written, by processor and by the time of the file.
+scripts/setup calls it. See `cpu_kernels/loops.py` for where the machine code is kept.
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ class QuantoQuantizer(base.Quantizer):
         has_loop = device.type == "cpu" and qtype.dtype == torch.int8
         for rows, part in row_slices(spec, weight, device, check=not has_loop):
             if has_loop and are_ready():
-                from qexp.quantizers.cpu_kernels.rowwise_8bit import quanto_int8  # Numba, on first use
+                from qexp.quantizers.cpu_kernels.rowwise_8bit import quanto_int8
 
                 scale = quanto_int8(part, rows_of.room("data", rows, part.shape, torch.int8))
             else:

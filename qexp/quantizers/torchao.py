@@ -240,7 +240,7 @@ class TorchAoQuantizer(base.Quantizer):
             if group_size is not None and are_ready():
                 if rows.start == 0:
                     quantized: Any = quantize(part[:1], config)  # a template of the library's tensor class
-                from qexp.quantizers.cpu_kernels.rowwise_8bit import torchao_int8  # Numba, on first use
+                from qexp.quantizers.cpu_kernels.rowwise_8bit import torchao_int8
 
                 scale = torchao_int8(part, group_size, rows_of.room("qdata", rows, part.shape, torch.int8))
                 check_slice(spec, rows, scale)

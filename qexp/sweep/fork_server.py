@@ -1,9 +1,9 @@
 """Import what experiments need once, and fork a worker from there for each of them.
 
 A fresh Python takes seconds to import torch, the quantizer's library and the scores' ones, more than a small experiment
-takes. The server only imports, and starts Numba's compiler: no tensor operation, no device. It has one thread, because
-a fork copies no other one; and a child of a process that has used CUDA cannot use it. What would break either is an
-error, and the worker is then started by `spawn`.
+takes. The server only imports, and starts LLVM, which reads compiled loops: no tensor operation, no device. It has one
+thread, because a fork copies no other one; and a child of a process that has used CUDA cannot use it. What would break
+either is an error, and the worker is then started by `spawn`.
 
     python -m qexp.sweep.fork_server --connection <fd> --parent <pid>
 

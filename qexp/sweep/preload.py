@@ -18,7 +18,7 @@ ALWAYS = (
     *("qexp.experiments.run", "qexp.models.skeletons", "qexp.scoring.score", "qexp.metrics.registry:all_metrics"),
     "qexp.results.environment:package_commit",
 )
-KERNELS = "qexp.quantizers.cpu_kernels.kernels:prepare"
+KERNELS = "qexp.quantizers.cpu_kernels.loops:start"
 OF_IMAGES = (
     *("PIL.ImageDraw", "PIL.Image:preinit"),
     *("qexp.scoring.detected", "qexp.scoring.perceptual", "qexp.scoring.pictures"),

@@ -204,9 +204,11 @@ def test_changed_file_is_noticed_at_the_end_of_the_load(tmp_path: Path, monkeypa
 def test_stored_weights_wait_for_no_kernels_that_quantize(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qexp.quantizers.cpu_kernels import kernels
+    from qexp.quantizers.cpu_kernels import loops
 
-    folder, started = saved(tmp_path, backend), []
-    monkeypatch.setattr(kernels, "prepare", lambda: started.append("started"))
-    answer_of(load(folder, "auto").model)
-    assert started == []
+    folder, called = saved(tmp_path, backend), []
+    with monkeypatch.context() as patch:
+        patch.setattr(loops.Loop, "__call__", lambda self, *_: called.append(self.function.__name__))
+        model = load(folder, "auto").model
+    assert called == []
+    answer_of(model)

@@ -119,7 +119,7 @@ def create_8bit(spec: WeightSpec, weight: Tensor | Rows, device: torch.device) -
 def _quantize_slice(part: Tensor, quant_type: str, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
     """Quantize rows into `packed` and `absmax`: on a CPU by compiled loops, which make the library's bytes faster."""
     if part.device.type == "cpu" and are_ready():
-        from qexp.quantizers.cpu_kernels.blockwise_4bit import quantize_4bit  # Numba, on first use
+        from qexp.quantizers.cpu_kernels.blockwise_4bit import quantize_4bit
 
         quantize_4bit(part, _code_table(quant_type), blocksize, packed, absmax)
         return

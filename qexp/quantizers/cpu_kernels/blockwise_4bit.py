@@ -12,25 +12,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qexp.quantizers.cpu_kernels import kernels
+
+ROOM_WEIGHTS = 1 << 11  # which stay in the first cache between the steps of the loop
 
 
 @dataclass(frozen=True)
 class CodeTable:
     """Code values as the search needs them: in rising order, with the index by which each is stored."""
 
-    midpoints: tuple[Any, ...]  # 15 numpy.float32, rising
+    midpoints: Any  # float32 [15], rising
     indices: Any  # uint8 [16]
+    is_rank: bool  # whether an index is the place of its value
 
 
 def code_table(code: Tensor) -> CodeTable:
     """code: the 16 values [16] that stored indices stand for, float32."""
     order = torch.argsort(code)
     midpoints = (code[order[:-1]] + code[order[1:]]) / 2
-    return CodeTable(tuple(midpoints.numpy()), order.to(torch.uint8).numpy())
+    return CodeTable(midpoints.numpy(), order.to(torch.uint8).numpy(), bool((order == torch.arange(16)).all()))
 
 
 def quantize_4bit(weight: Tensor, table: CodeTable, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
@@ -40,6 +44,9 @@ def quantize_4bit(weight: Tensor, table: CodeTable, blocksize: int, packed: Tens
     either.
     """
     source, shift = kernels.source_bits(weight)
+    room = blocksize * max(ROOM_WEIGHTS // blocksize, 1)
+    scaled, codes = torch.empty(room).numpy(), torch.empty(room, dtype=torch.uint8).numpy()
     kernels.nearest_4bit(
-        source.reshape(-1), shift, blocksize, table.midpoints, table.indices, packed.numpy(), absmax.numpy()
-    )
+        source.reshape(-1), shift, blocksize, table.midpoints, table.indices, int(table.is_rank), scaled, codes,
+        codes.view(np.uint16), packed.numpy(), absmax.numpy(),
+    )  # fmt: skip

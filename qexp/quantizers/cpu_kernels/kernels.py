@@ -1,9 +1,8 @@
-"""The CPU kernels of quantizing, compiled by Numba: one pass over the bits of the weights, no temporaries.
+"""The CPU kernels of quantizing, as compiled loops: one pass over the bits of the weights, no temporaries.
 
 PyTorch makes an array of every step of an expression, and its Python calls hold the GIL between them. These loops read
 a slice where it was put, in bf16 or float32, keep what they need in registers and the first cache, write into the
-result, and hold no GIL, so that workers do not wait for each other. Compiled once for a machine (a second each) and
-kept in a cache beside this file.
+result, and hold no GIL, so that workers do not wait for each other (`loops.py`).
 
 A source is given as the unsigned integers that its floats are, `shift` bits below those of float32: uint16 and 16 for
 bfloat16, uint32 and 0 for float32. Every operation is IEEE float32, none is fused or reordered, so results are those
@@ -12,48 +11,14 @@ of the same operations in PyTorch, bit by bit.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba.core import event, types
-from numba.extending import intrinsic
 from torch import Tensor
 
-from qexp.system.screen import say
-
-
-def compiled(function: Any) -> Any:
-    """Return the function, compiled when it is first called for types of arguments.
-
-    The cache knows the file of a function, not those of functions it calls: who changes a helper that others import
-    (`widened`, `narrowed`) must empty it (`__pycache__/*.nbi` here), or touch the files of those.
-    """
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(function, cache=True, **options)
-    except RuntimeError:  # neither this folder nor the user's cache can be written
-        return numba.njit(function, **options)
-
-
-class _Announcement(event.Listener):
-    """Says, once, that a user waits for the compiler, and not for the model."""
-
-    said = False
-
-    def on_start(self, event: Any) -> None:
-        function = event.data["dispatcher"].py_func
-        if not self.said and function.__module__.startswith("qexp."):
-            self.said = True
-            say("compiling loops for this processor: once, some seconds; then they are read from a cache")
-
-    def on_end(self, event: Any) -> None:
-        pass
-
-
-event.register("numba:compile", _Announcement())
+from qexp.quantizers.cpu_kernels.loops import loop
+from qexp.quantizers.cpu_kernels.marks import inlined, use_widest_vectors
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)  # all but the sign
 SIGN = np.uint32(0x80000000)
@@ -64,12 +29,6 @@ HALF_SHIFT = 13  # bits of float32 that fp16 has not
 LOWEST_ABSMAX = np.float32(1e-38)  # what bitsandbytes divides by in place of an absmax of zero
 
 
-@cache
-def prepare() -> None:
-    """Start the compiler, once: most of a second, and memory that stays."""
-    absmax(np.zeros((1, 1), np.uint16), 16, np.empty(1, np.float32))
-
-
 def source_bits(weights: Tensor) -> tuple[Any, int]:
     """(the bits of contiguous weights on the CPU, their shift), for the kernels; fp16 is made float32 before."""
     if weights.dtype == torch.bfloat16:
@@ -77,7 +36,7 @@ def source_bits(weights: Tensor) -> tuple[Any, int]:
     return weights.float().view(torch.int32).numpy().view(np.uint32), 0
 
 
-@compiled
+@loop
 def absmax(source: Any, shift: int, out: Any) -> None:
     """The largest magnitude of each row, [n, k] -> [n] float32; infinite or NaN if the row is not finite."""
     for row in range(source.shape[0]):
@@ -87,9 +46,9 @@ def absmax(source: Any, shift: int, out: Any) -> None:
         out[row] = from_bits(top)
 
 
-@compiled
-def round_products(source: Any, shift: int, factors: Any, as_half: bool, out: Any) -> None:
-    """int8 of each row [n, k] times its factor [n], rounded to even, in -128..127. as_half: of the row in fp16."""
+@loop
+def round_products(source: Any, shift: int, factors: Any, as_half: int, out: Any) -> None:
+    """int8 of each row [n, k] times its factor [n], rounded to even, in -128..127. as_half: 1 for that of fp16."""
     for row in range(source.shape[0]):
         factor = factors[row]
         if as_half:
@@ -100,7 +59,7 @@ def round_products(source: Any, shift: int, factors: Any, as_half: bool, out: An
                 out[row, column] = _int8(widened(source[row, column], shift) * factor)
 
 
-@compiled
+@loop
 def round_quotients(source: Any, shift: int, divisors: Any, drop: int, out: Any) -> None:
     """int8 of each row [n, k] by its divisor [n], the quotient rounded to a float with `drop` bits less than float32,
     then to even, in -128..127; zero where it is 0 / 0."""
@@ -111,105 +70,99 @@ def round_quotients(source: Any, shift: int, divisors: Any, drop: int, out: Any)
             out[row, column] = _int8(from_bits(_round_bits(as_bits(quotient), drop)) if drop else quotient)
 
 
-@intrinsic
-def _use_widest_vectors(_: Any) -> Any:
-    """Have the function that calls this use vectors of 512 bits, where the processor has them.
-
-    LLVM takes 256 there, which is better for every other loop here. Comparisons set a mask, on one port of Intel's
-    cores whatever the width, so that a loop of comparisons takes half the time with twice the width.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # its own `add` knows no quoted attributes
-        return context.get_dummy_value()
-
-    return types.none(), generate
-
-
-@compiled
-def nearest_4bit(source: Any, shift: int, block: int, midpoints: Any, indices: Any, packed: Any, absmaxes: Any) -> None:
+@loop
+def nearest_4bit(
+    source: Any, shift: int, block: int, midpoints: Any, indices: Any, is_rank: int,
+    scaled: Any, codes: Any, pairs: Any, packed: Any, absmaxes: Any,
+) -> None:  # fmt: skip
     """Encode blocks of `block` weights [n], scaled by their absmax, by the nearest of 16 values, two to a byte.
 
-    midpoints: 15 float32 between the values, rising. indices: uint8 [16], by which the values are stored. packed: uint8
-    [n / 2], the first of a pair in the high bits. absmaxes: float32 [ceil(n / block)]. A full block is multiplied by
-    the reciprocal of its absmax, a last one that is not full is divided by it, as bitsandbytes does.
+    midpoints: 15 float32 between the values, rising. indices: uint8 [16], by which the values are stored; is_rank: 1 if
+    they are 0, 1, 2 … 15. scaled, codes: room for whole blocks, float32 and uint8. pairs: the same memory as codes,
+    uint16. packed: uint8 [n / 2], the first of a pair in the high bits. absmaxes: float32 [ceil(n / block)]. A full
+    block is multiplied by the reciprocal of its absmax, a last one that is not full is divided by it, as bitsandbytes
+    does.
     """
-    _use_widest_vectors()
-    m0, m1, m2, m3, m4, m5, m6, m7, m8, m9, m10, m11, m12, m13, m14 = midpoints
-    is_rank = (indices == np.arange(16)).all()
-    scaled, codes = np.empty(block, np.float32), np.empty(block, np.uint8)
-    pairs = codes.view(np.uint16)
-    for number in range(absmaxes.shape[0]):
-        start = number * block
-        count = min(block, source.shape[0] - start)
-        top = np.uint32(0)
-        for at in range(count):
-            top = max(top, _magnitude(_bits(source[start + at], shift)))
-        largest = from_bits(top)
-        divisor = LOWEST_ABSMAX if largest < LOWEST_ABSMAX else largest  # NaN stays
-        if count == block:
-            factor = np.float32(1) / divisor
-            absmaxes[number] = largest
+    use_widest_vectors()
+    m0, m1, m2, m3, m4 = midpoints[0], midpoints[1], midpoints[2], midpoints[3], midpoints[4]
+    m5, m6, m7, m8, m9 = midpoints[5], midpoints[6], midpoints[7], midpoints[8], midpoints[9]
+    m10, m11, m12, m13, m14 = midpoints[10], midpoints[11], midpoints[12], midpoints[13], midpoints[14]
+    for first in range(0, source.shape[0], scaled.shape[0]):  # many blocks, so that constants stay in registers
+        held = min(scaled.shape[0], source.shape[0] - first)
+        largests = absmaxes[first // block :]
+        for number in range((held + block - 1) // block):
+            start = number * block
+            count = min(block, held - start)
+            weights, quotients = source[first + start : first + start + count], scaled[start : start + count]
+            top = np.uint32(0)
             for at in range(count):
-                scaled[at] = widened(source[start + at], shift) * factor
-        else:
-            absmaxes[number] = divisor
-            for at in range(count):
-                scaled[at] = widened(source[start + at], shift) / divisor
-        for at in range(count):
+                top = max(top, _magnitude(_bits(weights[at], shift)))
+            largest = from_bits(top)
+            divisor = LOWEST_ABSMAX if largest < LOWEST_ABSMAX else largest  # NaN stays
+            if count == block:
+                factor = np.float32(1) / divisor
+                largests[number] = largest
+                for at in range(count):
+                    quotients[at] = widened(weights[at], shift) * factor
+            else:
+                largests[number] = divisor
+                for at in range(count):
+                    quotients[at] = widened(weights[at], shift) / divisor
+        for at in range(held):
             x = scaled[at]
             rank = _add(_add(_add(_add(_add(np.int32(0), x > m0), x > m1), x > m2), x > m3), x > m4)
             rank = _add(_add(_add(_add(_add(rank, x > m5), x > m6), x > m7), x > m8), x > m9)
             rank = _add(_add(_add(_add(_add(rank, x > m10), x > m11), x > m12), x > m13), x > m14)
             codes[at] = np.uint8(rank)
-        if not is_rank:  # fp4, whose indices do not rise with its values
-            for at in range(count):
+        if is_rank == 0:  # fp4, whose indices do not rise with its values
+            for at in range(held):
                 codes[at] = indices[codes[at]]
-        for at in range(count // 2):  # the first of a pair is the low byte
-            packed[start // 2 + at] = np.uint8((pairs[at] << 4) | (pairs[at] >> 8))
+        bytes_ = packed[first // 2 : (first + held) // 2]
+        for at in range(held // 2):  # the first of a pair is the low byte
+            bytes_[at] = np.uint8((pairs[at] << 4) | (pairs[at] >> 8))
 
 
-@compiled
+@inlined
 def _bits(raw: Any, shift: int) -> Any:
     """Return the bits of the float32 that a number of a source stands for."""
     return np.uint32(np.uint32(raw) << np.uint32(shift))
 
 
-@compiled
+@inlined
 def from_bits(bits: Any) -> Any:
     return np.uint32(bits).view(np.float32)
 
 
-@compiled
+@inlined
 def widened(raw: Any, shift: int) -> Any:
     """Return the float32 that a number of a source stands for."""
     return from_bits(_bits(raw, shift))
 
 
-@compiled
+@inlined
 def as_bits(value: Any) -> Any:
     return np.float32(value).view(np.uint32)
 
 
-@compiled
+@inlined
 def _magnitude(bits: Any) -> Any:
     return np.uint32(bits & MAGNITUDE)
 
 
-@compiled
+@inlined
 def _add(count: Any, condition: Any) -> Any:
     """Return count + 1 where the condition holds, in 32 bits: a vector then has as many counts as floats."""
     return np.int32(count + np.int32(1)) if condition else count
 
 
-@compiled
+@inlined
 def _int8(value: Any) -> Any:
     """Rounded to even and kept in range; NaN is zero."""
     bounded = min(max(np.rint(value), np.float32(-128)), np.float32(127))
     return np.int8(np.int32(bounded if bounded == bounded else np.float32(0)))
 
 
-@compiled
+@inlined
 def _round_bits(bits: Any, drop: int) -> Any:
     """Return the bits of a float32 rounded to even after all but its last `drop` bits."""
     last = np.uint32(np.uint32(bits >> np.uint32(drop)) & np.uint32(1))
@@ -218,7 +171,7 @@ def _round_bits(bits: Any, drop: int) -> Any:
     return np.uint32(np.uint32(bits + half + last) & kept)
 
 
-@compiled
+@inlined
 def narrowed(value: Any, drop: int) -> Any:
     """Return the bits of a float32 without the last `drop`, rounded to even: those of bfloat16 without 16."""
     bits = as_bits(value)
@@ -229,7 +182,7 @@ def narrowed(value: Any, drop: int) -> Any:
     return np.uint32(_round_bits(bits, drop) >> np.uint32(drop))
 
 
-@compiled
+@inlined
 def _half(bits: Any) -> Any:
     """Return the float32 nearest to one in fp16, from its bits; infinite for what is infinite in fp16, or NaN."""
     magnitude = np.uint32(bits & MAGNITUDE)

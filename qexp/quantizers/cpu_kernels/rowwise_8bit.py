@@ -58,4 +58,4 @@ def quanto_int8(part: Tensor, out: Tensor) -> Tensor:
 
 def _round_products(part: Tensor, factors: Tensor, out: Tensor, as_half: bool = False) -> None:
     source, shift = kernels.source_bits(part)
-    kernels.round_products(source, shift, factors.view(-1).numpy(), as_half, out.numpy())
+    kernels.round_products(source, shift, factors.view(-1).numpy(), int(as_half), out.numpy())

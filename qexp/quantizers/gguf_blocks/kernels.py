@@ -1,4 +1,4 @@
-"""The GGUF types that most files are made of, on the CPU by loops that Numba compiles: one pass over the bytes.
+"""The GGUF types that most files are made of, on the CPU by compiled loops: one pass over the bytes.
 
 `decode.py` and `encode.py` take any type on any device, and make an array of every step. Here the scales of
 blocks are computed as they are there, and each weight goes from its bits straight into the result. The arithmetic is
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from qexp.checkpoints.gguf_types import TYPES
-from qexp.quantizers.cpu_kernels.kernels import absmax, compiled, narrowed, source_bits, widened
+from qexp.quantizers.cpu_kernels.kernels import absmax, narrowed, source_bits, widened
+from qexp.quantizers.cpu_kernels.loops import loop
+from qexp.quantizers.cpu_kernels.marks import inlined
 from qexp.quantizers.gguf_blocks import fields
 from qexp.quantizers.gguf_blocks.fields import cut, half, half_bytes, inverse_of, scales_and_minima
 
@@ -82,7 +84,7 @@ def encode(name: str, rows: Tensor) -> Tensor:
     return out.view(len(rows), -1)
 
 
-@compiled
+@loop
 def _signed_bytes(blocks: Any, scale: Any, drop: int, out: Any) -> None:
     for block in range(blocks.shape[0]):
         d = scale[block, 0]
@@ -90,7 +92,7 @@ def _signed_bytes(blocks: Any, scale: Any, drop: int, out: Any) -> None:
             out[block, at] = narrowed(np.float32(np.int8(blocks[block, 2 + at])) * d, drop)
 
 
-@compiled
+@loop
 def _nibbles_around_8(blocks: Any, scale: Any, drop: int, out: Any) -> None:
     for block in range(blocks.shape[0]):
         d = scale[block, 0]
@@ -100,7 +102,7 @@ def _nibbles_around_8(blocks: Any, scale: Any, drop: int, out: Any) -> None:
             out[block, 16 + at] = narrowed(np.float32(np.int32((both >> 4) - 8)) * d, drop)
 
 
-@compiled
+@loop
 def _nibbles_above_minima(blocks: Any, scale: Any, minimum: Any, drop: int, out: Any) -> None:
     for block in range(blocks.shape[0]):
         for pair in range(4):  # of groups of 32 weights, which share bytes
@@ -112,7 +114,7 @@ def _nibbles_above_minima(blocks: Any, scale: Any, minimum: Any, drop: int, out:
                 out[block, 64 * pair + 32 + at] = narrowed(np.float32(np.int32(both >> 4)) * d1 - m1, drop)
 
 
-@compiled
+@loop
 def _six_bits(blocks: Any, scale: Any, drop: int, out: Any) -> None:
     for block in range(blocks.shape[0]):
         for part in range(2):  # of 128 weights: 64 bytes with four bits of each, 32 with two
@@ -128,7 +130,7 @@ def _six_bits(blocks: Any, scale: Any, drop: int, out: Any) -> None:
                         out[block, place - start + at] = narrowed(np.float32(code) * d, drop)
 
 
-@compiled
+@loop
 def _extremes(source: Any, shift: int, out: Any) -> None:
     """The number of largest magnitude of each row, with its sign, the first if there are two."""
     for row in range(source.shape[0]):
@@ -140,7 +142,7 @@ def _extremes(source: Any, shift: int, out: Any) -> None:
         out[row] = extreme
 
 
-@compiled
+@loop
 def _into_nibbles(source: Any, shift: int, inverse: Any, out: Any) -> None:
     for block in range(source.shape[0]):
         factor = inverse[block, 0]
@@ -150,12 +152,12 @@ def _into_nibbles(source: Any, shift: int, inverse: Any, out: Any) -> None:
             out[block, 2 + at] = np.uint8(low | (high << 4))
 
 
-@compiled
+@inlined
 def _nibble(scaled: Any) -> Any:
     return min(np.int32(scaled + np.float32(8.5)), np.int32(15))
 
 
-@compiled
+@loop
 def _into_bytes(source: Any, shift: int, inverse: Any, out: Any) -> None:
     for block in range(source.shape[0]):
         factor = inverse[block, 0]

@@ -23,7 +23,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qexp.quantizers.cpu_kernels.readiness import wait
 from qexp.quantizers.packed.bits import pack, unpack
 from qexp.quantizers.packed.elements import ELEMENTS, Element
 from qexp.system.imports import once
@@ -131,7 +130,6 @@ def encode_by_tensors(weight: Tensor, quant_type: str, groups: int) -> dict[str,
 
 
 def _encode_by_loops(weight: Tensor, element: Element, groups: int) -> dict[str, Tensor]:
-    wait()  # the formulas choose another range where two are equally good to the last bits
     from qexp.quantizers.packed import kernels
 
     (rows, columns), shrinks = weight.shape, SHRINK.get(element.bits, ())

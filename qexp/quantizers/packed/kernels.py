@@ -1,4 +1,4 @@
-"""Codes of `codes.py` by loops compiled by Numba: the formulas' own operations, group by group, in the first cache.
+"""Codes of `codes.py` by compiled loops: the formulas' own operations, group by group, in the first cache.
 
 The codes and parameters equal those of the formulas in PyTorch (a zero may have the other sign), but where two ranges
 of a group are equally good to the last bits: there the order counts in which its squared errors are added up.
@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qexp.quantizers.cpu_kernels.kernels import as_bits, compiled, from_bits, narrowed, source_bits, widened
+from qexp.quantizers.cpu_kernels.kernels import as_bits, from_bits, narrowed, source_bits, widened
+from qexp.quantizers.cpu_kernels.loops import loop
+from qexp.quantizers.cpu_kernels.marks import inlined
 
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 
@@ -24,8 +26,8 @@ def encode_integers(weight: Tensor, bits: int, size: int, shrinks: tuple[float, 
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     scale, offset = (torch.empty(weight.numel() // size) for _ in range(2))
     _integers(
-        source.reshape(-1), shift, size, np.float32(levels), np.array((1.0, *shrinks), np.float32), np.float32(limit),
-        np.float32(limit / levels), np.float32(FLOAT32_MAX / levels),
+        source.reshape(-1), shift, *_room(size), np.float32(levels), np.array((1.0, *shrinks), np.float32),
+        np.float32(limit), np.float32(limit / levels), np.float32(FLOAT32_MAX / levels),
         codes.view(-1).numpy(), scale.numpy(), offset.numpy(),
     )  # fmt: skip
     return codes, scale, offset
@@ -39,7 +41,7 @@ def encode_floats(
     largest = 2 - 2.0**-mantissa_bits
     codes, scale = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(weight.numel() // size)
     _floats(
-        source.reshape(-1), shift, size, bits, mantissa_bits, np.float32(largest),
+        source.reshape(-1), shift, *_room(size), bits, mantissa_bits, np.float32(largest),
         np.array([shrink / largest for shrink in (1.0, *shrinks)], np.float32),
         np.float32(torch.finfo(weight.dtype).max / largest),
         codes.view(-1).numpy(), scale.numpy(),
@@ -47,12 +49,17 @@ def encode_floats(
     return codes, scale
 
 
-@compiled
+def _room(size: int) -> tuple[Any, Any]:
+    """Return room for the weights and errors of a group."""
+    return np.empty(size, np.float32), np.empty(size, np.float32)
+
+
+@loop
 def _integers(
-    source: Any, shift: int, size: int, levels: Any, shrinks: Any, limit: Any, limit_step: Any, highest_step: Any,
-    codes: Any, scales: Any, offsets: Any,
+    source: Any, shift: int, weights: Any, errors: Any, levels: Any, shrinks: Any,
+    limit: Any, limit_step: Any, highest_step: Any, codes: Any, scales: Any, offsets: Any,
 ) -> None:  # fmt: skip
-    weights, errors = np.empty(size, np.float32), np.empty(size, np.float32)
+    size = weights.shape[0]
     half = np.float32(0.5)
     floor = -_below(limit)
     for group in range(scales.shape[0]):
@@ -85,12 +92,12 @@ def _integers(
             codes[start + at] = np.uint8(np.int32(_integer(weights[at], offset, divisor, levels)))
 
 
-@compiled
+@loop
 def _floats(
-    source: Any, shift: int, size: int, bits: int, mantissa_bits: int, largest: Any, factors: Any, limit: Any,
-    codes: Any, scales: Any,
+    source: Any, shift: int, weights: Any, errors: Any, bits: int, mantissa_bits: int, largest: Any,
+    factors: Any, limit: Any, codes: Any, scales: Any,
 ) -> None:  # fmt: skip
-    weights, errors = np.empty(size, np.float32), np.empty(size, np.float32)
+    size = weights.shape[0]
     lowest = np.int32(127 + 2 - 2 ** (bits - 1 - mantissa_bits))  # the exponent field of the lowest normal values
     sign, ceiling = np.int32(1) << np.int32(bits - 1), _below(limit)
     for group in range(scales.shape[0]):
@@ -125,7 +132,7 @@ def _floats(
             codes[start + at] = np.uint8(code + sign if value < 0 else code)
 
 
-@compiled
+@inlined
 def _range(source: Any, shift: int, start: int, weights: Any) -> Any:
     """(lowest, highest) of a group, which is put into `weights` as float32."""
     low, high = np.float32(np.inf), np.float32(-np.inf)
@@ -136,26 +143,26 @@ def _range(source: Any, shift: int, start: int, weights: Any) -> Any:
     return low, high
 
 
-@compiled
+@inlined
 def _integer(weight: Any, offset: Any, divisor: Any, levels: Any) -> Any:
     """Return the code of a weight, as float32."""
     step = np.rint(np.float32(np.float32(weight - offset) / divisor))
     return min(max(step, np.float32(0)), levels)
 
 
-@compiled
+@inlined
 def _clamped(value: Any, largest: Any) -> Any:
     return min(max(value, -largest), largest)
 
 
-@compiled
+@inlined
 def _rounder(magnitude: Any, lowest: Any, mantissa_bits: int) -> Any:
     """Return the bits of the power of two whose last bit is worth one step of a magnitude."""
     biased = max(np.int32(as_bits(magnitude) >> np.uint32(23)), lowest)
     return np.int32(biased + np.int32(23 - mantissa_bits)) << np.int32(23)
 
 
-@compiled
+@inlined
 def _below(value: Any) -> Any:
     """Return the largest bf16 number that is not above a float32, as float32."""
     bits = as_bits(value)
@@ -164,7 +171,7 @@ def _below(value: Any) -> Any:
     return from_bits(np.uint32(bits & np.uint32(0xFFFF0000)))
 
 
-@compiled
+@inlined
 def _sum_by_halves(values: Any) -> Any:
     """Return the sum, added up in halves: many at a time, and close to the exact one. The values are lost."""
     count = values.shape[0]

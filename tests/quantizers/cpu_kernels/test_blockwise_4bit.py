@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -84,15 +83,11 @@ def test_the_input_is_left_as_it_was() -> None:
 
 @pytest.mark.exhaustive
 def test_comparisons_are_compiled_for_the_widest_vectors() -> None:
-    import numba
-
     from qexp.quantizers.cpu_kernels import kernels
-    from qexp.quantizers.cpu_kernels.blockwise_4bit import code_table
+    from qexp.quantizers.cpu_kernels.compiler import compile_module, describe_machine
 
-    loop = numba.njit(kernels.nearest_4bit.py_func, nogil=True, error_model="numpy")
-    table = code_table(torch.linspace(-1, 1, 16))
-    absmaxes = np.empty(1, np.float32)
-    loop(np.zeros(64, np.uint16), 16, 64, table.midpoints, table.indices, np.empty(32, np.uint8), absmaxes)
-    (code,) = loop.inspect_asm().values()
+    arrays = ("float32_1", "uint8_1", "uint16_1", "uint8_1", "float32_1")
+    kinds = ("uint16_1", "int64", "int64", "float32_1", "uint8_1", "int64", *arrays)
+    code = describe_machine().emit_assembly(compile_module(kernels.nearest_4bit.function, kinds))
     has_512_bits = "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     assert ("zmm" in code) == has_512_bits
