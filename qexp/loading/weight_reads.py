@@ -99,17 +99,23 @@ def _reads_of(kind: type[nn.Module]) -> tuple[WeightRead, ...]:
 
 
 def _names_a_weight(kind: type) -> bool:
-    """Return whether some method may have an attribute `weight` in its code: few have, and to parse a file takes long.
+    """Return whether a method that runs may have an attribute `weight` in its code: few have, and to parse a file takes
+    long.
 
     True, too, for what is not the code that stands in the class: another decorator's than one of functools.wraps.
     """
     for name, value in vars(kind).items():
+        if NOT_RUN.match(name):
+            continue
         function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-        code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-        if code is None:
+        wrapped = inspect.unwrap(function) if callable(function) else None  # or the method itself wraps another one
+        codes = [code for one in (function, wrapped) if (code := getattr(one, "__code__", None)) is not None]
+        if not codes:
             if hasattr(value, "__get__") and not isinstance(value, type) and name not in ("__dict__", "__weakref__"):
                 return True  # a cached property
-        elif code.co_qualname != f"{kind.__qualname__}.{name}" or "weight" in _names_in(code):
+            continue
+        own = [code for code in codes if code.co_qualname == f"{kind.__qualname__}.{name}"]
+        if not own or "weight" in _names_in(own[0]):
             return True
     return False
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from qexp.errors import LoadError
+from qexp.system.memory import take_pages
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+SMALL = 1 << 16  # numbers for which a call takes longer than the work
 SLICE_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 22}  # weights per call of a library kernel
 
 
@@ -109,8 +111,9 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     if tensor.itemsize == 1:  # float8, for which aminmax is not there
         return not bool(tensor.isnan().any())
-    if tensor.dtype == torch.bfloat16 and bool(torch.isfinite(tensor.sum())):
-        return True  # a third faster than the extremes; a sum that overflows decides nothing
+    is_small = tensor.numel() < SMALL
+    if (is_small or tensor.dtype == torch.bfloat16) and math.isfinite(tensor.sum().item()):
+        return True  # a third faster than the extremes, or one call of PyTorch; a sum that overflows decides nothing
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
@@ -160,4 +163,7 @@ class RowAssembler:
         assert remainder == 0, (name, shape, part)
         if name not in self.inner:
             self.inner[name] = torch.empty((per_row * self.rows, *shape[1:]), dtype=dtype, device=device)
-        return self.inner[name][part.start * per_row : part.stop * per_row]
+        place = self.inner[name][part.start * per_row : part.stop * per_row]
+        if place.device.type == "cpu":
+            take_pages(place.data_ptr(), place.nbytes)
+        return place

@@ -146,6 +146,7 @@ class TorchAoQuantizer(base.Quantizer):
         super().__init__(config)
         self._built: Any = None
         self._layouts: dict[Any, Layout | None] = {}
+        self._templates: dict[Any, tuple[Any, Any]] = {}
         self._names: dict[int, str] = {}  # of the configs in a FqnToConfig, by their ids
         self._device: torch.device | None = None
 
@@ -238,15 +239,14 @@ class TorchAoQuantizer(base.Quantizer):
         group_size = int8_group_size(config, spec.shape[1]) if device.type == "cpu" else None
         for rows, part in row_slices(spec, sources[0], device, whole, check=group_size is None):
             if group_size is not None and are_ready():
-                if rows.start == 0:
-                    quantized: Any = quantize(part[:1], config)  # a template of the library's tensor class
                 from qexp.quantizers.cpu_kernels.rowwise_8bit import torchao_int8
 
                 scale = torchao_int8(part, group_size, rows_of.room("qdata", rows, part.shape, torch.int8))
                 check_slice(spec, rows, scale)
-                rows_of.add(rows, {"scale": scale, "zero_point": torch.zeros_like(scale, dtype=torch.int8)})
+                rows_of.add(rows, {"scale": scale})
+                template = self._template(config, part)
                 continue
-            quantized = quantize(part, config)
+            quantized: Any = quantize(part, config)
             inner = inner_tensors(quantized)
             if group_size is not None:
                 check_slice(spec, rows, inner["scale"])
@@ -254,9 +254,22 @@ class TorchAoQuantizer(base.Quantizer):
             if layout.rows_multiple is None:
                 return torch.nn.Parameter(quantized, requires_grad=False)
             rows_of.add(rows, inner)
-        context = quantized.__tensor_flatten__()[1]
-        tensor = type(quantized).__tensor_unflatten__(rows_of.inner, context, spec.shape, (spec.shape[1], 1))
+            template = type(quantized), quantized.__tensor_flatten__()[1]
+        (kind, context), parts = template, rows_of.inner
+        if group_size is not None:  # symmetric, and loops make none
+            parts["zero_point"] = torch.zeros_like(parts["scale"], dtype=torch.int8)
+        tensor = kind.__tensor_unflatten__(parts, context, spec.shape, (spec.shape[1], 1))
         return torch.nn.Parameter(tensor, requires_grad=False)
+
+    def _template(self, config: Any, part: Tensor) -> tuple[Any, Any]:
+        """Return (torchao's class, what its tensors have beside inner tensors) for a weight with rows as these."""
+        from qexp.quantizers.torchao_support.library import quantize
+
+        key = (id(config), part.shape[1], part.dtype)
+        if key not in self._templates:
+            quantized: Any = quantize(part[:1], config)
+            self._templates[key] = type(quantized), quantized.__tensor_flatten__()[1]
+        return self._templates[key]
 
     def _library_config(self, layer: str) -> Any:
         """Return torchao's config for one layer, or None if it stays unquantized."""

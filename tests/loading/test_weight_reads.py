@@ -1,5 +1,6 @@
 """Networks that read a layer's weight outside of the layer's own call, on every backend."""
 
+import functools
 import importlib
 from itertools import product
 from pathlib import Path
@@ -230,6 +231,55 @@ class Harmless(nn.Module):
         if self.fc.weight is not None and isinstance(self.fc.weight, Tensor):
             x = x.to(self.fc.weight.device)
         return self.fc(x)
+
+
+def logged(method: Any) -> Any:
+    @functools.wraps(method)
+    def call(*arguments: Any) -> Any:
+        return method(*arguments)
+
+    return call
+
+
+def unnamed(method: Any) -> Any:
+    return lambda *arguments: method(*arguments)
+
+
+class WrapsAnothersMethod(FirstParameter):
+    """As `ModelMixin.to`; its code stands in the class, that of the other method does not count."""
+
+    @functools.wraps(nn.Module.float)
+    def float(self) -> Any:
+        return self.inner.weight.sum()
+
+
+class IsWrapped(FirstParameter):
+    @logged
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.inner.weight
+
+
+class IsHidden(FirstParameter):
+    @unnamed
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.inner.weight
+
+
+class IsProperty(FirstParameter):
+    @functools.cached_property
+    def product(self) -> Tensor:
+        return self.inner.weight @ self.outer.weight
+
+
+class OnlySets(FirstParameter):
+    def set_weights(self) -> None:
+        self.inner.weight @ self.outer.weight
+
+
+@pytest.mark.parametrize("kind", [WrapsAnothersMethod, IsWrapped, IsHidden, IsProperty, OnlySets])
+def test_reads_are_found_whatever_wraps_a_method_that_runs(kind: type[nn.Module]) -> None:
+    paths = {read.path for read in _reads_of(kind)}
+    assert paths == ({("inner",), ("outer",)} if kind is IsProperty else set() if kind is OnlySets else {("inner",)})
 
 
 def test_reads_that_any_tensor_answers_do_not_count() -> None:

@@ -11,6 +11,7 @@ from qexp.quantizers.bitsandbytes_support.library import library
 from qexp.quantizers.cpu_kernels.readiness import are_ready
 from qexp.quantizers.rows import RowAssembler, Rows, WeightSpec, check_slice, row_slices
 from qexp.system.imports import once
+from qexp.system.memory import take_pages
 
 if TYPE_CHECKING:
     import torch
@@ -121,6 +122,7 @@ def _quantize_slice(part: Tensor, quant_type: str, blocksize: int, packed: Tenso
     if part.device.type == "cpu" and are_ready():
         from qexp.quantizers.cpu_kernels.blockwise_4bit import quantize_4bit
 
+        take_pages(packed.data_ptr(), packed.nbytes)
         quantize_4bit(part, _code_table(quant_type), blocksize, packed, absmax)
         return
     with _blockwise(part.device):

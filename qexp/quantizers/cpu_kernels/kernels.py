@@ -27,6 +27,8 @@ HALF_OVERFLOW = np.uint32(0x477FF000)  # 65520, from which on fp16 is infinite
 INFINITY = np.uint32(0x7F800000)
 HALF_SHIFT = 13  # bits of float32 that fp16 has not
 LOWEST_ABSMAX = np.float32(1e-38)  # what bitsandbytes divides by in place of an absmax of zero
+TORCHAO_STEPS = np.float32(127.5)
+TORCHAO_EPS = np.float32(np.finfo(np.float32).eps)  # torchao's lowest scale
 
 
 def source_bits(weights: Tensor) -> tuple[Any, int]:
@@ -40,34 +42,49 @@ def source_bits(weights: Tensor) -> tuple[Any, int]:
 def absmax(source: Any, shift: int, out: Any) -> None:
     """The largest magnitude of each row, [n, k] -> [n] float32; infinite or NaN if the row is not finite."""
     for row in range(source.shape[0]):
-        top = np.uint32(0)  # without their sign, floats are in the order of their bits; infinity and NaN come last
-        for column in range(source.shape[1]):
-            top = max(top, _magnitude(_bits(source[row, column], shift)))
-        out[row] = from_bits(top)
+        out[row] = _absmax(source[row], shift)
 
 
 @loop
-def round_products(source: Any, shift: int, factors: Any, as_half: int, out: Any) -> None:
-    """int8 of each row [n, k] times its factor [n], rounded to even, in -128..127. as_half: 1 for that of fp16."""
+def llm_int8(source: Any, shift: int, as_half: int, scales: Any, out: Any) -> None:
+    """int8 [n, k] and scales [n] of rows [n, k], as bitsandbytes makes them. as_half: 1 to round the rows to fp16."""
     for row in range(source.shape[0]):
-        factor = factors[row]
-        if as_half:
-            for column in range(source.shape[1]):
-                out[row, column] = _int8(_half(_bits(source[row, column], shift)) * factor)
+        weights, values = source[row], out[row]
+        scale = _half(as_bits(_absmax(weights, shift)))  # rounding keeps the order: the largest after rounding, too
+        factor = np.float32(1) / scale * np.float32(127)  # rounded twice, as PyTorch's 127 / scale
+        if as_half == 1:
+            for column in range(weights.shape[0]):
+                values[column] = _int8(_half(_bits(weights[column], shift)) * factor)
         else:
-            for column in range(source.shape[1]):
-                out[row, column] = _int8(widened(source[row, column], shift) * factor)
+            for column in range(weights.shape[0]):
+                values[column] = _int8(widened(weights[column], shift) * factor)
+        scales[row] = scale
 
 
 @loop
-def round_quotients(source: Any, shift: int, divisors: Any, drop: int, out: Any) -> None:
-    """int8 of each row [n, k] by its divisor [n], the quotient rounded to a float with `drop` bits less than float32,
-    then to even, in -128..127; zero where it is 0 / 0."""
+def torchao_int8(source: Any, shift: int, drop: int, scales: Any, out: Any) -> None:
+    """int8 [n, k] and scales [n] of rows [n, k], as torchao makes them. drop: bits that the weights' dtype lacks."""
     for row in range(source.shape[0]):
-        divisor = divisors[row]
-        for column in range(source.shape[1]):
-            quotient = widened(source[row, column], shift) / divisor
-            out[row, column] = _int8(from_bits(_round_bits(as_bits(quotient), drop)) if drop else quotient)
+        weights, values = source[row], out[row]
+        scale = _rounded(_absmax(weights, shift) / TORCHAO_STEPS, drop)
+        scale = TORCHAO_EPS if scale < TORCHAO_EPS else scale  # NaN stays
+        factor = np.float32(1) / scale
+        for column in range(weights.shape[0]):
+            values[column] = _int8(widened(weights[column], shift) * factor)
+        scales[row] = scale
+
+
+@loop
+def quanto_int8(source: Any, shift: int, drop: int, scales: Any, out: Any) -> None:
+    """int8 [n, k] and scales [n] of rows [n, k], as quanto makes them: scale and quotient are rounded to the weights'
+    dtype, which lacks `drop` bits; 0 / 0 is 0."""
+    for row in range(source.shape[0]):
+        weights, values = source[row], out[row]
+        scale = _rounded(_absmax(weights, shift) / np.float32(127), drop)
+        for column in range(weights.shape[0]):
+            quotient = widened(weights[column], shift) / scale
+            values[column] = _int8(from_bits(_round_bits(as_bits(quotient), drop)) if drop else quotient)
+        scales[row] = scale
 
 
 @loop
@@ -94,10 +111,7 @@ def nearest_4bit(
             start = number * block
             count = min(block, held - start)
             weights, quotients = source[first + start : first + start + count], scaled[start : start + count]
-            top = np.uint32(0)
-            for at in range(count):
-                top = max(top, _magnitude(_bits(weights[at], shift)))
-            largest = from_bits(top)
+            largest = _absmax(weights, shift)
             divisor = LOWEST_ABSMAX if largest < LOWEST_ABSMAX else largest  # NaN stays
             if count == block:
                 factor = np.float32(1) / divisor
@@ -120,6 +134,14 @@ def nearest_4bit(
         bytes_ = packed[first // 2 : (first + held) // 2]
         for at in range(held // 2):  # the first of a pair is the low byte
             bytes_[at] = np.uint8((pairs[at] << 4) | (pairs[at] >> 8))
+
+
+@inlined
+def _absmax(weights: Any, shift: int) -> Any:
+    top = np.uint32(0)  # without their sign, floats are in the order of their bits; infinity and NaN come last
+    for at in range(weights.shape[0]):
+        top = max(top, _magnitude(_bits(weights[at], shift)))
+    return from_bits(top)
 
 
 @inlined
@@ -169,6 +191,14 @@ def _round_bits(bits: Any, drop: int) -> Any:
     half = np.uint32(np.uint32(np.uint32(1) << np.uint32(drop - 1)) - np.uint32(1))
     kept = np.uint32(~np.uint32(np.uint32(np.uint32(1) << np.uint32(drop)) - np.uint32(1)))
     return np.uint32(np.uint32(bits + half + last) & kept)
+
+
+@inlined
+def _rounded(value: Any, drop: int) -> Any:
+    """Return a scale rounded to the dtype that lacks `drop` bits of float32: none, those of bfloat16 or of fp16."""
+    if drop == HALF_SHIFT:
+        return _half(as_bits(value))
+    return from_bits(np.uint32(narrowed(value, drop) << np.uint32(drop)))
 
 
 @inlined

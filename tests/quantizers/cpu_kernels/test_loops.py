@@ -73,7 +73,7 @@ def count_loops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, name, lambda *arguments: (called.append(name), original(*arguments))[1])
 
     for module, names in (
-        (kernels, ("absmax", "nearest_4bit", "round_products", "round_quotients")),
+        (kernels, ("absmax", "nearest_4bit", "llm_int8", "torchao_int8", "quanto_int8")),
         (gguf, ("encode", "decode")),
         (packed, ("encode_integers", "encode_floats")),
     ):

@@ -14,8 +14,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COLUMNS = 128
 
 
-def _gaussian(scale: float = 1.0) -> Tensor:
-    return torch.randn(37, COLUMNS, generator=torch.Generator().manual_seed(3)) * scale
+def _gaussian(scale: float = 1.0, rows: int = 37) -> Tensor:
+    return torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(3)) * scale
 
 
 def _ties() -> Tensor:
@@ -36,6 +36,7 @@ def _edges() -> Tensor:
 
 HARD: dict[str, Callable[[], Tensor]] = {
     "gaussian": _gaussian,
+    "many rows": lambda: _gaussian(rows=5000),  # of which some have a scale for which the order of roundings counts
     "small": lambda: _gaussian(1e-4),
     "large": lambda: _gaussian(1e4),
     "ties": _ties,
@@ -95,7 +96,7 @@ def test_int8_is_quantos(name: str, dtype: torch.dtype) -> None:
 
 def test_rounding_to_fp16_is_pytorchs() -> None:
     """Every fp16 number, the middle between it and the next, and the float32 numbers beside both."""
-    from qexp.quantizers.cpu_kernels import kernels
+    from qexp.quantizers.cpu_kernels import rowwise_8bit
 
     every = torch.arange(0x7C01, dtype=torch.int16).view(torch.float16).float()
     every[-1] = 65536  # where infinity is, in the order of fp16
@@ -103,20 +104,21 @@ def test_rounding_to_fp16_is_pytorchs() -> None:
     values = torch.cat([every, middles, torch.linspace(65504, 65536, 97), torch.tensor([1e30, torch.inf])])
     bits = values.view(torch.int32)
     values = torch.cat([bits - 1, bits, bits + 1]).clamp_(0, 0x7F800000).view(torch.float32)
-    values = torch.cat([values, -values])
-    found = [kernels._half(bits) for bits in values.view(torch.int32).numpy().view("uint32")]
-    assert torch.equal(torch.tensor(found).view(torch.int32), values.half().float().view(torch.int32))
+    rows = torch.cat([values, -values]).unsqueeze(1)  # of one weight each, whose magnitude is the scale
+    found = rowwise_8bit.llm_int8(rows, torch.empty(rows.shape, dtype=torch.int8))
+    assert torch.equal(found, rows.abs().half().float().squeeze(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_absmax_of_what_is_not_finite_is_not_finite(dtype: torch.dtype) -> None:
+def test_the_scale_of_what_is_not_finite_is_not_finite(dtype: torch.dtype) -> None:
     from qexp.quantizers.cpu_kernels import rowwise_8bit
 
     weight = torch.tensor([[1, -3, 2], [1, torch.nan, 2], [-torch.inf, 0, 1], [0, -0.0, 0]], dtype=dtype)
     weight[1, 1] = -weight[1, 1]  # NaN with its sign bit set
-    found = rowwise_8bit.absmax(weight).flatten()
-    assert found[[0, 3]].tolist() == [3, 0]
-    assert not found[[1, 2]].isfinite().any()
+    values = torch.empty(weight.shape, dtype=torch.int8)
+    scales = [rowwise_8bit.llm_int8(weight, values), rowwise_8bit.torchao_int8(weight, 3, values)]
+    for found in [*scales, rowwise_8bit.quanto_int8(weight, values)]:
+        assert (found.flatten().isfinite() == torch.tensor([True, False, False, True])).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
