@@ -5,33 +5,28 @@ only its header and samples of every tensor are hashed: PLACES places per tensor
 Fine-tunes differ in nearly every value of the tensors that they train, so samples distinguish them; `identity=full`
 hashes everything. A hub's cache names large files by their sha256, which is used unchanged.
 
-Digests are cached by the file's state (device, inode, size, times), in this process and in the user's cache folder, so
-that a file is read once. A file written moments ago is not cached: a second write within the same clock tick would go
-unnoticed.
+Digests are cached by the file's state, in this process and in the user's cache folder (`file_facts.py`), so that a file
+is read once.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 
+from qexp.checkpoints.file_facts import is_settled, recall_fact, remember_fact
 from qexp.checkpoints.regular_file import FileState, open_regular
 from qexp.checkpoints.tensor_entry import FileHeader, TensorEntry
-from qexp.system.files import write_text
 
 FULL_BYTES = 256 << 20
 PLACES = 4  # of samples in a tensor: its begin, its end, and evenly between
 PLACE_BYTES = 4 << 10
 SAMPLES_BYTES = 64 << 20  # of all samples of a file together, at least
-FRESH_NS = 2_000_000_000  # FAT has the coarsest times: 2 s
 SHA256 = re.compile("[0-9a-f]{64}")
-REMEMBERED_BYTES = 1 << 20  # a smaller file is read again as fast as its digest
 VERSION = 1  # of how samples are taken
 
 
@@ -58,7 +53,7 @@ def content_digest(file: Path, *, full: bool = False, header: Callable[[Path], F
             digest = _sampled_digest(stream, state.size, sampled(file))
         else:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if started - max(state.mtime_ns, state.ctime_ns) > FRESH_NS:
+        if is_settled(state, started):
             _remember(state, is_sampled, digest)
         return digest
 
@@ -88,22 +83,12 @@ def _sample_ranges(entries: Sequence[TensorEntry]) -> Iterator[tuple[int, int]]:
 
 def _recall(state: FileState, is_sampled: bool) -> str | None:
     if (state, is_sampled) not in _digests:
-        with suppress(OSError, ValueError):
-            text = _digest_file(state, is_sampled).read_text(encoding="ascii")
-            if SHA256.fullmatch(text.removeprefix("samples-")):
-                _digests[state, is_sampled] = text
+        text = recall_fact("digests", state, VERSION, is_sampled)
+        if text is not None and SHA256.fullmatch(text.removeprefix("samples-")):
+            _digests[state, is_sampled] = text
     return _digests.get((state, is_sampled))
 
 
 def _remember(state: FileState, is_sampled: bool, digest: str) -> None:
     _digests[state, is_sampled] = digest
-    if state.size > REMEMBERED_BYTES:
-        with suppress(OSError):
-            write_text(_digest_file(state, is_sampled), digest)
-
-
-def _digest_file(state: FileState, is_sampled: bool) -> Path:
-    """Return the path of a digest in the user's cache folder."""
-    name = hashlib.sha256(repr((VERSION, tuple(state), is_sampled)).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "qexp" / "digests" / name[:2] / name
+    remember_fact("digests", digest, state, VERSION, is_sampled)

@@ -12,7 +12,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from qexp.checkpoints.content import FRESH_NS
+from qexp.checkpoints.file_facts import is_settled
 from qexp.checkpoints.regular_file import FileState, open_regular
 
 Value = TypeVar("Value")
@@ -43,8 +43,7 @@ def parse_once(file: Path, parse: Callable[[Path, BufferedReader, FileState], Va
             started = time.time_ns()
             value, end = parse(file, stream, state), stream.tell()
             stream.seek(0)
-            is_fresh = started - max(state.mtime_ns, state.ctime_ns) <= FRESH_NS
-            known = _Parsed(state, stream.read(end) if is_fresh else None, value)
+            known = _Parsed(state, None if is_settled(state, started) else stream.read(end), value)
         if len(_parsed) == REMEMBERED_FILES:
             del _parsed[next(iter(_parsed))]
         _parsed[file, parse] = known  # at the end: the least recently used come first

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qexp.checkpoints.finite_tensors import FiniteTensors
 from qexp.config.schema import LoaderConfig
 from qexp.errors import LoadError
 from qexp.loading.component import PlannedComponent
@@ -71,12 +72,15 @@ def load_weights(planned: PlannedComponent, dispatch: Dispatch | None, loader: L
     prepared, placement = planned.prepared, planned.placement
     model, component = prepared.model, prepared.request.component
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    finite = FiniteTensors()
 
     def create(item: WorkItem, first: Tensor, *others: Tensor) -> Tensor:
         if item.spec is None:
             copied = _dense(item, first)
-            if item.target in parameters:  # a buffer may hold a mask of infinities
-                check_finite(item.target, copied)
+            if item.target in parameters and not (item.mapped and item.source in finite):
+                check_finite(item.target, copied)  # a buffer may hold a mask of infinities
+                if item.mapped:
+                    finite.add(item.source)
             return copied
         companions = dict(zip(item.companions, others, strict=True))
         weight = prepared.quantizer.create_quantized_param(item.spec, [first], companions, item.device)
@@ -95,6 +99,7 @@ def load_weights(planned: PlannedComponent, dispatch: Dispatch | None, loader: L
         del tensor  # a group that is complete moves away: nobody else may hold it
         if dispatch is not None:
             dispatch.loaded(item.target)
+    finite.keep()
     for name, first in shared.items():
         _assign(model, name, model.get_parameter(first))
     for name, parameter in model.named_parameters():

@@ -53,6 +53,11 @@ def replacing(path: Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
+def user_cache() -> Path:
+    """Return the folder of this program in the user's cache (XDG Base Directory Specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qexp"
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     with replacing(path) as beside:
         beside.write_bytes(data)

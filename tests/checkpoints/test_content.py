@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qexp.checkpoints import content
+from qexp.checkpoints import content, file_facts
 from qexp.checkpoints.checkpoint import open_checkpoint, read_header
 from qexp.checkpoints.content import content_digest
 from qexp.errors import LoadError
@@ -112,7 +112,7 @@ def test_digest_of_file_in_hub_cache_is_the_one_in_its_name(tmp_path: Path) -> N
 def test_digest_of_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "x.bin"
     file.write_bytes(bytes(2 << 20))
-    monkeypatch.setattr(content, "FRESH_NS", 0)
+    monkeypatch.setattr(file_facts, "FRESH_NS", 0)
     known = content_digest(file)
     monkeypatch.setattr(content.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
     assert content_digest(file) == known

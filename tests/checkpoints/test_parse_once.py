@@ -22,7 +22,7 @@ def test_an_unchanged_file_is_parsed_once(tmp_path: Path) -> None:
 
 
 def test_a_file_that_was_written_again_is_parsed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qexp.checkpoints.parse_once.FRESH_NS", -(10**12))  # as if it had lain there for long
+    monkeypatch.setattr("qexp.checkpoints.file_facts.FRESH_NS", -(10**12))  # as if it had lain there for long
     file = tmp_path / "x"
     file.write_bytes(b"one\n")
     assert parse_once(file, parse_line) is parse_once(file, parse_line)

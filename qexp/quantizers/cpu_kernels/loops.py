@@ -28,7 +28,7 @@ import numpy as np
 from qexp.errors import DiskError
 from qexp.quantizers.cpu_kernels.marks import SYMBOL
 from qexp.quantizers.cpu_kernels.readiness import compiling
-from qexp.system.files import write_bytes
+from qexp.system.files import user_cache, write_bytes
 from qexp.system.screen import say
 
 HERE = Path(__file__).parent
@@ -120,8 +120,7 @@ def _folders() -> tuple[Path, ...]:
     """Return where machine code is kept: beside this file, or where that cannot be written, in the user's cache."""
     if asked := os.environ.get(FOLDER_VARIABLE):
         return (Path(asked),)
-    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return HERE / "__pycache__", user / "qexp"
+    return HERE / "__pycache__", user_cache()
 
 
 def _sources(function: Callable[..., Any]) -> tuple[Path, ...]:
