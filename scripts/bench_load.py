@@ -167,10 +167,10 @@ def measure_format(arguments: argparse.Namespace, root: Path, case: str, shards:
     row: dict[str, Any] = {"case": case, "format": name, "files": len(files), "limits": limits}
     row |= {program: {**benching.medians(runs[program]), "memory": memory[program]} for program in programs}
     if "qexp" in row:
-        if name not in STORED and name != "dense" and not cold:
+        if not cold:
             with tempfile.TemporaryDirectory() as empty:
                 command = load_command("qexp", name, large, small, **options)
-                row["qexp"]["first_ever"] = benching.run_watched(command, QEXP_LOOPS=empty)
+                row["qexp"]["first_ever"] = benching.run_watched(command, QEXP_LOOPS=empty, XDG_CACHE_HOME=empty)
         quantized_bytes = memory["qexp"]["quantized_bytes"]
         written = quantized_bytes / benching.fresh_bytes_per_second()
         copied = benching.read_seconds(files) / cores  # they are in the page cache now

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from qexp.config.plugins import plugin_config, plugin_module, plugin_names
+import yaml
+
+from qexp.config.plugins import plugin_config, plugin_names
 from qexp.config.yaml_options import conf_folder, option_names, options_of_plugin
 from qexp.errors import ConfigError, choices, did_you_mean
+
+REFERENCE = re.compile(r"\$\{\.(\w+)\}")  # to another field of the same option
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def backend_of(option: str, fields: Mapping[str, Any] | None = None) -> Any:
@@ -17,36 +23,35 @@ def backend_of(option: str, fields: Mapping[str, Any] | None = None) -> Any:
     option: a name, or "@recipe.yaml", which is `backend=mixed` with that recipe.
     Raises: ConfigError.
     """
-    from omegaconf import OmegaConf
-
-    from qexp.config.hydra_schema import schema_of
-
     if option.startswith("@"):
         return backend_of("mixed", {"recipe": option})
     if option not in option_names("backend"):
         names = option_names("backend")
         raise ConfigError(f"backend={option!r} is unknown{did_you_mean(option, names)}; use {choices(names)}")
-    written: Any = OmegaConf.to_container(OmegaConf.load(conf_folder() / "backend" / f"{option}.yaml"))
+    written = _read(f"backend/{option}.yaml")
     plugin = next(name for name in plugin_names("backend") if option in options_of_plugin("backend", name))
     del written["defaults"]
-    schema: Any = OmegaConf.to_container(OmegaConf.structured(schema_of(plugin_module("backend", plugin).Config)))
-    # merged as plain values, whose types the config itself checks; labels refer to other fields
-    merged = OmegaConf.create({**schema, **written, **(fields or {})})
-    return plugin_config("backend", OmegaConf.to_container(merged, resolve=True), "backend")
+    values = {"quant_method": plugin, **written, **(fields or {})}
+    if REFERENCE.search(str(values["label"])):  # resolved as by OmegaConf, whose import takes a tenth of a second
+        named = vars(plugin_config("backend", {**values, "label": None}, "backend"))
+        values["label"] = REFERENCE.sub(lambda found: str(named[found[1]]), values["label"])
+    return plugin_config("backend", values, "backend")
+
+
+def _read(name: str) -> dict[str, Any]:
+    """Return what a yaml file of conf/ says."""
+    read: dict[str, Any] = yaml.load((conf_folder() / name).read_text(encoding="utf-8"), _LOADER)
+    return read
 
 
 @cache
 def default_backend() -> Any:
     """Return the default backend of conf/config.yaml."""
-    from omegaconf import OmegaConf
-
-    written: Any = OmegaConf.load(conf_folder() / "config.yaml")
+    written = _read("config.yaml")
     return backend_of(next(entry["backend"] for entry in written["defaults"] if "backend" in entry))
 
 
 def model_skip_modules(option: str) -> tuple[str, ...]:
     """Return the modules that an option of conf/model leaves unquantized."""
-    from omegaconf import OmegaConf
-
-    written: Any = OmegaConf.load(conf_folder() / "model" / f"{option}.yaml")
+    written = _read(f"model/{option}.yaml")
     return tuple(written.get("skip_modules", ()))
