@@ -12,7 +12,8 @@ for each format:
 
     wall_seconds     from the call to the returned model
     touched_seconds  until a byte of every page of its weights has been read
-    first_ever       the same of qexp with an empty cache of compiled loops: the first load on a machine
+    first_ever       wall_seconds of qexp on a machine that has not loaded before: no loop is compiled, and no mapped
+                     file is known to hold finite values
     memory           peaks seen from outside, of what a load adds to a process that has loaded a small checkpoint before
 
 `command` is `python -m qexp` on the embedded digits, from Enter to the result, with its reference known. Limits:
