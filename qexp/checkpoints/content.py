@@ -83,7 +83,7 @@ def _sample_ranges(entries: Sequence[TensorEntry]) -> Iterator[tuple[int, int]]:
 
 def _recall(state: FileState, is_sampled: bool) -> str | None:
     if (state, is_sampled) not in _digests:
-        text = recall_fact("digests", state, VERSION, is_sampled)
+        text = recall_fact("digests", VERSION, state, is_sampled)
         if text is not None and SHA256.fullmatch(text.removeprefix("samples-")):
             _digests[state, is_sampled] = text
     return _digests.get((state, is_sampled))
@@ -91,4 +91,4 @@ def _recall(state: FileState, is_sampled: bool) -> str | None:
 
 def _remember(state: FileState, is_sampled: bool, digest: str) -> None:
     _digests[state, is_sampled] = digest
-    remember_fact("digests", digest, state, VERSION, is_sampled)
+    remember_fact("digests", digest, VERSION, state, is_sampled)

@@ -17,18 +17,18 @@ FRESH_NS = 2_000_000_000  # FAT has the coarsest times: 2 s
 REMEMBERED_BYTES = 1 << 20  # a smaller file is read again as fast as a fact about it
 
 
-def recall_fact(kind: str, state: FileState, *details: object) -> str | None:
-    """Return what `remember_fact` kept for the same arguments, or None."""
+def recall_fact(kind: str, version: int, state: FileState, *details: object) -> str | None:
+    """Return what `remember_fact` kept for the same arguments, or None. version: of how the fact is found."""
     with suppress(OSError, ValueError):
-        return _path(kind, state, details).read_text(encoding="ascii")
+        return _path(kind, (version, tuple(state), *details)).read_text(encoding="ascii")
     return None
 
 
-def remember_fact(kind: str, fact: str, state: FileState, *details: object) -> None:
+def remember_fact(kind: str, fact: str, version: int, state: FileState, *details: object) -> None:
     """Keep a fact about the content of a file; nothing is kept where the folder cannot be written."""
     if state.size > REMEMBERED_BYTES:
         with suppress(OSError):
-            write_text(_path(kind, state, details), fact)
+            write_text(_path(kind, (version, tuple(state), *details)), fact)
 
 
 def is_settled(state: FileState, read_ns: int) -> bool:
@@ -36,6 +36,6 @@ def is_settled(state: FileState, read_ns: int) -> bool:
     return read_ns - max(state.mtime_ns, state.ctime_ns) > FRESH_NS
 
 
-def _path(kind: str, state: FileState, details: tuple[object, ...]) -> Path:
-    name = hashlib.sha256(repr((*details, tuple(state))).encode()).hexdigest()
+def _path(kind: str, key: tuple[object, ...]) -> Path:
+    name = hashlib.sha256(repr(key).encode()).hexdigest()
     return user_cache() / kind / name[:2] / name

@@ -16,33 +16,40 @@ from qexp.checkpoints.tensor_entry import TensorEntry
 KIND = "finite"  # of fact
 VERSION = 1  # of how a tensor is searched
 
+Span = tuple[int, int]  # of bytes in a file: from, to
+
 
 class FiniteTensors:
-    """What one load knows and finds. Tensors are told apart by where they begin in their file."""
+    """What one load knows and finds. Tensors are told apart by where they begin and end in their file."""
 
     def __init__(self) -> None:
         self._began_ns = time.time_ns()
-        self._known: dict[FileState, set[int]] = {}
-        self._found: dict[FileState, set[int]] = {}
+        self._known: dict[FileState, set[Span]] = {}
+        self._found: dict[FileState, set[Span]] = {}
 
     def __contains__(self, entry: TensorEntry) -> bool:
-        return entry.state is not None and entry.offset in self._known_of(entry.state)
+        return entry.state is not None and _span(entry) in self._known_of(entry.state)
 
     def add(self, entry: TensorEntry) -> None:
         """Take down that a tensor was searched, and is finite."""
         if entry.state is not None:
-            self._found.setdefault(entry.state, set()).add(entry.offset)
+            self._found.setdefault(entry.state, set()).add(_span(entry))
 
     def keep(self) -> None:
         """Write down what was found, of files that have not changed meanwhile, which the caller has checked."""
-        for state, offsets in self._found.items():
+        for state, spans in self._found.items():
             if is_settled(state, self._began_ns):
-                remember_fact(KIND, json.dumps(sorted(offsets | self._known_of(state))), state, VERSION)
+                remember_fact(KIND, json.dumps(sorted(spans | self._known_of(state))), VERSION, state)
 
-    def _known_of(self, state: FileState) -> set[int]:
+    def _known_of(self, state: FileState) -> set[Span]:
         if state not in self._known:
-            known: set[int] = set()
+            known: set[Span] = set()
             with suppress(ValueError, TypeError):  # damaged: it is searched again
-                known = {int(offset) for offset in json.loads(recall_fact(KIND, state, VERSION) or "[]")}
+                read = json.loads(recall_fact(KIND, VERSION, state) or "[]")
+                known = {(int(start), int(stop)) for start, stop in read}
             self._known[state] = known
         return self._known[state]
+
+
+def _span(entry: TensorEntry) -> Span:
+    return entry.offset, entry.offset + entry.nbytes

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-import yaml
-
 from qexp.config.plugins import plugin_config, plugin_names
 from qexp.config.yaml_options import conf_folder, option_names, options_of_plugin
 from qexp.errors import ConfigError, choices, did_you_mean
+from qexp.system.files import read_yaml
 
 REFERENCE = re.compile(r"\$\{\.(\w+)\}")  # to another field of the same option
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def backend_of(option: str, fields: Mapping[str, Any] | None = None) -> Any:
@@ -32,16 +30,21 @@ def backend_of(option: str, fields: Mapping[str, Any] | None = None) -> Any:
     plugin = next(name for name in plugin_names("backend") if option in options_of_plugin("backend", name))
     del written["defaults"]
     values = {"quant_method": plugin, **written, **(fields or {})}
-    if REFERENCE.search(str(values["label"])):  # resolved as by OmegaConf, whose import takes a tenth of a second
+    if REFERENCE.search(str(values.setdefault("label", None))):  # not by OmegaConf, whose import is slow
         named = vars(plugin_config("backend", {**values, "label": None}, "backend"))
-        values["label"] = REFERENCE.sub(lambda found: str(named[found[1]]), values["label"])
+        values["label"] = REFERENCE.sub(lambda found: str(named.get(found[1], found[0])), values["label"])
+    if unresolved := [name for name, value in values.items() if isinstance(value, str) and "${" in value]:
+        name = unresolved[0]
+        raise ConfigError(
+            f"backend.{name}={values[name]}, of backend={option}, is resolved on the command line alone; only a label "
+            "may refer to other fields, those of its option: ${.quant_type}"
+        )
     return plugin_config("backend", values, "backend")
 
 
 def _read(name: str) -> dict[str, Any]:
     """Return what a yaml file of conf/ says."""
-    read: dict[str, Any] = yaml.load((conf_folder() / name).read_text(encoding="utf-8"), _LOADER)
-    return read
+    return read_yaml(conf_folder() / name) or {}
 
 
 @cache

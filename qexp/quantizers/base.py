@@ -90,8 +90,8 @@ class Quantizer:
 
     @classmethod
     def needs_kernels(cls, *, stored: bool) -> bool:
-        """Return whether a load, or what is run with the model, calls compiled loops on a CPU: starting them takes a
-        second. stored: whether the checkpoint is quantized already."""
+        """Return whether a load, or what is run with the model, calls compiled loops on a CPU, which LLVM reads.
+        stored: whether the checkpoint is quantized already."""
         return cls.decodes_with_kernels or (cls.has_kernels and not stored)
 
     def validate_environment(self, device: torch.device) -> None:

@@ -54,8 +54,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def user_cache() -> Path:
-    """Return the folder of this program in the user's cache (XDG Base Directory Specification)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qexp"
+    """Return the folder of this program in the user's cache (XDG Base Directory Specification).
+
+    Raises: OSError for a user without a home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qexp"
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -1,6 +1,7 @@
 """A file that is mapped is searched for infinities and NaN once, and again when it has changed."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ from torch import nn
 
 import qexp
 from qexp.checkpoints import file_facts
+from qexp.checkpoints.finite_tensors import FiniteTensors
+from qexp.checkpoints.regular_file import FileState
 from qexp.checkpoints.safetensors_file import write_safetensors
+from qexp.checkpoints.tensor_entry import TensorEntry
 from qexp.errors import LoadError
 from qexp.loading import weights
 
@@ -106,3 +110,13 @@ def test_damaged_facts_are_found_again(tmp_path: Path, searched: list[str]) -> N
 def test_a_cache_that_cannot_be_written_changes_nothing(tmp_path: Path, searched: list[str]) -> None:
     (tmp_path / "cache").mkdir(mode=0o500)
     load(save(tmp_path / "model"))
+
+
+def test_a_part_of_a_tensor_does_not_stand_for_all_of_it(tmp_path: Path) -> None:
+    """A conversion may cut a tensor, and map its first rows."""
+    state = FileState(1, 2, 2 << 20, 0, 0)
+    whole = TensorEntry("a", "F32", (8,), tmp_path, 64, 32, state=state)
+    finite = FiniteTensors()
+    finite._known[state] = {(64, 80)}
+    assert whole not in finite
+    assert replace(whole, shape=(4,), nbytes=16) in finite

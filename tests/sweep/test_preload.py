@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from qexp.sweep.preload import import_modules
+import qexp
+from qexp.sweep.preload import KERNELS, import_modules, modules_of
+from tests.assigning import run_config
 from tests.fresh_process import run_python
 
 BACKENDS = ("quanto", "torchao", "bitsandbytes", "gguf_q4_0", "packed_uint4")
@@ -83,6 +85,14 @@ def test_language_model_imports_no_library_after_the_preload(task: str, tmp_path
     words = (f"task.text={text}",) if task == "perplexity" else ("task.prompt=one", "task.max_new_tokens=2")
     model = ("model=causal_lm", f"model.path={save_language_model(tmp_path / 'model')}")
     assert late_imports(tmp_path, *model, f"task={task}", *words, "backend=quanto") == []
+
+
+def test_compiled_loops_are_read_for_what_calls_them(tmp_path: Path) -> None:
+    assert KERNELS in modules_of(run_config("backend=torchao"))
+    folder = tmp_path / "stored"
+    qexp.save(qexp.load("arithmetic", "torchao", device="cpu"), folder)
+    stored = run_config("model=arithmetic", f"model.path={folder}", "backend=torchao", "task=perplexity")
+    assert KERNELS not in modules_of(stored)
 
 
 def test_functions_are_called_as_well(monkeypatch: pytest.MonkeyPatch) -> None:

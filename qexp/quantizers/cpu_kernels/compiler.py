@@ -23,7 +23,7 @@ def compile_loop(function: Callable[..., None], kinds: tuple[str, ...]) -> bytes
     Its arguments are what Numba passes on: addresses for a result and an error, then numbers, and arrays as their
     owner, parent, size, item size, address, shape and strides.
 
-    Raises: numba's errors; RuntimeError if the code calls what is not in it, a function of C's library.
+    Raises: numba's errors; RuntimeError if Numba is switched off, or if the code calls a function that is not in it.
     """
     code: bytes = describe_machine().emit_object(compile_module(function, kinds))
     return code
@@ -31,6 +31,8 @@ def compile_loop(function: Callable[..., None], kinds: tuple[str, ...]) -> bytes
 
 def compile_module(function: Callable[..., None], kinds: tuple[str, ...]) -> Any:
     """Return LLVM's module of the function, for this processor, with all that it calls in it."""
+    if numba.config.DISABLE_JIT:
+        raise RuntimeError("NUMBA_DISABLE_JIT is set, and a loop of qexp is not compiled yet; unset it")
     for one in inlined_functions:
         _make_callable(one)
     dispatcher = numba.njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False, **OPTIONS)

@@ -3,7 +3,7 @@
 To import Numba and to start it takes most of a second, which every first load of a process would wait for. LLVM alone
 reads what Numba has compiled in some milliseconds. So the machine code is kept in files of this package's own, one for
 each loop and types of arguments, in a folder named after the processor, the versions of the compiler, and the text of
-every file that has a part in the code.
+every file that has a part in the code: the loop's own, and those of this folder.
 
     @loop            a function of NumPy arrays, contiguous in rows, and of int and numpy.float32. It writes its results
                      into arrays, returns nothing, allocates nothing and raises nothing. It runs without the GIL.
@@ -48,6 +48,7 @@ class Loop:
     def __init__(self, function: Callable[..., None]) -> None:
         update_wrapper(self, function)
         self.function = function
+        self._texts = tuple(_text(path) for path in _sources(function))  # now: a file may be edited before it is called
         self._calls: dict[tuple[Kind, ...], Any] = {}
 
     def __call__(self, *arguments: Any) -> None:
@@ -78,7 +79,7 @@ class Loop:
         """Return the machine code for arguments of these kinds, as a function of ctypes."""
         names = tuple(f"{kind}_{dimensions}" if dimensions else NUMBERS[kind][0] for kind, dimensions in kinds)
         name = f"{self.function.__name__}-{'-'.join(names)}.o"
-        folders = [folder / _state(_sources(self.function)) for folder in _folders()]
+        folders = [folder / _state(self._texts) for folder in _folders()]
         found = (_read_checked(folder / name) for folder in folders)
         code = next((code for code in found if code is not None), None)
         if code is None:
@@ -107,6 +108,16 @@ class Loop:
             compiling.clear()
 
 
+def _forget_other_threads() -> None:
+    """Nobody compiles in a process that was forked while another thread did."""
+    global _lock
+    _lock = threading.Lock()
+    compiling.clear()
+
+
+os.register_at_fork(after_in_child=_forget_other_threads)
+
+
 def loop(function: Callable[..., None]) -> Loop:
     return Loop(function)
 
@@ -120,7 +131,14 @@ def _folders() -> tuple[Path, ...]:
     """Return where machine code is kept: beside this file, or where that cannot be written, in the user's cache."""
     if asked := os.environ.get(FOLDER_VARIABLE):
         return (Path(asked),)
-    return HERE / "__pycache__", user_cache()
+    with suppress(OSError):
+        return HERE / "__pycache__", user_cache()
+    return (HERE / "__pycache__",)
+
+
+@cache
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def _sources(function: Callable[..., Any]) -> tuple[Path, ...]:
@@ -143,12 +161,11 @@ def _read_checked(path: Path) -> bytes | None:
 
 
 @cache
-def _state(sources: tuple[Path, ...]) -> str:
+def _state(texts: tuple[str, ...]) -> str:
     """Return a name for all that machine code depends on, but the loop."""
     llvm, _ = _target()
     versions = [version(package) for package in ("numba", "llvmlite", "numpy")]
-    parts = [*versions, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
-    parts += [source.read_text(encoding="utf-8") for source in sources]
+    parts = [*versions, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), *texts]
     return f"loops-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
@@ -176,4 +193,4 @@ def _address(code: bytes) -> int:
 
 @cache
 def _say_once() -> None:
-    say("compiling loops for this processor: once, some seconds; then they are read from a cache")
+    say("compiling loops for this processor: some seconds, and not again where they can be kept (docs/loading.md)")

@@ -1,4 +1,4 @@
-"""Whether a loop is being compiled: meanwhile the libraries' own kernels quantize, to the same bytes, more slowly."""
+"""Whether a loop is being compiled: meanwhile slower code makes the same bytes, the libraries' or that of formulas."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ compiling: list[int] = []  # the thread that compiles
 
 def are_ready() -> bool:
     """Return whether loops can be called without waiting for one that another thread compiles."""
-    return not compiling or compiling[0] == threading.get_ident()
+    return compiling in ([], [threading.get_ident()])

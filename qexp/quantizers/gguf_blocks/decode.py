@@ -46,7 +46,7 @@ def _is_compiled(name: str, out: Tensor) -> bool:
 
 @cache
 def gguf_kernels() -> Any:
-    """Import the compiled loops, on first use: importing Numba takes a second."""
+    """Import the compiled loops, on first use."""
     from qexp.quantizers.gguf_blocks import kernels
 
     return kernels

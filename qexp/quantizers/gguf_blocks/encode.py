@@ -41,7 +41,7 @@ def encode(name: str, rows: Tensor) -> Tensor:
     """
     kind = TYPES[name]
     if rows.device.type == "cpu" and are_ready():
-        from qexp.quantizers.gguf_blocks import kernels  # here: importing Numba takes a second
+        from qexp.quantizers.gguf_blocks import kernels
 
         if name in kernels.ENCODED:
             return kernels.encode(name, rows.contiguous())

@@ -19,10 +19,9 @@ from qexp.checkpoints.gguf_types import TYPES
 from qexp.quantizers.cpu_kernels.kernels import absmax, narrowed, source_bits, widened
 from qexp.quantizers.cpu_kernels.loops import loop
 from qexp.quantizers.cpu_kernels.marks import inlined
-from qexp.quantizers.gguf_blocks import fields
 from qexp.quantizers.gguf_blocks.fields import cut, half, half_bytes, inverse_of, scales_and_minima
 
-BELOW_HALF = np.float32(fields.BELOW_HALF)  # a loop takes its type for the result's
+BELOW_HALF = np.float32(0.49999997)  # that of `fields.py`; here, since a loop is compiled again when this file changes
 THREAD_WEIGHTS = 1 << 18  # of each thread at least: about a millisecond of work
 TARGETS = {torch.bfloat16: (torch.int16, np.uint16, 16), torch.float32: (torch.int32, np.uint32, 0)}
 

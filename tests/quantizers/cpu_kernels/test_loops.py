@@ -1,9 +1,11 @@
 """Compiled loops: read without their compiler, made again where they are missing, and who quantizes meanwhile."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -166,13 +168,9 @@ def test_folders_are_the_package_then_the_users_cache(tmp_path: Path, monkeypatc
     assert loops._folders() == (Path(str(loops.__file__)).parent / "__pycache__", tmp_path / "qexp")
 
 
-def test_code_depends_on_the_text_of_its_files(tmp_path: Path) -> None:
-    file = tmp_path / "kernels.py"
-    names = set()
-    for text in ("one", "two"):
-        file.write_text(text, encoding="utf-8")
-        names.add(loops._state.__wrapped__((file,)))
-    assert len(names) == 2
+def test_code_depends_on_the_text_of_its_files() -> None:
+    assert loops._state(("one",)) != loops._state(("two",))
+    assert Path(__file__).read_text(encoding="utf-8") in double._texts  # as it was when the loop was made
     assert {path.name for path in loops._sources(double.function)} >= {"kernels.py", "compiler.py", "test_loops.py"}
 
 
@@ -217,6 +215,25 @@ def test_others_are_told_while_a_thread_compiles(folder: Path, monkeypatch: pyte
     may_end.set()
     thread.join()
     assert not seen and readiness.are_ready()
+
+
+def test_process_forked_while_a_thread_compiles_compiles_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = compiled(monkeypatch)
+    with loops._lock, on_their_way():
+        child = os.fork()
+        if child == 0:
+            right = readiness.are_ready() and doubled() == [0, 2, 4] and names == ["double"]
+            os._exit(0 if right else 1)
+        for _ in range(1000):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+            time.sleep(0.01)
+        else:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child waits for a thread that it has not")
+    assert status == 0
 
 
 def test_quantizing_imports_no_compiler() -> None:
