@@ -20,7 +20,7 @@ REMEMBERED_BYTES = 1 << 20  # a smaller file is read again as fast as a fact abo
 def recall_fact(kind: str, version: int, state: FileState, *details: object) -> str | None:
     """Return what `remember_fact` kept for the same arguments, or None. version: of how the fact is found."""
     with suppress(OSError, ValueError):
-        return _path(kind, (version, tuple(state), *details)).read_text(encoding="ascii")
+        return _fact_file(kind, (version, tuple(state), *details)).read_text(encoding="ascii")
     return None
 
 
@@ -28,7 +28,7 @@ def remember_fact(kind: str, fact: str, version: int, state: FileState, *details
     """Keep a fact about the content of a file; nothing is kept where the folder cannot be written."""
     if state.size > REMEMBERED_BYTES:
         with suppress(OSError):
-            write_text(_path(kind, (version, tuple(state), *details)), fact)
+            write_text(_fact_file(kind, (version, tuple(state), *details)), fact)
 
 
 def is_settled(state: FileState, read_ns: int) -> bool:
@@ -36,6 +36,6 @@ def is_settled(state: FileState, read_ns: int) -> bool:
     return read_ns - max(state.mtime_ns, state.ctime_ns) > FRESH_NS
 
 
-def _path(kind: str, key: tuple[object, ...]) -> Path:
+def _fact_file(kind: str, key: tuple[object, ...]) -> Path:
     name = hashlib.sha256(repr(key).encode()).hexdigest()
     return user_cache() / kind / name[:2] / name

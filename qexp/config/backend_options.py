@@ -26,7 +26,7 @@ def backend_of(option: str, fields: Mapping[str, Any] | None = None) -> Any:
     if option not in option_names("backend"):
         names = option_names("backend")
         raise ConfigError(f"backend={option!r} is unknown{did_you_mean(option, names)}; use {choices(names)}")
-    written = _read(f"backend/{option}.yaml")
+    written = _read_option(f"backend/{option}.yaml")
     plugin = next(name for name in plugin_names("backend") if option in options_of_plugin("backend", name))
     del written["defaults"]
     values = {"quant_method": plugin, **written, **(fields or {})}
@@ -42,7 +42,7 @@ def backend_of(option: str, fields: Mapping[str, Any] | None = None) -> Any:
     return plugin_config("backend", values, "backend")
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read_option(name: str) -> dict[str, Any]:
     """Return what a yaml file of conf/ says."""
     return read_yaml(conf_folder() / name) or {}
 
@@ -50,11 +50,11 @@ def _read(name: str) -> dict[str, Any]:
 @cache
 def default_backend() -> Any:
     """Return the default backend of conf/config.yaml."""
-    written = _read("config.yaml")
+    written = _read_option("config.yaml")
     return backend_of(next(entry["backend"] for entry in written["defaults"] if "backend" in entry))
 
 
 def model_skip_modules(option: str) -> tuple[str, ...]:
     """Return the modules that an option of conf/model leaves unquantized."""
-    written = _read(f"model/{option}.yaml")
+    written = _read_option(f"model/{option}.yaml")
     return tuple(written.get("skip_modules", ()))

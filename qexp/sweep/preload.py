@@ -18,7 +18,7 @@ ALWAYS = (
     *("qexp.experiments.run", "qexp.models.skeletons", "qexp.scoring.score", "qexp.metrics.registry:all_metrics"),
     "qexp.results.environment:package_commit",
 )
-KERNELS = "qexp.quantizers.cpu_kernels.loops:start"
+KERNELS = "qexp.quantizers.cpu_kernels.loops:start_llvm"
 OF_IMAGES = (
     *("PIL.ImageDraw", "PIL.Image:preinit"),
     *("qexp.scoring.detected", "qexp.scoring.perceptual", "qexp.scoring.pictures"),

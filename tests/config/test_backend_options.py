@@ -34,8 +34,10 @@ def test_reference_that_is_not_resolved_is_an_error(fields: dict[str, str], mess
 
 
 def test_option_without_a_label_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = backend_options._read
+    read = backend_options._read_option
     monkeypatch.setattr(
-        backend_options, "_read", lambda name: {key: value for key, value in read(name).items() if key != "label"}
+        backend_options,
+        "_read_option",
+        lambda name: {key: value for key, value in read(name).items() if key != "label"},
     )
     assert backend_of("quanto").label is None

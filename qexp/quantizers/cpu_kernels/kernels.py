@@ -27,6 +27,7 @@ HALF_OVERFLOW = np.uint32(0x477FF000)  # 65520, from which on fp16 is infinite
 INFINITY = np.uint32(0x7F800000)
 HALF_SHIFT = 13  # bits of float32 that fp16 has not
 LOWEST_ABSMAX = np.float32(1e-38)  # what bitsandbytes divides by in place of an absmax of zero
+LOWEST_DIVISOR, HIGHEST_DIVISOR = np.float32(2.0**-100), np.float32(2.0**100)  # whose reciprocals are exact enough
 TORCHAO_STEPS = np.float32(127.5)
 TORCHAO_EPS = np.float32(np.finfo(np.float32).eps)  # torchao's lowest scale
 
@@ -46,7 +47,7 @@ def absmax(source: Any, shift: int, out: Any) -> None:
 
 
 @loop
-def llm_int8(source: Any, shift: int, as_half: int, scales: Any, out: Any) -> None:
+def llm_int8_rows(source: Any, shift: int, as_half: int, scales: Any, out: Any) -> None:
     """int8 [n, k] and scales [n] of rows [n, k], as bitsandbytes makes them. as_half: 1 to round the rows to fp16."""
     for row in range(source.shape[0]):
         weights, values = source[row], out[row]
@@ -62,7 +63,7 @@ def llm_int8(source: Any, shift: int, as_half: int, scales: Any, out: Any) -> No
 
 
 @loop
-def torchao_int8(source: Any, shift: int, drop: int, scales: Any, out: Any) -> None:
+def torchao_int8_rows(source: Any, shift: int, drop: int, scales: Any, out: Any) -> None:
     """int8 [n, k] and scales [n] of rows [n, k], as torchao makes them. drop: bits that the weights' dtype lacks."""
     for row in range(source.shape[0]):
         weights, values = source[row], out[row]
@@ -75,15 +76,23 @@ def torchao_int8(source: Any, shift: int, drop: int, scales: Any, out: Any) -> N
 
 
 @loop
-def quanto_int8(source: Any, shift: int, drop: int, scales: Any, out: Any) -> None:
+def quanto_int8_rows(source: Any, shift: int, drop: int, scales: Any, out: Any) -> None:
     """int8 [n, k] and scales [n] of rows [n, k], as quanto makes them: scale and quotient are rounded to the weights'
     dtype, which lacks `drop` bits; 0 / 0 is 0."""
     for row in range(source.shape[0]):
         weights, values = source[row], out[row]
         scale = _rounded(_absmax(weights, shift) / np.float32(127), drop)
-        for column in range(weights.shape[0]):
-            quotient = widened(weights[column], shift) / scale
-            values[column] = _int8(from_bits(_round_bits(as_bits(quotient), drop)) if drop else quotient)
+        if drop == 16 and LOWEST_DIVISOR < scale < HIGHEST_DIVISOR:
+            # In bf16 the product with the reciprocal rounds as the quotient, which is slower: both are within 2^-22 of
+            # a / b, a and b of 8 bits, and c of 9 bits, between two numbers of 8, is at least 1 / (b c) away from it.
+            factor = np.float32(1) / scale
+            for column in range(weights.shape[0]):
+                product = widened(weights[column], shift) * factor
+                values[column] = _int8(from_bits(_round_bits(as_bits(product), 16)))
+        else:
+            for column in range(weights.shape[0]):
+                quotient = widened(weights[column], shift) / scale
+                values[column] = _int8(from_bits(_round_bits(as_bits(quotient), drop)) if drop else quotient)
         scales[row] = scale
 
 

@@ -48,7 +48,9 @@ class Loop:
     def __init__(self, function: Callable[..., None]) -> None:
         update_wrapper(self, function)
         self.function = function
-        self._texts = tuple(_text(path) for path in _sources(function))  # now: a file may be edited before it is called
+        self._texts = tuple(
+            _source_text(path) for path in _sources(function)
+        )  # now: a file may be edited before it is called
         self._calls: dict[tuple[Kind, ...], Any] = {}
 
     def __call__(self, *arguments: Any) -> None:
@@ -79,14 +81,14 @@ class Loop:
         """Return the machine code for arguments of these kinds, as a function of ctypes."""
         names = tuple(f"{kind}_{dimensions}" if dimensions else NUMBERS[kind][0] for kind, dimensions in kinds)
         name = f"{self.function.__name__}-{'-'.join(names)}.o"
-        folders = [folder / _state(self._texts) for folder in _folders()]
+        folders = [folder / _code_folder(self._texts) for folder in _code_folders()]
         found = (_read_checked(folder / name) for folder in folders)
         code = next((code for code in found if code is not None), None)
         if code is None:
             code = self._compile(names)
             for folder in folders:
                 with suppress(DiskError):
-                    write_bytes(folder / name, _digest(code) + code)
+                    write_bytes(folder / name, _code_digest(code) + code)
                     break
         types: list[Any] = [ctypes.c_void_p, ctypes.c_void_p]
         for kind, dimensions in kinds:
@@ -122,12 +124,12 @@ def loop(function: Callable[..., None]) -> Loop:
     return Loop(function)
 
 
-def start() -> None:
+def start_llvm() -> None:
     """Start what reads machine code: without effect, but on the memory and the time of the first call."""
-    _target()
+    _native_target()
 
 
-def _folders() -> tuple[Path, ...]:
+def _code_folders() -> tuple[Path, ...]:
     """Return where machine code is kept: beside this file, or where that cannot be written, in the user's cache."""
     if asked := os.environ.get(FOLDER_VARIABLE):
         return (Path(asked),)
@@ -137,7 +139,7 @@ def _folders() -> tuple[Path, ...]:
 
 
 @cache
-def _text(path: Path) -> str:
+def _source_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
@@ -146,7 +148,7 @@ def _sources(function: Callable[..., Any]) -> tuple[Path, ...]:
     return (own, *(HERE / name for name in ("kernels.py", "marks.py", "loops.py", "compiler.py")))
 
 
-def _digest(code: bytes) -> bytes:
+def _code_digest(code: bytes) -> bytes:
     return hashlib.sha256(code).digest()
 
 
@@ -157,20 +159,20 @@ def _read_checked(path: Path) -> bytes | None:
     except OSError:
         return None
     size = hashlib.sha256().digest_size
-    return data[size:] if _digest(data[size:]) == data[:size] else None
+    return data[size:] if _code_digest(data[size:]) == data[:size] else None
 
 
 @cache
-def _state(texts: tuple[str, ...]) -> str:
+def _code_folder(texts: tuple[str, ...]) -> str:
     """Return a name for all that machine code depends on, but the loop."""
-    llvm, _ = _target()
+    llvm, _ = _native_target()
     versions = [version(package) for package in ("numba", "llvmlite", "numpy")]
     parts = [*versions, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), *texts]
     return f"loops-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
 @cache
-def _target() -> tuple[Any, Any]:
+def _native_target() -> tuple[Any, Any]:
     """Return LLVM, started, and its description of this machine."""
     from llvmlite import binding as llvm
 
@@ -181,7 +183,7 @@ def _target() -> tuple[Any, Any]:
 
 def _address(code: bytes) -> int:
     """Put machine code into memory that can be executed. Return where it begins."""
-    llvm, target = _target()
+    llvm, target = _native_target()
     machine = target.create_target_machine(codemodel="jitdefault", jit=True)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))

@@ -21,7 +21,7 @@ def llm_int8(part: Tensor, out: Tensor) -> Tensor:
     Returns the absmaxes, float32 [n]: infinite where one of them is.
     """
     (source, shift), scales = kernels.source_bits(part), torch.empty(len(part))
-    kernels.llm_int8(source, shift, int(part.dtype != torch.float16), scales.numpy(), out.numpy())
+    kernels.llm_int8_rows(source, shift, int(part.dtype != torch.float16), scales.numpy(), out.numpy())
     return scales
 
 
@@ -32,7 +32,7 @@ def torchao_int8(part: Tensor, group_size: int, out: Tensor) -> Tensor:
     """
     groups, values = part.view(-1, group_size), out.view(-1, group_size)
     (source, shift), scales = kernels.source_bits(groups), torch.empty(len(groups))
-    kernels.torchao_int8(source, shift, MISSING_BITS[part.dtype], scales.numpy(), values.numpy())
+    kernels.torchao_int8_rows(source, shift, MISSING_BITS[part.dtype], scales.numpy(), values.numpy())
     return scales.view(len(part), -1)
 
 
@@ -42,5 +42,5 @@ def quanto_int8(part: Tensor, out: Tensor) -> Tensor:
     Returns the scales, [n, 1], in that dtype.
     """
     (source, shift), scales = kernels.source_bits(part), torch.empty(len(part), 1)
-    kernels.quanto_int8(source, shift, MISSING_BITS[part.dtype], scales.view(-1).numpy(), out.numpy())
+    kernels.quanto_int8_rows(source, shift, MISSING_BITS[part.dtype], scales.view(-1).numpy(), out.numpy())
     return scales.to(part.dtype)

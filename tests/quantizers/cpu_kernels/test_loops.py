@@ -75,7 +75,7 @@ def count_loops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, name, lambda *arguments: (called.append(name), original(*arguments))[1])
 
     for module, names in (
-        (kernels, ("absmax", "nearest_4bit", "llm_int8", "torchao_int8", "quanto_int8")),
+        (kernels, ("absmax", "nearest_4bit", "llm_int8_rows", "torchao_int8_rows", "quanto_int8_rows")),
         (gguf, ("encode", "decode")),
         (packed, ("encode_integers", "encode_floats")),
     ):
@@ -165,11 +165,11 @@ def test_code_stays_in_memory_where_it_cannot_be_kept(folder: Path, monkeypatch:
 def test_folders_are_the_package_then_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(loops.FOLDER_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert loops._folders() == (Path(str(loops.__file__)).parent / "__pycache__", tmp_path / "qexp")
+    assert loops._code_folders() == (Path(str(loops.__file__)).parent / "__pycache__", tmp_path / "qexp")
 
 
 def test_code_depends_on_the_text_of_its_files() -> None:
-    assert loops._state(("one",)) != loops._state(("two",))
+    assert loops._code_folder(("one",)) != loops._code_folder(("two",))
     assert Path(__file__).read_text(encoding="utf-8") in double._texts  # as it was when the loop was made
     assert {path.name for path in loops._sources(double.function)} >= {"kernels.py", "compiler.py", "test_loops.py"}
 

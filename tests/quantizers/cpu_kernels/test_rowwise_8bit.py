@@ -25,6 +25,12 @@ def _ties() -> Tensor:
     return torch.stack([row * 2.0**power for row in rows for power in (-10, 0, 3)])
 
 
+def _tiny() -> Tensor:
+    """Rows around the least and the largest scales whose reciprocal is used."""
+    rows = _gaussian(rows=80)
+    return rows * 2.0 ** torch.linspace(-130, -90, 80).round().unsqueeze(1)
+
+
 def _edges() -> Tensor:
     """A row of zeros, of minus zeros, one number among zeros, rows of one value, the largest in fp16, denormals."""
     one = torch.zeros(COLUMNS)
@@ -39,6 +45,7 @@ HARD: dict[str, Callable[[], Tensor]] = {
     "many rows": lambda: _gaussian(rows=5000),  # of which some have a scale for which the order of roundings counts
     "small": lambda: _gaussian(1e-4),
     "large": lambda: _gaussian(1e4),
+    "tiny": _tiny,
     "ties": _ties,
     "edges": _edges,
     "every bfloat16 up to 1": lambda: (
@@ -92,6 +99,14 @@ def test_int8_is_quantos(name: str, dtype: torch.dtype) -> None:
     found = rowwise_8bit.quanto_int8(weight, values)
     assert torch.equal(found, scale)
     assert torch.equal(values, expected)
+
+
+def test_products_with_the_reciprocal_round_to_bf16_as_quotients() -> None:
+    """Every pair of significands: powers of two change nothing."""
+    one = torch.arange(128, 256).float()
+    quotients, products = one.unsqueeze(1) / one, one.unsqueeze(1) * (1 / one)
+    assert not torch.equal(quotients, products)
+    assert torch.equal(quotients.bfloat16(), products.bfloat16())
 
 
 def test_rounding_to_fp16_is_pytorchs() -> None:
