@@ -43,10 +43,10 @@ class FiniteTensors:
 
     def _known_of(self, state: FileState) -> set[Span]:
         if state not in self._known:
-            known: set[Span] = set()
+            known = set[Span]()
             with suppress(ValueError, TypeError):  # damaged: it is searched again
-                read = json.loads(recall_fact(KIND, VERSION, state) or "[]")
-                known = {(int(start), int(stop)) for start, stop in read}
+                fact = recall_fact(KIND, VERSION, state)
+                known = set() if fact is None else {(int(start), int(stop)) for start, stop in json.loads(fact)}
             self._known[state] = known
         return self._known[state]
 

@@ -14,7 +14,7 @@ from qexp.quantizers.embedded import is_quantized
 from qexp.system.imports import quiet
 
 ALWAYS = (
-    *("torch", "numpy", "accelerate", "safetensors.torch"),
+    *("torch", "numpy.random", "accelerate", "safetensors.torch"),
     *("qexp.experiments.run", "qexp.models.skeletons", "qexp.scoring.score", "qexp.metrics.registry:all_metrics"),
     "qexp.results.environment:package_commit",
 )
